@@ -1,0 +1,217 @@
+"""Tile sizes: frozen dataclasses and ``pick_*`` functions, plain Python.
+
+A pick depends on sequence length, head size, width, dtype and architecture, never on the batch, so that a
+sample's result does not depend on its neighbours.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+from . import _launch
+
+# the interpreter pays per operation, not per element: large tiles, up to Triton's limit of 2**20 elements
+INTERPRETER_TILE = 2**20
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def architecture(device: torch.device) -> str:
+    """"interpreter", "cpu" (CPU tensors under a driver that compiles) or the GPU's, as "sm_90" or "gfx942"."""
+    if _launch.INTERPRETING:
+        return "interpreter"
+    return "cpu" if device.type == "cpu" else _gpu_architecture(device)
+
+
+@functools.cache
+def _gpu_architecture(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+# --- attention ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """``block_m`` query rows, ``block_n`` keys per step, launched with ``num_warps`` and ``num_stages``."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Powers of two (main, tail) that cover ``head_dim``: 72 -> (64, 16), 96 -> (64, 32), 64 -> (64, 0).
+
+    A tile of tl.dot is a power of two of at least 16; the tail saves padding 72 to 128.
+    """
+    whole = max(16, next_power_of_2(head_dim))
+    main = whole // 2
+    tail = max(16, next_power_of_2(head_dim - main))
+    return (main, tail) if main >= 16 and main + tail < whole else (whole, 0)
+
+
+def attention_tail(length: int, block: int) -> int:
+    """Width of the one masked step after the full blocks of ``block``: 0 or a power of two of at least 16."""
+    rest = length % block
+    return max(16, next_power_of_2(rest)) if rest else 0
+
+
+def _pick_interpreted_attention(n_rows: int, n_cols: int) -> AttentionConfig:
+    block_m = min(256, max(16, next_power_of_2(n_rows)))
+    block_n = min(256, max(16, next_power_of_2(n_cols)))
+    return AttentionConfig(block_m, block_n, 4, 1)
+
+
+def pick_attention_fwd(n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, arch: str) -> AttentionConfig:
+    """Tiles of ``attention_fwd_kernel``."""
+    if arch == "interpreter":
+        return _pick_interpreted_attention(n_q, n_k)
+    if dtype == torch.float32:
+        # IEEE dots are plain FMA with both operands in registers: larger tiles spill
+        return AttentionConfig(32, 32, 4, 2) if head_dim <= 128 else AttentionConfig(16, 16, 4, 1)
+    if head_dim > 128:
+        return AttentionConfig(64, 32, 8, 2)
+    if n_q <= 16:
+        return AttentionConfig(16, 64, 4, 2)  # one query row (a class token, pooling) must not compute 64
+    if arch in ("sm_90",):
+        return AttentionConfig(64, 64, 4, 2)  # wgmma wants 64 rows; 64x64 keeps four CTAs on an SM (computed)
+    return AttentionConfig(128, 64, 4, 3 if head_dim <= 64 else 2) if head_dim <= 64 else AttentionConfig(64, 64, 4, 2)
+
+
+def pick_attention_bwd_dq(n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, arch: str) -> AttentionConfig:
+    """Tiles of ``attention_bwd_dq_kernel``."""
+    if arch == "interpreter":
+        return _pick_interpreted_attention(n_q, n_k)
+    if dtype == torch.float32:
+        return AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 4, 1)
+    return AttentionConfig(64, 64, 4, 2) if head_dim <= 64 else AttentionConfig(64, 32, 8, 2 if head_dim <= 128 else 1)
+
+
+def pick_attention_bwd_dkdv(n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, arch: str) -> AttentionConfig:
+    """Tiles of ``attention_bwd_dkdv_kernel``: ``block_n`` keys per program, ``block_m`` query rows per step."""
+    if arch == "interpreter":
+        return _pick_interpreted_attention(n_q, n_k)
+    if dtype == torch.float32:
+        return AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 4, 1)
+    return AttentionConfig(32, 64, 4, 2) if head_dim <= 64 else AttentionConfig(32, 64, 8, 2 if head_dim <= 128 else 1)
+
+
+# --- LayerNorm ---------------------------------------------------------------------------------------------
+
+MAX_LAYER_NORM_WIDTH = 2**16
+# 2 programs for each of the 132 multiprocessors of an H100; fixed, so that every card adds the same partial sums
+LAYER_NORM_PARTIALS = 264
+
+
+@dataclass(frozen=True)
+class LayerNormConfig:
+    """``block_m`` rows at a time, each held whole in ``block_d`` >= width lanes of ``num_warps`` warps."""
+
+    block_m: int
+    block_d: int
+    num_warps: int
+
+
+def check_layer_norm_width(width: int) -> None:
+    """A row lives in the registers of one program, which bounds its width."""
+    if not 0 < width <= MAX_LAYER_NORM_WIDTH:
+        raise ValueError(f"layer_norm: width must be 1 to {MAX_LAYER_NORM_WIDTH}, got {width}")
+
+
+def pick_layer_norm(width: int, arch: str) -> LayerNormConfig:
+    """Tiles of both LayerNorm kernels."""
+    block_d = next_power_of_2(width)
+    if arch == "interpreter":
+        # 2**17: one more row is then cheaper than one more program, and tiny inputs do not pay for 2**20 elements
+        return LayerNormConfig(max(1, 2**17 // block_d), block_d, 4)
+    # 8 elements a thread are one 16-byte load of bfloat16; the rows of a tile hide each other's latency
+    num_warps = min(16, max(1, block_d // 256))
+    return LayerNormConfig(max(1, min(16, 2048 // block_d)), block_d, num_warps)
+
+
+def layer_norm_stretch(n_rows: int, config: LayerNormConfig) -> tuple[int, int]:
+    """(programs, steps of ``block_m`` rows each takes) of the backward kernel: at most LAYER_NORM_PARTIALS programs."""
+    n_blocks = -(-n_rows // config.block_m)
+    n_steps = max(1, -(-n_blocks // LAYER_NORM_PARTIALS))
+    return -(-n_blocks // n_steps), n_steps
+
+
+# --- GEMM --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """An output tile of ``rows`` x ``cols``, ``depth`` of the contraction per step; ``group`` rows of tiles share
+    the L2 cache; ``split`` parts of the contraction are computed apart and added."""
+
+    rows: int
+    cols: int
+    depth: int
+    num_warps: int
+    num_stages: int
+    group: int = 8
+    split: int = 1
+
+
+def _clip(tile: int, size: int) -> int:
+    return min(tile, max(16, next_power_of_2(size)))  # tl.dot wants at least 16
+
+
+def _pick_gemm(
+    rows: int, cols: int, depth: int, dtype: torch.dtype, arch: str, precision: str, epilogue: bool
+) -> GemmConfig:
+    if arch == "interpreter":
+        tile = GemmConfig(256, 512, 256, 4, 1)  # 0.27 s where 64 x 64 x 64 takes 4.4 s
+    elif dtype == torch.float32 and precision == "ieee":
+        tile = GemmConfig(64, 32, 16, 8, 2)
+    elif dtype == torch.float32:
+        tile = GemmConfig(64, 64, 32, 4, 3)  # twice the bytes of bfloat16
+    elif arch.startswith(("sm_9", "sm_10", "gfx")):
+        tile = GemmConfig(128, 128, 64, 8, 3 if arch.startswith("sm") else 2)
+    else:
+        # A100 (computed): 460 us for 25216 x 768 -> 3072; activations and residuals spill at four warps
+        tile = GemmConfig(128, 128, 32, 8 if epilogue else 4, 4)
+    return replace(tile, rows=_clip(tile.rows, rows), cols=_clip(tile.cols, cols), depth=_clip(tile.depth, depth))
+
+
+def _tokens(m: int, arch: str) -> int:
+    """``m`` for the interpreter only: on a GPU the tile must not depend on the batch."""
+    return m if arch == "interpreter" else 2**30
+
+
+@functools.lru_cache(1024)
+def pick_linear_fwd(
+    m: int, n: int, k: int, dtype: torch.dtype, arch: str, precision: str, epilogue: bool
+) -> GemmConfig:
+    """Tiles of ``linear_fwd_kernel`` ((m, k) -> (m, n)); ``epilogue``: more than a bias follows the product."""
+    return _pick_gemm(_tokens(m, arch), n, k, dtype, arch, precision, epilogue)
+
+
+@functools.lru_cache(1024)
+def pick_linear_bwd_input(
+    m: int, n: int, k: int, dtype: torch.dtype, arch: str, precision: str, epilogue: bool
+) -> GemmConfig:
+    """Tiles of ``linear_bwd_input_kernel`` ((m, n) -> (m, k), depth n)."""
+    return _pick_gemm(_tokens(m, arch), k, n, dtype, arch, precision, epilogue)
+
+
+@functools.lru_cache(1024)
+def pick_linear_bwd_weight(
+    m: int, n: int, k: int, dtype: torch.dtype, arch: str, precision: str, epilogue: bool
+) -> GemmConfig:
+    """Tiles of ``linear_bwd_weight_kernel`` ((n, k), depth m), and in how many parts m is cut.
+
+    A weight has few tiles (768 x 768: 36) and the contraction is long: parts fill the GPU.
+    """
+    tile = _pick_gemm(n, k, _tokens(m, arch), dtype, arch, precision, epilogue)
+    tiles = -(-n // tile.rows) * -(-k // tile.cols)
+    split = 1 if arch == "interpreter" else min(16, next_power_of_2(-(-216 // max(tiles, 1))))  # two per SM of an A100
+    return replace(tile, split=split)
