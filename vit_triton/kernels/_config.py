@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import _launch
+from vit_triton.kernels import _launch
 
 # the interpreter pays per operation, not per element: large tiles, up to Triton's limit of 2**20 elements
 INTERPRETER_TILE = 2**20
@@ -132,9 +132,9 @@ def pick_layer_norm(width: int, arch: str) -> LayerNormConfig:
     if arch == "interpreter":
         # 2**17: one more row is then cheaper than one more program, and tiny inputs do not pay for 2**20 elements
         return LayerNormConfig(max(1, 2**17 // block_d), block_d, 4)
-    # 8 elements a thread are one 16-byte load of bfloat16; the rows of a tile hide each other's latency
-    num_warps = min(16, max(1, block_d // 256))
-    return LayerNormConfig(max(1, min(16, 2048 // block_d)), block_d, num_warps)
+    # 16 elements a thread: two 16-byte loads of bfloat16 in flight, and the backward kernel fits its registers
+    num_warps = 4 if block_d <= 1024 else min(16, block_d // 256) if block_d <= 8192 else 32
+    return LayerNormConfig(max(1, min(16, num_warps * 512 // block_d)), block_d, num_warps)
 
 
 def layer_norm_stretch(n_rows: int, config: LayerNormConfig) -> tuple[int, int]:
@@ -166,7 +166,7 @@ def _clip(tile: int, size: int) -> int:
 
 
 def _pick_gemm(
-    rows: int, cols: int, depth: int, dtype: torch.dtype, arch: str, precision: str, epilogue: bool
+    rows: int, cols: int, depth: int, dtype: torch.dtype, arch: str, precision: str, epilogue: str
 ) -> GemmConfig:
     if arch == "interpreter":
         tile = GemmConfig(256, 512, 256, 4, 1)  # 0.27 s where 64 x 64 x 64 takes 4.4 s
@@ -174,11 +174,15 @@ def _pick_gemm(
         tile = GemmConfig(64, 32, 16, 8, 2)
     elif dtype == torch.float32:
         tile = GemmConfig(64, 64, 32, 4, 3)  # twice the bytes of bfloat16
-    elif arch.startswith(("sm_9", "sm_10", "gfx")):
-        tile = GemmConfig(128, 128, 64, 8, 3 if arch.startswith("sm") else 2)
+    elif arch.startswith("gfx"):
+        tile = GemmConfig(128, 128, 64, 8, 2) if epilogue == "none" else GemmConfig(128, 64, 64, 8, 2)
+    elif arch.startswith(("sm_9", "sm_10")):
+        tile = GemmConfig(128, 128, 64, 8, 3)
     else:
-        # A100 (computed): 460 us for 25216 x 768 -> 3072; activations and residuals spill at four warps
-        tile = GemmConfig(128, 128, 32, 8 if epilogue else 4, 4)
+        # A100 (computed): two blocks on an SM, no spills. 128 x 128 leaves no registers beside the accumulator and
+        # the operands; a Philox word per element takes more than a GELU
+        side = {"none": (128, 128), "elementwise": (128, 64), "dropout": (64, 64)}[epilogue]
+        tile = GemmConfig(*side, 32, 4, 4)
     return replace(tile, rows=_clip(tile.rows, rows), cols=_clip(tile.cols, cols), depth=_clip(tile.depth, depth))
 
 
@@ -189,15 +193,16 @@ def _tokens(m: int, arch: str) -> int:
 
 @functools.lru_cache(1024)
 def pick_linear_fwd(
-    m: int, n: int, k: int, dtype: torch.dtype, arch: str, precision: str, epilogue: bool
+    m: int, n: int, k: int, dtype: torch.dtype, arch: str, precision: str, epilogue: str
 ) -> GemmConfig:
-    """Tiles of ``linear_fwd_kernel`` ((m, k) -> (m, n)); ``epilogue``: more than a bias follows the product."""
+    """Tiles of ``linear_fwd_kernel`` ((m, k) -> (m, n)); ``epilogue``: what is done beside the product,
+    "none", "elementwise" (more than a bias) or "dropout"."""
     return _pick_gemm(_tokens(m, arch), n, k, dtype, arch, precision, epilogue)
 
 
 @functools.lru_cache(1024)
 def pick_linear_bwd_input(
-    m: int, n: int, k: int, dtype: torch.dtype, arch: str, precision: str, epilogue: bool
+    m: int, n: int, k: int, dtype: torch.dtype, arch: str, precision: str, epilogue: str
 ) -> GemmConfig:
     """Tiles of ``linear_bwd_input_kernel`` ((m, n) -> (m, k), depth n)."""
     return _pick_gemm(_tokens(m, arch), k, n, dtype, arch, precision, epilogue)
@@ -205,7 +210,7 @@ def pick_linear_bwd_input(
 
 @functools.lru_cache(1024)
 def pick_linear_bwd_weight(
-    m: int, n: int, k: int, dtype: torch.dtype, arch: str, precision: str, epilogue: bool
+    m: int, n: int, k: int, dtype: torch.dtype, arch: str, precision: str, epilogue: str
 ) -> GemmConfig:
     """Tiles of ``linear_bwd_weight_kernel`` ((n, k), depth m), and in how many parts m is cut.
 
@@ -215,3 +220,30 @@ def pick_linear_bwd_weight(
     tiles = -(-n // tile.rows) * -(-k // tile.cols)
     split = 1 if arch == "interpreter" else min(16, next_power_of_2(-(-216 // max(tiles, 1))))  # two per SM of an A100
     return replace(tile, split=split)
+
+
+# --- patch embedding ---------------------------------------------------------------------------------------
+
+# As the GEMMs, with "epilogue" always: the addresses of the gathered tile hold registers on top of the accumulator.
+
+
+@functools.lru_cache(1024)
+def pick_patch_embed_fwd(m: int, dim: int, patch_dim: int, dtype: torch.dtype, arch: str, precision: str) -> GemmConfig:
+    """Tiles of ``patch_embed_fwd_kernel`` ((m, patch_dim) -> (m, dim))."""
+    return _pick_gemm(_tokens(m, arch), dim, patch_dim, dtype, arch, precision, True)
+
+
+@functools.lru_cache(1024)
+def pick_patch_embed_bwd_image(
+    m: int, dim: int, patch_dim: int, dtype: torch.dtype, arch: str, precision: str
+) -> GemmConfig:
+    """Tiles of ``patch_embed_bwd_image_kernel`` ((m, dim) -> (m, patch_dim), depth dim)."""
+    return _pick_gemm(_tokens(m, arch), patch_dim, dim, dtype, arch, precision, True)
+
+
+@functools.lru_cache(1024)
+def pick_patch_embed_bwd_weight(
+    m: int, dim: int, patch_dim: int, dtype: torch.dtype, arch: str, precision: str
+) -> GemmConfig:
+    """Tiles of ``patch_embed_bwd_weight_kernel`` ((dim, patch_dim), depth m), and in how many parts m is cut."""
+    return pick_linear_bwd_weight(m, dim, patch_dim, dtype, arch, precision, True)

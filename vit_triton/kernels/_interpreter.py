@@ -10,7 +10,7 @@ and its result is rounded back. That is PyTorch's own arithmetic on a CPU, and t
 stay a little kinder than a GPU: a reduction or scan rounds its results and not every step, and ``tl.fma`` rounds
 twice. Atomics on bfloat16 are left broken; no kernel here uses any.
 
-``tests/test_interpreter.py`` pins each defect: the day Triton repairs the last of them, it asks for this file's removal.
+``tests/test_interpreter.py`` pins each defect, and asks for the removal of this file when Triton has repaired them.
 """
 
 from __future__ import annotations
@@ -80,11 +80,8 @@ def _in_float32(operation: Callable[..., TensorHandle]) -> Callable[..., TensorH
         if not any(narrow):
             return operation(self, *operands)
         result = operation(self, *map(_widened, operands))
-        if result.data.dtype == np.bool_:
-            # The interpreter labels a comparison with its operands' type; bfloat16 on booleans would mislead _widened.
-            return TensorHandle(result.data, tl.int1)
-        # A float32 operand among them is the accumulator of a dot product, and so is the result.
-        return _rounded(result) if all(narrow) else result
+        # Not all: the float32 one is the accumulator of a dot product, and so is the result. A comparison's is boolean.
+        return _rounded(result) if all(narrow) and result.data.dtype != np.bool_ else result
 
     return mended
 

@@ -4,6 +4,7 @@ import contextlib
 import threading
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
@@ -17,21 +18,31 @@ _interpreter_lock = threading.Lock()  # the interpreter patches triton.language 
 def launch(kernel: Any, grid: tuple[int], like: torch.Tensor, **kernel_args: Any) -> None:
     """Run ``kernel`` over a one-dimensional ``grid`` on the device of ``like``; an empty grid runs nothing.
 
-    The grid has one dimension because CUDA stops the second and third at 65,535 programs.
+    The grid has one dimension because CUDA stops the second and third at 65,535 programs; the first ends at 2**31 - 1,
+    past which this raises ValueError.
     """
     if grid[0] == 0:
         return
+    if grid[0] >= 2**31:
+        raise ValueError(f"the input needs {grid[0]} programs of {kernel.__name__}, a GPU starts at most {2**31 - 1}")
     if INTERPRETING:
-        from . import _interpreter
+        from vit_triton.kernels import _interpreter
 
-        with _interpreter_lock:
+        # the interpreter computes with numpy, whose warnings about inf - inf are not news to a kernel
+        with _interpreter_lock, np.errstate(all="ignore"):
             _interpreter.mend()
             kernel[grid](**kernel_args)
         return
     with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
-        kernel[grid](**kernel_args)
+        # said outright because Triton 3.10 changes the default: a * b + c as one instruction, rounded once
+        kernel[grid](**kernel_args, enable_fp_fusion=True)
 
 
 def input_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot``: float32 is IEEE unless PyTorch's own switch allows TF32."""
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def keep_scale(dropout_p: float) -> float:
+    """What dropout multiplies the survivors by; with ``dropout_p`` 1 there are none."""
+    return 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import (
+from vit_triton.kernels._config import (
     attention_tail,
     architecture,
     pick_attention_bwd_dkdv,
@@ -30,8 +30,8 @@ from ._config import (
     pick_attention_fwd,
     split_head_dim,
 )
-from ._launch import input_precision, launch
-from ._tiles import LN2, LOG2E, dropout_keep
+from vit_triton.kernels._launch import input_precision, keep_scale, launch
+from vit_triton.kernels._tiles import LN2, LOG2E, dropout_keep
 
 
 @triton.jit
@@ -167,6 +167,7 @@ def attention_fwd_kernel(
     n_k,
     scale_log2e,
     dropout_p,
+    keep_scale,
     HEAD_DIM: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
@@ -210,7 +211,7 @@ def attention_fwd_kernel(
     # one reciprocal a row: a division per element is some hundred instructions more
     norm = 1.0 / row_sum
     if DROPOUT:
-        norm /= 1.0 - dropout_p
+        norm *= keep_scale
     store_rows(out_ptr, acc * norm[:, None], offs_m, n_q, n_heads * HEAD_DIM, 0, D_MAIN, HEAD_DIM)
     if D_TAIL > 0:
         store_rows(out_ptr, acc_tail * norm[:, None], offs_m, n_q, n_heads * HEAD_DIM, D_MAIN, D_TAIL, HEAD_DIM)
@@ -247,6 +248,7 @@ def attention_fwd(
         n_k=n_k,
         scale_log2e=scale * LOG2E.value,
         dropout_p=dropout_p,
+        keep_scale=keep_scale(dropout_p),
         HEAD_DIM=head_dim,
         D_MAIN=d_main,
         D_TAIL=d_tail,
@@ -324,6 +326,7 @@ def attention_bwd_dq_step(
     offs_m,
     plane,
     dropout_p,
+    keep_scale,
     HEAD_DIM: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
@@ -348,7 +351,7 @@ def attention_bwd_dq_step(
         p = tl.where((offs_n < n_k)[None, :], p, 0.0)  # exp(0 - L) of a column that is not there may be inf
     if DROPOUT:
         keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], plane, dropout_p)
-        dp = tl.where(keep, dp / (1.0 - dropout_p), 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = (p * (dp - delta[:, None])).to(k.dtype)  # [BLOCK_M, BLOCK_N]
     dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     if D_TAIL > 0:
@@ -391,6 +394,7 @@ def attention_bwd_dq_kernel(
     scale,
     scale_log2e,
     dropout_p,
+    keep_scale,
     HEAD_DIM: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
@@ -427,13 +431,13 @@ def attention_bwd_dq_kernel(
     for start_n in tl.range(0, n_full, BLOCK_N):
         dq, dq_tail = attention_bwd_dq_step(
             dq, dq_tail, q, q_tail, do, do_tail, lse_log2e, delta, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn,
-            stride_vd, start_n, n_k, scale_log2e, seed, offs_m, plane, dropout_p,
+            stride_vd, start_n, n_k, scale_log2e, seed, offs_m, plane, dropout_p, keep_scale,
             HEAD_DIM, D_MAIN, D_TAIL, BLOCK_N, False, DROPOUT, PRECISION,
         )  # fmt: skip
     if TAIL_N > 0:
         dq, dq_tail = attention_bwd_dq_step(
             dq, dq_tail, q, q_tail, do, do_tail, lse_log2e, delta, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn,
-            stride_vd, n_full, n_k, scale_log2e, seed, offs_m, plane, dropout_p,
+            stride_vd, n_full, n_k, scale_log2e, seed, offs_m, plane, dropout_p, keep_scale,
             HEAD_DIM, D_MAIN, D_TAIL, TAIL_N, True, DROPOUT, PRECISION,
         )  # fmt: skip
     store_rows(dq_ptr, dq * scale, offs_m, n_q, stride_dqn, 0, D_MAIN, HEAD_DIM)
@@ -466,6 +470,7 @@ def attention_bwd_dkdv_step(
     offs_n,
     plane,
     dropout_p,
+    keep_scale,
     HEAD_DIM: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
@@ -495,8 +500,8 @@ def attention_bwd_dkdv_step(
     p_dropped = p
     if DROPOUT:
         keep = dropout_keep(seed, offs_m[None, :], offs_n[:, None], plane, dropout_p)
-        p_dropped = tl.where(keep, p / (1.0 - dropout_p), 0.0)
-        dp = tl.where(keep, dp / (1.0 - dropout_p), 0.0)
+        p_dropped = tl.where(keep, p * keep_scale, 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
     p_dropped = p_dropped.to(do.dtype)
     ds = (p * (dp - delta[None, :])).to(q.dtype)  # [BLOCK_N, BLOCK_M]
     dv = tl.dot(p_dropped, do, dv, input_precision=PRECISION)
@@ -546,6 +551,7 @@ def attention_bwd_dkdv_kernel(
     scale,
     scale_log2e,
     dropout_p,
+    keep_scale,
     HEAD_DIM: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
@@ -583,13 +589,13 @@ def attention_bwd_dkdv_kernel(
     for start_m in tl.range(0, m_full, BLOCK_M):
         dk, dk_tail, dv, dv_tail = attention_bwd_dkdv_step(
             dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qn, stride_qd,
-            stride_don, stride_dod, start_m, n_q, scale_log2e, seed, offs_n, plane, dropout_p,
+            stride_don, stride_dod, start_m, n_q, scale_log2e, seed, offs_n, plane, dropout_p, keep_scale,
             HEAD_DIM, D_MAIN, D_TAIL, BLOCK_M, False, DROPOUT, PRECISION,
         )  # fmt: skip
     if TAIL_M > 0:
         dk, dk_tail, dv, dv_tail = attention_bwd_dkdv_step(
             dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qn, stride_qd,
-            stride_don, stride_dod, m_full, n_q, scale_log2e, seed, offs_n, plane, dropout_p,
+            stride_don, stride_dod, m_full, n_q, scale_log2e, seed, offs_n, plane, dropout_p, keep_scale,
             HEAD_DIM, D_MAIN, D_TAIL, TAIL_M, True, DROPOUT, PRECISION,
         )  # fmt: skip
     store_rows(dk_ptr, dk * scale, offs_n, n_k, stride_dkn, 0, D_MAIN, HEAD_DIM)
@@ -684,6 +690,7 @@ def _attention_bwd(do, q, k, v, out, lse, dlse, seed, dq, dk, dv, *, scale: floa
         scale=scale,
         scale_log2e=scale * LOG2E.value,
         dropout_p=dropout_p,
+        keep_scale=keep_scale(dropout_p),
         HEAD_DIM=head_dim,
         D_MAIN=d_main,
         D_TAIL=d_tail,

@@ -1,0 +1,50 @@
+# Each target makes what it needs: an environment in .venv, made again only when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PTXEMU ?=
+
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 1)')
+# Set it to pass options to pytest: make test PYTEST_ARGS='-k attention -x'
+PYTEST_ARGS ?=
+
+# One thread per worker: the workers already use every core.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+WITH_PTXEMU = PYTHONPATH="$(PTXEMU)$${PYTHONPATH:+:$$PYTHONPATH}"
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-compiled lint clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP) ## Train a small ViT on handwritten digits, then classify with both backends
+	TRITON_INTERPRET=1 $(BIN)/python examples/digits.py
+
+test: $(STAMP) ## Run every test; the kernels run in Triton's interpreter
+	$(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+# TRITON_INTERPRET must be absent here: Triton reads it once, when it is imported.
+test-compiled: $(STAMP) ## Run the op tests on compiled kernels, through the PTX emulator at PTXEMU=path
+	@if env -u TRITON_INTERPRET $(WITH_PTXEMU) $(BIN)/python -c 'import ptxemu' 2>/dev/null; then \
+	    set -x; \
+	    env -u TRITON_INTERPRET $(WITH_PTXEMU) $(TEST_ENV) $(BIN)/pytest -m compiled -n $(WORKERS) $(PYTEST_ARGS); \
+	else \
+	    echo "test-compiled: skipped: no PTX emulator (the package ptxemu) is importable; name its folder: make test-compiled PTXEMU=path"; \
+	fi
+
+lint: $(STAMP) ## Check style, imports and types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean: ## Remove the environment and everything generated
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo_output
+
+$(STAMP): pyproject.toml
+	@echo "making $(VENV) (the first time downloads PyTorch)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@

@@ -1,0 +1,52 @@
+"""What executes the kernels in the tests.
+
+Triton's interpreter, unless the environment variable PTXEMU names the folder of an optional PTX emulator and
+TRITON_INTERPRET is not 1: then the code Triton compiles for sm_80 runs on CPU tensors, with race and bounds checks.
+Triton decides while it is imported, so this comes before any other import.
+"""
+
+import os
+import sys
+
+EMULATOR = os.environ.get("PTXEMU") if os.environ.get("TRITON_INTERPRET") != "1" else None
+if EMULATOR:
+    sys.path.insert(0, EMULATOR)
+else:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("interpreter", deadline=None, derandomize=True, max_examples=12, database=None)
+# every new head size or dtype is compiled first, which takes seconds
+hypothesis.settings.register_profile("compiled", deadline=None, derandomize=True, max_examples=4, database=None)
+hypothesis.settings.load_profile("compiled" if EMULATOR else "interpreter")
+
+torch.set_num_threads(1)  # the tests run one process per core
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_run():
+    """Make backend "triton" work on CPU tensors."""
+    if not EMULATOR:
+        yield "interpreter"
+        return
+    import ptxemu
+
+    with ptxemu.emulate(race="error"):
+        yield "compiled"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """``torch.empty`` gives NaN, so that an element no kernel writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

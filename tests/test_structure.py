@@ -1,0 +1,201 @@
+"""The architecture, held by reading the sources: import arrows, names, and what kernels may not do."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "vit_triton"
+
+# What each part may import from the package, besides itself. Arrows point down the list only.
+ARROWS: dict[str, set[str]] = {
+    "__init__": {"backend", "functional", "inspection", "models", "modules", "reference"},
+    "integrations": {"backend", "functional", "models", "modules"},
+    "inspection": {"functional", "modules"},
+    "models": {"backend", "functional", "modules"},
+    "modules": {"backend", "functional"},
+    "functional": {"autograd", "backend", "reference"},
+    "autograd": {"ops"},
+    "ops": {"kernels"},
+    "reference": set(),
+    "backend": set(),
+    "kernels": set(),
+}
+
+
+def sources(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def project_sources() -> list[Path]:
+    folders = (PACKAGE, ROOT / "tests", ROOT / "examples", ROOT / "benchmarks")
+    return [path for folder in folders if folder.is_dir() for path in sources(folder)]
+
+
+def part_of(path: Path) -> str:
+    """The first name below the package: "models" for models/vit.py, "ops" for ops.py."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imported_modules(tree: ast.AST, path: Path) -> Iterator[tuple[ast.stmt, str]]:
+    """Every import in `tree` as (statement, dotted name); `from a import b` counts as a.b."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            for alias in node.names:
+                yield node, ".".join((*above, *filter(None, [node.module]), alias.name))
+
+
+def parts_imported(tree: ast.AST, path: Path) -> Iterator[tuple[ast.stmt, str]]:
+    """Those that come from the package, as the part they name; `from vit_triton import __version__` is __init__."""
+    for node, name in imported_modules(tree, path):
+        root, *rest = name.split(".")
+        if root == "vit_triton":
+            yield node, rest[0] if rest and rest[0] in ARROWS else "__init__"
+
+
+def test_the_arrows_have_no_cycle() -> None:
+    order = list(ARROWS)
+    for part, targets in ARROWS.items():
+        assert all(order.index(target) > order.index(part) for target in targets), part
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downwards(path: Path) -> None:
+    part = part_of(path)
+    assert part in ARROWS, f"{path.name} has no place in ARROWS: give it one"
+    for node, target in parts_imported(parse(path), path):
+        assert target == part or target in ARROWS[part], f"line {node.lineno}: {part} must not import {target}"
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda path: str(path.relative_to(ROOT)))
+def test_triton_and_the_kernels_are_imported_lazily(path: Path) -> None:
+    if part_of(path) == "kernels":
+        pytest.skip("the one place that may import Triton at its top")
+    tree = parse(path)
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    inside_functions = {id(inner) for function in functions for inner in ast.walk(function)}
+    for node, name in imported_modules(tree, path):
+        if name.split(".")[0] == "triton" or name.startswith("vit_triton.kernels"):
+            assert id(node) in inside_functions, f"line {node.lineno}: {name} is imported when the module is"
+
+
+def test_nothing_imports_the_bare_name_kernels() -> None:
+    for path in project_sources():
+        for node, name in imported_modules(parse(path), path):
+            assert name.split(".")[0] != "kernels", f"{path.relative_to(ROOT)}, line {node.lineno}"
+
+
+def test_the_kernels_folder_is_no_regular_package() -> None:
+    assert not (PACKAGE / "kernels" / "__init__.py").exists()
+
+
+def test_the_link_leads_to_the_kernels() -> None:
+    link = ROOT / "kernels"
+    if not link.is_symlink():
+        pytest.skip("checked out without symbolic links")
+    assert os.readlink(link) == "vit_triton/kernels"
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE / "kernels"), ids=lambda path: path.name)
+def test_what_kernels_may_not_do(path: Path) -> None:
+    for node in ast.walk(parse(path)):
+        if not isinstance(node, ast.Attribute):
+            continue
+        name = ast.unparse(node)
+        assert not name.startswith("tl.atomic"), f"line {node.lineno}: atomics make the result depend on the order"
+        assert name != "triton.autotune", f"line {node.lineno}: pick_* chooses tiles"
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE / "kernels"), ids=lambda path: path.name)
+def test_every_masked_load_names_what_masked_lanes_hold(path: Path) -> None:
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load":
+            keywords = {keyword.arg for keyword in node.keywords}
+            masked = "mask" in keywords or len(node.args) > 1
+            assert not masked or "other" in keywords or len(node.args) > 2, f"line {node.lineno}"
+
+
+FORWARD = """
+import torch
+model = vit_triton.ViT(image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, dim_head=8, mlp_dim=32,
+                       backend="torch")
+assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 3)
+"""
+
+# As on a machine without Triton: no finder knows it. Nor does any find package metadata.
+NO_TRITON = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] == "triton" else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+"""
+
+REFUSED = """
+try:
+    vit_triton.functional.layer_norm(torch.ones(2, 4), None, None, backend="triton")
+except RuntimeError as error:
+    assert "triton" in str(error) and "backend" in str(error), error
+else:
+    raise AssertionError("backend triton ran without Triton")
+assert torch.isfinite(vit_triton.functional.layer_norm(torch.ones(2, 4), None, None)).all()
+"""
+
+
+def run_python(code: str, *, cwd: Path, **environment: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_works_without_triton_from_a_bare_checkout(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "vit_triton", ignore=shutil.ignore_patterns("__pycache__"))
+    where = f"assert vit_triton.__file__.startswith({str(tmp_path)!r}), vit_triton.__file__\n"
+    version = "assert vit_triton.__version__\n"
+    code = NO_TRITON + "import vit_triton, vit_triton.functional\n" + where + version + FORWARD + REFUSED
+    run_python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "vit_triton timm torchvision transformers",
+        "transformers torchvision timm vit_triton",
+        "timm vit_triton transformers torchvision",
+        "torchvision vit_triton timm transformers",
+    ],
+)
+def test_imports_in_any_order(order: str) -> None:
+    for name in order.split():
+        pytest.importorskip(name)
+    # The repository's root as working directory puts the link `kernels` on the path: transformers must not take it
+    # for Hugging Face's package. ViTModel makes its lazy import real.
+    run_python(f"import {', '.join(order.split())}\ntransformers.ViTModel\n" + FORWARD, cwd=ROOT)

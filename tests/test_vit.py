@@ -1,0 +1,555 @@
+"""ViT against vit_pytorch's: the same parameters, numbers, gradients, hooks and training curve."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import vit_pytorch
+from torch import Tensor, nn
+from vit_pytorch.recorder import Recorder
+
+import vit_triton
+from vit_triton import ViT
+from vit_triton.modules import Transformer
+
+BASE = {
+    "image_size": 16,
+    "patch_size": 8,
+    "num_classes": 5,
+    "dim": 24,
+    "depth": 2,
+    "heads": 2,
+    "mlp_dim": 40,
+    "dim_head": 8,
+}
+
+# One configuration per semantic of vit_pytorch.ViT; 24 = dim is never heads * dim_head unless the name says so.
+CONFIGS = {
+    "class token": {},
+    "mean pool": {"pool": "mean"},
+    "all tokens": {"num_classes": 0},
+    "all tokens, mean": {"num_classes": 0, "pool": "mean"},
+    "no output projection": {"heads": 1, "dim_head": 24},
+    "one narrow head": {"heads": 1, "dim_head": 16},
+    "heads wider than dim": {"heads": 3, "dim_head": 20},
+    "heads as wide as dim": {"heads": 3, "dim_head": 8},
+    "non-square": {"image_size": (24, 16), "patch_size": (12, 4)},
+    "grayscale": {"channels": 1},
+    "five channels": {"channels": 5},
+    "one patch": {"image_size": 8, "patch_size": 8},
+    "odd sizes": {"image_size": 21, "patch_size": 7, "dim": 37, "mlp_dim": 53, "heads": 3, "dim_head": 10},
+    "no blocks": {"depth": 0},
+    "dropout, off in eval": {"dropout": 0.3, "emb_dropout": 0.2},
+}
+
+
+def sizes(config: dict) -> tuple[int, int, int]:
+    size = config["image_size"]
+    return config.get("channels", 3), *(size if isinstance(size, tuple) else (size, size))
+
+
+def images(config: dict, batch: int = 2) -> Tensor:
+    return torch.randn(batch, *sizes(config), generator=torch.Generator().manual_seed(1))
+
+
+def both(backend: str, **changes) -> tuple[nn.Module, nn.Module, dict]:
+    """vit_pytorch's model, ours with its parameters, and the configuration; in eval mode."""
+    config = {**BASE, **changes}
+    torch.manual_seed(0)
+    theirs = vit_pytorch.ViT(**config)
+    with torch.no_grad():  # LayerNorms start at weight 1 and bias 0, which would hide a swap
+        for parameter in theirs.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    ours = ViT(**config, backend=backend)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs.eval(), ours.eval(), config
+
+
+def assert_as_precise(ours: Tensor | None, theirs: Tensor | None, exact: Tensor | None, what: str = "output") -> None:
+    """Our float32 error against the float64 model is at most four times vit_pytorch's own.
+
+    A handful of elements is too few for the ratio of two roundings to settle, hence a floor of 16 eps.
+    """
+    assert (ours is None) == (theirs is None), what
+    if ours is None or theirs is None or exact is None:
+        return
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, what
+    error = (ours.double() - exact).norm()
+    allowed = 4 * (theirs.double() - exact).norm() + 16 * torch.finfo(theirs.dtype).eps * exact.norm()
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def run(model: nn.Module, image: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """The output, and the gradients of image and parameters for a loss that weighs every output differently."""
+    image = image.clone().requires_grad_()
+    out = model(image)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
+    (out * weights).sum().backward()
+    return out.detach(), {"image": image.grad, **{name: p.grad for name, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
+def test_outputs_and_gradients_are_those_of_vit_pytorch(backend, changes):
+    theirs, ours, config = both(backend, **changes)
+    image = images(config)
+    exact_out, exact = run(copy.deepcopy(theirs).double(), image.double())
+    their_out, their_grads = run(theirs, image)
+    our_out, our_grads = run(ours, image)
+    assert_as_precise(our_out, their_out, exact_out)
+    assert our_grads.keys() == their_grads.keys()
+    for name, grad in our_grads.items():
+        assert_as_precise(grad, their_grads[name], exact[name], name)
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
+def test_state_dicts_are_exchanged_both_ways(changes):
+    config = {**BASE, **changes}
+    theirs, ours = vit_pytorch.ViT(**config), ViT(**config)
+    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    assert list(shapes.items()) == [(name, tensor.shape) for name, tensor in ours.state_dict().items()]
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ViT(**config).state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
+def test_same_children_and_same_weights_from_one_seed(changes):
+    config = {**BASE, **changes}
+    torch.manual_seed(3)
+    theirs = vit_pytorch.ViT(**config)
+    torch.manual_seed(3)
+    ours = ViT(**config)
+    assert [name for name, _ in ours.named_children()] == [name for name, _ in theirs.named_children()]
+    assert {name for name, _ in ours.named_modules()} == {name for name, _ in theirs.named_modules()}
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(parameter, ours.get_parameter(name)), name
+
+
+def test_signature_is_theirs_plus_backend():
+    theirs = inspect.signature(vit_pytorch.ViT.__init__).parameters
+    ours = dict(inspect.signature(ViT.__init__).parameters)
+    assert ours.pop("backend").default is None
+    assert list(ours) == list(theirs)
+    for name, parameter in theirs.items():
+        assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("size", [(8, 8), (16, 8), (8, 24)])
+def test_smaller_images_use_the_first_positions(backend, pool, size):
+    theirs, ours, _ = both(backend, image_size=(16, 24), pool=pool)
+    image = torch.randn(2, 3, *size)
+    exact_out, exact = run(copy.deepcopy(theirs).double(), image.double())
+    their_out, their_grads = run(theirs, image)
+    our_out, our_grads = run(ours, image)
+    assert_as_precise(our_out, their_out, exact_out)
+    for name, grad in our_grads.items():
+        assert_as_precise(grad, their_grads[name], exact[name], name)
+
+
+def test_images_of_any_layout(backend):
+    _, ours, config = both(backend)
+    image = images(config)
+    expected = ours(image)
+    crop = torch.nn.functional.pad(image, (3, 2, 1, 5))[..., 1:17, 3:19]
+    for other in (image.contiguous(memory_format=torch.channels_last), crop):
+        assert not other.is_contiguous()
+        assert torch.equal(ours(other), expected)
+
+
+def test_empty_batch(backend):
+    theirs, ours, config = both(backend)
+    image = images(config, batch=0)
+    assert ours(image).shape == theirs(image).shape == (0, 5)
+    ours(image).sum().backward()
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_autocast(backend):
+    theirs, ours, config = both(backend)
+    image = images(config)
+    exact = copy.deepcopy(theirs).double()(image.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours_out, theirs_out = ours(image), theirs(image)
+    assert_as_precise(ours_out, theirs_out, exact)
+
+
+def test_half_precision_model(backend):
+    theirs, ours, config = both(backend)
+    image = images(config).bfloat16()
+    exact = copy.deepcopy(theirs).double()(image.double())
+    assert_as_precise(ours.bfloat16()(image), theirs.bfloat16()(image), exact)
+
+
+def test_training_follows_vit_pytorch(backend):
+    theirs, ours, config = both(backend)
+    image, labels = images(config, batch=5), torch.arange(5)
+    curves = []
+    for model in (theirs, ours):
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        losses = []
+        for _ in range(10):
+            loss = nn.functional.cross_entropy(model(image), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(np.array(losses))
+    theirs_curve, ours_curve = curves
+    assert theirs_curve[-1] < 0.5 * theirs_curve[0]
+    # Adam divides by the gradient's size, so a rounding difference in a tiny gradient grows over the steps.
+    np.testing.assert_allclose(ours_curve, theirs_curve, rtol=1e-3)
+
+
+class TestDropout:
+    def test_only_in_training_and_reproducible(self, backend):
+        _, model, config = both(backend, dropout=0.3, emb_dropout=0.3)
+        image = images(config)
+        state = torch.get_rng_state()
+        expected = model(image)
+        assert torch.equal(state, torch.get_rng_state()), "evaluation drew random numbers"
+        model.train()
+        runs = []
+        for seed in (7, 7, 8):
+            torch.manual_seed(seed)
+            runs.append(model(image))
+        assert torch.equal(runs[0], runs[1])
+        assert not torch.equal(runs[0], runs[2]) and not torch.equal(runs[0], expected)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "dropout",
+            "transformer.layers.0.0.dropout",
+            "transformer.layers.0.0.to_out.1",
+            "transformer.layers.0.1.net.3",
+            "transformer.layers.0.1.net.5",
+        ],
+    )
+    def test_each_place_obeys_its_own_module(self, backend, name):
+        """As for Monte-Carlo dropout: the model in eval mode, single Dropout modules switched to train."""
+        _, model, config = both(backend, dropout=0.5, emb_dropout=0.5)
+        image = images(config)
+        expected = model(image)
+        dropout = model.get_submodule(name)
+        dropout.train()
+        assert not torch.equal(model(image), expected)
+        dropout.p = 0.0
+        assert torch.equal(model(image), expected)
+
+
+class TestHooks:
+    """A hook sees what it would see in vit_pytorch, wherever it is."""
+
+    NAMES = [name for name, _ in vit_pytorch.ViT(**{**BASE, "depth": 1}).named_modules() if name]
+    # Containers whose forward nobody calls, in either library.
+    NAMES = [name for name in NAMES if name not in ("transformer.layers", "transformer.layers.0")]
+
+    @staticmethod
+    def seen(model: nn.Module, image: Tensor, names: list[str]) -> dict[str, Tensor]:
+        seen = {}
+
+        def hook_for(name):
+            def hook(_, inputs, output):
+                seen[f"{name} input"], seen[f"{name} output"] = inputs[0].detach(), output.detach()
+
+            return hook
+
+        hooks = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
+        seen["logits"] = model(image).detach()
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    @pytest.mark.parametrize("names", [*([name] for name in NAMES), NAMES], ids=[*NAMES, "all at once"])
+    def test_same_inputs_and_outputs(self, backend, names):
+        theirs, ours, config = both(backend, depth=1)
+        image = images(config)
+        exact = self.seen(copy.deepcopy(theirs).double(), image.double(), names)
+        their, our = self.seen(theirs, image, names), self.seen(ours, image, names)
+        assert our.keys() == their.keys() == exact.keys()
+        for what, value in our.items():
+            assert_as_precise(value, their[what], exact[what], what)
+
+    def test_backward_hooks(self, backend):
+        theirs, ours, config = both(backend, depth=1)
+        image = images(config)
+        grads = []
+        for model in (theirs, ours):
+            seen = {}
+            for name in ("to_patch_embedding.2", "transformer.layers.0.0.to_qkv", "transformer.layers.0.1"):
+                model.get_submodule(name).register_full_backward_hook(
+                    lambda _, __, grad_output, name=name, seen=seen: seen.update({name: grad_output[0]})
+                )
+            run(model, image)
+            grads.append(seen)
+        assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 3
+        for name, grad in grads[0].items():
+            torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
+
+
+class TestReplacedParts:
+    """A part somebody replaced or wrapped is used; nothing is fused past it."""
+
+    @pytest.mark.parametrize(
+        ("name", "make"),
+        [
+            ("transformer.layers.0.1.net.2", nn.ReLU),
+            ("transformer.layers.0.1.net.2", lambda: nn.GELU(approximate="tanh")),
+            ("transformer.layers.0.0.attend", lambda: nn.Softmin(dim=-1)),
+            ("transformer.layers.0.0.to_qkv", lambda: nn.Linear(24, 48)),
+            ("transformer.layers.0.0.to_out", lambda: nn.Linear(16, 24)),
+            ("transformer.layers.0.0.norm", nn.Identity),
+            ("transformer.layers.0.1", lambda: nn.Linear(24, 24)),
+            ("to_patch_embedding.1", nn.Identity),
+            ("to_latent", lambda: nn.LayerNorm(24)),
+            ("mlp_head", lambda: nn.Linear(24, 3)),
+        ],
+    )
+    def test_is_called(self, backend, name, make):
+        theirs, ours, config = both(backend, depth=1)
+        torch.manual_seed(5)
+        part = make()
+        for model in (theirs, ours):
+            model.set_submodule(name, part)
+        image = images(config)
+        double = copy.deepcopy(theirs).double()
+        assert_as_precise(ours(image).detach(), theirs(image).detach(), double(image.double()).detach())
+
+    def test_parametrised_weights_stay_fused(self, backend):
+        theirs, ours, config = both(backend, depth=1)
+        for model in (theirs, ours):
+            nn.utils.parametrizations.weight_norm(model.transformer.layers[0][1].net[1])
+            torch.nn.init.constant_(model.transformer.layers[0][1].net[1].parametrizations.weight.original0, 2.0)
+        image = images(config)
+        torch.testing.assert_close(ours(image), theirs(image), rtol=1e-4, atol=1e-5)
+
+    def test_forward_replaced_on_the_instance(self, backend):
+        _, ours, config = both(backend, depth=1)
+        calls = []
+        linear = ours.transformer.layers[0][0].to_qkv
+        original = linear.forward
+        linear.forward = lambda x: calls.append(x.shape) or original(x)
+        ours(images(config))
+        assert calls == [(2, 5, 24)]
+
+
+def test_parts_of_the_patch_embedding_work_alone(backend):
+    theirs, ours, config = both(backend)
+    image = images(config)
+    rows = ours.to_patch_embedding[0](image)
+    assert torch.equal(rows, theirs.to_patch_embedding[0](image))
+    whole = theirs.to_patch_embedding(image)
+    for tokens in (
+        ours.to_patch_embedding(image),
+        ours.to_patch_embedding[1:](rows),
+        ours.to_patch_embedding[:2](image),
+    ):
+        expected = whole if tokens.shape == whole.shape else theirs.to_patch_embedding[:2](image)
+        torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
+    chained = nn.Sequential(*ours.to_patch_embedding[1:])(rows)
+    torch.testing.assert_close(chained, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_transformer_takes_tokens_from_others(backend):
+    theirs, ours, _ = both(backend)
+    tokens = torch.randn(3, 7, 24)
+    torch.testing.assert_close(ours.transformer(tokens), theirs.transformer(tokens), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"x must be 3-D.*\(7, 24\)"):
+        ours.transformer(tokens[0])
+
+
+class TestCopies:
+    def test_deepcopy(self, backend):
+        _, model, config = both(backend)
+        image = images(config)
+        twin = copy.deepcopy(model)
+        assert twin.backend == backend and torch.equal(twin(image), model(image))
+        with torch.no_grad():
+            twin.cls_token.add_(1)
+        assert not torch.equal(twin(image), model(image))
+
+    def test_pickle_and_torch_save(self, backend):
+        _, model, config = both(backend)
+        image = images(config)
+        expected = model(image)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(image), expected)
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        assert torch.equal(torch.load(buffer, weights_only=False)(image), expected)
+
+
+class TestBackend:
+    def test_is_remembered_by_every_part_and_can_be_changed(self):
+        model = ViT(**BASE, backend="torch")
+        parts = [module for module in model.modules() if hasattr(module, "backend")]
+        assert len(parts) > 10 and {part.backend for part in parts} == {"torch"}
+        model.backend = "auto"
+        assert {part.backend for part in parts} == {"auto"}
+        with pytest.raises(ValueError, match="cuda"):
+            model.backend = "cuda"
+
+    def test_backends_agree(self, backend):
+        _, model, config = both(backend)
+        image = images(config)
+        out = model(image)
+        model.backend = "torch"
+        torch.testing.assert_close(out, model(image), rtol=1e-5, atol=1e-5)
+
+    def test_none_follows_the_context(self, backend):
+        _, model, config = both(backend)
+        image = images(config)
+        expected = model(image)
+        model.backend = None
+        with vit_triton.use_backend(backend):
+            assert torch.equal(model(image), expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"pool": "mean", "dropout": 0.2}], ids=["class token", "mean and dropout"])
+def test_compiles_into_one_graph(backend, changes):
+    _, model, config = both(backend, depth=1, **changes)
+    image = images(config)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(image), model(image), rtol=1e-5, atol=1e-5)
+    model.train()
+    compiled(image).sum().backward()
+    torch._dynamo.reset()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"image_size": 30}, ValueError, r"image_size 30 x 30 .* patch_size 8 x 8"),
+        ({"image_size": (16, 20)}, ValueError, r"image_size 16 x 20 .* patch_size 8 x 8"),
+        ({"patch_size": (8, 5)}, ValueError, r"image_size 16 x 16 .* patch_size 8 x 5"),
+        ({"patch_size": 0}, ValueError, r"patch_size must be at least 1, got 0"),
+        ({"image_size": -16}, ValueError, r"image_size must be at least 1, got -16"),
+        ({"image_size": "16"}, TypeError, r"image_size must be an integer, got '16'"),
+        ({"patch_size": (8, 8, 8)}, TypeError, r"patch_size must be an integer.*, got \(8, 8, 8\)"),
+        ({"pool": "max"}, ValueError, r"pool must be 'cls' or 'mean', got 'max'"),
+        ({"backend": "cuda"}, ValueError, r"backend.*'cuda'"),
+        ({"heads": 0}, ValueError, r"heads must be at least 1, got 0"),
+        ({"heads": 2.0}, TypeError, r"heads must be an integer, got 2.0"),
+        ({"dim": 0}, ValueError, r"dim must be at least 1, got 0"),
+        ({"dim_head": -1}, ValueError, r"dim_head must be at least 1, got -1"),
+        ({"mlp_dim": 0}, ValueError, r"mlp_dim must be at least 1, got 0"),
+        ({"channels": 0}, ValueError, r"channels must be at least 1, got 0"),
+        ({"depth": -1}, ValueError, r"depth must be at least 0, got -1"),
+        ({"num_classes": -1}, ValueError, r"num_classes must be at least 0, got -1"),
+        ({"dropout": 1.5}, ValueError, r"dropout must be between 0 and 1, got 1.5"),
+        ({"emb_dropout": -0.1}, ValueError, r"emb_dropout must be between 0 and 1, got -0.1"),
+    ],
+)
+def test_bad_configuration_names_argument_and_values(changes, error, message):
+    with pytest.raises(error, match=message):
+        ViT(**{**BASE, **changes})
+
+
+def test_numpy_integers_are_integers():
+    model = ViT(**{**BASE, "dim": np.int64(24), "num_classes": np.int32(5)}, backend="torch")
+    assert model(images(BASE)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (np.zeros((1, 3, 16, 16), np.float32), TypeError, r"image must be a torch.Tensor.*ndarray"),
+        (torch.zeros(3, 16, 16), ValueError, r"image must be 4-D.*\(3, 16, 16\).*batch dimension"),
+        (torch.zeros(1, 1, 3, 16, 16), ValueError, r"image must be 4-D.*\(1, 1, 3, 16, 16\)"),
+        (torch.zeros(1, 1, 16, 16), ValueError, r"image must have 3 channels.*\(1, 1, 16, 16\)"),
+        (torch.zeros(1, 16, 16, 3), ValueError, r"image of 16 x 3 pixels .* 8 x 8"),
+        (torch.zeros(1, 3, 16, 12), ValueError, r"image of 16 x 12 pixels .* 8 x 8"),
+        (torch.zeros(1, 3, 0, 16), ValueError, r"image of 0 x 16 pixels"),
+        (torch.zeros(1, 3, 24, 16), ValueError, r"24 x 16 pixels has 6 patches .* positions for 4"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), TypeError, r"image .*torch.uint8.*normalise"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.int64), TypeError, r"image .*torch.int64"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.complex64), TypeError, r"image .*torch.complex64"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.float64), (TypeError, ValueError), r"float64"),
+        (torch.zeros(1, 3, 16, 16, device="meta"), ValueError, r"meta"),
+    ],
+    ids=lambda value: f"{value.dtype} {tuple(value.shape)}" if hasattr(value, "shape") else None,
+)
+def test_bad_image_is_refused_by_name(backend, image, error, message):
+    model = ViT(**BASE, backend=backend)
+    with pytest.raises(error, match=message):
+        model(image)
+
+
+class TestAttentionMaps:
+    @pytest.mark.parametrize("changes", [{}, {"pool": "mean"}, {"heads": 1, "dim_head": 24}], ids=str)
+    def test_equal_recorder(self, backend, changes):
+        theirs, ours, config = both(backend, **changes)
+        image = images(config)
+        with torch.no_grad():
+            recorder = Recorder(theirs)
+            _, expected = recorder(image)
+            recorder.eject()
+        maps = vit_triton.attention_maps(ours, image)
+        assert maps.shape == expected.shape and maps.dtype == torch.float32 and not maps.requires_grad
+        torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]), rtol=1e-5, atol=0)
+        assert not any(module._forward_pre_hooks for module in ours.modules())
+
+    def test_one_query(self, backend):
+        _, ours, config = both(backend)
+        image = images(config)
+        maps = vit_triton.attention_maps(ours, image)
+        for query in (0, 3, -1):
+            row = vit_triton.attention_maps(ours, image, query=query)
+            torch.testing.assert_close(row, maps[..., query, :], rtol=1e-5, atol=1e-7)
+        with pytest.raises(ValueError, match="query must be one of the model's 5 tokens, got 5"):
+            vit_triton.attention_maps(ours, image, query=5)
+        assert not any(module._forward_pre_hooks for module in ours.modules())
+
+    def test_half_precision_rows_still_sum_to_one(self, backend):
+        _, ours, config = both(backend)
+        maps = vit_triton.attention_maps(ours.bfloat16(), images(config).bfloat16())
+        torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]), rtol=1e-4, atol=0)
+
+    def test_refuses_a_model_without_attention(self):
+        with pytest.raises(ValueError, match="model must contain .*got a Linear"):
+            vit_triton.attention_maps(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+class TestMemory:
+    """What a pre-norm block of width d with a 4d MLP keeps for the backward pass, in tokens x d elements."""
+
+    @staticmethod
+    def kept_bytes(depth: int, tokens: int, dim: int, dtype: torch.dtype, backend: str) -> int:
+        model = Transformer(dim, depth, dim // 64, 64, 4 * dim, backend=backend).to(dtype)
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                storages[storage.data_ptr()] = storage  # holding it keeps its address from being used again
+            return tensor
+
+        x = torch.randn(1, tokens, dim, dtype=dtype, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = model(x)
+        size = sum(storage.nbytes() for storage in storages.values())
+        out.sum().backward()
+        return size
+
+    def test_of_a_block(self, triton_backend):
+        tokens, dim, dtype = 16, 768, torch.bfloat16
+        kept = [self.kept_bytes(depth, tokens, dim, dtype, triton_backend) for depth in (1, 2)]
+        per_block = (kept[1] - kept[0]) / (tokens * dim * dtype.itemsize)
+        assert 10 <= per_block <= 10.3
+
+    def test_nothing_in_inference(self, backend):
+        _, model, config = both(backend)
+        saved = []
+        with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+            model(images(config))
+        assert not saved

@@ -1,0 +1,10 @@
+"""Vision Transformers on hand-written Triton kernels."""
+
+from vit_triton import functional, reference
+from vit_triton.backend import use_backend
+from vit_triton.inspection import attention_maps
+from vit_triton.models import ViT
+
+__version__ = "0.1.0"
+
+__all__ = ["ViT", "attention_maps", "functional", "reference", "use_backend"]

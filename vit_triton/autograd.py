@@ -1,0 +1,195 @@
+"""One ``torch.autograd.Function`` per op: what is kept for the backward pass, and which gradients are computed.
+
+Every backward is differentiable once: a second derivative raises, forward mode raises (there is no jvp). Scalars live
+on ``ctx``, tensors in ``save_for_backward``, where saved-tensor hooks and checkpointing see them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from vit_triton import ops  # noqa: F401 - defines torch.ops.vit_triton
+
+
+def _op(name: str) -> Any:
+    return getattr(torch.ops.vit_triton, name).default
+
+
+def _only(grads: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+
+
+class AttentionFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, q, k, v, seed, scale: float, dropout_p: float):
+        out, lse = _op("attention_fwd")(q, k, v, seed, scale, dropout_p)
+        ctx.save_for_backward(q, k, v, out, lse, seed)
+        ctx.set_materialize_grads(False)
+        ctx.scale, ctx.dropout_p = scale, dropout_p
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do, dlse):
+        q, k, v, out, lse, seed = ctx.saved_tensors
+        do = out.new_zeros(()).expand_as(out) if do is None else do
+        grads = _op("attention_bwd")(do, q, k, v, out, lse, dlse, seed, ctx.scale, ctx.dropout_p)
+        return *_only(grads, ctx.needs_input_grad[:3]), None, None, None
+
+
+class AttentionPackedFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, qkv, seed, scale: float, dropout_p: float):
+        out, lse = _op("attention_packed_fwd")(qkv, seed, scale, dropout_p)
+        ctx.save_for_backward(qkv, out, lse, seed)
+        ctx.set_materialize_grads(False)
+        ctx.scale, ctx.dropout_p = scale, dropout_p
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do, dlse):
+        qkv, out, lse, seed = ctx.saved_tensors
+        do = out.new_zeros(()).expand_as(out) if do is None else do
+        return _op("attention_packed_bwd")(do, qkv, out, lse, dlse, seed, ctx.scale, ctx.dropout_p), None, None, None
+
+
+class LinearFunction(Function):
+    """x (M, K), residual (M, N). ``residual_is_x`` stands for passing x twice, which Dynamo cannot trace; the two
+    gradients of x are then added where the norm's backward kernel writes one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x, weight, bias, norm_weight, norm_bias, residual, seed, eps, dropout_p: float, residual_is_x: bool
+    ):
+        y, mean, rstd = _op("linear_fwd")(
+            x, weight, bias, norm_weight, norm_bias, x if residual_is_x else residual, seed, eps, dropout_p
+        )
+        if eps is None:
+            mean = rstd = None
+        ctx.save_for_backward(x, weight, norm_weight, norm_bias, mean, rstd, seed)
+        ctx.dropout_p, ctx.residual_is_x = dropout_p, residual_is_x
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy):
+        needs_x, needs_weight, needs_bias, needs_norm_weight, needs_norm_bias, needs_residual, *_ = ctx.needs_input_grad
+        grads = _op("linear_bwd")(
+            dy,
+            *ctx.saved_tensors,
+            ctx.dropout_p,
+            ctx.residual_is_x,
+            needs_bias,
+            needs_x or needs_norm_weight or needs_norm_bias,
+            needs_weight or needs_bias,
+        )
+        wanted = (needs_x, needs_weight, needs_bias, needs_norm_weight, needs_norm_bias)
+        return *_only(grads, wanted), dy if needs_residual else None, None, None, None, None
+
+
+class MlpFunction(Function):
+    """x and residual (M, K); ``residual_is_x`` as in :class:`LinearFunction`. Keeps x, the pre-activation and the
+    statistics of the norm."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x, w1, b1, w2, b2, norm_weight, norm_bias, residual, hidden_seed, seed,
+        eps, activation: str, hidden_dropout_p: float, dropout_p: float, residual_is_x: bool,
+    ):  # fmt: skip
+        y, pre, mean, rstd = _op("mlp_fwd")(
+            x, w1, b1, w2, b2, norm_weight, norm_bias, x if residual_is_x else residual, hidden_seed, seed,
+            eps, activation, hidden_dropout_p, dropout_p, True,
+        )  # fmt: skip
+        if eps is None:
+            mean = rstd = None
+        ctx.save_for_backward(x, w1, w2, norm_weight, norm_bias, pre, mean, rstd, hidden_seed, seed)
+        ctx.scalars = activation, hidden_dropout_p, dropout_p, residual_is_x
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy):
+        (needs_x, needs_w1, needs_b1, needs_w2, needs_b2, needs_norm_weight, needs_norm_bias, needs_residual, *_) = (
+            ctx.needs_input_grad
+        )
+        grads = _op("mlp_bwd")(
+            dy,
+            *ctx.saved_tensors,
+            *ctx.scalars,
+            needs_b1,
+            needs_b2,
+            needs_x or needs_norm_weight or needs_norm_bias,
+            needs_w1 or needs_b1 or needs_w2 or needs_b2,
+        )
+        wanted = (needs_x, needs_w1, needs_b1, needs_w2, needs_b2, needs_norm_weight, needs_norm_bias)
+        return *_only(grads, wanted), dy if needs_residual else None, *(None,) * 7
+
+
+class LayerNormFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, eps: float):
+        y, mean, rstd = _op("layer_norm_fwd")(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy):
+        grads = _op("layer_norm_bwd")(dy, *ctx.saved_tensors, None)
+        return *_only(grads, ctx.needs_input_grad[:3]), None
+
+
+class AddLayerNormFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, x, residual, weight, bias, eps: float):
+        y, total, mean, rstd = _op("add_layer_norm_fwd")(x, residual, weight, bias, eps)
+        ctx.save_for_backward(total, weight, mean, rstd)
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy, dtotal):
+        needs_x, needs_residual, *needs_norm, _ = ctx.needs_input_grad
+        if dy is None:
+            return *_only((dtotal, dtotal), (needs_x, needs_residual)), None, None, None
+        dx, *dnorm = _op("layer_norm_bwd")(dy, *ctx.saved_tensors, dtotal)
+        return *_only((dx, dx, *dnorm), (needs_x, needs_residual, *needs_norm)), None
+
+
+class PatchEmbedFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, image, weight, bias, pos, prefix, pre_weight, pre_bias, post_weight, post_bias, mean, std,
+        pre_eps, post_eps, patch_size: tuple[int, int], patch_order: str,
+    ):  # fmt: skip
+        tokens, z, *stats = _op("patch_embed_fwd")(
+            image, weight, bias, pos, prefix, pre_weight, pre_bias, pre_eps, post_weight, post_bias, post_eps,
+            mean, std, patch_size, patch_order,
+        )  # fmt: skip
+        pre_stats = stats[:2] if pre_eps is not None else (None, None)
+        z, *post_stats = (z, *stats[2:]) if post_eps is not None else (None, None, None)
+        ctx.save_for_backward(
+            image, weight, z, *pre_stats, *post_stats, pre_weight, pre_bias, post_weight, post_bias, mean, std
+        )
+        ctx.scalars = pre_eps, post_eps, patch_size, patch_order, 0 if prefix is None else prefix.shape[0]
+        return tokens
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtokens):
+        image, weight, z, pre_mean, pre_rstd, post_mean, post_rstd, pre_weight, pre_bias, post_weight, post_bias, *rest = (
+            ctx.saved_tensors
+        )
+        pre_eps, post_eps, patch_size, patch_order, n_prefix = ctx.scalars
+        needs = ctx.needs_input_grad
+        dimage, dweight, dbias, dpre_weight, dpre_bias, dpost_weight, dpost_bias, dpos, dprefix = _op("patch_embed_bwd")(
+            dtokens, image, weight, z, pre_mean, pre_rstd, post_mean, post_rstd, pre_weight, pre_bias, pre_eps,
+            post_weight, post_bias, post_eps, *rest, patch_size, patch_order, n_prefix, needs[0],
+        )  # fmt: skip
+        grads = (dimage, dweight, dbias, dpos, dprefix, dpre_weight, dpre_bias, dpost_weight, dpost_bias)
+        return *_only(grads, needs[:9]), *(None,) * 6

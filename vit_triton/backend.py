@@ -1,0 +1,145 @@
+"""Which implementation runs: the Triton kernels or the PyTorch reference.
+
+A ``backend`` argument decides; without one, :func:`use_backend`; without that, the environment variable
+``VIT_TRITON_BACKEND``; without that, "auto".
+"""
+
+import importlib.util
+import os
+import warnings
+from types import TracebackType
+
+import torch
+
+BACKENDS = ("triton", "torch", "auto")
+ENVIRONMENT_VARIABLE = "VIT_TRITON_BACKEND"
+
+_default: str | None = None  # what use_backend set
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_GPU_TYPES = ("cuda", "xpu")
+
+
+def check_backend_name(name: str, argument: str = "backend") -> str:
+    """Return ``name`` if it is a backend's; ValueError if not."""
+    if name not in BACKENDS:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+class use_backend:  # noqa: N801 - used like a function, as torch.set_grad_enabled is
+    """Set the backend of every op and model that was not given one; as a context manager, until its end.
+
+    Args:
+        name: "triton", "torch" or "auto".
+
+    Raises:
+        ValueError: for any other name.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _default
+        check_backend_name(name, "name")
+        self._previous = _default
+        _default = name
+
+    def __enter__(self) -> "use_backend":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _default
+        _default = self._previous
+
+
+def resolve_backend(backend: str | None, x: torch.Tensor) -> str:
+    """ "triton" or "torch" for an op on ``x``.
+
+    "auto" takes "triton" for float32, float16, bfloat16 and uint8 tensors on a GPU where Triton is installed, else
+    "torch". An explicit "triton" runs or raises, it never falls back.
+
+    Raises:
+        ValueError: if the name is unknown.
+        RuntimeError: if "triton" was asked for and cannot run on the device of ``x``.
+    """
+    if backend is not None:
+        name = check_backend_name(backend)
+    elif _default is not None:
+        name = _default
+    else:
+        name = check_backend_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+    if name == "auto":
+        runs = _TRITON_INSTALLED and x.device.type in _GPU_TYPES and x.dtype != torch.float64
+        return "triton" if runs else "torch"
+    if name == "triton":
+        _require_triton(x.device.type)
+    return name
+
+
+def _require_triton(device_type: str) -> None:
+    if not _TRITON_INSTALLED:
+        raise RuntimeError(
+            'backend "triton" needs the package triton (pip install triton; Linux only); use backend="torch" without it'
+        )
+    if device_type == "cpu":
+        cpu_vehicle()
+    elif device_type not in (*_GPU_TYPES, "meta"):
+        raise RuntimeError(
+            f'backend "triton" runs on {", ".join(_GPU_TYPES)} and cpu tensors, got a tensor on {device_type}; '
+            'use backend="torch"'
+        )
+
+
+def cpu_vehicle() -> str:
+    """What runs a Triton kernel on CPU tensors now: "interpreter" or "driver" (one that is active and serves the CPU).
+
+    Raises:
+        RuntimeError: if nothing does.
+    """
+    return _cpu_vehicle()
+
+
+# A constant while torch.compile traces: what it asks (Triton's state at import, its active driver) is no tensor's
+# business, and Dynamo cannot follow it. This is what torch.compiler.assume_constant_result sets, without importing
+# Dynamo, which takes a second.
+def _cpu_vehicle() -> str:
+    import triton
+    from triton.runtime import driver
+    from triton.runtime.interpreter import InterpretedFunction
+
+    interpreting = isinstance(triton.language.cdiv, InterpretedFunction)
+    if interpreting != bool(triton.knobs.runtime.interpret):
+        raise RuntimeError(
+            "TRITON_INTERPRET was changed after Triton had been imported, which decides it: set it in the environment "
+            "before Python starts, and leave it"
+        )
+    if interpreting:
+        _warn_once_of_the_interpreter()
+        return "interpreter"
+    try:
+        device_type = driver.active.get_active_torch_device().type
+    except RuntimeError:  # Triton's answer where no driver is active
+        device_type = None
+    if device_type == "cpu":
+        return "driver"
+    raise RuntimeError(
+        'backend "triton" cannot run on CPU tensors here: move model and input to a GPU, use backend="torch" or "auto", '
+        "or, to check the kernels, start Python with TRITON_INTERPRET=1 in the environment (slow)"
+    )
+
+
+_cpu_vehicle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+_warned = False
+
+
+def _warn_once_of_the_interpreter() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "vit_triton: the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which is for checking results: "
+            "hundreds of times slower than PyTorch",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,498 @@
+"""The ops as functions: check the arguments, follow autocast, choose the backend.
+
+Every function takes float32, float16 or bfloat16 tensors (backend "torch" takes float64 too) of one dtype on one
+device, with any strides, and raises TypeError or ValueError, naming the argument, before anything runs. With autocast
+on, matrix products run in its dtype, layer_norm in float32, as PyTorch's own do. ``backend`` is None (the default of
+:func:`vit_triton.use_backend`), "triton", "torch" or "auto". Gradients are first order and reverse mode with "triton";
+anything else raises there and works with "torch".
+
+A ``norm`` is (weight, bias, eps), weight and bias of the last dimension or None.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit_triton import autograd, reference
+from vit_triton.backend import resolve_backend
+from vit_triton.reference import Norm
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+PATCH_ORDERS = ("p1 p2 c", "c p1 p2")
+MAX_HEAD_DIM = 256
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_ROWS = 2**31 - 1  # rows are counted in 32 bits by the kernels, and so are the programs of a launch
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T) v for every head (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1).
+
+    Args:
+        q: (B, N_q, H, D), D at most 256.
+        k, v: (B, N_k, H, D), N_k at least 1.
+        scale: default 1 / sqrt(D).
+        dropout_p: probability that a softmax weight is zeroed; the others grow by 1 / (1 - p).
+        return_lse: also return the log-sum-exp of each row's scaled scores, float32 (B, H, N_q), differentiable.
+
+    Returns:
+        (B, N_q, H, D), contiguous with "triton".
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x, 4, "(B, N, H, D)")
+    _check_alike("q", q, k=k, v=v)
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {_shape(k)} and {_shape(v)}")
+    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+        raise ValueError(f"q and k must agree in batch, heads and head size, got {_shape(q)} and {_shape(k)}")
+    _check_attention(q, k.shape[1], dropout_p)
+    q, k, v = _autocast(q, k, v)
+    if resolve_backend(backend, q) == "torch":
+        return reference.attention(q, k, v, scale=scale, dropout_p=dropout_p, return_lse=return_lse)
+    _check_kernel_dtype("q", q)
+    arguments = (q, k, v, _seed(q, dropout_p), _scale(scale, q), float(dropout_p))
+    out, lse = _apply(autograd.AttentionFunction, "attention_fwd", arguments, (q, k, v))
+    return (out, lse) if return_lse else out
+
+
+def attention_packed(
+    qkv: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`attention` of the three slices of one projection (B, N, 3, H, D); its gradient is packed like it."""
+    _check_tensor("qkv", qkv, 5, "(B, N, 3, H, D)")
+    if qkv.shape[2] != 3:
+        raise ValueError(f"qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
+    _check_attention(qkv[:, :, 0], qkv.shape[1], dropout_p)
+    (qkv,) = _autocast(qkv)
+    if resolve_backend(backend, qkv) == "torch":
+        return reference.attention_packed(qkv, scale=scale, dropout_p=dropout_p, return_lse=return_lse)
+    _check_kernel_dtype("qkv", qkv)
+    arguments = (qkv, _seed(qkv, dropout_p), _scale(scale, qkv), float(dropout_p))
+    out, lse = _apply(autograd.AttentionPackedFunction, "attention_packed_fwd", arguments, (qkv,))
+    return (out, lse) if return_lse else out
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """dropout(norm(x) @ weight.T + bias) + residual.
+
+    Args:
+        x: (..., K); weight: (N, K), as in ``nn.Linear``; bias: (N,); residual: (..., N).
+
+    Returns:
+        (..., N). Kept for the backward pass: x, and mean and 1/std of its rows if there is a ``norm``.
+    """
+    _check_tensor("x", x)
+    _check_linear("x", x.shape[-1:], "weight", weight, "bias", bias)
+    _check_norm("norm", norm, x.shape[-1])
+    _check_residual(residual, (*x.shape[:-1], weight.shape[0]))
+    _check_dropout("dropout_p", dropout_p)
+    _check_alike("x", x, weight=weight, bias=bias, residual=residual)
+    _check_rows(x)
+    weight, bias = _autocast(weight, bias, device=x.device)
+    if resolve_backend(backend, x) == "torch":
+        return reference.linear(x, weight, bias, norm=norm, residual=residual, dropout_p=dropout_p)
+    _check_kernel_dtype("x", x)
+    norm_weight, norm_bias, eps = _norm_parts(norm)
+    residual_is_x = residual is x
+    rows = _rows(x)
+    tensors = (rows, weight, bias, norm_weight, norm_bias, None if residual is None or residual_is_x else _rows(residual))
+    seed = _seed(x, dropout_p)
+    if _differentiating(*tensors):
+        y = autograd.LinearFunction.apply(*tensors, seed, eps, float(dropout_p), residual_is_x)
+    else:
+        y, _, _ = torch.ops.vit_triton.linear_fwd.default(
+            *tensors[:5], rows if residual_is_x else tensors[5], seed, eps, float(dropout_p)
+        )
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    norm: Norm | None = None,
+    activation: str = "gelu",
+    residual: Tensor | None = None,
+    hidden_dropout_p: float = 0.0,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """dropout(dropout(activation(norm(x) @ w1.T + b1)) @ w2.T + b2) + residual.
+
+    Args:
+        x: (..., K); w1: (N, K); b1: (N,); w2: (L, N); b2: (L,); residual: (..., L).
+        activation: "gelu" (exact), "gelu_tanh" or "quick_gelu" (x * sigmoid(1.702 x)).
+        hidden_dropout_p: after the activation. dropout_p: after the second product.
+
+    Returns:
+        (..., L). Kept for the backward pass: x, its row statistics if there is a ``norm``, and the pre-activation.
+    """
+    _check_tensor("x", x)
+    _check_linear("x", x.shape[-1:], "w1", w1, "b1", b1)
+    _check_linear("w1", w1.shape[:1], "w2", w2, "b2", b2)
+    _check_norm("norm", norm, x.shape[-1])
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    _check_residual(residual, (*x.shape[:-1], w2.shape[0]))
+    _check_dropout("hidden_dropout_p", hidden_dropout_p)
+    _check_dropout("dropout_p", dropout_p)
+    _check_alike("x", x, w1=w1, b1=b1, w2=w2, b2=b2, residual=residual)
+    _check_rows(x)
+    w1, b1, w2, b2 = _autocast(w1, b1, w2, b2, device=x.device)
+    if resolve_backend(backend, x) == "torch":
+        return reference.mlp(
+            x,
+            w1,
+            b1,
+            w2,
+            b2,
+            norm=norm,
+            activation=activation,
+            residual=residual,
+            hidden_dropout_p=hidden_dropout_p,
+            dropout_p=dropout_p,
+        )
+    _check_kernel_dtype("x", x)
+    norm_weight, norm_bias, eps = _norm_parts(norm)
+    residual_is_x = residual is x
+    rows = _rows(x)
+    tensors = (
+        *(rows, w1, b1, w2, b2, norm_weight, norm_bias),
+        None if residual is None or residual_is_x else _rows(residual),
+    )
+    seeds = _seed(x, hidden_dropout_p), _seed(x, dropout_p)
+    scalars = eps, activation, float(hidden_dropout_p), float(dropout_p)
+    if _differentiating(*tensors):
+        y = autograd.MlpFunction.apply(*tensors, *seeds, *scalars, residual_is_x)
+    else:
+        y, *_ = torch.ops.vit_triton.mlp_fwd.default(
+            *tensors[:7], rows if residual_is_x else tensors[7], *seeds, *scalars, False
+        )
+    return y.view(*x.shape[:-1], w2.shape[0])
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al. 2016, arXiv:1607.06450).
+
+    Args:
+        x: (..., D); weight, bias: (D,) or None; residual: the shape and dtype of x.
+
+    Returns:
+        The shape of x; with ``residual`` the pair (norm(x + residual), x + residual), in one pass.
+    """
+    _check_tensor("x", x)
+    _check_norm("weight and bias", (weight, bias, eps), x.shape[-1])
+    _check_residual(residual, tuple(x.shape))
+    _check_alike("x", x, residual=residual)
+    _check_rows(x)
+    x, weight, bias, residual = _autocast(x, weight, bias, residual, dtype=torch.float32)
+    if resolve_backend(backend, x) == "torch":
+        return reference.layer_norm(x, weight, bias, eps=eps, residual=residual)
+    _check_kernel_dtype("x", x)
+    if residual is None:
+        arguments = (_rows(x), weight, bias, float(eps))
+        y = _apply(autograd.LayerNormFunction, "layer_norm_fwd", arguments, (x, weight, bias))
+        return (y if isinstance(y, Tensor) else y[0]).view(x.shape)
+    rows = _rows(x)
+    # one tensor as two arguments of a Function: Dynamo needs two objects
+    other = rows.view_as(rows) if residual is x else _rows(residual)
+    y, total, *_ = _apply(
+        autograd.AddLayerNormFunction,
+        "add_layer_norm_fwd",
+        (rows, other, weight, bias, float(eps)),
+        (x, residual, weight, bias),
+    )
+    return y.view(x.shape), total.view(x.shape)
+
+
+def patch_embed(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    patch_size: int | tuple[int, int],
+    patch_order: str = "p1 p2 c",
+    pre_norm: Norm | None = None,
+    post_norm: Norm | None = None,
+    pos: Tensor | None = None,
+    prefix: Tensor | None = None,
+    mean: Tensor | Sequence[float] | None = None,
+    std: Tensor | Sequence[float] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Patches of an image, projected, with positions, behind the prefix tokens (Dosovitskiy et al. 2020,
+    arXiv:2010.11929, section 3.1).
+
+    Args:
+        image: (B, C, H, W), floating, or uint8 with ``mean`` and ``std``.
+        weight: (dim, C * p1 * p2); its columns are ordered by ``patch_order``: "p1 p2 c" (vit-pytorch) or "c p1 p2"
+            (a flattened Conv2d weight).
+        bias: (dim,).
+        patch_size: (p1, p2) or one number for both; they divide H and W.
+        pre_norm, post_norm: LayerNorm over the values of a patch, and over dim behind the projection.
+        pos: (rows, dim) with at least as many rows as there are patches; the first ones are added to the patches.
+        prefix: (n, dim), the class and register tokens, put first as they are.
+        mean, std: C values on the 0..1 scale: (x / 255 - mean) / std is computed where the uint8 image is read.
+
+    Returns:
+        (B, n + patches, dim).
+    """
+    _check_tensor("image", image, 4, "(B, C, H, W)", allow_uint8=True)
+    if patch_order not in PATCH_ORDERS:
+        raise ValueError(f"patch_order must be one of {', '.join(map(repr, PATCH_ORDERS))}, got {patch_order!r}")
+    p1, p2 = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    if p1 < 1 or p2 < 1:
+        raise ValueError(f"patch_size must be positive, got {patch_size}")
+    batch, channels, height, width = image.shape
+    if height % p1 or width % p2 or height == 0 or width == 0:
+        raise ValueError(f"image of {height} x {width} does not divide into patches of {p1} x {p2}")
+    _check_tensor("weight", weight, 2, "(dim, C * p1 * p2)")
+    if weight.shape[1] != channels * p1 * p2:
+        raise ValueError(
+            f"image with {channels} channels and patches of {p1} x {p2} needs a weight of {channels * p1 * p2} columns, "
+            f"got {_shape(weight)}"
+        )
+    _check_linear("image", weight.shape[1:], "weight", weight, "bias", bias)
+    dim = weight.shape[0]
+    patches = (height // p1) * (width // p2)
+    _check_norm("pre_norm", pre_norm, weight.shape[1])
+    _check_norm("post_norm", post_norm, dim)
+    for name, rows in (("pos", pos), ("prefix", prefix)):
+        if rows is not None:
+            _check_tensor(name, rows, 2, "(rows, dim)")
+            if rows.shape[1] != dim:
+                raise ValueError(f"{name} must have {dim} columns as weight has rows, got {_shape(rows)}")
+    if pos is not None and pos.shape[0] < patches:
+        raise ValueError(f"image has {patches} patches, more than the {pos.shape[0]} positions in pos")
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std go together: got only one of them")
+    if image.dtype == torch.uint8 and mean is None:
+        raise TypeError("image is uint8: give mean and std (on the 0..1 scale), or convert it to floating point")
+    if image.dtype != torch.uint8 and mean is not None:
+        raise TypeError(f"mean and std normalise a uint8 image, got {image.dtype}: normalise it before")
+    if image.dtype == torch.uint8:
+        mean, std = _channel_values("mean", mean, image), _channel_values("std", std, image)
+        _check_alike("weight", weight, bias=bias, pos=pos, prefix=prefix)
+        if weight.device != image.device:
+            raise ValueError(f"image and weight must be on one device, got {image.device} and {weight.device}")
+    else:
+        _check_alike("image", image, weight=weight, bias=bias, pos=pos, prefix=prefix)
+    if batch * patches > _MAX_ROWS:
+        raise ValueError(f"image has {batch * patches} patches in all, more than {_MAX_ROWS}")
+    weight, bias, pos, prefix = _autocast(weight, bias, pos, prefix, device=image.device)
+    if pos is not None:
+        pos = pos[:patches]
+    if resolve_backend(backend, weight) == "torch":
+        return reference.patch_embed(
+            image,
+            weight,
+            bias,
+            patch_size=(p1, p2),
+            patch_order=patch_order,
+            pre_norm=pre_norm,
+            post_norm=post_norm,
+            pos=pos,
+            prefix=prefix,
+            mean=mean,
+            std=std,
+        )
+    _check_kernel_dtype("weight", weight)
+    pre_weight, pre_bias, pre_eps = _norm_parts(pre_norm)
+    post_weight, post_bias, post_eps = _norm_parts(post_norm)
+    tensors = (image, weight, bias, pos, prefix, pre_weight, pre_bias, post_weight, post_bias)
+    if _differentiating(*tensors):
+        return autograd.PatchEmbedFunction.apply(*tensors, mean, std, pre_eps, post_eps, (p1, p2), patch_order)
+    tokens, *_ = torch.ops.vit_triton.patch_embed_fwd.default(
+        *tensors[:7], pre_eps, post_weight, post_bias, post_eps, mean, std, (p1, p2), patch_order
+    )
+    return tokens
+
+
+# --- running -----------------------------------------------------------------------------------------------
+
+
+def _differentiating(*tensors: Tensor | None) -> bool:
+    """Whether a gradient, or a forward-mode tangent (which the Function refuses), may pass through."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _apply(function: Any, op: str, arguments: tuple, differentiable: tuple[Tensor | None, ...]) -> Any:
+    """Through autograd if needed; else the bare operator, which keeps nothing."""
+    if _differentiating(*differentiable):
+        return function.apply(*arguments)
+    return getattr(torch.ops.vit_triton, op).default(*arguments)
+
+
+def _autocast(
+    *tensors: Tensor | None, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> tuple[Any, ...]:
+    """The tensors in autocast's dtype (or ``dtype``) where autocast is on, else as they are."""
+    device_type = (device or next(x.device for x in tensors if x is not None)).type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = dtype or torch.get_autocast_dtype(device_type)
+    return tuple(x.to(dtype) if x is not None and x.dtype in _FLOATS else x for x in tensors)
+
+
+def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
+    """A seed drawn on the device of ``x`` from torch's generator: no synchronisation, fresh in every graph replay."""
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_p > 0 else None
+
+
+def _scale(scale: float | None, x: Tensor) -> float:
+    return float(x.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _norm_parts(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, float | None]:
+    return (None, None, None) if norm is None else (norm[0], norm[1], float(norm[2]))
+
+
+def _channel_values(name: str, values: Tensor | Sequence[float] | None, image: Tensor) -> Tensor:
+    if not isinstance(values, Tensor):
+        values = _constant(tuple(values or ()), image.device)
+    if values.shape != image.shape[1:2]:
+        raise ValueError(f"{name} must have one value for each of the {image.shape[1]} channels, got {_shape(values)}")
+    return values.to(image.device, torch.promote_types(values.dtype, torch.float32))
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copied to the device once: a copy in every forward would wait for the GPU."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+# --- checking ----------------------------------------------------------------------------------------------
+
+
+def _shape(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def _check_tensor(
+    name: str, x: Any, ndim: int | None = None, layout: str = "(..., D)", *, allow_uint8: bool = False
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}")
+    if x.dtype not in (*_FLOATS, torch.float64) and not (allow_uint8 and x.dtype == torch.uint8):
+        supported = "float32, float16, bfloat16 or float64" + (" or uint8" if allow_uint8 else "")
+        raise TypeError(f"{name} must be {supported}, got {x.dtype}")
+    if x.ndim != ndim if ndim is not None else x.ndim < 1:
+        raise ValueError(f"{name} must be {layout}, got shape {_shape(x)}")
+
+
+def _check_alike(first: str, x: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is None:
+            continue
+        _check_tensor(name, other)
+        if other.device != x.device:
+            raise ValueError(f"{first} and {name} must be on one device, got {x.device} and {other.device}")
+        if other.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{first} and {name} must have one dtype, got {x.dtype} and {other.dtype}")
+
+
+def _check_kernel_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in _FLOATS:
+        raise TypeError(
+            f'{name} is {x.dtype}: backend "triton" takes float32, float16 and bfloat16; use backend="torch"'
+        )
+
+
+def _check_attention(q: Tensor, n_k: int, dropout_p: float) -> None:
+    batch, n_q, heads, head_dim = q.shape
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"the head size must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
+    if n_k < 1:
+        raise ValueError("k and v must have at least one row, got 0")
+    if batch * heads * max(n_q, n_k) > _MAX_ROWS:
+        raise ValueError(f"batch * heads * rows must be at most {_MAX_ROWS}, got {batch * heads * max(n_q, n_k)}")
+    _check_dropout("dropout_p", dropout_p)
+
+
+def _check_dropout(name: str, p: float) -> None:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name} must be between 0 and 1, got {p}")
+
+
+def _check_linear(
+    x_name: str, features: torch.Size, weight_name: str, weight: Tensor, bias_name: str, bias: Tensor | None
+) -> None:
+    _check_tensor(weight_name, weight, 2, "(out features, in features)")
+    if weight.shape[1:] != features:
+        raise ValueError(f"{weight_name} must have {features[0]} columns to follow {x_name}, got {_shape(weight)}")
+    if 0 in weight.shape:
+        raise ValueError(f"{weight_name} must have at least one row and column, got {_shape(weight)}")
+    if bias is not None:
+        _check_tensor(bias_name, bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{bias_name} must be ({weight.shape[0]},) as {weight_name} has rows, got {_shape(bias)}")
+
+
+def _check_norm(name: str, norm: Norm | None, size: int) -> None:
+    if norm is None:
+        return
+    weight, bias, eps = norm
+    for part, x in (("weight", weight), ("bias", bias)):
+        if x is not None:
+            _check_tensor(f"{part} of {name}", x)
+            if x.shape != (size,):
+                raise ValueError(f"{part} of {name} must be ({size},), got {_shape(x)}")
+    if size < 1:
+        raise ValueError(f"{name} normalises over the last dimension, which must not be empty")
+    if not eps >= 0:
+        raise ValueError(f"eps of {name} must not be negative, got {eps}")
+
+
+def _check_residual(residual: Tensor | None, shape: tuple[int, ...]) -> None:
+    if residual is not None:
+        _check_tensor("residual", residual)
+        if tuple(residual.shape) != shape:
+            raise ValueError(f"residual must be {shape} as the result, got {_shape(residual)}")
+
+
+def _check_rows(x: Tensor) -> None:
+    if math.prod(x.shape[:-1]) > _MAX_ROWS:
+        raise ValueError(f"x must have at most {_MAX_ROWS} rows, got {math.prod(x.shape[:-1])}")

@@ -1,0 +1,271 @@
+"""Layer normalisation over the last dimension, alone or after a residual addition.
+
+Forward, per row:  mean = sum(x) / D,  rstd = 1 / sqrt(sum((x - mean)^2) / D + eps),  y = xhat * weight + bias
+with xhat = (x - mean) * rstd. A row sits in registers as a whole, so the variance is that of the centred row and
+does not cancel. Statistics and arithmetic are float32 for every dtype. (Ba, Kiros, Hinton: Layer Normalization,
+arXiv:1607.06450.)
+
+Backward needs x, mean and rstd only. With g = dy * weight,
+
+    dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  dweight = sum over rows of dy * xhat,  dbias = sum of dy.
+
+A program walks a fixed stretch of rows and leaves one float32 partial sum of dweight and dbias; the launcher adds
+the partials. There are no atomics and the stretches follow from the shape alone: the result is the same every time.
+
+The kernels are compiled without contracting a * b + c to one rounding. Memory bounds them, so that costs nothing, and
+contracted into a sum across lanes it gives each lane its own last bit of rstd: normalising again from the saved
+statistics would then not repeat y exactly.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vit_triton.kernels._config import architecture, check_layer_norm_width, layer_norm_stretch, pick_layer_norm
+from vit_triton.kernels._launch import launch
+
+# --- forward -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def layer_norm_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, summed_ptr, mean_ptr, rstd_ptr,
+    stride_xm, stride_xd, stride_rm, stride_rd,
+    n_rows, width, eps,
+    SAVED_STATISTICS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows of y. With SAVED_STATISTICS mean and rstd are read, without they are computed and written."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    mask_m = offs_m < n_rows
+    mask_d = offs_d < width
+    mask = mask_m[:, None] & mask_d[None, :]
+    rows = offs_m.to(tl.int64)[:, None]
+    cols = offs_d.to(tl.int64)[None, :]
+    offs_y = rows * width + cols  # outputs are contiguous
+
+    x = tl.load(x_ptr + rows * stride_xm + cols * stride_xd, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_D]
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + rows * stride_rm + cols * stride_rd, mask=mask, other=0.0).to(tl.float32)
+        summed = (x + residual).to(summed_ptr.dtype.element_ty)
+        tl.store(summed_ptr + offs_y, summed, mask=mask)
+        x = summed.to(tl.float32)  # what is normalised is what backward will read
+
+    if SAVED_STATISTICS:
+        mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
+        rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
+        centred = x - mean[:, None]
+    else:
+        mean = tl.sum(x, axis=1) / width
+        centred = tl.where(mask_d[None, :], x - mean[:, None], 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
+        tl.store(mean_ptr + offs_m, mean, mask=mask_m)
+        tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+
+    y = centred * rstd[:, None]
+    if weight_ptr is not None:
+        y *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    statistics: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """(y, summed, mean, rstd): the one launch behind the three forward launchers."""
+    n_rows, width = x.shape
+    check_layer_norm_width(width)
+    y = x.new_empty((n_rows, width), dtype=out_dtype or x.dtype)
+    summed = None if residual is None else x.new_empty((n_rows, width))
+    if statistics is None:
+        mean, rstd = (x.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
+    else:
+        mean, rstd = statistics
+    config = pick_layer_norm(width, architecture(x.device))
+    launch(
+        layer_norm_fwd_kernel,
+        (triton.cdiv(n_rows, config.block_m),),
+        x,
+        x_ptr=x,
+        residual_ptr=residual,
+        weight_ptr=None if weight is None else weight.contiguous(),
+        bias_ptr=None if bias is None else bias.contiguous(),
+        y_ptr=y,
+        summed_ptr=summed,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        stride_xm=x.stride(0),
+        stride_xd=x.stride(1),
+        stride_rm=0 if residual is None else residual.stride(0),
+        stride_rd=0 if residual is None else residual.stride(1),
+        n_rows=n_rows,
+        width=width,
+        eps=eps,
+        SAVED_STATISTICS=statistics is not None,
+        BLOCK_M=config.block_m,
+        BLOCK_D=config.block_d,
+        num_warps=config.num_warps,
+        enable_fp_fusion=False,
+    )
+    return y, summed, mean, rstd
+
+
+def layer_norm_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalise the rows of x (M, D), any strides -> y (M, D), mean (M,), rstd (M,).
+
+    y has ``out_dtype``, by default x's; mean and rstd are float32. weight and bias (D,) may have another dtype.
+    """
+    y, _, mean, rstd = _layer_norm(x, None, weight, bias, None, eps, out_dtype)
+    return y, mean, rstd
+
+
+def add_layer_norm_fwd(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Add and normalise in one pass -> y, summed = x + residual, mean, rstd.
+
+    summed and y have x's dtype, and y is the norm of the sum as rounded to it.
+    """
+    y, summed, mean, rstd = _layer_norm(x, residual, weight, bias, None, eps, None)
+    assert summed is not None
+    return y, summed, mean, rstd
+
+
+def layer_norm_apply(
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """y of ``layer_norm_fwd`` again, from x and the statistics it saved."""
+    return _layer_norm(x, None, weight, bias, (mean, rstd), 0.0, out_dtype)[0]
+
+
+# --- backward ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def layer_norm_bwd_kernel(
+    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dsum_ptr, dx_ptr, partials_ptr,
+    stride_dyb, stride_dym, stride_dyd, stride_xm, stride_xd, stride_sm, stride_sd,
+    rows_per_batch, n_rows, width, n_steps,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """n_steps * BLOCK_M rows of dx, and their sum of dy * xhat and dy: row pid of partials (2, programs, D)."""
+    pid = tl.program_id(0)
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    mask_d = offs_d < width
+    cols = offs_d.to(tl.int64)[None, :]
+    dweight = tl.zeros([BLOCK_D], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK_D], dtype=tl.float32)
+
+    for step in range(n_steps):
+        offs_m = (pid * n_steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        mask_m = offs_m < n_rows
+        mask = mask_m[:, None] & mask_d[None, :]
+        rows = offs_m.to(tl.int64)[:, None]
+        batch = offs_m // rows_per_batch
+        offs_dy = batch.to(tl.int64) * stride_dyb + (offs_m - batch * rows_per_batch).to(tl.int64) * stride_dym
+
+        # [BLOCK_M, BLOCK_D]
+        dy = tl.load(dy_ptr + offs_dy[:, None] + cols * stride_dyd, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + rows * stride_xm + cols * stride_xd, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
+        rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
+        # beyond the width dy is 0, so xhat may be anything finite there; with an infinite mean it would be NaN
+        xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+
+        grad = dy
+        if weight_ptr is not None:
+            dweight += tl.sum(dy * xhat, axis=0)
+            dbias += tl.sum(dy, axis=0)
+            grad *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+        along_ones = tl.sum(grad, axis=1) / width
+        along_xhat = tl.sum(grad * xhat, axis=1) / width
+        dx = (grad - along_ones[:, None] - xhat * along_xhat[:, None]) * rstd[:, None]
+        if dsum_ptr is not None:
+            dx += tl.load(dsum_ptr + rows * stride_sm + cols * stride_sd, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + rows * width + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+    if weight_ptr is not None:
+        tl.store(partials_ptr + pid.to(tl.int64) * width + offs_d, dweight, mask=mask_d)
+        tl.store(partials_ptr + (tl.num_programs(0) + pid).to(tl.int64) * width + offs_d, dbias, mask=mask_d)
+
+
+def layer_norm_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    *,
+    dsum: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of ``layer_norm_fwd`` -> dx (M, D) in x's dtype, dweight (D,), dbias (D,).
+
+    dy is (M, D), or (B, M / B, D) where the rows are a slice of longer sequences; any strides, 0 included, and any
+    dtype. dsum (M, D) is a gradient that reaches x by another road and is added to dx before it is rounded: that of
+    the sum, after ``add_layer_norm_fwd``. dweight and dbias have the weight's dtype; without a weight both are None.
+    """
+    n_rows, width = x.shape
+    check_layer_norm_width(width)
+    if dy.dim() == 2:
+        dy = dy.unsqueeze(0)
+    config = pick_layer_norm(width, architecture(x.device))
+    n_programs, n_steps = layer_norm_stretch(n_rows, config)
+    dx = x.new_empty((n_rows, width))
+    partials = None if weight is None else x.new_empty((2, n_programs, width), dtype=torch.float32)
+    launch(
+        layer_norm_bwd_kernel,
+        (n_programs,),
+        x,
+        dy_ptr=dy,
+        x_ptr=x,
+        weight_ptr=None if weight is None else weight.contiguous(),
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        dsum_ptr=dsum,
+        dx_ptr=dx,
+        partials_ptr=partials,
+        stride_dyb=dy.stride(0),
+        stride_dym=dy.stride(1),
+        stride_dyd=dy.stride(2),
+        stride_xm=x.stride(0),
+        stride_xd=x.stride(1),
+        stride_sm=0 if dsum is None else dsum.stride(0),
+        stride_sd=0 if dsum is None else dsum.stride(1),
+        rows_per_batch=dy.shape[1],
+        n_rows=n_rows,
+        width=width,
+        n_steps=n_steps,
+        BLOCK_M=config.block_m,
+        BLOCK_D=config.block_d,
+        num_warps=config.num_warps,
+        enable_fp_fusion=False,
+    )
+    if weight is None or partials is None:
+        return dx, None, None
+    return dx, partials[0].sum(0).to(weight.dtype), partials[1].sum(0).to(weight.dtype)

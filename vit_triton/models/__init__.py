@@ -1,0 +1,5 @@
+"""Models, one readable page each."""
+
+from vit_triton.models.vit import ViT
+
+__all__ = ["ViT"]

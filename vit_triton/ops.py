@@ -1,0 +1,416 @@
+"""Schema, fake and registration of every operator ``torch.ops.vit_triton.*``.
+
+They are private: :mod:`vit_triton.functional` checks arguments, follows autocast and differentiates. An operator has
+no Optional outputs, so what is absent comes back with no elements. The kernels are imported at the first call.
+
+``Library.define`` and ``impl`` rather than ``triton_op``, which fails under the interpreter, or ``custom_op``, whose
+wrapping costs more Python per call.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("vit_triton", "DEF")
+
+
+def _register(schema: str) -> Any:
+    """Define an operator and register the decorated function, which may return None for a Tensor, for every device."""
+    name = schema.split("(")[0]
+    _library.define(schema)
+
+    def decorate(function: Any) -> Any:
+        def implementation(x: Tensor, *args: Any) -> Any:
+            return _no_none(function(x, *args), x)
+
+        _library.impl(name, implementation, "CPU")
+        _library.impl(name, implementation, "CUDA")
+        _library.impl(name, implementation, "XPU")
+        return function
+
+    return decorate
+
+
+def _no_none(result: Any, like: Tensor) -> Any:
+    if not isinstance(result, tuple):
+        return result
+    return tuple(like.new_empty(0) if x is None else x for x in result)
+
+
+def _fake(name: str) -> Any:
+    def decorate(function: Any) -> Any:
+        torch.library.register_fake(
+            f"vit_triton::{name}", lambda x, *args: _no_none(function(x, *args), x), lib=_library
+        )
+        return function
+
+    return decorate
+
+
+def _like(x: Tensor, wanted: bool = True) -> Tensor | None:
+    return torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None
+
+
+def _statistics(x: Tensor, wanted: bool = True) -> Tensor | None:
+    return x.new_empty(x.shape[0], dtype=torch.float32) if wanted else None
+
+
+# --- attention ---------------------------------------------------------------------------------------------
+
+
+@_register("attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? seed, float scale, float dropout_p) -> (Tensor, Tensor)")
+def _attention_fwd(q, k, v, seed, scale, dropout_p):
+    from vit_triton.kernels.attention import attention_fwd
+
+    return attention_fwd(q, k, v, seed, scale=scale, dropout_p=dropout_p)
+
+
+@_fake("attention_fwd")
+def _attention_fwd_fake(q, k, v, seed, scale, dropout_p):
+    batch, n_q, heads, _ = q.shape
+    return _like(q), q.new_empty(batch, heads, n_q, dtype=torch.float32)
+
+
+@_register(
+    "attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, Tensor? seed, "
+    "float scale, float dropout_p) -> (Tensor, Tensor, Tensor)"
+)
+def _attention_bwd(do, q, k, v, out, lse, dlse, seed, scale, dropout_p):
+    from vit_triton.kernels.attention import attention_bwd
+
+    return attention_bwd(do, q, k, v, out, lse, dlse, seed, scale=scale, dropout_p=dropout_p)
+
+
+@_fake("attention_bwd")
+def _attention_bwd_fake(do, q, k, v, out, lse, dlse, seed, scale, dropout_p):
+    return _like(q), _like(k), _like(v)
+
+
+@_register("attention_packed_fwd(Tensor qkv, Tensor? seed, float scale, float dropout_p) -> (Tensor, Tensor)")
+def _attention_packed_fwd(qkv, seed, scale, dropout_p):
+    from vit_triton.kernels.attention import attention_fwd
+
+    return attention_fwd(*qkv.unbind(2), seed, scale=scale, dropout_p=dropout_p)
+
+
+@_fake("attention_packed_fwd")
+def _attention_packed_fwd_fake(qkv, seed, scale, dropout_p):
+    batch, n, _, heads, head_dim = qkv.shape
+    return qkv.new_empty(batch, n, heads, head_dim), qkv.new_empty(batch, heads, n, dtype=torch.float32)
+
+
+@_register(
+    "attention_packed_bwd(Tensor do, Tensor qkv, Tensor out, Tensor lse, Tensor? dlse, Tensor? seed, float scale, "
+    "float dropout_p) -> Tensor"
+)
+def _attention_packed_bwd(do, qkv, out, lse, dlse, seed, scale, dropout_p):
+    from vit_triton.kernels.attention import attention_packed_bwd
+
+    return attention_packed_bwd(do, qkv, out, lse, dlse, seed, scale=scale, dropout_p=dropout_p)
+
+
+@_fake("attention_packed_bwd")
+def _attention_packed_bwd_fake(do, qkv, out, lse, dlse, seed, scale, dropout_p):
+    return _like(qkv)
+
+
+# --- linear and mlp ----------------------------------------------------------------------------------------
+
+
+@_register(
+    "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, "
+    "Tensor? seed, float? eps, float dropout_p) -> (Tensor, Tensor, Tensor)"
+)
+def _linear_fwd(x, weight, bias, norm_weight, norm_bias, residual, seed, eps, dropout_p):
+    from vit_triton.kernels.mlp import norm_linear_fwd
+
+    return norm_linear_fwd(x, weight, bias, norm_weight, norm_bias, residual, seed, eps=eps, dropout_p=dropout_p)
+
+
+@_fake("linear_fwd")
+def _linear_fwd_fake(x, weight, bias, norm_weight, norm_bias, residual, seed, eps, dropout_p):
+    y = x.new_empty(x.shape[0], weight.shape[0], dtype=(weight if residual is None else residual).dtype)
+    return y, _statistics(x, eps is not None), _statistics(x, eps is not None)
+
+
+@_register(
+    "linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? rstd, "
+    "Tensor? seed, float dropout_p, bool residual_is_x, bool with_bias, bool needs_x, bool needs_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _linear_bwd(
+    dy, x, weight, norm_weight, norm_bias, mean, rstd, seed, dropout_p, residual_is_x, with_bias, needs_x, needs_weight
+):
+    from vit_triton.kernels.mlp import norm_linear_bwd
+
+    return norm_linear_bwd(
+        dy,
+        x,
+        weight,
+        norm_weight,
+        norm_bias,
+        mean,
+        rstd,
+        seed,
+        dropout_p=dropout_p,
+        residual_is_x=residual_is_x,
+        with_bias=with_bias,
+        needs_x=needs_x,
+        needs_weight=needs_weight,
+    )
+
+
+@_fake("linear_bwd")
+def _linear_bwd_fake(
+    dy, x, weight, norm_weight, norm_bias, mean, rstd, seed, dropout_p, residual_is_x, with_bias, needs_x, needs_weight
+):
+    dnorm_weight, dnorm_bias = _norm_grads(norm_weight, norm_bias, needs_x and mean is not None)
+    return (
+        _like(x, needs_x),
+        _like(weight, needs_weight),
+        weight.new_empty(weight.shape[0]) if needs_weight and with_bias else None,
+        dnorm_weight,
+        dnorm_bias,
+    )
+
+
+def _norm_grads(weight: Tensor | None, bias: Tensor | None, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Both are made from the weight's partial sums, or neither."""
+    if weight is None or not wanted:
+        return None, None
+    return _like(weight), _like(weight)
+
+
+@_register(
+    "mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor? residual, Tensor? hidden_seed, Tensor? seed, float? eps, str activation, float hidden_dropout_p, "
+    "float dropout_p, bool save) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _mlp_fwd(
+    x, w1, b1, w2, b2, norm_weight, norm_bias, residual, hidden_seed, seed,
+    eps, activation, hidden_dropout_p, dropout_p, save,
+):  # fmt: skip
+    from vit_triton.kernels.mlp import mlp_fwd
+
+    return mlp_fwd(
+        x,
+        w1,
+        b1,
+        w2,
+        b2,
+        norm_weight,
+        norm_bias,
+        residual,
+        hidden_seed,
+        seed,
+        eps=eps,
+        activation=activation,
+        hidden_dropout_p=hidden_dropout_p,
+        dropout_p=dropout_p,
+        save=save,
+    )
+
+
+@_fake("mlp_fwd")
+def _mlp_fwd_fake(
+    x, w1, b1, w2, b2, norm_weight, norm_bias, residual, hidden_seed, seed,
+    eps, activation, hidden_dropout_p, dropout_p, save,
+):  # fmt: skip
+    y = x.new_empty(x.shape[0], w2.shape[0], dtype=(w2 if residual is None else residual).dtype)
+    pre = w1.new_empty(x.shape[0], w1.shape[0]) if save else None
+    return y, pre, _statistics(x, eps is not None), _statistics(x, eps is not None)
+
+
+@_register(
+    "mlp_bwd(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor? norm_weight, Tensor? norm_bias, Tensor pre, "
+    "Tensor? mean, Tensor? rstd, Tensor? hidden_seed, Tensor? seed, str activation, float hidden_dropout_p, "
+    "float dropout_p, bool residual_is_x, bool with_b1, bool with_b2, bool needs_x, bool needs_weights) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _mlp_bwd(
+    dy, x, w1, w2, norm_weight, norm_bias, pre, mean, rstd, hidden_seed, seed,
+    activation, hidden_dropout_p, dropout_p, residual_is_x, with_b1, with_b2, needs_x, needs_weights,
+):  # fmt: skip
+    from vit_triton.kernels.mlp import mlp_bwd
+
+    return mlp_bwd(
+        dy,
+        x,
+        w1,
+        w2,
+        norm_weight,
+        norm_bias,
+        pre,
+        mean,
+        rstd,
+        hidden_seed,
+        seed,
+        activation=activation,
+        hidden_dropout_p=hidden_dropout_p,
+        dropout_p=dropout_p,
+        residual_is_x=residual_is_x,
+        with_b1=with_b1,
+        with_b2=with_b2,
+        needs_x=needs_x,
+        needs_weights=needs_weights,
+    )
+
+
+@_fake("mlp_bwd")
+def _mlp_bwd_fake(
+    dy, x, w1, w2, norm_weight, norm_bias, pre, mean, rstd, hidden_seed, seed,
+    activation, hidden_dropout_p, dropout_p, residual_is_x, with_b1, with_b2, needs_x, needs_weights,
+):  # fmt: skip
+    dnorm_weight, dnorm_bias = _norm_grads(norm_weight, norm_bias, needs_x and mean is not None)
+    return (
+        _like(x, needs_x),
+        _like(w1, needs_weights),
+        w1.new_empty(w1.shape[0]) if needs_weights and with_b1 else None,
+        _like(w2, needs_weights),
+        w2.new_empty(w2.shape[0]) if needs_weights and with_b2 else None,
+        dnorm_weight,
+        dnorm_bias,
+    )
+
+
+# --- layer_norm --------------------------------------------------------------------------------------------
+
+
+@_register("layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)")
+def _layer_norm_fwd(x, weight, bias, eps):
+    from vit_triton.kernels.layer_norm import layer_norm_fwd
+
+    return layer_norm_fwd(x, weight, bias, eps=eps)
+
+
+@_fake("layer_norm_fwd")
+def _layer_norm_fwd_fake(x, weight, bias, eps):
+    return _like(x), _statistics(x), _statistics(x)
+
+
+@_register(
+    "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _add_layer_norm_fwd(x, residual, weight, bias, eps):
+    from vit_triton.kernels.layer_norm import add_layer_norm_fwd
+
+    return add_layer_norm_fwd(x, residual, weight, bias, eps=eps)
+
+
+@_fake("add_layer_norm_fwd")
+def _add_layer_norm_fwd_fake(x, residual, weight, bias, eps):
+    return _like(x), _like(x), _statistics(x), _statistics(x)
+
+
+@_register(
+    "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor? dsum) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+def _layer_norm_bwd(dy, x, weight, mean, rstd, dsum):
+    from vit_triton.kernels.layer_norm import layer_norm_bwd
+
+    return layer_norm_bwd(dy, x, weight, mean, rstd, dsum=dsum)
+
+
+@_fake("layer_norm_bwd")
+def _layer_norm_bwd_fake(dy, x, weight, mean, rstd, dsum):
+    return (_like(x), *_norm_grads(weight, None, True))
+
+
+# --- patch_embed -------------------------------------------------------------------------------------------
+
+
+@_register(
+    "patch_embed_fwd(Tensor image, Tensor weight, Tensor? bias, Tensor? pos, Tensor? prefix, Tensor? pre_weight, "
+    "Tensor? pre_bias, float? pre_eps, Tensor? post_weight, Tensor? post_bias, float? post_eps, Tensor? mean, "
+    "Tensor? std, SymInt[] patch_size, str patch_order) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _patch_embed_fwd(
+    image, weight, bias, pos, prefix, pre_weight, pre_bias, pre_eps, post_weight, post_bias, post_eps, mean, std,
+    patch_size, patch_order,
+):  # fmt: skip
+    from vit_triton.kernels.patch_embed import patch_embed_fwd
+
+    return patch_embed_fwd(
+        image,
+        weight,
+        bias,
+        pos,
+        prefix,
+        None if pre_eps is None else (pre_weight, pre_bias, pre_eps),
+        None if post_eps is None else (post_weight, post_bias, post_eps),
+        mean,
+        std,
+        patch_size=tuple(patch_size),
+        patch_order=patch_order,
+    )
+
+
+@_fake("patch_embed_fwd")
+def _patch_embed_fwd_fake(
+    image, weight, bias, pos, prefix, pre_weight, pre_bias, pre_eps, post_weight, post_bias, post_eps, mean, std,
+    patch_size, patch_order,
+):  # fmt: skip
+    batch, _, height, width = image.shape
+    patches = (height // patch_size[0]) * (width // patch_size[1])
+    rows = image.new_empty(batch * patches)
+    n_prefix = 0 if prefix is None else prefix.shape[0]
+    return (
+        weight.new_empty(batch, n_prefix + patches, weight.shape[0]),
+        weight.new_empty(batch * patches, weight.shape[0]) if post_eps is not None else None,
+        _statistics(rows, pre_eps is not None),
+        _statistics(rows, pre_eps is not None),
+        _statistics(rows, post_eps is not None),
+        _statistics(rows, post_eps is not None),
+    )
+
+
+@_register(
+    "patch_embed_bwd(Tensor dtokens, Tensor image, Tensor weight, Tensor? z, Tensor? pre_mean, Tensor? pre_rstd, "
+    "Tensor? post_mean, Tensor? post_rstd, Tensor? pre_weight, Tensor? pre_bias, float? pre_eps, Tensor? post_weight, "
+    "Tensor? post_bias, float? post_eps, Tensor? mean, Tensor? std, SymInt[] patch_size, str patch_order, "
+    "SymInt n_prefix, bool needs_image) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _patch_embed_bwd(
+    dtokens, image, weight, z, pre_mean, pre_rstd, post_mean, post_rstd, pre_weight, pre_bias, pre_eps, post_weight,
+    post_bias, post_eps, mean, std, patch_size, patch_order, n_prefix, needs_image,
+):  # fmt: skip
+    from vit_triton.kernels.patch_embed import patch_embed_bwd
+
+    return patch_embed_bwd(
+        dtokens,
+        image,
+        weight,
+        z,
+        pre_mean,
+        pre_rstd,
+        post_mean,
+        post_rstd,
+        None if pre_eps is None else (pre_weight, pre_bias, pre_eps),
+        None if post_eps is None else (post_weight, post_bias, post_eps),
+        mean,
+        std,
+        patch_size=tuple(patch_size),
+        patch_order=patch_order,
+        needs_image=needs_image,
+    )
+
+
+@_fake("patch_embed_bwd")
+def _patch_embed_bwd_fake(
+    dtokens, image, weight, z, pre_mean, pre_rstd, post_mean, post_rstd, pre_weight, pre_bias, pre_eps, post_weight,
+    post_bias, post_eps, mean, std, patch_size, patch_order, n_prefix, needs_image,
+):  # fmt: skip
+    dim = weight.shape[0]
+    return (
+        _like(image, needs_image),
+        _like(weight),
+        weight.new_empty(dim),
+        *_norm_grads(pre_weight, pre_bias, pre_eps is not None),
+        *_norm_grads(post_weight, post_bias, post_eps is not None),
+        weight.new_empty(dtokens.shape[1] - n_prefix, dim),
+        weight.new_empty(n_prefix, dim),
+    )

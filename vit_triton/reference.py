@@ -1,0 +1,122 @@
+"""The ops in plain PyTorch: the oracle of the tests, and the backend "torch".
+
+Same names and arguments as :mod:`vit_triton.functional`, less ``backend``; that module documents them. These
+functions check nothing. They differentiate any number of times and in every mode, in any floating dtype.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Norm = tuple[Tensor | None, Tensor | None, float]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    # the explicit formula: on a CPU, scaled_dot_product_attention answers NaN queries with zeros below 16 rows
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.transpose(-1, -2) * scale
+    out = (F.dropout(scores.softmax(-1), dropout_p) @ v).transpose(1, 2)
+    if not return_lse:
+        return out
+    return out, scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
+
+
+def attention_packed(
+    qkv: Tensor, *, scale: float | None = None, dropout_p: float = 0.0, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    return attention(*qkv.unbind(2), scale=scale, dropout_p=dropout_p, return_lse=return_lse)
+
+
+def _norm(x: Tensor, norm: Norm | None) -> Tensor:
+    return x if norm is None else F.layer_norm(x, x.shape[-1:], *norm)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    y = F.dropout(F.linear(_norm(x, norm), weight, bias), dropout_p)
+    return y if residual is None else y + residual
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """GELU in its exact, tanh and sigmoid form (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    norm: Norm | None = None,
+    activation: str = "gelu",
+    residual: Tensor | None = None,
+    hidden_dropout_p: float = 0.0,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    hidden = F.dropout(activate(linear(x, w1, b1, norm=norm), activation), hidden_dropout_p)
+    return linear(hidden, w2, b2, residual=residual, dropout_p=dropout_p)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    if residual is None:
+        return _norm(x, (weight, bias, eps))
+    total = x + residual
+    return _norm(total, (weight, bias, eps)), total
+
+
+def unfold_patches(image: Tensor, patch_size: tuple[int, int], patch_order: str = "p1 p2 c") -> Tensor:
+    """(B, C, H, W) -> (B, patches, patch values), the values of a patch in ``patch_order``."""
+    batch, channels, height, width = image.shape
+    p1, p2 = patch_size
+    grid = image.reshape(batch, channels, height // p1, p1, width // p2, p2)
+    axes = (0, 2, 4, 3, 5, 1) if patch_order == "p1 p2 c" else (0, 2, 4, 1, 3, 5)
+    return grid.permute(axes).reshape(batch, (height // p1) * (width // p2), channels * p1 * p2)
+
+
+def patch_embed(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    patch_size: int | tuple[int, int],
+    patch_order: str = "p1 p2 c",
+    pre_norm: Norm | None = None,
+    post_norm: Norm | None = None,
+    pos: Tensor | None = None,
+    prefix: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> Tensor:
+    p1, p2 = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    if mean is not None and std is not None:
+        per_channel = (-1, 1, 1)
+        image = ((image.to(mean.dtype) / 255 - mean.view(per_channel)) / std.view(per_channel)).to(weight.dtype)
+    patches = _norm(unfold_patches(image, (p1, p2), patch_order), pre_norm)
+    tokens = _norm(F.linear(patches, weight, bias), post_norm)
+    if pos is not None:
+        tokens = tokens + pos[: tokens.shape[1]]
+    if prefix is not None:
+        tokens = torch.cat((prefix.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens), dim=1)
+    return tokens
