@@ -25,6 +25,11 @@ BASE = {
 }
 
 
+@pytest.fixture(params=["torch", "triton"])
+def backend(request) -> str:
+    return request.param
+
+
 def both(backend: str, **changes) -> tuple[nn.Module, nn.Module]:
     config = {**BASE, **changes}
     torch.manual_seed(0)

@@ -47,6 +47,11 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(params=["torch", "triton"])
+def backend(request) -> str:
+    return request.param
+
+
 def sizes(config: dict) -> tuple[int, int, int]:
     size = config["image_size"]
     return config.get("channels", 3), *(size if isinstance(size, tuple) else (size, size))
@@ -541,9 +546,9 @@ class TestMemory:
         out.sum().backward()
         return size
 
-    def test_of_a_block(self, triton_backend):
+    def test_of_a_block(self):
         tokens, dim, dtype = 16, 768, torch.bfloat16
-        kept = [self.kept_bytes(depth, tokens, dim, dtype, triton_backend) for depth in (1, 2)]
+        kept = [self.kept_bytes(depth, tokens, dim, dtype, "triton") for depth in (1, 2)]
         per_block = (kept[1] - kept[0]) / (tokens * dim * dtype.itemsize)
         assert 10 <= per_block <= 10.3
 

@@ -177,7 +177,8 @@ def _pick_gemm(
     elif arch.startswith("gfx"):
         tile = GemmConfig(128, 128, 64, 8, 2) if epilogue == "none" else GemmConfig(128, 64, 64, 8, 2)
     elif arch.startswith(("sm_9", "sm_10")):
-        tile = GemmConfig(128, 128, 64, 8, 3)
+        # wgmma and tcgen05 want 128 x 64 of depth; Philox spills at 128 columns
+        tile = GemmConfig(128, 64 if epilogue == "dropout" else 128, 64, 8, 3)
     else:
         # A100 (computed): two blocks on an SM, no spills. 128 x 128 leaves no registers beside the accumulator and
         # the operands; a Philox word per element takes more than a GELU

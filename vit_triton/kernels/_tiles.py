@@ -13,7 +13,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def sigmoid(x):
     # exp2 is one instruction; for x -> -inf it reaches inf and the quotient 0, as it should
-    return 1.0 / (1.0 + tl.exp2(-LOG2E * x))
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def gelu_grad(x, KIND: tl.constexpr):
     """Derivative of :func:`gelu` at ``x``."""
     if KIND == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        pdf = 0.3989422804014327 * tl.exp2(-0.5 * LOG2E * x * x)
+        pdf = 0.3989422804014327 * tl.exp2(x * x * (-0.5 * LOG2E))
         return cdf + x * pdf
     elif KIND == "gelu_tanh":
         t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))

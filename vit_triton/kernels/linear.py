@@ -1,0 +1,401 @@
+"""The matrix products of a Vision Transformer: linear layers with everything around them fused in.
+
+Forward, of tokens x (M, K) and nn.Linear's weight (N, K):
+
+    z = x @ weight.T + bias                    y = dropout(act(z)) + residual
+
+Backward, with D the dropout scale (0 or 1 / (1 - p)) of each element and `*` elementwise:
+
+    dz = dy * D * act'(z)     dx = dz @ weight     dweight = dz.T @ x     dbias = dz.sum(0)
+
+An MLP is y = dropout(f(z)) + residual with z = x @ w1.T + b1, f(z) = dropout(act(z)) @ w2.T + b2. Only z is
+saved, in the weight's dtype: `linear_bwd_input` of the second layer applies act'(z) and the hidden dropout to the
+gradient it has just computed, `linear_bwd_weight` recomputes dropout(act(z)) where it loads z, so the
+(tokens x hidden) activation never exists in memory. The activation is of z *rounded* to that dtype in the forward
+pass too, so that the recomputed one is the same, bit for bit. The GELU is Hendrycks & Gimpel's (2016,
+arXiv:1606.08415).
+
+No kernel uses atomics: the sum over tokens in `dweight` is cut into parts that are added in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vit_triton.kernels._config import architecture, pick_linear_bwd_input, pick_linear_bwd_weight, pick_linear_fwd
+from vit_triton.kernels._launch import input_precision, launch
+from vit_triton.kernels._tiles import dropout_keep, gelu, gelu_grad
+
+
+@triton.jit
+def _tile_of(pid, num_rows, num_cols, GROUP: tl.constexpr):
+    """(row, column) of the tile of program ``pid``: down ``GROUP`` rows, then right, so that the programs running
+    together share operands in the L2 cache."""
+    group = pid // (GROUP * num_cols)
+    first = group * GROUP
+    height = min(num_rows - first, GROUP)
+    rest = pid - group * GROUP * num_cols
+    return first + rest % height, rest // height
+
+
+@triton.jit
+def _offsets(rows, stride_row, cols, stride_col):
+    """64-bit offsets of the elements (rows x cols)."""
+    return rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_col
+
+
+@triton.jit
+def _within(rows, num_rows, cols, num_cols, EVEN_COLS: tl.constexpr):
+    """Which of (rows x cols) exist; ``EVEN_COLS``: all columns do."""
+    if EVEN_COLS:
+        return (rows < num_rows)[:, None]
+    else:
+        return (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+
+
+@triton.jit
+def _dropout_scale(seed_ptr, rows, cols, p, keep_scale):
+    """D: 0 where the element (row, col) is dropped, else ``keep_scale`` = 1 / (1 - p)."""
+    return tl.where(dropout_keep(tl.load(seed_ptr), rows[:, None], cols[None, :], 0, p), keep_scale, 0.0)
+
+
+# --- forward -----------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_fwd_kernel(
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, pre_ptr, seed_ptr,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_rm, stride_rn,
+    M, N, K, dropout_p, keep_scale,
+    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    pid_m, pid_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + _offsets(offs_m, stride_xm, offs_k, stride_xk)  # [BLOCK_M, BLOCK_K]
+    w_ptrs = weight_ptr + _offsets(offs_n, stride_wn, offs_k, stride_wk)  # [BLOCK_N, BLOCK_K]
+    step_x = tl.full([], BLOCK_K, tl.int64) * stride_xk
+    step_w = tl.full([], BLOCK_K, tl.int64) * stride_wk
+
+    z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x = tl.load(x_ptrs, mask=_within(offs_m, M, offs_k, K - k, EVEN_K), other=0.0)  # [BLOCK_M, BLOCK_K]
+        w = tl.load(w_ptrs, mask=_within(offs_n, N, offs_k, K - k, EVEN_K), other=0.0)  # [BLOCK_N, BLOCK_K]
+        z = tl.dot(x.to(dtype), tl.trans(w), z, input_precision=PRECISION)
+        x_ptrs += step_x
+        w_ptrs += step_w
+
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    y_offs = _offsets(offs_m, N, offs_n, 1)  # outputs are contiguous
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    if pre_ptr is not None:
+        tl.store(pre_ptr + y_offs, z.to(dtype), mask=mask)
+    if ACTIVATION != "none":
+        z = gelu(z.to(dtype).to(tl.float32), ACTIVATION)
+    if DROPOUT:
+        z *= _dropout_scale(seed_ptr, offs_m, offs_n, dropout_p, keep_scale)
+    if residual_ptr is not None:
+        residual_ptrs = residual_ptr + _offsets(offs_m, stride_rm, offs_n, stride_rn)
+        z += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + y_offs, z.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    *,
+    dropout_p: float = 0.0,
+    activation: str = "none",
+    save_pre: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y = dropout(act(x @ weight.T + bias)) + residual, and z = x @ weight.T + bias if ``save_pre``, else None.
+
+    x (M, K), weight (N, K), bias (N,), residual (M, N) -> y (M, N) in ``out_dtype``, or else the residual's or the
+    weight's dtype; z (M, N) in the weight's. ``seed``: one int64, needed with dropout.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    y = x.new_empty(m, n, dtype=out_dtype or (weight if residual is None else residual).dtype)
+    pre = x.new_empty(m, n, dtype=weight.dtype) if save_pre else None
+    precision = input_precision(weight.dtype)
+    epilogue = _epilogue(activation != "none" or residual is not None, dropout_p > 0)
+    config = pick_linear_fwd(m, n, k, weight.dtype, architecture(x.device), precision, epilogue)
+    launch(
+        linear_fwd_kernel,
+        (triton.cdiv(m, config.rows) * triton.cdiv(n, config.cols),),
+        x,
+        x_ptr=x,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        residual_ptr=residual,
+        y_ptr=y,
+        pre_ptr=pre,
+        seed_ptr=seed if dropout_p > 0 else None,
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        stride_wn=weight.stride(0),
+        stride_wk=weight.stride(1),
+        stride_rm=0 if residual is None else residual.stride(0),
+        stride_rn=0 if residual is None else residual.stride(1),
+        M=m,
+        N=n,
+        K=k,
+        dropout_p=float(dropout_p),
+        keep_scale=_keep_scale(dropout_p),
+        ACTIVATION=activation,
+        DROPOUT=dropout_p > 0,
+        EVEN_K=k % config.depth == 0,
+        PRECISION=precision,
+        BLOCK_M=config.rows,
+        BLOCK_N=config.cols,
+        BLOCK_K=config.depth,
+        GROUP=config.group,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y, pre
+
+
+def _epilogue(elementwise: bool, dropout: bool) -> str:
+    """What the tiles must leave registers for beside the product."""
+    return "dropout" if dropout else "elementwise" if elementwise else "none"
+
+
+def _keep_scale(dropout_p: float) -> float:
+    return 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0
+
+
+# --- backward: the input -----------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_bwd_input_kernel(
+    dy_ptr, weight_ptr, pre_ptr, dx_ptr, dy_seed_ptr, seed_ptr,
+    stride_dym, stride_dyn, stride_wn, stride_wk, stride_pm, stride_pk,
+    M, N, K, dy_dropout_p, dy_keep_scale, dropout_p, keep_scale,
+    ACTIVATION: tl.constexpr, DY_DROPOUT: tl.constexpr, DROPOUT: tl.constexpr,
+    EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    pid_m, pid_k = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_n = tl.arange(0, BLOCK_N)
+    dy_ptrs = dy_ptr + _offsets(offs_m, stride_dym, offs_n, stride_dyn)  # [BLOCK_M, BLOCK_N]
+    w_ptrs = weight_ptr + _offsets(offs_n, stride_wn, offs_k, stride_wk)  # [BLOCK_N, BLOCK_K]
+    step_dy = tl.full([], BLOCK_N, tl.int64) * stride_dyn
+    step_w = tl.full([], BLOCK_N, tl.int64) * stride_wn
+
+    dx = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for n in range(0, N, BLOCK_N):
+        dy = tl.load(dy_ptrs, mask=_within(offs_m, M, offs_n, N - n, EVEN_N), other=0.0)  # [BLOCK_M, BLOCK_N]
+        if EVEN_N:
+            w = tl.load(w_ptrs, mask=(offs_k < K)[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
+        else:
+            w = tl.load(w_ptrs, mask=_within(offs_n, N - n, offs_k, K, False), other=0.0)  # [BLOCK_N, BLOCK_K]
+        if DY_DROPOUT:
+            dy = dy.to(tl.float32) * _dropout_scale(dy_seed_ptr, offs_m, n + offs_n, dy_dropout_p, dy_keep_scale)
+        dx = tl.dot(dy.to(dtype), w, dx, input_precision=PRECISION)
+        dy_ptrs += step_dy
+        w_ptrs += step_w
+
+    mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
+    if pre_ptr is not None:
+        pre_ptrs = pre_ptr + _offsets(offs_m, stride_pm, offs_k, stride_pk)
+        dx *= gelu_grad(tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+        if DROPOUT:
+            dx *= _dropout_scale(seed_ptr, offs_m, offs_k, dropout_p, keep_scale)
+    tl.store(dx_ptr + _offsets(offs_m, K, offs_k, 1), dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_bwd_input(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    pre: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    *,
+    dropout_p: float = 0.0,
+    activation: str = "none",
+    dy_dropout_p: float = 0.0,
+    dy_seed: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """dx = (dy * D_y) @ weight, times D * act'(pre) where ``pre``, the input before act and dropout, is given.
+
+    dy (M, N) with any strides, weight (N, K), pre (M, K) -> dx (M, K) in ``out_dtype`` or else the weight's dtype.
+    ``dy_dropout_p`` and ``dy_seed`` rebuild D_y, the dropout behind this layer in the forward pass; ``dropout_p`` and
+    ``seed`` rebuild D, the one in front of it.
+    """
+    (m, n), k = dy.shape, weight.shape[1]
+    dx = dy.new_empty(m, k, dtype=out_dtype or weight.dtype)
+    precision = input_precision(weight.dtype)
+    epilogue = _epilogue(pre is not None, dropout_p > 0 or dy_dropout_p > 0)
+    config = pick_linear_bwd_input(m, n, k, weight.dtype, architecture(dy.device), precision, epilogue)
+    launch(
+        linear_bwd_input_kernel,
+        (triton.cdiv(m, config.rows) * triton.cdiv(k, config.cols),),
+        dy,
+        dy_ptr=dy,
+        weight_ptr=weight,
+        pre_ptr=pre,
+        dx_ptr=dx,
+        dy_seed_ptr=dy_seed if dy_dropout_p > 0 else None,
+        seed_ptr=seed if dropout_p > 0 else None,
+        stride_dym=dy.stride(0),
+        stride_dyn=dy.stride(1),
+        stride_wn=weight.stride(0),
+        stride_wk=weight.stride(1),
+        stride_pm=0 if pre is None else pre.stride(0),
+        stride_pk=0 if pre is None else pre.stride(1),
+        M=m,
+        N=n,
+        K=k,
+        dy_dropout_p=float(dy_dropout_p),
+        dy_keep_scale=_keep_scale(dy_dropout_p),
+        dropout_p=float(dropout_p),
+        keep_scale=_keep_scale(dropout_p),
+        ACTIVATION=activation,
+        DY_DROPOUT=dy_dropout_p > 0,
+        DROPOUT=dropout_p > 0,
+        EVEN_N=n % config.depth == 0,
+        PRECISION=precision,
+        BLOCK_M=config.rows,
+        BLOCK_K=config.cols,
+        BLOCK_N=config.depth,
+        GROUP=config.group,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return dx
+
+
+# --- backward: the weight and the bias ---------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_bwd_weight_kernel(
+    dy_ptr, x_ptr, dweight_ptr, dbias_ptr, dy_seed_ptr, seed_ptr,
+    stride_dym, stride_dyn, stride_xm, stride_xk,
+    M, N, K, dy_dropout_p, dy_keep_scale, dropout_p, keep_scale,
+    ACTIVATION: tl.constexpr, DY_DROPOUT: tl.constexpr, DROPOUT: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    num_n = tl.cdiv(N, BLOCK_N)
+    num_k = tl.cdiv(K, BLOCK_K)
+    split = tl.program_id(0) // (num_n * num_k)
+    pid_n, pid_k = _tile_of(tl.program_id(0) % (num_n * num_k), num_n, num_k, GROUP)
+    rows = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT) * BLOCK_M  # tokens of each part
+    start = split * rows
+    stop = min(start + rows, M)
+    offs_m = start + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    dy_ptrs = dy_ptr + _offsets(offs_n, stride_dyn, offs_m, stride_dym)  # [BLOCK_N, BLOCK_M]: dy transposed
+    x_ptrs = x_ptr + _offsets(offs_m, stride_xm, offs_k, stride_xk)  # [BLOCK_M, BLOCK_K]
+    step_dy = tl.full([], BLOCK_M, tl.int64) * stride_dym
+    step_x = tl.full([], BLOCK_M, tl.int64) * stride_xm
+
+    dw = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    db = tl.zeros([BLOCK_N], tl.float32)
+    for m in range(start, stop, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        dy = tl.load(dy_ptrs, mask=_within(offs_n, N, offs_m, M, False), other=0.0)  # [BLOCK_N, BLOCK_M]
+        x = tl.load(x_ptrs, mask=_within(offs_m, M, offs_k, K, False), other=0.0)  # [BLOCK_M, BLOCK_K]
+        if DY_DROPOUT:
+            dy = dy.to(tl.float32) * tl.trans(_dropout_scale(dy_seed_ptr, offs_m, offs_n, dy_dropout_p, dy_keep_scale))
+        if ACTIVATION != "none":
+            x = gelu(x.to(tl.float32), ACTIVATION)
+        if DROPOUT:
+            x = x.to(tl.float32) * _dropout_scale(seed_ptr, offs_m, offs_k, dropout_p, keep_scale)
+        dw = tl.dot(dy.to(DTYPE), x.to(DTYPE), dw, input_precision=PRECISION)
+        if dbias_ptr is not None:
+            if pid_k == 0:
+                db += tl.sum(dy.to(tl.float32), 1)
+        dy_ptrs += step_dy
+        x_ptrs += step_x
+
+    part = split.to(tl.int64) * N  # row 0 of this part; parts are stacked along N
+    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+    dw_ptrs = dweight_ptr + part * K + _offsets(offs_n, K, offs_k, 1)
+    tl.store(dw_ptrs, dw.to(dweight_ptr.dtype.element_ty), mask=mask)
+    if dbias_ptr is not None:
+        if pid_k == 0:
+            tl.store(dbias_ptr + part + offs_n, db.to(dbias_ptr.dtype.element_ty), mask=offs_n < N)
+
+
+def linear_bwd_weight(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    seed: torch.Tensor | None,
+    *,
+    dropout_p: float = 0.0,
+    activation: str = "none",
+    dy_dropout_p: float = 0.0,
+    dy_seed: torch.Tensor | None = None,
+    with_bias: bool,
+    weight_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dweight = (dy * D_y).T @ (D * act(x)) and, ``with_bias``, dbias = (dy * D_y).sum(0), else None.
+
+    dy (M, N) with any strides, x (M, K) -> dweight (N, K), dbias (N,) in ``weight_dtype``. Dropout as in
+    `linear_bwd_input`; x is the saved pre-activation where ``activation`` is not "none".
+    """
+    (m, n), k = dy.shape, x.shape[1]
+    precision = input_precision(weight_dtype)
+    epilogue = _epilogue(activation != "none" or with_bias, dropout_p > 0 or dy_dropout_p > 0)
+    config = pick_linear_bwd_weight(m, n, k, weight_dtype, architecture(dy.device), precision, epilogue)
+    # one part is the result; several are summed in float32
+    parts_dtype = weight_dtype if config.split == 1 else torch.float32
+    dweight = dy.new_empty(config.split, n, k, dtype=parts_dtype)
+    dbias = dy.new_empty(config.split, n, dtype=parts_dtype) if with_bias else None
+    launch(
+        linear_bwd_weight_kernel,
+        (triton.cdiv(n, config.rows) * triton.cdiv(k, config.cols) * config.split,),
+        dy,
+        dy_ptr=dy,
+        x_ptr=x,
+        dweight_ptr=dweight,
+        dbias_ptr=dbias,
+        dy_seed_ptr=dy_seed if dy_dropout_p > 0 else None,
+        seed_ptr=seed if dropout_p > 0 else None,
+        stride_dym=dy.stride(0),
+        stride_dyn=dy.stride(1),
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        M=m,
+        N=n,
+        K=k,
+        dy_dropout_p=float(dy_dropout_p),
+        dy_keep_scale=_keep_scale(dy_dropout_p),
+        dropout_p=float(dropout_p),
+        keep_scale=_keep_scale(dropout_p),
+        ACTIVATION=activation,
+        DY_DROPOUT=dy_dropout_p > 0,
+        DROPOUT=dropout_p > 0,
+        DTYPE=_TRITON_DTYPE[weight_dtype],
+        PRECISION=precision,
+        SPLIT=config.split,
+        BLOCK_N=config.rows,
+        BLOCK_K=config.cols,
+        BLOCK_M=config.depth,
+        GROUP=config.group,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return _sum_parts(dweight, weight_dtype), None if dbias is None else _sum_parts(dbias, weight_dtype)
+
+
+_TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def _sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0).to(dtype)
