@@ -14,9 +14,9 @@ if EMULATOR:
 else:
     os.environ["TRITON_INTERPRET"] = "1"
 
-import hypothesis
-import pytest
-import torch
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 hypothesis.settings.register_profile("interpreter", deadline=None, derandomize=True, max_examples=12, database=None)
 # every new head size or dtype is compiled first, which takes seconds

@@ -97,7 +97,13 @@ def run(model: nn.Module, image: Tensor) -> tuple[Tensor, dict[str, Tensor | Non
     return out.detach(), {"image": image.grad, **{name: p.grad for name, p in model.named_parameters()}}
 
 
-@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(changes, id=name, marks=[pytest.mark.compiled] if name in ("class token", "mean pool") else [])
+        for name, changes in CONFIGS.items()
+    ],
+)
 def test_outputs_and_gradients_are_those_of_vit_pytorch(backend, changes):
     theirs, ours, config = both(backend, **changes)
     image = images(config)
@@ -162,7 +168,7 @@ def test_images_of_any_layout(backend):
     crop = torch.nn.functional.pad(image, (3, 2, 1, 5))[..., 1:17, 3:19]
     for other in (image.contiguous(memory_format=torch.channels_last), crop):
         assert not other.is_contiguous()
-        assert torch.equal(ours(other), expected)
+        torch.testing.assert_close(ours(other), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_empty_batch(backend):
@@ -183,6 +189,7 @@ def test_autocast(backend):
     assert_as_precise(ours_out, theirs_out, exact)
 
 
+@pytest.mark.compiled
 def test_half_precision_model(backend):
     theirs, ours, config = both(backend)
     image = images(config).bfloat16()
@@ -191,7 +198,7 @@ def test_half_precision_model(backend):
 
 
 def test_training_follows_vit_pytorch(backend):
-    theirs, ours, config = both(backend)
+    theirs, ours, config = both(backend, depth=1)
     image, labels = images(config, batch=5), torch.arange(5)
     curves = []
     for model in (theirs, ours):
@@ -212,6 +219,7 @@ def test_training_follows_vit_pytorch(backend):
 
 
 class TestDropout:
+    @pytest.mark.compiled
     def test_only_in_training_and_reproducible(self, backend):
         _, model, config = both(backend, dropout=0.3, emb_dropout=0.3)
         image = images(config)
@@ -416,9 +424,8 @@ class TestBackend:
             assert torch.equal(model(image), expected)
 
 
-@pytest.mark.parametrize("changes", [{}, {"pool": "mean", "dropout": 0.2}], ids=["class token", "mean and dropout"])
-def test_compiles_into_one_graph(backend, changes):
-    _, model, config = both(backend, depth=1, **changes)
+def test_compiles_into_one_graph(backend):
+    _, model, config = both(backend, depth=1, dropout=0.2, emb_dropout=0.2)
     image = images(config)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -503,6 +510,7 @@ class TestAttentionMaps:
         torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]), rtol=1e-5, atol=0)
         assert not any(module._forward_pre_hooks for module in ours.modules())
 
+    @pytest.mark.compiled
     def test_one_query(self, backend):
         _, ours, config = both(backend)
         image = images(config)
@@ -542,12 +550,11 @@ class TestMemory:
         x = torch.randn(1, tokens, dim, dtype=dtype, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = model(x)
-        size = sum(storage.nbytes() for storage in storages.values())
-        out.sum().backward()
-        return size
+        assert out.requires_grad
+        return sum(storage.nbytes() for storage in storages.values())
 
     def test_of_a_block(self):
-        tokens, dim, dtype = 16, 768, torch.bfloat16
+        tokens, dim, dtype = 5, 192, torch.bfloat16  # the statistics weigh more here than in a wider model
         kept = [self.kept_bytes(depth, tokens, dim, dtype, "triton") for depth in (1, 2)]
         per_block = (kept[1] - kept[0]) / (tokens * dim * dtype.itemsize)
         assert 10 <= per_block <= 10.3

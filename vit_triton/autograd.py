@@ -182,14 +182,12 @@ class PatchEmbedFunction(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtokens):
-        image, weight, z, pre_mean, pre_rstd, post_mean, post_rstd, pre_weight, pre_bias, post_weight, post_bias, *rest = (
-            ctx.saved_tensors
-        )
+        image, weight, z, *stats, pre_weight, pre_bias, post_weight, post_bias, mean, std = ctx.saved_tensors
         pre_eps, post_eps, patch_size, patch_order, n_prefix = ctx.scalars
         needs = ctx.needs_input_grad
-        dimage, dweight, dbias, dpre_weight, dpre_bias, dpost_weight, dpost_bias, dpos, dprefix = _op("patch_embed_bwd")(
-            dtokens, image, weight, z, pre_mean, pre_rstd, post_mean, post_rstd, pre_weight, pre_bias, pre_eps,
-            post_weight, post_bias, post_eps, *rest, patch_size, patch_order, n_prefix, needs[0],
+        dimage, dweight, dbias, *dnorms, dpos, dprefix = _op("patch_embed_bwd")(
+            dtokens, image, weight, z, *stats, pre_weight, pre_bias, pre_eps,
+            post_weight, post_bias, post_eps, mean, std, patch_size, patch_order, n_prefix, needs[0],
         )  # fmt: skip
-        grads = (dimage, dweight, dbias, dpos, dprefix, dpre_weight, dpre_bias, dpost_weight, dpost_bias)
+        grads = (dimage, dweight, dbias, dpos, dprefix, *dnorms)
         return *_only(grads, needs[:9]), *(None,) * 6

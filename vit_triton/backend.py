@@ -26,7 +26,7 @@ def check_backend_name(name: str, argument: str = "backend") -> str:
     return name
 
 
-class use_backend:  # noqa: N801 - used like a function, as torch.set_grad_enabled is
+class use_backend:  # lower case: used like a function, as torch.set_grad_enabled is
     """Set the backend of every op and model that was not given one; as a context manager, until its end.
 
     Args:
@@ -123,7 +123,8 @@ def _cpu_vehicle() -> str:
     if device_type == "cpu":
         return "driver"
     raise RuntimeError(
-        'backend "triton" cannot run on CPU tensors here: move model and input to a GPU, use backend="torch" or "auto", '
+        'backend "triton" cannot run on CPU tensors here: move model and input to a GPU, use backend="torch" or '
+        '"auto", '
         "or, to check the kernels, start Python with TRITON_INTERPRET=1 in the environment (slow)"
     )
 

@@ -121,7 +121,8 @@ def linear(
     norm_weight, norm_bias, eps = _norm_parts(norm)
     residual_is_x = residual is x
     rows = _rows(x)
-    tensors = (rows, weight, bias, norm_weight, norm_bias, None if residual is None or residual_is_x else _rows(residual))
+    other = None if residual is None or residual_is_x else _rows(residual)
+    tensors = (rows, weight, bias, norm_weight, norm_bias, other)
     seed = _seed(x, dropout_p)
     if _differentiating(*tensors):
         y = autograd.LinearFunction.apply(*tensors, seed, eps, float(dropout_p), residual_is_x)
@@ -286,8 +287,8 @@ def patch_embed(
     _check_tensor("weight", weight, 2, "(dim, C * p1 * p2)")
     if weight.shape[1] != channels * p1 * p2:
         raise ValueError(
-            f"image with {channels} channels and patches of {p1} x {p2} needs a weight of {channels * p1 * p2} columns, "
-            f"got {_shape(weight)}"
+            f"image with {channels} channels and patches of {p1} x {p2} needs a weight of {channels * p1 * p2} columns"
+            f", got {_shape(weight)}"
         )
     _check_linear("image", weight.shape[1:], "weight", weight, "bias", bias)
     dim = weight.shape[0]
@@ -307,8 +308,9 @@ def patch_embed(
         raise TypeError("image is uint8: give mean and std (on the 0..1 scale), or convert it to floating point")
     if image.dtype != torch.uint8 and mean is not None:
         raise TypeError(f"mean and std normalise a uint8 image, got {image.dtype}: normalise it before")
+    image_mean = image_std = None
     if image.dtype == torch.uint8:
-        mean, std = _channel_values("mean", mean, image), _channel_values("std", std, image)
+        image_mean, image_std = _channel_values("mean", mean, image), _channel_values("std", std, image)
         _check_alike("weight", weight, bias=bias, pos=pos, prefix=prefix)
         if weight.device != image.device:
             raise ValueError(f"image and weight must be on one device, got {image.device} and {weight.device}")
@@ -330,17 +332,19 @@ def patch_embed(
             post_norm=post_norm,
             pos=pos,
             prefix=prefix,
-            mean=mean,
-            std=std,
+            mean=image_mean,
+            std=image_std,
         )
     _check_kernel_dtype("weight", weight)
     pre_weight, pre_bias, pre_eps = _norm_parts(pre_norm)
     post_weight, post_bias, post_eps = _norm_parts(post_norm)
     tensors = (image, weight, bias, pos, prefix, pre_weight, pre_bias, post_weight, post_bias)
     if _differentiating(*tensors):
-        return autograd.PatchEmbedFunction.apply(*tensors, mean, std, pre_eps, post_eps, (p1, p2), patch_order)
+        return autograd.PatchEmbedFunction.apply(
+            *tensors, image_mean, image_std, pre_eps, post_eps, (p1, p2), patch_order
+        )
     tokens, *_ = torch.ops.vit_triton.patch_embed_fwd.default(
-        *tensors[:7], pre_eps, post_weight, post_bias, post_eps, mean, std, (p1, p2), patch_order
+        *tensors[:7], pre_eps, post_weight, post_bias, post_eps, image_mean, image_std, (p1, p2), patch_order
     )
     return tokens
 

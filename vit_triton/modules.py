@@ -25,8 +25,6 @@ from vit_triton.backend import check_backend_name
 
 __all__ = ["Attention", "FeedForward", "LayerNorm", "Linear", "PatchEmbedding", "PatchRows", "Transformer"]
 
-NormArgs = tuple[Tensor | None, Tensor | None, float]
-
 
 def checked_backend(backend: str | None) -> str | None:
     """`backend` if it is None or a backend's name; ValueError if not."""
@@ -112,9 +110,9 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
-        return F.layer_norm(input, self.weight, self.bias, eps=self.eps, backend=self.backend)
+        return cast(Tensor, F.layer_norm(input, self.weight, self.bias, eps=self.eps, backend=self.backend))
 
-    def arguments(self) -> NormArgs:
+    def arguments(self) -> F.Norm:
         """(weight, bias, eps), the form in which the fused functions take a norm."""
         return self.weight, self.bias, self.eps
 
@@ -254,7 +252,9 @@ class Attention(nn.Module):
         check_tokens(x)
         qkv = self.project_qkv(x)
         if untouched(self.attend, nn.Softmax) and untouched(self.dropout, nn.Dropout):
-            out = F.attention_packed(qkv, scale=self.scale, dropout_p=dropout_now(self.dropout), backend=self.backend)
+            dropout_p = dropout_now(self.dropout)
+            attended = F.attention_packed(qkv, scale=self.scale, dropout_p=dropout_p, backend=self.backend)
+            out = cast(Tensor, attended)
         else:
             q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, heads, N, dim_head) each
             out = self.dropout(self.attend(q @ k.transpose(-1, -2) * self.scale)) @ v

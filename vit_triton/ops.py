@@ -59,7 +59,9 @@ def _statistics(x: Tensor, wanted: bool = True) -> Tensor | None:
 # --- attention ---------------------------------------------------------------------------------------------
 
 
-@_register("attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? seed, float scale, float dropout_p) -> (Tensor, Tensor)")
+@_register(
+    "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? seed, float scale, float dropout_p) -> (Tensor, Tensor)"
+)
 def _attention_fwd(q, k, v, seed, scale, dropout_p):
     from vit_triton.kernels.attention import attention_fwd
 
@@ -135,8 +137,8 @@ def _linear_fwd_fake(x, weight, bias, norm_weight, norm_bias, residual, seed, ep
 
 
 @_register(
-    "linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? rstd, "
-    "Tensor? seed, float dropout_p, bool residual_is_x, bool with_bias, bool needs_x, bool needs_weight) "
+    "linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, "
+    "Tensor? rstd, Tensor? seed, float dropout_p, bool residual_is_x, bool with_bias, bool needs_x, bool needs_weight) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _linear_bwd(

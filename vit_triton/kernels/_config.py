@@ -225,13 +225,13 @@ def pick_linear_bwd_weight(
 
 # --- patch embedding ---------------------------------------------------------------------------------------
 
-# As the GEMMs, with "epilogue" always: the addresses of the gathered tile hold registers on top of the accumulator.
+# As the GEMMs, with an epilogue always: the addresses of the gathered tile hold registers on top of the accumulator.
 
 
 @functools.lru_cache(1024)
 def pick_patch_embed_fwd(m: int, dim: int, patch_dim: int, dtype: torch.dtype, arch: str, precision: str) -> GemmConfig:
     """Tiles of ``patch_embed_fwd_kernel`` ((m, patch_dim) -> (m, dim))."""
-    return _pick_gemm(_tokens(m, arch), dim, patch_dim, dtype, arch, precision, True)
+    return _pick_gemm(_tokens(m, arch), dim, patch_dim, dtype, arch, precision, "elementwise")
 
 
 @functools.lru_cache(1024)
@@ -239,7 +239,7 @@ def pick_patch_embed_bwd_image(
     m: int, dim: int, patch_dim: int, dtype: torch.dtype, arch: str, precision: str
 ) -> GemmConfig:
     """Tiles of ``patch_embed_bwd_image_kernel`` ((m, dim) -> (m, patch_dim), depth dim)."""
-    return _pick_gemm(_tokens(m, arch), patch_dim, dim, dtype, arch, precision, True)
+    return _pick_gemm(_tokens(m, arch), patch_dim, dim, dtype, arch, precision, "elementwise")
 
 
 @functools.lru_cache(1024)
@@ -247,4 +247,4 @@ def pick_patch_embed_bwd_weight(
     m: int, dim: int, patch_dim: int, dtype: torch.dtype, arch: str, precision: str
 ) -> GemmConfig:
     """Tiles of ``patch_embed_bwd_weight_kernel`` ((dim, patch_dim), depth m), and in how many parts m is cut."""
-    return pick_linear_bwd_weight(m, dim, patch_dim, dtype, arch, precision, True)
+    return pick_linear_bwd_weight(m, dim, patch_dim, dtype, arch, precision, "elementwise")

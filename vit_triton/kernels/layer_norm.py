@@ -11,10 +11,6 @@ Backward needs x, mean and rstd only. With g = dy * weight,
 
 A program walks a fixed stretch of rows and leaves one float32 partial sum of dweight and dbias; the launcher adds
 the partials. There are no atomics and the stretches follow from the shape alone: the result is the same every time.
-
-The kernels are compiled without contracting a * b + c to one rounding. Memory bounds them, so that costs nothing, and
-contracted into a sum across lanes it gives each lane its own last bit of rstd: normalising again from the saved
-statistics would then not repeat y exactly.
 """
 
 import torch
@@ -113,7 +109,6 @@ def _layer_norm(
         BLOCK_M=config.block_m,
         BLOCK_D=config.block_d,
         num_warps=config.num_warps,
-        enable_fp_fusion=False,
     )
     return y, summed, mean, rstd
 
@@ -264,7 +259,6 @@ def layer_norm_bwd(
         BLOCK_M=config.block_m,
         BLOCK_D=config.block_d,
         num_warps=config.num_warps,
-        enable_fp_fusion=False,
     )
     if weight is None or partials is None:
         return dx, None, None

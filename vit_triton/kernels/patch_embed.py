@@ -44,6 +44,7 @@ from vit_triton.kernels.layer_norm import layer_norm_bwd
 
 Norm = tuple[torch.Tensor | None, torch.Tensor | None, float]
 
+
 @triton.jit
 def _grouped_tile(pid, n_rows, n_cols, GROUP: tl.constexpr):
     """(row, column) of tile ``pid``: GROUP rows of tiles share their columns while those are in the L2 cache."""
@@ -229,7 +230,6 @@ def patch_embed_fwd(
             BLOCK_M=rows.block_m,
             BLOCK_K=rows.block_d,
             num_warps=rows.num_warps,
-            enable_fp_fusion=False,
         )
 
     z = None if post_norm is None else weight.new_empty((n_rows, dim))
@@ -284,10 +284,8 @@ def patch_embed_fwd(
             BLOCK_M=rows.block_m,
             BLOCK_D=rows.block_d,
             num_warps=rows.num_warps,
-            enable_fp_fusion=False,
         )
     return tokens, z, pre_mean, pre_rstd, post_mean, post_rstd
-
 
 
 # --- backward ----------------------------------------------------------------------------------------------
@@ -471,10 +469,13 @@ def patch_embed_bwd(
             grad = grad * pre_weight
         if pre_bias is not None:
             grad = grad + dbias[:, None] * pre_bias
-    dimage = _bwd_image(dz, image, weight, pre_norm, pre_mean, pre_rstd, patch_size, patch_order) if needs_image else None
-    dprefix, dpos = (part.sum(0, dtype=torch.float32).to(dtype) for part in (dtokens[:, :n_prefix], dtokens[:, n_prefix:]))
-    grads = (dpre_weight, dpre_bias, dpost_weight, dpost_bias)
-    return dimage, grad.to(dtype), dbias.to(dtype), *grads, dpos, dprefix
+    dimage = None
+    if needs_image:
+        dimage = _bwd_image(dz, image, weight, pre_norm, pre_mean, pre_rstd, patch_size, patch_order)
+    dprefix = dtokens[:, :n_prefix].sum(0, dtype=torch.float32).to(dtype)
+    dpos = dtokens[:, n_prefix:].sum(0, dtype=torch.float32).to(dtype)
+    norm_grads = (dpre_weight, dpre_bias, dpost_weight, dpost_bias)
+    return dimage, grad.to(dtype), dbias.to(dtype), *norm_grads, dpos, dprefix
 
 
 def _bwd_weight(
@@ -582,6 +583,5 @@ def _bwd_image(
             BLOCK_M=rows.block_m,
             BLOCK_K=rows.block_d,
             num_warps=rows.num_warps,
-            enable_fp_fusion=False,
         )
     return dimage
