@@ -93,7 +93,8 @@ def _attention_bwd_fake(do, q, k, v, out, lse, dlse, seed, scale, dropout_p):
 def _attention_packed_fwd(qkv, seed, scale, dropout_p):
     from vit_triton.kernels.attention import attention_fwd
 
-    return attention_fwd(*qkv.unbind(2), seed, scale=scale, dropout_p=dropout_p)
+    q, k, v = qkv.unbind(2)
+    return attention_fwd(q, k, v, seed, scale=scale, dropout_p=dropout_p)
 
 
 @_fake("attention_packed_fwd")

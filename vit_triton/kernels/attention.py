@@ -637,9 +637,9 @@ def attention_packed_bwd(
 ) -> torch.Tensor:
     """The same by a packed (B, N, 3, H, D) projection: the three gradients are written into one such tensor."""
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    _attention_bwd(
-        do, *qkv.unbind(2), out, lse, dlse, seed, *dqkv.unbind(2), scale=scale, dropout_p=dropout_p
-    )  # fmt: skip
+    q, k, v = qkv.unbind(2)
+    dq, dk, dv = dqkv.unbind(2)
+    _attention_bwd(do, q, k, v, out, lse, dlse, seed, dq, dk, dv, scale=scale, dropout_p=dropout_p)
     return dqkv
 
 

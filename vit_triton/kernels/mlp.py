@@ -123,7 +123,6 @@ def mlp_bwd(
 ) -> tuple[Tensor | None, ...]:
     """dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias; None for what is not needed."""
     dw1 = db1 = dw2 = db2 = None
-    outer = dict(dy_dropout_p=dropout_p, dy_seed=seed)
     if needs_weights:
         dw2, db2 = linear_bwd_weight(
             dy,
@@ -133,9 +132,19 @@ def mlp_bwd(
             activation=activation,
             with_bias=with_b2,
             weight_dtype=w2.dtype,
-            **outer,
+            dy_dropout_p=dropout_p,
+            dy_seed=seed,
         )
-    dh = linear_bwd_input(dy, w2, pre, hidden_seed, dropout_p=hidden_dropout_p, activation=activation, **outer)
+    dh = linear_bwd_input(
+        dy,
+        w2,
+        pre,
+        hidden_seed,
+        dropout_p=hidden_dropout_p,
+        activation=activation,
+        dy_dropout_p=dropout_p,
+        dy_seed=seed,
+    )
     if needs_weights:
         normed = _norm_again(x, mean, rstd, norm_weight, norm_bias, w1.dtype)
         dw1, db1 = linear_bwd_weight(dh, normed, None, with_bias=with_b1, weight_dtype=w1.dtype)
