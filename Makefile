@@ -13,8 +13,6 @@ PYTEST_ARGS ?=
 # One thread per worker: the workers already use every core.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-WITH_PTXEMU = PYTHONPATH="$(PTXEMU)$${PYTHONPATH:+:$$PYTHONPATH}"
-
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-compiled lint clean
 
@@ -27,13 +25,16 @@ demo: $(STAMP) ## Train a small ViT on handwritten digits, then classify with bo
 test: $(STAMP) ## Run every test; the kernels run in Triton's interpreter
 	$(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-# TRITON_INTERPRET must be absent here: Triton reads it once, when it is imported.
+# TRITON_INTERPRET must be absent here: Triton reads it once, when it is imported. The tests look for the emulator at
+# PTXEMU; where that is unset, an installed one will do.
+FIND_PTXEMU := import pathlib, ptxemu; print(pathlib.Path(ptxemu.__file__).resolve().parents[1])
+
 test-compiled: $(STAMP) ## Run the op tests on compiled kernels, through the PTX emulator at PTXEMU=path
-	@if env -u TRITON_INTERPRET $(WITH_PTXEMU) $(BIN)/python -c 'import ptxemu' 2>/dev/null; then \
-	    set -x; \
-	    env -u TRITON_INTERPRET $(WITH_PTXEMU) $(TEST_ENV) $(BIN)/pytest -m compiled -n $(WORKERS) $(PYTEST_ARGS); \
+	@if found=$$(PYTHONPATH="$(PTXEMU)" $(BIN)/python -c '$(FIND_PTXEMU)' 2>/dev/null); then \
+	    env -u TRITON_INTERPRET PTXEMU="$$found" $(TEST_ENV) $(BIN)/pytest -m compiled -n $(WORKERS) $(PYTEST_ARGS); \
 	else \
-	    echo "test-compiled: skipped: no PTX emulator (the package ptxemu) is importable; name its folder: make test-compiled PTXEMU=path"; \
+	    echo "test-compiled: skipped: no PTX emulator (the package ptxemu) can be imported;" \
+	        "name its folder: make test-compiled PTXEMU=path"; \
 	fi
 
 lint: $(STAMP) ## Check style, imports and types

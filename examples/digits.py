@@ -140,6 +140,7 @@ def main() -> None:
     build("triton").eval()(images[:1])
 
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # these matrices are too small to share: threads would mostly wait for each other
     order = torch.randperm(len(images))
     held_out, training = order[:HELD_OUT], order[HELD_OUT:]
     print(f"{len(training)} scans to train on, {len(held_out)} held out")
