@@ -25,12 +25,10 @@ demo: $(STAMP) ## Train a small ViT on handwritten digits, then classify with bo
 test: $(STAMP) ## Run every test; the kernels run in Triton's interpreter
 	$(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-OP_TESTS := $(wildcard tests/test_attention.py tests/test_l*.py tests/test_mlp.py tests/test_patch_embed.py)
-
 # TRITON_INTERPRET must be absent here: Triton reads it once, when it is imported.
 test-compiled: $(STAMP) ## Run the op tests on code compiled for sm_80, in the optional PTX emulator at PTXEMU=folder
 	@if env -u TRITON_INTERPRET PYTHONPATH="$(PTXEMU)" $(BIN)/python -c 'import ptxemu' 2>/dev/null; then \
-	    env -u TRITON_INTERPRET PTXEMU="$(PTXEMU)" $(TEST_ENV) $(BIN)/pytest -n $(WORKERS) $(OP_TESTS) $(PYTEST_ARGS); \
+	    env -u TRITON_INTERPRET PTXEMU="$(PTXEMU)" $(TEST_ENV) $(BIN)/pytest -n $(WORKERS) -m compiled $(PYTEST_ARGS); \
 	else \
 	    echo "test-compiled: skipped, no PTX emulator is importable; name its folder: make test-compiled PTXEMU=folder"; \
 	fi

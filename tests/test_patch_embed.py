@@ -12,6 +12,8 @@ from oracle import DTYPES, assert_as_precise, double, run
 from vit_triton import functional as F
 from vit_triton import reference
 
+pytestmark = pytest.mark.compiled
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
