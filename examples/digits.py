@@ -150,6 +150,7 @@ def main() -> None:
     save_file(model.state_dict(), checkpoint)
 
     images, digits = images[held_out], digits[held_out]
+    print(f"classifying the {len(digits)} held-out scans with both backends (without a GPU, triton takes a while)")
     logits = {backend: classify(backend, checkpoint, images) for backend in ("triton", "torch")}
     for backend, values in logits.items():
         right = int((values.argmax(1) == digits).sum())

@@ -50,3 +50,16 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def virtual_memory(poisoned_memory):
+    """For tensors that span gigabytes of addresses: neither poison nor watch them, which would touch every page."""
+    torch.use_deterministic_algorithms(False)
+    if not EMULATOR:
+        yield
+        return
+    import ptxemu
+
+    with ptxemu.emulate():
+        yield

@@ -202,8 +202,7 @@ def test_the_same_bits_every_time():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_offsets_past_32_bits():
-    torch.use_deterministic_algorithms(False)  # poisoning would touch all of the virtual memory
+def test_offsets_past_32_bits(virtual_memory):
     image = torch.empty_strided((4, 1, 4, 4), (2**30, 16, 4, 1))
     image.copy_(torch.randn(4, 1, 4, 4))
     weight = torch.randn(16, 16)
