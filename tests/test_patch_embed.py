@@ -159,6 +159,21 @@ def test_the_flattened_conv2d_weight_is_channels_first():
 
 
 @pytest.mark.parametrize("post", [False, True])
+def test_autocast_keeps_tokens_in_float32(post):
+    inputs = make_inputs(1, 3, (2, 2), (4, 4), 24, torch.float32)
+    options = dict(patch_size=(4, 4), pre=True, post=post)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = run(functools.partial(embed, F.patch_embed, backend="triton", **options), inputs, [torch.ones(1, 5, 24)])
+        peer = run(functools.partial(embed, reference.patch_embed, **options), inputs, [torch.ones(1, 5, 24)])
+    assert ours[0].dtype == peer[0].dtype == torch.float32
+    for a, b in zip(ours, peer, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("post", [False, True])
 def test_batch_of_none(post):
     inputs = make_inputs(0, 3, (2, 2), (4, 4), 24, torch.float32)
     function = functools.partial(embed, F.patch_embed, patch_size=4, pre=True, post=post, backend="triton")

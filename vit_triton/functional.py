@@ -318,7 +318,7 @@ def patch_embed(
         _check_alike("image", image, weight=weight, bias=bias, pos=pos, prefix=prefix)
     if batch * patches > _MAX_ROWS:
         raise ValueError(f"image has {batch * patches} patches in all, more than {_MAX_ROWS}")
-    weight, bias, pos, prefix = _autocast(weight, bias, pos, prefix, device=image.device)
+    weight, bias = _autocast(weight, bias, device=image.device)
     if pos is not None:
         pos = pos[:patches]
     if resolve_backend(backend, weight) == "torch":

@@ -7,6 +7,7 @@ no Optional outputs, so what is absent comes back with no elements. The kernels 
 wrapping costs more Python per call.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -360,8 +361,11 @@ def _patch_embed_fwd_fake(
     patches = (height // patch_size[0]) * (width // patch_size[1])
     rows = image.new_empty(batch * patches)
     n_prefix = 0 if prefix is None else prefix.shape[0]
+    dtypes = (x.dtype for x in (weight, pos, prefix, post_weight) if x is not None)
     return (
-        weight.new_empty(batch, n_prefix + patches, weight.shape[0]),
+        weight.new_empty(
+            batch, n_prefix + patches, weight.shape[0], dtype=functools.reduce(torch.promote_types, dtypes)
+        ),
         weight.new_empty(batch * patches, weight.shape[0]) if post_eps is not None else None,
         _statistics(rows, pre_eps is not None),
         _statistics(rows, pre_eps is not None),
@@ -414,6 +418,6 @@ def _patch_embed_bwd_fake(
         weight.new_empty(dim),
         *_norm_grads(pre_weight, pre_bias, pre_eps is not None),
         *_norm_grads(post_weight, post_bias, post_eps is not None),
-        weight.new_empty(dtokens.shape[1] - n_prefix, dim),
-        weight.new_empty(n_prefix, dim),
+        dtokens.new_empty(dtokens.shape[1] - n_prefix, dim),
+        dtokens.new_empty(n_prefix, dim),
     )

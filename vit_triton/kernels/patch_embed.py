@@ -17,6 +17,8 @@ normalised but without g and b, and G = dz.T @ xhat, the gradients of pre_norm f
 The gradient of the image, dz @ weight, goes straight into the image's layout: patches do not overlap.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -172,6 +174,14 @@ def patch_embed_norm_kernel(
     tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def token_dtype(
+    weight: torch.Tensor, pos: torch.Tensor | None, prefix: torch.Tensor | None, post_norm: Norm | None
+) -> torch.dtype:
+    """The widest dtype of what makes a token: under autocast the product is 16 bits, norm and positions are float32."""
+    parts = (weight, pos, prefix, post_norm[0] if post_norm else None)
+    return functools.reduce(torch.promote_types, (x.dtype for x in parts if x is not None))
+
+
 def patch_embed_fwd(
     image: torch.Tensor,
     weight: torch.Tensor,
@@ -196,9 +206,9 @@ def patch_embed_fwd(
     """Embed an image (B, C, H, W), any strides -> tokens, z, pre_mean, pre_rstd, post_mean, post_rstd.
 
     weight (dim, patch_dim) has its columns in ``patch_order``, "p1 p2 c" or "c p1 p2"; bias (dim,), pos (patches, dim),
-    prefix (n, dim); pre_norm and post_norm are (weight, bias, eps) over patch_dim and dim. tokens (B, n + patches, dim)
-    and z (B * patches, dim) have the weight's dtype, in which the product is taken; statistics (B * patches,) are
-    float32. A uint8 image needs mean and std (C,), float32, on the scale 0 to 1; others take none. z is None without
+    prefix (n, dim); pre_norm and post_norm are (weight, bias, eps) over patch_dim and dim. z (B * patches, dim) has the
+    weight's dtype, in which the product is taken; tokens (B, n + patches, dim) have :func:`token_dtype`; statistics
+    (B * patches,) are float32. A uint8 image needs mean and std (C,), float32, on the scale 0 to 1; others take none. z is None without
     post_norm, the statistics are None without their norm. ValueError where the image does not divide into patches.
     """
     layout = patch_layout(image, patch_size, patch_order)
@@ -206,7 +216,7 @@ def patch_embed_fwd(
     n_rows = batch * n_patches
     n_prefix = 0 if prefix is None else prefix.shape[0]
     arch = architecture(image.device)
-    tokens = weight.new_empty((batch, n_prefix + n_patches, dim))
+    tokens = weight.new_empty((batch, n_prefix + n_patches, dim), dtype=token_dtype(weight, pos, prefix, post_norm))
     if prefix is not None:
         tokens[:, :n_prefix] = prefix
     behind_prefix = tokens[:, n_prefix:]
@@ -472,8 +482,8 @@ def patch_embed_bwd(
     dimage = None
     if needs_image:
         dimage = _bwd_image(dz, image, weight, pre_norm, pre_mean, pre_rstd, patch_size, patch_order)
-    dprefix = dtokens[:, :n_prefix].sum(0, dtype=torch.float32).to(dtype)
-    dpos = dtokens[:, n_prefix:].sum(0, dtype=torch.float32).to(dtype)
+    dprefix = dtokens[:, :n_prefix].sum(0, dtype=torch.float32).to(dtokens.dtype)
+    dpos = dtokens[:, n_prefix:].sum(0, dtype=torch.float32).to(dtokens.dtype)
     norm_grads = (dpre_weight, dpre_bias, dpost_weight, dpost_bias)
     return dimage, grad.to(dtype), dbias.to(dtype), *norm_grads, dpos, dprefix
 
