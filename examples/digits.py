@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from vit_triton import ViT, attention_maps
 
 MODEL = dict(
-    image_size=16, patch_size=4, channels=1, num_classes=10, dim=64, depth=3, heads=4, dim_head=16, mlp_dim=128
+    image_size=16, patch_size=4, channels=1, num_classes=10, dim=64, depth=3, heads=2, dim_head=32, mlp_dim=128
 )
 HELD_OUT = 360
 BATCH = 64
@@ -96,7 +96,8 @@ def classify(backend: str, checkpoint: Path, images: Tensor) -> Tensor:
     """Logits (N, 10) of a model read from the checkpoint, on one backend."""
     model = build(backend).eval()
     model.load_state_dict(load_file(checkpoint))
-    return model(images)
+    batches = tqdm(images.split(40), desc=f"classifying, backend {backend}", unit="batch", file=sys.stdout)
+    return torch.cat([model(batch) for batch in batches])
 
 
 def draw(path: Path, images: Tensor, digits: Tensor, predicted: Tensor, attention: Tensor) -> None:
@@ -150,7 +151,6 @@ def main() -> None:
     save_file(model.state_dict(), checkpoint)
 
     images, digits = images[held_out], digits[held_out]
-    print(f"classifying the {len(digits)} held-out scans with both backends (without a GPU, triton takes a while)")
     logits = {backend: classify(backend, checkpoint, images) for backend in ("triton", "torch")}
     for backend, values in logits.items():
         right = int((values.argmax(1) == digits).sum())

@@ -227,6 +227,7 @@ def layer_norm(
     if resolve_backend(backend, x) == "torch":
         return reference.layer_norm(x, weight, bias, eps=eps, residual=residual)
     _check_kernel_dtype("x", x)
+    weight, bias, _ = _norm_parts((weight, bias, eps))
     if residual is None:
         arguments = (_rows(x), weight, bias, float(eps))
         y = _apply(autograd.LayerNormFunction, "layer_norm_fwd", arguments, (x, weight, bias))
@@ -391,7 +392,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _norm_parts(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, float | None]:
-    return (None, None, None) if norm is None else (norm[0], norm[1], float(norm[2]))
+    if norm is None:
+        return None, None, None
+    weight, bias, eps = norm
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # the kernels have both or neither
+    return weight, bias, float(eps)
 
 
 def _channel_values(name: str, values: Tensor | Sequence[float] | None, image: Tensor) -> Tensor:

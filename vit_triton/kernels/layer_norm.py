@@ -23,7 +23,7 @@ from vit_triton.kernels._launch import launch
 # --- forward -----------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def layer_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, summed_ptr, mean_ptr, rstd_ptr,
     stride_xm, stride_xd, stride_rm, stride_rd,
@@ -162,7 +162,7 @@ def layer_norm_apply(
 # --- backward ----------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "rows_per_batch", "n_steps"])
 def layer_norm_bwd_kernel(
     dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dsum_ptr, dx_ptr, partials_ptr,
     stride_dyb, stride_dym, stride_dyd, stride_xm, stride_xd, stride_sm, stride_sd,

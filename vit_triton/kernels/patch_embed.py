@@ -208,8 +208,8 @@ def patch_embed_fwd(
     weight (dim, patch_dim) has its columns in ``patch_order``, "p1 p2 c" or "c p1 p2"; bias (dim,), pos (patches, dim),
     prefix (n, dim); pre_norm and post_norm are (weight, bias, eps) over patch_dim and dim. z (B * patches, dim) has the
     weight's dtype, in which the product is taken; tokens (B, n + patches, dim) have :func:`token_dtype`; statistics
-    (B * patches,) are float32. A uint8 image needs mean and std (C,), float32, on the scale 0 to 1; others take none. z is None without
-    post_norm, the statistics are None without their norm. ValueError where the image does not divide into patches.
+    (B * patches,) are float32. A uint8 image needs mean and std (C,), float32, on the scale 0 to 1; others take none.
+    z is None without post_norm, the statistics are None without their norm. The image divides into patches.
     """
     layout = patch_layout(image, patch_size, patch_order)
     batch, dim, n_patches = image.shape[0], weight.shape[0], layout.n_patches
