@@ -108,7 +108,7 @@ def draw(path: Path, images: Tensor, digits: Tensor, predicted: Tensor, attentio
     figure, axes = plt.subplots(2, len(images), figsize=(1.5 * len(images), 3.9), squeeze=False)
     side = images.shape[-1]
     for column, (image, digit, guess, weights) in enumerate(
-        zip(images, digits.tolist(), predicted.tolist(), attention, strict=True)
+        zip(images.numpy(), digits.tolist(), predicted.tolist(), attention.numpy(), strict=True)
     ):
         top, bottom = axes[:, column]
         top.imshow(image[0], cmap="gray_r")
