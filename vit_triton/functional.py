@@ -45,7 +45,8 @@ def attention(
         k, v: (B, N_k, H, D), N_k at least 1.
         scale: default 1 / sqrt(D).
         dropout_p: probability that a softmax weight is zeroed; the others grow by 1 / (1 - p).
-        return_lse: also return the log-sum-exp of each row's scaled scores, float32 (B, H, N_q), differentiable.
+        return_lse: also return the log-sum-exp of each row's scaled scores, float32 (B, H, N_q), differentiable. It is
+            NaN, not inf, where a score is inf: the row of softmax is NaN, and so are its gradients.
 
     Returns:
         (B, N_q, H, D), contiguous with "triton".
