@@ -18,9 +18,9 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-hypothesis.settings.register_profile("interpreter", deadline=None, derandomize=True, max_examples=12, database=None)
+hypothesis.settings.register_profile("interpreter", deadline=None, derandomize=True, max_examples=40, database=None)
 # every new head size or dtype is compiled first, which takes seconds
-hypothesis.settings.register_profile("compiled", deadline=None, derandomize=True, max_examples=4, database=None)
+hypothesis.settings.register_profile("compiled", deadline=None, derandomize=True, max_examples=6, database=None)
 hypothesis.settings.load_profile("compiled" if EMULATOR else "interpreter")
 
 torch.set_num_threads(1)  # the tests run one process per core

@@ -1,0 +1,244 @@
+"""linear (norm, product, bias, dropout, residual) against the float64 reference: output and every gradient."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import DTYPES, assert_as_precise, double, run
+
+from vit_triton import functional as F
+from vit_triton import reference
+
+pytestmark = pytest.mark.compiled
+
+EPS = 1e-5
+
+
+def absolute_norm(x, weight, bias):
+    """(normed, its size from absolute values, 1 / std, xhat) of a float64 layer norm, without a norm (x, |x|)."""
+    rstd = (x.var(-1, unbiased=False, keepdim=True) + EPS).rsqrt()
+    xhat = (x - x.mean(-1, keepdim=True)) * rstd
+    spread = (x.abs() + x.abs().mean(-1, keepdim=True)) * rstd
+    one = torch.ones_like(x[0])
+    weight, bias = one if weight is None else weight, 0 * one if bias is None else bias
+    return xhat * weight + bias, spread * weight.abs() + bias.abs(), rstd, xhat, spread
+
+
+def absolute_norm_backward(dnormed, x, weight, bias):
+    """Sizes of (dx, dweight, dbias), given that of the gradient of the norm's output."""
+    _, _, rstd, xhat, spread = absolute_norm(x, weight, bias)
+    g = dnormed if weight is None else dnormed * weight.abs()
+    dx = rstd * (g + g.mean(-1, keepdim=True) + xhat.abs() * (g * xhat.abs()).mean(-1, keepdim=True))
+    grads = [] if weight is None else [(dnormed * spread).sum(0)]
+    return dx, grads + ([] if bias is None else [dnormed.sum(0)])
+
+
+def absolute(inputs, dy, *, norm, keep=1.0):
+    """What ``run`` returns for (x, weight, bias, residual, norm weight, norm bias), with absolute values in every sum."""
+    x, weight, bias, residual, norm_weight, norm_bias = double(inputs)
+    shape, x, dy = x.shape, x.flatten(0, -2), dy.double().abs().flatten(0, -2)
+    size = absolute_norm(x, norm_weight, norm_bias)[1] if norm else x.abs()
+    dz = dy * keep
+    y = (size @ weight.abs().T + (0 if bias is None else bias.abs())) * keep
+    y = y if residual is None else y + residual.abs().flatten(0, -2)
+    dx, dnorm = dz @ weight.abs(), []
+    if norm:
+        dx, dnorm = absolute_norm_backward(dx, x, norm_weight, norm_bias)
+    results = [y.unflatten(0, shape[:-1]), dx.view(shape), dz.T @ size]
+    results += [] if bias is None else [dz.sum(0)]
+    return results + ([] if residual is None else [dy.unflatten(0, shape[:-1])]) + dnorm
+
+
+def call(function, norm, **options):
+    def inner(x, weight, bias, residual, norm_weight, norm_bias):
+        triple = (norm_weight, norm_bias, EPS) if norm else None
+        return function(x, weight, bias, residual=residual, norm=triple, **options)
+
+    return inner
+
+
+NAMES = ("x", "weight", "bias", "residual", "norm weight", "norm bias")
+
+
+def make(leading, k, n, dtype, *, bias=True, residual=True, affine=(True, True), layout="contiguous"):
+    def rows(width):
+        if layout == "transposed" and leading:
+            return torch.randn(*leading[:-1], width, leading[-1]).to(dtype).transpose(-1, -2)
+        if layout == "slice":
+            return torch.randn(*leading, width + 5).to(dtype)[..., 2 : 2 + width]
+        return torch.randn(*leading, width).to(dtype)
+
+    weight = (torch.randn(n, k) * k**-0.5).to(dtype)
+    if layout == "transposed":
+        weight = weight.T.contiguous().T
+    vectors = [torch.randn(k).to(dtype) if wanted else None for wanted in affine]
+    return [rows(k), weight, torch.randn(n).to(dtype) if bias else None, rows(n) if residual else None, *vectors]
+
+
+@given(
+    leading=st.sampled_from([(1,), (17,), (2, 13), (1, 65), (2, 2, 5), (130,)]),
+    k=st.sampled_from([8, 33, 40, 72, 130]),
+    n=st.sampled_from([1, 16, 50, 136]),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["contiguous", "transposed", "slice"]),
+    gradient=st.sampled_from(["dense", "expanded", "transposed"]),
+    bias=st.booleans(),
+    residual=st.booleans(),
+    norm=st.booleans(),
+    affine=st.tuples(st.booleans(), st.booleans()),
+)
+def test_outputs_and_gradients(leading, k, n, dtype, layout, gradient, bias, residual, norm, affine):
+    affine = affine if norm else (False, False)
+    inputs = make(leading, k, n, dtype, bias=bias, residual=residual, affine=affine, layout=layout)
+    dy = torch.randn(*leading, n).to(dtype)
+    if gradient == "expanded":
+        dy = torch.randn(()).to(dtype).expand(*leading, n)
+    elif gradient == "transposed":
+        dy = torch.randn(*leading[:-1], n, leading[-1]).to(dtype).transpose(-1, -2)
+    ours = run(call(F.linear, norm, backend="triton"), inputs, [dy])
+    peer = run(call(reference.linear, norm), inputs, [dy])
+    exact = run(call(reference.linear, norm), double(inputs), double([dy]))
+    names = ["y", *(name for name, x in zip(NAMES, inputs, strict=True) if x is not None)]
+    assert len(ours) == len(names)
+    assert_as_precise(ours, [peer], exact, absolute(inputs, dy, norm=norm), names)
+
+
+def test_a_vector():
+    x, weight, bias, *_ = make((), 40, 24, torch.float32)
+    torch.testing.assert_close(F.linear(x, weight, bias, backend="triton"), torch.nn.functional.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_residual_may_be_x_itself(dtype, norm):
+    inputs = make((2, 9), 40, 40, dtype, residual=False)
+    dy = torch.randn(2, 9, 40).to(dtype)
+
+    def function(implementation, **options):
+        def inner(x, weight, bias, norm_weight, norm_bias):
+            triple = (norm_weight, norm_bias, EPS) if norm else None
+            return implementation(x, weight, bias, norm=triple, residual=x, **options)
+
+        return inner
+
+    inputs = [x for x in inputs if x is not None][: 5 if norm else 3] + [None] * (0 if norm else 2)
+    ours = run(function(F.linear, backend="triton"), inputs, [dy])
+    peer = run(function(reference.linear), inputs, [dy])
+    exact = run(function(reference.linear), double(inputs), double([dy]))
+    apart = [*inputs[:3], inputs[0], *inputs[3:]]
+    y, dx, dweight, dbias, dresidual, *dnorm = absolute(apart, dy, norm=norm)
+    names = ["y", "x", "weight", "bias", "norm weight", "norm bias"][: len(ours)]
+    assert_as_precise(ours, [peer], exact, [y, dx + dresidual, dweight, dbias, *dnorm], names)
+
+
+def dropped(rows, cols, p, seed):
+    """The mask of a call, 0 or 1 / (1 - p): what a bias of ones becomes."""
+    torch.manual_seed(seed)
+    x, weight = torch.zeros(rows, 16), torch.zeros(cols, 16)
+    return F.linear(x, weight, torch.ones(cols), dropout_p=p, backend="triton")
+
+
+def test_dropout_keeps_a_share_and_scales_it():
+    keep = dropped(150, 90, 0.2, seed=0)
+    kept = keep != 0
+    torch.testing.assert_close(keep[kept], torch.full_like(keep[kept], 1.25))
+    assert abs(int(kept.sum()) - 0.8 * kept.numel()) < 5 * (0.8 * 0.2 * kept.numel()) ** 0.5
+    assert len(kept.unique(dim=0)) == 150 and len(kept.T.unique(dim=0)) == 90
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_has_one_mask_in_both_directions(dtype):
+    keep = dropped(70, 50, 0.2, seed=5).double()
+    inputs = make((70,), 40, 50, dtype)
+    dy = torch.randn(70, 50).to(dtype)
+    torch.manual_seed(5)
+    ours = run(call(F.linear, True, dropout_p=0.2, backend="triton"), inputs, [dy])
+
+    def masked(mask):
+        def inner(x, weight, bias, residual, norm_weight, norm_bias):
+            return reference.linear(x, weight, bias, norm=(norm_weight, norm_bias, EPS)) * mask + residual
+
+        return inner
+
+    peer = run(masked(keep.to(dtype)), inputs, [dy])
+    exact = run(masked(keep), double(inputs), double([dy]))
+    assert_as_precise(ours, [peer], exact, absolute(inputs, dy, norm=True, keep=keep), ["y", *NAMES])
+
+
+def test_dropout_follows_the_seed_of_torch():
+    assert torch.equal(dropped(9, 20, 0.5, seed=1), dropped(9, 20, 0.5, seed=1))
+    assert not torch.equal(dropped(9, 20, 0.5, seed=1), dropped(9, 20, 0.5, seed=2))
+    assert not dropped(9, 20, 1.0, seed=1).any()
+    x = torch.randn(3, 16)
+    before = torch.get_rng_state()
+    F.linear(x, x, backend="triton")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_stay_in_their_row(value):
+    x, weight, bias, *_ = make((5,), 40, 24, torch.float32)
+    x[3, 7] = value
+    ours, theirs = F.linear(x, weight, bias, backend="triton"), torch.nn.functional.linear(x, weight, bias)
+    assert torch.equal(ours.isfinite(), theirs.isfinite()) and torch.equal(ours.isnan(), theirs.isnan())
+
+
+def test_the_same_bits_every_time():
+    inputs, dy = make((200,), 72, 50, torch.bfloat16), torch.randn(200, 50).bfloat16()
+    copies = [[x.clone() for x in inputs] for _ in range(2)]
+    first, second = (run(call(F.linear, True, backend="triton"), x, [dy]) for x in copies)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_batch_of_none():
+    y, *grads = run(call(F.linear, True, backend="triton"), make((0, 5), 40, 24, torch.float32), [torch.randn(0, 5, 24)])
+    assert y.shape == (0, 5, 24)
+    assert [tuple(g.shape) for g in grads] == [(0, 5, 40), (24, 40), (24,), (0, 5, 24), (40,), (40,)]
+    assert not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("wanted", range(6))
+def test_one_input_requires_a_gradient(wanted):
+    inputs = make((7,), 40, 24, torch.float32)
+    leaves = [x.clone().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
+    others = [x.clone().requires_grad_() for x in inputs]
+    call(F.linear, True, backend="triton")(*leaves).square().sum().backward()
+    call(reference.linear, True)(*others).square().sum().backward()
+    assert [x.grad is not None for x in leaves] == [i == wanted for i in range(6)]
+    torch.testing.assert_close(leaves[wanted].grad, others[wanted].grad, rtol=1e-4, atol=1e-4)
+
+
+def test_saved_are_x_the_weights_and_the_statistics():
+    inputs, saved = [x.requires_grad_() for x in make((7,), 40, 24, torch.float32)], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
+        call(F.linear, True, backend="triton")(*inputs)
+        with torch.no_grad():
+            call(F.linear, True, backend="triton")(*inputs)
+    assert sorted(s for s in saved if s != (40,)) == [(7,), (7,), (7, 40), (24, 40)]
+
+
+def test_offsets_past_32_bits(virtual_memory):
+    x, residual = (torch.empty_strided((4, 64), (2**30, 1)) for _ in range(2))
+    x.copy_(torch.randn(4, 64))
+    residual.copy_(torch.randn(4, 64))
+    dy = torch.empty_strided((4, 64), (2**30, 1))
+    dy.copy_(torch.randn(4, 64))
+    weight = torch.empty_strided((64, 64), (2**25, 1))
+    weight.copy_(torch.randn(64, 64))
+    far = [x.requires_grad_(), weight.requires_grad_()]
+    near = [x.detach().contiguous().requires_grad_() for x in far]
+    ours = F.linear(*far, residual=residual, backend="triton")
+    theirs = reference.linear(*near, residual=residual)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    grads, their_grads = (torch.autograd.grad(y, x, dy) for y, x in ((ours, far), (theirs, near)))
+    torch.testing.assert_close(grads, their_grads, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast():
+    inputs = make((7,), 40, 24, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = run(call(F.linear, True, backend="triton"), inputs, [torch.ones(7, 24)])
+        theirs = run(call(reference.linear, True), inputs, [torch.ones(7, 24)])
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.abs().max()))

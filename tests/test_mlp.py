@@ -1,0 +1,244 @@
+"""mlp (norm, product, activation, dropout, product, dropout, residual) against float64: output, every gradient, what
+is kept."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import DTYPES, assert_as_precise, double, run
+from test_linear import EPS, absolute_norm, absolute_norm_backward
+
+from vit_triton import functional as F
+from vit_triton import reference
+
+pytestmark = pytest.mark.compiled
+
+
+def absolute(inputs, dy, activation, *, norm, hidden_keep=1.0, keep=1.0):
+    """What ``run`` returns for (x, w1, b1, w2, b2, residual, norm weight, norm bias), with absolute values in every sum.
+
+    An error in the pre-activation z passes through the activation f as |f'(z)| dz, into f' itself as |f''(z)| dz.
+    """
+    x, w1, b1, w2, b2, residual, norm_weight, norm_bias = double(inputs)
+    shape, x, dy = x.shape, x.flatten(0, -2), dy.double().abs().flatten(0, -2)
+    normed, size = absolute_norm(x, norm_weight, norm_bias)[:2] if norm else (x, x.abs())
+    z = normed @ w1.T + (0 if b1 is None else b1)
+    size_z = size @ w1.abs().T + (0 if b1 is None else b1.abs())
+    z = z.requires_grad_()
+    f = reference.activate(z, activation)
+    (slope,) = torch.autograd.grad(f.sum(), z, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.sum(), z)
+    f, slope = f.detach(), slope.detach()
+    size_f = (f.abs() + slope.abs() * size_z) * hidden_keep
+    size_slope = slope.abs() + bend.abs() * size_z
+    y = (size_f @ w2.abs().T + (0 if b2 is None else b2.abs())) * keep
+    y = y if residual is None else y + residual.abs().flatten(0, -2)
+    dout = dy * keep
+    dz = (dout @ w2.abs()) * hidden_keep * size_slope
+    dx, dnorm = dz @ w1.abs(), []
+    if norm:
+        dx, dnorm = absolute_norm_backward(dx, x, norm_weight, norm_bias)
+    results = [y.unflatten(0, shape[:-1]), dx.view(shape), dz.T @ size]
+    results += [] if b1 is None else [dz.sum(0)]
+    results += [dout.T @ size_f] + ([] if b2 is None else [dout.sum(0)])
+    return results + ([] if residual is None else [dy.unflatten(0, shape[:-1])]) + dnorm
+
+
+NAMES = ("x", "w1", "b1", "w2", "b2", "residual", "norm weight", "norm bias")
+
+
+def call(function, norm=True, **options):
+    def inner(x, w1, b1, w2, b2, residual, norm_weight, norm_bias):
+        triple = (norm_weight, norm_bias, EPS) if norm else None
+        return function(x, w1, b1, w2, b2, residual=residual, norm=triple, **options)
+
+    return inner
+
+
+def make(leading, k, n, out, dtype, *, bias=True, residual=True, norm=True, layout="contiguous"):
+    def rows(width):
+        if layout == "transposed":
+            return torch.randn(*leading[:-1], width, leading[-1]).to(dtype).transpose(-1, -2)
+        return torch.randn(*leading, width).to(dtype)
+
+    w1, w2 = (torch.randn(n, k) * k**-0.5).to(dtype), (torch.randn(out, n) * n**-0.5).to(dtype)
+    b1, b2 = (torch.randn(size).to(dtype) if bias else None for size in (n, out))
+    norms = [torch.randn(k).to(dtype) if norm else None for _ in range(2)]
+    return [rows(k), w1, b1, w2, b2, rows(out) if residual else None, *norms]
+
+
+@given(
+    leading=st.sampled_from([(1,), (17,), (2, 13), (1, 65)]),
+    k=st.sampled_from([8, 33, 72]),
+    n=st.sampled_from([16, 50, 136]),
+    out=st.sampled_from([1, 24, 72]),
+    dtype=st.sampled_from(DTYPES),
+    activation=st.sampled_from(F.ACTIVATIONS),
+    layout=st.sampled_from(["contiguous", "transposed"]),
+    gradient=st.sampled_from(["dense", "expanded", "transposed"]),
+    bias=st.booleans(),
+    residual=st.booleans(),
+    norm=st.booleans(),
+)
+def test_outputs_and_gradients(leading, k, n, out, dtype, activation, layout, gradient, bias, residual, norm):
+    inputs = make(leading, k, n, out, dtype, bias=bias, residual=residual, norm=norm, layout=layout)
+    dy = torch.randn(*leading, out).to(dtype)
+    if gradient == "expanded":
+        dy = torch.randn(()).to(dtype).expand(*leading, out)
+    elif gradient == "transposed":
+        dy = torch.randn(*leading[:-1], out, leading[-1]).to(dtype).transpose(-1, -2)
+    ours = run(call(F.mlp, norm, activation=activation, backend="triton"), inputs, [dy])
+    peer = run(call(reference.mlp, norm, activation=activation), inputs, [dy])
+    exact = run(call(reference.mlp, norm, activation=activation), double(inputs), double([dy]))
+    names = ["y", *(name for name, x in zip(NAMES, inputs, strict=True) if x is not None)]
+    assert len(ours) == len(names)
+    assert_as_precise(ours, [peer], exact, absolute(inputs, dy, activation, norm=norm), names)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_residual_may_be_x_itself(norm):
+    x, w1, b1, w2, b2, _, *norms = make((2, 9), 40, 96, 40, torch.float32)
+    dy = torch.randn(2, 9, 40)
+
+    def function(implementation, **options):
+        return lambda x, w1, b1, w2, b2, g, b: implementation(
+            x, w1, b1, w2, b2, residual=x, norm=(g, b, EPS) if norm else None, **options
+        )
+
+    inputs = [x, w1, b1, w2, b2, *(norms if norm else (None, None))]
+    ours = run(function(F.mlp, backend="triton"), inputs, [dy])
+    exact = run(function(reference.mlp), double(inputs), double([dy]))
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+def hidden_mask(rows, n, p, seed):
+    """The hidden mask of a call, 0 or 1 / (1 - p): hidden values of gelu(20) = 20, handed on as they are."""
+    torch.manual_seed(seed)
+    x, w1, b1 = torch.zeros(rows, 16), torch.zeros(n, 16), torch.full((n,), 20.0)
+    return F.mlp(x, w1, b1, torch.eye(n), None, hidden_dropout_p=p, backend="triton") / 20
+
+
+def output_mask(rows, n, out, p, hidden_p, seed):
+    """The output mask of the same call: with w2 = 0, a bias of ones."""
+    torch.manual_seed(seed)
+    x, w1, w2 = torch.zeros(rows, 16), torch.zeros(n, 16), torch.zeros(out, n)
+    return F.mlp(x, w1, None, w2, torch.ones(out), hidden_dropout_p=hidden_p, dropout_p=p, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", F.ACTIVATIONS)
+def test_dropout_has_its_masks_in_both_directions(dtype, activation):
+    hidden_keep, keep = hidden_mask(70, 50, 0.3, seed=5), output_mask(70, 50, 24, 0.2, 0.3, seed=5)
+    for mask, p in ((hidden_keep, 0.3), (keep, 0.2)):
+        kept = mask != 0
+        assert abs(int(kept.sum()) - (1 - p) * kept.numel()) < 5 * (p * (1 - p) * kept.numel()) ** 0.5
+        torch.testing.assert_close(mask[kept], torch.full_like(mask[kept], 1 / (1 - p)))
+    assert not torch.equal(hidden_keep[:, :24] != 0, keep != 0)
+    hidden_keep, keep = (torch.where(m != 0, 1 / (1 - p), 0.0).double() for m, p in ((hidden_keep, 0.3), (keep, 0.2)))
+    inputs = make((70,), 40, 50, 24, dtype)
+    dy = torch.randn(70, 24).to(dtype)
+    torch.manual_seed(5)
+    options = dict(activation=activation, hidden_dropout_p=0.3, dropout_p=0.2, backend="triton")
+    ours = run(call(F.mlp, **options), inputs, [dy])
+
+    def masked(dtype):
+        def inner(x, w1, b1, w2, b2, residual, g, b):
+            z = reference.linear(x, w1, b1, norm=(g, b, EPS))
+            hidden = reference.activate(z, activation) * hidden_keep.to(dtype)
+            return reference.linear(hidden, w2, b2) * keep.to(dtype) + residual
+
+        return inner
+
+    peer = run(masked(dtype), inputs, [dy])
+    exact = run(masked(torch.float64), double(inputs), double([dy]))
+    size = absolute(inputs, dy, activation, norm=True, hidden_keep=hidden_keep, keep=keep)
+    assert_as_precise(ours, [peer], exact, size, ["y", *NAMES])
+
+
+def test_dropout_follows_the_seed_of_torch():
+    assert torch.equal(hidden_mask(9, 20, 0.5, seed=1), hidden_mask(9, 20, 0.5, seed=1))
+    assert not torch.equal(hidden_mask(9, 20, 0.5, seed=1), hidden_mask(9, 20, 0.5, seed=2))
+    assert not hidden_mask(9, 20, 1.0, seed=1).any()
+    x = torch.randn(16, 16)
+    before = torch.get_rng_state()
+    F.mlp(x, x, None, x, None, backend="triton")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("activation", F.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_and_missing_values(activation, dtype):
+    z = torch.tensor([1e4, -1e4, 90.0, -90.0, 0.0, -0.0, float("nan"), float("inf")]).to(dtype)[:, None]
+    one = torch.ones(1, 1).to(dtype)
+    leaves = [z.clone().requires_grad_() for _ in range(2)]
+    ours = F.mlp(leaves[0], one, None, one, None, activation=activation, backend="triton")
+    theirs = reference.mlp(leaves[1], one, None, one, None, activation=activation)
+    for y in (ours, theirs):
+        y.backward(torch.ones_like(y))
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    finite = leaves[1].grad.isfinite()
+    torch.testing.assert_close(leaves[0].grad[:6], leaves[1].grad[:6])
+    assert finite[:6].all() and leaves[0].grad[6].isnan()
+
+
+def test_the_same_bits_every_time():
+    inputs, dy = make((200,), 72, 50, 24, torch.bfloat16), torch.randn(200, 24).bfloat16()
+    copies = [[x.clone() for x in inputs] for _ in range(2)]
+    first, second = (run(call(F.mlp, backend="triton"), x, [dy]) for x in copies)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_batch_of_none():
+    inputs = make((0, 5), 40, 24, 16, torch.float32)
+    y, *grads = run(call(F.mlp, backend="triton"), inputs, [torch.randn(0, 5, 16)])
+    assert y.shape == (0, 5, 16)
+    assert [g.shape for g in grads] == [x.shape for x in inputs]
+    assert not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("wanted", range(8))
+def test_one_input_requires_a_gradient(wanted):
+    inputs = make((7,), 40, 24, 16, torch.float32)
+    leaves = [x.clone().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
+    others = [x.clone().requires_grad_() for x in inputs]
+    call(F.mlp, backend="triton")(*leaves).square().sum().backward()
+    call(reference.mlp)(*others).square().sum().backward()
+    assert [x.grad is not None for x in leaves] == [i == wanted for i in range(8)]
+    torch.testing.assert_close(leaves[wanted].grad, others[wanted].grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_saved_is_the_pre_activation_alone(dropout):
+    inputs, saved = [x.requires_grad_() for x in make((7,), 40, 96, 16, torch.float32)], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        options = dict(hidden_dropout_p=dropout, dropout_p=dropout, backend="triton")
+        call(F.mlp, **options)(*inputs)
+        with torch.no_grad():
+            call(F.mlp, **options)(*inputs)
+    made = [tuple(x.shape) for x in saved if x.numel() > 1 and not any(x is y for y in inputs)]
+    rows = [s for s in made if s[0] == 7]
+    assert sorted(rows) == [(7,), (7,), (7, 40), (7, 96)]  # mean, 1 / std, x, pre-activation
+
+
+def test_offsets_past_32_bits(virtual_memory):
+    x, dy = (torch.empty_strided((4, 64), (2**30, 1)) for _ in range(2))
+    x.copy_(torch.randn(4, 64))
+    dy.copy_(torch.randn(4, 64))
+    w1, w2 = torch.randn(32, 64), torch.randn(64, 32)
+    far, near = x.requires_grad_(), x.detach().contiguous().requires_grad_()
+    ours = F.mlp(far, w1, None, w2, None, residual=far, backend="triton")
+    theirs = reference.mlp(near, w1, None, w2, None, residual=near)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    (grad,), (their_grad,) = (torch.autograd.grad(y, x, dy) for y, x in ((ours, far), (theirs, near)))
+    torch.testing.assert_close(grad, their_grad, rtol=1e-4, atol=1e-2)
+
+
+def test_autocast():
+    inputs = make((7,), 40, 24, 16, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = run(call(F.mlp, backend="triton"), inputs, [torch.ones(7, 16)])
+        theirs = run(call(reference.mlp), inputs, [torch.ones(7, 16)])
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0.03, atol=0.03 * float(b.abs().max()))
