@@ -553,8 +553,11 @@ class TestMemory:
         assert out.requires_grad
         return sum(storage.nbytes() for storage in storages.values())
 
-    def test_of_a_block(self):
-        tokens, dim, dtype = 5, 192, torch.bfloat16  # the statistics weigh more here than in a wider model
+    @pytest.mark.parametrize(
+        ("dim", "dtype"), [(192, torch.bfloat16), (768, torch.bfloat16), (768, torch.float32)], ids=str
+    )
+    def test_of_a_block(self, dim, dtype):
+        tokens = 5
         kept = [self.kept_bytes(depth, tokens, dim, dtype, "triton") for depth in (1, 2)]
         per_block = (kept[1] - kept[0]) / (tokens * dim * dtype.itemsize)
         assert 10 <= per_block <= 10.3

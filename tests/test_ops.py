@@ -1,0 +1,236 @@
+"""The ops among PyTorch's own machinery: opcheck, torch.compile, autocast, checkpointing, other kinds of derivative."""
+
+import warnings
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import vit_triton
+from vit_triton import functional as F
+from vit_triton import ops, reference
+
+def sample(name, dtype=torch.float32):
+    """Tensors of a public function, all of which require gradients, and the function of them."""
+
+    def rand(*shape):
+        return torch.randn(shape).to(dtype).requires_grad_()
+
+    if name == "attention":
+        return [rand(2, 5, 2, 16), rand(2, 7, 2, 16), rand(2, 7, 2, 16)], lambda f, t, **o: f(*t, **o)
+    if name == "attention_packed":
+        return [rand(2, 5, 3, 2, 16)], lambda f, t, **o: f(*t, **o)
+    if name == "linear":
+        tensors = [rand(2, 5, 16), rand(8, 16), rand(8), rand(2, 5, 8), rand(16), rand(16)]
+        return tensors, lambda f, t, **o: f(*t[:3], residual=t[3], norm=(*t[4:], 1e-5), **o)
+    if name == "mlp":
+        tensors = [rand(2, 5, 16), rand(24, 16), rand(24), rand(16, 24), rand(16), rand(16), rand(16)]
+        return tensors, lambda f, t, **o: f(*t[:5], residual=t[0], norm=(*t[5:], 1e-5), **o)
+    if name == "layer_norm":
+        return [rand(2, 5, 16), rand(16), rand(16)], lambda f, t, **o: f(*t, **o)
+    if name == "add_layer_norm":
+        tensors = [rand(2, 5, 16), rand(16), rand(16), rand(2, 5, 16)]
+        return tensors, lambda f, t, **o: f(*t[:3], residual=t[3], **o)
+    tensors = [rand(2, 3, 8, 4), rand(16, 48), rand(16), rand(2, 16), rand(1, 16), *(rand(n) for n in (48, 48, 16, 16))]
+    return tensors, lambda f, t, **o: f(
+        *t[:3], patch_size=4, pos=t[3], prefix=t[4], pre_norm=(*t[5:7], 1e-5), post_norm=(*t[7:], 1e-5), **o
+    )
+
+
+FUNCTIONS = ("attention", "attention_packed", "linear", "mlp", "layer_norm", "add_layer_norm", "patch_embed")
+
+
+def public(name, module=F):
+    return getattr(module, name.removeprefix("add_"))
+
+
+def first(outputs):
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def gradients(output, tensors):
+    return torch.autograd.grad(output, tensors, torch.ones_like(output).cumsum(-1))
+
+
+# --- opcheck -----------------------------------------------------------------------------------------------
+
+
+class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    """Remembers the arguments with which every op of the library was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "vit_triton":
+            self.calls.setdefault(function, []).append(tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in args))
+        return function(*args, **(kwargs or {}))
+
+
+def recorded():
+    with Recorder() as recorder:
+        for name in FUNCTIONS:
+            tensors, call = sample(name)
+            for options in ({}, {"dropout_p": 0.5}):
+                if options and name not in ("attention", "attention_packed", "linear", "mlp"):
+                    continue
+                torch.autograd.backward(first(call(public(name), tensors, backend="triton", **options)).sum())
+        with torch.no_grad():
+            tensors, call = sample("mlp")
+            call(F.mlp, tensors, backend="triton")
+    return recorder.calls
+
+
+def test_opcheck_of_every_op():
+    calls = recorded()
+    names = {s.split("(")[0].split("::")[1] for s in map(str, torch._C._dispatch_get_all_op_names()) if "vit_triton::" in s}
+    assert {str(f).split(".")[1] for f in calls} == names
+    for function, all_args in calls.items():
+        for args in all_args:
+            torch.library.opcheck(function, args)
+
+
+# --- torch.compile -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiles_as_one_graph(name, dynamic):
+    torch._dynamo.reset()
+    tensors, call = sample(name)
+    compiled = torch.compile(lambda t: first(call(public(name), t, backend="triton")), fullgraph=True, backend="aot_eager", dynamic=dynamic)  # fmt: skip
+    ours, theirs = compiled(tensors), first(call(public(name), tensors, backend="triton"))
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(gradients(ours, tensors), gradients(theirs, tensors), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def vit(**options):
+    sizes = dict(image_size=16, patch_size=4, num_classes=3, dim=16, depth=2, heads=2, dim_head=8, mlp_dim=24)
+    return vit_triton.ViT(**(sizes | {"backend": "triton"} | options))
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_a_vit_compiles_as_one_graph_for_any_batch(pool):
+    torch._dynamo.reset()
+    model = vit(pool=pool)
+    count = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=count, dynamic=True)
+    for batch in (2, 3, 5):
+        image = torch.randn(batch, 3, 16, 16)
+        model.zero_grad()
+        compiled(image).sum().backward()
+        ours = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        model(image).sum().backward()
+        torch.testing.assert_close(ours, [p.grad for p in model.parameters()])
+    assert count.frame_count == 1
+
+
+def test_a_vit_with_dropout_compiles_as_one_graph():
+    torch._dynamo.reset()
+    model = vit(dropout=0.1, emb_dropout=0.1)
+    out = torch.compile(model, fullgraph=True, backend="aot_eager")(torch.randn(2, 3, 16, 16))
+    out.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_vit_is_exported_and_loaded_again(tmp_path):
+    model, image = vit().eval(), torch.randn(2, 3, 16, 16)
+    path = tmp_path / "vit.pt2"
+    torch.export.save(torch.export.export(model, (image,)), path)
+    torch.testing.assert_close(torch.export.load(path).module()(image), model(image))
+
+
+# --- other derivatives -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_reference_differentiates_twice(name):
+    tensors, call = sample(name, torch.float64)
+
+    def function(*t):
+        return call(public(name), t, backend="torch")
+
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_double_backward_raises(name):
+    tensors, call = sample(name)
+    output = first(call(public(name), tensors, backend="triton"))
+    (grad,) = torch.autograd.grad(output.square().sum(), tensors[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # PyTorch's own, on first use
+def test_forward_mode_raises(name):
+    tensors, call = sample(name)
+    with pytest.raises((RuntimeError, NotImplementedError), match="forward|jvp|functorch|setup_context"):
+        torch.func.jvp(
+            lambda x: first(call(public(name), [x, *tensors[1:]], backend="triton")),
+            (tensors[0].detach(),),
+            (torch.ones_like(tensors[0]),),
+        )
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(tensors[0].detach(), torch.ones_like(tensors[0]))
+        with pytest.raises((RuntimeError, NotImplementedError), match="forward|jvp"):
+            first(call(public(name), [dual, *(t.detach() for t in tensors[1:])], backend="triton"))
+
+
+# --- autocast, checkpointing -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_autocast_has_the_dtypes_of_pytorch(name):
+    tensors, call = sample(name)
+    results = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for backend in ("triton", "torch"):
+            outputs = call(public(name), tensors, backend=backend)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            grads = torch.autograd.grad(sum(y.float().square().sum() for y in outputs), tensors)
+            results.append((*outputs, *grads))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 * float(theirs.detach().abs().max()))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["attention", "attention_packed", "linear", "mlp"])
+def test_checkpointing_repeats_the_dropout(name, use_reentrant):
+    tensors, call = sample(name)
+
+    def function(*t):
+        return call(public(name), t, backend="triton", dropout_p=0.5)
+
+    torch.manual_seed(1)
+    plain = gradients(function(*tensors), tensors)
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        output = checkpoint(function, *tensors, use_reentrant=use_reentrant)
+    leaves = [t.grad for t in tensors]
+    assert leaves == [None] * len(tensors)
+    output.backward(torch.ones_like(output).cumsum(-1))
+    assert all(torch.equal(t.grad, g) for t, g in zip(tensors, plain, strict=True))
+
+
+def test_no_op_runs_where_tensors_are_fake():
+    with torch._subclasses.FakeTensorMode():
+        model = vit()
+        out = model(torch.randn(2, 3, 16, 16))
+        out.sum().backward()
+    assert out.shape == (2, 3)
+
+
+def test_the_private_ops_are_all_there_is():
+    assert ops._library.ns == "vit_triton"
+    assert {n for n in F.__dict__ if callable(F.__dict__[n]) and not n.startswith("_")} >= {
+        n for n in FUNCTIONS if hasattr(reference, n)
+    }
