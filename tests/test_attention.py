@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from oracle import DTYPES, assert_as_precise, double, run
 
 from vit_triton import functional as F
-from vit_triton import reference
 from vit_triton.kernels._config import attention_tail, split_head_dim
 
 pytestmark = pytest.mark.compiled
@@ -90,7 +89,10 @@ def test_outputs_and_gradients(batch, n, heads, head_dim, dtype, layout, gradien
     if gradient == "expanded":
         do, dlse = torch.randn(()).to(dtype).expand(shape), torch.randn(()).expand(batch, heads, n[0])
     elif gradient == "transposed":
-        do, dlse = torch.randn(shape[::-1]).to(dtype).permute(3, 2, 1, 0), torch.randn(n[0], heads, batch).permute(2, 1, 0)
+        do, dlse = (
+            torch.randn(shape[::-1]).to(dtype).permute(3, 2, 1, 0),
+            torch.randn(n[0], heads, batch).permute(2, 1, 0),
+        )
     else:
         do, dlse = torch.randn(shape).to(dtype), torch.randn(batch, heads, n[0])
     check(q, k, v, do, dlse, scale)

@@ -34,7 +34,7 @@ def absolute_norm_backward(dnormed, x, weight, bias):
 
 
 def absolute(inputs, dy, *, norm, keep=1.0):
-    """What ``run`` returns for (x, weight, bias, residual, norm weight, norm bias), with absolute values in every sum."""
+    """What ``run`` returns for (x, weight, bias, residual, norm weight, norm bias), absolute values in every sum."""
     x, weight, bias, residual, norm_weight, norm_bias = double(inputs)
     shape, x, dy = x.shape, x.flatten(0, -2), dy.double().abs().flatten(0, -2)
     size = absolute_norm(x, norm_weight, norm_bias)[1] if norm else x.abs()
@@ -191,7 +191,9 @@ def test_the_same_bits_every_time():
 
 
 def test_batch_of_none():
-    y, *grads = run(call(F.linear, True, backend="triton"), make((0, 5), 40, 24, torch.float32), [torch.randn(0, 5, 24)])
+    y, *grads = run(
+        call(F.linear, True, backend="triton"), make((0, 5), 40, 24, torch.float32), [torch.randn(0, 5, 24)]
+    )
     assert y.shape == (0, 5, 24)
     assert [tuple(g.shape) for g in grads] == [(0, 5, 40), (24, 40), (24,), (0, 5, 24), (40,), (40,)]
     assert not any(g.any() for g in grads)

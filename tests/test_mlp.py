@@ -15,7 +15,7 @@ pytestmark = pytest.mark.compiled
 
 
 def absolute(inputs, dy, activation, *, norm, hidden_keep=1.0, keep=1.0):
-    """What ``run`` returns for (x, w1, b1, w2, b2, residual, norm weight, norm bias), with absolute values in every sum.
+    """What ``run`` returns for (x, w1, b1, w2, b2, residual, norm weight, norm bias), absolute values in every sum.
 
     An error in the pre-activation z passes through the activation f as |f'(z)| dz, into f' itself as |f''(z)| dz.
     """

@@ -85,7 +85,9 @@ def test_imports_point_downwards(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in sources(PACKAGE) if part_of(path) != "kernels"], ids=lambda path: str(path.relative_to(ROOT))
+    "path",
+    [path for path in sources(PACKAGE) if part_of(path) != "kernels"],
+    ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_triton_and_the_kernels_are_imported_lazily(path: Path) -> None:
     tree = parse(path)

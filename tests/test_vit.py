@@ -445,7 +445,7 @@ def test_compiles_into_one_graph(backend):
         ({"patch_size": 0}, ValueError, r"patch_size must be at least 1, got 0"),
         ({"image_size": -16}, ValueError, r"image_size must be at least 1, got -16"),
         ({"image_size": "16"}, TypeError, r"image_size must be an integer, got '16'"),
-        ({"patch_size": (8, 8, 8)}, TypeError, r"patch_size must be an integer.*, got \(8, 8, 8\)"),
+        ({"patch_size": (8, 8, 8)}, ValueError, r"patch_size must be an integer or two of them, got \(8, 8, 8\)"),
         ({"pool": "max"}, ValueError, r"pool must be 'cls' or 'mean', got 'max'"),
         ({"backend": "cuda"}, ValueError, r"backend.*'cuda'"),
         ({"heads": 0}, ValueError, r"heads must be at least 1, got 0"),

@@ -12,6 +12,7 @@ A ``norm`` is (weight, bias, eps), weight and bias of the last dimension or None
 import functools
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def attention(
         raise ValueError(f"k and v must have one shape, got {_shape(k)} and {_shape(v)}")
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"q and k must agree in batch, heads and head size, got {_shape(q)} and {_shape(k)}")
-    _check_attention(q, k.shape[1], dropout_p)
+    _check_attention(q, k.shape[1], scale, dropout_p)
     q, k, v = _autocast(q, k, v)
     if resolve_backend(backend, q) == "torch":
         return reference.attention(q, k, v, scale=scale, dropout_p=dropout_p, return_lse=return_lse)
@@ -80,7 +81,7 @@ def attention_packed(
     _check_tensor("qkv", qkv, 5, "(B, N, 3, H, D)")
     if qkv.shape[2] != 3:
         raise ValueError(f"qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
-    _check_attention(qkv[:, :, 0], qkv.shape[1], dropout_p)
+    _check_attention(qkv[:, :, 0], qkv.shape[1], scale, dropout_p)
     (qkv,) = _autocast(qkv)
     if resolve_backend(backend, qkv) == "torch":
         return reference.attention_packed(qkv, scale=scale, dropout_p=dropout_p, return_lse=return_lse)
@@ -110,7 +111,7 @@ def linear(
     """
     _check_tensor("x", x)
     _check_linear("x", x.shape[-1:], "weight", weight, "bias", bias)
-    _check_norm("norm", norm, x.shape[-1])
+    _check_norm("norm", norm, x.shape[-1], x.device)
     _check_residual(residual, (*x.shape[:-1], weight.shape[0]))
     _check_dropout("dropout_p", dropout_p)
     _check_alike("x", x, weight=weight, bias=bias, residual=residual)
@@ -161,7 +162,7 @@ def mlp(
     _check_tensor("x", x)
     _check_linear("x", x.shape[-1:], "w1", w1, "b1", b1)
     _check_linear("w1", w1.shape[:1], "w2", w2, "b2", b2)
-    _check_norm("norm", norm, x.shape[-1])
+    _check_norm("norm", norm, x.shape[-1], x.device)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
     _check_residual(residual, (*x.shape[:-1], w2.shape[0]))
@@ -220,7 +221,7 @@ def layer_norm(
         The shape of x; with ``residual`` the pair (norm(x + residual), x + residual), in one pass.
     """
     _check_tensor("x", x)
-    _check_norm("weight and bias", (weight, bias, eps), x.shape[-1])
+    _check_norm("the norm", (weight, bias, eps), x.shape[-1], x.device)
     _check_residual(residual, tuple(x.shape))
     _check_alike("x", x, residual=residual)
     _check_rows(x)
@@ -280,9 +281,7 @@ def patch_embed(
     _check_tensor("image", image, 4, "(B, C, H, W)", allow_uint8=True)
     if patch_order not in PATCH_ORDERS:
         raise ValueError(f"patch_order must be one of {', '.join(map(repr, PATCH_ORDERS))}, got {patch_order!r}")
-    p1, p2 = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-    if p1 < 1 or p2 < 1:
-        raise ValueError(f"patch_size must be positive, got {patch_size}")
+    p1, p2 = _patch_sides(patch_size)
     batch, channels, height, width = image.shape
     if height % p1 or width % p2 or height == 0 or width == 0:
         raise ValueError(f"image of {height} x {width} does not divide into patches of {p1} x {p2}")
@@ -295,8 +294,8 @@ def patch_embed(
     _check_linear("image", weight.shape[1:], "weight", weight, "bias", bias)
     dim = weight.shape[0]
     patches = (height // p1) * (width // p2)
-    _check_norm("pre_norm", pre_norm, weight.shape[1])
-    _check_norm("post_norm", post_norm, dim)
+    _check_norm("pre_norm", pre_norm, weight.shape[1], image.device)
+    _check_norm("post_norm", post_norm, dim, image.device)
     for name, rows in (("pos", pos), ("prefix", prefix)):
         if rows is not None:
             _check_tensor(name, rows, 2, "(rows, dim)")
@@ -368,12 +367,16 @@ def _apply(function: Any, op: str, arguments: tuple, differentiable: tuple[Tenso
     return getattr(torch.ops.vit_triton, op).default(*arguments)
 
 
+def _autocasting(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _autocast(
     *tensors: Tensor | None, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> tuple[Any, ...]:
     """The tensors in autocast's dtype (or ``dtype``) where autocast is on, else as they are."""
     device_type = (device or next(x.device for x in tensors if x is not None)).type
-    if not torch.is_autocast_enabled(device_type):
+    if not _autocasting(device_type):
         return tensors
     dtype = dtype or torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x is not None and x.dtype in _FLOATS else x for x in tensors)
@@ -401,9 +404,25 @@ def _norm_parts(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, float 
     return weight, bias, float(eps)
 
 
+def _patch_sides(patch_size: int | tuple[int, int]) -> tuple[int, int]:
+    sides = (patch_size, patch_size) if isinstance(patch_size, (Integral, torch.SymInt)) else patch_size
+    if not isinstance(sides, Sequence) or not all(isinstance(side, (Integral, torch.SymInt)) for side in sides):
+        raise TypeError(f"patch_size must be an int or two of them, got {patch_size!r}")
+    if len(sides) != 2:
+        raise ValueError(f"patch_size must be an int or two of them, got {patch_size!r}")
+    if sides[0] < 1 or sides[1] < 1:
+        raise ValueError(f"patch_size must be positive, got {patch_size!r}")
+    return sides[0], sides[1]
+
+
 def _channel_values(name: str, values: Tensor | Sequence[float] | None, image: Tensor) -> Tensor:
     if not isinstance(values, Tensor):
-        values = _constant(tuple(values or ()), image.device)
+        values = tuple(values or ())
+        for value in values:
+            _check_number(name, value)
+        if name == "std" and not all(values):
+            raise ValueError(f"std divides and must not be 0, got {values}")
+        values = _constant(values, image.device)
     if values.shape != image.shape[1:2]:
         raise ValueError(f"{name} must have one value for each of the {image.shape[1]} channels, got {_shape(values)}")
     return values.to(image.device, torch.promote_types(values.dtype, torch.float32))
@@ -441,7 +460,7 @@ def _check_alike(first: str, x: Tensor, **others: Tensor | None) -> None:
         _check_tensor(name, other)
         if other.device != x.device:
             raise ValueError(f"{first} and {name} must be on one device, got {x.device} and {other.device}")
-        if other.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if other.dtype != x.dtype and not _autocasting(x.device.type):
             raise TypeError(f"{first} and {name} must have one dtype, got {x.dtype} and {other.dtype}")
 
 
@@ -452,7 +471,7 @@ def _check_kernel_dtype(name: str, x: Tensor) -> None:
         )
 
 
-def _check_attention(q: Tensor, n_k: int, dropout_p: float) -> None:
+def _check_attention(q: Tensor, n_k: int, scale: float | None, dropout_p: float) -> None:
     batch, n_q, heads, head_dim = q.shape
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"the head size must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
@@ -460,10 +479,18 @@ def _check_attention(q: Tensor, n_k: int, dropout_p: float) -> None:
         raise ValueError("k and v must have at least one row, got 0")
     if batch * heads * max(n_q, n_k) > _MAX_ROWS:
         raise ValueError(f"batch * heads * rows must be at most {_MAX_ROWS}, got {batch * heads * max(n_q, n_k)}")
+    if scale is not None:
+        _check_number("scale", scale)
     _check_dropout("dropout_p", dropout_p)
 
 
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+
+
 def _check_dropout(name: str, p: float) -> None:
+    _check_number(name, p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{name} must be between 0 and 1, got {p}")
 
@@ -482,17 +509,23 @@ def _check_linear(
             raise ValueError(f"{bias_name} must be ({weight.shape[0]},) as {weight_name} has rows, got {_shape(bias)}")
 
 
-def _check_norm(name: str, norm: Norm | None, size: int) -> None:
+def _check_norm(name: str, norm: Norm | None, size: int, device: torch.device) -> None:
     if norm is None:
         return
+    if not isinstance(norm, tuple) or len(norm) != 3:
+        came = f"a tuple of {len(norm)}" if isinstance(norm, tuple) else type(norm).__name__
+        raise TypeError(f"{name} must be a tuple (weight, bias, eps), got {came}")
     weight, bias, eps = norm
     for part, x in (("weight", weight), ("bias", bias)):
         if x is not None:
             _check_tensor(f"{part} of {name}", x)
             if x.shape != (size,):
                 raise ValueError(f"{part} of {name} must be ({size},), got {_shape(x)}")
+            if x.device != device:
+                raise ValueError(f"{part} of {name} must be on {device}, got {x.device}")
     if size < 1:
         raise ValueError(f"{name} normalises over the last dimension, which must not be empty")
+    _check_number(f"eps of {name}", eps)
     if not eps >= 0:
         raise ValueError(f"eps of {name} must not be negative, got {eps}")
 

@@ -150,7 +150,8 @@ class PatchRows(nn.Module):
 def patch_grid(image: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
     """How many rows and columns of patches `image` has; TypeError or ValueError where that has no answer."""
     if not isinstance(image, Tensor):
-        raise TypeError(f"image must be a torch.Tensor of shape (B, C, H, W), got {type(image).__name__}")
+        came = f"{type(image).__module__}.{type(image).__qualname__}"
+        raise TypeError(f"image must be a torch.Tensor of shape (B, C, H, W), got {came}")
     if image.dim() != 4:
         hint = "; a single image needs a batch dimension: image[None]" if image.dim() == 3 else ""
         raise ValueError(f"image must be 4-D, (B, C, H, W), got shape {tuple(image.shape)}{hint}")

@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 # Triton decides while it is imported whether its kernels are interpreted; its own functions tell what it decided
 INTERPRETING = isinstance(triton.language.cdiv, InterpretedFunction)
+
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 _interpreter_lock = threading.Lock()  # the interpreter patches triton.language while a kernel runs
 

@@ -1,6 +1,6 @@
-"""``@triton.jit`` helpers shared by the kernels: activations, their derivatives, the dropout mask.
+"""``@triton.jit`` helpers shared by the kernels: the order of tiles, activations, their derivatives, the dropout mask.
 
-All of them take and return float32 tiles and work on tiles of any shape.
+Activations take and return float32 tiles of any shape.
 """
 
 import triton
@@ -8,6 +8,17 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def grouped_tile(pid, num_rows, num_cols, GROUP: tl.constexpr):
+    """(row, column) of the tile of program ``pid``: down ``GROUP`` rows, then right, so that the programs running
+    together share operands in the L2 cache."""
+    group = pid // (GROUP * num_cols)
+    first = group * GROUP
+    height = min(num_rows - first, GROUP)
+    rest = pid - group * GROUP * num_cols
+    return first + rest % height, rest // height
 
 
 @triton.jit

@@ -23,19 +23,8 @@ import triton
 import triton.language as tl
 
 from vit_triton.kernels._config import architecture, pick_linear_bwd_input, pick_linear_bwd_weight, pick_linear_fwd
-from vit_triton.kernels._launch import input_precision, launch
-from vit_triton.kernels._tiles import dropout_keep, gelu, gelu_grad
-
-
-@triton.jit
-def _tile_of(pid, num_rows, num_cols, GROUP: tl.constexpr):
-    """(row, column) of the tile of program ``pid``: down ``GROUP`` rows, then right, so that the programs running
-    together share operands in the L2 cache."""
-    group = pid // (GROUP * num_cols)
-    first = group * GROUP
-    height = min(num_rows - first, GROUP)
-    rest = pid - group * GROUP * num_cols
-    return first + rest % height, rest // height
+from vit_triton.kernels._launch import TRITON_DTYPE, input_precision, keep_scale, launch
+from vit_triton.kernels._tiles import dropout_keep, gelu, gelu_grad, grouped_tile
 
 
 @triton.jit
@@ -71,7 +60,7 @@ def linear_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
-    pid_m, pid_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
@@ -148,7 +137,7 @@ def linear_fwd(
         N=n,
         K=k,
         dropout_p=float(dropout_p),
-        keep_scale=_keep_scale(dropout_p),
+        keep_scale=keep_scale(dropout_p),
         ACTIVATION=activation,
         DROPOUT=dropout_p > 0,
         EVEN_K=k % config.depth == 0,
@@ -168,10 +157,6 @@ def _epilogue(elementwise: bool, dropout: bool) -> str:
     return "dropout" if dropout else "elementwise" if elementwise else "none"
 
 
-def _keep_scale(dropout_p: float) -> float:
-    return 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0
-
-
 # --- backward: the input -----------------------------------------------------------------------------------
 
 
@@ -185,7 +170,7 @@ def linear_bwd_input_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
-    pid_m, pid_k = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
+    pid_m, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_n = tl.arange(0, BLOCK_N)
@@ -259,9 +244,9 @@ def linear_bwd_input(
         N=n,
         K=k,
         dy_dropout_p=float(dy_dropout_p),
-        dy_keep_scale=_keep_scale(dy_dropout_p),
+        dy_keep_scale=keep_scale(dy_dropout_p),
         dropout_p=float(dropout_p),
-        keep_scale=_keep_scale(dropout_p),
+        keep_scale=keep_scale(dropout_p),
         ACTIVATION=activation,
         DY_DROPOUT=dy_dropout_p > 0,
         DROPOUT=dropout_p > 0,
@@ -292,7 +277,7 @@ def linear_bwd_weight_kernel(
     num_n = tl.cdiv(N, BLOCK_N)
     num_k = tl.cdiv(K, BLOCK_K)
     split = tl.program_id(0) // (num_n * num_k)
-    pid_n, pid_k = _tile_of(tl.program_id(0) % (num_n * num_k), num_n, num_k, GROUP)
+    pid_n, pid_k = grouped_tile(tl.program_id(0) % (num_n * num_k), num_n, num_k, GROUP)
     rows = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT) * BLOCK_M  # tokens of each part
     start = split * rows
     stop = min(start + rows, M)
@@ -375,13 +360,13 @@ def linear_bwd_weight(
         N=n,
         K=k,
         dy_dropout_p=float(dy_dropout_p),
-        dy_keep_scale=_keep_scale(dy_dropout_p),
+        dy_keep_scale=keep_scale(dy_dropout_p),
         dropout_p=float(dropout_p),
-        keep_scale=_keep_scale(dropout_p),
+        keep_scale=keep_scale(dropout_p),
         ACTIVATION=activation,
         DY_DROPOUT=dy_dropout_p > 0,
         DROPOUT=dropout_p > 0,
-        DTYPE=_TRITON_DTYPE[weight_dtype],
+        DTYPE=TRITON_DTYPE[weight_dtype],
         PRECISION=precision,
         SPLIT=config.split,
         BLOCK_N=config.rows,
@@ -392,9 +377,6 @@ def linear_bwd_weight(
         num_stages=config.num_stages,
     )
     return _sum_parts(dweight, weight_dtype), None if dbias is None else _sum_parts(dbias, weight_dtype)
-
-
-_TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def _sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -31,7 +31,7 @@ from vit_triton.kernels._config import (
     pick_patch_embed_bwd_weight,
     pick_patch_embed_fwd,
 )
-from vit_triton.kernels._launch import input_precision, launch
+from vit_triton.kernels._launch import TRITON_DTYPE, input_precision, launch
 from vit_triton.kernels._patches import (
     PatchLayout,
     channel_of,
@@ -42,18 +42,10 @@ from vit_triton.kernels._patches import (
     row_offsets,
     token_offsets,
 )
+from vit_triton.kernels._tiles import grouped_tile
 from vit_triton.kernels.layer_norm import layer_norm_bwd
 
 Norm = tuple[torch.Tensor | None, torch.Tensor | None, float]
-
-
-@triton.jit
-def _grouped_tile(pid, n_rows, n_cols, GROUP: tl.constexpr):
-    """(row, column) of tile ``pid``: GROUP rows of tiles share their columns while those are in the L2 cache."""
-    first = pid // (GROUP * n_cols) * GROUP
-    height = min(n_rows - first, GROUP)
-    rest = pid % (GROUP * n_cols)
-    return first + rest % height, rest // height
 
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -103,7 +95,7 @@ def patch_embed_fwd_kernel(
     """One tile of out = u @ weight.T + bias + pos: patches by features."""
     K: tl.constexpr = C * PATCH_H * PATCH_W
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
-    pid_m, pid_n = _grouped_tile(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.cdiv(dim, BLOCK_N), GROUP)
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.cdiv(dim, BLOCK_N), GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < n_rows
@@ -314,7 +306,7 @@ def patch_embed_bwd_weight_kernel(
     K: tl.constexpr = C * PATCH_H * PATCH_W
     n_tiles = tl.cdiv(dim, BLOCK_N) * tl.cdiv(K, BLOCK_K)
     part = tl.program_id(0) // n_tiles
-    pid_n, pid_k = _grouped_tile(tl.program_id(0) % n_tiles, tl.cdiv(dim, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP)
+    pid_n, pid_k = grouped_tile(tl.program_id(0) % n_tiles, tl.cdiv(dim, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_n = offs_n < dim
@@ -363,7 +355,7 @@ def patch_embed_bwd_image_kernel(
     """A tile of du = dz @ weight, stored where the patches lie."""
     K: tl.constexpr = C * PATCH_H * PATCH_W
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
-    pid_m, pid_k = _grouped_tile(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
+    pid_m, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_m = offs_m < n_rows
@@ -525,7 +517,7 @@ def _bwd_weight(
         grid_w=layout.grid_w,
         dim=dim,
         **layout.constants,
-        DTYPE=_TRITON_DTYPE[dtype],
+        DTYPE=TRITON_DTYPE[dtype],
         PRECISION=precision,
         SPLIT=config.split,
         BLOCK_N=config.rows,
@@ -536,9 +528,6 @@ def _bwd_weight(
         num_stages=config.num_stages,
     )
     return layout.to_weight(grads.sum(0)), dbiases.sum(0)
-
-
-_TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def _bwd_image(

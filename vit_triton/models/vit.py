@@ -6,7 +6,7 @@ names and shapes (``load_state_dict`` works both ways, strict), and from the sam
 
 from __future__ import annotations
 
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,8 @@ class ViT(nn.Module):
         _check_count("num_classes", num_classes, at_least=0)
         _check_count("depth", depth, at_least=0)
         for name, p in (("dropout", dropout), ("emb_dropout", emb_dropout)):
+            if not isinstance(p, Real):
+                raise TypeError(f"{name} must be a number, got {type(p).__name__} {p!r}")
             if not 0.0 <= p <= 1.0:
                 raise ValueError(f"{name} must be between 0 and 1, got {p!r}")
         if pool not in ("cls", "mean"):
@@ -147,7 +149,7 @@ class ViT(nn.Module):
     def _count_patches(self, img: Tensor) -> int:
         grid_h, grid_w = patch_grid(img, self.patch_size)
         if not img.is_floating_point():
-            hint = " (normalise it first, for example (img / 255 - mean) / std)" if img.dtype == torch.uint8 else ""
+            hint = "; normalise it with mean and std: (img / 255 - mean) / std" if img.dtype == torch.uint8 else ""
             raise TypeError(f"image must have a floating-point dtype, got {img.dtype}{hint}")
         if img.shape[1] != self.channels:
             raise ValueError(f"image must have {self.channels} channels, got shape {tuple(img.shape)}")
@@ -161,7 +163,9 @@ class ViT(nn.Module):
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
+    if isinstance(value, (tuple, list)) and len(value) != 2:
+        raise ValueError(f"{name} must be an integer or two of them, got {value!r}")
+    height, width = value if isinstance(value, (tuple, list)) else (value, value)
     _check_count(name, height, at_least=1)
     _check_count(name, width, at_least=1)
     return height, width

@@ -1,0 +1,168 @@
+"""Bad input gets an error that names the argument, what was expected and what came, before any kernel runs."""
+
+import numpy as np
+import pytest
+import torch
+
+import vit_triton
+from vit_triton import functional as F
+
+R = torch.randn
+NAN = float("nan")
+
+
+def attention(q=(1, 4, 2, 16), k=(1, 5, 2, 16), v=None, **options):
+    q, k = (R(x) if isinstance(x, tuple) else x for x in (q, k))
+    v = k if v is None else R(v) if isinstance(v, tuple) else v
+    return F.attention(q, k, v, backend="triton", **options)
+
+
+def packed(qkv, **options):
+    return F.attention_packed(R(qkv) if isinstance(qkv, tuple) else qkv, backend="triton", **options)
+
+
+def linear(x=(5, 8), weight=(4, 8), bias=None, **options):
+    x, weight, bias = (R(a) if isinstance(a, tuple) else a for a in (x, weight, bias))
+    return F.linear(x, weight, bias, backend="triton", **options)
+
+
+def mlp(x=(5, 8), w1=(12, 8), b1=None, w2=(8, 12), b2=None, **options):
+    tensors = (R(a) if isinstance(a, tuple) else a for a in (x, w1, b1, w2, b2))
+    return F.mlp(*tensors, backend="triton", **options)
+
+
+def norm(x=(5, 8), weight=None, bias=None, **options):
+    tensors = (R(a) if isinstance(a, tuple) else a for a in (x, weight, bias))
+    return F.layer_norm(*tensors, backend="triton", **options)
+
+
+def embed(image=(1, 3, 8, 8), weight=(16, 48), patch_size=4, **options):
+    image, weight = (R(a) if isinstance(a, tuple) else a for a in (image, weight))
+    return F.patch_embed(image, weight, patch_size=patch_size, backend="triton", **options)
+
+
+def vit(**options):
+    sizes = dict(image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=24, backend="triton")
+    return vit_triton.ViT(**(sizes | options))
+
+
+BYTES = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+STATS = dict(mean=[0.5] * 3, std=[0.5] * 3)
+META = torch.empty(5, 8, device="meta")
+
+CASES = {
+    # attention
+    "q is numpy": (lambda: attention(np.zeros((1, 4, 2, 16))), TypeError, ["q", "torch.Tensor", "numpy.ndarray"]),
+    "q without a batch": (lambda: attention((4, 2, 16)), ValueError, ["q", "(B, N, H, D)", "(4, 2, 16)"]),
+    "q is complex": (lambda: attention(R(1, 4, 2, 16).cfloat()), TypeError, ["q", "float32", "complex64"]),
+    "q is integer": (lambda: attention(torch.zeros(1, 4, 2, 16).int()), TypeError, ["q", "float32", "int32"]),
+    "q is float64": (
+        lambda: F.attention(*[R(1, 4, 2, 16).double()] * 3, backend="triton"), TypeError, ["q", "float64", "torch"]),
+    "q and k in two dtypes": (
+        lambda: attention(k=R(1, 5, 2, 16).half()), TypeError, ["q and k", "float32", "float16"]),
+    "q and k of two head sizes": (lambda: attention(k=(1, 5, 2, 8)), ValueError, ["q and k", "head size", "2, 8)"]),
+    "k and v of two lengths": (lambda: attention(v=(1, 6, 2, 16)), ValueError, ["k and v", "(1, 6, 2, 16)"]),
+    "q and k of two batches": (lambda: attention(k=(2, 5, 2, 16)), ValueError, ["q and k", "batch", "(2, 5, 2, 16)"]),
+    "v on another device": (
+        lambda: attention(v=torch.empty(1, 5, 2, 16, device="meta")), ValueError, ["q and v", "cpu", "meta"]),
+    "head size beyond the limit": (lambda: packed((1, 4, 3, 1, 257)), ValueError, ["head size", "256", "257"]),
+    "no key": (lambda: attention(k=(1, 0, 2, 16)), ValueError, ["k and v", "at least one", "0"]),
+    "qkv of two slices": (lambda: packed((1, 4, 2, 2, 16)), ValueError, ["qkv", "(B, N, 3, H, D)", "(1, 4, 2, 2, 16)"]),
+    "qkv of rank 4": (lambda: packed((1, 4, 2, 16)), ValueError, ["qkv", "(B, N, 3, H, D)", "(1, 4, 2, 16)"]),
+    "dropout above 1": (lambda: attention(dropout_p=1.5), ValueError, ["dropout_p", "between 0 and 1", "1.5"]),
+    "dropout of NaN": (lambda: packed((1, 4, 3, 2, 16), dropout_p=NAN), ValueError, ["dropout_p", "nan"]),
+    "dropout is text": (lambda: attention(dropout_p="0.1"), TypeError, ["dropout_p", "number", "str"]),
+    "scale is text": (lambda: attention(scale="1"), TypeError, ["scale", "number", "str"]),
+    "more rows than are counted": (
+        lambda: F.attention_packed(torch.empty(1, 1, device="meta").expand(2**25, 640).view(2**25, 1, 1, 40, 16)
+                                   .expand(2**25, 2, 3, 40, 16), backend="triton"),
+        ValueError, ["batch * heads * rows", str(2**31 - 1)]),
+    "unknown backend": (
+        lambda: F.attention(*[R(1, 4, 2, 16)] * 3, backend="cuda"), ValueError, ["backend", "'triton'", "'cuda'"]),
+    # linear, mlp
+    "x is a list": (lambda: linear([[1.0]]), TypeError, ["x", "torch.Tensor", "list"]),
+    "x is a number": (lambda: linear(torch.tensor(1.0)), ValueError, ["x", "(..., D)", "()"]),
+    "weight of other columns": (lambda: linear(weight=(4, 9)), ValueError, ["weight", "8 columns", "(4, 9)"]),
+    "weight of rank 3": (lambda: linear(weight=(4, 8, 1)), ValueError, ["weight", "(4, 8, 1)"]),
+    "weight on another device": (
+        lambda: linear(weight=torch.empty(4, 8, device="meta")), ValueError, ["x and weight", "cpu", "meta"]),
+    "weight in another dtype": (lambda: linear(weight=R(4, 8).half()), TypeError, ["x and weight", "float16"]),
+    "empty weight": (lambda: linear(weight=(0, 8)), ValueError, ["weight", "at least one row", "(0, 8)"]),
+    "bias of another length": (lambda: linear(bias=(5,)), ValueError, ["bias", "(4,)", "(5,)"]),
+    "residual of another shape": (lambda: linear(residual=R(5, 3)), ValueError, ["residual", "(5, 4)", "(5, 3)"]),
+    "residual in another dtype": (lambda: linear(residual=R(5, 4).half()), TypeError, ["residual", "float16"]),
+    "norm is no triple": (lambda: linear(norm=(R(8), R(8))), TypeError, ["norm", "(weight, bias, eps)", "tuple"]),
+    "norm is a module": (
+        lambda: linear(norm=torch.nn.LayerNorm(8)), TypeError, ["norm", "(weight, bias, eps)", "LayerNorm"]),
+    "weight of the norm of another length": (
+        lambda: linear(norm=(R(7), None, 1e-5)), ValueError, ["weight of norm", "(8,)", "(7,)"]),
+    "weight of the norm on another device": (
+        lambda: linear(norm=(torch.empty(8, device="meta"), None, 1e-5)), ValueError, ["weight of norm", "meta"]),
+    "negative eps": (lambda: linear(norm=(R(8), None, -1.0)), ValueError, ["eps of norm", "-1.0"]),
+    "eps is text": (lambda: norm(eps="small"), TypeError, ["eps", "number", "str"]),
+    "unknown activation": (lambda: mlp(activation="relu"), ValueError, ["activation", "'quick_gelu'", "'relu'"]),
+    "w2 does not follow w1": (lambda: mlp(w2=(8, 11)), ValueError, ["w2", "12 columns", "w1", "(8, 11)"]),
+    "b1 of another length": (lambda: mlp(b1=(8,)), ValueError, ["b1", "(12,)", "(8,)"]),
+    "hidden dropout below 0": (lambda: mlp(hidden_dropout_p=-0.1), ValueError, ["hidden_dropout_p", "-0.1"]),
+    # layer_norm
+    "bias of the norm of another length": (lambda: norm(bias=(7,)), ValueError, ["bias", "(8,)", "(7,)"]),
+    "an empty last dimension": (lambda: norm((5, 0)), ValueError, ["last dimension", "empty"]),
+    "a width beyond the limit": (lambda: norm((1, 2**16 + 1)), ValueError, ["width", "65536", "65537"]),
+    "residual on another device": (lambda: norm(residual=META), ValueError, ["residual", "cpu", "meta"]),
+    # patch_embed
+    "image without a batch": (lambda: embed((3, 8, 8)), ValueError, ["image", "(B, C, H, W)", "(3, 8, 8)"]),
+    "image that does not divide": (lambda: embed((1, 3, 8, 9)), ValueError, ["image", "8 x 9", "4 x 4"]),
+    "image without a row": (lambda: embed((1, 3, 0, 8)), ValueError, ["image", "0 x 8"]),
+    "image of other channels": (lambda: embed((1, 4, 8, 8)), ValueError, ["image", "4 channels", "64 columns"]),
+    "more patches than positions": (lambda: embed(pos=R(3, 16)), ValueError, ["image", "4 patches", "3 positions"]),
+    "pos of another width": (lambda: embed(pos=R(4, 15)), ValueError, ["pos", "16", "(4, 15)"]),
+    "prefix of rank 3": (lambda: embed(prefix=R(1, 1, 16)), ValueError, ["prefix", "(rows, dim)", "(1, 1, 16)"]),
+    "unknown patch order": (lambda: embed(patch_order="c p2 p1"), ValueError, ["patch_order", "p1 p2 c", "c p2 p1"]),
+    "patch size of zero": (lambda: embed(patch_size=0), ValueError, ["patch_size", "positive", "0"]),
+    "patch size of three": (lambda: embed(patch_size=(4, 4, 4)), ValueError, ["patch_size", "(4, 4, 4)"]),
+    "patch size is a float": (lambda: embed(patch_size=4.0), TypeError, ["patch_size", "int", "4.0"]),
+    "bytes without mean and std": (lambda: embed(BYTES), TypeError, ["uint8", "mean and std"]),
+    "mean without std": (lambda: embed(BYTES, mean=[0.5] * 3), ValueError, ["mean and std", "one"]),
+    "mean and std of a float image": (lambda: embed(**STATS), TypeError, ["mean and std", "uint8", "float32"]),
+    "mean of another length": (
+        lambda: embed(BYTES, mean=[0.5], std=[0.5] * 3), ValueError, ["mean", "3 channels", "(1,)"]),
+    "std of zero": (lambda: embed(BYTES, mean=[0.5] * 3, std=[0.5, 0, 1]), ValueError, ["std", "0"]),
+    # models
+    "ViT of a byte image": (lambda: vit()(BYTES), TypeError, ["uint8", "mean and std"]),
+    "ViT of numpy": (lambda: vit()(np.zeros((1, 3, 8, 8))), TypeError, ["torch.Tensor", "numpy.ndarray"]),
+    "ViT of one image": (lambda: vit()(R(3, 8, 8)), ValueError, ["(3, 8, 8)"]),
+    "ViT of another image": (lambda: vit()(R(1, 3, 12, 12)), ValueError, ["9 patches", "4"]),
+    "ViT of gray images": (lambda: vit()(R(1, 1, 8, 8)), ValueError, ["channels", "1"]),
+    "ViT with a head size beyond the limit": (lambda: vit(dim_head=300)(R(1, 3, 8, 8)), ValueError, ["256", "300"]),
+    "image_size of three": (lambda: vit(image_size=(8, 8, 8)), ValueError, ["image_size", "(8, 8, 8)"]),
+    "image_size is text": (lambda: vit(image_size="8"), TypeError, ["image_size", "'8'"]),
+    "dropout of a ViT is text": (lambda: vit(dropout="0.1"), TypeError, ["dropout", "number", "str"]),
+    "name of a backend": (lambda: vit_triton.use_backend("cudnn"), ValueError, ["'triton'", "'cudnn'"]),
+    "attention_maps of numpy": (
+        lambda: vit_triton.attention_maps(vit(), np.zeros((1, 3, 8, 8))), TypeError, ["torch.Tensor"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(case, monkeypatch):
+    def no_kernel(*args, **kwargs):
+        raise AssertionError("a kernel ran")
+
+    import vit_triton.kernels.attention
+    import vit_triton.kernels.layer_norm
+    import vit_triton.kernels.linear
+    import vit_triton.kernels.patch_embed
+
+    for name in ("attention", "layer_norm", "linear", "patch_embed"):
+        monkeypatch.setattr(getattr(vit_triton.kernels, name), "launch", no_kernel)
+    call, error, words = CASES[case]
+    if case.startswith("ViT with a head size"):
+        monkeypatch.undo()  # the patches are embedded before the heads are known
+    with pytest.raises(error) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+
+
+def test_meta_tensors_have_a_shape_and_no_error():
+    assert F.linear(META, torch.empty(4, 8, device="meta"), backend="torch").shape == (5, 4)
