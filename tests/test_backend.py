@@ -1,0 +1,199 @@
+"""Which backend runs: argument, use_backend, environment, "auto"; and what runs Triton on CPU tensors."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vit_triton
+from vit_triton import backend
+from vit_triton import functional as F
+
+VARIABLE = "VIT_TRITON_BACKEND"
+X = torch.zeros(2, 4)
+
+
+@pytest.fixture(autouse=True)
+def untouched(monkeypatch):
+    monkeypatch.setattr(backend, "_default", None)
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+def resolve(name=None, x=X):
+    return backend.resolve_backend(name, x)
+
+
+def test_auto_takes_torch_on_a_cpu():
+    assert resolve() == resolve("auto") == "torch"
+
+
+def test_auto_takes_triton_on_a_gpu():
+    class OnGpu:
+        device = torch.device("cuda")
+        dtype = torch.bfloat16
+
+    class Double(OnGpu):
+        dtype = torch.float64
+
+    assert resolve("auto", OnGpu) == "triton"
+    assert resolve("auto", Double) == "torch"
+
+
+def test_the_environment_is_asked_at_every_call(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "triton")
+    assert resolve() == "triton"
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert resolve() == "torch"
+
+
+def test_an_unknown_name_in_the_environment_is_an_error(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "trition")
+    with pytest.raises(ValueError, match="VIT_TRITON_BACKEND must be one of 'triton', 'torch', 'auto', got 'trition'"):
+        resolve()
+    assert resolve("torch") == "torch"
+
+
+def test_use_backend_goes_before_the_environment_and_an_argument_before_both(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "torch")
+    vit_triton.use_backend("triton")
+    assert resolve() == "triton"
+    assert resolve("torch") == "torch"
+    assert resolve("auto") == "torch"
+
+
+def test_use_backend_nests_and_ends_even_with_an_error():
+    with vit_triton.use_backend("triton"):
+        assert resolve() == "triton"
+        with pytest.raises(KeyError), vit_triton.use_backend("torch"):
+            assert resolve() == "torch"
+            raise KeyError
+        assert resolve() == "triton"
+        with pytest.raises(ValueError, match="name must be one of .*, got 'gpu'"):
+            vit_triton.use_backend("gpu")
+        assert resolve() == "triton"
+    assert resolve() == "torch"
+
+
+def test_a_model_follows_the_default_until_it_has_a_backend_of_its_own():
+    layer = vit_triton.modules.Linear(4, 4)
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.namespace == "vit_triton")
+            return function(*args, **(kwargs or {}))
+
+    def kernels_ran():
+        seen.clear()
+        with Watch():
+            layer(X)
+        return any(seen)
+
+    assert not kernels_ran()
+    with vit_triton.use_backend("triton"):
+        assert kernels_ran()
+        layer.backend = "torch"
+        assert not kernels_ran()
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_float64_runs_in_torch_and_raises_in_triton(name):
+    if name == "torch":
+        assert F.layer_norm(X.double(), None, None, backend=name).dtype == torch.float64
+    else:
+        with pytest.raises(TypeError, match='x is torch.float64: .* use backend="torch"'):
+            F.layer_norm(X.double(), None, None, backend=name)
+
+
+# --- in a fresh Python -------------------------------------------------------------------------------------
+
+START = """
+import os, warnings
+import torch, vit_triton
+from vit_triton import functional as F
+norm = lambda: F.layer_norm(torch.ones(2, 4), None, None, backend="triton")
+
+def error_of(call):
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError("no error")
+"""
+
+
+def python(code, **environment):
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PTXEMU", VARIABLE)}
+    result = subprocess.run(
+        [sys.executable, "-c", START + code], env=kept | environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_an_explicit_triton_never_falls_back():
+    python("""
+message = error_of(norm)
+assert "CPU tensors" in message and 'backend="torch"' in message and "TRITON_INTERPRET=1" in message, message
+model = vit_triton.ViT(image_size=8, patch_size=4, num_classes=3, dim=8, depth=1, heads=1, mlp_dim=8, backend="triton")
+assert error_of(lambda: model(torch.zeros(1, 3, 8, 8))) == message
+model.backend = "auto"
+assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 3)
+""")
+
+
+@pytest.mark.parametrize("before", ["0", "1"])
+def test_switching_the_interpreter_after_the_import_is_an_error(before):
+    python(
+        f"""
+import triton
+os.environ["TRITON_INTERPRET"] = {"0" if before == "1" else "1"!r}
+assert "TRITON_INTERPRET was changed after Triton had been imported" in error_of(norm)
+""",
+        TRITON_INTERPRET=before,
+    )
+
+
+def test_the_interpreter_warns_once():
+    python(
+        """
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    norm()
+    norm()
+ours = [w for w in caught if "vit_triton" in str(w.message)]
+assert len(ours) == 1, ours
+assert ours[0].category is RuntimeWarning and "hundreds of times slower" in str(ours[0].message)
+""",
+        TRITON_INTERPRET="1",
+    )
+
+
+def test_an_active_driver_that_serves_the_cpu_is_taken_and_left_in_place():
+    python("""
+import triton
+from triton.runtime import driver
+from vit_triton import backend
+
+class Emulator:
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+class Gpu:
+    def get_active_torch_device(self):
+        return torch.device("cuda", 0)
+
+emulator = Emulator()
+driver.set_active(emulator)
+assert backend.cpu_vehicle() == "driver"
+assert driver.active is emulator
+driver.set_active(Gpu())
+assert "CPU tensors" in error_of(backend.cpu_vehicle)
+""")
+
+
+def test_importing_imports_no_triton():
+    # in no test of its own process: others have imported it by now
+    python("import sys\nassert 'triton' not in sys.modules\n")

@@ -1,0 +1,128 @@
+"""Tile sizes and launches: what every pick must hold, on every architecture."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from vit_triton.kernels import _config as config
+from vit_triton.kernels import _launch
+
+ARCHITECTURES = ("interpreter", "cpu", "sm_75", "sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDTHS = (1, 10, 48, 192, 384, 768, 1000, 3072)
+GEMMS = [
+    config.pick_linear_fwd,
+    config.pick_linear_bwd_input,
+    config.pick_linear_bwd_weight,
+    config.pick_patch_embed_fwd,
+    config.pick_patch_embed_bwd_image,
+    config.pick_patch_embed_bwd_weight,
+]
+ATTENTIONS = [config.pick_attention_fwd, config.pick_attention_bwd_dq, config.pick_attention_bwd_dkdv]
+
+
+def is_power_of_2(n):
+    return n > 0 and n & (n - 1) == 0
+
+
+def gemms(pick, arch, m):
+    epilogues = ["none", "elementwise", "dropout"] if "linear" in pick.__name__ else [None]
+    for n in WIDTHS:
+        for k in WIDTHS:
+            for dtype in DTYPES:
+                for precision in ("ieee", "tf32"):
+                    for epilogue in epilogues:
+                        yield pick(m, n, k, dtype, arch, precision, *filter(None, [epilogue]))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("pick", GEMMS, ids=lambda pick: pick.__name__)
+def test_gemm_tiles(pick, arch):
+    for tile in gemms(pick, arch, 1576):
+        sides = (tile.rows, tile.cols, tile.depth)
+        assert all(is_power_of_2(side) and side >= 16 for side in sides), tile
+        assert max(sides[0] * sides[1], sides[0] * sides[2], sides[1] * sides[2]) <= config.INTERPRETER_TILE, tile
+        assert is_power_of_2(tile.split) and tile.group >= 1, tile
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "interpreter"])
+@pytest.mark.parametrize("pick", GEMMS, ids=lambda pick: pick.__name__)
+def test_a_sample_does_not_depend_on_its_neighbours(pick, arch):
+    assert list(gemms(pick, arch, 197)) == list(gemms(pick, arch, 64 * 197))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("pick", ATTENTIONS, ids=lambda pick: pick.__name__)
+def test_attention_tiles(pick, arch):
+    for n_q, n_k in [(1, 1), (1, 197), (197, 197), (577, 64), (1370, 1370)]:
+        for head_dim in (1, 16, 40, 64, 72, 80, 88, 128, 256):
+            for dtype in DTYPES:
+                tile = pick(n_q, n_k, head_dim, dtype, arch)
+                assert is_power_of_2(tile.block_m) and is_power_of_2(tile.block_n), tile
+                assert min(tile.block_m, tile.block_n) >= 16, tile
+                assert tile.block_m * tile.block_n <= config.INTERPRETER_TILE, tile
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_layer_norm_holds_a_row(arch):
+    for width in (*WIDTHS, config.MAX_LAYER_NORM_WIDTH):
+        tile = config.pick_layer_norm(width, arch)
+        assert is_power_of_2(tile.block_d) and width <= tile.block_d < 2 * width or width == 1, tile
+        assert is_power_of_2(tile.block_m) and tile.block_m * tile.block_d <= config.INTERPRETER_TILE, tile
+
+
+@pytest.mark.parametrize("head_dim", range(1, 257))
+def test_a_split_head_covers_its_size_and_pads_less_than_the_next_power_of_two(head_dim):
+    main, tail = config.split_head_dim(head_dim)
+    whole = max(16, config.next_power_of_2(head_dim))
+    assert is_power_of_2(main) and main >= 16 and (tail == 0 or is_power_of_2(tail) and tail >= 16)
+    assert head_dim <= main + tail <= whole
+
+
+def test_the_real_head_sizes():
+    covered = {d: sum(config.split_head_dim(d)) for d in (64, 72, 80, 88, 96, 104)}
+    assert covered == {64: 64, 72: 80, 80: 80, 88: 96, 96: 96, 104: 128}
+
+
+@pytest.mark.parametrize("length", [1, 16, 64, 65, 196, 197, 257, 577, 1370])
+def test_the_tail_of_a_sequence_covers_what_the_full_blocks_leave(length):
+    for block in (16, 32, 64, 128):
+        tail = config.attention_tail(length, block)
+        assert length % block <= tail < max(32, 2 * (length % block)) if length % block else tail == 0
+
+
+def test_configurations_are_frozen_and_can_be_keys():
+    for tile in (
+        config.pick_layer_norm(768, "sm_80"),
+        config.pick_attention_fwd(197, 197, 64, torch.float16, "sm_80"),
+        config.pick_linear_fwd(197, 768, 768, torch.float16, "sm_80", "ieee", "none"),
+    ):
+        hash(tile)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            tile.num_warps = 1
+
+
+class Kernel:
+    """Stands in for a Triton kernel and notes its grids."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.grids.append(grid)
+
+
+@pytest.mark.parametrize(("programs", "launched"), [(0, []), (1, [(1,)]), (2**31 - 1, [(2**31 - 1,)])])
+def test_launch(programs, launched):
+    kernel = Kernel()
+    _launch.launch(kernel, (programs,), torch.zeros(1))
+    assert kernel.grids == launched
+
+
+def test_a_grid_beyond_the_limit_is_an_error():
+    kernel = Kernel()
+    kernel.__name__ = "some_kernel"
+    with pytest.raises(ValueError, match="2147483648 programs of some_kernel, a GPU starts at most 2147483647"):
+        _launch.launch(kernel, (2**31,), torch.zeros(1))
+    assert kernel.grids == []
