@@ -75,7 +75,7 @@ def both(backend: str, **changes) -> tuple[nn.Module, nn.Module, dict]:
 
 
 def assert_as_precise(ours: Tensor | None, theirs: Tensor | None, exact: Tensor | None, what: str = "output") -> None:
-    """Our error against the float64 model is at most twice vit_pytorch's own in the same dtype, with a floor of 4 eps."""
+    """Our error against the float64 model is at most twice vit_pytorch's in the same dtype, with a floor of 4 eps."""
     assert (ours is None) == (theirs is None), what
     if ours is None or theirs is None or exact is None:
         return
