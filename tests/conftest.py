@@ -5,6 +5,7 @@ TRITON_INTERPRET is not 1: then the code Triton compiles for sm_80 runs on CPU t
 Triton decides while it is imported, so this comes before any other import.
 """
 
+import dataclasses
 import os
 import sys
 
@@ -50,6 +51,25 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Many tiles in every direction: those the interpreter is given hold the inputs of most tests whole."""
+    from vit_triton.kernels import _config, attention, layer_norm, linear, patch_embed
+
+    for module in (attention, linear, patch_embed, layer_norm):
+        for name in [name for name in vars(module) if name.startswith("pick_")]:
+            if "attention" in name:
+                config = _config.AttentionConfig(32, 16, 4, 1)
+            else:
+                config = _config.GemmConfig(32, 16, 16, 4, 1, group=2, split=4 if "weight" in name else 1)
+            if "layer_norm" not in name:
+                monkeypatch.setattr(module, name, lambda *args, config=config: config)
+                continue
+            pick = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *args, pick=pick: dataclasses.replace(pick(*args), block_m=2))
+    monkeypatch.setattr(_config, "LAYER_NORM_PARTIALS", 3)
 
 
 @pytest.fixture

@@ -98,6 +98,22 @@ def test_outputs_and_gradients(batch, n, heads, head_dim, dtype, layout, gradien
     check(q, k, v, do, dlse, scale)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [(70, 50), (64, 48)])
+def test_several_blocks(small_tiles, n, dtype):
+    q, k, v = make(1, *n, 2, 72, dtype)
+    check(q, k, v, torch.randn_like(q), torch.randn(1, 2, n[0]), scale=0.4)
+
+
+def test_a_block_of_minus_infinity_before_others(small_tiles):
+    q, k, v = make(1, 20, 50, 2, 16, torch.float32)
+    q = q.abs()
+    k[:, :20, :, 3] = -math.inf  # the whole first block, and a part of the second
+    out, lse = F.attention(q, k, v, return_lse=True, backend="triton")
+    for ours, theirs in zip((out, lse), formula(q, k, v, 0.25), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("head_dim", [1, 8, 96, 104, 160, 256])
 def test_other_head_sizes(head_dim):
     q, k, v = make(1, 21, 21, 2, head_dim, torch.bfloat16)
@@ -196,6 +212,13 @@ def test_extreme_logits(dtype, size):
     size = absolute(*double([q, k, v, do]), torch.zeros(1, 1, 20), 1.0)
     assert all(x.isfinite().all() for x in ours)
     assert_as_precise(ours, [peer], exact, [size[0], *size[2:]], ("out", "dq", "dk", "dv"))
+
+
+def test_rows_of_very_negative_scores_only():
+    # the log-sum-exp is so small that exp(0 - it) overflows: lanes past the last key or query must not count
+    q, k, v = make(1, 21, 37, 1, 16, torch.float32)
+    q, k = q.abs() + 1, -k.abs() - 1
+    check(q, k, v, torch.randn_like(q), torch.zeros(1, 1, 21), scale=100.0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -92,6 +92,11 @@ def test_outputs_and_gradients(shape, dtype, layout, gradient, residual, affine,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_several_stretches_of_rows(small_tiles, dtype):
+    check(make((25, 72), dtype, residual=True), [torch.randn(25, 72).to(dtype) for _ in range(2)], residual=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_large_mean_does_not_cancel(dtype):
     check(make((5, 200), dtype, residual=False, offset=1000.0), [torch.randn(5, 200).to(dtype)], residual=False)
 

@@ -75,6 +75,15 @@ def make(leading, k, n, dtype, *, bias=True, residual=True, affine=(True, True),
     return [rows(k), weight, torch.randn(n).to(dtype) if bias else None, rows(n) if residual else None, *vectors]
 
 
+def check(inputs, dy, *, norm):
+    ours = run(call(F.linear, norm, backend="triton"), inputs, [dy])
+    peer = run(call(reference.linear, norm), inputs, [dy])
+    exact = run(call(reference.linear, norm), double(inputs), double([dy]))
+    names = ["y", *(name for name, x in zip(NAMES, inputs, strict=True) if x is not None)]
+    assert len(ours) == len(names)
+    assert_as_precise(ours, [peer], exact, absolute(inputs, dy, norm=norm), names)
+
+
 @given(
     leading=st.sampled_from([(1,), (17,), (2, 13), (1, 65), (2, 2, 5), (130,)]),
     k=st.sampled_from([8, 33, 40, 72, 130]),
@@ -95,12 +104,12 @@ def test_outputs_and_gradients(leading, k, n, dtype, layout, gradient, bias, res
         dy = torch.randn(()).to(dtype).expand(*leading, n)
     elif gradient == "transposed":
         dy = torch.randn(*leading[:-1], n, leading[-1]).to(dtype).transpose(-1, -2)
-    ours = run(call(F.linear, norm, backend="triton"), inputs, [dy])
-    peer = run(call(reference.linear, norm), inputs, [dy])
-    exact = run(call(reference.linear, norm), double(inputs), double([dy]))
-    names = ["y", *(name for name, x in zip(NAMES, inputs, strict=True) if x is not None)]
-    assert len(ours) == len(names)
-    assert_as_precise(ours, [peer], exact, absolute(inputs, dy, norm=norm), names)
+    check(inputs, dy, norm=norm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_tiles(small_tiles, dtype):
+    check(make((3, 37), 50, 70, dtype), torch.randn(3, 37, 70).to(dtype), norm=True)
 
 
 def test_a_vector():

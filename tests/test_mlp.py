@@ -67,6 +67,15 @@ def make(leading, k, n, out, dtype, *, bias=True, residual=True, norm=True, layo
     return [rows(k), w1, b1, w2, b2, rows(out) if residual else None, *norms]
 
 
+def check(inputs, dy, activation, *, norm):
+    ours = run(call(F.mlp, norm, activation=activation, backend="triton"), inputs, [dy])
+    peer = run(call(reference.mlp, norm, activation=activation), inputs, [dy])
+    exact = run(call(reference.mlp, norm, activation=activation), double(inputs), double([dy]))
+    names = ["y", *(name for name, x in zip(NAMES, inputs, strict=True) if x is not None)]
+    assert len(ours) == len(names)
+    assert_as_precise(ours, [peer], exact, absolute(inputs, dy, activation, norm=norm), names)
+
+
 @given(
     leading=st.sampled_from([(1,), (17,), (2, 13), (1, 65)]),
     k=st.sampled_from([8, 33, 72]),
@@ -87,12 +96,12 @@ def test_outputs_and_gradients(leading, k, n, out, dtype, activation, layout, gr
         dy = torch.randn(()).to(dtype).expand(*leading, out)
     elif gradient == "transposed":
         dy = torch.randn(*leading[:-1], out, leading[-1]).to(dtype).transpose(-1, -2)
-    ours = run(call(F.mlp, norm, activation=activation, backend="triton"), inputs, [dy])
-    peer = run(call(reference.mlp, norm, activation=activation), inputs, [dy])
-    exact = run(call(reference.mlp, norm, activation=activation), double(inputs), double([dy]))
-    names = ["y", *(name for name, x in zip(NAMES, inputs, strict=True) if x is not None)]
-    assert len(ours) == len(names)
-    assert_as_precise(ours, [peer], exact, absolute(inputs, dy, activation, norm=norm), names)
+    check(inputs, dy, activation, norm=norm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_tiles(small_tiles, dtype):
+    check(make((3, 29), 40, 70, 50, dtype), torch.randn(3, 29, 50).to(dtype), "gelu", norm=True)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -180,6 +189,13 @@ def test_extreme_and_missing_values(activation, dtype):
     expected.backward(torch.ones_like(expected))
     torch.testing.assert_close(ours.grad[:6], exact.grad[:6].to(dtype))
     assert ours.grad[6].isnan()
+
+
+def test_the_activation_is_recomputed_bit_for_bit():
+    x, w1 = torch.randn(40, 24).bfloat16(), torch.randn(40, 24).bfloat16()
+    one = torch.eye(40).bfloat16()  # as w2 it makes the activation the output, as dy the gradient of w2
+    activation, _, _, dw2 = run(lambda x, w1, w2: F.mlp(x, w1, None, w2, None, backend="triton"), [x, w1, one], [one])
+    assert torch.equal(activation, dw2)
 
 
 def test_the_same_bits_every_time():

@@ -143,6 +143,14 @@ def test_uint8_images_are_normalised_in_the_load(dtype, patch_order):
     check(inputs, patch_size=(4, 6), patch_order=patch_order, pre=True, post=True, mean=MEAN, std=STD)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["uint8", "channels_last"])
+def test_several_tiles(small_tiles, layout, dtype):
+    inputs = make_inputs(3, 3, (3, 5), (4, 6), 72, dtype, layout=layout, prefix=2)
+    statistics = dict(mean=MEAN, std=STD) if layout == "uint8" else {}
+    check(inputs, patch_size=(4, 6), patch_order="c p1 p2", pre=True, post=True, **statistics)
+
+
 def test_gradient_of_a_sum_has_no_strides():
     inputs = make_inputs(2, 3, (3, 3), (4, 4), 40, torch.float32)
     ones = torch.ones(()).expand

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import warnings
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,9 @@ def launch(kernel: Any, grid: tuple[int], like: torch.Tensor, **kernel_args: Any
     if INTERPRETING:
         from vit_triton.kernels import _interpreter
 
-        # the interpreter computes with numpy, whose warnings about inf - inf are not news to a kernel
-        with _interpreter_lock, np.errstate(all="ignore"):
+        # the interpreter computes with numpy, whose warnings about inf - inf and rows of NaN are not news to a kernel
+        with _interpreter_lock, np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
             _interpreter.mend()
             kernel[grid](**kernel_args)
         return
