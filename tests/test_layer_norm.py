@@ -148,6 +148,13 @@ def test_nan_and_inf_stay_in_their_row(value):
         assert a[[0, 1, 3, 4]].isfinite().all() and a[2].isnan().any()
 
 
+def test_the_sum_is_normalised_as_it_is_returned():
+    x, residual, weight, bias = make((5, 72), torch.bfloat16, residual=True)
+    y, total = F.layer_norm(x, weight, bias, residual=residual, backend="triton")
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, F.layer_norm(total, weight, bias, backend="triton"))
+
+
 def test_the_same_bits_every_time():
     inputs = make((700, 40), torch.float32, residual=True)
     grads = [torch.randn(700, 40), torch.randn(700, 40)]

@@ -190,8 +190,8 @@ def layer_norm_bwd_kernel(
         x = tl.load(x_ptr + rows * stride_xm + cols * stride_xd, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
-        # beyond the width dy is 0, so xhat may be anything finite there; with an infinite mean it would be NaN
-        xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+        # beyond the width dy is 0, so xhat may be anything finite there; where it is not, the whole row is NaN anyway
+        xhat = (x - mean[:, None]) * rstd[:, None]
 
         grad = dy
         if weight_ptr is not None:
