@@ -148,11 +148,11 @@ def dropped(rows, cols, p, seed):
 
 
 def test_dropout_keeps_a_share_and_scales_it():
-    keep = dropped(150, 90, 0.2, seed=0)
+    keep = dropped(400, 300, 0.2, seed=0)
     kept = keep != 0
     torch.testing.assert_close(keep[kept], torch.full_like(keep[kept], 1.25))
     assert abs(int(kept.sum()) - 0.8 * kept.numel()) < 5 * (0.8 * 0.2 * kept.numel()) ** 0.5
-    assert len(kept.unique(dim=0)) == 150 and len(kept.T.unique(dim=0)) == 90
+    assert len(kept.unique(dim=0)) == 400 and len(kept.T.unique(dim=0)) == 300
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
