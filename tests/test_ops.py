@@ -1,6 +1,7 @@
 """The ops among PyTorch's own machinery: opcheck, torch.compile, autocast, checkpointing, other kinds of derivative."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -245,3 +246,11 @@ def test_the_private_ops_are_all_there_is():
     assert {n for n in F.__dict__ if callable(F.__dict__[n]) and not n.startswith("_")} >= {
         n for n in FUNCTIONS if hasattr(reference, n)
     }
+
+
+def test_threads_may_launch_at_once():
+    tensors = [torch.randn(7, 40) for _ in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda x: F.layer_norm(x, None, None, backend="triton"), tensors * 3))
+    for ours, x in zip(results, tensors * 3, strict=True):
+        torch.testing.assert_close(ours, reference.layer_norm(x, None, None))
