@@ -1,0 +1,144 @@
+"""Triton's backend for the CPU: TTIR -> MLIR text -> LLVM -> a relocatable object, all inside Triton's own wheel."""
+
+import functools
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import triton
+from triton._C.libtriton import ir, llvm, passes
+from triton.backends.compiler import BaseBackend, GPUTarget, Language
+
+from vit_triton.cpu import features, lower, ttir
+
+TRIPLE = "x86_64-unknown-linux-gnu"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What Triton's front end asks of a backend's options; warps and stages mean nothing here."""
+
+    num_warps: int = 1
+    num_ctas: int = 1
+    num_stages: int = 1
+    warp_size: int = 1
+    enable_fp_fusion: bool = True
+    supported_fp8_dtypes: tuple[str, ...] = ()
+    deprecated_fp8_dot_operand_dtypes: tuple[str, ...] = ()
+    default_dot_input_precision: str = "ieee"
+    allowed_dot_input_precisions: tuple[str, ...] = ("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6")
+    max_num_imprecise_acc_default: int = 0
+    extern_libs: tuple[Any, ...] = ()
+    debug: bool = False
+    backend_name: str = "cpu"
+    sanitize_overflow: bool = False
+    arch: str = ""
+    instrumentation_mode: str = ""
+    fpsan_homomorphic_casts: bool = False
+    ir_override: str | None = None
+
+    def hash(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
+
+class CPUBackend(BaseBackend):
+    """Registered as "cpu"; ``target.arch`` is a comma-separated list of CPU features (see :mod:`features`)."""
+
+    binary_ext = "obj"
+
+    @staticmethod
+    def supports_target(target: GPUTarget) -> bool:
+        return target.backend == "cpu"
+
+    def hash(self) -> str:
+        return f"{_source_hash()}-{triton.__version__}-{self.target.arch}"
+
+    def parse_options(self, options: dict[str, Any]) -> Options:
+        known = {key: options[key] for key in Options.__dataclass_fields__ if options.get(key) is not None}
+        known |= {"num_warps": 1, "num_stages": 1, "num_ctas": 1, "arch": str(self.target.arch), "enable_fp_fusion": True}
+        return Options(**known)
+
+    def pack_metadata(self, metadata: Any) -> Any:
+        return metadata
+
+    def get_codegen_implementation(self, options: Options) -> dict[str, Any]:
+        return {"min_dot_size": lambda lhs, rhs: (1, 1, 1)}
+
+    def get_module_map(self) -> dict[str, ModuleType]:
+        return {}
+
+    def load_dialects(self, context: Any) -> None:
+        pass
+
+    def add_stages(self, stages: dict[str, Any], options: Options, language: Language) -> None:
+        stages["ttir"] = lambda module, metadata: _make_ttir(module)
+        stages["mlir"] = lambda module, metadata: _make_mlir(module, metadata, options)
+        stages["llir"] = lambda source, metadata: _make_llir(source, options)
+        stages["obj"] = lambda source, metadata: _make_object(source, options)
+
+
+def _make_ttir(module: Any) -> Any:
+    manager = ir.pass_manager(module.context)
+    passes.common.add_inliner(manager)
+    passes.ttir.add_rewrite_tensor_descriptor_to_pointer(manager)
+    passes.common.add_canonicalizer(manager)
+    passes.ttir.add_combine(manager)
+    passes.ttir.add_reorder_broadcast(manager)
+    passes.common.add_cse(manager)
+    passes.common.add_licm(manager)
+    passes.common.add_symbol_dce(manager)
+    passes.ttir.add_loop_unroll(manager)
+    manager.run(module, "make_ttir")
+    return module
+
+
+def _make_mlir(module: Any, metadata: dict[str, Any], options: Options) -> str:
+    metadata["shared"] = 0
+    text = module.str_nodebug()
+    if dump := os.environ.get("VIT_TRITON_CPU_DUMP_TTIR"):
+        Path(dump, ttir.parse(text).name + ".ttir").write_text(text)
+    program = lower.lower(ttir.parse(text), options.arch.split(","))
+    metadata["name"] = program.name
+    metadata["scratch_bytes"] = program.scratch_bytes
+    return program.text
+
+
+def _make_llir(source: str, options: Options) -> str:
+    context = ir.context()
+    ir.load_dialects(context)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.mlir")
+        path.write_text(source)
+        module = ir.parse_mlir_module(str(path), context)
+    module.context = context
+    manager = ir.pass_manager(context)
+    passes.convert.add_scf_to_cf(manager)
+    passes.convert.add_arith_to_llvmir(manager)
+    passes.convert.add_cf_to_llvmir(manager)
+    passes.convert.add_reconcile_unrealized_casts(manager)
+    manager.run(module, "make_llir")
+    llvm.init_targets()
+    llvm_context = llvm.context()
+    llvm_module = llvm.to_module(module, llvm_context)
+    cpu, enabled = features.llvm_target(options.arch)
+    llvm.attach_datalayout(llvm_module, TRIPLE, cpu, enabled)
+    llvm.optimize_module(llvm_module, llvm.OPTIMIZE_O3, cpu, enabled, [], True)
+    return str(llvm_module)
+
+
+def _make_object(source: str, options: Options) -> bytes:
+    cpu, enabled = features.llvm_target(options.arch)
+    return llvm.translate_to_asm(source, TRIPLE, cpu, enabled, [], True, True, False)
+
+
+@functools.cache
+def _source_hash() -> str:
+    """Of this package: what it generates is cached on disk, and must not outlive what generated it."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,293 @@
+"""tt.dot: blocks of 8 x 32 results in registers, B packed into panels of 32 columns, A read where it lies.
+
+    for each panel of B                     packed once, 4 bytes wide: float32, or pairs of bfloat16 along K
+        for each 8 rows of A
+            for each k                      2 vectors of B, 8 elements of A, 16 multiply-adds
+
+bfloat16 takes vdpbf16ps where the CPU has it; elsewhere it is widened to float32 while it is packed, as float16 is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vit_triton.cpu.analysis import Condition
+from vit_triton.cpu.builder import Builder, Val, mlir_type
+from vit_triton.cpu.ttir import Op, Type, Unsupported, Value
+
+ROWS = 8
+LANES = 16
+
+
+@dataclass
+class Rows:
+    """Where the elements of A lie: ``row(i)`` is the address of row i, ``step`` elements from one k to the next."""
+
+    row: Callable[[Val], Val]
+    step: Val
+
+
+class Dot:
+    """The part of the lowering that knows tt.dot."""
+
+    if TYPE_CHECKING:
+        b: Builder
+        bf16_dot: bool
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def dot(self, op: Op) -> None:
+        a, bt, c = op.operands[:3]
+        (rows, depth), cols = a.type.shape, bt.type.shape[1]
+        if a.type.elem not in ("f32", "f16", "bf16") or bt.type.elem != a.type.elem or c.type.elem != "f32":
+            raise Unsupported(f"tt.dot of {a.type.elem} and {bt.type.elem} into {c.type.elem}")
+        pairs = a.type.elem == "bf16" and self.bf16_dot
+        with self.scope():
+            used = self.used
+            target, fresh = self._accumulator(op)
+            kept = self.used
+            row_limits, col_limits = self.wanted(op.results[0])
+            depth_limits = [c for c in (*self.info.extent(a, 1, 0.0), *self.info.extent(bt, 0, 0.0)) if self.known(c)]
+            with self.b.pinned_here():
+                self.sink += 1
+                a_rows = self._a_rows(a, row_limits, depth_limits, pairs)
+                m = self.to_val(self.bound(row_limits, rows))
+                n = self.to_val(self.bound(col_limits, cols))
+                k = self.to_val(self.bound(depth_limits, depth))
+                width = min(2 * LANES, cols)
+                panel = self.reserve(max(depth, 32) * width * (2 if pairs else 4) + 4 * width)
+                b = self.b
+                with b.loop(b.index(0), n, b.index(width)) as columns:
+                    with b.pinned_here():
+                        self._pack(bt, columns.index, width, k, panel, pairs)
+                        with b.loop(b.index(0), m, b.index(min(ROWS, rows))) as block, b.pinned_here():
+                            self._block(a_rows, block.index, m, min(ROWS, rows), k, panel, width, target, columns.index, fresh, pairs)  # fmt: skip
+            self.sink += 1
+            del used
+        self.used = max(self.used, kept)
+        self.buffers[op.results[0]] = target
+
+    def _accumulator(self, op: Op) -> tuple[Any, bool]:
+        """Where the result goes, and whether the product is all of it; else the addend is there already."""
+        c = op.operands[2]
+        if self.info.uniform_number(c) == 0:
+            return self.allocate(c.type), True
+        for value in self._leaves(c):
+            buffer = self.buffers[value]
+            if value.type == c.type and self.info.sinks[value] == {op} and self._in_place(c, buffer, 2):
+                if value is not c:
+                    self.write(c, buffer)
+                return buffer, False
+        buffer = self.allocate(c.type)
+        self.write(c, buffer)
+        return buffer, False
+
+    def _leaves(self, value: Value) -> list[Value]:
+        if value in self.buffers:
+            return [value]
+        if value.op is None or not value.type.is_tile:
+            return []
+        return [leaf for v in value.op.operands for leaf in self._leaves(v)]
+
+    # --- A
+
+    def _a_rows(self, a: Value, row_limits: list[Condition], depth_limits: list[Condition], pairs: bool) -> Rows:
+        b = self.b
+        wide = "bf16" if pairs else "f32"
+        source, transposed = a, False
+        while source.op is not None and source.op.name == "tt.trans" and source not in self.buffers:
+            source, transposed = source.op.operands[0], not transposed
+        k_axis = 0 if transposed else 1
+        if source.type.elem == wide:
+            if source in self.buffers and (not transposed or not pairs):
+                buffer = self.buffers[source]
+                at = (lambda i: [b.index(0), i]) if transposed else (lambda i: [i, b.index(0)])
+                step = b.index(buffer.stride if transposed else 1)
+                return Rows(lambda i: self.address(buffer, source.type.shape, at(i)), step)
+            op = source.op
+            if op is not None and op.name == "tt.load" and source not in self.buffers:
+                step = self.info.coefficient(op.operands[0], k_axis)
+                allowed = {1 - k_axis: row_limits, k_axis: depth_limits}
+                conditions, complete = self.info.conditions(op.operands[1]) if len(op.operands) > 1 else ([], True)
+                if complete and all(c in allowed[axis] for axis, c in conditions):
+                    if step == 1 or not pairs and step is not None:
+                        return self._in_memory(op, k_axis)
+        buffer = self.allocate(Type(a.type.shape, wide))
+        self._write_a(a, buffer, row_limits, depth_limits)
+        return Rows(lambda i: self.address(buffer, a.type.shape, [i, b.index(0)]), b.index(1))
+
+    def _in_memory(self, op: Op, k_axis: int) -> Rows:
+        b, pointers = self.b, op.operands[0]
+
+        def address(i: Val, k: Val) -> Val:
+            return self.at(pointers, [k, i] if k_axis == 0 else [i, k], None, 0)
+
+        if self.info.coefficient(pointers, k_axis) == 1:
+            step = b.index(1)
+        else:
+            near, far = (b.op("llvm.ptrtoint {0} : !llvm.ptr to i64", (address(b.index(0), b.index(k)),), "i64") for k in (0, 1))  # fmt: skip
+            step = b.binary("arith.divsi", b.binary("arith.subi", far, near), b.index(4), pinned=True)
+        return Rows(lambda i: address(i, b.index(0)), step)
+
+    def _write_a(self, a: Value, buffer: Any, row_limits: list[Condition], depth_limits: list[Condition]) -> None:
+        """Evaluate A into rows; vectors run along K, or along the rows where A lies transposed."""
+        b, shape = self.b, a.type.shape
+        lane = self.best_lane(a)
+
+        def widen(x: Val) -> Val:
+            return x if x.elem == buffer.elem else b.convert("arith.extf", x, buffer.elem)
+
+        def along_k(index: list[Val], lanes: int, mask: Val | None) -> None:
+            vector = widen(self.vector(a, index, 1, lanes))
+            if mask is not None:
+                vector = b.select(mask, vector, b.constant(0.0, buffer.elem, lanes))
+            self.store_vector(vector, self.address(buffer, shape, index))
+
+        def along_rows(index: list[Val]) -> None:
+            vectors = [widen(self.vector(a, [index[0], b.add(index[1], b.index(i))], 0, LANES)) for i in range(LANES)]
+            if buffer.elem == "bf16":
+                # 16 x 16 halves: transposed as if they were words, one of two of which is not used
+                vectors = [b.convert("arith.extui", b.convert("arith.bitcast", v, "i16"), "i32") for v in vectors]
+            for i, vector in enumerate(self._transpose(vectors)):
+                if buffer.elem == "bf16":
+                    vector = b.convert("arith.bitcast", b.convert("arith.trunci", vector, "i16"), "bf16")
+                self.store_vector(vector, self.address(buffer, shape, [b.add(index[0], b.index(i)), index[1]]))
+
+        if lane == 1 or shape[0] < LANES or shape[1] < LANES:
+            self.tile_loops(shape, [row_limits, depth_limits], 1, along_k)
+            return
+        rows, depth = (self.to_val(self.bound(c, n)) for c, n in zip((row_limits, depth_limits), shape, strict=True))
+        with b.loop(b.index(0), rows, b.index(LANES)) as outer, b.loop(b.index(0), depth, b.index(LANES)) as inner:
+            along_rows([outer.index, inner.index])
+
+    # --- B
+
+    def _pack(self, bt: Value, column: Val, width: int, k: Val, panel: Val, pairs: bool) -> None:
+        b = self.b
+        depth = bt.type.shape[0]
+        if self.best_lane(bt) == 0 and depth >= LANES:
+            self._pack_transposed(bt, column, width, k, panel, pairs)
+            return
+        with b.loop(b.index(0), k, b.index(2 if pairs else 1)) as loop:
+            for c in range(0, width, LANES):
+                at = b.add(column, b.index(c))
+                vector = self.vector(bt, [loop.index, at], 1, LANES)
+                if pairs:
+                    below = b.constant(0.0, "bf16", LANES)
+                    if depth > 1:
+                        below = self.vector(bt, [b.add(loop.index, b.index(1)), at], 1, LANES)
+                    vector = b.shuffle(vector, below, [i // 2 + i % 2 * LANES for i in range(2 * LANES)])
+                elif vector.elem != "f32":
+                    vector = b.convert("arith.extf", vector, "f32")
+                offset = b.add(b.mul(loop.index, b.index(width)), b.index(2 * c if pairs else c))
+                self.store_vector(vector, b.gep(panel, offset, "bf16" if pairs else "f32"))
+
+    def _pack_transposed(self, bt: Value, column: Val, width: int, k: Val, panel: Val, pairs: bool) -> None:
+        """B lies with k running fastest: transpose 16 columns x 16 words at a time."""
+        b = self.b
+        span = 2 * LANES if pairs and bt.type.shape[0] >= 2 * LANES else LANES
+        words = span // 2 if pairs else span
+        with b.loop(b.index(0), k, b.index(span)) as loop:
+            for c in range(0, width, LANES):
+                vectors = []
+                for i in range(LANES):
+                    at = b.add(column, b.index(c + i))
+                    vector = self.vector(bt, [loop.index, at], 0, LANES)
+                    if pairs:
+                        high = b.constant(0.0, "bf16", LANES)
+                        if span > LANES:
+                            high = self.vector(bt, [b.add(loop.index, b.index(LANES)), at], 0, LANES)
+                        both = b.shuffle(vector, high, range(2 * LANES))
+                        vector = b.op(f"llvm.bitcast {{0}} : {both.type} to {mlir_type('i32', LANES)}", (both,), "i32", LANES)  # fmt: skip
+                    elif vector.elem != "f32":
+                        vector = b.convert("arith.extf", vector, "f32")
+                    vectors.append(vector)
+                start = b.mul(loop.index, b.index(width // 2 if pairs else width))
+                for i, vector in enumerate(self._transpose(vectors)[:words]):
+                    offset = b.add(start, b.index(i * width + c))
+                    self.store_vector(vector, b.gep(panel, offset, vector.elem))
+
+    def _transpose(self, rows: list[Val]) -> list[Val]:
+        rows = list(rows)
+        for distance in (8, 4, 2, 1):
+            for i in range(LANES):
+                if i & distance:
+                    continue
+                low, high = rows[i], rows[i + distance]
+                first = [lane if not lane & distance else LANES + lane - distance for lane in range(LANES)]
+                second = [lane + distance if not lane & distance else LANES + lane for lane in range(LANES)]
+                rows[i], rows[i + distance] = self.b.shuffle(low, high, first), self.b.shuffle(low, high, second)
+        return rows
+
+    # --- the block in registers
+
+    def _block(
+        self,
+        a: Rows,
+        first_row: Val,
+        m: Val,
+        rows: int,
+        k: Val,
+        panel: Val,
+        width: int,
+        target: Any,
+        column: Val,
+        fresh: bool,
+        pairs: bool,
+    ) -> None:
+        b = self.b
+        last = b.binary("arith.subi", m, b.index(1))
+        # rows past the end repeat the last one: what they give is not looked at
+        numbers = [b.binary("arith.minsi", b.add(first_row, b.index(r)), last) for r in range(rows)]
+        pointers = [a.row(i) for i in numbers]
+        places = [
+            [b.gep(self.address(target, (0, 0), [b.add(first_row, b.index(r)), column]), b.index(c), "f32") for c in range(0, width, LANES)]  # fmt: skip
+            for r in range(rows)
+        ]
+        zero = b.constant(0.0, "f32", LANES)
+        start = [zero if fresh else self.load_vector(p, "f32", LANES) for row in places for p in row]
+
+        def panel_at(offset: Val) -> list[Val]:
+            base = b.gep(panel, offset, "f32")
+            return [b.gep(base, b.index(c), "f32") for c in range(0, width, LANES)]
+
+        def accumulate(carried: list[Val], elements: list[Val], columns: list[Val]) -> list[Val]:
+            n = len(columns)
+            return [self._multiply_add(carried[i], elements[i // n], columns[i % n], pairs) for i in range(len(carried))]
+
+        even = b.binary("arith.andi", k, b.index(-2)) if pairs else k
+        with b.loop(b.index(0), even, b.index(2 if pairs else 1), start) as loop:
+            at = b.mul(loop.index, b.index(width // 2 if pairs else width))
+            if pairs:
+                columns = [self.b.read(f"llvm.load {{0}} {{{{alignment = 64 : i64}}}} : !llvm.ptr -> {mlir_type('bf16', 32)}", (p,), "bf16", 32) for p in panel_at(at)]  # fmt: skip
+                elements = [self._pair(b.gep(p, loop.index, "bf16"), "i32") for p in pointers]
+            else:
+                columns = [self.load_vector(p, "f32", LANES) for p in panel_at(at)]
+                offset = b.mul(loop.index, a.step)
+                elements = [b.splat(b.read("llvm.load {0} : !llvm.ptr -> f32", (b.gep(p, offset, "f32"),), "f32"), LANES) for p in pointers]  # fmt: skip
+            loop.next = accumulate(loop.carried, elements, columns)
+        results = loop.results
+        if pairs:
+            # an odd k: its partner is not there, and in memory may be anything
+            with b.loop(even, k, b.index(2), results) as loop:
+                at = b.mul(loop.index, b.index(width // 2))
+                columns = [self.b.read(f"llvm.load {{0}} {{{{alignment = 64 : i64}}}} : !llvm.ptr -> {mlir_type('bf16', 32)}", (p,), "bf16", 32) for p in panel_at(at)]  # fmt: skip
+                elements = [self._pair(b.gep(p, loop.index, "bf16"), "i16") for p in pointers]
+                loop.next = accumulate(loop.carried, elements, columns)
+            results = loop.results
+        flat = [p for row in places for p in row]
+        for result, place in zip(results, flat, strict=True):
+            self.store_vector(result, place)
+
+    def _pair(self, pointer: Val, elem: str) -> Val:
+        b = self.b
+        word = b.read(f"llvm.load {{0}} {{{{alignment = 2 : i64}}}} : !llvm.ptr -> {elem}", (pointer,), elem)
+        word = b.splat(b.convert("arith.extui", word, "i32") if elem == "i16" else word, LANES)
+        return b.op(f"llvm.bitcast {{0}} : {word.type} to {mlir_type('bf16', 32)}", (word,), "bf16", 32)
+
+    def _multiply_add(self, acc: Val, x: Val, y: Val, pairs: bool) -> Val:
+        if not pairs:
+            return self.math.fma(x, y, acc)
+        types = f"({acc.type}, {x.type}, {y.type}) -> {acc.type}"
+        text = f'llvm.call_intrinsic "llvm.x86.avx512bf16.dpbf16ps.512"({{0}}, {{1}}, {{2}}) : {types}'
+        return self.b.op(text, (acc, x, y), "f32", LANES)

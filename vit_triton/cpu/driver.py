@@ -1,0 +1,167 @@
+"""Triton's driver for the CPU: load compiled kernels and run their grids on PyTorch's threads."""
+
+import contextlib
+import ctypes
+import mmap
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from triton.backends import Backend, backends
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.driver import driver
+
+from vit_triton.cpu import features
+from vit_triton.cpu.compiler import CPUBackend
+from vit_triton.cpu.elf import Code
+from vit_triton.cpu.lower import HEADER_SLOTS
+
+_DEVICE = 9000  # Triton keeps what it compiled by device number: far from any GPU's
+
+_FORMATS = {
+    "i1": "?7x", "u1": "?7x", "i8": "b7x", "i16": "h6x", "i32": "i4x", "i64": "q", "u8": "B7x", "u16": "H6x",
+    "u32": "I4x", "u64": "Q", "fp32": "f4x", "f32": "f4x", "fp64": "d", "f64": "d",
+}  # fmt: skip
+
+
+def _libgomp() -> Any:
+    """The OpenMP runtime that PyTorch has loaded, whose threads are PyTorch's."""
+    for line in open("/proc/self/maps"):
+        path = line.split()[-1]
+        if "libgomp" in os.path.basename(path) or "libiomp5" in os.path.basename(path):
+            return ctypes.CDLL(path)
+    return None
+
+
+class _Scratch:
+    """Memory for the threads of one launch, handed out again after it: launches may overlap."""
+
+    def __init__(self) -> None:
+        self.free: list[mmap.mmap] = []
+        self.lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def take(self, size: int) -> Iterator[int]:
+        with self.lock:
+            fitting = [m for m in self.free if len(m) >= size]
+            memory = min(fitting, key=len) if fitting else None
+            if memory is not None:
+                self.free.remove(memory)
+        memory = memory or mmap.mmap(-1, max(size, 1 << 20))
+        view = ctypes.c_char.from_buffer(memory)
+        try:
+            yield ctypes.addressof(view)
+        finally:
+            del view
+            with self.lock:
+                self.free.append(memory)
+
+
+_scratch = _Scratch()
+
+
+class _Utils:
+    @staticmethod
+    def load_binary(name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, int, int, int, int]:
+        code = Code(kernel)
+        return code, code.symbol("entry"), 0, 0, 2**31
+
+    @staticmethod
+    def unload_module(module: Code) -> None:
+        pass
+
+    @staticmethod
+    def get_device_properties(device: int) -> dict[str, int]:
+        return {"max_shared_mem": 2**31, "multiprocessor_count": os.cpu_count() or 1, "warpSize": 1}
+
+
+class _Launcher:
+    """Called by Triton for every launch: fills the launch block (see ``lower._worker``) and starts the threads."""
+
+    gomp: Any = None
+
+    def __init__(self, src: Any, metadata: Any) -> None:
+        constants = {path[0] for path in src.constants if len(path) == 1}
+        kinds = [
+            (i, kind)
+            for i, (name, kind) in enumerate(src.signature.items())
+            if kind != "constexpr" and i not in constants
+        ]
+        self.share = metadata.scratch_bytes + 4096
+        self.positions = [i for i, _ in kinds]
+        self.pointers = [kind.startswith("*") for _, kind in kinds]
+        formats = ["Q" if pointer else _FORMATS[kind] for (_, kind), pointer in zip(kinds, self.pointers, strict=True)]
+        self.arguments = struct.Struct("=" + "".join(formats))
+        self.header = struct.Struct(f"={HEADER_SLOTS}q")
+        if _Launcher.gomp is None:
+            _Launcher.gomp = _libgomp()
+
+    def __call__(
+        self, grid_x: int, grid_y: int, grid_z: int, stream: int, function: int, metadata: Any, launch_metadata: Any,
+        enter_hook: Callable | None, exit_hook: Callable | None, *args: Any,
+    ) -> None:  # fmt: skip
+        total = grid_x * grid_y * grid_z
+        if total == 0:
+            return
+        if enter_hook is not None:
+            enter_hook(launch_metadata)
+        values = [
+            args[i].data_ptr() if pointer and hasattr(args[i], "data_ptr") else args[i]
+            for i, pointer in zip(self.positions, self.pointers, strict=True)
+        ]
+        threads = min(torch.get_num_threads(), total) if self.gomp is not None else 1
+        chunk = max(1, total // (threads * 16)) if threads > 1 else total
+        with _scratch.take(self.share * threads) as memory:
+            header = self.header.pack(0, 0, total, chunk, -(-total // chunk), grid_x, grid_y, memory, self.share)
+            block = header + self.arguments.pack(*values)
+            data = ctypes.create_string_buffer(block, len(block))
+            if threads == 1:
+                _Worker(function)(data)
+            else:
+                self.gomp.GOMP_parallel(ctypes.c_void_p(function), data, threads, 0)
+        if exit_hook is not None:
+            exit_hook(launch_metadata)
+
+
+_Worker = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class CPUDriver(DriverBase):
+    launcher_cls = _Launcher
+
+    def __init__(self) -> None:
+        self.utils = _Utils()
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False  # never Triton's own choice: on a machine with a GPU there would be two
+
+    def get_current_device(self) -> int:
+        return _DEVICE
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cpu", ",".join(features.detect()), 1)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError("the CPU driver does not benchmark")
+
+
+def activate() -> None:
+    backends.setdefault("cpu", Backend(CPUBackend, CPUDriver))
+    driver.set_active(CPUDriver())

@@ -1,0 +1,28 @@
+"""What this CPU can do, by the names LLVM gives it."""
+
+import functools
+import platform
+from pathlib import Path
+
+# What the generated code makes use of; all of x86-64-v3 is required.
+REQUIRED = ("avx2", "fma", "f16c", "bmi2")
+OPTIONAL = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
+
+
+@functools.cache
+def detect() -> tuple[str, ...]:
+    """Names of /proc/cpuinfo of those features above that this CPU has; none where that cannot be told."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return ()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            has = set(line.split(":")[1].split())
+            return tuple(name for name in (*REQUIRED, *OPTIONAL) if name in has)
+    return ()
+
+
+def llvm_target(arch: str) -> tuple[str, str]:
+    """(cpu, features) for LLVM. Vectors are 512 bits wide where they can be: LLVM's default prefers 256."""
+    names = arch.split(",")
+    enabled = ["+" + name.replace("avx512_bf16", "avx512bf16") for name in names if name.startswith("avx512")]
+    return "x86-64-v3", ",".join([*enabled, "-prefer-256-bit"] if enabled else [])
