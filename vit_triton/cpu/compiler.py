@@ -1,5 +1,6 @@
 """Triton's backend for the CPU: TTIR -> MLIR text -> LLVM -> a relocatable object, all inside Triton's own wheel."""
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -10,12 +11,13 @@ from types import ModuleType
 from typing import Any
 
 import triton
+from triton._C import libtriton
 from triton._C.libtriton import ir, llvm, passes
 from triton.backends.compiler import BaseBackend, GPUTarget, Language
 
 from vit_triton.cpu import features, lower, ttir
 
-TRIPLE = "x86_64-unknown-linux-gnu"
+TRIPLE = lower.TRIPLE
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,22 @@ def _make_llir(source: str, options: Options) -> str:
     passes.convert.add_cf_to_llvmir(manager)
     passes.convert.add_reconcile_unrealized_casts(manager)
     manager.run(module, "make_llir")
-    llvm.init_targets()
+    _init_x86()
     llvm_context = llvm.context()
     llvm_module = llvm.to_module(module, llvm_context)
     cpu, enabled = features.llvm_target(options.arch)
     llvm.attach_datalayout(llvm_module, TRIPLE, cpu, enabled)
     llvm.optimize_module(llvm_module, llvm.OPTIMIZE_O3, cpu, enabled, [], True)
     return str(llvm_module)
+
+
+@functools.cache
+def _init_x86() -> None:
+    """Make LLVM's x86-64 code generator known: Triton registers those for GPUs only, but holds all of them."""
+    llvm.init_targets()
+    library = ctypes.CDLL(libtriton.__file__)
+    for part in ("TargetInfo", "Target", "TargetMC", "AsmPrinter"):
+        getattr(library, f"LLVMInitializeX86{part}")()
 
 
 def _make_object(source: str, options: Options) -> bytes:

@@ -18,6 +18,7 @@ from vit_triton.cpu.dot import Dot
 from vit_triton.cpu.ttir import Function, Op, Region, Type, Unsupported, Value
 from vit_triton.cpu.vmath import ELEMENTWISE, Math, declarations
 
+TRIPLE = "x86_64-unknown-linux-gnu"
 LANES = 16
 ALIGN = 64
 HEADER_SLOTS = 9  # of the launch block, see _worker
@@ -81,7 +82,7 @@ class Lowering(Dot):
             "}",
         ]
         lines = [*declarations(self.math.libm_used), *kernel, *_worker(self.function)]
-        return Program(self.function.name, "module {\n" + "\n".join(lines) + "\n}\n", self.most_used)
+        return Program(self.function.name, f"module attributes {{llvm.target_triple = \"{TRIPLE}\"}} {{\n" + "\n".join(lines) + "\n}\n", self.most_used)
 
     def region(self, region: Region) -> None:
         for op in region.ops:
@@ -285,7 +286,6 @@ class Lowering(Dot):
         b = self.b
         for condition in conditions:
             first = self.at(condition.offsets, [b.index(0)], None, 0)
-            start = self.info.uniform_number(condition.offsets) if False else None
             limit = self._limit(condition, first.elem)
             number = self._static_bound(condition)
             if number is not None:
@@ -540,7 +540,7 @@ class Lowering(Dot):
         if identity is None:
             raise Unsupported(f"tt.reduce with {combine.name}")
         limits = self.wanted(value)
-        limits[axis] = [c for c in self.info.extent(value, axis, identity) if self.known(c)] if elem[0] in "fb" else []
+        limits[axis] = [c for c in dict.fromkeys(self.info.extent(value, axis, identity)) if self.known(c)] if elem[0] in "fb" else []
         lane = self.best_lane(value)
         b = self.b
         buffer = self.allocate(result.type) if result.type.is_tile else None
@@ -634,7 +634,7 @@ class Lowering(Dot):
                 self.assumed[key] = mask
             result = self.vector(value, here, axis, lanes)
             for key in keys:
-                self.assumed.pop(key)
+                self.assumed.pop(key, None)
             return result if mask is None else b.select(mask, result, first)
 
         full = self.to_val(bound) if isinstance(bound, Val) else b.index(bound)

@@ -31,7 +31,7 @@ class Type:
         return Type(shape, self.elem, self.pointee)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Value:
     """An SSA value; ``op`` made it, or None for an argument of a function or region."""
 
@@ -41,7 +41,7 @@ class Value:
     users: list["Op"] = field(default_factory=list)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Op:
     name: str
     operands: list[Value]
@@ -52,7 +52,7 @@ class Op:
     line: str = ""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Region:
     arguments: list[Value]
     ops: list[Op] = field(default_factory=list)
