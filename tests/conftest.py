@@ -9,11 +9,10 @@ import dataclasses
 import os
 import sys
 
-EMULATOR = os.environ.get("PTXEMU") if os.environ.get("TRITON_INTERPRET") != "1" else None
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATOR = None if INTERPRETER else os.environ.get("PTXEMU")
 if EMULATOR:
     sys.path.insert(0, EMULATOR)
-else:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
@@ -22,7 +21,7 @@ import torch  # noqa: E402
 hypothesis.settings.register_profile("interpreter", deadline=None, derandomize=True, max_examples=40, database=None)
 # every new head size or dtype is compiled first, which takes seconds
 hypothesis.settings.register_profile("compiled", deadline=None, derandomize=True, max_examples=6, database=None)
-hypothesis.settings.load_profile("compiled" if EMULATOR else "interpreter")
+hypothesis.settings.load_profile("interpreter" if INTERPRETER else "compiled")
 
 torch.set_num_threads(1)  # the tests run one process per core
 
@@ -31,7 +30,7 @@ torch.set_num_threads(1)  # the tests run one process per core
 def kernels_run():
     """Make backend "triton" work on CPU tensors."""
     if not EMULATOR:
-        yield "interpreter"
+        yield "interpreter" if INTERPRETER else "cpu"
         return
     import ptxemu
 

@@ -91,7 +91,8 @@ def _require_triton(device_type: str) -> None:
 
 
 def cpu_vehicle() -> str:
-    """What runs a Triton kernel on CPU tensors now: "interpreter" or "driver" (one that is active and serves the CPU).
+    """What runs a Triton kernel on CPU tensors now: "interpreter", "driver" (one that is active and serves the
+    CPU) or "compiled" (:mod:`vit_triton.cpu`).
 
     Raises:
         RuntimeError: if nothing does.
@@ -122,9 +123,14 @@ def _cpu_vehicle() -> str:
         device_type = None
     if device_type == "cpu":
         return "driver"
+    from vit_triton import cpu
+
+    reason = cpu.why_not()
+    if reason is None:
+        return "compiled"
     raise RuntimeError(
-        'backend "triton" cannot run on CPU tensors here: move model and input to a GPU, use backend="torch" or '
-        '"auto", '
+        f'backend "triton" cannot run on CPU tensors here: {reason}; move model and input to a GPU, use '
+        'backend="torch" or "auto", '
         "or, to check the kernels, start Python with TRITON_INTERPRET=1 in the environment (slow)"
     )
 

@@ -25,12 +25,25 @@ def _register(schema: str) -> Any:
         def implementation(x: Tensor, *args: Any) -> Any:
             return _no_none(function(x, *args), x)
 
-        _library.impl(name, implementation, "CPU")
+        _library.impl(name, _on_cpu(implementation), "CPU")
         _library.impl(name, implementation, "CUDA")
         _library.impl(name, implementation, "XPU")
         return function
 
     return decorate
+
+
+def _on_cpu(function: Any) -> Any:
+    """``function`` with a Triton driver active that serves CPU tensors."""
+
+    @functools.wraps(function)
+    def implementation(*args: Any) -> Any:
+        from vit_triton import cpu
+
+        with cpu.active():
+            return function(*args)
+
+    return implementation
 
 
 def _no_none(result: Any, like: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import os
 import struct
@@ -10,10 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import triton
 from triton.backends import Backend, backends
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
+from triton.runtime.interpreter import InterpretedFunction
 
 from vit_triton.cpu import features
 from vit_triton.cpu.compiler import CPUBackend
@@ -162,6 +165,31 @@ class CPUDriver(DriverBase):
         raise NotImplementedError("the CPU driver does not benchmark")
 
 
-def activate() -> None:
+_lock = threading.RLock()
+
+
+@functools.cache
+def _ours() -> CPUDriver:
     backends.setdefault("cpu", Backend(CPUBackend, CPUDriver))
-    driver.set_active(CPUDriver())
+    return CPUDriver()
+
+
+@contextlib.contextmanager
+def active() -> Iterator[None]:
+    if isinstance(triton.language.cdiv, InterpretedFunction):
+        yield
+        return
+    try:
+        current = driver.active
+    except RuntimeError:  # Triton's answer where no driver is active: nobody is disturbed if ours stays
+        driver.set_active(_ours())
+        current = _ours()
+    if current.get_active_torch_device().type == "cpu":
+        yield
+        return
+    with _lock:  # one driver is active in a process: two threads must not take turns inside a launch
+        driver.set_active(_ours())
+        try:
+            yield
+        finally:
+            driver.set_active(current)

@@ -8,6 +8,7 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
+from triton.runtime import driver
 
 from vit_triton.kernels import _launch
 
@@ -20,10 +21,13 @@ def next_power_of_2(n: int) -> int:
 
 
 def architecture(device: torch.device) -> str:
-    """"interpreter", "cpu" (CPU tensors under a driver that compiles) or the GPU's, as "sm_90" or "gfx942"."""
+    """"interpreter", "cpu", or the GPU's, as "sm_90" or "gfx942"; an emulated GPU's where a driver runs one."""
     if _launch.INTERPRETING:
         return "interpreter"
-    return "cpu" if device.type == "cpu" else _gpu_architecture(device)
+    if device.type != "cpu":
+        return _gpu_architecture(device)
+    target = driver.active.get_current_target()
+    return "cpu" if target.backend == "cpu" else f"sm_{target.arch}"
 
 
 @functools.cache
@@ -70,10 +74,18 @@ def _pick_interpreted_attention(n_rows: int, n_cols: int) -> AttentionConfig:
     return AttentionConfig(block_m, block_n, 4, 1)
 
 
+def _pick_cpu_attention(n_rows: int, n_cols: int, head_dim: int) -> AttentionConfig:
+    """A tile of scores of 64 x 256 fits the L2 cache together with the keys and values it is made from."""
+    block_m = min(64, max(16, next_power_of_2(n_rows)))
+    return AttentionConfig(block_m, min(256, max(16, next_power_of_2(n_cols))), 1, 1)
+
+
 def pick_attention_fwd(n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, arch: str) -> AttentionConfig:
     """Tiles of ``attention_fwd_kernel``."""
     if arch == "interpreter":
         return _pick_interpreted_attention(n_q, n_k)
+    if arch == "cpu":
+        return _pick_cpu_attention(n_q, n_k, head_dim)
     if dtype == torch.float32:
         # IEEE dots are plain FMA with both operands in registers: larger tiles spill
         return AttentionConfig(32, 32, 4, 2) if head_dim <= 128 else AttentionConfig(16, 16, 4, 1)
@@ -90,6 +102,8 @@ def pick_attention_bwd_dq(n_q: int, n_k: int, head_dim: int, dtype: torch.dtype,
     """Tiles of ``attention_bwd_dq_kernel``."""
     if arch == "interpreter":
         return _pick_interpreted_attention(n_q, n_k)
+    if arch == "cpu":
+        return _pick_cpu_attention(n_q, n_k, head_dim)
     if dtype == torch.float32:
         return AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 4, 1)
     return AttentionConfig(64, 64, 4, 2) if head_dim <= 64 else AttentionConfig(64, 32, 8, 2 if head_dim <= 128 else 1)
@@ -99,6 +113,9 @@ def pick_attention_bwd_dkdv(n_q: int, n_k: int, head_dim: int, dtype: torch.dtyp
     """Tiles of ``attention_bwd_dkdv_kernel``: ``block_n`` keys per program, ``block_m`` query rows per step."""
     if arch == "interpreter":
         return _pick_interpreted_attention(n_q, n_k)
+    if arch == "cpu":
+        keys_first = _pick_cpu_attention(n_k, n_q, head_dim)
+        return AttentionConfig(keys_first.block_n, keys_first.block_m, 1, 1)
     if dtype == torch.float32:
         return AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 4, 1)
     return AttentionConfig(32, 64, 4, 2) if head_dim <= 64 else AttentionConfig(32, 64, 8, 2 if head_dim <= 128 else 1)
@@ -132,6 +149,8 @@ def pick_layer_norm(width: int, arch: str) -> LayerNormConfig:
     if arch == "interpreter":
         # 2**17: one more row is then cheaper than one more program, and tiny inputs do not pay for 2**20 elements
         return LayerNormConfig(max(1, 2**17 // block_d), block_d, 4)
+    if arch == "cpu":
+        return LayerNormConfig(16, block_d, 1)
     # 16 elements a thread: two 16-byte loads of bfloat16 in flight, and the backward kernel fits its registers
     num_warps = 4 if block_d <= 1024 else min(16, block_d // 256) if block_d <= 8192 else 32
     return LayerNormConfig(max(1, min(16, num_warps * 512 // block_d)), block_d, num_warps)
@@ -170,6 +189,8 @@ def _pick_gemm(
 ) -> GemmConfig:
     if arch == "interpreter":
         tile = GemmConfig(256, 512, 256, 4, 1)  # 0.27 s where 64 x 64 x 64 takes 4.4 s
+    elif arch == "cpu":
+        tile = GemmConfig(256, 256, 128, 1, 1)
     elif dtype == torch.float32 and precision == "ieee":
         tile = GemmConfig(64, 32, 16, 8, 2)
     elif dtype == torch.float32:
@@ -220,7 +241,7 @@ def pick_linear_bwd_weight(
     """
     tile = _pick_gemm(n, k, _tokens(m, arch), dtype, arch, precision, epilogue)
     tiles = -(-n // tile.rows) * -(-k // tile.cols)
-    split = 1 if arch == "interpreter" else min(16, next_power_of_2(-(-216 // max(tiles, 1))))  # two per SM of an A100
+    split = 1 if arch in ("interpreter", "cpu") else min(16, next_power_of_2(-(-216 // max(tiles, 1))))  # two per SM of an A100
     return replace(tile, split=split)
 
 
