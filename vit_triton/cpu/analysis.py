@@ -75,9 +75,7 @@ class Analysis:
 
     def _find_inductions(self, loop: Op) -> None:
         body = loop.regions[0]
-        if not body.ops:
-            return
-        for argument, new in zip(body.arguments[1:], body.ops[-1].operands, strict=True):
+        for argument, new in zip(body.arguments[1:], body.yielded, strict=True):
             step = new.op
             if not argument.type.is_tile or step is None or step.name not in ("tt.addptr", "arith.addi"):
                 continue
@@ -331,14 +329,14 @@ class Analysis:
         elif name == "scf.for":
             body = op.regions[0]
             for init, argument, new, result in zip(
-                op.operands[3:], body.arguments[1:], body.ops[-1].operands, op.results, strict=True
+                op.operands[3:], body.arguments[1:], body.yielded, op.results, strict=True
             ):
                 yield argument, self.demand_of(result)
                 yield new, self.demand_of(argument)
                 yield init, self.demand_of(argument)
         elif name == "scf.if":
             for region in op.regions:
-                for new, result in zip(region.ops[-1].operands if op.results else [], op.results, strict=True):
+                for new, result in zip(region.yielded, op.results, strict=True):
                     yield new, self.demand_of(result)
         elif name == "scf.yield":
             return

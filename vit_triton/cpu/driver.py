@@ -8,6 +8,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ _FORMATS = {
 
 def _libgomp() -> Any:
     """The OpenMP runtime that PyTorch has loaded, whose threads are PyTorch's."""
-    for line in open("/proc/self/maps"):
+    for line in Path("/proc/self/maps").read_text().splitlines():
         path = line.split()[-1]
         if "libgomp" in os.path.basename(path) or "libiomp5" in os.path.basename(path):
             return ctypes.CDLL(path)

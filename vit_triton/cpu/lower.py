@@ -667,7 +667,7 @@ class Lowering(Dot):
         b, body = self.b, op.regions[0]
         if any(inner.name == "tt.store" for inner in self.info.ops[self.info.position[op] :] if self._inside(inner, op)):
             self.flush(self.info.position[op])
-        arguments, news = body.arguments[1:], body.ops[-1].operands
+        arguments, news = body.arguments[1:], body.yielded
         carried: list[Val] = []
         slots: list[tuple[str, Value, Value]] = []
         for argument, init, new in zip(arguments, op.operands[3:], news, strict=True):
@@ -777,7 +777,7 @@ class Lowering(Dot):
             with b.when(when), self.scope():
                 self.region(region)
                 with b.pinned_here():
-                    for result, value in zip(op.results, region.ops[-1].operands if op.results else [], strict=True):
+                    for result, value in zip(op.results, region.yielded, strict=True):
                         if result.type.is_tile:
                             self.write(value, slots[result])
                         else:

@@ -58,6 +58,11 @@ class Region:
     ops: list[Op] = field(default_factory=list)
     parent: Op | None = None
 
+    @property
+    def yielded(self) -> list[Value]:
+        """What the region hands out at its end; a region that hands out nothing may do without the operation."""
+        return self.ops[-1].operands if self.ops and self.ops[-1].name == "scf.yield" else []
+
 
 @dataclass
 class Function:
