@@ -1,0 +1,44 @@
+"""python -m benchmarks ops|models --device cpu: vit_triton against PyTorch and the models of others."""
+
+import argparse
+from collections.abc import Callable, Iterator
+
+import torch
+
+from benchmarks import attention, layer_norm, mlp, models, patch_embed, runner
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CASES: dict[str, list[Callable[[torch.dtype], Iterator[runner.Case]]]] = {
+    "ops": [mlp.cases, attention.cases, layer_norm.cases, patch_embed.cases],
+    "models": [models.cases],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("what", choices=CASES)
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each case and thread count")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--json", help="write the results to this file")
+    options = parser.parse_args()
+    print(", ".join(f"{key} {value}" for key, value in runner.machine().items()))
+    print("ratio: time of the fastest other / ours, above 1 is faster; medians, interleaved")
+    results: list[runner.Result] = []
+    try:
+        for dtype in options.dtype:
+            for declare in CASES[options.what]:
+                cases = (case for case in declare(DTYPES[dtype]) if options.only in case.name)
+                for result in runner.run(cases, options.threads, options.seconds):
+                    results.append(result)
+                    print(runner.line(result), flush=True)
+    except KeyboardInterrupt:
+        print("stopped")
+    if options.json:
+        runner.write(options.json, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Forward and backward as one call, for any provider."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def forward_backward(function: Callable[..., Any], inputs: Sequence[Tensor], gradient: Tensor) -> Callable[[], Any]:
+    """A call that returns the output and the gradients of all ``inputs``."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+
+    def run() -> list[Tensor]:
+        y = function(*leaves)
+        y = y[0] if isinstance(y, tuple) else y
+        return [y, *torch.autograd.grad(y, leaves, gradient)]
+
+    return run
+
+
+def forward(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[[], Any]:
+    def run() -> Any:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return run
+
+
+def double(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x.double() if x.is_floating_point() else x for x in tensors]

@@ -1,0 +1,3 @@
+"""ViT-B/16 at 224 x 224, batch 8."""
+
+BATCH, TOKENS, WIDTH, HIDDEN, HEADS, HEAD_DIM = 8, 197, 768, 3072, 12, 64
