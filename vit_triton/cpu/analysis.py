@@ -14,6 +14,11 @@ from vit_triton.cpu.vmath import COST, ELEMENTWISE
 
 RESHAPES = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.trans"}
 LAZY = ELEMENTWISE | RESHAPES | {"tt.addptr", "tt.make_range", "arith.constant"}
+IDENTITY = {
+    "arith.addf": 0.0, "arith.addi": 0, "arith.maxnumf": -math.inf, "arith.minnumf": math.inf,
+    "arith.maximumf": -math.inf, "arith.minimumf": math.inf, "arith.mulf": 1.0, "arith.muli": 1, "arith.ori": 0,
+    "arith.xori": 0, "arith.andi": -1, "arith.maxui": 0,
+}  # fmt: skip
 MATERIALISE_COST = 8  # above it, a tile that is evaluated twice is kept instead
 
 
@@ -182,8 +187,10 @@ class Analysis:
             axes = {operand_axis(op, axis): axis for axis in range(len(mask.type.shape))}
             return [(axes[axis], c) for axis, c in inner if axis in axes], complete
         if op.name == "arith.cmpi" and op.attrs["words"][0] == "slt" and self.is_uniform(op.operands[1]):
-            rising = [a for a in range(len(mask.type.shape)) if self.coefficient(op.operands[0], a) != 0]
-            if len(rising) == 1 and self.coefficient(op.operands[0], rising[0]) == 1:
+            shape = mask.type.shape
+            rising = [a for a in range(len(shape)) if self.coefficient(op.operands[0], a) != 0]
+            if shape == (1,) or len(rising) == 1 and self.coefficient(op.operands[0], rising[0]) == 1:
+                rising = rising or [0]
                 return [(rising[0], Condition(self._strip(op.operands[0]), self._limit(op.operands[1])))], True
         return [], False
 
@@ -237,6 +244,21 @@ class Analysis:
             op = op.operands[0].op
         return float(op.attrs["value"]) if op is not None and op.name == "arith.constant" else None
 
+    def reduced(self, op: Op) -> list[Condition]:
+        """Conditions on the index along the axis of a tt.reduce without which an element is its identity."""
+        identity = IDENTITY.get(op.regions[0].ops[0].name)
+        if identity is None or op.operands[0].type.elem[0] not in "fb":
+            return []
+        return list(dict.fromkeys(self.extent(op.operands[0], op.attrs["axis"], identity)))
+
+    def contracted(self, op: Op) -> list[Condition]:
+        """Conditions on the index that a tt.dot sums over without which a product is 0."""
+        a, b = op.operands[:2]
+        return list(dict.fromkeys((*self.extent(a, 1, 0.0), *self.extent(b, 0, 0.0))))
+
+    def _inside(self, conditions: list[Condition]) -> "Condition | str":
+        return conditions[0] if len(conditions) == 1 else FULL
+
     # --- who evaluates what
 
     def _costs(self) -> None:
@@ -247,7 +269,9 @@ class Analysis:
                 elif op.name in RESHAPES:
                     self.cost[value] = self.cost.get(op.operands[0], 1)
                 elif op.name in ELEMENTWISE:
-                    if all(self.coefficient(value, a) is not None for a in range(len(value.type.shape))):
+                    if value.type.elem == "i1" and self.conditions(value)[1]:
+                        self.cost[value] = 0  # a mask that becomes the bound of a loop
+                    elif all(self.coefficient(value, a) is not None for a in range(len(value.type.shape))):
                         self.cost[value] = 0  # an address or a mask's offset: computed per row, not per element
                     else:
                         inner = sum(self.cost.get(v, 1) for v in op.operands)
@@ -287,7 +311,7 @@ class Analysis:
                 result = user.results[0]
                 kept = result in self.kept or not result.type.is_tile
                 sinks |= {user} if kept else self.sinks[result]
-                last = max(last, self.last_use[result])
+                last = last if kept else max(last, self.last_use[result])
                 grows = user.name == "tt.broadcast" and result.type.shape != value.type.shape
                 if grows and math.prod(value.type.shape) > 1:
                     sinks.add((user, "every row"))
@@ -342,13 +366,14 @@ class Analysis:
             return
         elif name == "tt.dot":
             rows, cols = self.demand_of(op.results[0])
-            yield op.operands[0], [rows, FULL if rows else None]
-            yield op.operands[1], [FULL if cols else None, cols]
+            depth = self._inside(self.contracted(op))
+            yield op.operands[0], [rows, depth if rows else None]
+            yield op.operands[1], [depth if cols else None, cols]
             yield op.operands[2], [rows, cols]
         elif name == "tt.reduce":
             for value, result in zip(op.operands, op.results, strict=True):
-                demand = self.demand_of(result)
-                yield value, [*demand[: op.attrs["axis"]], FULL, *demand[op.attrs["axis"] :]]
+                demand, axis = self.demand_of(result), op.attrs["axis"]
+                yield value, [*demand[:axis], self._inside(self.reduced(op)), *demand[axis:]]
         elif name in ("tt.broadcast", "tt.expand_dims", "tt.trans"):
             shape, demand = op.operands[0].type.shape, self.demand_of(op.results[0])
             inner: list = [FULL] * len(shape)

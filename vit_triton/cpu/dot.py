@@ -47,8 +47,7 @@ class Dot:
             target, fresh = self._accumulator(op)
             kept = self.used
             row_limits, col_limits = self.wanted(op.results[0])
-            extents = dict.fromkeys((*self.info.extent(a, 1, 0.0), *self.info.extent(bt, 0, 0.0)))
-            depth_limits = [c for c in extents if self.known(c)]
+            depth_limits = [c for c in self.info.contracted(op) if self.known(c)]
             with self.b.pinned_here():
                 self.sink += 1
                 a_rows = self._a_rows(a, row_limits, depth_limits, pairs)

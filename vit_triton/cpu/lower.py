@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from vit_triton.cpu.analysis import FULL, RESHAPES, Analysis, Condition, operand_axis
+from vit_triton.cpu.analysis import FULL, IDENTITY, RESHAPES, Analysis, Condition, operand_axis, walk
 from vit_triton.cpu.builder import Builder, Val, mlir_type
 from vit_triton.cpu.dot import Dot
 from vit_triton.cpu.ttir import Function, Op, Region, Type, Unsupported, Value
@@ -536,11 +536,11 @@ class Lowering(Dot):
         if region.ops[-1].operands[0] is not region.ops[-2].results[0] or len(region.ops) != 2:
             raise Unsupported("tt.reduce with more than one operation")
         combine = region.ops[0]
-        identity = _IDENTITY.get(combine.name)
+        identity = IDENTITY.get(combine.name)
         if identity is None:
             raise Unsupported(f"tt.reduce with {combine.name}")
         limits = self.wanted(value)
-        limits[axis] = [c for c in dict.fromkeys(self.info.extent(value, axis, identity)) if self.known(c)] if elem[0] in "fb" else []
+        limits[axis] = [c for c in self.info.reduced(op) if self.known(c)]
         lane = self.best_lane(value)
         b = self.b
         buffer = self.allocate(result.type) if result.type.is_tile else None
@@ -665,7 +665,7 @@ class Lowering(Dot):
 
     def for_loop(self, op: Op) -> None:
         b, body = self.b, op.regions[0]
-        if any(inner.name == "tt.store" for inner in self.info.ops[self.info.position[op] :] if self._inside(inner, op)):
+        if self._stores(op):
             self.flush(self.info.position[op])
         arguments, news = body.arguments[1:], body.yielded
         carried: list[Val] = []
@@ -712,13 +712,8 @@ class Lowering(Dot):
                 if result.users:
                     raise Unsupported("a pointer tile that a loop has advanced, used after it")
 
-    def _inside(self, op: Op, loop: Op) -> bool:
-        region = op.parent
-        while region is not None and region.parent is not None:
-            if region.parent is loop:
-                return True
-            region = region.parent.parent
-        return False
+    def _stores(self, op: Op) -> bool:
+        return any(inner.name == "tt.store" for region in op.regions for inner in walk(region))
 
     def _own_buffer(self, init: Value, user: Op) -> Buffer:
         """A buffer that holds ``init`` and may be overwritten."""
@@ -762,7 +757,8 @@ class Lowering(Dot):
 
     def branch(self, op: Op) -> None:
         b = self.b
-        self.flush(self.info.position[op])
+        if self._stores(op):
+            self.flush(self.info.position[op])
         slots = {}
         for result in op.results:
             if result.type.is_tile:
@@ -789,13 +785,6 @@ class Lowering(Dot):
             else:
                 text = f"llvm.load {{0}} : !llvm.ptr -> {mlir_type(buffer.elem)}"
                 self.scalars[result] = b.read(text, (buffer.pointer,), buffer.elem)
-
-
-_IDENTITY = {
-    "arith.addf": 0.0, "arith.addi": 0, "arith.maxnumf": -math.inf, "arith.minnumf": math.inf,
-    "arith.maximumf": -math.inf, "arith.minimumf": math.inf, "arith.mulf": 1.0, "arith.muli": 1, "arith.ori": 0,
-    "arith.xori": 0, "arith.andi": -1, "arith.maxui": 0,
-}  # fmt: skip
 
 
 def _worker(function: Function) -> list[str]:
