@@ -262,6 +262,30 @@ class Attention(nn.Module):
             out = out.transpose(1, 2)
         return self.project_out(out.flatten(2), residual)
 
+    def first_token(self, x: Tensor) -> Tensor:
+        """``(self(x) + x)[:, :1]``: keys and values of all tokens, all else for the first one alone."""
+        weight, bias, norm = self.to_qkv.weight, self.to_qkv.bias, self.norm.arguments()
+        inner_dim, first = self.heads * self.dim_head, x[:, :1]
+        q_bias, kv_bias = (None, None) if bias is None else (bias[:inner_dim], bias[inner_dim:])
+        q = F.linear(first, weight[:inner_dim], q_bias, norm=norm, backend=self.to_qkv.backend)
+        kv = F.linear(x, weight[inner_dim:], kv_bias, norm=norm, backend=self.to_qkv.backend)
+        q, kv = q.unflatten(-1, (self.heads, self.dim_head)), kv.unflatten(-1, (2, self.heads, self.dim_head))
+        dropout_p = dropout_now(self.dropout)
+        out = F.attention(q, *kv.unbind(2), scale=self.scale, dropout_p=dropout_p, backend=self.backend)
+        return self.project_out(cast(Tensor, out).flatten(2), first)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every part is the one made here, and nobody watches any."""
+        parts = (
+            untouched(self.norm, LayerNorm)
+            and untouched(self.attend, nn.Softmax)
+            and untouched(self.dropout, nn.Dropout)
+            and untouched(self.to_qkv, Linear)
+        )
+        projection = untouched(self.to_out, nn.Sequential) and untouched_parts(self.to_out, Linear, nn.Dropout)
+        return parts and untouched(self, Attention) and (projection or untouched(self.to_out, nn.Identity))
+
     def project_out(self, out: Tensor, residual: Tensor | None) -> Tensor:
         """Heads side by side (B, N, heads * dim_head) -> tokens (B, N, dim), plus `residual`."""
         if untouched(self.to_out, nn.Sequential) and untouched_parts(self.to_out, Linear, nn.Dropout):
@@ -301,8 +325,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., dim) -> (..., dim), plus `residual` of the same shape if there is one."""
-        parts = (LayerNorm, Linear, nn.GELU, nn.Dropout, Linear, nn.Dropout)
-        if not (untouched(self.net, nn.Sequential) and untouched_parts(self.net, *parts)):
+        if not self.net_is_whole:
             return add(self.net(x), residual)
         norm, widen, gelu, hidden_dropout, narrow, dropout = cast(
             tuple[LayerNorm, Linear, nn.GELU, nn.Dropout, Linear, nn.Dropout], tuple(self.net)
@@ -320,6 +343,12 @@ class FeedForward(nn.Module):
             dropout_p=dropout_now(dropout),
             backend=self.backend,
         )
+
+    @property
+    def net_is_whole(self) -> bool:
+        """Whether every part of the net is the one made here, and nobody watches any."""
+        parts = (LayerNorm, Linear, nn.GELU, nn.Dropout, Linear, nn.Dropout)
+        return untouched(self.net, nn.Sequential) and untouched_parts(self.net, *parts)
 
 
 class Transformer(nn.Module):
@@ -362,11 +391,31 @@ class Transformer(nn.Module):
         """Tokens (B, N, dim) -> tokens (B, N, dim)."""
         check_tokens(x)
         for block in self.layers:
-            attention, feed_forward = block.children()
-            # A watched branch is called without the residual: that is the output its watcher expects.
-            x = attention(x, residual=x) if untouched(attention, Attention) else attention(x) + x
-            x = feed_forward(x, residual=x) if untouched(feed_forward, FeedForward) else feed_forward(x) + x
+            x = run_block(block, x)
         return self.norm(x)
+
+    def first_token(self, x: Tensor) -> Tensor:
+        """``self(x)[:, :1]``, without what the last block would compute for the other tokens, if nobody could tell."""
+        if not (len(self.layers) and untouched(self, Transformer) and untouched(self.norm, LayerNorm)):
+            return self(x)[:, :1]
+        *blocks, last = self.layers
+        attention, feed_forward = last.children()
+        whole = isinstance(attention, Attention) and attention.whole
+        if not (whole and untouched(feed_forward, FeedForward) and cast(FeedForward, feed_forward).net_is_whole):
+            return self(x)[:, :1]
+        check_tokens(x)
+        for block in blocks:
+            x = run_block(block, x)
+        x = cast(Attention, attention).first_token(x)
+        return self.norm(feed_forward(x, residual=x))
+
+
+def run_block(block: nn.Module, x: Tensor) -> Tensor:
+    """Attention and MLP, each added to its input."""
+    attention, feed_forward = block.children()
+    # A watched branch is called without the residual: that is the output its watcher expects.
+    x = attention(x, residual=x) if untouched(attention, Attention) else attention(x) + x
+    return feed_forward(x, residual=x) if untouched(feed_forward, FeedForward) else feed_forward(x) + x
 
 
 def add(x: Tensor, residual: Tensor | None) -> Tensor:

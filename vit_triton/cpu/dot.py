@@ -21,7 +21,8 @@ LANES = 16
 
 @dataclass
 class Rows:
-    """Where the elements of A lie: ``row(i)`` is the address of row i, ``step`` elements from one k to the next."""
+    """Where the words of A lie: ``row(i)`` is the address of row i's first, ``step`` words are from one to the next. A
+    word is a float32, or two bfloat16 that follow each other along K."""
 
     row: Callable[[Val], Val]
     step: Val
@@ -97,68 +98,69 @@ class Dot:
         source, transposed = a, False
         while source.op is not None and source.op.name == "tt.trans" and source not in self.buffers:
             source, transposed = source.op.operands[0], not transposed
-        k_axis = 0 if transposed else 1
-        if source.type.elem == wide:
-            if source in self.buffers and (not transposed or not pairs):
-                buffer = self.buffers[source]
-                at = (lambda i: [b.index(0), i]) if transposed else (lambda i: [i, b.index(0)])
-                step = b.index(buffer.stride if transposed else 1)
-                return Rows(lambda i: self.address(buffer, source.type.shape, at(i)), step)
-            op = source.op
-            if op is not None and op.name == "tt.load" and source not in self.buffers:
-                step = self.info.coefficient(op.operands[0], k_axis)
-                allowed = {1 - k_axis: row_limits, k_axis: depth_limits}
-                conditions, complete = self.info.conditions(op.operands[1]) if len(op.operands) > 1 else ([], True)
-                if complete and all(c in allowed[axis] for axis, c in conditions):
-                    if step == 1 or not pairs and step is not None:
-                        return self._in_memory(op, k_axis)
+        if source.type.elem == wide and source in self.buffers and not (transposed and pairs):
+            buffer = self.buffers[source]
+            at = (lambda i: [b.index(0), i]) if transposed else (lambda i: [i, b.index(0)])
+            step = b.index(buffer.stride if transposed else 1)
+            return Rows(lambda i: self.address(buffer, source.type.shape, at(i)), step)
+        if source.type.elem == wide and source not in self.buffers and self._lies_in_rows(source, transposed, row_limits, depth_limits):
+            pointers = source.op.operands[0]
+            at = (lambda i: [b.index(0), i]) if transposed else (lambda i: [i, b.index(0)])
+            return Rows(lambda i: self.at(pointers, at(i), None, 0), b.index(1))
+        if self.best_lane(a) == 0 and a.type.shape[0] >= LANES:
+            return self._pack_a(a, row_limits, depth_limits, pairs)
         buffer = self.allocate(Type(a.type.shape, wide))
         self._write_a(a, buffer, row_limits, depth_limits)
         return Rows(lambda i: self.address(buffer, a.type.shape, [i, b.index(0)]), b.index(1))
 
-    def _in_memory(self, op: Op, k_axis: int) -> Rows:
-        b, pointers = self.b, op.operands[0]
-
-        def address(i: Val, k: Val) -> Val:
-            return self.at(pointers, [k, i] if k_axis == 0 else [i, k], None, 0)
-
-        if self.info.coefficient(pointers, k_axis) == 1:
-            step = b.index(1)
-        else:
-            near, far = (b.op("llvm.ptrtoint {0} : !llvm.ptr to i64", (address(b.index(0), b.index(k)),), "i64") for k in (0, 1))  # fmt: skip
-            step = b.binary("arith.divsi", b.binary("arith.subi", far, near), b.index(4), pinned=True)
-        return Rows(lambda i: address(i, b.index(0)), step)
+    def _lies_in_rows(self, source: Value, transposed: bool, row_limits: list[Condition], depth_limits: list[Condition]) -> bool:
+        """Whether A is loaded from where its rows lie whole, and nothing that is masked would be read."""
+        op, k_axis = source.op, 0 if transposed else 1
+        if op is None or op.name != "tt.load" or self.info.coefficient(op.operands[0], k_axis) != 1:
+            return False
+        allowed = {1 - k_axis: row_limits, k_axis: depth_limits}
+        conditions, complete = self.info.conditions(op.operands[1]) if len(op.operands) > 1 else ([], True)
+        return complete and all(c in allowed[axis] for axis, c in conditions)
 
     def _write_a(self, a: Value, buffer: Any, row_limits: list[Condition], depth_limits: list[Condition]) -> None:
-        """Evaluate A into rows; vectors run along K, or along the rows where A lies transposed."""
-        b, shape = self.b, a.type.shape
-        lane = self.best_lane(a)
+        """Evaluate A into rows, along K."""
+        b = self.b
 
-        def widen(x: Val) -> Val:
-            return x if x.elem == buffer.elem else b.convert("arith.extf", x, buffer.elem)
-
-        def along_k(index: list[Val], lanes: int, mask: Val | None) -> None:
-            vector = widen(self.vector(a, index, 1, lanes))
+        def body(index: list[Val], lanes: int, mask: Val | None) -> None:
+            vector = self.vector(a, index, 1, lanes)
+            vector = vector if vector.elem == buffer.elem else b.convert("arith.extf", vector, buffer.elem)
             if mask is not None:
                 vector = b.select(mask, vector, b.constant(0.0, buffer.elem, lanes))
-            self.store_vector(vector, self.address(buffer, shape, index))
+            self.store_vector(vector, self.address(buffer, a.type.shape, index))
 
-        def along_rows(index: list[Val]) -> None:
-            vectors = [widen(self.vector(a, [index[0], b.add(index[1], b.index(i))], 0, LANES)) for i in range(LANES)]
-            if buffer.elem == "bf16":
-                # 16 x 16 halves: transposed as if they were words, one of two of which is not used
-                vectors = [b.convert("arith.extui", b.convert("arith.bitcast", v, "i16"), "i32") for v in vectors]
-            for i, vector in enumerate(self._transpose(vectors)):
-                if buffer.elem == "bf16":
-                    vector = b.convert("arith.bitcast", b.convert("arith.trunci", vector, "i16"), "bf16")
-                self.store_vector(vector, self.address(buffer, shape, [b.add(index[0], b.index(i)), index[1]]))
+        self.tile_loops(a.type.shape, [row_limits, depth_limits], 1, body)
 
-        if lane == 1 or shape[0] < LANES or shape[1] < LANES:
-            self.tile_loops(shape, [row_limits, depth_limits], 1, along_k)
-            return
-        rows, depth = (self.to_val(self.bound(c, n)) for c, n in zip((row_limits, depth_limits), shape, strict=True))
-        with b.loop(b.index(0), rows, b.index(LANES)) as outer, b.loop(b.index(0), depth, b.index(LANES)) as inner:
-            along_rows([outer.index, inner.index])
+    def _pack_a(self, a: Value, row_limits: list[Condition], depth_limits: list[Condition], pairs: bool) -> Rows:
+        """A lies transposed: keep it so, a word (a float32, or two bfloat16 along K) of every row side by side."""
+        b = self.b
+        rows, depth = a.type.shape
+        step = 2 if pairs else 1
+        stride = b.index(rows + LANES)  # rows a power of two apart fall into the same cache sets
+        base = self.reserve((depth // step or 1) * (rows + LANES) * 4)
+        k = self.to_val(self.bound(depth_limits, depth))
+        with b.loop(b.index(0), k, b.index(step)) as loop:
+            start = b.mul(b.binary("arith.divui", loop.index, b.index(step)), stride)
+            for condition in depth_limits:
+                self.assumed[(condition, loop.index.name)] = None
+
+            def body(index: list[Val], lanes: int, mask: Val | None) -> None:
+                vector = self.vector(a, [index[0], loop.index], 0, lanes)
+                if pairs:
+                    other = self.vector(a, [index[0], b.add(loop.index, b.index(1))], 0, lanes)
+                    vector = b.shuffle(vector, other, [i // 2 + i % 2 * lanes for i in range(2 * lanes)])
+                elif vector.elem != "f32":
+                    vector = b.convert("arith.extf", vector, "f32")
+                self.store_vector(vector, b.gep(base, b.add(start, index[0]), "f32"))
+
+            self.tile_loops([rows], [row_limits], 0, body)
+            for condition in depth_limits:
+                self.assumed.pop((condition, loop.index.name), None)
+        return Rows(lambda i: b.gep(base, i, "f32"), stride)
 
     # --- B
 
@@ -247,43 +249,42 @@ class Dot:
         zero = b.constant(0.0, "f32", LANES)
         start = [zero if fresh else self.load_vector(p, "f32", LANES) for row in places for p in row]
 
-        def panel_at(offset: Val) -> list[Val]:
-            base = b.gep(panel, offset, "f32")
-            return [b.gep(base, b.index(c), "f32") for c in range(0, width, LANES)]
-
-        def accumulate(carried: list[Val], elements: list[Val], columns: list[Val]) -> list[Val]:
+        def accumulate(carried: list[Val], position: Val, elem: str) -> list[Val]:
+            word = b.binary("arith.divui", position, b.index(2)) if pairs else position
+            base = b.gep(panel, b.mul(word, b.index(width)), "f32")
+            columns = [self._panel(b.gep(base, b.index(c), "f32"), pairs) for c in range(0, width, LANES)]
+            offset = b.mul(word, a.step)
+            elements = [self._word(b.gep(p, offset, "f32"), elem) for p in pointers]
             n = len(columns)
-            return [self._multiply_add(carried[i], elements[i // n], columns[i % n], pairs) for i in range(len(carried))]
+            pairings = ((elements[i // n], columns[i % n]) for i in range(len(carried)))
+            return [self._multiply_add(acc, *xy, pairs) for acc, xy in zip(carried, pairings, strict=True)]
 
         even = b.binary("arith.andi", k, b.index(-2)) if pairs else k
         with b.loop(b.index(0), even, b.index(2 if pairs else 1), start) as loop:
-            at = b.mul(loop.index, b.index(width // 2 if pairs else width))
-            if pairs:
-                columns = [self.b.read(f"llvm.load {{0}} {{{{alignment = 64 : i64}}}} : !llvm.ptr -> {mlir_type('bf16', 32)}", (p,), "bf16", 32) for p in panel_at(at)]  # fmt: skip
-                elements = [self._pair(b.gep(p, loop.index, "bf16"), "i32") for p in pointers]
-            else:
-                columns = [self.load_vector(p, "f32", LANES) for p in panel_at(at)]
-                offset = b.mul(loop.index, a.step)
-                elements = [b.splat(b.read("llvm.load {0} : !llvm.ptr -> f32", (b.gep(p, offset, "f32"),), "f32"), LANES) for p in pointers]  # fmt: skip
-            loop.next = accumulate(loop.carried, elements, columns)
+            loop.next = accumulate(loop.carried, loop.index, "i32" if pairs else "f32")
         results = loop.results
         if pairs:
             # an odd k: its partner is not there, and in memory may be anything
             with b.loop(even, k, b.index(2), results) as loop:
-                at = b.mul(loop.index, b.index(width // 2))
-                columns = [self.b.read(f"llvm.load {{0}} {{{{alignment = 64 : i64}}}} : !llvm.ptr -> {mlir_type('bf16', 32)}", (p,), "bf16", 32) for p in panel_at(at)]  # fmt: skip
-                elements = [self._pair(b.gep(p, loop.index, "bf16"), "i16") for p in pointers]
-                loop.next = accumulate(loop.carried, elements, columns)
+                loop.next = accumulate(loop.carried, loop.index, "i16")
             results = loop.results
         flat = [p for row in places for p in row]
         for result, place in zip(results, flat, strict=True):
             self.store_vector(result, place)
 
-    def _pair(self, pointer: Val, elem: str) -> Val:
+    def _panel(self, pointer: Val, pairs: bool) -> Val:
+        vector = ("bf16", 2 * LANES) if pairs else ("f32", LANES)
+        text = f"llvm.load {{0}} {{{{alignment = 64 : i64}}}} : !llvm.ptr -> {mlir_type(*vector)}"
+        return self.b.read(text, (pointer,), *vector)
+
+    def _word(self, pointer: Val, elem: str) -> Val:
+        """A word of A in every lane; half of one where its other half lies beyond the end."""
         b = self.b
         word = b.read(f"llvm.load {{0}} {{{{alignment = 2 : i64}}}} : !llvm.ptr -> {elem}", (pointer,), elem)
+        if elem == "f32":
+            return b.splat(word, LANES)
         word = b.splat(b.convert("arith.extui", word, "i32") if elem == "i16" else word, LANES)
-        return b.op(f"llvm.bitcast {{0}} : {word.type} to {mlir_type('bf16', 32)}", (word,), "bf16", 32)
+        return b.op(f"llvm.bitcast {{0}} : {word.type} to {mlir_type('bf16', 2 * LANES)}", (word,), "bf16", 2 * LANES)
 
     def _multiply_add(self, acc: Val, x: Val, y: Val, pairs: bool) -> Val:
         if not pairs:

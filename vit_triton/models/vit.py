@@ -116,10 +116,9 @@ class ViT(nn.Module):
                 than there are positions.
         """
         x = self.dropout(self.embed(img))
-        x = self.transformer(x)
         if self.mlp_head is None:
-            return x
-        x = x.mean(dim=1) if self.pool == "mean" else x[:, 0]
+            return self.transformer(x)
+        x = self.transformer(x).mean(dim=1) if self.pool == "mean" else self.transformer.first_token(x)[:, 0]
         return self.mlp_head(self.to_latent(x))
 
     def embed(self, img: Tensor) -> Tensor:
