@@ -118,11 +118,11 @@ def _cpu_vehicle() -> str:
         _warn_once_of_the_interpreter()
         return "interpreter"
     try:
-        device_type = driver.active.get_active_torch_device().type
+        active = driver.active
     except RuntimeError:  # Triton's answer where no driver is active
-        device_type = None
-    if device_type == "cpu":
-        return "driver"
+        active = None
+    if active is not None and active.get_active_torch_device().type == "cpu":
+        return "compiled" if active.get_current_target().backend == "cpu" else "driver"
     from vit_triton import cpu
 
     reason = cpu.why_not()

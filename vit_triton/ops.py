@@ -38,9 +38,9 @@ def _on_cpu(function: Any) -> Any:
 
     @functools.wraps(function)
     def implementation(*args: Any) -> Any:
-        from vit_triton import cpu
+        from vit_triton.cpu.driver import active
 
-        with cpu.active():
+        with active():
             return function(*args)
 
     return implementation

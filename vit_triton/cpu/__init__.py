@@ -1,6 +1,5 @@
 """Triton kernels compiled for the CPU. It knows Triton and LLVM, and nothing of what the kernels compute."""
 
-import contextlib
 import platform
 
 TESTED_TRITON = ("3.8", "3.9")
@@ -19,10 +18,3 @@ def why_not() -> str | None:
 
     missing = set(features.REQUIRED) - set(features.detect())
     return f"this CPU lacks {', '.join(sorted(missing))}" if missing else None
-
-
-def active() -> contextlib.AbstractContextManager[None]:
-    """Inside it Triton launches on CPU tensors, compiled unless the interpreter or another driver does it already."""
-    from vit_triton.cpu import driver
-
-    return driver.active()

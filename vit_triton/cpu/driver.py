@@ -24,6 +24,7 @@ from vit_triton.cpu.compiler import CPUBackend
 from vit_triton.cpu.elf import Code
 from vit_triton.cpu.lower import HEADER_SLOTS
 
+_CPU = torch.device("cpu")
 _DEVICE = 9000  # Triton keeps what it compiled by device number: far from any GPU's
 
 _FORMATS = {
@@ -45,24 +46,16 @@ class _Scratch:
     """Memory for the threads of one launch, handed out again after it: launches may overlap."""
 
     def __init__(self) -> None:
-        self.free: list[mmap.mmap] = []
-        self.lock = threading.Lock()
+        self.free: list[tuple[int, int, Any]] = []  # size, address, what keeps it alive
 
-    @contextlib.contextmanager
-    def take(self, size: int) -> Iterator[int]:
-        with self.lock:
-            fitting = [m for m in self.free if len(m) >= size]
-            memory = min(fitting, key=len) if fitting else None
-            if memory is not None:
-                self.free.remove(memory)
-        memory = memory or mmap.mmap(-1, max(size, 1 << 20))
-        view = ctypes.c_char.from_buffer(memory)
-        try:
-            yield ctypes.addressof(view)
-        finally:
-            del view
-            with self.lock:
-                self.free.append(memory)
+    def take(self, size: int) -> tuple[int, int, Any]:
+        # list.pop is atomic: no lock, and nothing for a forked child to find locked
+        with contextlib.suppress(IndexError):
+            piece = self.free.pop()
+            if piece[0] >= size:
+                return piece
+        memory = mmap.mmap(-1, max(size, 1 << 22))
+        return len(memory), ctypes.addressof(ctypes.c_char.from_buffer(memory)), memory
 
 
 _scratch = _Scratch()
@@ -96,11 +89,10 @@ class _Launcher:
             if kind != "constexpr" and i not in constants
         ]
         self.share = metadata.scratch_bytes + 4096
-        self.positions = [i for i, _ in kinds]
-        self.pointers = [kind.startswith("*") for _, kind in kinds]
-        formats = ["Q" if pointer else _FORMATS[kind] for (_, kind), pointer in zip(kinds, self.pointers, strict=True)]
-        self.arguments = struct.Struct("=" + "".join(formats))
-        self.header = struct.Struct(f"={HEADER_SLOTS}q")
+        self.positions = [(i, kind.startswith("*")) for i, kind in kinds]
+        formats = ["Q" if kind.startswith("*") else _FORMATS[kind] for _, kind in kinds]
+        self.block = struct.Struct(f"={HEADER_SLOTS}q" + "".join(formats))
+        self.worker: Any = None
         if _Launcher.gomp is None:
             _Launcher.gomp = _libgomp()
 
@@ -113,20 +105,21 @@ class _Launcher:
             return
         if enter_hook is not None:
             enter_hook(launch_metadata)
-        values = [
-            args[i].data_ptr() if pointer and hasattr(args[i], "data_ptr") else args[i]
-            for i, pointer in zip(self.positions, self.pointers, strict=True)
-        ]
+        values = [args[i].data_ptr() if pointer else args[i] for i, pointer in self.positions]
         threads = min(torch.get_num_threads(), total) if self.gomp is not None else 1
         chunk = max(1, total // (threads * 16)) if threads > 1 else total
-        with _scratch.take(self.share * threads) as memory:
-            header = self.header.pack(0, 0, total, chunk, -(-total // chunk), grid_x, grid_y, memory, self.share)
-            block = header + self.arguments.pack(*values)
-            data = ctypes.create_string_buffer(block, len(block))
-            if threads == 1:
-                _Worker(function)(data)
-            else:
-                self.gomp.GOMP_parallel(ctypes.c_void_p(function), data, threads, 0)
+        scratch = _scratch.take(self.share * threads)
+        block = self.block.pack(
+            0, 0, total, chunk, -(-total // chunk), grid_x, grid_y, scratch[1], self.share, *values
+        )
+        data = ctypes.create_string_buffer(block, len(block))
+        if threads == 1:
+            if self.worker is None:
+                self.worker = _Worker(function)
+            self.worker(data)
+        else:
+            self.gomp.GOMP_parallel(ctypes.c_void_p(function), data, threads, 0)
+        _scratch.free.append(scratch)
         if exit_hook is not None:
             exit_hook(launch_metadata)
 
@@ -139,6 +132,7 @@ class CPUDriver(DriverBase):
 
     def __init__(self) -> None:
         self.utils = _Utils()
+        self.target = GPUTarget("cpu", ",".join(features.detect()), 1)
 
     @classmethod
     def is_active(cls) -> bool:
@@ -154,10 +148,10 @@ class CPUDriver(DriverBase):
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cpu", ",".join(features.detect()), 1)
+        return self.target
 
     def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+        return _CPU
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         return ty
@@ -176,21 +170,26 @@ def _ours() -> CPUDriver:
 
 
 @contextlib.contextmanager
-def active() -> Iterator[None]:
-    if isinstance(triton.language.cdiv, InterpretedFunction):
-        yield
-        return
-    try:
-        current = driver.active
-    except RuntimeError:  # Triton's answer where no driver is active: nobody is disturbed if ours stays
-        driver.set_active(_ours())
-        current = _ours()
-    if current.get_active_torch_device().type == "cpu":
-        yield
-        return
+def _switched(current: Any) -> Iterator[None]:
     with _lock:  # one driver is active in a process: two threads must not take turns inside a launch
         driver.set_active(_ours())
         try:
             yield
         finally:
             driver.set_active(current)
+
+
+_NOTHING = contextlib.nullcontext()
+_INTERPRETING = isinstance(triton.language.cdiv, InterpretedFunction)
+
+
+def active() -> contextlib.AbstractContextManager[None]:
+    """Inside it Triton launches on CPU tensors, compiled unless the interpreter or another driver does it already."""
+    if _INTERPRETING:
+        return _NOTHING
+    try:
+        current = driver.active
+    except RuntimeError:  # Triton's answer where no driver is active: nobody is disturbed if ours stays
+        current = _ours()
+        driver.set_active(current)
+    return _NOTHING if current.get_active_torch_device().type == "cpu" else _switched(current)
