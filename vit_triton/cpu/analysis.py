@@ -89,7 +89,9 @@ class Analysis:
 
     def initial(self, argument: Value) -> Value:
         """What a loop's tile argument starts as."""
-        loop = self.inductions[argument].parent.parent  # type: ignore[union-attr]
+        region = self.inductions[argument].parent
+        assert region is not None and region.parent is not None
+        loop = region.parent
         return loop.operands[3 + loop.regions[0].arguments[1:].index(argument)]
 
     def is_uniform(self, value: Value) -> bool:

@@ -91,7 +91,9 @@ class Builder:
             return value
         vector = mlir_type(value.elem, lanes)
         undef = self.op(f"llvm.mlir.undef : {vector}", (), value.elem, lanes)
-        first = self.op(f"llvm.insertelement {{1}}, {{0}}[{{2}} : i64] : {vector}", (undef, value, self.index(0)), value.elem, lanes)  # fmt: skip
+        first = self.op(
+            f"llvm.insertelement {{1}}, {{0}}[{{2}} : i64] : {vector}", (undef, value, self.index(0)), value.elem, lanes
+        )
         return self.shuffle(first, first, [0] * lanes)
 
     def shuffle(self, a: Val, b: Val, lanes: Sequence[int]) -> Val:
@@ -189,7 +191,11 @@ def _float_text(value: float, elem: str) -> str:
 
     if value == value and abs(value) != float("inf") and elem == "f64":
         return repr(value) if "." in repr(value) else f"{value:e}"
-    bits = struct.unpack("<I", struct.pack("<f", value))[0] if elem != "f64" else struct.unpack("<Q", struct.pack("<d", value))[0]  # fmt: skip
+    bits = (
+        struct.unpack("<I", struct.pack("<f", value))[0]
+        if elem != "f64"
+        else struct.unpack("<Q", struct.pack("<d", value))[0]
+    )
     if elem == "bf16":
         bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 if value == value else 0x7FC0
     if elem == "f16":

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +58,18 @@ class CPUBackend(BaseBackend):
         return target.backend == "cpu"
 
     def hash(self) -> str:
-        return f"{_source_hash()}-{triton.__version__}-{self.target.arch}"
+        dump = os.environ.get("VIT_TRITON_CPU_DUMP", "")  # what lies in the cache would not be dumped
+        return f"{_source_hash()}-{triton.__version__}-{self.target.arch}-{dump}"
 
     def parse_options(self, options: dict[str, Any]) -> Options:
         known = {key: options[key] for key in Options.__dataclass_fields__ if options.get(key) is not None}
-        known |= {"num_warps": 1, "num_stages": 1, "num_ctas": 1, "arch": str(self.target.arch), "enable_fp_fusion": True}
+        known |= {
+            "num_warps": 1,
+            "num_stages": 1,
+            "num_ctas": 1,
+            "arch": str(self.target.arch),
+            "enable_fp_fusion": True,
+        }
         return Options(**known)
 
     def pack_metadata(self, metadata: Any) -> Any:
@@ -101,12 +109,30 @@ def _make_ttir(module: Any) -> Any:
 def _make_mlir(module: Any, metadata: dict[str, Any], options: Options) -> str:
     metadata["shared"] = 0
     text = module.str_nodebug()
-    if dump := os.environ.get("VIT_TRITON_CPU_DUMP_TTIR"):
-        Path(dump, ttir.parse(text).name + ".ttir").write_text(text)
-    program = lower.lower(ttir.parse(text), options.arch.split(","))
+    try:
+        program = lower.lower(ttir.parse(text), options.arch.split(","))
+    except ttir.Unsupported as error:
+        name = re.search(r"tt\.func \w+ @(\w+)", text)
+        raise ttir.Unsupported(
+            f"the CPU backend cannot compile {name[1] if name else 'this kernel'}: {error}; run it on a GPU, or in "
+            "Triton's interpreter (TRITON_INTERPRET=1)"
+        ) from None
+    if folder := os.environ.get("VIT_TRITON_CPU_DUMP"):
+        _dump(Path(folder), program, text, options)
     metadata["name"] = program.name
     metadata["scratch_bytes"] = program.scratch_bytes
     return program.text
+
+
+def _dump(folder: Path, program: lower.Program, source: str, options: Options) -> None:
+    """Every stage of a kernel as a file: TTIR, MLIR, LLVM IR and assembly."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{program.name}-{hashlib.sha256(program.text.encode()).hexdigest()[:8]}"
+    llir = _make_llir(program.text, options)
+    cpu, enabled = features.llvm_target(options.arch)
+    assembly = llvm.translate_to_asm(llir, TRIPLE, cpu, enabled, [], True, False, False)
+    for suffix, text in (("ttir", source), ("mlir", program.text), ("ll", llir), ("s", assembly)):
+        (folder / f"{stem}.{suffix}").write_text(text)
 
 
 def _make_llir(source: str, options: Options) -> str:

@@ -34,6 +34,8 @@ class Dot:
     if TYPE_CHECKING:
         b: Builder
         bf16_dot: bool
+        used: int
+        sink: int
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -44,7 +46,6 @@ class Dot:
             raise Unsupported(f"tt.dot of {a.type.elem} and {bt.type.elem} into {c.type.elem}")
         pairs = a.type.elem == "bf16" and self.bf16_dot
         with self.scope():
-            used = self.used
             target, fresh = self._accumulator(op)
             kept = self.used
             row_limits, col_limits = self.wanted(op.results[0])
@@ -62,9 +63,20 @@ class Dot:
                     with b.pinned_here():
                         self._pack(bt, columns.index, width, k, panel, pairs)
                         with b.loop(b.index(0), m, b.index(min(ROWS, rows))) as block, b.pinned_here():
-                            self._block(a_rows, block.index, m, min(ROWS, rows), k, panel, width, target, columns.index, fresh, pairs)  # fmt: skip
+                            self._block(
+                                a_rows,
+                                block.index,
+                                m,
+                                min(ROWS, rows),
+                                k,
+                                panel,
+                                width,
+                                target,
+                                columns.index,
+                                fresh,
+                                pairs,
+                            )
             self.sink += 1
-            del used
         self.used = max(self.used, kept)
         self.buffers[op.results[0]] = target
 
@@ -103,7 +115,12 @@ class Dot:
             at = (lambda i: [b.index(0), i]) if transposed else (lambda i: [i, b.index(0)])
             step = b.index(buffer.stride if transposed else 1)
             return Rows(lambda i: self.address(buffer, source.type.shape, at(i)), step)
-        if source.type.elem == wide and source not in self.buffers and self._lies_in_rows(source, transposed, row_limits, depth_limits):
+        if (
+            source.type.elem == wide
+            and source not in self.buffers
+            and self._lies_in_rows(source, transposed, row_limits, depth_limits)
+        ):
+            assert source.op is not None
             pointers = source.op.operands[0]
             at = (lambda i: [b.index(0), i]) if transposed else (lambda i: [i, b.index(0)])
             return Rows(lambda i: self.at(pointers, at(i), None, 0), b.index(1))
@@ -113,7 +130,9 @@ class Dot:
         self._write_a(a, buffer, row_limits, depth_limits)
         return Rows(lambda i: self.address(buffer, a.type.shape, [i, b.index(0)]), b.index(1))
 
-    def _lies_in_rows(self, source: Value, transposed: bool, row_limits: list[Condition], depth_limits: list[Condition]) -> bool:
+    def _lies_in_rows(
+        self, source: Value, transposed: bool, row_limits: list[Condition], depth_limits: list[Condition]
+    ) -> bool:
         """Whether A is loaded from where its rows lie whole, and nothing that is masked would be read."""
         op, k_axis = source.op, 0 if transposed else 1
         if op is None or op.name != "tt.load" or self.info.coefficient(op.operands[0], k_axis) != 1:
@@ -200,7 +219,9 @@ class Dot:
                         if span > LANES:
                             high = self.vector(bt, [b.add(loop.index, b.index(LANES)), at], 0, LANES)
                         both = b.shuffle(vector, high, range(2 * LANES))
-                        vector = b.op(f"llvm.bitcast {{0}} : {both.type} to {mlir_type('i32', LANES)}", (both,), "i32", LANES)  # fmt: skip
+                        vector = b.op(
+                            f"llvm.bitcast {{0}} : {both.type} to {mlir_type('i32', LANES)}", (both,), "i32", LANES
+                        )
                     elif vector.elem != "f32":
                         vector = b.convert("arith.extf", vector, "f32")
                     vectors.append(vector)
@@ -243,7 +264,10 @@ class Dot:
         numbers = [b.binary("arith.minsi", b.add(first_row, b.index(r)), last) for r in range(rows)]
         pointers = [a.row(i) for i in numbers]
         places = [
-            [b.gep(self.address(target, (0, 0), [b.add(first_row, b.index(r)), column]), b.index(c), "f32") for c in range(0, width, LANES)]  # fmt: skip
+            [
+                b.gep(self.address(target, (0, 0), [b.add(first_row, b.index(r)), column]), b.index(c), "f32")
+                for c in range(0, width, LANES)
+            ]
             for r in range(rows)
         ]
         zero = b.constant(0.0, "f32", LANES)

@@ -7,6 +7,7 @@ import mmap
 import os
 import struct
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class _Scratch:
             piece = self.free.pop()
             if piece[0] >= size:
                 return piece
-        memory = mmap.mmap(-1, max(size, 1 << 22))
+        memory = mmap.mmap(-1, max(size, 1 << 22), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return len(memory), ctypes.addressof(ctypes.c_char.from_buffer(memory)), memory
 
 
@@ -80,6 +81,7 @@ class _Launcher:
     """Called by Triton for every launch: fills the launch block (see ``lower._worker``) and starts the threads."""
 
     gomp: Any = None
+    forked = False
 
     def __init__(self, src: Any, metadata: Any) -> None:
         constants = {path[0] for path in src.constants if len(path) == 1}
@@ -93,7 +95,7 @@ class _Launcher:
         formats = ["Q" if kind.startswith("*") else _FORMATS[kind] for _, kind in kinds]
         self.block = struct.Struct(f"={HEADER_SLOTS}q" + "".join(formats))
         self.worker: Any = None
-        if _Launcher.gomp is None:
+        if _Launcher.gomp is None and not _Launcher.forked:
             _Launcher.gomp = _libgomp()
 
     def __call__(
@@ -109,9 +111,7 @@ class _Launcher:
         threads = min(torch.get_num_threads(), total) if self.gomp is not None else 1
         chunk = max(1, total // (threads * 16)) if threads > 1 else total
         scratch = _scratch.take(self.share * threads)
-        block = self.block.pack(
-            0, 0, total, chunk, -(-total // chunk), grid_x, grid_y, scratch[1], self.share, *values
-        )
+        block = self.block.pack(0, 0, total, chunk, -(-total // chunk), grid_x, grid_y, scratch[1], self.share, *values)
         data = ctypes.create_string_buffer(block, len(block))
         if threads == 1:
             if self.worker is None:
@@ -130,16 +130,18 @@ _Worker = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 class CPUDriver(DriverBase):
     launcher_cls = _Launcher
 
-    def __init__(self) -> None:
+    def __init__(self, arch: str | None = None) -> None:
+        """``arch``: names of CPU features, joined by commas; by default those this CPU has."""
         self.utils = _Utils()
-        self.target = GPUTarget("cpu", ",".join(features.detect()), 1)
+        self.target = GPUTarget("cpu", arch or ",".join(features.detect()), 1)
+        self.device = _DEVICE + zlib.crc32(str(self.target.arch).encode()) % 1000  # other features, other code
 
     @classmethod
     def is_active(cls) -> bool:
         return False  # never Triton's own choice: on a machine with a GPU there would be two
 
     def get_current_device(self) -> int:
-        return _DEVICE
+        return self.device
 
     def set_current_device(self, device: int) -> None:
         pass
@@ -179,6 +181,13 @@ def _switched(current: Any) -> Iterator[None]:
             driver.set_active(current)
 
 
+def _after_fork() -> None:
+    """GNU OpenMP waits for ever for the parent's threads, which a forked child does not have."""
+    _Launcher.gomp = None
+    _Launcher.forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
 _NOTHING = contextlib.nullcontext()
 _INTERPRETING = isinstance(triton.language.cdiv, InterpretedFunction)
 

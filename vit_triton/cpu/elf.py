@@ -31,12 +31,12 @@ class Code:
     def __init__(self, image: bytes) -> None:
         if image[:4] != b"\x7fELF" or struct.unpack_from("<HH", image, 16) != (1, 62):
             raise Unsupported("an object that is not relocatable ELF for x86-64")
-        table, = struct.unpack_from("<Q", image, 40)
+        (table,) = struct.unpack_from("<Q", image, 40)
         size, count, _ = struct.unpack_from("<HHH", image, 58)
         headers = [struct.unpack_from("<IIQQQQIIQQ", image, table + i * size) for i in range(count)]
         offsets: dict[int, int] = {}
         total = 0
-        for i, (_, kind, flags, _, _, length, _, _, align, _) in enumerate(headers):
+        for i, (_, _, flags, _, _, length, _, _, align, _) in enumerate(headers):
             if flags & 2 and length:  # SHF_ALLOC
                 total = -(-total // max(align, 1)) * max(align, 1)
                 offsets[i] = total
@@ -49,7 +49,9 @@ class Code:
         undefined = [i for i, s in enumerate(symbols) if i and s[3] == 0]
         stubs = -(-total // 16) * 16
         total = stubs + 16 * len(undefined)
-        self._memory = mmap.mmap(-1, max(total, 1), prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        self._memory = mmap.mmap(
+            -1, max(total, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ | mmap.PROT_WRITE
+        )
         self._view = ctypes.c_char.from_buffer(self._memory)
         base = ctypes.addressof(self._view)
         for i, start in offsets.items():
@@ -60,13 +62,15 @@ class Code:
             return strings[at : strings.index(b"\0", at)].decode()
 
         addresses: dict[int, int] = {}
-        for i, (name, _, _, section, value, _) in enumerate(symbols):
+        for i, (_, _, _, section, value, _) in enumerate(symbols):
             if section in offsets:
                 addresses[i] = base + offsets[section] + value
         for n, i in enumerate(undefined):
             # jmp [rip + 2]; the address: libm may be further away than a 32-bit displacement reaches
             at = stubs + 16 * n
-            self._memory[at : at + 16] = b"\xff\x25\x02\0\0\0\0\0" + struct.pack("<Q", _libm_address(text(symbols[i][0])))
+            self._memory[at : at + 16] = b"\xff\x25\x02\0\0\0\0\0" + struct.pack(
+                "<Q", _libm_address(text(symbols[i][0]))
+            )
             addresses[i] = base + at
         for _, kind, _, _, offset, length, _, target, _, _ in headers:
             if kind == 4 and target in offsets:

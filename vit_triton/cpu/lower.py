@@ -82,7 +82,11 @@ class Lowering(Dot):
             "}",
         ]
         lines = [*declarations(self.math.libm_used), *kernel, *_worker(self.function)]
-        return Program(self.function.name, f"module attributes {{llvm.target_triple = \"{TRIPLE}\"}} {{\n" + "\n".join(lines) + "\n}\n", self.most_used)
+        return Program(
+            self.function.name,
+            f'module attributes {{llvm.target_triple = "{TRIPLE}"}} {{\n' + "\n".join(lines) + "\n}\n",
+            self.most_used,
+        )
 
     def region(self, region: Region) -> None:
         for op in region.ops:
@@ -229,7 +233,10 @@ class Lowering(Dot):
         if value.elem == "i1":
             value = b.convert("arith.extui", value, "i8")
         if mask is None:
-            b.effect(f"llvm.store {{0}}, {{1}} {{{{alignment = {BYTES[value.elem]} : i64}}}} : {value.type}, !llvm.ptr", (value, pointer))  # fmt: skip
+            b.effect(
+                f"llvm.store {{0}}, {{1}} {{{{alignment = {BYTES[value.elem]} : i64}}}} : {value.type}, !llvm.ptr",
+                (value, pointer),
+            )
             return
         text = f"llvm.intr.masked.store {{0}}, {{1}}, {{2}} {{{{alignment = {BYTES[value.elem]} : i32}}}}"
         b.effect(f"{text} : {value.type}, {mask.type} into !llvm.ptr", (value, pointer, mask))
@@ -272,7 +279,11 @@ class Lowering(Dot):
         limit = condition.limit
         if isinstance(limit, int):
             return self.b.constant(limit, elem)
-        return self.scalars[limit] if not limit.type.is_tile else self.at(limit, [self.b.index(0)] * len(limit.type.shape), None, 0)  # fmt: skip
+        return (
+            self.scalars[limit]
+            if not limit.type.is_tile
+            else self.at(limit, [self.b.index(0)] * len(limit.type.shape), None, 0)
+        )
 
     # --- loops of sinks
 
@@ -326,7 +337,7 @@ class Lowering(Dot):
         lane: int,
         body: Callable[[Index, int, Val | None], None],
     ) -> None:
-        """Call ``body(index, lanes, mask)`` for every vector along ``lane``; mask is not None in a last, partial one."""
+        """Call ``body(index, lanes, mask)`` for every vector along ``lane``; only a last, partial one has a mask."""
         b = self.b
         bounds = [self.bound(c, n) for c, n in zip(conditions, shape, strict=True)]
         lanes = min(LANES, shape[lane])
@@ -574,7 +585,9 @@ class Lowering(Dot):
         else:
 
             def body(index: Index, lanes: int, tail: Val | None) -> None:
-                with b.loop(b.index(0), self.to_val(self.bound(limits[axis], shape[axis])), b.index(1), [b.splat(start, lanes)]) as loop:  # fmt: skip
+                with b.loop(
+                    b.index(0), self.to_val(self.bound(limits[axis], shape[axis])), b.index(1), [b.splat(start, lanes)]
+                ) as loop:
                     at = list(index)
                     at[axis] = loop.index
                     for c in limits[axis]:
@@ -589,7 +602,9 @@ class Lowering(Dot):
         if buffer is not None:
             self.buffers[result] = buffer
 
-    def _rows(self, shape: Sequence[int], limits: list[list[Condition]], axis: int, row: Callable[[Index], None]) -> None:
+    def _rows(
+        self, shape: Sequence[int], limits: list[list[Condition]], axis: int, row: Callable[[Index], None]
+    ) -> None:
         b = self.b
         index: Index = [b.index(0)] * len(shape)
 

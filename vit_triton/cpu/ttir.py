@@ -71,7 +71,9 @@ class Function:
     body: Region
 
 
-_TYPE = re.compile(r"tensor<(?P<dims>(?:\d+x)+)(?P<inner>!tt\.ptr<\w+>|\w+)>|!tt\.ptr<(?P<ptr>\w+)>|(?P<scalar>[a-z]+\d+)")
+_TYPE = re.compile(
+    r"tensor<(?P<dims>(?:\d+x)+)(?P<inner>!tt\.ptr<\w+>|\w+)>|!tt\.ptr<(?P<ptr>\w+)>|(?P<scalar>[a-z]+\d+)"
+)
 _VALUE = re.compile(r"%[\w.-]+(?:#\d+)?")
 
 
@@ -190,7 +192,9 @@ class _Parser:
         return op
 
     def _plain(self, op: Op, names: str, rest: str) -> None:
-        body, _, signature = rest.rpartition(" : ") if " : " in re.sub(r"\{.*?\}|<\{.*?\}>", "", rest) else (rest, "", "")
+        body, _, signature = (
+            rest.rpartition(" : ") if " : " in re.sub(r"\{.*?\}|<\{.*?\}>", "", rest) else (rest, "", "")
+        )
         attributes = re.search(r"\{(.*)\}", body)
         if attributes:
             op.attrs["text"] = attributes[1]

@@ -72,7 +72,7 @@ class Math:
         if name in _BINARY:
             return b.binary(name, *args)
         if name in _DIVISIONS:
-            return b.binary(name, *args, pinned=True)
+            return self._divide(op, *(b.splat(v, lanes) for v in args))
         if name in ("arith.cmpi", "arith.cmpf"):
             return b.compare(f"{name} {op.attrs['words'][0]}", *args)
         if name == "arith.select":
@@ -101,6 +101,21 @@ class Math:
         if name in _POLYNOMIALS:
             return getattr(self, name.removeprefix("math."))(args[0])
         raise Unsupported(f"operation {name}")
+
+    def _divide(self, op: Op, a: Val, d: Val) -> Val:
+        """Division that does not trap, as x86's does: lanes that a mask has cut off may hold any divisor."""
+        b, divisor = self.b, op.operands[1].op
+        while divisor is not None and divisor.name in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
+            divisor = divisor.operands[0].op
+        if divisor is not None and divisor.name == "arith.constant" and divisor.attrs["value"] > 0:
+            return b.binary(op.name, a, d, pinned=True)
+        zero, one, minus_one = (b.constant(v, d.elem, d.lanes) for v in (0, 1, -1))
+        d = b.select(b.compare("arith.cmpi eq", d, zero), one, d)
+        if not op.name.endswith("si"):
+            return b.binary(op.name, a, d, pinned=True)
+        negated = b.compare("arith.cmpi eq", d, minus_one)  # the least integer over -1 traps too
+        result = b.binary(op.name, a, b.select(negated, one, d), pinned=True)
+        return result if "rem" in op.name else b.select(negated, b.binary("arith.subi", zero, a), result)
 
     def _unary(self, text: str, a: Val) -> Val:
         return self.b.op(text.replace("{type}", a.type), (a,), a.elem, a.lanes)
@@ -138,7 +153,8 @@ class Math:
                 f": ({p.type}, {p.type}, {p.type}, i16, i32) -> {p.type}"
             )
             return b.op(text, (p, n, mask, mode), "f32", 16)
-        whole = b.convert("arith.fptosi", b.select(b.compare("arith.cmpf ord", n, n), n, self._constants(x, "f32", 0.0)[0]), "i32")  # fmt: skip
+        number = b.select(b.compare("arith.cmpf ord", n, n), n, self._constants(x, "f32", 0.0)[0])
+        whole = b.convert("arith.fptosi", number, "i32")
         one, bias, shift = self._constants(whole, "i32", 1, 127, 23)
         half = b.binary("arith.shrsi", whole, one)  # in two steps: 2**-151 and 2**129 are no float32
         for part in (half, b.binary("arith.subi", whole, half)):
@@ -151,14 +167,16 @@ class Math:
         high, low = self._constants(x, "f32", 1.4426950216293335, 1.9259629911266175e-08)
         product = b.binary("arith.mulf", x, high)
         rest = self.fma(x, low, self.fma(x, high, self._unary("arith.negf {0} : {type}", product)))
-        finite = b.compare("arith.cmpf olt", self._unary("llvm.intr.fabs({0}) : ({type}) -> {type}", x), self._constants(x, "f32", 1e4)[0])  # fmt: skip
-        rest = b.select(finite, rest, self._constants(x, "f32", 0.0)[0])
+        size = self._unary("llvm.intr.fabs({0}) : ({type}) -> {type}", x)
+        zero, most = self._constants(x, "f32", 0.0, 1e4)
+        rest = b.select(b.compare("arith.cmpf olt", size, most), rest, zero)
         y = self.exp2(product)
         return self.fma(y, b.binary("arith.mulf", rest, self._constants(x, "f32", 0.6931471805599453)[0]), y)
 
     def log2(self, x: Val) -> Val:
         b = self.b
-        tiny, scale, zero, inf, nan = self._constants(x, "f32", 1.1754943508222875e-38, 2.0**23, 0.0, float("inf"), float("nan"))  # fmt: skip
+        tiny, scale, zero = self._constants(x, "f32", 1.1754943508222875e-38, 2.0**23, 0.0)
+        inf, nan = self._constants(x, "f32", float("inf"), float("nan"))
         subnormal = b.compare("arith.cmpf olt", x, tiny)
         bits = self._bits(b.select(subnormal, b.binary("arith.mulf", x, scale), x), "i32")
         offset, shift, mask, sqrt_half = self._constants(bits, "i32", 0x3F3504F3, 23, 0x007FFFFF, 0x3F3504F3)
@@ -216,7 +234,8 @@ class Math:
         for i in range(lanes):
             at = b.index(i)
             one = call([b.op(f"llvm.extractelement {{0}}[{{1}} : i64] : {v.type}", (v, at), "f32") for v in args])
-            result = b.op(f"llvm.insertelement {{0}}, {{1}}[{{2}} : i64] : {result.type}", (one, result, at), "f32", lanes)  # fmt: skip
+            text = f"llvm.insertelement {{0}}, {{1}}[{{2}} : i64] : {result.type}"
+            result = b.op(text, (one, result, at), "f32", lanes)
         return result
 
     def convert(self, name: str, x: Val, elem: str) -> Val:
@@ -252,7 +271,9 @@ _BITS = {"f16": 16, "bf16": 16, "f32": 32, "f64": 64}
 
 
 def declarations(libm: set[str]) -> list[str]:
-    return [f"llvm.func @{f}({', '.join(['f32'] * (2 if f in ('powf', 'atan2f') else 1))}) -> f32" for f in sorted(libm)]
+    return [
+        f"llvm.func @{f}({', '.join(['f32'] * (2 if f in ('powf', 'atan2f') else 1))}) -> f32" for f in sorted(libm)
+    ]
 
 
 __all__ = ["COST", "ELEMENTWISE", "LIBM", "Math", "declarations", "mlir_type"]
