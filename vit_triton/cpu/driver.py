@@ -132,6 +132,7 @@ class CPUDriver(DriverBase):
 
     def __init__(self, arch: str | None = None) -> None:
         """``arch``: names of CPU features, joined by commas; by default those this CPU has."""
+        backends.setdefault("cpu", Backend(CPUBackend, CPUDriver))
         self.utils = _Utils()
         self.target = GPUTarget("cpu", arch or ",".join(features.detect()), 1)
         self.device = _DEVICE + zlib.crc32(str(self.target.arch).encode()) % 1000  # other features, other code
@@ -167,7 +168,6 @@ _lock = threading.RLock()
 
 @functools.cache
 def _ours() -> CPUDriver:
-    backends.setdefault("cpu", Backend(CPUBackend, CPUDriver))
     return CPUDriver()
 
 
