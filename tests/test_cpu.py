@@ -143,6 +143,7 @@ CASES = [
     two("arith.minnumf", "f32", np.fmin),
     two("arith.maximumf", "f32", np.maximum),
     two("arith.minimumf", "f32", np.minimum),
+    two("arith.addf", "bf16", lambda a, b: to_bf16(from_bf16(a) + from_bf16(b))),
     two("arith.addi", "i32", np.add),
     two("arith.subi", "i32", np.subtract),
     two("arith.muli", "i32", np.multiply),

@@ -6,7 +6,7 @@ may ask for an address or a row's statistic at every element, and it is computed
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Val:
 
 
 def mlir_type(elem: str, lanes: int = 0) -> str:
-    scalar = "!llvm.ptr" if elem == "ptr" else elem
+    # bfloat16 is carried as its bits: without the instructions for it LLVM takes it apart, element by element
+    scalar = {"ptr": "!llvm.ptr", "bf16": "i16"}.get(elem, elem)
     return f"vector<{lanes}x{scalar}>" if lanes else scalar
 
 
@@ -71,7 +72,9 @@ class Builder:
         self.regions[-1].lines.append(text.format(*(v.name for v in operands)))
 
     def constant(self, value: int | float | bool, elem: str, lanes: int = 0) -> Val:
-        if elem[0] in "fb":
+        if elem == "bf16":
+            text = str((int(_float_text(float(value), elem), 16) + 2**15) % 2**16 - 2**15)
+        elif elem[0] == "f":
             text = _float_text(float(value), elem)
         elif elem == "i1":
             text = "true" if value else "false"
@@ -80,7 +83,7 @@ class Builder:
             text = str((int(value) + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1))
         if lanes:
             return self.op(f"arith.constant dense<{text}> : {mlir_type(elem, lanes)}", (), elem, lanes)
-        suffix = "" if elem == "i1" else f" : {elem}"
+        suffix = "" if elem == "i1" else f" : {mlir_type(elem)}"
         return self.op(f"arith.constant {text}{suffix}", (), elem)
 
     def index(self, value: int) -> Val:
@@ -122,7 +125,23 @@ class Builder:
         return self.op(f"arith.select {{0}}, {{1}}, {{2}} : {types}", (condition, a, b), a.elem, lanes)
 
     def convert(self, name: str, a: Val, elem: str) -> Val:
+        if "bf16" in (a.elem, elem):
+            return self._convert_bits(name, a, elem)
         return self.op(f"{name} {{0}} : {a.type} to {mlir_type(elem, a.lanes)}", (a,), elem, a.lanes)
+
+    def _convert_bits(self, name: str, a: Val, elem: str) -> Val:
+        """To or from bfloat16, whose bits are the upper half of a float32's."""
+        if name == "arith.bitcast":
+            return replace(a, elem=elem)
+        if name == "arith.extf":
+            bits = self.convert("arith.extui", replace(a, elem="i16"), "i32")
+            bits = self.binary("arith.shli", bits, self.constant(16, "i32", a.lanes))
+            wide = self.convert("arith.bitcast", bits, "f32")
+            return wide if elem == "f32" else self.convert(name, wide, elem)
+        assert name == "arith.truncf" and a.lanes, name
+        native = f"vector<{a.lanes}xbf16>"
+        rounded = self.op(f"arith.truncf {{0}} : {a.type} to {native}", (a,), "bf16", a.lanes)
+        return self.op(f"llvm.bitcast {{0}} : {native} to {rounded.type}", (rounded,), "bf16", a.lanes)
 
     def add(self, a: Val, b: Val) -> Val:
         return self.binary("arith.addi", a, b)

@@ -313,6 +313,8 @@ class Dot:
     def _multiply_add(self, acc: Val, x: Val, y: Val, pairs: bool) -> Val:
         if not pairs:
             return self.math.fma(x, y, acc)
-        types = f"({acc.type}, {x.type}, {y.type}) -> {acc.type}"
+        native = f"vector<{2 * LANES}xbf16>"
+        x, y = (self.b.op(f"llvm.bitcast {{0}} : {v.type} to {native}", (v,), "bf16", 2 * LANES) for v in (x, y))
+        types = f"({acc.type}, {native}, {native}) -> {acc.type}"
         text = f'llvm.call_intrinsic "llvm.x86.avx512bf16.dpbf16ps.512"({{0}}, {{1}}, {{2}}) : {types}'
         return self.b.op(text, (acc, x, y), "f32", LANES)

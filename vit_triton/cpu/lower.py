@@ -202,7 +202,7 @@ class Lowering(Dot):
         if lane is None or step == 0 and (mask is None or not mask.lanes):
             pointer = self.at(pointer_tile, index, None, 0)
             if mask is None:
-                return b.read(f"llvm.load {{0}} : !llvm.ptr -> {elem}", (pointer,), elem)
+                return b.read(f"llvm.load {{0}} : !llvm.ptr -> {mlir_type(elem)}", (pointer,), elem)
             other = self.other(op, index, None, 0)
             vector = self._masked_load(pointer, b.splat(mask, 1), b.splat(other, 1), elem, 1)
             return b.op(f"llvm.extractelement {{0}}[{{1}} : i64] : {vector.type}", (vector, b.index(0)), elem)
@@ -548,8 +548,8 @@ class Lowering(Dot):
             raise Unsupported("tt.reduce with more than one operation")
         combine = region.ops[0]
         identity = IDENTITY.get(combine.name)
-        if identity is None:
-            raise Unsupported(f"tt.reduce with {combine.name}")
+        if identity is None or elem == "bf16":
+            raise Unsupported(f"tt.reduce of {elem} with {combine.name}")
         limits = self.wanted(value)
         limits[axis] = [c for c in self.info.reduced(op) if self.known(c)]
         lane = self.best_lane(value)

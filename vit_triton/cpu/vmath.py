@@ -8,7 +8,7 @@ branch.
 from collections.abc import Sequence
 
 from vit_triton.cpu.builder import Builder, Val, mlir_type
-from vit_triton.cpu.ttir import Op, Unsupported
+from vit_triton.cpu.ttir import Op, Unsupported, Value
 
 # 2**f on [-1/2, 1/2], relative error 2e-9
 _EXP2 = (1.0, 0.6931472057371988, 0.24022646890479515, 0.05550328777077157, 0.0096184889738284, 0.00133999311832757,
@@ -68,6 +68,10 @@ class Math:
         """The result of ``op``, one of ELEMENTWISE, on values of its operands."""
         b, name = self.b, op.name
         elem = op.results[0].type.elem
+        if any(v.elem == "bf16" for v in args) and name not in _CONVERSIONS and name != "arith.select":
+            # its bits are carried as an integer: compute in float32 and round, as PyTorch does
+            args = [self.convert("arith.extf", v, "f32") if v.elem == "bf16" else v for v in args]
+            return self._widened(op, args)
         lanes = max((v.lanes for v in args), default=0)
         if name in _BINARY:
             return b.binary(name, *args)
@@ -101,6 +105,13 @@ class Math:
         if name in _POLYNOMIALS:
             return getattr(self, name.removeprefix("math."))(args[0])
         raise Unsupported(f"operation {name}")
+
+    def _widened(self, op: Op, args: Sequence[Val]) -> Val:
+        result = Value(op.results[0].type, op)
+        if result.type.elem == "bf16":
+            result.type = result.type.with_elem("f32")
+        wide = self.apply(Op(op.name, op.operands, [result], op.attrs), args)
+        return self.convert("arith.truncf", wide, op.results[0].type.elem)
 
     def _divide(self, op: Op, a: Val, d: Val) -> Val:
         """Division that does not trap, as x86's does: lanes that a mask has cut off may hold any divisor."""
