@@ -20,12 +20,13 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## Train a small ViT on handwritten digits, then classify with both backends
-	TRITON_INTERPRET=1 $(BIN)/python examples/digits.py
+	$(BIN)/python examples/digits.py
 
-test: $(STAMP) ## Run every test; the kernels run in Triton's interpreter
-	$(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
+# TRITON_INTERPRET is set or absent from the start: Triton reads it once, when it is imported.
+test: $(STAMP) ## Run every test on code compiled for this CPU, and those of the ops in Triton's interpreter too
+	env -u TRITON_INTERPRET -u PTXEMU $(TEST_ENV) $(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
+	env -u PTXEMU $(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/pytest -n $(WORKERS) -m compiled $(PYTEST_ARGS)
 
-# TRITON_INTERPRET must be absent here: Triton reads it once, when it is imported.
 test-compiled: $(STAMP) ## Run the op tests on code compiled for sm_80, in the optional PTX emulator at PTXEMU=folder
 	@if env -u TRITON_INTERPRET PYTHONPATH="$(PTXEMU)" $(BIN)/python -c 'import ptxemu' 2>/dev/null; then \
 	    env -u TRITON_INTERPRET PTXEMU="$(PTXEMU)" $(TEST_ENV) $(BIN)/pytest -n $(WORKERS) -m compiled $(PYTEST_ARGS); \

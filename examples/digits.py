@@ -1,9 +1,8 @@
 """Train a small ViT on handwritten digits, then classify held-out scans with both backends.
 
-`make demo` runs this. The data are the 1,797 scans of 8 x 8 pixels that ship inside scikit-learn. Training uses
-backend "torch", the fast one on a CPU; the checkpoint is then read back into one model per backend, and the
-two have to agree. Without a GPU the kernels run in Triton's interpreter, which Triton chooses when it is
-imported: TRITON_INTERPRET=1 has to be in the environment before Python starts.
+`make demo` runs this. The data are the 1,797 scans of 8 x 8 pixels that ship inside scikit-learn. After training with
+backend "torch" the checkpoint is read back into one model per backend, and the two have to agree. Without a GPU the
+kernels run compiled for the CPU.
 """
 
 from __future__ import annotations

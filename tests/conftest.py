@@ -1,27 +1,33 @@
 """What executes the kernels in the tests.
 
-Triton's interpreter, unless the environment variable PTXEMU names the folder of an optional PTX emulator and
-TRITON_INTERPRET is not 1: then the code Triton compiles for sm_80 runs on CPU tensors, with race and bounds checks.
+Code compiled for this CPU; with TRITON_INTERPRET=1 in the environment, or on another CPU, Triton's interpreter; with
+PTXEMU=folder of an optional PTX emulator, the code Triton compiles for sm_80, with race and bounds checks.
 Triton decides while it is imported, so this comes before any other import.
 """
 
 import dataclasses
 import os
+import platform
 import sys
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATOR = None if INTERPRETER else os.environ.get("PTXEMU")
 if EMULATOR:
     sys.path.insert(0, EMULATOR)
+elif not INTERPRETER and (platform.system(), platform.machine()) not in (("Linux", "x86_64"), ("Linux", "AMD64")):
+    os.environ["TRITON_INTERPRET"], INTERPRETER = "1", True
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-hypothesis.settings.register_profile("interpreter", deadline=None, derandomize=True, max_examples=40, database=None)
-# every new head size or dtype is compiled first, which takes seconds
-hypothesis.settings.register_profile("compiled", deadline=None, derandomize=True, max_examples=6, database=None)
-hypothesis.settings.load_profile("interpreter" if INTERPRETER else "compiled")
+# the emulator's code is compiled first for every new head size or dtype, which takes seconds
+EXAMPLES = {"interpreter": 10, "emulator": 6, "cpu": 40}
+VEHICLE = "interpreter" if INTERPRETER else "emulator" if EMULATOR else "cpu"
+hypothesis.settings.register_profile(
+    VEHICLE, deadline=None, derandomize=True, max_examples=EXAMPLES[VEHICLE], database=None
+)
+hypothesis.settings.load_profile(VEHICLE)
 
 torch.set_num_threads(1)  # the tests run one process per core
 
@@ -30,12 +36,12 @@ torch.set_num_threads(1)  # the tests run one process per core
 def kernels_run():
     """Make backend "triton" work on CPU tensors."""
     if not EMULATOR:
-        yield "interpreter" if INTERPRETER else "cpu"
+        yield VEHICLE
         return
     import ptxemu
 
     with ptxemu.emulate(race="error"):
-        yield "compiled"
+        yield VEHICLE
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vit_triton
-from vit_triton import backend
+from vit_triton import backend, cpu
 from vit_triton import functional as F
 
 VARIABLE = "VIT_TRITON_BACKEND"
@@ -109,6 +109,7 @@ def test_float64_runs_in_torch_and_raises_in_triton(name):
 
 # --- in a fresh Python -------------------------------------------------------------------------------------
 
+COMPILED = pytest.mark.skipif(cpu.why_not() is not None, reason=f"no compiled CPU code here: {cpu.why_not()}")
 START = """
 import os, warnings
 import torch, vit_triton
@@ -133,10 +134,24 @@ def python(code, **environment):
     return result
 
 
+@COMPILED
+def test_on_a_cpu_kernels_are_compiled_without_a_word():
+    python("""
+from vit_triton import backend, cpu
+warnings.simplefilter("error")
+assert backend.cpu_vehicle() == "compiled"
+assert torch.equal(norm(), torch.zeros(2, 4))
+assert backend.cpu_vehicle() == "compiled"
+""")
+
+
 def test_an_explicit_triton_never_falls_back():
     python("""
+import platform
+platform.machine = lambda: "riscv64"
 message = error_of(norm)
 assert "CPU tensors" in message and 'backend="torch"' in message and "TRITON_INTERPRET=1" in message, message
+assert "x86-64 Linux, not for riscv64" in message, message
 model = vit_triton.ViT(image_size=8, patch_size=4, num_classes=3, dim=8, depth=1, heads=1, mlp_dim=8, backend="triton")
 assert error_of(lambda: model(torch.zeros(1, 3, 8, 8))) == message
 model.backend = "auto"
@@ -175,11 +190,14 @@ def test_an_active_driver_that_serves_the_cpu_is_taken_and_left_in_place():
     python("""
 import triton
 from triton.runtime import driver
-from vit_triton import backend
+from vit_triton import backend, cpu
 
 class Emulator:
     def get_active_torch_device(self):
         return torch.device("cpu")
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", 80, 32)
 
 class Gpu:
     def get_active_torch_device(self):
@@ -189,8 +207,22 @@ emulator = Emulator()
 driver.set_active(emulator)
 assert backend.cpu_vehicle() == "driver"
 assert driver.active is emulator
-driver.set_active(Gpu())
-assert "CPU tensors" in error_of(backend.cpu_vehicle)
+""")
+
+
+@COMPILED
+def test_beside_a_gpu_the_driver_is_switched_for_cpu_tensors_only():
+    python("""
+from triton.runtime import driver
+
+class Gpu:
+    def get_active_torch_device(self):
+        return torch.device("cuda", 0)
+
+gpu = Gpu()
+driver.set_active(gpu)
+assert torch.equal(norm(), torch.zeros(2, 4))
+assert driver.active is gpu
 """)
 
 
