@@ -73,8 +73,11 @@ def small_tiles(monkeypatch):
                 monkeypatch.setattr(module, name, lambda *args, config=config: config)
                 continue
             pick = getattr(module, name)
-            monkeypatch.setattr(module, name, lambda *args, pick=pick: dataclasses.replace(pick(*args), block_m=2))
-    monkeypatch.setattr(_config, "LAYER_NORM_PARTIALS", 3)
+
+            def small(*args, pick=pick, **options):
+                return dataclasses.replace(pick(*args, **options), block_m=2, partials=3)
+
+            monkeypatch.setattr(module, name, small)
 
 
 @pytest.fixture

@@ -151,6 +151,13 @@ def test_several_tiles(small_tiles, layout, dtype):
     check(inputs, patch_size=(4, 6), patch_order="c p1 p2", pre=True, post=True, **statistics)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_patch_as_wide_as_a_vector(dtype):
+    # within a vector of 16 such a patch lies in one piece, but not from row to row
+    inputs = make_inputs(1, 1, (1, 2), (16, 16), 16, dtype)
+    check(inputs, patch_size=(16, 16), patch_order="p1 p2 c", pre=False, post=False)
+
+
 def test_gradient_of_a_sum_has_no_strides():
     inputs = make_inputs(2, 3, (3, 3), (4, 4), 40, torch.float32)
     ones = torch.ones(()).expand

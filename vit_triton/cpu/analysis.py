@@ -95,16 +95,17 @@ class Analysis:
         return loop.operands[3 + loop.regions[0].arguments[1:].index(argument)]
 
     def is_uniform(self, value: Value) -> bool:
-        return all(self.coefficient(value, axis) == 0 for axis in range(len(value.type.shape)))
+        return all(self.coefficient(value, axis, whole=True) == 0 for axis in range(len(value.type.shape)))
 
-    def coefficient(self, value: Value, axis: int) -> "int | str | None":
+    def coefficient(self, value: Value, axis: int, *, whole: bool = False) -> "int | str | None":
         """0: does not change along ``axis``; an integer: grows by it; "affine": grows by an amount known at run time;
-        None: none of these is known. Divisions hold within aligned runs of 16, which is how vectors start."""
+        None: none of these is known. It holds within aligned runs of 16, which is where vectors lie, or everywhere if
+        ``whole``: a quotient by 16 is 0 and a remainder grows by 1 in such a run only."""
         if value.type.shape[axis] == 1:
             return 0
         op = value.op
         if value in self.inductions:
-            return self.coefficient(self.initial(value), axis)
+            return self.coefficient(self.initial(value), axis, whole=whole)
         if op is None:
             return None
         if op.name == "tt.make_range":
@@ -113,12 +114,12 @@ class Analysis:
             return 0
         if op.name in RESHAPES:
             inner = operand_axis(op, axis)
-            return 0 if inner is None else self.coefficient(op.operands[0], inner)
+            return 0 if inner is None else self.coefficient(op.operands[0], inner, whole=whole)
         if op.name == "tt.load":
-            return 0 if all(self.coefficient(v, axis) == 0 for v in op.operands) else None
+            return 0 if all(self.coefficient(v, axis, whole=whole) == 0 for v in op.operands) else None
         if op.name not in ELEMENTWISE and op.name != "tt.addptr":
             return None
-        parts = [self.coefficient(v, axis) for v in op.operands]
+        parts = [self.coefficient(v, axis, whole=whole) for v in op.operands]
         if all(c == 0 for c in parts):
             return 0
         if None in parts:
@@ -130,13 +131,13 @@ class Analysis:
             return "affine"
         if op.name == "arith.muli":
             for c, other in ((parts[0], op.operands[1]), (parts[1], op.operands[0])):
-                if self.coefficient(other, axis) == 0:
+                if self.coefficient(other, axis, whole=whole) == 0:
                     number = self.constant(other)
                     return c * number if isinstance(c, int) and number is not None else "affine"
             return None
         if op.name in ("arith.extsi", "arith.extui", "arith.trunci"):
             return parts[0]
-        if op.name in ("arith.divsi", "arith.remsi", "arith.divui", "arith.remui") and parts[0] == 1:
+        if op.name in ("arith.divsi", "arith.remsi", "arith.divui", "arith.remui") and parts[0] == 1 and not whole:
             divisor = self.constant(op.operands[1])
             if divisor is not None and divisor % 16 == 0 and self.divisibility(op.operands[0]) % 16 == 0:
                 return 1 if "rem" in op.name else 0
@@ -190,8 +191,8 @@ class Analysis:
             return [(axes[axis], c) for axis, c in inner if axis in axes], complete
         if op.name == "arith.cmpi" and op.attrs["words"][0] == "slt" and self.is_uniform(op.operands[1]):
             shape = mask.type.shape
-            rising = [a for a in range(len(shape)) if self.coefficient(op.operands[0], a) != 0]
-            if shape == (1,) or len(rising) == 1 and self.coefficient(op.operands[0], rising[0]) == 1:
+            rising = [a for a in range(len(shape)) if self.coefficient(op.operands[0], a, whole=True) != 0]
+            if shape == (1,) or len(rising) == 1 and self.coefficient(op.operands[0], rising[0], whole=True) == 1:
                 rising = rising or [0]
                 return [(rising[0], Condition(self._strip(op.operands[0]), self._limit(op.operands[1])))], True
         return [], False
@@ -278,6 +279,12 @@ class Analysis:
                     else:
                         inner = sum(self.cost.get(v, 1) for v in op.operands)
                         self.cost[value] = min(1000, inner + COST.get(op.name, 1))
+                    if len(value.users) > 1 and any(
+                        u.name == "tt.store" and u.operands[1] is value for u in value.users
+                    ):
+                        # stored, and used again: else all it was loaded from would have to be kept before the store
+                        self.kept.add(value)
+                        self.cost[value] = 2
                 elif op.name in ("tt.make_range", "arith.constant"):
                     self.cost[value] = 0
                 elif op.name == "tt.addptr":

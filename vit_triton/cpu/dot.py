@@ -135,7 +135,7 @@ class Dot:
     ) -> bool:
         """Whether A is loaded from where its rows lie whole, and nothing that is masked would be read."""
         op, k_axis = source.op, 0 if transposed else 1
-        if op is None or op.name != "tt.load" or self.info.coefficient(op.operands[0], k_axis) != 1:
+        if op is None or op.name != "tt.load" or self.info.coefficient(op.operands[0], k_axis, whole=True) != 1:
             return False
         allowed = {1 - k_axis: row_limits, k_axis: depth_limits}
         conditions, complete = self.info.conditions(op.operands[1]) if len(op.operands) > 1 else ([], True)

@@ -128,11 +128,13 @@ LAYER_NORM_PARTIALS = 264
 
 @dataclass(frozen=True)
 class LayerNormConfig:
-    """``block_m`` rows at a time, each held whole in ``block_d`` >= width lanes of ``num_warps`` warps."""
+    """``block_m`` rows at a time, each held whole in ``block_d`` >= width lanes of ``num_warps`` warps; the backward
+    kernel leaves at most ``partials`` partial sums."""
 
     block_m: int
     block_d: int
     num_warps: int
+    partials: int = LAYER_NORM_PARTIALS
 
 
 def check_layer_norm_width(width: int) -> None:
@@ -141,23 +143,25 @@ def check_layer_norm_width(width: int) -> None:
         raise ValueError(f"layer_norm: width must be 1 to {MAX_LAYER_NORM_WIDTH}, got {width}")
 
 
-def pick_layer_norm(width: int, arch: str) -> LayerNormConfig:
+def pick_layer_norm(width: int, arch: str, *, backward: bool = False) -> LayerNormConfig:
     """Tiles of both LayerNorm kernels."""
     block_d = next_power_of_2(width)
     if arch == "interpreter":
         # 2**17: one more row is then cheaper than one more program, and tiny inputs do not pay for 2**20 elements
         return LayerNormConfig(max(1, 2**17 // block_d), block_d, 4)
     if arch == "cpu":
-        return LayerNormConfig(2, block_d, 1)
+        # forward: two rows stay in the L1 cache from one pass over them to the next; backward: each step adds its rows
+        # to the sums of the columns, which is cheaper for several at once
+        return LayerNormConfig(4 if backward else 2, block_d, 1, partials=32)
     # 16 elements a thread: two 16-byte loads of bfloat16 in flight, and the backward kernel fits its registers
     num_warps = 4 if block_d <= 1024 else min(16, block_d // 256) if block_d <= 8192 else 32
     return LayerNormConfig(max(1, min(16, num_warps * 512 // block_d)), block_d, num_warps)
 
 
 def layer_norm_stretch(n_rows: int, config: LayerNormConfig) -> tuple[int, int]:
-    """(programs, steps of ``block_m`` rows each takes) of the backward kernel: at most LAYER_NORM_PARTIALS programs."""
+    """(programs, steps of ``block_m`` rows each takes) of the backward kernel: at most ``partials`` programs."""
     n_blocks = -(-n_rows // config.block_m)
-    n_steps = max(1, -(-n_blocks // LAYER_NORM_PARTIALS))
+    n_steps = max(1, -(-n_blocks // config.partials))
     return -(-n_blocks // n_steps), n_steps
 
 
@@ -255,6 +259,8 @@ def pick_linear_bwd_weight(
 @functools.lru_cache(1024)
 def pick_patch_embed_fwd(m: int, dim: int, patch_dim: int, dtype: torch.dtype, arch: str, precision: str) -> GemmConfig:
     """Tiles of ``patch_embed_fwd_kernel`` ((m, patch_dim) -> (m, dim))."""
+    if arch == "cpu":  # wide: the patches are gathered and normalised again for every tile of columns
+        return GemmConfig(256, _clip(256, dim), _clip(256, patch_dim), 1, 1)
     return _pick_gemm(_tokens(m, arch), dim, patch_dim, dtype, arch, precision, "elementwise")
 
 
