@@ -22,11 +22,29 @@ def untouched(monkeypatch):
 
 
 def resolve(name=None, x=X):
-    return backend.resolve_backend(name, x)
+    return backend.resolve_backend(name, "no op that was measured", x)
 
 
 def test_auto_takes_torch_on_a_cpu():
     assert resolve() == resolve("auto") == "torch"
+
+
+def test_auto_takes_triton_on_a_cpu_where_it_was_measured_to_be_faster(monkeypatch):
+    monkeypatch.setattr(backend, "_CPU_SPEED", {("mlp", torch.float32): (1.2, 0.9)})
+    monkeypatch.setattr(backend, "_measured_cpu", lambda: True)
+    with torch.no_grad():
+        assert backend.resolve_backend("auto", "mlp", X) == "triton"
+        assert backend.resolve_backend("auto", "mlp", X.double()) == "torch"
+        assert backend.resolve_backend("auto", "linear", X) == "torch"
+    assert backend.resolve_backend("auto", "mlp", X) == "torch"
+    monkeypatch.setattr(backend, "_measured_cpu", lambda: False)
+    with torch.no_grad():
+        assert backend.resolve_backend("auto", "mlp", X) == "torch"
+
+
+def test_the_measurements_are_of_ops_and_dtypes_there_are():
+    for op, dtype in backend._CPU_SPEED:
+        assert callable(getattr(F, op)) and dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
 def test_auto_takes_triton_on_a_gpu():

@@ -52,11 +52,12 @@ class use_backend:  # lower case: used like a function, as torch.set_grad_enable
         _default = self._previous
 
 
-def resolve_backend(backend: str | None, x: torch.Tensor) -> str:
-    """ "triton" or "torch" for an op on ``x``.
+def resolve_backend(backend: str | None, op: str, x: torch.Tensor) -> str:
+    """ "triton" or "torch" for ``op``, named as its public function is, on ``x``.
 
-    "auto" takes "triton" for float32, float16, bfloat16 and uint8 tensors on a GPU where Triton is installed, else
-    "torch". An explicit "triton" runs or raises, it never falls back.
+    "auto" takes "triton" for float32, float16, bfloat16 and uint8 tensors on a GPU where Triton is installed, on a CPU
+    where the compiled kernels of ``op`` were measured to be faster, else "torch". An explicit "triton" runs or raises,
+    it never falls back.
 
     Raises:
         ValueError: if the name is unknown.
@@ -70,10 +71,40 @@ def resolve_backend(backend: str | None, x: torch.Tensor) -> str:
         name = check_backend_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
     if name == "auto":
         runs = _TRITON_INSTALLED and x.device.type in _GPU_TYPES and x.dtype != torch.float64
-        return "triton" if runs else "torch"
+        return "triton" if runs or _faster_on_cpu(op, x) else "torch"
     if name == "triton":
         _require_triton(x.device.type)
     return name
+
+
+# PyTorch's time / that of the kernels compiled for the CPU, without and with gradients: above 1 "auto" takes "triton".
+# Measured by `python -m benchmarks ops` at ViT-B/16, batch 8, one thread, on an AMD EPYC (Zen 4, AVX-512 BF16) with
+# torch 2.15 and triton 3.9; other kinds of CPU were not measured, and there "auto" is "torch".
+_CPU_SPEED = {
+    ("attention", torch.float32): (1.0, 1.0),
+}
+
+
+def _faster_on_cpu(op: str, x: torch.Tensor) -> bool:
+    if x.device.type != "cpu" or (op, x.dtype) not in _CPU_SPEED:
+        return False
+    return _CPU_SPEED[op, x.dtype][torch.is_grad_enabled()] > 1 and _measured_cpu()
+
+
+def _measured_cpu() -> bool:
+    """Whether this CPU is of the kind that was measured, and the kernels are compiled for it."""
+    if not _TRITON_INSTALLED:
+        return False
+    import triton
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from vit_triton import cpu
+
+    if isinstance(triton.language.cdiv, InterpretedFunction) or cpu.why_not() is not None:
+        return False
+    from vit_triton.cpu import features
+
+    return "avx512_bf16" in features.detect() and cpu_vehicle() == "compiled"
 
 
 def _require_triton(device_type: str) -> None:
@@ -136,6 +167,7 @@ def _cpu_vehicle() -> str:
 
 
 _cpu_vehicle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_measured_cpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _warned = False
 

@@ -61,7 +61,7 @@ def attention(
         raise ValueError(f"q and k must agree in batch, heads and head size, got {_shape(q)} and {_shape(k)}")
     _check_attention(q, k.shape[1], scale, dropout_p)
     q, k, v = _autocast(q, k, v)
-    if resolve_backend(backend, q) == "torch":
+    if resolve_backend(backend, "attention", q) == "torch":
         return reference.attention(q, k, v, scale=scale, dropout_p=dropout_p, return_lse=return_lse)
     _check_kernel_dtype("q", q)
     arguments = (q, k, v, _seed(q, dropout_p), _scale(scale, q), float(dropout_p))
@@ -83,7 +83,7 @@ def attention_packed(
         raise ValueError(f"qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
     _check_attention(qkv[:, :, 0], qkv.shape[1], scale, dropout_p)
     (qkv,) = _autocast(qkv)
-    if resolve_backend(backend, qkv) == "torch":
+    if resolve_backend(backend, "attention", qkv) == "torch":
         return reference.attention_packed(qkv, scale=scale, dropout_p=dropout_p, return_lse=return_lse)
     _check_kernel_dtype("qkv", qkv)
     arguments = (qkv, _seed(qkv, dropout_p), _scale(scale, qkv), float(dropout_p))
@@ -117,7 +117,7 @@ def linear(
     _check_alike("x", x, weight=weight, bias=bias, residual=residual)
     _check_rows(x)
     weight, bias = _autocast(weight, bias, device=x.device)
-    if resolve_backend(backend, x) == "torch":
+    if resolve_backend(backend, "linear", x) == "torch":
         return reference.linear(x, weight, bias, norm=norm, residual=residual, dropout_p=dropout_p)
     _check_kernel_dtype("x", x)
     norm_weight, norm_bias, eps = _norm_parts(norm)
@@ -171,7 +171,7 @@ def mlp(
     _check_alike("x", x, w1=w1, b1=b1, w2=w2, b2=b2, residual=residual)
     _check_rows(x)
     w1, b1, w2, b2 = _autocast(w1, b1, w2, b2, device=x.device)
-    if resolve_backend(backend, x) == "torch":
+    if resolve_backend(backend, "mlp", x) == "torch":
         return reference.mlp(
             x,
             w1,
@@ -226,7 +226,7 @@ def layer_norm(
     _check_alike("x", x, residual=residual)
     _check_rows(x)
     x, weight, bias, residual = _autocast(x, weight, bias, residual, dtype=torch.float32)
-    if resolve_backend(backend, x) == "torch":
+    if resolve_backend(backend, "layer_norm", x) == "torch":
         return reference.layer_norm(x, weight, bias, eps=eps, residual=residual)
     _check_kernel_dtype("x", x)
     weight, bias, _ = _norm_parts((weight, bias, eps))
@@ -322,7 +322,7 @@ def patch_embed(
     weight, bias = _autocast(weight, bias, device=image.device)
     if pos is not None:
         pos = pos[:patches]
-    if resolve_backend(backend, weight) == "torch":
+    if resolve_backend(backend, "patch_embed", weight) == "torch":
         return reference.patch_embed(
             image,
             weight,

@@ -33,10 +33,27 @@ def tanh(x):
 
 
 @triton.jit
-def gelu(x, KIND: tl.constexpr):
-    """Gaussian error linear unit (Hendrycks & Gimpel 2016, arXiv:1606.08415); ``KIND`` is the exact
-    ("gelu"), the tanh ("gelu_tanh") or the sigmoid form of CLIP ("quick_gelu"); "none" is the identity."""
-    if KIND == "gelu":
+def normal_tail(x):
+    """The standard normal's probability beyond ``x`` >= 0, for 16-bit results: within 2.1e-4 of it for x < 4.
+
+    Its log2 is fitted by a polynomial of degree 5, -1 at 0, that falls for ever.
+    """
+    log2_tail = -0.00026248980429954827 * x + 0.005242144223302603
+    log2_tail = log2_tail * x - 0.046258751302957535
+    log2_tail = log2_tail * x - 0.4666063189506531
+    log2_tail = log2_tail * x - 1.1484092473983765
+    return tl.exp2(log2_tail * x - 1.0)
+
+
+@triton.jit
+def gelu(x, KIND: tl.constexpr, EXACT: tl.constexpr):
+    """Gaussian error linear unit (Hendrycks & Gimpel 2016, arXiv:1606.08415); ``KIND`` is the one of the normal
+    distribution ("gelu"), the tanh ("gelu_tanh") or the sigmoid form of CLIP ("quick_gelu"); "none" is the identity.
+    Without ``EXACT`` the first is as exact as 16 bits can tell, in far fewer instructions."""
+    if KIND == "gelu" and not EXACT:
+        size = tl.minimum(tl.abs(x), 16.0)  # inf * 0 is no number
+        return tl.where(x > 0, x, 0.0 * x) - size * normal_tail(size)
+    elif KIND == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif KIND == "gelu_tanh":
         return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
@@ -48,10 +65,14 @@ def gelu(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def gelu_grad(x, KIND: tl.constexpr):
+def gelu_grad(x, KIND: tl.constexpr, EXACT: tl.constexpr):
     """Derivative of :func:`gelu` at ``x``."""
     if KIND == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        if EXACT:
+            cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        else:
+            tail = normal_tail(tl.minimum(tl.abs(x), 16.0))
+            cdf = tl.where(x > 0, 1.0 - tail, tail)
         pdf = 0.3989422804014327 * tl.exp2(x * x * (-0.5 * LOG2E))
         return cdf + x * pdf
     elif KIND == "gelu_tanh":

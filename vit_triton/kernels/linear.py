@@ -84,7 +84,7 @@ def linear_fwd_kernel(
     if pre_ptr is not None:
         tl.store(pre_ptr + y_offs, z.to(dtype), mask=mask)
     if ACTIVATION != "none":
-        z = gelu(z.to(dtype).to(tl.float32), ACTIVATION)
+        z = gelu(z.to(dtype).to(tl.float32), ACTIVATION, dtype == tl.float32)
     if DROPOUT:
         z *= _dropout_scale(seed_ptr, offs_m, offs_n, dropout_p, keep_scale)
     if residual_ptr is not None:
@@ -195,7 +195,7 @@ def linear_bwd_input_kernel(
     mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
     if pre_ptr is not None:
         pre_ptrs = pre_ptr + _offsets(offs_m, stride_pm, offs_k, stride_pk)
-        dx *= gelu_grad(tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+        dx *= gelu_grad(tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32), ACTIVATION, dtype == tl.float32)
         if DROPOUT:
             dx *= _dropout_scale(seed_ptr, offs_m, offs_k, dropout_p, keep_scale)
     tl.store(dx_ptr + _offsets(offs_m, K, offs_k, 1), dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -298,7 +298,7 @@ def linear_bwd_weight_kernel(
         if DY_DROPOUT:
             dy = dy.to(tl.float32) * tl.trans(_dropout_scale(dy_seed_ptr, offs_m, offs_n, dy_dropout_p, dy_keep_scale))
         if ACTIVATION != "none":
-            x = gelu(x.to(tl.float32), ACTIVATION)
+            x = gelu(x.to(tl.float32), ACTIVATION, DTYPE == tl.float32)
         if DROPOUT:
             x = x.to(tl.float32) * _dropout_scale(seed_ptr, offs_m, offs_k, dropout_p, keep_scale)
         dw = tl.dot(dy.to(DTYPE), x.to(DTYPE), dw, input_precision=PRECISION)
