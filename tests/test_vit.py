@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vit_pytorch.recorder import Recorder
 
 import vit_triton
-from vit_triton import ViT
+from vit_triton import ViT, modules
 from vit_triton.modules import Transformer
 
 BASE = {
@@ -251,6 +251,53 @@ class TestDropout:
         assert not torch.equal(model(image), expected)
         dropout.p = 0.0
         assert torch.equal(model(image), expected)
+
+
+class TestLastBlock:
+    """With a class token, nothing reads the other tokens behind the last block's keys and values."""
+
+    @pytest.mark.parametrize(
+        ("changes", "tokens"),
+        [
+            ({}, [17, 1]),
+            ({"depth": 1}, [1]),
+            ({"pool": "mean"}, [16, 16]),
+            ({"num_classes": 0}, [17, 17]),
+        ],
+    )
+    def test_tokens_that_reach_the_mlp(self, backend, changes, tokens, monkeypatch):
+        _, model, config = both(backend, **{**BASE, "image_size": 16, "patch_size": 4, "depth": 2, **changes})
+        seen = []
+        mlp = modules.F.mlp
+        monkeypatch.setattr(modules.F, "mlp", lambda x, *args, **kw: seen.append(x.shape[1]) or mlp(x, *args, **kw))
+        model(images(config))
+        assert seen == tokens
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "transformer",
+            "transformer.norm",
+            "transformer.layers.1.0",
+            "transformer.layers.1.0.to_qkv",
+            "transformer.layers.1.0.to_out.0",
+            "transformer.layers.1.1",
+            "transformer.layers.1.1.net.1",
+        ],
+    )
+    def test_who_watches_sees_all_tokens(self, backend, name):
+        _, model, config = both(backend, depth=2)
+        image = images(config)
+        expected, seen = model(image), []
+        model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+        torch.testing.assert_close(model(image), expected)
+        assert seen == [model.pos_embedding.shape[0]]
+
+    def test_others_who_call_the_transformer_get_all_tokens(self, backend):
+        _, model, config = both(backend)
+        tokens = torch.randn(2, 6, config["dim"])
+        assert model.transformer(tokens).shape == tokens.shape
+        torch.testing.assert_close(model.transformer.first_token(tokens), model.transformer(tokens)[:, :1])
 
 
 class TestHooks:
