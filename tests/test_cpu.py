@@ -518,6 +518,7 @@ def test_an_unknown_operation_is_named():
         ("platform.system", lambda: "Darwin", "x86-64 Linux, not for x86_64 Darwin"),
         ("triton.__version__", "4.1.0", "was tested with Triton 3.8 and 3.9, not 4.1.0"),
         ("vit_triton.cpu.features.detect", lambda: ("fma", "f16c", "bmi2"), "this CPU lacks avx2"),
+        ("vit_triton.cpu.features.llvm_has_x86", lambda: False, "no code generator for x86-64"),
     ],
 )
 def test_what_it_cannot_serve_is_said(what, value, message, monkeypatch):

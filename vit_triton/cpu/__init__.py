@@ -17,4 +17,6 @@ def why_not() -> str | None:
     from vit_triton.cpu import features
 
     missing = set(features.REQUIRED) - set(features.detect())
-    return f"this CPU lacks {', '.join(sorted(missing))}" if missing else None
+    if missing:
+        return f"this CPU lacks {', '.join(sorted(missing))}"
+    return None if features.llvm_has_x86() else "this build of Triton has no code generator for x86-64"

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vit_triton.cpu.ttir import Function, Op, Region, Type, Value
+from vit_triton.cpu.ttir import Function, Op, Region, Value
 from vit_triton.cpu.vmath import COST, ELEMENTWISE
 
 RESHAPES = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.trans"}
@@ -31,7 +31,6 @@ class Condition:
 
 
 FULL = "full"
-Demand = "Condition | str | None"
 
 
 def walk(region: Region) -> Iterator[Op]:
@@ -398,7 +397,3 @@ class Analysis:
         else:
             for value in op.operands:
                 yield value, [FULL] * len(value.type.shape)
-
-
-def tile_type(value: Value) -> Type:
-    return value.type

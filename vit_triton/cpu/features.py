@@ -1,5 +1,6 @@
 """What this CPU can do, by the names LLVM gives it."""
 
+import ctypes
 import functools
 import platform
 from pathlib import Path
@@ -19,6 +20,14 @@ def detect() -> tuple[str, ...]:
             has = set(line.split(":")[1].split())
             return tuple(name for name in (*REQUIRED, *OPTIONAL) if name in has)
     return ()
+
+
+@functools.cache
+def llvm_has_x86() -> bool:
+    """Whether Triton's LLVM was built with x86-64: it crashes the process where a target is asked for that it lacks."""
+    from triton._C import libtriton
+
+    return hasattr(ctypes.CDLL(libtriton.__file__), "LLVMInitializeX86Target")
 
 
 def llvm_target(arch: str) -> tuple[str, str]:

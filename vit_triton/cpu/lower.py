@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from vit_triton.cpu.analysis import FULL, IDENTITY, RESHAPES, Analysis, Condition, operand_axis, walk
+from vit_triton.cpu.analysis import IDENTITY, RESHAPES, Analysis, Condition, operand_axis, walk
 from vit_triton.cpu.builder import Builder, Val, mlir_type
 from vit_triton.cpu.dot import Dot
 from vit_triton.cpu.ttir import Function, Op, Region, Type, Unsupported, Value
@@ -867,6 +867,3 @@ def lower(function: Function, features: Sequence[str]) -> Program:
         Unsupported: naming the operation, type or form that is not known.
     """
     return Lowering(function, features).program()
-
-
-__all__ = ["FULL", "Program", "lower"]

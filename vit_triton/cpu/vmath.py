@@ -7,7 +7,7 @@ branch.
 
 from collections.abc import Sequence
 
-from vit_triton.cpu.builder import Builder, Val, mlir_type
+from vit_triton.cpu.builder import Builder, Val
 from vit_triton.cpu.ttir import Op, Unsupported, Value
 
 # 2**f on [-1/2, 1/2], relative error 2e-9
@@ -285,6 +285,3 @@ def declarations(libm: set[str]) -> list[str]:
     return [
         f"llvm.func @{f}({', '.join(['f32'] * (2 if f in ('powf', 'atan2f') else 1))}) -> f32" for f in sorted(libm)
     ]
-
-
-__all__ = ["COST", "ELEMENTWISE", "LIBM", "Math", "declarations", "mlir_type"]
