@@ -61,7 +61,7 @@ class Dot:
                 b = self.b
                 with b.loop(b.index(0), n, b.index(width)) as columns:
                     with b.pinned_here():
-                        self._pack(bt, columns.index, width, k, panel, pairs)
+                        self._pack(bt, columns.index, width, k, panel, pairs, col_limits, n)
                         with b.loop(b.index(0), m, b.index(min(ROWS, rows))) as block, b.pinned_here():
                             self._block(
                                 a_rows,
@@ -183,11 +183,26 @@ class Dot:
 
     # --- B
 
-    def _pack(self, bt: Value, column: Val, width: int, k: Val, panel: Val, pairs: bool) -> None:
+    def _pack(
+        self,
+        bt: Value,
+        column: Val,
+        width: int,
+        k: Val,
+        panel: Val,
+        pairs: bool,
+        col_limits: list[Condition],
+        n: Val,
+    ) -> None:
         b = self.b
         depth = bt.type.shape[0]
         if self.best_lane(bt) == 0 and depth >= LANES:
-            self._pack_transposed(bt, column, width, k, panel, pairs)
+            last = b.binary("arith.subi", n, b.index(1))
+            # columns past the end repeat the last one: what they give is not looked at
+            numbers = [b.binary("arith.minsi", b.add(column, b.index(c)), last) for c in range(width)]
+            keys = [(condition, number.name) for condition in col_limits for number in numbers]
+            self.assumed.update(dict.fromkeys(keys))
+            self._forget(keys, lambda: self._pack_transposed(bt, numbers, k, panel, pairs))
             return
         with b.loop(b.index(0), k, b.index(2 if pairs else 1)) as loop:
             for c in range(0, width, LANES):
@@ -203,16 +218,15 @@ class Dot:
                 offset = b.add(b.mul(loop.index, b.index(width)), b.index(2 * c if pairs else c))
                 self.store_vector(vector, b.gep(panel, offset, "bf16" if pairs else "f32"))
 
-    def _pack_transposed(self, bt: Value, column: Val, width: int, k: Val, panel: Val, pairs: bool) -> None:
+    def _pack_transposed(self, bt: Value, columns: list[Val], k: Val, panel: Val, pairs: bool) -> None:
         """B lies with k running fastest: transpose 16 columns x 16 words at a time."""
-        b = self.b
+        b, width = self.b, len(columns)
         span = 2 * LANES if pairs and bt.type.shape[0] >= 2 * LANES else LANES
         words = span // 2 if pairs else span
         with b.loop(b.index(0), k, b.index(span)) as loop:
             for c in range(0, width, LANES):
                 vectors = []
-                for i in range(LANES):
-                    at = b.add(column, b.index(c + i))
+                for at in columns[c : c + LANES]:
                     vector = self.vector(bt, [loop.index, at], 0, LANES)
                     if pairs:
                         high = b.constant(0.0, "bf16", LANES)
