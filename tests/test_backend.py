@@ -18,6 +18,7 @@ X = torch.zeros(2, 4)
 @pytest.fixture(autouse=True)
 def untouched(monkeypatch):
     monkeypatch.setattr(backend, "_default", None)
+    monkeypatch.setattr(backend, "_measured_cpu", lambda: False)
     monkeypatch.delenv(VARIABLE, raising=False)
 
 
