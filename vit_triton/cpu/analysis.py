@@ -269,9 +269,7 @@ class Analysis:
                 if not value.type.is_tile:
                     self.cost[value] = 0
                 elif op.name in RESHAPES:
-                    # one number a row is read once a row
-                    once = op.name == "tt.broadcast" and op.operands[0].type.shape[-1] == 1
-                    self.cost[value] = 0 if once else self.cost.get(op.operands[0], 1)
+                    self.cost[value] = self.cost.get(op.operands[0], 1)
                 elif op.name in ELEMENTWISE:
                     if value.type.elem == "i1" and self.conditions(value)[1]:
                         self.cost[value] = 0  # a mask that becomes the bound of a loop
