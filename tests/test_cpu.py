@@ -494,6 +494,30 @@ def test_a_forked_child_runs_kernels():
         child.join()
 
 
+class Normed(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return F.layer_norm(self.rows[i], None, None, backend="triton")
+
+
+def test_workers_of_a_data_loader_run_kernels():
+    torch.set_num_threads(2)
+    try:
+        rows = torch.randn(12, 33)
+        expected = F.layer_norm(rows, None, None, backend="triton")
+    finally:
+        torch.set_num_threads(1)
+    loader = torch.utils.data.DataLoader(
+        Normed(rows), batch_size=3, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    assert torch.equal(torch.cat(list(loader)), expected)
+
+
 # --- what it refuses, and what it leaves behind ------------------------------------------------------------
 
 
