@@ -7,14 +7,15 @@ Triton decides while it is imported, so this comes before any other import.
 
 import dataclasses
 import os
-import platform
 import sys
+
+from vit_triton.cpu import features  # imports no Triton
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATOR = None if INTERPRETER else os.environ.get("PTXEMU")
 if EMULATOR:
     sys.path.insert(0, EMULATOR)
-elif not INTERPRETER and (platform.system(), platform.machine()) not in (("Linux", "x86_64"), ("Linux", "AMD64")):
+elif not INTERPRETER and not set(features.REQUIRED) <= set(features.detect()):
     os.environ["TRITON_INTERPRET"], INTERPRETER = "1", True
 
 import hypothesis  # noqa: E402
