@@ -56,8 +56,6 @@ def layer_norm_fwd_kernel(
         mean = tl.sum(x, axis=1) / width
         centred = tl.where(mask_d[None, :], x - mean[:, None], 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
-        tl.store(mean_ptr + offs_m, mean, mask=mask_m)
-        tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
     y = centred * rstd[:, None]
     if weight_ptr is not None:
@@ -65,6 +63,9 @@ def layer_norm_fwd_kernel(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if not SAVED_STATISTICS:
+        tl.store(mean_ptr + offs_m, mean, mask=mask_m)
+        tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
 
 def _layer_norm(
