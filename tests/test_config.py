@@ -4,7 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
+from vit_triton.cpu.driver import active
 from vit_triton.kernels import _config as config
 from vit_triton.kernels import _launch
 
@@ -106,6 +109,8 @@ def test_configurations_are_frozen_and_can_be_keys():
 class Kernel:
     """Stands in for a Triton kernel and notes its grids."""
 
+    arg_names = ()
+
     def __init__(self):
         self.grids = []
 
@@ -116,8 +121,44 @@ class Kernel:
 @pytest.mark.parametrize(("programs", "launched"), [(0, []), (1, [(1,)]), (2**31 - 1, [(2**31 - 1,)])])
 def test_launch(programs, launched):
     kernel = Kernel()
-    _launch.launch(kernel, (programs,), torch.zeros(1))
+    with active():
+        _launch.launch(kernel, (programs,), torch.zeros(1))
     assert kernel.grids == launched
+
+
+@triton.jit
+def scale_kernel(x_ptr, y_ptr, n, factor, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n) * factor, mask=i < n)
+
+
+@pytest.mark.compiled
+def test_launched_again_with_other_arguments():
+    """What is found again for some arguments must not be what was compiled for others."""
+    buffer = torch.arange(3000.0)
+    for x in (buffer[:2000], buffer[1:2001], buffer[:2000].bfloat16(), buffer[3:2003].double(), buffer[5:50]):
+        for factor in (1.0, 3.0, 0.5):
+            for block in (16, 1024):
+                y = torch.zeros_like(x)
+                arguments = dict(x_ptr=x, y_ptr=y, n=len(x), factor=factor, BLOCK=block)
+                with active():
+                    _launch.launch(scale_kernel, (-(-len(x) // block),), x, **arguments)
+                assert torch.equal(y, x * factor), (x.dtype, len(x), factor, block)
+
+
+@pytest.mark.compiled
+def test_a_second_launch_does_not_search(monkeypatch):
+    if _launch.INTERPRETING:
+        return  # nothing is compiled
+    x = torch.arange(64.0)
+    calls = []
+    run = scale_kernel.run
+    monkeypatch.setattr(scale_kernel, "run", lambda *args, **kwargs: calls.append(1) or run(*args, **kwargs))
+    for factor, searches in ((7.0, 1), (7.0, 1), (9.0, 2), (7.0, 2)):
+        y = torch.empty_like(x)
+        with active():
+            _launch.launch(scale_kernel, (1,), x, x_ptr=x, y_ptr=y, n=64, factor=factor, BLOCK=64)
+        assert torch.equal(y, x * factor) and len(calls) == searches
 
 
 def test_a_grid_beyond_the_limit_is_an_error():

@@ -4,10 +4,12 @@ A ``backend`` argument decides; without one, :func:`use_backend`; without that, 
 ``VIT_TRITON_BACKEND``; without that, "auto".
 """
 
+import functools
 import importlib.util
 import os
 import warnings
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -144,12 +146,8 @@ def cpu_vehicle() -> str:
 # business, and Dynamo cannot follow it. This is what torch.compiler.assume_constant_result sets, without importing
 # Dynamo, which takes a second.
 def _cpu_vehicle() -> str:
-    import triton
-    from triton.runtime import driver
-    from triton.runtime.interpreter import InterpretedFunction
-
-    interpreting = isinstance(triton.language.cdiv, InterpretedFunction)
-    if interpreting != bool(triton.knobs.runtime.interpret):
+    interpreting, knobs, driver = _triton()
+    if interpreting != bool(knobs.interpret):
         raise RuntimeError(
             "TRITON_INTERPRET was changed after Triton had been imported, which decides it: set it in the environment "
             "before Python starts, and leave it"
@@ -173,6 +171,16 @@ def _cpu_vehicle() -> str:
         'backend="torch" or "auto", '
         "or, to check the kernels, start Python with TRITON_INTERPRET=1 in the environment (slow)"
     )
+
+
+@functools.cache
+def _triton() -> tuple[bool, Any, Any]:
+    """Whether Triton was imported to interpret, its knobs, and what knows its active driver."""
+    import triton
+    from triton.runtime.driver import driver
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(triton.language.cdiv, InterpretedFunction), triton.knobs.runtime, driver
 
 
 _cpu_vehicle._dynamo_marked_constant = True  # type: ignore[attr-defined]

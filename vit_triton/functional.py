@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_triton import autograd, reference
+from vit_triton import autograd, packing, reference
 from vit_triton.backend import resolve_backend
 from vit_triton.reference import Norm
 
@@ -126,11 +126,12 @@ def linear(
     other = None if residual is None or residual_is_x else _rows(residual)
     tensors = (rows, weight, bias, norm_weight, norm_bias, other)
     seed = _seed(x, dropout_p)
+    panels = packing.panels(weight)
     if _differentiating(*tensors):
         y = autograd.LinearFunction.apply(*tensors, seed, eps, float(dropout_p), residual_is_x)
     else:
         y, _, _ = torch.ops.vit_triton.linear_fwd.default(
-            *tensors[:5], rows if residual_is_x else tensors[5], seed, eps, float(dropout_p)
+            *tensors[:5], rows if residual_is_x else tensors[5], seed, eps, float(dropout_p), panels
         )
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -194,11 +195,12 @@ def mlp(
     )
     seeds = _seed(x, hidden_dropout_p), _seed(x, dropout_p)
     scalars = eps, activation, float(hidden_dropout_p), float(dropout_p)
+    panels = packing.panels(w1), packing.panels(w2)
     if _differentiating(*tensors):
         y = autograd.MlpFunction.apply(*tensors, *seeds, *scalars, residual_is_x)
     else:
         y, *_ = torch.ops.vit_triton.mlp_fwd.default(
-            *tensors[:7], rows if residual_is_x else tensors[7], *seeds, *scalars, False
+            *tensors[:7], rows if residual_is_x else tensors[7], *seeds, *scalars, False, *panels
         )
     return y.view(*x.shape[:-1], w2.shape[0])
 
@@ -485,7 +487,7 @@ def _check_attention(q: Tensor, n_k: int, scale: float | None, dropout_p: float)
 
 
 def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
+    if not isinstance(value, (float, Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
 
 

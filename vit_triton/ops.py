@@ -137,16 +137,18 @@ def _attention_packed_bwd_fake(do, qkv, out, lse, dlse, seed, scale, dropout_p):
 
 @_register(
     "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, "
-    "Tensor? seed, float? eps, float dropout_p) -> (Tensor, Tensor, Tensor)"
+    "Tensor? seed, float? eps, float dropout_p, Tensor? panels=None) -> (Tensor, Tensor, Tensor)"
 )
-def _linear_fwd(x, weight, bias, norm_weight, norm_bias, residual, seed, eps, dropout_p):
+def _linear_fwd(x, weight, bias, norm_weight, norm_bias, residual, seed, eps, dropout_p, panels=None):
     from vit_triton.kernels.mlp import norm_linear_fwd
 
-    return norm_linear_fwd(x, weight, bias, norm_weight, norm_bias, residual, seed, eps=eps, dropout_p=dropout_p)
+    return norm_linear_fwd(
+        x, weight, bias, norm_weight, norm_bias, residual, seed, eps=eps, dropout_p=dropout_p, panels=panels
+    )
 
 
 @_fake("linear_fwd")
-def _linear_fwd_fake(x, weight, bias, norm_weight, norm_bias, residual, seed, eps, dropout_p):
+def _linear_fwd_fake(x, weight, bias, norm_weight, norm_bias, residual, seed, eps, dropout_p, panels=None):
     y = x.new_empty(x.shape[0], weight.shape[0], dtype=(weight if residual is None else residual).dtype)
     return y, _statistics(x, eps is not None), _statistics(x, eps is not None)
 
@@ -202,11 +204,11 @@ def _norm_grads(weight: Tensor | None, bias: Tensor | None, wanted: bool) -> tup
 @_register(
     "mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor? residual, Tensor? hidden_seed, Tensor? seed, float? eps, str activation, float hidden_dropout_p, "
-    "float dropout_p, bool save) -> (Tensor, Tensor, Tensor, Tensor)"
+    "float dropout_p, bool save, Tensor? panels1=None, Tensor? panels2=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _mlp_fwd(
     x, w1, b1, w2, b2, norm_weight, norm_bias, residual, hidden_seed, seed,
-    eps, activation, hidden_dropout_p, dropout_p, save,
+    eps, activation, hidden_dropout_p, dropout_p, save, panels1=None, panels2=None,
 ):  # fmt: skip
     from vit_triton.kernels.mlp import mlp_fwd
 
@@ -226,13 +228,14 @@ def _mlp_fwd(
         hidden_dropout_p=hidden_dropout_p,
         dropout_p=dropout_p,
         save=save,
+        panels=(panels1, panels2),
     )
 
 
 @_fake("mlp_fwd")
 def _mlp_fwd_fake(
     x, w1, b1, w2, b2, norm_weight, norm_bias, residual, hidden_seed, seed,
-    eps, activation, hidden_dropout_p, dropout_p, save,
+    eps, activation, hidden_dropout_p, dropout_p, save, panels1=None, panels2=None,
 ):  # fmt: skip
     y = x.new_empty(x.shape[0], w2.shape[0], dtype=(w2 if residual is None else residual).dtype)
     pre = w1.new_empty(x.shape[0], w1.shape[0]) if save else None

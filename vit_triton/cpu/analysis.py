@@ -142,6 +142,40 @@ class Analysis:
                 return 1 if "rem" in op.name else 0
         return None
 
+    def offsets(self, value: Value, axis: int) -> list[int] | None:
+        """How far each element along ``axis`` lies from the first, where that is known to the number."""
+        size, op = value.type.shape[axis], value.op
+        if value in self.inductions:
+            return self.offsets(self.initial(value), axis)
+        if size == 1 or op is not None and op.name in ("tt.splat", "arith.constant"):
+            return [0] * size
+        if op is None:
+            return None
+        if op.name == "tt.make_range":
+            return list(range(size))
+        if op.name in RESHAPES:
+            inner = operand_axis(op, axis)
+            return [0] * size if inner is None else self.offsets(op.operands[0], inner)
+        if op.name == "arith.extsi":
+            return self.offsets(op.operands[0], axis)
+        if op.name in ("arith.addi", "tt.addptr", "arith.muli", "arith.divsi", "arith.remsi"):
+            a, b = (self.offsets(v, axis) for v in op.operands)
+            if a is None or b is None:
+                return None
+            if op.name in ("arith.addi", "tt.addptr"):
+                return [x + y for x, y in zip(a, b, strict=True)]
+            if not any(a) and not any(b):
+                return a
+            number = self.constant(op.operands[1])
+            if number is None or any(b):
+                return None
+            if op.name == "arith.muli":
+                return [x * number for x in a]
+            first = self._strip(op.operands[0]).op
+            if first is not None and first.name == "tt.make_range" and int(first.attrs["start"]) == 0:
+                return [x // number if op.name == "arith.divsi" else x % number for x in a]
+        return None
+
     def constant(self, value: Value) -> int | None:
         """The number a uniform integer is, if it is known."""
         op = value.op

@@ -1,6 +1,7 @@
 """tt.dot: blocks of 8 x 32 results in registers, B packed into panels of 32 columns, A read where it lies.
 
-    for each panel of B                     packed once, 4 bytes wide: float32, or pairs of bfloat16 along K
+    for each panel of B                     packed once, 4 bytes wide: float32, or pairs of bfloat16 along K;
+                                            or read where it lies, if it is loaded from memory laid out so
         for each 8 rows of A
             for each k                      2 vectors of B, 8 elements of A, 16 multiply-adds
 
@@ -17,6 +18,7 @@ from vit_triton.cpu.ttir import Op, Type, Unsupported, Value
 
 ROWS = 8
 LANES = 16
+PANEL = 2 * LANES  # columns
 
 
 @dataclass
@@ -56,12 +58,14 @@ class Dot:
                 m = self.to_val(self.bound(row_limits, rows))
                 n = self.to_val(self.bound(col_limits, cols))
                 k = self.to_val(self.bound(depth_limits, depth))
-                width = min(2 * LANES, cols)
-                panel = self.reserve(max(depth, 32) * width * (2 if pairs else 4) + 4 * width)
+                width = min(PANEL, cols)
+                lying = self._lying_panel(bt, depth_limits, pairs)
+                panel = lying or self.reserve(max(depth, 32) * width * (2 if pairs else 4) + 4 * width)
                 b = self.b
                 with b.loop(b.index(0), n, b.index(width)) as columns:
                     with b.pinned_here():
-                        self._pack(bt, columns.index, width, k, panel, pairs, col_limits, n)
+                        if lying is None:
+                            self._pack(bt, columns.index, width, k, panel, pairs, col_limits, n)
                         with b.loop(b.index(0), m, b.index(min(ROWS, rows))) as block, b.pinned_here():
                             self._block(
                                 a_rows,
@@ -182,6 +186,29 @@ class Dot:
         return Rows(lambda i: b.gep(base, i, "f32"), stride)
 
     # --- B
+
+    def _lying_panel(self, b_: Value, depth_limits: list[Condition], pairs: bool) -> Val | None:
+        """Where B is one panel already: the address it is loaded from."""
+        source, k_axis = b_, 0
+        while source.op is not None and source.op.name == "tt.trans" and source not in self.buffers:
+            source, k_axis = source.op.operands[0], 1 - k_axis
+        op, word = source.op, 2 if pairs else 1
+        depth, cols = b_.type.shape
+        if op is None or op.name != "tt.load" or source in self.buffers or cols != PANEL:
+            return None
+        conditions, complete = self.info.conditions(op.operands[1]) if len(op.operands) > 1 else ([], True)
+        if not complete or any(axis != k_axis or c not in depth_limits for axis, c in conditions):
+            return None  # a panel is read as a whole
+        pointers = op.operands[0]
+        along_k = [k // word * cols * word + k % word for k in range(depth)]
+        along_n = [n * word for n in range(cols)]
+        if source.type.elem != ("bf16" if pairs else "f32") or self.info.offsets(pointers, k_axis) != along_k:
+            return None
+        return (
+            self.at(pointers, [self.b.index(0)] * 2, None, 0)
+            if self.info.offsets(pointers, 1 - k_axis) == along_n
+            else None
+        )
 
     def _pack(
         self,
@@ -312,7 +339,7 @@ class Dot:
 
     def _panel(self, pointer: Val, pairs: bool) -> Val:
         vector = ("bf16", 2 * LANES) if pairs else ("f32", LANES)
-        text = f"llvm.load {{0}} {{{{alignment = 64 : i64}}}} : !llvm.ptr -> {mlir_type(*vector)}"
+        text = f"llvm.load {{0}} {{{{alignment = 4 : i64}}}} : !llvm.ptr -> {mlir_type(*vector)}"
         return self.b.read(text, (pointer,), *vector)
 
     def _word(self, pointer: Val, elem: str) -> Val:

@@ -22,6 +22,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from vit_triton.cpu import features
 from vit_triton.cpu.compiler import CPUBackend
+from vit_triton.cpu.dot import PANEL
 from vit_triton.cpu.elf import Code
 from vit_triton.cpu.lower import HEADER_SLOTS
 
@@ -161,6 +162,19 @@ class CPUDriver(DriverBase):
 
     def get_benchmarker(self) -> Any:
         raise NotImplementedError("the CPU driver does not benchmark")
+
+
+def dot_panel(dtype: torch.dtype) -> tuple[int, int] | None:
+    """(columns, values of a word) of the panels in which ``tl.dot`` reads its second operand where it lies, see
+    :mod:`vit_triton.cpu.dot`; None if it packs that dtype itself, or if kernels are not compiled for the CPU."""
+    if _INTERPRETING:
+        return None
+    with active():
+        target = driver.active.get_current_target()
+    if target.backend != "cpu":
+        return None
+    word = {torch.float32: 1, torch.bfloat16: 2 if "avx512_bf16" in target.arch else None}.get(dtype)
+    return None if word is None else (PANEL, word)
 
 
 _lock = threading.RLock()

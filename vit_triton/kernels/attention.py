@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from vit_triton.kernels._config import (
+    cdiv,
     attention_tail,
     architecture,
     pick_attention_bwd_dkdv,
@@ -232,7 +233,7 @@ def attention_fwd(
     d_main, d_tail = split_head_dim(head_dim)
     launch(
         attention_fwd_kernel,
-        (triton.cdiv(n_q, config.block_m) * batch * n_heads,),
+        (cdiv(n_q, config.block_m) * batch * n_heads,),
         q,
         q_ptr=q,
         k_ptr=k,
@@ -654,7 +655,7 @@ def _attention_bwd(do, q, k, v, out, lse, dlse, seed, dq, dk, dv, *, scale: floa
     block_m = max(1, 4096 // block_d) if arch != "interpreter" else 256
     launch(
         attention_bwd_delta_kernel,
-        (triton.cdiv(n_q, block_m) * batch * n_heads,),
+        (cdiv(n_q, block_m) * batch * n_heads,),
         q,
         out_ptr=out,
         do_ptr=do,
@@ -700,7 +701,7 @@ def _attention_bwd(do, q, k, v, out, lse, dlse, seed, dq, dk, dv, *, scale: floa
     config = pick_attention_bwd_dq(n_q, n_k, head_dim, q.dtype, arch)
     launch(
         attention_bwd_dq_kernel,
-        (triton.cdiv(n_q, config.block_m) * batch * n_heads,),
+        (cdiv(n_q, config.block_m) * batch * n_heads,),
         q,
         dq_ptr=dq,
         stride_dqb=dq.stride(0),
@@ -716,7 +717,7 @@ def _attention_bwd(do, q, k, v, out, lse, dlse, seed, dq, dk, dv, *, scale: floa
     config = pick_attention_bwd_dkdv(n_q, n_k, head_dim, q.dtype, arch)
     launch(
         attention_bwd_dkdv_kernel,
-        (triton.cdiv(n_k, config.block_n) * batch * n_heads,),
+        (cdiv(n_k, config.block_n) * batch * n_heads,),
         q,
         dk_ptr=dk,
         dv_ptr=dv,

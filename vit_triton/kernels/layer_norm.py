@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vit_triton.kernels._config import architecture, check_layer_norm_width, layer_norm_stretch, pick_layer_norm
+from vit_triton.kernels._config import cdiv, architecture, check_layer_norm_width, layer_norm_stretch, pick_layer_norm
 from vit_triton.kernels._launch import launch
 
 # --- forward -----------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def _layer_norm(
     config = pick_layer_norm(width, architecture(x.device))
     launch(
         layer_norm_fwd_kernel,
-        (triton.cdiv(n_rows, config.block_m),),
+        (cdiv(n_rows, config.block_m),),
         x,
         x_ptr=x,
         residual_ptr=residual,

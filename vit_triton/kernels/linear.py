@@ -18,11 +18,13 @@ arXiv:1606.08415).
 No kernel uses atomics: the sum over tokens in `dweight` is cut into parts that are added in a fixed order.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
-from vit_triton.kernels._config import architecture, pick_linear_bwd_input, pick_linear_bwd_weight, pick_linear_fwd
+from vit_triton.kernels._config import cdiv, architecture, pick_linear_bwd_input, pick_linear_bwd_weight, pick_linear_fwd
 from vit_triton.kernels._launch import TRITON_DTYPE, input_precision, keep_scale, launch
 from vit_triton.kernels._tiles import dropout_keep, gelu, gelu_grad, grouped_tile
 
@@ -57,22 +59,34 @@ def linear_fwd_kernel(
     stride_xm, stride_xk, stride_wn, stride_wk, stride_rm, stride_rn,
     M, N, K, dropout_p, keep_scale,
     ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
+    """WORD: 0, or weight_ptr holds the panels of `pack_weight`, BLOCK_N columns of WORD values along K each."""
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + _offsets(offs_m, stride_xm, offs_k, stride_xk)  # [BLOCK_M, BLOCK_K]
-    w_ptrs = weight_ptr + _offsets(offs_n, stride_wn, offs_k, stride_wk)  # [BLOCK_N, BLOCK_K]
     step_x = tl.full([], BLOCK_K, tl.int64) * stride_xk
-    step_w = tl.full([], BLOCK_K, tl.int64) * stride_wk
+    if WORD:
+        along_k = offs_k // WORD * (BLOCK_N * WORD) + offs_k % WORD
+        panel_ptr = weight_ptr + pid_n.to(tl.int64) * stride_wn
+        w_ptrs = panel_ptr + tl.arange(0, BLOCK_N)[:, None] * WORD + along_k[None, :]  # [BLOCK_N, BLOCK_K]
+        step_w = tl.full([], BLOCK_K * BLOCK_N, tl.int64)
+    else:
+        w_ptrs = weight_ptr + _offsets(offs_n, stride_wn, offs_k, stride_wk)  # [BLOCK_N, BLOCK_K]
+        step_w = tl.full([], BLOCK_K, tl.int64) * stride_wk
 
     z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
         x = tl.load(x_ptrs, mask=_within(offs_m, M, offs_k, K - k, EVEN_K), other=0.0)  # [BLOCK_M, BLOCK_K]
-        w = tl.load(w_ptrs, mask=_within(offs_n, N, offs_k, K - k, EVEN_K), other=0.0)  # [BLOCK_N, BLOCK_K]
+        if not WORD:
+            w = tl.load(w_ptrs, mask=_within(offs_n, N, offs_k, K - k, EVEN_K), other=0.0)  # [BLOCK_N, BLOCK_K]
+        elif EVEN_K:
+            w = tl.load(w_ptrs)
+        else:
+            w = tl.load(w_ptrs, mask=(offs_k < K - k)[None, :], other=0.0)
         z = tl.dot(x.to(dtype), tl.trans(w), z, input_precision=PRECISION)
         x_ptrs += step_x
         w_ptrs += step_w
@@ -104,11 +118,13 @@ def linear_fwd(
     activation: str = "none",
     save_pre: bool = False,
     out_dtype: torch.dtype | None = None,
+    panels: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y = dropout(act(x @ weight.T + bias)) + residual, and z = x @ weight.T + bias if ``save_pre``, else None.
 
     x (M, K), weight (N, K), bias (N,), residual (M, N) -> y (M, N) in ``out_dtype``, or else the residual's or the
-    weight's dtype; z (M, N) in the weight's. ``seed``: one int64, needed with dropout.
+    weight's dtype; z (M, N) in the weight's. ``seed``: one int64, needed with dropout. ``panels``: the weight
+    once more, as `pack_weight` gives it, and then that is read.
     """
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n, dtype=out_dtype or (weight if residual is None else residual).dtype)
@@ -116,12 +132,14 @@ def linear_fwd(
     precision = input_precision(weight.dtype)
     epilogue = _epilogue(activation != "none" or residual is not None, dropout_p > 0)
     config = pick_linear_fwd(m, n, k, weight.dtype, architecture(x.device), precision, epilogue)
+    if panels is not None:
+        config = replace(config, cols=panels.shape[2])
     launch(
         linear_fwd_kernel,
-        (triton.cdiv(m, config.rows) * triton.cdiv(n, config.cols),),
+        (cdiv(m, config.rows) * cdiv(n, config.cols),),
         x,
         x_ptr=x,
-        weight_ptr=weight,
+        weight_ptr=weight if panels is None else panels,
         bias_ptr=bias,
         residual_ptr=residual,
         y_ptr=y,
@@ -129,7 +147,7 @@ def linear_fwd(
         seed_ptr=seed if dropout_p > 0 else None,
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
-        stride_wn=weight.stride(0),
+        stride_wn=weight.stride(0) if panels is None else panels.stride(0),
         stride_wk=weight.stride(1),
         stride_rm=0 if residual is None else residual.stride(0),
         stride_rn=0 if residual is None else residual.stride(1),
@@ -146,10 +164,19 @@ def linear_fwd(
         BLOCK_N=config.cols,
         BLOCK_K=config.depth,
         GROUP=config.group,
+        WORD=0 if panels is None else panels.shape[3],
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     return y, pre
+
+
+def pack_weight(weight: torch.Tensor, panel: int, word: int) -> torch.Tensor:
+    """A weight (N, K) as panels of ``panel`` of its rows, (N / panel, K / word, panel, word): what a CPU multiplies
+    with lies in the order in which it is read. Zeros where N or K does not divide."""
+    n, k = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -k % word, 0, -n % panel))
+    return padded.unflatten(1, (-1, word)).unflatten(0, (-1, panel)).transpose(1, 2).contiguous()
 
 
 def _epilogue(elementwise: bool, dropout: bool) -> str:
@@ -226,7 +253,7 @@ def linear_bwd_input(
     config = pick_linear_bwd_input(m, n, k, weight.dtype, architecture(dy.device), precision, epilogue)
     launch(
         linear_bwd_input_kernel,
-        (triton.cdiv(m, config.rows) * triton.cdiv(k, config.cols),),
+        (cdiv(m, config.rows) * cdiv(k, config.cols),),
         dy,
         dy_ptr=dy,
         weight_ptr=weight,
@@ -344,7 +371,7 @@ def linear_bwd_weight(
     dbias = dy.new_empty(config.split, n, dtype=parts_dtype) if with_bias else None
     launch(
         linear_bwd_weight_kernel,
-        (triton.cdiv(n, config.rows) * triton.cdiv(k, config.cols) * config.split,),
+        (cdiv(n, config.rows) * cdiv(k, config.cols) * config.split,),
         dy,
         dy_ptr=dy,
         x_ptr=x,

@@ -28,11 +28,12 @@ def norm_linear_fwd(
     *,
     eps: float | None,
     dropout_p: float,
+    panels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dropout(norm(x) @ weight.T + bias) + residual -> y (M, N), and mean and rstd (M,) of the norm; no norm where
-    ``eps`` is None."""
+    ``eps`` is None. ``panels``: the weight as `pack_weight` lays it out."""
     x, mean, rstd = _norm(x, norm_weight, norm_bias, eps, weight.dtype)
-    y, _ = linear_fwd(x, weight, bias, residual, seed, dropout_p=dropout_p)
+    y, _ = linear_fwd(x, weight, bias, residual, seed, dropout_p=dropout_p, panels=panels)
     return y, mean, rstd
 
 
@@ -89,13 +90,19 @@ def mlp_fwd(
     hidden_dropout_p: float,
     dropout_p: float,
     save: bool,
+    panels: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """y (M, K), and with ``save`` the pre-activation h (M, N), mean and rstd (M,) of the norm."""
+    """y (M, K), and with ``save`` the pre-activation h (M, N), mean and rstd (M,) of the norm. ``panels``: both weights
+    as `pack_weight` lays them out."""
     x, mean, rstd = _norm(x, norm_weight, norm_bias, eps, w1.dtype)
     hidden, pre = linear_fwd(
-        x, w1, b1, None, hidden_seed, dropout_p=hidden_dropout_p, activation=activation, save_pre=save
+        *(x, w1, b1, None, hidden_seed),
+        dropout_p=hidden_dropout_p,
+        activation=activation,
+        save_pre=save,
+        panels=panels[0],
     )
-    y, _ = linear_fwd(hidden, w2, b2, residual, seed, dropout_p=dropout_p)
+    y, _ = linear_fwd(hidden, w2, b2, residual, seed, dropout_p=dropout_p, panels=panels[1])
     return y, pre, mean, rstd
 
 

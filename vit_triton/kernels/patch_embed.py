@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from vit_triton.kernels._config import (
+    cdiv,
     architecture,
     check_layer_norm_width,
     pick_layer_norm,
@@ -223,7 +224,7 @@ def patch_embed_fwd(
         rows = pick_layer_norm(layout.patch_dim, arch)
         launch(
             patch_embed_statistics_kernel,
-            (triton.cdiv(n_rows, rows.block_m),),
+            (cdiv(n_rows, rows.block_m),),
             image,
             **image_args,
             pre_mean_ptr=pre_mean,
@@ -240,7 +241,7 @@ def patch_embed_fwd(
     config = pick_patch_embed_fwd(n_rows, dim, layout.patch_dim, weight.dtype, arch, precision)
     launch(
         patch_embed_fwd_kernel,
-        (triton.cdiv(n_rows, config.rows) * triton.cdiv(dim, config.cols),),
+        (cdiv(n_rows, config.rows) * cdiv(dim, config.cols),),
         image,
         **image_args,
         weight_ptr=layout.from_weight(weight),
@@ -269,7 +270,7 @@ def patch_embed_fwd(
         rows = pick_layer_norm(dim, arch)
         launch(
             patch_embed_norm_kernel,
-            (triton.cdiv(n_rows, rows.block_m),),
+            (cdiv(n_rows, rows.block_m),),
             image,
             z_ptr=z,
             weight_ptr=_contiguous(post_norm[0]),
@@ -498,7 +499,7 @@ def _bwd_weight(
     dbiases = image.new_empty((config.split, dim), dtype=torch.float32)
     launch(
         patch_embed_bwd_weight_kernel,
-        (triton.cdiv(dim, config.rows) * triton.cdiv(layout.patch_dim, config.cols) * config.split,),
+        (cdiv(dim, config.rows) * cdiv(layout.patch_dim, config.cols) * config.split,),
         image,
         dz_ptr=dz,
         image_ptr=image,
@@ -550,7 +551,7 @@ def _bwd_image(
     dimage_args |= {"n_rows": n_rows, "n_patches": layout.n_patches, "grid_w": layout.grid_w}
     launch(
         patch_embed_bwd_image_kernel,
-        (triton.cdiv(n_rows, config.rows) * triton.cdiv(layout.patch_dim, config.cols),),
+        (cdiv(n_rows, config.rows) * cdiv(layout.patch_dim, config.cols),),
         image,
         **dimage_args,
         dz_ptr=dz,
@@ -571,7 +572,7 @@ def _bwd_image(
         rows = pick_layer_norm(layout.patch_dim, arch)
         launch(
             patch_embed_bwd_norm_kernel,
-            (triton.cdiv(n_rows, rows.block_m),),
+            (cdiv(n_rows, rows.block_m),),
             image,
             **dimage_args,
             image_ptr=image,
