@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from vit_triton.cpu.analysis import IDENTITY, RESHAPES, Analysis, Condition, operand_axis, walk
+from vit_triton.cpu.analysis import IDENTITY, LAZY, RESHAPES, Analysis, Condition, operand_axis, walk
 from vit_triton.cpu.builder import Builder, Val, mlir_type
 from vit_triton.cpu.dot import Dot
 from vit_triton.cpu.ttir import Function, Op, Region, Type, Unsupported, Value
@@ -59,6 +59,7 @@ class Lowering(Dot):
         self.defined: set[Value] = set()
         self.pending: list[Value] = []  # loaded tiles that are read where they are used
         self.assumed: dict[tuple[Condition, str], Val | None] = {}  # in these loops true, or true for these lanes
+        self.reduced: set[Op] = set()  # with an earlier one, in one loop
         self.scratch = Val("%scratch", "ptr")
         self.used = self.most_used = 0
         self.sink = 0
@@ -539,68 +540,142 @@ class Lowering(Dot):
         self.tile_loops(shape, by_axis, lane, body)
 
     def reduce(self, op: Op) -> None:
-        axis = op.attrs["axis"]
-        if len(op.operands) > 1:
-            raise Unsupported("tt.reduce of several tiles at once")
-        value, result, region = op.operands[0], op.results[0], op.regions[0]
-        shape, elem = value.type.shape, value.type.elem
-        if region.ops[-1].operands[0] is not region.ops[-2].results[0] or len(region.ops) != 2:
-            raise Unsupported("tt.reduce with more than one operation")
-        combine = region.ops[0]
-        identity = IDENTITY.get(combine.name)
-        if identity is None or elem == "bf16":
-            raise Unsupported(f"tt.reduce of {elem} with {combine.name}")
-        limits = self.wanted(value)
-        limits[axis] = [c for c in self.info.reduced(op) if self.known(c)]
-        lane = self.best_lane(value)
+        """A reduction, and those after it over the same tiles' axis that can be had in the same loop."""
+        if op in self.reduced:
+            return
+        group = [op, *self._alike(op)]
+        self.reduced.update(group)
+        axis, shape = op.attrs["axis"], op.operands[0].type.shape
+        limits, lane = self._reduce_limits(op), self.best_lane(op.operands[0])
+        folds = [self._fold(each) for each in group]
+        totals_before = [self._running_total(each) if lane != axis else None for each in group]
+        buffers = [
+            self.buffers[before]
+            if before
+            else self.allocate(each.results[0].type)
+            if each.results[0].type.is_tile
+            else None
+            for each, before in zip(group, totals_before, strict=True)
+        ]
         b = self.b
-        buffer = self.allocate(result.type) if result.type.is_tile else None
-
-        def fold(a: Val, new: Val) -> Val:
-            if combine.name in ("arith.maxnumf", "arith.minnumf"):
-                # the accumulator is never NaN: a comparison that a NaN fails does what maxnumf does, in one instruction
-                order = "ogt" if combine.name == "arith.maxnumf" else "olt"
-                return b.select(b.compare(f"arith.cmpf {order}", new, a), new, a)
-            return b.binary(combine.name, a, new)
-
-        start = b.constant(identity, elem)
         rest = [a for a in range(len(shape)) if a != axis]
         if lane == axis:
             lanes = min(LANES, shape[axis])
 
             def row(index: Index) -> None:
-                total = self._reduce_row(value, index, axis, lanes, limits[axis], start, fold)
-                while total.lanes > 1:
-                    half = total.lanes // 2
-                    low = b.shuffle(total, total, range(half))
-                    total = fold(low, b.shuffle(total, total, range(half, 2 * half)))
-                total = b.op(f"llvm.extractelement {{0}}[{{1}} : i64] : {total.type}", (total, b.index(0)), elem)
-                if buffer is None:
-                    self.scalars[result] = total
-                else:
-                    target = self.address(buffer, result.type.shape, [index[a] for a in rest])
-                    b.effect(f"llvm.store {{0}}, {{1}} : {total.type}, !llvm.ptr", (total, target))
+                totals = self._reduce_row(group, folds, index, lanes, limits[axis])
+                for each, (fold, _), buffer, total in zip(group, folds, buffers, totals, strict=True):
+                    while total.lanes > 1:
+                        half = total.lanes // 2
+                        low = b.shuffle(total, total, range(half))
+                        total = fold(low, b.shuffle(total, total, range(half, 2 * half)))
+                    total = b.op(
+                        f"llvm.extractelement {{0}}[{{1}} : i64] : {total.type}", (total, b.index(0)), total.elem
+                    )
+                    if buffer is None:
+                        self.scalars[each.results[0]] = total
+                    else:
+                        target = self.address(buffer, each.results[0].type.shape, [index[a] for a in rest])
+                        b.effect(f"llvm.store {{0}}, {{1}} : {total.type}, !llvm.ptr", (total, target))
 
             self._rows(shape, limits, axis, row)
         else:
-
-            def body(index: Index, lanes: int, tail: Val | None) -> None:
-                with b.loop(
-                    b.index(0), self.to_val(self.bound(limits[axis], shape[axis])), b.index(1), [b.splat(start, lanes)]
-                ) as loop:
-                    at = list(index)
-                    at[axis] = loop.index
-                    for c in limits[axis]:
-                        self.assumed[(c, loop.index.name)] = None
-                    loop.next = [fold(loop.carried[0], self.vector(value, at, lane, lanes))]
-                assert buffer is not None
-                self.store_vector(loop.results[0], self.address(buffer, result.type.shape, [index[a] for a in rest]))
-
+            # row after row, so that what depends on the row alone is computed once for it
             outer = list(shape)
             outer[axis] = 1
-            self.tile_loops(outer, [[] if a == axis else limits[a] for a in range(len(shape))], lane, body)
-        if buffer is not None:
-            self.buffers[result] = buffer
+            outer_limits = [[] if a == axis else limits[a] for a in range(len(shape))]
+            row_index = b.index(0)
+
+            def body(index: Index, lanes: int, tail: Val | None, first: bool) -> None:
+                at = list(index)
+                at[axis] = row_index
+                for each, (fold, start), buffer, before in zip(group, folds, buffers, totals_before, strict=True):
+                    assert buffer is not None
+                    if first and before is not None:
+                        continue
+                    target = self.address(buffer, each.results[0].type.shape, [index[a] for a in rest])
+                    total = b.splat(start, lanes)
+                    if not first:
+                        sofar = self.load_vector(target, total.elem, lanes)
+                        total = fold(sofar, self.vector(each.operands[0], at, lane, lanes))
+                    self.store_vector(total, target)
+
+            self.tile_loops(outer, outer_limits, lane, lambda *args: body(*args, True))
+            with b.loop(b.index(0), self.to_val(self.bound(limits[axis], shape[axis])), b.index(1)) as loop:
+                row_index = loop.index
+                keys = [(c, loop.index.name) for c in limits[axis]]
+                self.assumed.update(dict.fromkeys(keys))
+                self._forget(keys, lambda: self.tile_loops(outer, outer_limits, lane, lambda *args: body(*args, False)))
+        self.buffers |= {
+            each.results[0]: buffer for each, buffer in zip(group, buffers, strict=True) if buffer is not None
+        }
+
+    def _running_total(self, op: Op) -> Value | None:
+        """The value carried by the loop around that this reduction is added to, and nothing else happens to."""
+        users = op.results[0].users
+        if len(users) != 1 or users[0].name != op.regions[0].ops[0].name or users[0].parent is not op.parent:
+            return None
+        total, region = users[0].results[0], op.parent
+        assert region is not None
+        before = next(v for v in users[0].operands if v is not op.results[0])
+        carried = before in self.buffers and before.users == [users[0]] and before in region.arguments
+        if not carried or region.yielded[region.arguments.index(before) - 1] is not total or before.type != total.type:
+            return None
+        self.buffers[total] = self.buffers[before]
+        return before
+
+    def _fold(self, op: Op) -> tuple[Callable[[Val, Val], Val], Val]:
+        """How a tt.reduce joins two values, and what it starts from."""
+        region, elem = op.regions[0], op.operands[0].type.elem
+        if len(op.operands) > 1:
+            raise Unsupported("tt.reduce of several tiles at once")
+        if region.ops[-1].operands[0] is not region.ops[-2].results[0] or len(region.ops) != 2:
+            raise Unsupported("tt.reduce with more than one operation")
+        name, b = region.ops[0].name, self.b
+        identity = IDENTITY.get(name)
+        if identity is None or elem == "bf16":
+            raise Unsupported(f"tt.reduce of {elem} with {name}")
+
+        def fold(a: Val, new: Val) -> Val:
+            if name in ("arith.maxnumf", "arith.minnumf"):
+                # the accumulator is never NaN: a comparison that a NaN fails does what maxnumf does, in one instruction
+                order = "ogt" if name == "arith.maxnumf" else "olt"
+                return b.select(b.compare(f"arith.cmpf {order}", new, a), new, a)
+            return b.binary(name, a, new)
+
+        return fold, b.constant(identity, elem)
+
+    def _reduce_limits(self, op: Op) -> list[list[Condition]]:
+        limits = self.wanted(op.operands[0])
+        limits[op.attrs["axis"]] = [c for c in self.info.reduced(op) if self.known(c)]
+        return limits
+
+    def _alike(self, op: Op) -> list[Op]:
+        """Reductions further on that run over the same elements and need nothing that is computed in between."""
+        assert op.parent is not None
+        found = []
+        for other in op.parent.ops[op.parent.ops.index(op) + 1 :]:
+            if other.name in ("tt.store", "scf.for", "scf.if", "tt.dot"):
+                break
+            if (
+                other.name == "tt.reduce"
+                and len(other.operands) == 1
+                and other.attrs["axis"] == op.attrs["axis"]
+                and other.operands[0].type.shape == op.operands[0].type.shape
+                and self._evaluable(other.operands[0])
+                and self._reduce_limits(other) == self._reduce_limits(op)
+                and self.best_lane(other.operands[0]) == self.best_lane(op.operands[0])
+            ):
+                found.append(other)
+        return found
+
+    def _evaluable(self, value: Value) -> bool:
+        """Whether the expression can be computed here, though it is written further on."""
+        if value in self.defined or value in self.buffers:
+            return True
+        op = value.op
+        lazy = op is not None and value.type.is_tile and (op.name in LAZY or op.name == "tt.load")
+        return lazy and value not in self.info.kept and all(map(self._evaluable, op.operands))  # type: ignore[union-attr]
 
     def _rows(
         self, shape: Sequence[int], limits: list[list[Condition]], axis: int, row: Callable[[Index], None]
@@ -627,54 +702,55 @@ class Lowering(Dot):
 
     def _reduce_row(
         self,
-        value: Value,
+        group: Sequence[Op],
+        folds: Sequence[tuple[Callable[[Val, Val], Val], Val]],
         index: Index,
-        axis: int,
         lanes: int,
         limits: Sequence[Condition],
-        start: Val,
-        fold: Callable[[Val, Val], Val],
-    ) -> Val:
-        """One row along ``axis``, in four accumulators that do not wait for each other, to one vector."""
-        b = self.b
-        bound = self.bound(limits, value.type.shape[axis])
-        ways = 4 if value.type.shape[axis] >= 8 * lanes else 1
-        first = b.splat(start, lanes)
+    ) -> list[Val]:
+        """One row along the axis, in four accumulators that do not wait for each other, to a vector per reduction."""
+        b, axis, size = self.b, group[0].attrs["axis"], group[0].operands[0].type.shape[group[0].attrs["axis"]]
+        bound = self.bound(limits, size)
+        ways = 4 if size >= 8 * lanes else 1
+        starts = [b.splat(start, lanes) for _, start in folds]
 
-        def vector(at: Val, mask: Val | None) -> Val:
+        def accumulate(totals: Sequence[Val], at: Val, mask: Val | None) -> list[Val]:
             here = list(index)
             here[axis] = at
             keys = [(c, at.name) for c in limits]
             for key in keys:
                 self.assumed[key] = mask
-            result = self.vector(value, here, axis, lanes)
+            vectors = [self.vector(op.operands[0], here, axis, lanes) for op in group]
             for key in keys:
                 self.assumed.pop(key, None)
-            return result if mask is None else b.select(mask, result, first)
+            if mask is not None:
+                vectors = [b.select(mask, v, start) for v, start in zip(vectors, starts, strict=True)]
+            return [fold(total, v) for (fold, _), total, v in zip(folds, totals, vectors, strict=True)]
 
+        n = len(group)
         full = self.to_val(bound) if isinstance(bound, Val) else b.index(bound)
         whole = b.binary("arith.andi", full, b.index(-lanes))
         blocks = b.binary("arith.divui", full, b.index(ways * lanes))
         blocks = b.mul(blocks, b.index(ways * lanes))
-        accumulators = [first] * ways
+        accumulators = starts * ways
         if ways > 1:
             with b.loop(b.index(0), blocks, b.index(ways * lanes), accumulators) as loop:
-                places = [b.add(loop.index, b.index(w * lanes)) for w in range(ways)]
-                loop.next = [fold(a, vector(at, None)) for a, at in zip(loop.carried, places, strict=True)]
+                for way in range(ways):
+                    at = b.add(loop.index, b.index(way * lanes))
+                    loop.next += accumulate(loop.carried[way * n : (way + 1) * n], at, None)
             accumulators = loop.results
-        with b.loop(blocks if ways > 1 else b.index(0), whole, b.index(lanes), accumulators[:1]) as loop:
-            loop.next = [fold(loop.carried[0], vector(loop.index, None))]
-        accumulators = [*loop.results, *accumulators[1:]]
+        with b.loop(blocks if ways > 1 else b.index(0), whole, b.index(lanes), accumulators[:n]) as loop:
+            loop.next = accumulate(loop.carried, loop.index, None)
+        accumulators = [*loop.results, *accumulators[n:]]
         if isinstance(bound, Val) or bound % lanes:
             # a loop of at most one trip
-            with b.loop(whole, full, b.index(lanes), accumulators[:1]) as loop:
-                mask = self._lane_mask(loop.index, full, lanes)
-                loop.next = [fold(loop.carried[0], vector(loop.index, mask))]
-            accumulators = [*loop.results, *accumulators[1:]]
-        while len(accumulators) > 1:
+            with b.loop(whole, full, b.index(lanes), accumulators[:n]) as loop:
+                loop.next = accumulate(loop.carried, loop.index, self._lane_mask(loop.index, full, lanes))
+            accumulators = [*loop.results, *accumulators[n:]]
+        while len(accumulators) > n:
             half = len(accumulators) // 2
-            accumulators = [fold(accumulators[i], accumulators[i + half]) for i in range(half)]
-        return accumulators[0]
+            accumulators = [folds[i % n][0](accumulators[i], accumulators[i + half]) for i in range(half)]
+        return accumulators
 
     # --- control flow
 
