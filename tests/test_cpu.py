@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from conftest import EMULATOR, INTERPRETER
 from hypothesis import given
 from hypothesis import strategies as st
@@ -419,6 +421,60 @@ def test_random_kernels(shape, cut, plan, arch, seed):
         return
     scale = max(np.abs(v).max() for v in kernel.values.values())  # sums and differences lose to the largest operand
     np.testing.assert_allclose(out, expected[:m, :n], atol=scale * 3e-6, rtol=1e-5)
+
+
+@triton.jit
+def column_sums_kernel(x_ptr, out_ptr, n_steps, m, n, M: tl.constexpr, N: tl.constexpr):
+    """Over stretches of M rows: their sums, the sum of the running sums before each, and of row sums and maxima."""
+    cols = tl.arange(0, N)
+    total = tl.zeros([N], tl.float32)
+    running = tl.zeros([N], tl.float32)
+    before = tl.zeros([N], tl.float32)
+    pair = tl.zeros([N], tl.float32)
+    odd, even = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
+    for step in range(n_steps):
+        rows = step * M + tl.arange(0, M)
+        mask = (rows < m)[:, None] & (cols < n)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * n + cols[None, :], mask=mask, other=0.0)
+        sums = tl.sum(x, axis=0)
+        total += tl.sum(x * x, axis=0)  # into what the loop carries
+        before += running  # which is still needed here, before it changes
+        running += sums
+        odd, even = even, odd + tl.sum(x + x, axis=0)  # they change places
+        # one loop for both; the second pair depends on the first
+        row_sum, row_max = tl.sum(x, axis=1), tl.max(x, axis=1)  # zeros behind n count for one of them only
+        spread = tl.sum(tl.where(mask, tl.abs(x - row_max[:, None]), 0.0), axis=1)
+        pair += tl.sum(tl.where(mask, (row_sum + spread)[:, None] * x, 0.0), axis=0)
+    mask = cols < n
+    tl.store(out_ptr + cols, total, mask=mask)
+    tl.store(out_ptr + n + cols, running, mask=mask)
+    tl.store(out_ptr + 2 * n + cols, before, mask=mask)
+    tl.store(out_ptr + 3 * n + cols, pair, mask=mask)
+    tl.store(out_ptr + 4 * n + cols, odd, mask=mask)
+    tl.store(out_ptr + 5 * n + cols, even, mask=mask)
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids=NAMES.get)
+@pytest.mark.parametrize(
+    ("m", "n", "tile"), [(1, 1, (1, 16)), (13, 37, (4, 64)), (50, 197, (2, 256)), (64, 64, (8, 64))]
+)
+def test_reductions_that_share_a_loop(m, n, tile, arch, monkeypatch):
+    monkeypatch.setattr(triton_driver, "_active", CPUDriver(arch))
+    x, out = torch.randn(m, n) - 4, torch.full((6, n), torch.nan)
+    n_steps = -(-m // tile[0])
+    column_sums_kernel[(1,)](x, out, n_steps, m, n, *tile)
+    x = x.double()
+    stretches = torch.stack([x[i * tile[0] : (i + 1) * tile[0]].sum(0) for i in range(n_steps)])
+    before = (stretches.cumsum(0) - stretches).sum(0)
+    most = x.max(1, keepdim=True).values if n == tile[1] else x.max(1, keepdim=True).values.clamp_min(0)
+    places = [torch.zeros(n).double(), torch.zeros(n).double()]
+    for stretch in stretches:
+        places = [places[1], places[0] + 2 * stretch]
+    pair = ((x.sum(1, keepdim=True) + (x - most).abs().sum(1, keepdim=True)) * x).sum(0)
+    expected = torch.stack([(x * x).sum(0), x.sum(0), before, pair, *places])
+    sums, largest = x.abs().sum(0), x.abs().max(1, keepdim=True).values
+    size = torch.stack([(x * x).sum(0), sums, n_steps * sums, 3 * n * (x.abs() * largest).sum(0), 2 * sums, 2 * sums])
+    assert ((out - expected).abs() <= 64 * torch.finfo(torch.float32).eps * (size + 1)).all()
 
 
 # --- the ops, on every kind of CPU -------------------------------------------------------------------------

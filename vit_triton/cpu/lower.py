@@ -619,7 +619,7 @@ class Lowering(Dot):
         assert region is not None
         before = next(v for v in users[0].operands if v is not op.results[0])
         carried = before in self.buffers and before.users == [users[0]] and before in region.arguments
-        if not carried or region.yielded[region.arguments.index(before) - 1] is not total or before.type != total.type:
+        if not carried or before.type != total.type:
             return None
         self.buffers[total] = self.buffers[before]
         return before
@@ -816,18 +816,22 @@ class Lowering(Dot):
 
     def _carry(self, pairs: list[tuple[Value, Value]]) -> None:
         """Move the new values of a loop's tiles into the buffers of the old ones."""
-        reads = {new: self._buffers_read(new) for _, new in pairs}
+        targets = {argument: self.buffers[argument] for argument, _ in pairs}
         copies = []
         for argument, new in pairs:
-            target = self.buffers[argument]
+            target = targets[argument]
             if self.buffers.get(new) == target:
                 continue
-            others = any(target in reads[n] for a, n in pairs if a is not argument)
-            if others or target in reads[new] and not self._in_place(new, target, len(new.type.shape)):
-                self.materialise(new)
+            reads = self._buffers_read(new)
+            others = reads & {*targets.values()} - {target}
+            if others or target in reads and not self._in_place(new, target, len(new.type.shape)):
+                saved = self.allocate(new.type)  # before any of the old values is gone
+                self.write(new, saved)
+                self.buffers[new] = saved
             copies.append((new, target))
         for new, target in copies:
             self.write(new, target)
+        self.buffers |= targets
 
     def _buffers_read(self, value: Value) -> set[Buffer]:
         if value in self.buffers:
