@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from conftest import EMULATOR, INTERPRETER
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vit_triton import cpu, reference
@@ -392,6 +392,7 @@ class Kernel:
         return "\n".join(["module {", head, *self.lines, store, "tt.return", "}", "}"]), out
 
 
+@settings(max_examples=200)
 @given(
     shape=st.sampled_from([(1, 16), (2, 64), (16, 16), (16, 32), (32, 1), (64, 16), (4, 128)]),
     cut=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)),
@@ -456,7 +457,7 @@ def column_sums_kernel(x_ptr, out_ptr, n_steps, m, n, M: tl.constexpr, N: tl.con
 
 @pytest.mark.parametrize("arch", ARCHS, ids=NAMES.get)
 @pytest.mark.parametrize(
-    ("m", "n", "tile"), [(1, 1, (1, 16)), (13, 37, (4, 64)), (50, 197, (2, 256)), (64, 64, (8, 64))]
+    ("m", "n", "tile"), [(1, 1, (1, 16)), (9, 16, (4, 16)), (13, 37, (4, 64)), (50, 197, (2, 256)), (64, 64, (8, 64))]
 )
 def test_reductions_that_share_a_loop(m, n, tile, arch, monkeypatch):
     monkeypatch.setattr(triton_driver, "_active", CPUDriver(arch))

@@ -601,7 +601,8 @@ class Lowering(Dot):
                     self.store_vector(total, target)
 
             self.tile_loops(outer, outer_limits, lane, lambda *args: body(*args, True))
-            with b.loop(b.index(0), self.to_val(self.bound(limits[axis], shape[axis])), b.index(1)) as loop:
+            high = self.to_val(self.bound(limits[axis], shape[axis]))
+            with b.loop(b.index(0), high, b.index(1)) as loop, b.pinned_here():
                 row_index = loop.index
                 keys = [(c, loop.index.name) for c in limits[axis]]
                 self.assumed.update(dict.fromkeys(keys))

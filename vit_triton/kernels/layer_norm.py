@@ -263,4 +263,5 @@ def layer_norm_bwd(
     )
     if weight is None or partials is None:
         return dx, None, None
-    return dx, partials[0].sum(0).to(weight.dtype), partials[1].sum(0).to(weight.dtype)
+    dweight, dbias = partials.sum(1).to(weight.dtype)
+    return dx, dweight, dbias
