@@ -26,6 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     print(", ".join(f"{key} {value}" for key, value in runner.machine().items()))
     print("ratio: time of the fastest other / ours, above 1 is faster; medians, interleaved")
+    runner.keep_freed_memory()
     results: list[runner.Result] = []
     try:
         for dtype in options.dtype:

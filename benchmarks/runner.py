@@ -4,6 +4,7 @@ Providers of a case run interleaved, one call each per round, so that whatever e
 a ratio is the median over rounds of (peer's time / ours). A provider whose result is wrong is not timed.
 """
 
+import ctypes
 import json
 import platform
 import statistics
@@ -99,6 +100,16 @@ def measure(case: Case, threads: int, seconds: float) -> Result:
     }
     medians = {name: 1e3 * statistics.median(t) for name, t in times.items()}
     return Result(case.name, str(case.dtype).removeprefix("torch."), threads, medians, ratio, wrong)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc not to give memory back to the system: else every call pays, or by chance does not, for the pages of
+    its results being mapped and zeroed again, which takes longer than many of the ops that are timed here."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_mmap_threshold, 2**25)  # the largest there is
 
 
 def run(cases: Iterable[Case], threads: Iterable[int], seconds: float) -> Iterator[Result]:

@@ -129,7 +129,7 @@ class Lowering(Dot):
             result = op.results[0]
             if not result.type.is_tile:
                 self.scalars[result] = self.evaluate(op, [], None, 0)
-            elif result in self.info.kept:
+            elif result in self.info.kept and not self._stored_next(op):
                 self.materialise(result)
         else:
             raise Unsupported(f"operation {name}")
@@ -498,6 +498,18 @@ class Lowering(Dot):
 
     # --- sinks
 
+    def _stored_next(self, op: Op) -> bool:
+        """Whether the next thing done is to store the result, all of it that is wanted: it is kept on the way."""
+        assert op.parent is not None
+        position, value = op.parent.ops.index(op), op.results[0]
+        sink = next(o for o in op.parent.ops[position + 1 :] if o.name not in LAZY and o.name != "tt.load")
+        if sink.name != "tt.store" or sink.operands[1] is not value or len(sink.operands) < 3:
+            return False
+        last = len(value.type.shape) - 1
+        conditions, complete = self.info.conditions(sink.operands[2])
+        stored = [[c for a, c in conditions if a == axis] for axis in range(last + 1)]
+        return complete and stored == self.wanted(value) and self.info.coefficient(sink.operands[0], last) == 1
+
     def store(self, op: Op) -> None:
         position = self.info.position[op]
         self.flush(position)
@@ -519,9 +531,13 @@ class Lowering(Dot):
         lane = len(shape) - 1
         if steps[lane] != 1 and 1 in steps:
             lane = steps.index(1)
+        keep = value in self.info.kept and value not in self.buffers
+        kept = self.allocate(value.type) if keep else None
 
         def body(index: Index, lanes: int, tail: Val | None) -> None:
             vector = self.vector(value, index, lane, lanes)
+            if kept is not None:
+                self.store_vector(vector, self.address(kept, shape, index))
             where = tail
             if not complete:
                 assert mask is not None
@@ -538,6 +554,8 @@ class Lowering(Dot):
             b.effect(f"{text} : {vector.type}, {where.type} into {targets.type}", (vector, targets, where))
 
         self.tile_loops(shape, by_axis, lane, body)
+        if kept is not None:
+            self.buffers[value] = kept
 
     def reduce(self, op: Op) -> None:
         """A reduction, and those after it over the same tiles' axis that can be had in the same loop."""

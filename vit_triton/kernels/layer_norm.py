@@ -263,5 +263,4 @@ def layer_norm_bwd(
     )
     if weight is None or partials is None:
         return dx, None, None
-    dweight, dbias = partials.sum(1).to(weight.dtype)
-    return dx, dweight, dbias
+    return dx, partials[0].sum(0).to(weight.dtype), partials[1].sum(0).to(weight.dtype)
