@@ -602,29 +602,31 @@ class Lowering(Dot):
             outer = list(shape)
             outer[axis] = 1
             outer_limits = [[] if a == axis else limits[a] for a in range(len(shape))]
-            row_index = b.index(0)
 
-            def body(index: Index, lanes: int, tail: Val | None, first: bool) -> None:
+            def place(each: Op, buffer: Buffer | None, index: Index) -> Val:
+                assert buffer is not None
+                return self.address(buffer, each.results[0].type.shape, [index[a] for a in rest])
+
+            def begin(index: Index, lanes: int, tail: Val | None) -> None:
+                for each, (_, start), buffer, before in zip(group, folds, buffers, totals_before, strict=True):
+                    if before is None:
+                        self.store_vector(b.splat(start, lanes), place(each, buffer, index))
+
+            def add_row(index: Index, lanes: int, tail: Val | None) -> None:
                 at = list(index)
                 at[axis] = row_index
-                for each, (fold, start), buffer, before in zip(group, folds, buffers, totals_before, strict=True):
-                    assert buffer is not None
-                    if first and before is not None:
-                        continue
-                    target = self.address(buffer, each.results[0].type.shape, [index[a] for a in rest])
-                    total = b.splat(start, lanes)
-                    if not first:
-                        sofar = self.load_vector(target, total.elem, lanes)
-                        total = fold(sofar, self.vector(each.operands[0], at, lane, lanes))
-                    self.store_vector(total, target)
+                for each, (fold, _), buffer in zip(group, folds, buffers, strict=True):
+                    target = place(each, buffer, index)
+                    vector = self.vector(each.operands[0], at, lane, lanes)
+                    self.store_vector(fold(self.load_vector(target, vector.elem, lanes), vector), target)
 
-            self.tile_loops(outer, outer_limits, lane, lambda *args: body(*args, True))
+            self.tile_loops(outer, outer_limits, lane, begin)
             high = self.to_val(self.bound(limits[axis], shape[axis]))
             with b.loop(b.index(0), high, b.index(1)) as loop, b.pinned_here():
                 row_index = loop.index
                 keys = [(c, loop.index.name) for c in limits[axis]]
                 self.assumed.update(dict.fromkeys(keys))
-                self._forget(keys, lambda: self.tile_loops(outer, outer_limits, lane, lambda *args: body(*args, False)))
+                self._forget(keys, lambda: self.tile_loops(outer, outer_limits, lane, add_row))
         self.buffers |= {
             each.results[0]: buffer for each, buffer in zip(group, buffers, strict=True) if buffer is not None
         }

@@ -153,8 +153,6 @@ def patch_embed_norm_kernel(
     mean = tl.sum(z, axis=1) / dim
     centred = tl.where(mask_d[None, :], z - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / dim + eps)
-    tl.store(post_mean_ptr + offs_m, mean, mask=mask_m)
-    tl.store(post_rstd_ptr + offs_m, rstd, mask=mask_m)
     y = centred * rstd[:, None]
     if weight_ptr is not None:
         y *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
@@ -165,6 +163,8 @@ def patch_embed_norm_kernel(
         y += tl.load(pos_ptrs, mask=mask, other=0.0).to(tl.float32)
     out_ptrs = out_ptr + token_offsets(offs_m, n_patches, stride_ob, dim)[:, None] + offs_d[None, :]
     tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(post_mean_ptr + offs_m, mean, mask=mask_m)
+    tl.store(post_rstd_ptr + offs_m, rstd, mask=mask_m)
 
 
 def token_dtype(
