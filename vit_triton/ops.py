@@ -34,14 +34,15 @@ def _register(schema: str) -> Any:
 
 
 def _on_cpu(function: Any) -> Any:
-    """``function`` with a Triton driver active that serves CPU tensors."""
+    """``function`` with a Triton driver active that serves CPU tensors; its launches recorded if it is ours."""
 
     @functools.wraps(function)
     def implementation(*args: Any) -> Any:
         from vit_triton.cpu.driver import active
+        from vit_triton.cpu.replay import replay
 
-        with active():
-            return function(*args)
+        with active() as device:
+            return function(*args) if device is None else replay(function, args, device)
 
     return implementation
 

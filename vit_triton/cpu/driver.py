@@ -8,9 +8,9 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -63,11 +63,20 @@ class _Scratch:
 _scratch = _Scratch()
 
 
+class _Function(int):
+    """The address of a kernel's entry, which keeps the code there."""
+
+    def __new__(cls, code: Code) -> "_Function":
+        function = super().__new__(cls, code.symbol("entry"))
+        function.code = code  # type: ignore[attr-defined]
+        return function
+
+
 class _Utils:
     @staticmethod
     def load_binary(name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, int, int, int, int]:
         code = Code(kernel)
-        return code, code.symbol("entry"), 0, 0, 2**31
+        return code, _Function(code), 0, 0, 2**31
 
     @staticmethod
     def unload_module(module: Code) -> None:
@@ -109,6 +118,16 @@ class _Launcher:
         if enter_hook is not None:
             enter_hook(launch_metadata)
         values = [args[i].data_ptr() if pointer else args[i] for i, pointer in self.positions]
+        if (launches := getattr(_recorder, "launches", None)) is not None:
+            tensors = [(slot, args[i]) for slot, (i, pointer) in enumerate(self.positions) if pointer]
+            launches.append(Launch(self, (grid_x, grid_y, grid_z), function, values, tensors))
+        self.run(grid_x, grid_y, grid_z, function, values)
+        if exit_hook is not None:
+            exit_hook(launch_metadata)
+
+    def run(self, grid_x: int, grid_y: int, grid_z: int, function: int, values: Sequence[Any]) -> None:
+        """Start the code at ``function`` with its arguments, tensors by their addresses."""
+        total = grid_x * grid_y * grid_z
         threads = min(torch.get_num_threads(), total) if self.gomp is not None else 1
         chunk = max(1, total // (threads * 16)) if threads > 1 else total
         scratch = _scratch.take(self.share * threads)
@@ -121,11 +140,32 @@ class _Launcher:
         else:
             self.gomp.GOMP_parallel(ctypes.c_void_p(function), data, threads, 0)
         _scratch.free.append(scratch)
-        if exit_hook is not None:
-            exit_hook(launch_metadata)
 
 
 _Worker = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class Launch(NamedTuple):
+    """What a launch was given; ``tensors``: the slots of ``values`` that are addresses, and the tensors there."""
+
+    launcher: _Launcher
+    grid: tuple[int, int, int]
+    function: int
+    values: Sequence[Any]
+    tensors: Sequence[tuple[int, torch.Tensor]]
+
+
+_recorder = threading.local()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Note the launches of this thread, which hold their tensors."""
+    _recorder.launches = []
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder.launches = None
 
 
 class CPUDriver(DriverBase):
@@ -137,6 +177,7 @@ class CPUDriver(DriverBase):
         self.utils = _Utils()
         self.target = GPUTarget("cpu", arch or ",".join(features.detect()), 1)
         self.device = _DEVICE + zlib.crc32(str(self.target.arch).encode()) % 1000  # other features, other code
+        self.staying = contextlib.nullcontext(self.device)
 
     @classmethod
     def is_active(cls) -> bool:
@@ -169,9 +210,9 @@ def dot_panel(dtype: torch.dtype) -> tuple[int, int] | None:
     :mod:`vit_triton.cpu.dot`; None if it packs that dtype itself, or if kernels are not compiled for the CPU."""
     if _INTERPRETING:
         return None
-    with active():
+    with active() as device:
         target = driver.active.get_current_target()
-    if target.backend != "cpu":
+    if device is None:
         return None
     word = {torch.float32: 1, torch.bfloat16: 2 if "avx512_bf16" in target.arch else None}.get(dtype)
     return None if word is None else (PANEL, word)
@@ -186,11 +227,11 @@ def _ours() -> CPUDriver:
 
 
 @contextlib.contextmanager
-def _switched(current: Any) -> Iterator[None]:
+def _switched(current: Any) -> Iterator[int]:
     with _lock:  # one driver is active in a process: two threads must not take turns inside a launch
         driver.set_active(_ours())
         try:
-            yield
+            yield _ours().device
         finally:
             driver.set_active(current)
 
@@ -206,8 +247,9 @@ _NOTHING = contextlib.nullcontext()
 _INTERPRETING = isinstance(triton.language.cdiv, InterpretedFunction)
 
 
-def active() -> contextlib.AbstractContextManager[None]:
-    """Inside it Triton launches on CPU tensors, compiled unless the interpreter or another driver does it already."""
+def active() -> contextlib.AbstractContextManager[int | None]:
+    """Inside it Triton launches on CPU tensors: compiled, and then it gives the driver's device number, or in the
+    interpreter or by another driver, where these do it already, and then it gives None."""
     if _INTERPRETING:
         return _NOTHING
     try:
@@ -215,4 +257,6 @@ def active() -> contextlib.AbstractContextManager[None]:
     except RuntimeError:  # Triton's answer where no driver is active: nobody is disturbed if ours stays
         current = _ours()
         driver.set_active(current)
+    if isinstance(current, CPUDriver):
+        return current.staying
     return _NOTHING if current.get_active_torch_device().type == "cpu" else _switched(current)
