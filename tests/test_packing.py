@@ -224,9 +224,9 @@ def test_panels_are_dropped(event):
     layer, x = nn.Sequential(Linear(32, 32, backend="triton")), torch.randn(5, 32)
     with torch.no_grad():
         layer(x)
-    assert layer[0].weight in packing._packed
+    assert id(layer[0].weight) in packing._packed
     DROPS[event](layer, x)
-    assert layer[0].weight not in packing._packed
+    assert id(layer[0].weight) not in packing._packed
 
 
 @compiled_only
@@ -280,4 +280,4 @@ def test_whole_model(packed):
     with torch.inference_mode():
         for _ in range(2):
             torch.testing.assert_close(model(images), reference(images), rtol=1e-5, atol=1e-5)
-    assert len(packed) == len(set(map(id, packing._packed)))
+    assert len(packed) == len(packing._packed)

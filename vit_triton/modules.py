@@ -47,7 +47,7 @@ def untouched(module: object, cls: type[nn.Module]) -> bool:
 
 def untouched_parts(sequence: nn.Module, *classes: type[nn.Module]) -> bool:
     """Whether `sequence` still consists of exactly these parts, each of them untouched."""
-    parts = list(sequence.children())
+    parts = sequence._modules.values()
     return len(parts) == len(classes) and all(map(untouched, parts, classes))
 
 

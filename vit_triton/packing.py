@@ -8,15 +8,16 @@ In-place changes that PyTorch does not count (``p.data.copy_(x)``) show in a sam
 compares; what changes a few values through ``.data`` and no other way calls :func:`clear`.
 """
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
 
 class _Panels(NamedTuple):
+    weight: weakref.ref
     panels: Tensor
     state: tuple[Any, ...]
     storage: torch.UntypedStorage  # held, so that no other tensor gets its address
@@ -24,7 +25,7 @@ class _Panels(NamedTuple):
     sample: Tensor  # and as they were
 
 
-_packed = WeakIdKeyDictionary()
+_packed: dict[int, _Panels] = {}  # by the id of the weight: looking up a weak reference takes longer
 _SAMPLES = 8  # along each axis
 _watching_optimizers = False
 
@@ -43,7 +44,7 @@ def panels(weight: Tensor) -> Tensor | None:
     if layout is None:
         return None
     state = (layout, weight.data_ptr(), weight.shape, weight.stride(), _version(weight))
-    known = _packed.get(weight)
+    known = _packed.get(id(weight))
     if known is not None and known.state == state and torch.equal(known.view, known.sample):
         return known.panels
     return _pack(weight, layout, state)
@@ -61,15 +62,15 @@ def _pack(weight: nn.Parameter, layout: tuple[int, int], state: tuple[Any, ...])
         register_optimizer_step_post_hook(lambda *_: clear())
         _watching_optimizers = True
     view = weight.detach()[tuple(slice(None, None, max(1, size // _SAMPLES)) for size in weight.shape)]
-    known = _Panels(pack_weight(weight.detach(), *layout), state, weight.untyped_storage(), view, view.clone())
-    _packed[weight] = known
-    return known.panels
+    key, made = id(weight), pack_weight(weight.detach(), *layout)
+    reference = weakref.ref(weight, lambda _: _packed.pop(key, None))
+    _packed[key] = _Panels(reference, made, state, weight.untyped_storage(), view, view.clone())
+    return made
 
 
 def drop(weight: Tensor | None) -> None:
     """Forget the panels of one weight."""
-    if weight is not None and weight in _packed:
-        _packed.pop(weight, None)
+    _packed.pop(id(weight), None)
 
 
 def clear() -> None:

@@ -178,6 +178,9 @@ class CPUDriver(DriverBase):
         self.target = GPUTarget("cpu", arch or ",".join(features.detect()), 1)
         self.device = _DEVICE + zlib.crc32(str(self.target.arch).encode()) % 1000  # other features, other code
         self.staying = contextlib.nullcontext(self.device)
+        self.panels = {torch.float32: (PANEL, 1)}  # see dot_panel
+        if "avx512_bf16" in self.target.arch:
+            self.panels[torch.bfloat16] = PANEL, 2
 
     @classmethod
     def is_active(cls) -> bool:
@@ -208,14 +211,8 @@ class CPUDriver(DriverBase):
 def dot_panel(dtype: torch.dtype) -> tuple[int, int] | None:
     """(columns, values of a word) of the panels in which ``tl.dot`` reads its second operand where it lies, see
     :mod:`vit_triton.cpu.dot`; None if it packs that dtype itself, or if kernels are not compiled for the CPU."""
-    if _INTERPRETING:
-        return None
-    with active() as device:
-        target = driver.active.get_current_target()
-    if device is None:
-        return None
-    word = {torch.float32: 1, torch.bfloat16: 2 if "avx512_bf16" in target.arch else None}.get(dtype)
-    return None if word is None else (PANEL, word)
+    serving = _serving()
+    return serving.panels.get(dtype) if isinstance(serving, CPUDriver) else None
 
 
 _lock = threading.RLock()
@@ -247,16 +244,22 @@ _NOTHING = contextlib.nullcontext()
 _INTERPRETING = isinstance(triton.language.cdiv, InterpretedFunction)
 
 
-def active() -> contextlib.AbstractContextManager[int | None]:
-    """Inside it Triton launches on CPU tensors: compiled, and then it gives the driver's device number, or in the
-    interpreter or by another driver, where these do it already, and then it gives None."""
+def _serving() -> Any:
+    """The driver that launches on CPU tensors, active already or not; None in the interpreter."""
     if _INTERPRETING:
-        return _NOTHING
+        return None
     try:
         current = driver.active
     except RuntimeError:  # Triton's answer where no driver is active: nobody is disturbed if ours stays
         current = _ours()
         driver.set_active(current)
-    if isinstance(current, CPUDriver):
-        return current.staying
-    return _NOTHING if current.get_active_torch_device().type == "cpu" else _switched(current)
+    return current if current.get_active_torch_device().type == "cpu" else _ours()
+
+
+def active() -> contextlib.AbstractContextManager[int | None]:
+    """Inside it Triton launches on CPU tensors: compiled, and then it gives the driver's device number, or in the
+    interpreter or by another driver, where these do it already, and then it gives None."""
+    serving = _serving()
+    if not isinstance(serving, CPUDriver):
+        return _NOTHING
+    return serving.staying if driver.active is serving else _switched(driver.active)
