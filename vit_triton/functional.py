@@ -377,7 +377,7 @@ def _autocast(
     *tensors: Tensor | None, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> tuple[Any, ...]:
     """The tensors in autocast's dtype (or ``dtype``) where autocast is on, else as they are."""
-    device_type = (device or next(x.device for x in tensors if x is not None)).type
+    device_type = (tensors[0].device if device is None else device).type  # type: ignore[union-attr]
     if not _autocasting(device_type):
         return tensors
     dtype = dtype or torch.get_autocast_dtype(device_type)
@@ -459,7 +459,6 @@ def _check_alike(first: str, x: Tensor, **others: Tensor | None) -> None:
     for name, other in others.items():
         if other is None:
             continue
-        _check_tensor(name, other)
         if other.device != x.device:
             raise ValueError(f"{first} and {name} must be on one device, got {x.device} and {other.device}")
         if other.dtype != x.dtype and not _autocasting(x.device.type):
@@ -520,7 +519,8 @@ def _check_norm(name: str, norm: Norm | None, size: int, device: torch.device) -
     weight, bias, eps = norm
     for part, x in (("weight", weight), ("bias", bias)):
         if x is not None:
-            _check_tensor(f"{part} of {name}", x)
+            if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
+                _check_tensor(f"{part} of {name}", x)
             if x.shape != (size,):
                 raise ValueError(f"{part} of {name} must be ({size},), got {_shape(x)}")
             if x.device != device:

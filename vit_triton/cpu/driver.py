@@ -27,6 +27,7 @@ from vit_triton.cpu.elf import Code
 from vit_triton.cpu.lower import HEADER_SLOTS
 
 _CPU = torch.device("cpu")
+_PAGE = 4096
 _DEVICE = 9000  # Triton keeps what it compiled by device number: far from any GPU's
 
 _FORMATS = {
@@ -100,10 +101,11 @@ class _Launcher:
             for i, (name, kind) in enumerate(src.signature.items())
             if kind != "constexpr" and i not in constants
         ]
-        self.share = metadata.scratch_bytes + 4096
+        self.share = metadata.scratch_bytes + _PAGE
         self.positions = [(i, kind.startswith("*")) for i, kind in kinds]
         formats = ["Q" if kind.startswith("*") else _FORMATS[kind] for _, kind in kinds]
         self.block = struct.Struct(f"={HEADER_SLOTS}q" + "".join(formats))
+        self.room = -(-self.block.size // _PAGE) * _PAGE  # the launch block lies before the scratch memory
         self.worker: Any = None
         if _Launcher.gomp is None and not _Launcher.forked:
             _Launcher.gomp = _libgomp()
@@ -130,15 +132,17 @@ class _Launcher:
         total = grid_x * grid_y * grid_z
         threads = min(torch.get_num_threads(), total) if self.gomp is not None else 1
         chunk = max(1, total // (threads * 16)) if threads > 1 else total
-        scratch = _scratch.take(self.share * threads)
-        block = self.block.pack(0, 0, total, chunk, -(-total // chunk), grid_x, grid_y, scratch[1], self.share, *values)
-        data = ctypes.create_string_buffer(block, len(block))
+        scratch = _scratch.take(self.room + self.share * threads)
+        _, block, memory = scratch
+        self.block.pack_into(
+            memory, 0, *(0, 0, total, chunk, -(-total // chunk), grid_x, grid_y, block + self.room, self.share), *values
+        )
         if threads == 1:
             if self.worker is None:
                 self.worker = _Worker(function)
-            self.worker(data)
+            self.worker(block)
         else:
-            self.gomp.GOMP_parallel(ctypes.c_void_p(function), data, threads, 0)
+            self.gomp.GOMP_parallel(ctypes.c_void_p(function), ctypes.c_void_p(block), threads, 0)
         _scratch.free.append(scratch)
 
 
