@@ -24,10 +24,11 @@ MATERIALISE_COST = 8  # above it, a tile that is evaluated twice is kept instead
 
 @dataclass(frozen=True)
 class Condition:
-    """``offsets[i] < limit``, offsets (a 1-D tile) growing by one with i; limit a scalar, or a uniform tile."""
+    """``offsets[i] < limit``, offsets (a 1-D tile) growing by one with i; limit a scalar, or a uniform tile. Without a
+    limit, ``offsets`` is a scalar that is true or false for every i."""
 
     offsets: Value
-    limit: Value | int
+    limit: Value | int | None
 
 
 FULL = "full"
@@ -51,7 +52,7 @@ def operand_axis(op: Op, axis: int) -> int | None:
     if op.name == "tt.trans":
         return trans_axis(op, axis)
     if op.name == "tt.broadcast":
-        return None if op.operands[0].type.shape[axis] == 1 else axis
+        return axis if op.operands[0].type.shape[axis] == op.results[0].type.shape[axis] else None
     if op.name == "tt.expand_dims":
         new = int(op.attrs["axis"])
         return None if axis == new else axis - (axis > new)
@@ -218,10 +219,14 @@ class Analysis:
         if op.name == "arith.andi":
             (a, all_a), (b, all_b) = (self.conditions(v) for v in op.operands)
             return a + b, all_a and all_b
-        if op.name in RESHAPES and op.name != "tt.splat":
+        if op.name == "tt.splat":
+            return [(0, Condition(op.operands[0], None))], True
+        if op.name in RESHAPES:
             inner, complete = self.conditions(op.operands[0])
             axes = {operand_axis(op, axis): axis for axis in range(len(mask.type.shape))}
-            return [(axes[axis], c) for axis, c in inner if axis in axes], complete
+            outer = [(0 if c.limit is None else axes.get(axis), c) for axis, c in inner]
+            # a condition on the one row that is repeated is one on all of them
+            return [(a, c) for a, c in outer if a is not None], complete and all(a is not None for a, _ in outer)
         if op.name == "arith.cmpi" and op.attrs["words"][0] == "slt" and self.is_uniform(op.operands[1]):
             shape = mask.type.shape
             rising = [a for a in range(len(shape)) if self.coefficient(op.operands[0], a, whole=True) != 0]
@@ -389,7 +394,8 @@ class Analysis:
             demand: list = [FULL] * len(op.operands[0].type.shape)
             if len(op.operands) == 3:
                 for axis, condition in self.conditions(op.operands[2])[0]:
-                    demand[axis] = condition
+                    if condition.limit is not None or demand[axis] == FULL:
+                        demand[axis] = condition
             for value in op.operands:
                 yield value, list(demand)
         elif name == "scf.for":

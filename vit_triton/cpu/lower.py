@@ -188,6 +188,8 @@ class Lowering(Dot):
             return self.load(op, index, lane, lanes)
         if lane is not None and op.results[0].type.elem != "ptr" and self.info.coefficient(op.results[0], lane) == 0:
             lane = None
+        if name == "arith.select" and operands[0].type.is_tile and self._holds(operands[0], index):
+            return self.at(operands[1], index, lane, lanes)
         args = [self.at(v, index, lane, lanes) for v in operands]
         if name == "tt.addptr":
             return b.gep(args[0], args[1], op.results[0].type.pointee or "i8")
@@ -272,12 +274,20 @@ class Lowering(Dot):
                 result = part if result is None else self.b.binary("arith.andi", result, part)
         return result
 
+    def _holds(self, mask: Value, index: Index) -> bool:
+        """Whether the loops around make ``mask`` true."""
+        conditions, complete = self.info.conditions(mask)
+        return complete and all(self.assumed.get((c, index[a].name), mask) is None for a, c in conditions)
+
     def _condition(self, condition: Condition, index: Val, lanes: int) -> Val:
+        if condition.limit is None:
+            return self.scalars[condition.offsets]
         left = self.at(condition.offsets, [index], 0 if lanes else None, lanes)
         return self.b.compare("arith.cmpi slt", left, self._limit(condition, left.elem))
 
     def _limit(self, condition: Condition, elem: str) -> Val:
         limit = condition.limit
+        assert limit is not None
         if isinstance(limit, int):
             return self.b.constant(limit, elem)
         return (
@@ -290,13 +300,16 @@ class Lowering(Dot):
 
     def known(self, condition: Condition) -> bool:
         limit = condition.limit
-        return condition.offsets in self.defined and (isinstance(limit, int) or limit in self.defined)
+        return condition.offsets in self.defined and (not isinstance(limit, Value) or limit in self.defined)
 
     def bound(self, conditions: Sequence[Condition], size: int) -> "Val | int":
         """How many of the first ``size`` indices meet all conditions."""
         result: Val | int = size
         b = self.b
         for condition in conditions:
+            if condition.limit is None:
+                result = b.select(self.scalars[condition.offsets], self.to_val(result), b.index(0))
+                continue
             first = self.at(condition.offsets, [b.index(0)], None, 0)
             limit = self._limit(condition, first.elem)
             number = self._static_bound(condition)

@@ -155,9 +155,8 @@ def pick_layer_norm(width: int, arch: str, *, backward: bool = False) -> LayerNo
         # 2**17: one more row is then cheaper than one more program, and tiny inputs do not pay for 2**20 elements
         return LayerNormConfig(max(1, 2**17 // block_d), block_d, 4)
     if arch == "cpu":
-        # forward: two rows stay in the L1 cache from one pass over them to the next; backward: each step adds its rows
-        # to the sums of the columns, which is cheaper for several at once
-        return LayerNormConfig(4 if backward else 2, block_d, 1, partials=32)
+        # a row, and backward the sums of the columns, stay in the L1 cache from one pass over them to the next
+        return LayerNormConfig(1, block_d, 1, partials=32)
     # 16 elements a thread: two 16-byte loads of bfloat16 in flight, and the backward kernel fits its registers
     num_warps = 4 if block_d <= 1024 else min(16, block_d // 256) if block_d <= 8192 else 32
     return LayerNormConfig(max(1, min(16, num_warps * 512 // block_d)), block_d, num_warps)
