@@ -169,6 +169,28 @@ def layer_norm_stretch(n_rows: int, config: LayerNormConfig) -> tuple[int, int]:
     return -(-n_blocks // n_steps), n_steps
 
 
+# --- sums of parts -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SumConfig:
+    """``block_p`` parts at a time of ``block`` elements each."""
+
+    block_p: int
+    block: int
+    num_warps: int
+
+
+def pick_sum_parts(n_parts: int, arch: str) -> SumConfig:
+    """Tiles of ``sum_parts_kernel``."""
+    if arch == "interpreter":
+        return SumConfig(min(1024, next_power_of_2(n_parts)), 1024, 4)
+    if arch == "cpu":
+        return SumConfig(min(32, next_power_of_2(n_parts)), 256, 1)
+    # narrow: a LayerNorm's 264 parts of 768 numbers must occupy more than a few multiprocessors
+    return SumConfig(min(32, next_power_of_2(n_parts)), 32, 4)
+
+
 # --- GEMM --------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from vit_triton.kernels._config import cdiv, architecture, check_layer_norm_width, layer_norm_stretch, pick_layer_norm
 from vit_triton.kernels._launch import launch
+from vit_triton.kernels._sums import sum_parts
 
 # --- forward -----------------------------------------------------------------------------------------------
 
@@ -263,4 +264,4 @@ def layer_norm_bwd(
     )
     if weight is None or partials is None:
         return dx, None, None
-    return dx, partials[0].sum(0).to(weight.dtype), partials[1].sum(0).to(weight.dtype)
+    return dx, sum_parts(partials[0], weight.dtype), sum_parts(partials[1], weight.dtype)

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from vit_triton.kernels._config import cdiv, architecture, pick_linear_bwd_input, pick_linear_bwd_weight, pick_linear_fwd
 from vit_triton.kernels._launch import TRITON_DTYPE, input_precision, keep_scale, launch
+from vit_triton.kernels._sums import sum_parts
 from vit_triton.kernels._tiles import dropout_keep, gelu, gelu_grad, grouped_tile
 
 
@@ -403,8 +404,4 @@ def linear_bwd_weight(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return _sum_parts(dweight, weight_dtype), None if dbias is None else _sum_parts(dbias, weight_dtype)
-
-
-def _sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else parts.sum(0).to(dtype)
+    return sum_parts(dweight, weight_dtype), None if dbias is None else sum_parts(dbias, weight_dtype)
