@@ -5,6 +5,7 @@ PTXEMU=folder of an optional PTX emulator, the code Triton compiles for sm_80, w
 Triton decides while it is imported, so this comes before any other import.
 """
 
+import ctypes
 import dataclasses
 import os
 import sys
@@ -46,8 +47,20 @@ def kernels_run():
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
-    """``torch.empty`` gives NaN, so that an element no kernel writes is seen."""
+def poisoned_memory(monkeypatch):
+    """``torch.empty`` gives NaN, and so does the scratch memory of compiled CPU code: an element that no kernel writes
+    is seen."""
+    if VEHICLE == "cpu":
+        from vit_triton.cpu import driver
+
+        take = driver._Scratch.take
+
+        def poisoned(self, size):
+            piece = take(self, size)
+            ctypes.memset(piece[1], 0xFF, size)
+            return piece
+
+        monkeypatch.setattr(driver._Scratch, "take", poisoned)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -59,11 +72,21 @@ def seeded():
     torch.manual_seed(0)
 
 
+def forget_recordings():
+    """Of launches with other tiles."""
+    if VEHICLE == "cpu":
+        from vit_triton.cpu import replay
+
+        replay._recordings.clear()
+
+
 @pytest.fixture
-def small_tiles(monkeypatch):
+def small_tiles(monkeypatch, request):
     """Many tiles in every direction: those the interpreter is given hold the inputs of most tests whole."""
     from vit_triton.kernels import _config, attention, layer_norm, linear, patch_embed
 
+    forget_recordings()
+    request.addfinalizer(forget_recordings)
     for module in (attention, linear, patch_embed, layer_norm):
         for name in [name for name in vars(module) if name.startswith("pick_")]:
             if "attention" in name:

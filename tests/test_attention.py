@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import DTYPES, assert_as_precise, double, run
 
 from vit_triton import functional as F
-from vit_triton.kernels._config import attention_tail, split_head_dim
+from vit_triton.kernels._config import AttentionConfig, attention_tail, split_head_dim
 
 pytestmark = pytest.mark.compiled
 
@@ -124,6 +124,17 @@ def test_other_head_sizes(head_dim):
 def test_vit_b_16_at_224(dtype):
     q, k, v = make(1, 197, 197, 2, 64, dtype, "packed")
     check(q, k, v, torch.randn_like(q), torch.zeros(1, 2, 197))
+
+
+@pytest.mark.parametrize("head_dim", [64, 72])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_program_that_holds_all_keys_gives_every_gradient(dtype, head_dim, small_tiles, monkeypatch):
+    from vit_triton.kernels import attention as kernels
+
+    monkeypatch.setattr(kernels, "pick_attention_bwd_dq", lambda *args: None)
+    monkeypatch.setattr(kernels, "pick_attention_bwd_dkdv", lambda *args: AttentionConfig(16, 32, 4, 1))
+    q, k, v = make(2, 37, 21, 2, head_dim, dtype)
+    check(q, k, v, torch.randn_like(q), torch.zeros(2, 2, 37))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])

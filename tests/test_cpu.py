@@ -27,6 +27,7 @@ if INTERPRETER or EMULATOR:
 from triton.runtime import driver as triton_driver
 
 from vit_triton.cpu import compiler, elf, features, lower, ttir, vmath
+from vit_triton.cpu import driver as cpu_driver
 from vit_triton.cpu.driver import CPUDriver
 
 AVX2 = ",".join(features.REQUIRED)
@@ -476,6 +477,74 @@ def test_reductions_that_share_a_loop(m, n, tile, arch, monkeypatch):
     sums, largest = x.abs().sum(0), x.abs().max(1, keepdim=True).values
     size = torch.stack([(x * x).sum(0), sums, n_steps * sums, 3 * n * (x.abs() * largest).sum(0), 2 * sums, 2 * sums])
     assert ((out - expected).abs() <= 64 * torch.finfo(torch.float32).eps * (size + 1)).all()
+
+
+@triton.jit
+def whole_tile_masks_kernel(x_ptr, y_ptr, flags_ptr, n, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Masks that are one number for a whole tile, and conditions that the loops over what is stored make true."""
+    offs = tl.arange(0, COLS)
+    for i in range(n):
+        flag = tl.load(flags_ptr + i) != 0
+        rows = i * ROWS + tl.arange(0, ROWS)
+        mask = flag & (offs < cols)[None, :] & (rows < n * ROWS - 1)[:, None]
+        x = tl.load(x_ptr + rows[:, None] * cols + offs[None, :], mask=mask, other=7.0)
+        total = tl.sum(tl.where((offs < cols)[None, :], x, 0.0), axis=1)
+        tl.store(y_ptr + rows[:, None] * cols + offs[None, :], tl.where(mask, x - total[:, None], 1.0), mask=mask)
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids=NAMES.get)
+@pytest.mark.parametrize("tile", [(1, 64), (4, 64), (2, 16)])
+def test_masks_of_whole_tiles(tile, arch, monkeypatch):
+    monkeypatch.setattr(triton_driver, "_active", CPUDriver(arch))
+    flags, cols = torch.tensor([1, 0, 1, 1], dtype=torch.int32), tile[1] - 3
+    x = torch.randn(len(flags) * tile[0], cols)
+    y = torch.full_like(x, 5.0)
+    whole_tile_masks_kernel[(1,)](x, y, flags, len(flags), cols, *tile)
+    stored = flags.bool().repeat_interleave(tile[0])[:, None] & (torch.arange(len(x)) < len(x) - 1)[:, None]
+    torch.testing.assert_close(y, torch.where(stored, x - x.sum(1, keepdim=True), 5.0))
+
+
+@triton.jit
+def one_row_for_all_kernel(x_ptr, y_ptr, flag_ptr, n, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A mask of one row that stands for every row."""
+    one = (tl.load(flag_ptr) + tl.arange(0, 1)) < n
+    mask = tl.broadcast_to(one[:, None], ROWS, COLS)
+    offs = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=mask, other=0.0), mask=mask)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_mask_of_one_row_for_all(first):
+    with cpu_driver.active():
+        x, y = torch.randn(8, 16), torch.zeros(8, 16)
+        one_row_for_all_kernel[(1,)](x, y, torch.tensor([first], dtype=torch.int32), 2, 8, 16)
+    assert torch.equal(y, x if first < 2 else torch.zeros(8, 16))
+
+
+@triton.jit
+def kept_operand_kernel(a_ptr, b_ptr, y_ptr, k, TRANSPOSED: tl.constexpr, SIZE: tl.constexpr):
+    """A product with a tile that is stored first and so kept in memory, of which k rows (or columns) were written."""
+    i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    a = tl.load(a_ptr + i * k + j, mask=j < k, other=0.0)
+    if TRANSPOSED:
+        b = tl.exp2(tl.load(b_ptr + i * k + j, mask=j < k, other=0.0).to(tl.float32)).to(a.dtype)
+        tl.store(b_ptr + i * k + j, b, mask=j < k)
+        b = tl.trans(b)
+    else:
+        b = tl.exp2(tl.load(b_ptr + i * SIZE + j, mask=i < k, other=0.0).to(tl.float32)).to(a.dtype)
+        tl.store(b_ptr + i * SIZE + j, b, mask=i < k)
+    tl.store(y_ptr + i * SIZE + j, tl.dot(a, b))
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids=NAMES.get)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_look_at_nothing_past_an_odd_depth(transposed, arch, monkeypatch):
+    monkeypatch.setattr(triton_driver, "_active", CPUDriver(arch))
+    size, k = 32, 21
+    a, b = torch.randn(size, k).bfloat16(), torch.randn((size, k) if transposed else (k, size)).bfloat16()
+    right, y = b.float().exp2().bfloat16().double(), torch.full((size, size), torch.nan)
+    kept_operand_kernel[(1,)](a, b, y, k, transposed, size)
+    torch.testing.assert_close(y.double(), a.double() @ (right.T if transposed else right), rtol=1e-5, atol=1e-4)
 
 
 # --- the ops, on every kind of CPU -------------------------------------------------------------------------

@@ -238,7 +238,10 @@ class Dot:
                 if pairs:
                     below = b.constant(0.0, "bf16", LANES)
                     if depth > 1:
-                        below = self.vector(bt, [b.add(loop.index, b.index(1)), at], 1, LANES)
+                        # past an odd end there may be anything, and 0 * NaN is NaN
+                        next_k = b.add(loop.index, b.index(1))
+                        there = b.compare("arith.cmpi slt", next_k, k)
+                        below = b.select(there, self.vector(bt, [next_k, at], 1, LANES), below)
                     vector = b.shuffle(vector, below, [i // 2 + i % 2 * LANES for i in range(2 * LANES)])
                 elif vector.elem != "f32":
                     vector = b.convert("arith.extf", vector, "f32")
@@ -250,15 +253,23 @@ class Dot:
         b, width = self.b, len(columns)
         span = 2 * LANES if pairs and bt.type.shape[0] >= 2 * LANES else LANES
         words = span // 2 if pairs else span
+
+        def part(start: Val, at: Val) -> Val:
+            vector = self.vector(bt, [start, at], 0, LANES)
+            if not pairs:
+                return vector
+            # past an odd end there may be anything, and 0 * NaN is NaN
+            return b.select(self._lane_mask(start, k, LANES), vector, b.constant(0.0, "bf16", LANES))
+
         with b.loop(b.index(0), k, b.index(span)) as loop:
             for c in range(0, width, LANES):
                 vectors = []
                 for at in columns[c : c + LANES]:
-                    vector = self.vector(bt, [loop.index, at], 0, LANES)
+                    vector = part(loop.index, at)
                     if pairs:
                         high = b.constant(0.0, "bf16", LANES)
                         if span > LANES:
-                            high = self.vector(bt, [b.add(loop.index, b.index(LANES)), at], 0, LANES)
+                            high = part(b.add(loop.index, b.index(LANES)), at)
                         both = b.shuffle(vector, high, range(2 * LANES))
                         vector = b.op(
                             f"llvm.bitcast {{0}} : {both.type} to {mlir_type('i32', LANES)}", (both,), "i32", LANES

@@ -102,12 +102,17 @@ def pick_attention_fwd(n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, ar
     return AttentionConfig(128, 64, 4, 3 if head_dim <= 64 else 2) if head_dim <= 64 else AttentionConfig(64, 64, 4, 2)
 
 
-def pick_attention_bwd_dq(n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, arch: str) -> AttentionConfig:
-    """Tiles of ``attention_bwd_dq_kernel``."""
+_CPU_MOST_KEYS = 512  # of a program that computes dq, dk and dv: its tiles of scores then fit the L2 cache
+
+
+def pick_attention_bwd_dq(
+    n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, arch: str
+) -> AttentionConfig | None:
+    """Tiles of ``attention_bwd_dq_kernel``; None where ``attention_bwd_dkdv_kernel`` holds all keys and gives dq too."""
     if arch == "interpreter":
         return _pick_interpreted_attention(n_q, n_k)
     if arch == "cpu":
-        return _pick_cpu_attention(n_q, n_k, 128, 64)
+        return None if n_k <= _CPU_MOST_KEYS else _pick_cpu_attention(n_q, n_k, 128, 64)
     if dtype == torch.float32:
         return AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 4, 1)
     return AttentionConfig(64, 64, 4, 2) if head_dim <= 64 else AttentionConfig(64, 32, 8, 2 if head_dim <= 128 else 1)
@@ -118,7 +123,7 @@ def pick_attention_bwd_dkdv(n_q: int, n_k: int, head_dim: int, dtype: torch.dtyp
     if arch == "interpreter":
         return _pick_interpreted_attention(n_q, n_k)
     if arch == "cpu":
-        return _pick_cpu_attention(n_q, n_k, 64, 256)
+        return _pick_cpu_attention(n_q, n_k, 64, _CPU_MOST_KEYS if n_k <= _CPU_MOST_KEYS else 256)
     if dtype == torch.float32:
         return AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 4, 1)
     return AttentionConfig(32, 64, 4, 2) if head_dim <= 64 else AttentionConfig(32, 64, 8, 2 if head_dim <= 128 else 1)

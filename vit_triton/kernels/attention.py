@@ -480,7 +480,8 @@ def attention_bwd_dkdv_step(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add what query rows ``start_m ... start_m + BLOCK_M`` give to dK (without ``scale``) and dV; tiles are transposed."""
+    """Add what query rows ``start_m ... start_m + BLOCK_M`` give to dK (without ``scale``) and dV; tiles are transposed,
+    dS, which is returned too, among them."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     if MASKED:
         lse = tl.load(lse_ptr + offs_m, mask=offs_m < n_q, other=float("inf"))  # a row that is not there has P = 0
@@ -510,7 +511,21 @@ def attention_bwd_dkdv_step(
     if D_TAIL > 0:
         dv_tail = tl.dot(p_dropped, do_tail, dv_tail, input_precision=PRECISION)
         dk_tail = tl.dot(ds, q_tail, dk_tail, input_precision=PRECISION)
-    return dk, dk_tail, dv, dv_tail
+    return dk, dk_tail, dv, dv_tail, ds
+
+
+@triton.jit
+def attention_bwd_store_dq(
+    ds, k, k_tail, dq_ptr, start_m, n_q, stride_dqn, scale,
+    HEAD_DIM: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of query rows ``start_m ... start_m + BLOCK_M`` where ``k`` holds every key."""
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)  # [BLOCK_M, D_MAIN]
+    store_rows(dq_ptr, dq * scale, offs_m, n_q, stride_dqn, 0, D_MAIN, HEAD_DIM)
+    if D_TAIL > 0:
+        dq_tail = tl.dot(tl.trans(ds), k_tail, input_precision=PRECISION)
+        store_rows(dq_ptr, dq_tail * scale, offs_m, n_q, stride_dqn, D_MAIN, D_TAIL, HEAD_DIM)
 
 
 @triton.jit
@@ -522,6 +537,7 @@ def attention_bwd_dkdv_kernel(
     lse_ptr,
     delta_ptr,
     seed_ptr,
+    dq_ptr,
     dk_ptr,
     dv_ptr,
     stride_qb,
@@ -540,6 +556,9 @@ def attention_bwd_dkdv_kernel(
     stride_don,
     stride_doh,
     stride_dod,
+    stride_dqb,
+    stride_dqn,
+    stride_dqh,
     stride_dkb,
     stride_dkn,
     stride_dkh,
@@ -562,11 +581,15 @@ def attention_bwd_dkdv_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """BLOCK_N rows of dK and dV; with ``dq_ptr``, which is where BLOCK_N holds all keys, dQ too: the scores, their
+    exponentials and dP are then computed once instead of twice."""
     pid_n, batch, head, plane = head_of_program(n_heads, tl.cdiv(n_k, BLOCK_N))
     q_ptr += batch * stride_qb + head * stride_qh
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
     do_ptr += batch * stride_dob + head * stride_doh
+    if dq_ptr is not None:
+        dq_ptr += batch * stride_dqb + head * stride_dqh
     dk_ptr += batch * stride_dkb + head * stride_dkh
     dv_ptr += batch * stride_dvb + head * stride_dvh
     lse_ptr += plane.to(tl.int64) * n_q
@@ -588,17 +611,25 @@ def attention_bwd_dkdv_kernel(
     dv_tail = tl.zeros([BLOCK_N, D_TAIL if D_TAIL > 0 else 16], tl.float32)
     m_full = n_q // BLOCK_M * BLOCK_M
     for start_m in tl.range(0, m_full, BLOCK_M):
-        dk, dk_tail, dv, dv_tail = attention_bwd_dkdv_step(
+        dk, dk_tail, dv, dv_tail, ds = attention_bwd_dkdv_step(
             dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qn, stride_qd,
             stride_don, stride_dod, start_m, n_q, scale_log2e, seed, offs_n, plane, dropout_p, keep_scale,
             HEAD_DIM, D_MAIN, D_TAIL, BLOCK_M, False, DROPOUT, PRECISION,
         )  # fmt: skip
+        if dq_ptr is not None:
+            attention_bwd_store_dq(
+                ds, k, k_tail, dq_ptr, start_m, n_q, stride_dqn, scale, HEAD_DIM, D_MAIN, D_TAIL, BLOCK_M, PRECISION
+            )
     if TAIL_M > 0:
-        dk, dk_tail, dv, dv_tail = attention_bwd_dkdv_step(
+        dk, dk_tail, dv, dv_tail, ds = attention_bwd_dkdv_step(
             dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qn, stride_qd,
             stride_don, stride_dod, m_full, n_q, scale_log2e, seed, offs_n, plane, dropout_p, keep_scale,
             HEAD_DIM, D_MAIN, D_TAIL, TAIL_M, True, DROPOUT, PRECISION,
         )  # fmt: skip
+        if dq_ptr is not None:
+            attention_bwd_store_dq(
+                ds, k, k_tail, dq_ptr, m_full, n_q, stride_dqn, scale, HEAD_DIM, D_MAIN, D_TAIL, TAIL_M, PRECISION
+            )
     store_rows(dk_ptr, dk * scale, offs_n, n_k, stride_dkn, 0, D_MAIN, HEAD_DIM)
     store_rows(dv_ptr, dv, offs_n, n_k, stride_dvn, 0, D_MAIN, HEAD_DIM)
     if D_TAIL > 0:
@@ -698,29 +729,32 @@ def _attention_bwd(do, q, k, v, out, lse, dlse, seed, dq, dk, dv, *, scale: floa
         DROPOUT=dropout_p > 0,
         PRECISION=input_precision(q.dtype),
     )
+    dq_strides = dict(stride_dqb=dq.stride(0), stride_dqn=dq.stride(1), stride_dqh=dq.stride(2))
     config = pick_attention_bwd_dq(n_q, n_k, head_dim, q.dtype, arch)
-    launch(
-        attention_bwd_dq_kernel,
-        (cdiv(n_q, config.block_m) * batch * n_heads,),
-        q,
-        dq_ptr=dq,
-        stride_dqb=dq.stride(0),
-        stride_dqn=dq.stride(1),
-        stride_dqh=dq.stride(2),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        TAIL_N=attention_tail(n_k, config.block_n),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **shared,
-    )
+    if config is not None:
+        launch(
+            attention_bwd_dq_kernel,
+            (cdiv(n_q, config.block_m) * batch * n_heads,),
+            q,
+            dq_ptr=dq,
+            **dq_strides,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            TAIL_N=attention_tail(n_k, config.block_n),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **shared,
+        )
+    with_dq = config is None
     config = pick_attention_bwd_dkdv(n_q, n_k, head_dim, q.dtype, arch)
     launch(
         attention_bwd_dkdv_kernel,
         (cdiv(n_k, config.block_n) * batch * n_heads,),
         q,
+        dq_ptr=dq if with_dq else None,
         dk_ptr=dk,
         dv_ptr=dv,
+        **dq_strides,
         stride_dkb=dk.stride(0),
         stride_dkn=dk.stride(1),
         stride_dkh=dk.stride(2),
