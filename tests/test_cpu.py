@@ -27,7 +27,6 @@ if INTERPRETER or EMULATOR:
 from triton.runtime import driver as triton_driver
 
 from vit_triton.cpu import compiler, elf, features, lower, ttir, vmath
-from vit_triton.cpu import driver as cpu_driver
 from vit_triton.cpu.driver import CPUDriver
 
 AVX2 = ",".join(features.REQUIRED)
@@ -504,21 +503,31 @@ def test_masks_of_whole_tiles(tile, arch, monkeypatch):
     torch.testing.assert_close(y, torch.where(stored, x - x.sum(1, keepdim=True), 5.0))
 
 
-@triton.jit
-def one_row_for_all_kernel(x_ptr, y_ptr, flag_ptr, n, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """A mask of one row that stands for every row."""
-    one = (tl.load(flag_ptr) + tl.arange(0, 1)) < n
-    mask = tl.broadcast_to(one[:, None], ROWS, COLS)
-    offs = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
-    tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=mask, other=0.0), mask=mask)
+ONE_ROW_FOR_ALL = """module {
+  tt.func public @one_row_for_all(%y: !tt.ptr<f32>, %n: i64) {
+    %limit = arith.trunci %n : i64 to i32
+    %rows = tt.make_range {end = 1 : i32, start = 0 : i32} : tensor<1xi32>
+    %limits = tt.splat %limit : i32 -> tensor<1xi32>
+    %row = arith.cmpi slt, %rows, %limits : tensor<1xi32>
+    %column = tt.expand_dims %row {axis = 1 : i32} : tensor<1xi1> -> tensor<1x1xi1>
+    %mask = tt.broadcast %column : tensor<1x1xi1> -> tensor<4x1xi1>
+    %offs = tt.make_range {end = 4 : i32, start = 0 : i32} : tensor<4xi32>
+    %places = tt.expand_dims %offs {axis = 1 : i32} : tensor<4xi32> -> tensor<4x1xi32>
+    %start = tt.splat %y : !tt.ptr<f32> -> tensor<4x1x!tt.ptr<f32>>
+    %ptrs = tt.addptr %start, %places : tensor<4x1x!tt.ptr<f32>>, tensor<4x1xi32>
+    %ones = arith.constant dense<1.000000e+00> : tensor<4x1xf32>
+    tt.store %ptrs, %ones, %mask : tensor<4x1x!tt.ptr<f32>>
+    tt.return
+  }
+}
+"""
 
 
-@pytest.mark.parametrize("first", [0, 3])
-def test_a_mask_of_one_row_for_all(first):
-    with cpu_driver.active():
-        x, y = torch.randn(8, 16), torch.zeros(8, 16)
-        one_row_for_all_kernel[(1,)](x, y, torch.tensor([first], dtype=torch.int32), 2, 8, 16)
-    assert torch.equal(y, x if first < 2 else torch.zeros(8, 16))
+@pytest.mark.parametrize("limit", [0, 1])
+def test_a_mask_of_one_row_for_all(limit):
+    y = np.zeros(4, np.float32)
+    run(ONE_ROW_FOR_ALL, [y], HERE, [limit])
+    assert (y == limit).all()
 
 
 @triton.jit

@@ -91,28 +91,26 @@ def test_memory_that_lies_otherwise_is_another_function():
 
 
 def test_what_pytorch_computes_is_not_replayed():
-    weight = torch.randn(24, 3 * 8 * 8)
+    def function(x):
+        return F.layer_norm(x, None, None, backend="triton") + 1
+
     for _ in range(2):
-        image = torch.randn(2, 3, 16, 16)
-        expected = F.patch_embed(image, weight, patch_size=8, patch_order="c p1 p2", backend="torch")
-        ours = F.patch_embed(image, weight, patch_size=8, patch_order="p1 p2 c", backend="triton")
-        rows = weight.unflatten(1, (8, 8, 3)).permute(0, 3, 1, 2).flatten(1)
+        x = torch.randn(5, 16)
         torch.testing.assert_close(
-            ours, F.patch_embed(image, rows, patch_size=8, patch_order="c p1 p2", backend="torch")
+            replay.replay(function, (x,), 0), F.layer_norm(x, None, None, backend="torch") + 1
         )
-        assert not torch.equal(ours, expected)
 
 
 def test_a_part_of_memory_that_arguments_share_is_not_replayed():
     """Which of them it belongs to cannot be told."""
 
     def function(x, y):
-        return F.layer_norm(x[1:], None, None, backend="triton")
+        return F.layer_norm(y[1:], None, None, backend="triton")
 
     storage = torch.randn(8, 16)
-    for y in (storage[1:], storage[2:]):
+    for y in (storage[1:5], storage[2:6]):
         torch.testing.assert_close(
-            replay.replay(function, (storage, y), 0), F.layer_norm(storage[1:], None, None, backend="torch")
+            replay.replay(function, (storage, y), 0), F.layer_norm(y[1:], None, None, backend="torch")
         )
 
 

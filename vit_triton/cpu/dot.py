@@ -253,23 +253,15 @@ class Dot:
         b, width = self.b, len(columns)
         span = 2 * LANES if pairs and bt.type.shape[0] >= 2 * LANES else LANES
         words = span // 2 if pairs else span
-
-        def part(start: Val, at: Val) -> Val:
-            vector = self.vector(bt, [start, at], 0, LANES)
-            if not pairs:
-                return vector
-            # past an odd end there may be anything, and 0 * NaN is NaN
-            return b.select(self._lane_mask(start, k, LANES), vector, b.constant(0.0, "bf16", LANES))
-
         with b.loop(b.index(0), k, b.index(span)) as loop:
             for c in range(0, width, LANES):
                 vectors = []
                 for at in columns[c : c + LANES]:
-                    vector = part(loop.index, at)
+                    vector = self.vector(bt, [loop.index, at], 0, LANES)
                     if pairs:
                         high = b.constant(0.0, "bf16", LANES)
                         if span > LANES:
-                            high = part(b.add(loop.index, b.index(LANES)), at)
+                            high = self.vector(bt, [b.add(loop.index, b.index(LANES)), at], 0, LANES)
                         both = b.shuffle(vector, high, range(2 * LANES))
                         vector = b.op(
                             f"llvm.bitcast {{0}} : {both.type} to {mlir_type('i32', LANES)}", (both,), "i32", LANES
