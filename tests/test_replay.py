@@ -13,7 +13,8 @@ if INTERPRETER or EMULATOR:
 
 from triton import knobs
 
-from vit_triton.cpu import replay
+from vit_triton.cpu import driver, replay
+from vit_triton.kernels.layer_norm import layer_norm_fwd
 
 
 @pytest.fixture(autouse=True)
@@ -90,28 +91,39 @@ def test_memory_that_lies_otherwise_is_another_function():
         torch.testing.assert_close(F.linear(x.T.contiguous().T, weight, backend="triton"), x @ weight.T)
 
 
+def replayed(function, *args):
+    with driver.active() as device:
+        return replay.replay(function, args, device)
+
+
 def test_what_pytorch_computes_is_not_replayed():
     def function(x):
-        return F.layer_norm(x, None, None, backend="triton") + 1
+        return layer_norm_fwd(x, None, None, eps=1e-5)[0] + 1
 
     for _ in range(2):
         x = torch.randn(5, 16)
-        torch.testing.assert_close(
-            replay.replay(function, (x,), 0), F.layer_norm(x, None, None, backend="torch") + 1
-        )
+        torch.testing.assert_close(replayed(function, x), torch.nn.functional.layer_norm(x, (16,)) + 1)
 
 
 def test_a_part_of_memory_that_arguments_share_is_not_replayed():
     """Which of them it belongs to cannot be told."""
 
     def function(x, y):
-        return F.layer_norm(y[1:], None, None, backend="triton")
+        return layer_norm_fwd(y[1:], None, None, eps=1e-5)[0]
 
     storage = torch.randn(8, 16)
     for y in (storage[1:5], storage[2:6]):
-        torch.testing.assert_close(
-            replay.replay(function, (storage, y), 0), F.layer_norm(y[1:], None, None, backend="torch")
-        )
+        torch.testing.assert_close(replayed(function, storage, y), torch.nn.functional.layer_norm(y[1:], (16,)))
+
+
+def test_a_part_of_an_argument_is_replayed():
+    def function(x):
+        return layer_norm_fwd(x[1:], None, None, eps=1e-5)[0]
+
+    for _ in range(2):
+        x = torch.randn(8, 16)
+        torch.testing.assert_close(replayed(function, x), torch.nn.functional.layer_norm(x[1:], (16,)))
+    assert None not in replay._recordings.values()
 
 
 def test_hooks_see_every_launch():
