@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def forward_backward(function: Callable[..., Any], inputs: Sequence[Tensor], gradient: Tensor) -> Callable[[], Any]:
@@ -20,6 +20,9 @@ def forward_backward(function: Callable[..., Any], inputs: Sequence[Tensor], gra
 
 
 def forward(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[[], Any]:
+    """A call without gradients; as in a model, all ``inputs`` but the first are its parameters."""
+    inputs = [inputs[0], *map(nn.Parameter, inputs[1:])]
+
     def run() -> Any:
         with torch.no_grad():
             return function(*inputs)

@@ -14,6 +14,7 @@ from vit_triton import functional as F
 from vit_triton import packing
 from vit_triton.cpu.driver import active
 from vit_triton.kernels import _launch, linear
+from vit_triton.kernels._patches import PatchLayout
 from vit_triton.modules import FeedForward, Linear
 
 compiled_only = pytest.mark.skipif(
@@ -280,4 +281,27 @@ def test_whole_model(packed):
     with torch.inference_mode():
         for _ in range(2):
             torch.testing.assert_close(model(images), reference(images), rtol=1e-5, atol=1e-5)
-    assert len(packed) == len(packing._packed)
+    assert len(packed) == len(packing._packed) - 1  # that of the patches is in the order of the image, not in panels
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_weight_of_the_patches_is_kept_in_the_order_of_the_image(dtype, monkeypatch):
+    ordered = []
+    from_weight = PatchLayout.from_weight
+    monkeypatch.setattr(
+        PatchLayout, "from_weight", lambda self, w: (w.dim() == 2 and ordered.append(self.order)) or from_weight(self, w)
+    )
+    weight = nn.Parameter(torch.randn(24, 3 * 8 * 8).to(dtype))
+    planes = torch.randn(2, 3, 16, 16).to(dtype)
+    pixels = planes.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for image in (planes, planes, pixels, pixels, planes):
+            y = F.patch_embed(image, weight, patch_size=8, backend="triton")
+            ours = len(ordered)
+            fresh = F.patch_embed(image, weight.detach().clone(), patch_size=8, backend="triton")
+            assert torch.equal(y, fresh)
+            del ordered[ours:]
+        assert ordered == ["c p1 p2", "p1 p2 c", "c p1 p2"]
+        weight.data.mul_(2)
+        assert torch.equal(F.patch_embed(planes, weight, patch_size=8, backend="triton"), 2 * y)

@@ -342,12 +342,13 @@ def patch_embed(
     pre_weight, pre_bias, pre_eps = _norm_parts(pre_norm)
     post_weight, post_bias, post_eps = _norm_parts(post_norm)
     tensors = (image, weight, bias, pos, prefix, pre_weight, pre_bias, post_weight, post_bias)
+    arranged = packing.in_image_order(weight, image, (p1, p2), patch_order)
     if _differentiating(*tensors):
         return autograd.PatchEmbedFunction.apply(
             *tensors, image_mean, image_std, pre_eps, post_eps, (p1, p2), patch_order
         )
     tokens, *_ = torch.ops.vit_triton.patch_embed_fwd.default(
-        *tensors[:7], pre_eps, post_weight, post_bias, post_eps, image_mean, image_std, (p1, p2), patch_order
+        *tensors[:7], pre_eps, post_weight, post_bias, post_eps, image_mean, image_std, (p1, p2), patch_order, arranged
     )
     return tokens
 

@@ -346,11 +346,12 @@ def _layer_norm_bwd_fake(dy, x, weight, mean, rstd, dsum):
 @_register(
     "patch_embed_fwd(Tensor image, Tensor weight, Tensor? bias, Tensor? pos, Tensor? prefix, Tensor? pre_weight, "
     "Tensor? pre_bias, float? pre_eps, Tensor? post_weight, Tensor? post_bias, float? post_eps, Tensor? mean, "
-    "Tensor? std, SymInt[] patch_size, str patch_order) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? std, SymInt[] patch_size, str patch_order, Tensor? arranged=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _patch_embed_fwd(
     image, weight, bias, pos, prefix, pre_weight, pre_bias, pre_eps, post_weight, post_bias, post_eps, mean, std,
-    patch_size, patch_order,
+    patch_size, patch_order, arranged=None,
 ):  # fmt: skip
     from vit_triton.kernels.patch_embed import patch_embed_fwd
 
@@ -366,13 +367,14 @@ def _patch_embed_fwd(
         std,
         patch_size=tuple(patch_size),
         patch_order=patch_order,
+        arranged=arranged,
     )
 
 
 @_fake("patch_embed_fwd")
 def _patch_embed_fwd_fake(
     image, weight, bias, pos, prefix, pre_weight, pre_bias, pre_eps, post_weight, post_bias, post_eps, mean, std,
-    patch_size, patch_order,
+    patch_size, patch_order, arranged=None,
 ):  # fmt: skip
     batch, _, height, width = image.shape
     patches = (height // patch_size[0]) * (width // patch_size[1])

@@ -188,6 +188,7 @@ def patch_embed_fwd(
     *,
     patch_size: tuple[int, int],
     patch_order: str,
+    arranged: torch.Tensor | None = None,
 ) -> tuple[
     torch.Tensor,
     torch.Tensor | None,
@@ -202,6 +203,7 @@ def patch_embed_fwd(
     prefix (n, dim); pre_norm and post_norm are (weight, bias, eps) over patch_dim and dim. z (B * patches, dim) has the
     weight's dtype, in which the product is taken; tokens (B, n + patches, dim) have :func:`token_dtype`; statistics
     (B * patches,) are float32. A uint8 image needs mean and std (C,), float32, on the scale 0 to 1; others take none.
+    ``arranged``: the weight once more, with its columns in the image's order, and then that is read.
     z is None without post_norm, the statistics are None without their norm. The image divides into patches.
     """
     layout = patch_layout(image, patch_size, patch_order)
@@ -244,7 +246,7 @@ def patch_embed_fwd(
         (cdiv(n_rows, config.rows) * cdiv(dim, config.cols),),
         image,
         **image_args,
-        weight_ptr=layout.from_weight(weight),
+        weight_ptr=layout.from_weight(weight) if arranged is None else arranged,
         bias_ptr=_contiguous(bias),
         pos_ptr=_contiguous(pos) if post_norm is None else None,
         pre_weight_ptr=pre_weight,
