@@ -1,0 +1,39 @@
+"""The sum of what programs leave, against float64."""
+
+import pytest
+import torch
+from oracle import DTYPES
+
+from vit_triton.cpu.driver import active
+from vit_triton.kernels import _config
+from vit_triton.kernels import _sums as kernels
+
+pytestmark = pytest.mark.compiled
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 5), (3, 7, 11), (32, 257), (33, 64), (264, 40)])
+def test_the_sum_of_parts(shape, dtype):
+    parts = torch.randn(shape)
+    with active():
+        total = kernels.sum_parts(parts, dtype)
+    assert total.dtype == dtype and total.shape == parts.shape[1:] and total.is_contiguous()
+    exact, size = parts.double().sum(0), parts.double().abs().sum(0)
+    bound = torch.finfo(dtype).eps / 2 * exact.abs() + shape[0] * torch.finfo(torch.float32).eps * size
+    assert ((total - exact).abs() <= bound).all()
+
+
+def test_parts_may_lie_apart():
+    parts = torch.randn(9, 2, 50)
+    with active():
+        total = kernels.sum_parts(parts[:, 1], torch.float32)
+    torch.testing.assert_close(total, parts[:, 1].sum(0))
+
+
+@pytest.mark.parametrize("block_p", [1, 4])
+def test_tiles_do_not_matter(block_p, monkeypatch):
+    monkeypatch.setattr(kernels, "pick_sum_parts", lambda *args: _config.SumConfig(block_p, 16, 1))
+    parts = torch.randn(10, 37)
+    with active():
+        total = kernels.sum_parts(parts, torch.float32)
+    torch.testing.assert_close(total, parts.sum(0))
