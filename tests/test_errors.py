@@ -31,6 +31,13 @@ def mlp(x=(5, 8), w1=(12, 8), b1=None, w2=(8, 12), b2=None, **options):
     return F.mlp(*tensors, backend="triton", **options)
 
 
+def encoder(x=(1, 5, 8), heads=2, **parts):
+    shapes = dict(qkv_weight=(24, 8), out_weight=(8, 8), w1=(12, 8), w2=(8, 12)) | parts
+    tensors = {name: R(a) if isinstance(a, tuple) else a for name, a in shapes.items()}
+    rest = {name: (None, None, 1e-5) if "norm" in name else None for name in F.Block._fields if name not in tensors}
+    return F.encoder(R(x), [F.Block(**(rest | tensors))], heads=heads, backend="triton")
+
+
 def norm(x=(5, 8), weight=None, bias=None, **options):
     tensors = (R(a) if isinstance(a, tuple) else a for a in (x, weight, bias))
     return F.layer_norm(*tensors, backend="triton", **options)
@@ -104,6 +111,20 @@ CASES = {
     "w2 does not follow w1": (lambda: mlp(w2=(8, 11)), ValueError, ["w2", "12 columns", "w1", "(8, 11)"]),
     "b1 of another length": (lambda: mlp(b1=(8,)), ValueError, ["b1", "(12,)", "(8,)"]),
     "hidden dropout below 0": (lambda: mlp(hidden_dropout_p=-0.1), ValueError, ["hidden_dropout_p", "-0.1"]),
+    # encoder
+    "tokens without a batch": (lambda: encoder((5, 8)), ValueError, ["x", "(B, N, D)", "(5, 8)"]),
+    "no tokens": (lambda: encoder((1, 0, 8)), ValueError, ["at least one", "0"]),
+    "qkv that is no three": (lambda: encoder(qkv_weight=(25, 8)), ValueError, ["blocks[0].qkv_weight", "(25, 8)"]),
+    "qkv of other heads": (lambda: encoder(heads=3), ValueError, ["blocks[0].qkv_weight", "3 heads", "(24, 8)"]),
+    "qkv of other columns": (lambda: encoder(qkv_weight=(24, 9)), ValueError, ["blocks[0].qkv_weight", "8 columns"]),
+    "out that does not follow qkv": (lambda: encoder(out_weight=(8, 9)), ValueError, ["blocks[0].out_weight", "8 col"]),
+    "out of other rows": (lambda: encoder(out_weight=(9, 8)), ValueError, ["blocks[0].out_weight", "8 rows", "(9, 8)"]),
+    "w2 of other rows": (lambda: encoder(w2=(9, 12)), ValueError, ["blocks[0].w2", "8 rows", "(9, 12)"]),
+    "a weight in another dtype": (lambda: encoder(w1=R(12, 8).half()), TypeError, ["blocks[0].w1", "float16"]),
+    "a norm that is a list": (lambda: encoder(norm2=[R(8)]), TypeError, ["blocks[0].norm2", "tuple", "list"]),
+    "no heads": (lambda: encoder(heads=0), ValueError, ["heads", "positive", "0"]),
+    "a block that is a module": (
+        lambda: F.encoder(R(1, 5, 8), [torch.nn.Identity()], heads=2), TypeError, ["Block", "Identity"]),
     # layer_norm
     "bias of the norm of another length": (lambda: norm(bias=(7,)), ValueError, ["bias", "(8,)", "(7,)"]),
     "an empty last dimension": (lambda: norm((5, 0)), ValueError, ["last dimension", "empty"]),

@@ -84,6 +84,10 @@ def recorded():
         with torch.no_grad():
             tensors, call = sample("mlp")
             call(F.mlp, tensors, backend="triton")
+            x, *mlp, weight, bias = (t.detach() for t in tensors)
+            norm = weight, bias, 1e-5
+            block = F.Block(norm, torch.randn(48, 16), None, torch.randn(16, 16), None, norm, *mlp)
+            F.encoder(x, [block], heads=2, backend="triton")
     return recorder.calls
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vit_triton import autograd, packing, reference
 from vit_triton.backend import resolve_backend
-from vit_triton.reference import Norm
+from vit_triton.reference import Block, Norm
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 PATCH_ORDERS = ("p1 p2 c", "c p1 p2")
@@ -59,7 +59,7 @@ def attention(
         raise ValueError(f"k and v must have one shape, got {_shape(k)} and {_shape(v)}")
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"q and k must agree in batch, heads and head size, got {_shape(q)} and {_shape(k)}")
-    _check_attention(q, k.shape[1], scale, dropout_p)
+    _check_attention(q.shape, k.shape[1], scale, dropout_p)
     q, k, v = _autocast(q, k, v)
     if resolve_backend(backend, "attention", q) == "torch":
         return reference.attention(q, k, v, scale=scale, dropout_p=dropout_p, return_lse=return_lse)
@@ -81,7 +81,7 @@ def attention_packed(
     _check_tensor("qkv", qkv, 5, "(B, N, 3, H, D)")
     if qkv.shape[2] != 3:
         raise ValueError(f"qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
-    _check_attention(qkv[:, :, 0], qkv.shape[1], scale, dropout_p)
+    _check_attention((*qkv.shape[:2], *qkv.shape[3:]), qkv.shape[1], scale, dropout_p)
     (qkv,) = _autocast(qkv)
     if resolve_backend(backend, "attention", qkv) == "torch":
         return reference.attention_packed(qkv, scale=scale, dropout_p=dropout_p, return_lse=return_lse)
@@ -164,8 +164,7 @@ def mlp(
     _check_linear("x", x.shape[-1:], "w1", w1, "b1", b1)
     _check_linear("w1", w1.shape[:1], "w2", w2, "b2", b2)
     _check_norm("norm", norm, x.shape[-1], x.device)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    _check_activation(activation)
     _check_residual(residual, (*x.shape[:-1], w2.shape[0]))
     _check_dropout("hidden_dropout_p", hidden_dropout_p)
     _check_dropout("dropout_p", dropout_p)
@@ -203,6 +202,60 @@ def mlp(
             *tensors[:7], rows if residual_is_x else tensors[7], *seeds, *scalars, False, *panels
         )
     return y.view(*x.shape[:-1], w2.shape[0])
+
+
+def encoder(
+    x: Tensor,
+    blocks: Sequence[Block],
+    *,
+    heads: int,
+    scale: float | None = None,
+    activation: str = "gelu",
+    first_token: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """The blocks of a Transformer encoder, one after the other (Dosovitskiy et al. 2020, arXiv:2010.11929, eq. 2, 3).
+
+    Args:
+        x: (B, N, D).
+        blocks: what each is made of, all in x's dtype.
+        heads: attention heads; they divide the rows of each third of ``qkv_weight``.
+        scale: default 1 / sqrt(head size).
+        activation: as for :func:`mlp`.
+        first_token: of the last block compute only what the first token needs.
+
+    Returns:
+        (B, N, D), with ``first_token`` (B, 1, D). Without gradients it is one operator that keeps nothing; with them,
+        and under autocast or ``torch.compile``, it is made of :func:`linear`, :func:`attention` and :func:`mlp`.
+    """
+    if first_token and not blocks:
+        raise ValueError("first_token needs a block, got none")
+    for i, block in enumerate(blocks):
+        if not isinstance(block, Block):
+            raise TypeError(f"blocks[{i}] must be a Block, got {type(block).__module__}.{type(block).__qualname__}")
+    parts = [part for block in blocks for field in block for part in (field if type(field) is tuple else (field,))]
+    form = _form(x, *parts, heads, scale, activation)
+    if form is None or form not in _encoders:
+        _check_encoder(x, blocks, heads, scale, activation)
+        _remember_encoder(form)
+    name = resolve_backend(backend, "encoder", x)
+    apart = _differentiating(x, *(part for part in parts if isinstance(part, Tensor)))
+    if apart or torch.compiler.is_compiling() or _autocasting(x.device.type):
+        functions = tuple(functools.partial(op, backend=name) for op in (linear, attention, mlp))
+        return reference.encoder_of(functions, x, blocks, heads, scale, activation, first_token)
+    if name == "torch":
+        return reference.encoder(x, blocks, heads=heads, scale=scale, activation=activation, first_token=first_token)
+    _check_kernel_dtype("x", x)
+    arguments: list[Tensor | None] = []
+    eps = []
+    for block in blocks:
+        (weight1, bias1, eps1), (weight2, bias2, eps2) = _norm_parts(block.norm1), _norm_parts(block.norm2)
+        eps += [eps1, eps2]
+        arguments += (weight1, bias1, *block[1:5], weight2, bias2, *block[6:])
+        arguments += map(packing.panels, (block.qkv_weight, block.out_weight, block.w1, block.w2))
+    head_dim = blocks[0].qkv_weight.shape[0] // 3 // heads if blocks else 1
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    return torch.ops.vit_triton.encoder_fwd.default(x, arguments, eps, heads, scale, activation, first_token)
 
 
 def layer_norm(
@@ -439,6 +492,59 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 # --- checking ----------------------------------------------------------------------------------------------
 
+_encoders: set[tuple] = set()  # forms that have passed: of a small encoder it takes as long as to compute it
+
+
+def _form(*arguments: Any) -> tuple | None:
+    """All that the checks of ``arguments`` look at; None where there is no remembering it."""
+    if torch.compiler.is_compiling():
+        return None
+    form = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in arguments)
+    try:
+        hash(form)
+    except TypeError:  # a wrong argument, or sizes that are symbols
+        return None
+    return form
+
+
+def _remember_encoder(form: tuple | None) -> None:
+    if len(_encoders) >= 1024:  # sizes vary without end
+        _encoders.clear()
+    if form is not None:
+        _encoders.add(form)
+
+
+def _check_encoder(x: Any, blocks: Sequence[Block], heads: int, scale: float | None, activation: str) -> None:
+    _check_tensor("x", x, 3, "(B, N, D)")
+    _check_rows(x)
+    if not isinstance(heads, Integral) or heads < 1:
+        raise ValueError(f"heads must be a positive integer, got {heads!r}")
+    _check_activation(activation)
+    dim = x.shape[2:]
+    for i, block in enumerate(blocks):
+        at = f"blocks[{i}]."
+        _check_norm(at + "norm1", block.norm1, *dim, x.device)
+        _check_norm(at + "norm2", block.norm2, *dim, x.device)
+        _check_linear("x", dim, at + "qkv_weight", block.qkv_weight, at + "qkv_bias", block.qkv_bias)
+        inner, rest = divmod(block.qkv_weight.shape[0], 3)
+        if rest or inner % heads:
+            raise ValueError(
+                f"{at}qkv_weight must have 3 * heads * head size rows for {heads} heads, got {_shape(block.qkv_weight)}"
+            )
+        if block.qkv_weight.shape[0] != blocks[0].qkv_weight.shape[0]:
+            raise ValueError(f"{at}qkv_weight must have the shape of the first block's, got {_shape(block.qkv_weight)}")
+        features = torch.Size([inner])
+        _check_linear("the heads", features, at + "out_weight", block.out_weight, at + "out_bias", block.out_bias)
+        _check_linear("x", dim, at + "w1", block.w1, at + "b1", block.b1)
+        _check_linear(at + "w1", block.w1.shape[:1], at + "w2", block.w2, at + "b2", block.b2)
+        for name, weight in (("out_weight", block.out_weight), ("w2", block.w2)):
+            if weight.shape[:1] != dim:
+                raise ValueError(f"{at}{name} must have {dim[0]} rows as x has columns, got {_shape(weight)}")
+        names = ("qkv_weight", "qkv_bias", "out_weight", "out_bias", "w1", "b1", "w2", "b2")
+        _check_alike("x", x, **{at + name: getattr(block, name) for name in names})
+        _check_attention((*x.shape[:2], heads, inner // heads), x.shape[1], scale, 0.0)
+
+
 
 def _shape(x: Tensor) -> str:
     return str(tuple(x.shape))
@@ -473,8 +579,8 @@ def _check_kernel_dtype(name: str, x: Tensor) -> None:
         )
 
 
-def _check_attention(q: Tensor, n_k: int, scale: float | None, dropout_p: float) -> None:
-    batch, n_q, heads, head_dim = q.shape
+def _check_attention(q_shape: Sequence[int], n_k: int, scale: float | None, dropout_p: float) -> None:
+    batch, n_q, heads, head_dim = q_shape
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"the head size must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
     if n_k < 1:
@@ -484,6 +590,11 @@ def _check_attention(q: Tensor, n_k: int, scale: float | None, dropout_p: float)
     if scale is not None:
         _check_number("scale", scale)
     _check_dropout("dropout_p", dropout_p)
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -15,6 +15,7 @@ without giving up the kernel).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from vit_triton import functional as F
 from vit_triton import packing
-from vit_triton.backend import check_backend_name
+from vit_triton.backend import check_backend_name, resolve_backend
 
 __all__ = ["Attention", "FeedForward", "LayerNorm", "Linear", "PatchEmbedding", "PatchRows", "Transformer"]
 
@@ -406,24 +407,68 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, dim) -> tokens (B, N, dim)."""
         check_tokens(x)
-        for block in self.layers:
-            x = run_block(block, x)
-        return self.norm(x)
+        return self.norm(self._run(x))
+
+    def _run(self, x: Tensor, first_token: bool = False) -> Tensor:
+        """The blocks, without the norm behind them; ``first_token`` needs a last block that is whole."""
+        found = as_operator(self.layers)
+        if found is not None:
+            blocks, options = found
+            if all(resolve_backend(options["backend"], op, x) == "triton" for op in ("linear", "attention", "mlp")):
+                return F.encoder(x, blocks, **{**options, "backend": "triton"}, first_token=first_token)
+        *before, last = self.layers if first_token else (*self.layers, None)
+        for block in before:
+            x = run_block(cast(nn.Module, block), x)
+        if last is None:
+            return x
+        attention, feed_forward = last.children()
+        x = cast(Attention, attention).first_token(x)
+        return feed_forward(x, residual=x)
 
     def first_token(self, x: Tensor) -> Tensor:
         """``self(x)[:, :1]``, without what the last block would compute for the other tokens, if nobody could tell."""
         if not (len(self.layers) and untouched(self, Transformer) and untouched(self.norm, LayerNorm)):
             return self(x)[:, :1]
-        *blocks, last = self.layers
-        attention, feed_forward = last.children()
+        attention, feed_forward = self.layers[-1].children()
         whole = isinstance(attention, Attention) and attention.whole
         if not (whole and untouched(feed_forward, FeedForward) and cast(FeedForward, feed_forward).net_is_whole):
             return self(x)[:, :1]
         check_tokens(x)
-        for block in blocks:
-            x = run_block(block, x)
-        x = cast(Attention, attention).first_token(x)
-        return self.norm(feed_forward(x, residual=x))
+        return self.norm(self._run(x, first_token=True))
+
+
+def as_operator(blocks: Iterable[nn.Module]) -> tuple[list[F.Block], dict[str, Any]] | None:
+    """The blocks and options that :func:`vit_triton.functional.encoder` takes, if nobody could tell that it was called:
+    no gradients, no dropout, every part of every block the one made here, unwatched, and with the same options."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    parts, options = [], []
+    for block in blocks:
+        attention, feed_forward = block._modules.values()
+        if not (isinstance(attention, Attention) and attention.whole and isinstance(attention.to_out, nn.Sequential)):
+            return None
+        if not (untouched(feed_forward, FeedForward) and cast(FeedForward, feed_forward).net_is_whole):
+            return None
+        project, out_dropout = cast(tuple[Linear, nn.Dropout], attention.to_out._modules.values())
+        norm, widen, gelu, hidden_dropout, narrow, dropout = cast(
+            tuple[LayerNorm, Linear, nn.GELU, nn.Dropout, Linear, nn.Dropout],
+            cast(FeedForward, feed_forward).net._modules.values(),
+        )
+        if any(map(dropout_now, (attention.dropout, out_dropout, hidden_dropout, dropout))):
+            return None
+        qkv = attention.to_qkv
+        parts.append(
+            F.Block(
+                *(attention.norm.arguments(), qkv.weight, qkv.bias, project.weight, project.bias),
+                *(norm.arguments(), widen.weight, widen.bias, narrow.weight, narrow.bias),
+            )
+        )
+        activation = "gelu" if gelu.approximate == "none" else "gelu_tanh"
+        for backend in (attention.backend, qkv.backend, project.backend, cast(FeedForward, feed_forward).backend):
+            options.append((attention.heads, attention.scale, activation, backend))
+    if len(set(options)) != 1:  # none without blocks
+        return None
+    return parts, dict(zip(("heads", "scale", "activation", "backend"), options[0], strict=True))
 
 
 def run_block(block: nn.Module, x: Tensor) -> Tensor:

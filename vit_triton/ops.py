@@ -295,6 +295,33 @@ def _mlp_bwd_fake(
     )
 
 
+# --- encoder -----------------------------------------------------------------------------------------------
+
+
+@_register(
+    "encoder_fwd(Tensor x, Tensor?[] blocks, float[] eps, int heads, float scale, str activation, bool first_token) "
+    "-> Tensor"
+)
+def _encoder_fwd(x, blocks, eps, heads, scale, activation, first_token):
+    from vit_triton.kernels.encoder import BlockTensors, encoder_fwd
+
+    n = len(BlockTensors._fields)
+    return encoder_fwd(
+        x,
+        [BlockTensors(*blocks[i : i + n]) for i in range(0, len(blocks), n)],
+        eps=eps,
+        heads=heads,
+        scale=scale,
+        activation=activation,
+        first_token=first_token,
+    )
+
+
+@_fake("encoder_fwd")
+def _encoder_fwd_fake(x, blocks, eps, heads, scale, activation, first_token):
+    return x.new_empty(x.shape[0], 1 if first_token else x.shape[1], x.shape[2])
+
+
 # --- layer_norm --------------------------------------------------------------------------------------------
 
 

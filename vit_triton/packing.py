@@ -11,7 +11,7 @@ compares; what changes a few values through ``.data`` and no other way calls :fu
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ def in_image_order(weight: Tensor, image: Tensor, patch_size: tuple[int, int], p
     from vit_triton.kernels._patches import patch_layout
 
     layout = patch_layout(image, patch_size, patch_order)
-    return _kept(weight, layout.order, lambda: layout.from_weight(weight.detach()))
+    return _kept(weight, layout.order, lambda: cast(Tensor, layout.from_weight(weight.detach())))
 
 
 def _keeps(weight: Tensor) -> bool:

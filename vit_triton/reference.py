@@ -4,11 +4,31 @@ Same names and arguments as :mod:`vit_triton.functional`, less ``backend``; that
 functions check nothing. They differentiate any number of times and in every mode, in any floating dtype.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Norm = tuple[Tensor | None, Tensor | None, float]
+
+
+class Block(NamedTuple):
+    """A pre-norm block of a Transformer encoder on tokens of width D: x + out(attention(qkv(norm1(x)))), and then
+    x + mlp(norm2(x)). The weight of qkv is (3 * I, D), its rows in the order (3, heads, head size); that of out is
+    (D, I), w1 (hidden, D), w2 (D, hidden)."""
+
+    norm1: Norm
+    qkv_weight: Tensor
+    qkv_bias: Tensor | None
+    out_weight: Tensor
+    out_bias: Tensor | None
+    norm2: Norm
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
 
 
 def attention(
@@ -75,6 +95,40 @@ def mlp(
 ) -> Tensor:
     hidden = F.dropout(activate(linear(x, w1, b1, norm=norm), activation), hidden_dropout_p)
     return linear(hidden, w2, b2, residual=residual, dropout_p=dropout_p)
+
+
+def encoder(
+    x: Tensor,
+    blocks: Sequence[Block],
+    *,
+    heads: int,
+    scale: float | None = None,
+    activation: str = "gelu",
+    first_token: bool = False,
+) -> Tensor:
+    return encoder_of((linear, attention, mlp), x, blocks, heads, scale, activation, first_token)
+
+
+def encoder_of(
+    parts: tuple[Callable[..., Any], ...],
+    x: Tensor,
+    blocks: Sequence[Block],
+    heads: int,
+    scale: float | None,
+    activation: str,
+    first_token: bool,
+) -> Tensor:
+    """The encoder, made of the functions linear, attention and mlp."""
+    linear, attention, mlp = parts
+    for i, block in enumerate(blocks):
+        qkv = linear(x, block.qkv_weight, block.qkv_bias, norm=block.norm1)
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
+        if first_token and i == len(blocks) - 1:
+            q, x = q[:, :1], x[:, :1]
+        out = attention(q, k, v, scale=scale).flatten(2)
+        x = linear(out, block.out_weight, block.out_bias, residual=x)
+        x = mlp(x, block.w1, block.b1, block.w2, block.b2, norm=block.norm2, activation=activation, residual=x)
+    return x
 
 
 def layer_norm(

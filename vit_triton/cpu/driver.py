@@ -117,12 +117,13 @@ class _Launcher:
         total = grid_x * grid_y * grid_z
         if total == 0:
             return
-        if enter_hook is not None:
-            enter_hook(launch_metadata)
         values = [args[i].data_ptr() if pointer else args[i] for i, pointer in self.positions]
         if (launches := getattr(_recorder, "launches", None)) is not None:
             tensors = [(slot, args[i]) for slot, (i, pointer) in enumerate(self.positions) if pointer]
             launches.append(Launch(self, (grid_x, grid_y, grid_z), function, values, tensors))
+            return
+        if enter_hook is not None:
+            enter_hook(launch_metadata)
         self.run(grid_x, grid_y, grid_z, function, values)
         if exit_hook is not None:
             exit_hook(launch_metadata)
@@ -164,7 +165,7 @@ _recorder = threading.local()
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Note the launches of this thread, which hold their tensors."""
+    """Note the launches of this thread, with their tensors, and start none of them."""
     _recorder.launches = []
     try:
         yield _recorder.launches

@@ -1,0 +1,160 @@
+"""encoder against the float64 composition: one operator, or with gradients; where a Transformer makes use of it."""
+
+import pytest
+import torch
+from oracle import DTYPES, assert_as_precise
+from torch import nn
+
+import vit_triton
+from vit_triton import functional as F
+from vit_triton import modules, reference
+
+pytestmark = pytest.mark.compiled
+
+
+def make(dim, heads, head_dim, hidden, dtype, *, depth=2, biases=True, norms=True):
+    def rand(*shape):
+        return (torch.randn(shape) * shape[-1] ** -0.5).to(dtype)
+
+    def norm(eps):
+        return (1 + rand(dim), rand(dim), eps) if norms else (None, None, eps)
+
+    inner = heads * head_dim
+    return [
+        F.Block(
+            *(norm(1e-5), rand(3 * inner, dim), rand(3 * inner) if biases else None),
+            *(rand(dim, inner), rand(dim) if biases else None, norm(1e-6)),
+            *(rand(hidden, dim), rand(hidden) if biases else None, rand(dim, hidden), rand(dim) if biases else None),
+        )
+        for _ in range(depth)
+    ]
+
+
+def double(block):
+    def wide(x):
+        return tuple(map(wide, x)) if isinstance(x, tuple) else x.double() if isinstance(x, torch.Tensor) else x
+
+    return F.Block(*map(wide, block))
+
+
+def check(x, blocks, **options):
+    with torch.no_grad():
+        ours = F.encoder(x, blocks, backend="triton", **options)
+    peer = reference.encoder(x, blocks, **options)
+    exact = reference.encoder(x.double(), list(map(double, blocks)), **options)
+    assert ours.dtype == x.dtype and ours.is_contiguous()
+    assert_as_precise([ours], [[peer]], [exact], [exact], ["tokens"])
+
+
+@pytest.mark.parametrize("first_token", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dim", "heads", "head_dim", "hidden"), [(48, 3, 16, 64), (72, 1, 72, 100), (40, 2, 80, 33), (32, 3, 11, 24)]
+)
+def test_against_float64(dim, heads, head_dim, hidden, dtype, first_token):
+    x = torch.randn(2, 21, dim).to(dtype)
+    check(x, make(dim, heads, head_dim, hidden, dtype), heads=heads, first_token=first_token)
+
+
+@pytest.mark.parametrize("activation", F.ACTIVATIONS)
+def test_options(activation):
+    x = torch.randn(2, 2 * 9, 48)[:, ::2]  # strided
+    blocks = make(48, 2, 16, 40, torch.float32, depth=1, biases=False, norms=False)
+    check(x, blocks, heads=2, scale=0.3, activation=activation)
+
+
+@pytest.mark.parametrize("first_token", [False, True])
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_depths(depth, first_token):
+    x, blocks = torch.randn(1, 5, 32), make(32, 2, 16, 40, torch.float32, depth=depth)
+    if depth or not first_token:
+        check(x, blocks, heads=2, first_token=first_token)
+        return
+    for backend in ("triton", "torch"):
+        with pytest.raises(ValueError, match="first_token needs a block"):
+            F.encoder(x, blocks, heads=2, first_token=True, backend=backend)
+
+
+def test_an_empty_batch():
+    x, blocks = torch.randn(0, 5, 32), make(32, 2, 16, 40, torch.float32)
+    with torch.no_grad():
+        assert F.encoder(x, blocks, heads=2, backend="triton").shape == (0, 5, 32)
+        assert F.encoder(x, blocks, heads=2, first_token=True, backend="triton").shape == (0, 1, 32)
+
+
+def test_with_gradients_it_is_made_of_the_other_functions():
+    results = []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(0)
+        x, blocks = torch.randn(2, 9, 32).requires_grad_(), make(32, 2, 16, 40, torch.float32)
+        leaves = [x, *(t.requires_grad_() for t in blocks[1] if isinstance(t, torch.Tensor))]
+        y = F.encoder(x, blocks, heads=2, first_token=True, backend=backend)
+        results.append([y, *torch.autograd.grad(y.sum(), leaves)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+# --- the Transformer ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    seen = []
+    encoder = F.encoder
+    monkeypatch.setattr(
+        modules.F, "encoder", lambda *args, **options: seen.append(options["first_token"]) or encoder(*args, **options)
+    )
+    return seen
+
+
+def vit(**options):
+    sizes = dict(image_size=32, patch_size=8, num_classes=5, dim=48, depth=2, heads=2, dim_head=32, mlp_dim=64)
+    return vit_triton.ViT(**{**sizes, "backend": "triton", **options})
+
+
+@pytest.mark.parametrize("options", [{}, {"pool": "mean"}, {"num_classes": 0}, {"dropout": 0.5, "emb_dropout": 0.1}])
+def test_inference_is_one_operator(options, calls):
+    model, images = vit(**options).eval(), torch.randn(2, 3, 32, 32)
+    expected = model(images).detach()
+    assert calls == []
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+    assert calls == [not options.get("pool") and options.get("num_classes", 1) > 0]
+
+
+def hook(module, *args):
+    return None
+
+
+def replace_norm(model):
+    model.transformer.layers[1][0].norm = nn.LayerNorm(48)
+
+
+APART = {
+    "dropout": lambda model: model.train(),
+    "a hook": lambda model: model.transformer.layers[0][1].net[1].register_forward_hook(hook),
+    "a hook on a block": lambda model: model.transformer.layers[0][0].register_forward_pre_hook(hook),
+    "a part of another class": replace_norm,
+    "another backend": lambda model: setattr(model.transformer.layers[0][0], "backend", "torch"),
+    "the torch backend": lambda model: setattr(model, "backend", "torch"),
+    "another activation": lambda model: setattr(model.transformer.layers[1][1].net[2], "approximate", "tanh"),
+    "one head without projection": lambda model: setattr(model.transformer.layers[0][0], "to_out", nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("change", APART)
+def test_what_could_tell_the_difference_is_run_apart(change, calls):
+    model = vit(dropout=0.1, heads=1, dim_head=48 if "projection" in change else 16).eval()
+    APART[change](model)
+    with torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))
+    assert calls == []
+
+
+def test_autocast_reaches_inside(calls):
+    model, images = vit().eval(), torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(images).detach()
+        with torch.no_grad():
+            y = model(images)
+    assert y.dtype == expected.dtype and len(calls) == 1
+    torch.testing.assert_close(y, expected)

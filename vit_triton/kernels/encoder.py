@@ -1,0 +1,99 @@
+"""The blocks of a Transformer encoder, one after the other, keeping nothing: for inference.
+
+    x = x + attention(norm(x)),   x = x + mlp(norm(x))            (pre-norm; Xiong et al. 2020, arXiv:2002.04745)
+
+The kernels are those of :mod:`.attention`, :mod:`.linear` and :mod:`.mlp`; as one operator they cost one walk through
+PyTorch's dispatcher and not four a block, and on a CPU their launches are recorded as one.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from vit_triton.kernels.attention import attention_fwd
+from vit_triton.kernels.mlp import mlp_fwd, norm_linear_fwd
+
+
+class BlockTensors(NamedTuple):
+    """What a block is made of: its norms (D,), nn.Linear's weights and biases, and the weights as `pack_weight` lays
+    them out, where they are. The rows of ``qkv`` are (3, heads, head size)."""
+
+    norm1_weight: torch.Tensor | None
+    norm1_bias: torch.Tensor | None
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    out: torch.Tensor
+    out_bias: torch.Tensor | None
+    norm2_weight: torch.Tensor | None
+    norm2_bias: torch.Tensor | None
+    w1: torch.Tensor
+    b1: torch.Tensor | None
+    w2: torch.Tensor
+    b2: torch.Tensor | None
+    qkv_panels: torch.Tensor | None
+    out_panels: torch.Tensor | None
+    w1_panels: torch.Tensor | None
+    w2_panels: torch.Tensor | None
+
+
+def encoder_fwd(
+    x: torch.Tensor,
+    blocks: list[BlockTensors],
+    *,
+    eps: list[float],
+    heads: int,
+    scale: float,
+    activation: str,
+    first_token: bool,
+) -> torch.Tensor:
+    """Tokens (B, N, D) -> (B, N, D) behind the last block; with ``first_token`` (B, 1, D), and the last block computes
+    only keys and values for the others. ``eps``: of both norms of each block."""
+    batch, length, dim = x.shape
+    rows = x.reshape(batch * length, dim)
+    for i, block in enumerate(blocks):
+        norm1, norm2 = eps[2 * i : 2 * i + 2]
+        inner = block.qkv.shape[0] // 3
+        head_dim = inner // heads
+        if first_token and i == len(blocks) - 1:
+            first = rows.view(batch, length, dim)[:, 0]
+            q = _project(first, block, slice(0, inner), norm1).view(batch, 1, heads, head_dim)
+            kv = _project(rows, block, slice(inner, 3 * inner), norm1).view(batch, length, 2, heads, head_dim)
+            k, v = kv.unbind(2)
+            rows = first
+        else:
+            qkv = _project(rows, block, slice(0, 3 * inner), norm1).view(batch, length, 3, heads, head_dim)
+            q, k, v = qkv.unbind(2)
+        out, _ = attention_fwd(q, k, v, None, scale=scale, dropout_p=0.0)
+        rows, _, _ = norm_linear_fwd(
+            *(out.view(len(rows), inner), block.out, block.out_bias, None, None, rows, None),
+            eps=None,
+            dropout_p=0.0,
+            panels=block.out_panels,
+        )
+        rows, *_ = mlp_fwd(
+            *(rows, block.w1, block.b1, block.w2, block.b2, block.norm2_weight, block.norm2_bias, rows, None, None),
+            eps=norm2,
+            activation=activation,
+            hidden_dropout_p=0.0,
+            dropout_p=0.0,
+            save=False,
+            panels=(block.w1_panels, block.w2_panels),
+        )
+    return rows.view(batch, 1 if first_token else length, dim)
+
+
+def _project(rows: torch.Tensor, block: BlockTensors, part: slice, eps: float) -> torch.Tensor:
+    """norm(rows) @ qkv[part].T + its bias."""
+    bias = None if block.qkv_bias is None else block.qkv_bias[part]
+    panels = block.qkv_panels
+    if panels is not None:
+        width = panels.shape[2]
+        whole = part.start % width == 0 and (part.stop % width == 0 or part.stop == block.qkv.shape[0])
+        panels = panels[part.start // width : -(-part.stop // width)] if whole else None
+    y, _, _ = norm_linear_fwd(
+        *(rows, block.qkv[part], bias, block.norm1_weight, block.norm1_bias, None, None),
+        eps=eps,
+        dropout_p=0.0,
+        panels=panels,
+    )
+    return y
