@@ -101,7 +101,7 @@ def calls(monkeypatch):
     seen = []
     encoder = F.encoder
     monkeypatch.setattr(
-        modules.F, "encoder", lambda *args, **options: seen.append(options["first_token"]) or encoder(*args, **options)
+        modules.F, "encoder", lambda *args, **options: seen.append(options.get("first_token")) or encoder(*args, **options)
     )
     return seen
 
