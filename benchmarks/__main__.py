@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks import attention, layer_norm, linear, mlp, models, patch_embed, runner
+from benchmarks import attention, encoder, layer_norm, linear, mlp, models, patch_embed, runner
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CASES: dict[str, list[Callable[[torch.dtype], Iterator[runner.Case]]]] = {
-    "ops": [mlp.cases, linear.cases, attention.cases, layer_norm.cases, patch_embed.cases],
+    "ops": [mlp.cases, linear.cases, attention.cases, layer_norm.cases, patch_embed.cases, encoder.cases],
     "models": [models.cases],
 }
 

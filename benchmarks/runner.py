@@ -22,7 +22,8 @@ OURS = "vit_triton"
 
 @dataclass(frozen=True)
 class Case:
-    """``providers`` compute the same results, given to be compared with ``exact``, a float64 computation.
+    """``providers`` compute the same results, given to be compared with ``exact``, a float64 computation, but for those
+    that are ``unchecked``.
 
     ``tolerance``: the largest relative L2 error of a result that counts as right, in eps of ``dtype``.
     """
@@ -32,6 +33,7 @@ class Case:
     providers: dict[str, Callable[[], Any]]
     exact: Callable[[], Any] | None
     tolerance: float = 16.0
+    unchecked: tuple[str, ...] = ()
 
 
 @dataclass
@@ -68,6 +70,8 @@ def check(case: Case) -> dict[str, str]:
     allowed = case.tolerance * torch.finfo(case.dtype).eps
     wrong = {}
     for name, run in case.providers.items():
+        if name in case.unchecked:
+            continue
         worst = max(errors(run(), exact))
         if not worst <= allowed:
             wrong[name] = f"error {worst:.1e}, allowed {allowed:.1e}"

@@ -1,5 +1,6 @@
 """The benchmark runner: numbers before times, ratios of interleaved runs."""
 
+import dataclasses
 import json
 import sys
 
@@ -21,6 +22,13 @@ def test_a_wrong_result_is_not_timed():
     assert list(result.milliseconds) == ["vit_triton"] and list(result.wrong) == ["other"]
     assert result.ratio == {} and result.against_the_fastest is None
     assert "WRONG other: error 5.0e-02" in runner.line(result)
+
+
+def test_what_computes_something_else_is_not_checked():
+    two, other = lambda x: x * 2, lambda x: x * 3
+    checked = case(vit_triton=two, other=other)
+    assert list(runner.check(checked)) == ["other"]
+    assert runner.check(dataclasses.replace(checked, unchecked=("other",))) == {}
 
 
 def test_a_result_that_is_no_number_is_wrong():

@@ -100,9 +100,12 @@ def test_with_gradients_it_is_made_of_the_other_functions():
 def calls(monkeypatch):
     seen = []
     encoder = F.encoder
-    monkeypatch.setattr(
-        modules.F, "encoder", lambda *args, **options: seen.append(options.get("first_token")) or encoder(*args, **options)
-    )
+
+    def noted(*args, **options):
+        seen.append(options.get("first_token"))
+        return encoder(*args, **options)
+
+    monkeypatch.setattr(modules.F, "encoder", noted)
     return seen
 
 
