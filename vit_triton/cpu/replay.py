@@ -22,7 +22,6 @@ from vit_triton.cpu.driver import Launch, recording
 _ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
 _MOST_RECORDED = 4096  # sizes vary without end
 _ALIGN = 64
-_CPU = torch.device("cpu")  # said outright: torch.set_default_device changes the default
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,10 @@ class _Recording:
     scratch: int
 
     def run(self, addresses: list[int]) -> Any:
-        results = [torch.empty(shape, dtype=dtype, device=_CPU) for shape, dtype in self.results]
+        results = [torch.empty(shape, dtype=dtype) for shape, dtype in self.results]
         addresses += [x.data_ptr() for x in results]
         if self.scratch:
-            scratch = torch.empty(self.scratch, dtype=torch.uint8, device=_CPU)
+            scratch = torch.empty(self.scratch, dtype=torch.uint8)
             addresses.append(scratch.data_ptr())
         for launch, pointers in self.launches:
             values = list(launch.values)
