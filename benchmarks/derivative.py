@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 
 def forward_backward(function: Callable[..., Any], inputs: Sequence[Tensor], gradient: Tensor) -> Callable[[], Any]:
-    """A call that returns the output and the gradients of all ``inputs``."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    """A call that returns the output and the gradients of all floating ``inputs``."""
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    wanted = [x for x in leaves if x.requires_grad]
 
     def run() -> list[Tensor]:
         y = function(*leaves)
         y = y[0] if isinstance(y, tuple) else y
-        return [y, *torch.autograd.grad(y, leaves, gradient)]
+        return [y, *torch.autograd.grad(y, wanted, gradient)]
 
     return run
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.derivative import double, forward
+from benchmarks.derivative import double, forward, forward_backward
 from benchmarks.runner import OURS, Case
 from benchmarks.shapes import BATCH, TOKENS, WIDTH
 from vit_triton import functional as F
@@ -47,9 +47,17 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     inputs += [torch.randn(n) for n in (size, size, WIDTH, WIDTH)]
     inputs += [torch.randn(TOKENS - 1, WIDTH), torch.randn(1, WIDTH)]
     inputs = [image, *(x.to(dtype) for x in inputs)]
+    gradient = torch.randn(BATCH, TOKENS, WIDTH).to(dtype)
+    providers = {OURS: ours, "normalise + vit_pytorch's stem": pytorch}
     yield Case(
         "patch_embed from uint8",
         dtype,
-        {OURS: forward(ours, inputs), "normalise + vit_pytorch's stem": forward(pytorch, inputs)},
+        {name: forward(f, inputs) for name, f in providers.items()},
         forward(pytorch, double(inputs)),
+    )
+    yield Case(
+        "patch_embed from uint8 forward+backward",
+        dtype,
+        {name: forward_backward(f, inputs, gradient) for name, f in providers.items()},
+        forward_backward(pytorch, double(inputs), gradient.double()),
     )

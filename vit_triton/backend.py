@@ -81,18 +81,20 @@ def resolve_backend(backend: str | None, op: str, x: torch.Tensor) -> str:
 
 # PyTorch's time / that of the kernels compiled for the CPU, forward and forward + backward; 0 is not measured. Above 1
 # "auto" takes "triton". Measured by `python -m benchmarks ops` at ViT-B/16, batch 8, the worse of one and two threads,
-# on an AMD EPYC (AVX-512 BF16) with torch 2.15 and triton 3.9; on other kinds of CPU "auto" is "torch".
+# on an AMD EPYC (AVX-512 BF16) with torch 2.14 and triton 3.8; on other kinds of CPU "auto" is "torch".
 _CPU_SPEED = {
-    ("mlp", torch.float32): (1.15, 1.05),
-    ("mlp", torch.bfloat16): (1.03, 0.99),
-    ("linear", torch.float32): (1.04, 1.04),
-    ("linear", torch.bfloat16): (1.03, 0.97),
-    ("attention", torch.float32): (1.25, 0.97),
-    ("attention", torch.bfloat16): (1.52, 1.00),
-    ("layer_norm", torch.float32): (0.61, 0.53),
-    ("layer_norm", torch.bfloat16): (0.88, 0.82),
-    ("patch_embed", torch.float32): (1.23, 0.0),
-    ("patch_embed", torch.bfloat16): (1.11, 0.0),
+    ("mlp", torch.float32): (1.12, 1.05),
+    ("mlp", torch.bfloat16): (1.09, 1.01),
+    ("linear", torch.float32): (1.09, 1.02),
+    ("linear", torch.bfloat16): (1.06, 1.00),
+    ("attention", torch.float32): (1.27, 1.24),
+    ("attention", torch.bfloat16): (1.52, 1.31),
+    ("layer_norm", torch.float32): (1.03, 0.80),
+    ("layer_norm", torch.bfloat16): (1.33, 1.42),
+    ("patch_embed", torch.float32): (1.24, 1.46),
+    ("patch_embed", torch.bfloat16): (1.17, 1.25),
+    ("encoder", torch.float32): (1.16, 0.0),
+    ("encoder", torch.bfloat16): (1.19, 0.0),
 }
 
 

@@ -238,12 +238,11 @@ def encoder(
     if form is None or form not in _encoders:
         _check_encoder(x, blocks, heads, scale, activation)
         _remember_encoder(form)
-    name = resolve_backend(backend, "encoder", x)
     apart = _differentiating(x, *(part for part in parts if isinstance(part, Tensor)))
     if apart or torch.compiler.is_compiling() or _autocasting(x.device.type):
-        functions = tuple(functools.partial(op, backend=name) for op in (linear, attention, mlp))
+        functions = tuple(functools.partial(op, backend=backend) for op in (linear, attention, mlp))
         return reference.encoder_of(functions, x, blocks, heads, scale, activation, first_token)
-    if name == "torch":
+    if resolve_backend(backend, "encoder", x) == "torch":
         return reference.encoder(x, blocks, heads=heads, scale=scale, activation=activation, first_token=first_token)
     _check_kernel_dtype("x", x)
     arguments: list[Tensor | None] = []
