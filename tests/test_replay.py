@@ -146,6 +146,18 @@ def test_recordings_do_not_pile_up(monkeypatch):
     assert len(replay._recordings) <= 3
 
 
+def test_a_kernel_that_was_loaded_twice_is_started_where_it_was_asked_for():
+    """Triton loads it again where two threads launch it first at the same time, and lets go of one of the two."""
+    F.layer_norm(torch.randn(5, 16), None, None, backend="triton")
+    F.layer_norm(torch.randn(5, 16), None, None, backend="triton")
+    (recording,) = replay._recordings.values()
+    ((launch, _),) = recording.launches
+    again, started = driver._Function(launch.function.code), []
+    again.start = started.append
+    launch.launcher.run(*launch.grid, again, launch.values)
+    assert len(started) == 1
+
+
 def test_python_threads_replay_at_once():
     inputs = [torch.randn(1, 50, 3, 2, 16) for _ in range(12)]
     expected = [F.attention_packed(x, backend="torch") for x in inputs]

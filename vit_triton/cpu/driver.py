@@ -64,18 +64,24 @@ class _Scratch:
 _scratch = _Scratch()
 
 
+_Entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
 class _Function(int):
-    """The address of a kernel's entry, which keeps the code there."""
+    """The address of a kernel's entry, which keeps the code there; Triton may load a kernel twice, from two threads."""
+
+    code: Code
+    start: Callable[[int], None]
 
     def __new__(cls, code: Code) -> "_Function":
         function = super().__new__(cls, code.symbol("entry"))
-        function.code = code  # type: ignore[attr-defined]
+        function.code, function.start = code, _Entry(int(function))
         return function
 
 
 class _Utils:
     @staticmethod
-    def load_binary(name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, int, int, int, int]:
+    def load_binary(name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, _Function, int, int, int]:
         code = Code(kernel)
         return code, _Function(code), 0, 0, 2**31
 
@@ -106,13 +112,12 @@ class _Launcher:
         formats = ["Q" if kind.startswith("*") else _FORMATS[kind] for _, kind in kinds]
         self.block = struct.Struct(f"={HEADER_SLOTS}q" + "".join(formats))
         self.room = -(-self.block.size // _PAGE) * _PAGE  # the launch block lies before the scratch memory
-        self.worker: Any = None
         if _Launcher.gomp is None and not _Launcher.forked:
             _Launcher.gomp = _libgomp()
 
     def __call__(
-        self, grid_x: int, grid_y: int, grid_z: int, stream: int, function: int, metadata: Any, launch_metadata: Any,
-        enter_hook: Callable | None, exit_hook: Callable | None, *args: Any,
+        self, grid_x: int, grid_y: int, grid_z: int, stream: int, function: _Function, metadata: Any,
+        launch_metadata: Any, enter_hook: Callable | None, exit_hook: Callable | None, *args: Any,
     ) -> None:  # fmt: skip
         total = grid_x * grid_y * grid_z
         if total == 0:
@@ -128,7 +133,7 @@ class _Launcher:
         if exit_hook is not None:
             exit_hook(launch_metadata)
 
-    def run(self, grid_x: int, grid_y: int, grid_z: int, function: int, values: Sequence[Any]) -> None:
+    def run(self, grid_x: int, grid_y: int, grid_z: int, function: _Function, values: Sequence[Any]) -> None:
         """Start the code at ``function`` with its arguments, tensors by their addresses."""
         total = grid_x * grid_y * grid_z
         threads = min(torch.get_num_threads(), total) if self.gomp is not None else 1
@@ -139,15 +144,10 @@ class _Launcher:
             memory, 0, *(0, 0, total, chunk, -(-total // chunk), grid_x, grid_y, block + self.room, self.share), *values
         )
         if threads == 1:
-            if self.worker is None:
-                self.worker = _Worker(function)
-            self.worker(block)
+            function.start(block)
         else:
             self.gomp.GOMP_parallel(ctypes.c_void_p(function), ctypes.c_void_p(block), threads, 0)
         _scratch.free.append(scratch)
-
-
-_Worker = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class Launch(NamedTuple):
@@ -155,7 +155,7 @@ class Launch(NamedTuple):
 
     launcher: _Launcher
     grid: tuple[int, int, int]
-    function: int
+    function: _Function
     values: Sequence[Any]
     tensors: Sequence[tuple[int, torch.Tensor]]
 

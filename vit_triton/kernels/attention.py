@@ -683,7 +683,7 @@ def _attention_bwd(do, q, k, v, out, lse, dlse, seed, dq, dk, dv, *, scale: floa
 
     delta = torch.empty_like(lse)
     block_d = d_main if d_tail == 0 else 2 * d_main
-    block_m = max(1, 4096 // block_d) if arch != "interpreter" else 256
+    block_m = max(1, 2048 // block_d) if arch != "interpreter" else 256
     launch(
         attention_bwd_delta_kernel,
         (cdiv(n_q, block_m) * batch * n_heads,),
