@@ -56,16 +56,14 @@ def replay(function: Callable[..., Any], args: Sequence[Any], device: int) -> An
 
     The function must depend on nothing but its arguments, which may be lists, and must return what it allocates.
     """
-    addresses: dict[int, None] = {}
+    first: dict[int, int] = {}  # which argument is the first at an address
     given: list[int] = []
     key: list[Any] = [function, device]
     for x in _flat(args):
         if isinstance(x, Tensor):
             address = x.data_ptr()
             # one memory under two names is another function, and so is other alignment: Triton compiles for it
-            same = given.index(address) if address in addresses else -1
-            key += (x.dtype, x.shape, x.stride(), address % 16 == 0, same)
-            addresses[address] = None
+            key += (x.dtype, x.shape, x.stride(), address % 16 == 0, first.setdefault(address, len(given)))
             given.append(address)
         else:
             key.append(x)

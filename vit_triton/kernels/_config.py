@@ -153,7 +153,7 @@ def check_layer_norm_width(width: int) -> None:
         raise ValueError(f"layer_norm: width must be 1 to {MAX_LAYER_NORM_WIDTH}, got {width}")
 
 
-def pick_layer_norm(width: int, arch: str, *, backward: bool = False) -> LayerNormConfig:
+def pick_layer_norm(width: int, arch: str) -> LayerNormConfig:
     """Tiles of both LayerNorm kernels."""
     block_d = next_power_of_2(width)
     if arch == "interpreter":

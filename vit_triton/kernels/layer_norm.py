@@ -231,7 +231,7 @@ def layer_norm_bwd(
     check_layer_norm_width(width)
     if dy.dim() == 2:
         dy = dy.unsqueeze(0)
-    config = pick_layer_norm(width, architecture(x.device), backward=True)
+    config = pick_layer_norm(width, architecture(x.device))
     n_programs, n_steps = layer_norm_stretch(n_rows, config)
     dx = x.new_empty((n_rows, width))
     partials = None if weight is None else x.new_empty((2, n_programs, width), dtype=torch.float32)
