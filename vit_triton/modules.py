@@ -429,12 +429,21 @@ class Transformer(nn.Module):
         """``self(x)[:, :1]``, without what the last block would compute for the other tokens, if nobody could tell."""
         if not (len(self.layers) and untouched(self, Transformer) and untouched(self.norm, LayerNorm)):
             return self(x)[:, :1]
-        attention, feed_forward = self.layers[-1].children()
-        whole = isinstance(attention, Attention) and attention.whole
-        if not (whole and untouched(feed_forward, FeedForward) and cast(FeedForward, feed_forward).net_is_whole):
+        if not whole_block(self.layers[-1]):
             return self(x)[:, :1]
         check_tokens(x)
         return self.norm(self._run(x, first_token=True))
+
+
+def whole_block(block: nn.Module) -> bool:
+    """Whether every part of both branches is the one made here, and nobody watches any."""
+    attention, feed_forward = block._modules.values()
+    return (
+        isinstance(attention, Attention)
+        and attention.whole
+        and untouched(feed_forward, FeedForward)
+        and cast(FeedForward, feed_forward).net_is_whole
+    )
 
 
 def as_operator(blocks: Iterable[nn.Module]) -> tuple[list[F.Block], dict[str, Any]] | None:
@@ -444,15 +453,15 @@ def as_operator(blocks: Iterable[nn.Module]) -> tuple[list[F.Block], dict[str, A
         return None
     parts, options = [], []
     for block in blocks:
-        attention, feed_forward = block._modules.values()
-        if not (isinstance(attention, Attention) and attention.whole and isinstance(attention.to_out, nn.Sequential)):
+        if not whole_block(block):
             return None
-        if not (untouched(feed_forward, FeedForward) and cast(FeedForward, feed_forward).net_is_whole):
+        attention, feed_forward = cast(tuple[Attention, FeedForward], block._modules.values())
+        if not isinstance(attention.to_out, nn.Sequential):
             return None
         project, out_dropout = cast(tuple[Linear, nn.Dropout], attention.to_out._modules.values())
         norm, widen, gelu, hidden_dropout, narrow, dropout = cast(
             tuple[LayerNorm, Linear, nn.GELU, nn.Dropout, Linear, nn.Dropout],
-            cast(FeedForward, feed_forward).net._modules.values(),
+            feed_forward.net._modules.values(),
         )
         if any(map(dropout_now, (attention.dropout, out_dropout, hidden_dropout, dropout))):
             return None
@@ -464,7 +473,7 @@ def as_operator(blocks: Iterable[nn.Module]) -> tuple[list[F.Block], dict[str, A
             )
         )
         activation = "gelu" if gelu.approximate == "none" else "gelu_tanh"
-        for backend in (attention.backend, qkv.backend, project.backend, cast(FeedForward, feed_forward).backend):
+        for backend in (attention.backend, qkv.backend, project.backend, feed_forward.backend):
             options.append((attention.heads, attention.scale, activation, backend))
     if len(set(options)) != 1:  # none without blocks
         return None
