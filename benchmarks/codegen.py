@@ -5,6 +5,7 @@ and starts nothing; what was compiled is then disassembled with the tools in Tri
 compilers; none is a time.
 """
 
+import argparse
 import collections
 import contextlib
 import json
@@ -22,9 +23,12 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 
-from benchmarks.shapes import HEAD_DIM, HEADS, HIDDEN, TOKENS, WIDTH
+from benchmarks.runner import machine
+from benchmarks.shapes import DTYPES, HEAD_DIM, HEADS, HIDDEN, TOKENS, WIDTH
 from vit_triton import functional as F
 from vit_triton.kernels import _launch
+
+SUMMARY = {"codegen": "compile every kernel for GPUs and count what comes out; needs no GPU"}
 
 
 @dataclass(frozen=True)
@@ -251,3 +255,24 @@ def line(found: Figures) -> str:
         f"{found.blocks:>2} blocks by {found.limit:<13}  {found.names(MATRIX):<12} {found.count(COPIES):>3} copies  "
         f"{sum(found.opcodes.values())} instructions"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES, default=[80, 90, 100])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--dump", type=Path, help="leave cubins, PTX and figures in this folder")
+
+
+def run(options: argparse.Namespace) -> None:
+    print(f"triton {machine()['triton']}; computed by its compilers, no GPU took part")
+    found = []
+    for arch in options.arch:
+        for dtype in options.dtype:
+            for each in figures(arch, DTYPES[dtype], options.dump):
+                if options.only in each.kernel:
+                    found.append(each)
+                    print(line(each), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(each) for each in found], indent=1))
