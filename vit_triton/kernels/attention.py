@@ -18,6 +18,8 @@ Head sizes between powers of two are covered by two tiles, 72 = 64 + 8 (padded t
 width 16 replaces padding to 128.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -86,6 +88,13 @@ def head_of_program(n_heads, n_blocks):
 
 
 @triton.jit
+def head_ptr(ptr, batch, stride_b, head, stride_h, HEAD_ALIGN: tl.constexpr):
+    """Where a head starts. Triton knows strides that 16 divides; a head of 72 or 88 is a multiple of 8, and 8 numbers
+    are one access of 16 bytes."""
+    return ptr + batch * stride_b + tl.multiple_of(head * stride_h, HEAD_ALIGN)
+
+
+@triton.jit
 def attention_fwd_step(
     acc,
     acc_tail,
@@ -111,24 +120,29 @@ def attention_fwd_step(
     D_TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Take keys ``start_n ... start_n + BLOCK_N`` into the running softmax."""
+    """Take keys ``start_n ... start_n + BLOCK_N`` into the running softmax; ``scale_log2e`` >= 0."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     k = load_rows(k_ptr, offs_n, n_k, stride_kn, stride_kd, 0, D_MAIN, HEAD_DIM, MASKED)  # [BLOCK_N, D_MAIN]
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if D_TAIL > 0:
         k_tail = load_rows(k_ptr, offs_n, n_k, stride_kn, stride_kd, D_MAIN, D_TAIL, HEAD_DIM, MASKED)
         scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
-    scores *= scale_log2e
+    if NEGATIVE_SCALE:
+        scores = -scores
     if MASKED:
         scores = tl.where((offs_n < n_k)[None, :], scores, float("-inf"))
 
-    new_max = tl.maximum(row_max, tl.max(scores, 1))  # [BLOCK_M]
+    # the maximum is scaled once a row, the scores inside of the exponent, where it costs a fused multiply-add
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2e)  # [BLOCK_M]
     # a row of -inf so far has no maximum to subtract: -inf - -inf would be NaN where PyTorch goes on
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    p = tl.exp2(scores - shift[:, None])  # [BLOCK_M, BLOCK_N]
+    p = tl.exp2(scores * scale_log2e - shift[:, None])  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        p = tl.where((offs_n < n_k)[None, :], p, 0.0)  # -inf times a scale of 0 is NaN
     rescale = tl.exp2(row_max - shift)
     row_sum = row_sum * rescale + tl.sum(p, 1)
     if DROPOUT:
@@ -169,19 +183,21 @@ def attention_fwd_kernel(
     scale_log2e,
     dropout_p,
     keep_scale,
+    HEAD_ALIGN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TAIL_N: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid_m, batch, head, plane = head_of_program(n_heads, tl.cdiv(n_q, BLOCK_M))
-    q_ptr += batch * stride_qb + head * stride_qh
-    k_ptr += batch * stride_kb + head * stride_kh
-    v_ptr += batch * stride_vb + head * stride_vh
+    q_ptr = head_ptr(q_ptr, batch, stride_qb, head, stride_qh, HEAD_ALIGN)
+    k_ptr = head_ptr(k_ptr, batch, stride_kb, head, stride_kh, HEAD_ALIGN)
+    v_ptr = head_ptr(v_ptr, batch, stride_vb, head, stride_vh, HEAD_ALIGN)
     out_ptr += (batch * n_q * n_heads + head) * HEAD_DIM
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
@@ -200,13 +216,13 @@ def attention_fwd_kernel(
         acc, acc_tail, row_max, row_sum = attention_fwd_step(
             acc, acc_tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd,
             start_n, n_k, scale_log2e, seed, offs_m, plane, dropout_p,
-            HEAD_DIM, D_MAIN, D_TAIL, BLOCK_N, False, DROPOUT, PRECISION,
+            HEAD_DIM, D_MAIN, D_TAIL, BLOCK_N, False, NEGATIVE_SCALE, DROPOUT, PRECISION,
         )  # fmt: skip
     if TAIL_N > 0:
         acc, acc_tail, row_max, row_sum = attention_fwd_step(
             acc, acc_tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd,
             n_full, n_k, scale_log2e, seed, offs_m, plane, dropout_p,
-            HEAD_DIM, D_MAIN, D_TAIL, TAIL_N, True, DROPOUT, PRECISION,
+            HEAD_DIM, D_MAIN, D_TAIL, TAIL_N, True, NEGATIVE_SCALE, DROPOUT, PRECISION,
         )  # fmt: skip
 
     # one reciprocal a row: a division per element is some hundred instructions more
@@ -247,12 +263,14 @@ def attention_fwd(
         n_heads=n_heads,
         n_q=n_q,
         n_k=n_k,
-        scale_log2e=scale * LOG2E.value,
+        scale_log2e=abs(scale) * LOG2E.value,
         dropout_p=dropout_p,
         keep_scale=keep_scale(dropout_p),
+        HEAD_ALIGN=_head_align(q, k, v),
         HEAD_DIM=head_dim,
         D_MAIN=d_main,
         D_TAIL=d_tail,
+        NEGATIVE_SCALE=scale < 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         TAIL_N=attention_tail(n_k, config.block_n),
@@ -267,6 +285,11 @@ def attention_fwd(
 def _strides(name: str, x: torch.Tensor) -> dict[str, int]:
     """The strides of a (B, N, H, D) tensor as kernel arguments: stride_qb, stride_qn, stride_qh, stride_qd."""
     return {f"stride_{name}{axis}": stride for axis, stride in zip("bnhd", x.stride(), strict=True)}
+
+
+def _head_align(*tensors: torch.Tensor) -> int:
+    """The power of two up to 16 that divides the stride from head to head of every (B, N, H, D) tensor."""
+    return math.gcd(16, *(x.stride(2) for x in tensors))
 
 
 @triton.jit
@@ -284,6 +307,7 @@ def attention_bwd_delta_kernel(
     stride_dlsen,
     n_heads,
     n_q,
+    HEAD_ALIGN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -294,7 +318,7 @@ def attention_bwd_delta_kernel(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < n_q
     out_ptr += (batch * n_q * n_heads + head) * HEAD_DIM
-    do_ptr += batch * stride_dob + head * stride_doh
+    do_ptr = head_ptr(do_ptr, batch, stride_dob, head, stride_doh, HEAD_ALIGN)
     out = load_rows(out_ptr, offs_m, n_q, n_heads * HEAD_DIM, 1, 0, BLOCK_D, HEAD_DIM, True)  # [BLOCK_M, BLOCK_D]
     do = load_rows(do_ptr, offs_m, n_q, stride_don, stride_dod, 0, BLOCK_D, HEAD_DIM, True)  # [BLOCK_M, BLOCK_D]
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
@@ -396,6 +420,7 @@ def attention_bwd_dq_kernel(
     scale_log2e,
     dropout_p,
     keep_scale,
+    HEAD_ALIGN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
@@ -406,11 +431,11 @@ def attention_bwd_dq_kernel(
     PRECISION: tl.constexpr,
 ):
     pid_m, batch, head, plane = head_of_program(n_heads, tl.cdiv(n_q, BLOCK_M))
-    q_ptr += batch * stride_qb + head * stride_qh
-    k_ptr += batch * stride_kb + head * stride_kh
-    v_ptr += batch * stride_vb + head * stride_vh
-    do_ptr += batch * stride_dob + head * stride_doh
-    dq_ptr += batch * stride_dqb + head * stride_dqh
+    q_ptr = head_ptr(q_ptr, batch, stride_qb, head, stride_qh, HEAD_ALIGN)
+    k_ptr = head_ptr(k_ptr, batch, stride_kb, head, stride_kh, HEAD_ALIGN)
+    v_ptr = head_ptr(v_ptr, batch, stride_vb, head, stride_vh, HEAD_ALIGN)
+    do_ptr = head_ptr(do_ptr, batch, stride_dob, head, stride_doh, HEAD_ALIGN)
+    dq_ptr = head_ptr(dq_ptr, batch, stride_dqb, head, stride_dqh, HEAD_ALIGN)
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -572,6 +597,7 @@ def attention_bwd_dkdv_kernel(
     scale_log2e,
     dropout_p,
     keep_scale,
+    HEAD_ALIGN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
@@ -584,14 +610,14 @@ def attention_bwd_dkdv_kernel(
     """BLOCK_N rows of dK and dV; with ``dq_ptr``, which is where BLOCK_N holds all keys, dQ too: the scores, their
     exponentials and dP are then computed once instead of twice."""
     pid_n, batch, head, plane = head_of_program(n_heads, tl.cdiv(n_k, BLOCK_N))
-    q_ptr += batch * stride_qb + head * stride_qh
-    k_ptr += batch * stride_kb + head * stride_kh
-    v_ptr += batch * stride_vb + head * stride_vh
-    do_ptr += batch * stride_dob + head * stride_doh
+    q_ptr = head_ptr(q_ptr, batch, stride_qb, head, stride_qh, HEAD_ALIGN)
+    k_ptr = head_ptr(k_ptr, batch, stride_kb, head, stride_kh, HEAD_ALIGN)
+    v_ptr = head_ptr(v_ptr, batch, stride_vb, head, stride_vh, HEAD_ALIGN)
+    do_ptr = head_ptr(do_ptr, batch, stride_dob, head, stride_doh, HEAD_ALIGN)
     if dq_ptr is not None:
-        dq_ptr += batch * stride_dqb + head * stride_dqh
-    dk_ptr += batch * stride_dkb + head * stride_dkh
-    dv_ptr += batch * stride_dvb + head * stride_dvh
+        dq_ptr = head_ptr(dq_ptr, batch, stride_dqb, head, stride_dqh, HEAD_ALIGN)
+    dk_ptr = head_ptr(dk_ptr, batch, stride_dkb, head, stride_dkh, HEAD_ALIGN)
+    dv_ptr = head_ptr(dv_ptr, batch, stride_dvb, head, stride_dvh, HEAD_ALIGN)
     lse_ptr += plane.to(tl.int64) * n_q
     delta_ptr += plane.to(tl.int64) * n_q
     seed = tl.load(seed_ptr) if DROPOUT else 0
@@ -698,6 +724,7 @@ def _attention_bwd(do, q, k, v, out, lse, dlse, seed, dq, dk, dv, *, scale: floa
         stride_dlsen=0 if dlse is None else dlse.stride(2),
         n_heads=n_heads,
         n_q=n_q,
+        HEAD_ALIGN=_head_align(do),
         HEAD_DIM=head_dim,
         BLOCK_M=block_m,
         BLOCK_D=block_d,
@@ -723,6 +750,7 @@ def _attention_bwd(do, q, k, v, out, lse, dlse, seed, dq, dk, dv, *, scale: floa
         scale_log2e=scale * LOG2E.value,
         dropout_p=dropout_p,
         keep_scale=keep_scale(dropout_p),
+        HEAD_ALIGN=_head_align(q, k, v, do, dq, dk, dv),
         HEAD_DIM=head_dim,
         D_MAIN=d_main,
         D_TAIL=d_tail,
