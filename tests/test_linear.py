@@ -117,6 +117,13 @@ def test_a_vector():
     torch.testing.assert_close(F.linear(x, weight, bias, backend="triton"), torch.nn.functional.linear(x, weight, bias))
 
 
+def test_a_bias_may_be_a_view():
+    x, weight, bias, *_ = make((5,), 40, 24, torch.float32)
+    for strided in (torch.randn(24, 2)[:, 1], bias[:1].expand(24)):
+        ours = F.linear(x, weight, strided, backend="triton")
+        torch.testing.assert_close(ours, torch.nn.functional.linear(x, weight, strided))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", [False, True])
 def test_the_residual_may_be_x_itself(dtype, norm):

@@ -141,7 +141,7 @@ def linear_fwd(
         x,
         x_ptr=x,
         weight_ptr=weight if panels is None else panels,
-        bias_ptr=bias,
+        bias_ptr=None if bias is None else bias.contiguous(),
         residual_ptr=residual,
         y_ptr=y,
         pre_ptr=pre,
