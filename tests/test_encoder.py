@@ -12,7 +12,7 @@ from vit_triton import modules, reference
 pytestmark = pytest.mark.compiled
 
 
-def make(dim, heads, head_dim, hidden, dtype, *, depth=2, biases=True, norms=True):
+def make(dim, heads, head_dim, hidden, dtype, *, depth=2, biases=True, norms=True, layer_scales=False):
     def rand(*shape):
         return (torch.randn(shape) * shape[-1] ** -0.5).to(dtype)
 
@@ -25,6 +25,7 @@ def make(dim, heads, head_dim, hidden, dtype, *, depth=2, biases=True, norms=Tru
             *(norm(1e-5), rand(3 * inner, dim), rand(3 * inner) if biases else None),
             *(rand(dim, inner), rand(dim) if biases else None, norm(1e-6)),
             *(rand(hidden, dim), rand(hidden) if biases else None, rand(dim, hidden), rand(dim) if biases else None),
+            *((rand(dim), rand(dim)) if layer_scales else ()),
         )
         for _ in range(depth)
     ]
@@ -61,6 +62,14 @@ def test_options(activation):
     x = torch.randn(2, 2 * 9, 48)[:, ::2]  # strided
     blocks = make(48, 2, 16, 40, torch.float32, depth=1, biases=False, norms=False)
     check(x, blocks, heads=2, scale=0.3, activation=activation)
+
+
+@pytest.mark.parametrize("first_token", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_scales(dtype, first_token):
+    blocks = make(48, 3, 16, 64, dtype, layer_scales=True)
+    blocks[1] = blocks[1]._replace(layer_scale1=None)
+    check(torch.randn(2, 21, 48).to(dtype), blocks, heads=3, first_token=first_token)
 
 
 @pytest.mark.parametrize("first_token", [False, True])

@@ -15,11 +15,12 @@ pytestmark = pytest.mark.compiled
 
 
 def absolute(inputs, dy, activation, *, norm, hidden_keep=1.0, keep=1.0):
-    """What ``run`` returns for (x, w1, b1, w2, b2, residual, norm weight, norm bias), absolute values in every sum.
+    """What ``run`` returns for (x, w1, b1, w2, b2, residual, norm weight, norm bias, and LayerScale if there is one),
+    absolute values in every sum.
 
     An error in the pre-activation z passes through the activation f as |f'(z)| dz, into f' itself as |f''(z)| dz.
     """
-    x, w1, b1, w2, b2, residual, norm_weight, norm_bias = double(inputs)
+    x, w1, b1, w2, b2, residual, norm_weight, norm_bias, *layer_scale = double(inputs)
     shape, x, dy = x.shape, x.flatten(0, -2), dy.double().abs().flatten(0, -2)
     normed, size = absolute_norm(x, norm_weight, norm_bias)[:2] if norm else (x, x.abs())
     z = normed @ w1.T + (0 if b1 is None else b1)
@@ -32,8 +33,11 @@ def absolute(inputs, dy, activation, *, norm, hidden_keep=1.0, keep=1.0):
     size_f = (f.abs() + slope.abs() * size_z) * hidden_keep
     size_slope = slope.abs() + bend.abs() * size_z
     y = (size_f @ w2.abs().T + (0 if b2 is None else b2.abs())) * keep
-    y = y if residual is None else y + residual.abs().flatten(0, -2)
     dout = dy * keep
+    dlayer_scale = [(dy * y).sum(0) for _ in layer_scale]
+    for gamma in layer_scale:
+        dout, y = dout * gamma.abs(), y * gamma.abs()
+    y = y if residual is None else y + residual.abs().flatten(0, -2)
     dz = (dout @ w2.abs()) * hidden_keep * size_slope
     dx, dnorm = dz @ w1.abs(), []
     if norm:
@@ -41,16 +45,17 @@ def absolute(inputs, dy, activation, *, norm, hidden_keep=1.0, keep=1.0):
     results = [y.unflatten(0, shape[:-1]), dx.view(shape), dz.T @ size]
     results += [] if b1 is None else [dz.sum(0)]
     results += [dout.T @ size_f] + ([] if b2 is None else [dout.sum(0)])
-    return results + ([] if residual is None else [dy.unflatten(0, shape[:-1])]) + dnorm
+    return results + ([] if residual is None else [dy.unflatten(0, shape[:-1])]) + dnorm + dlayer_scale
 
 
-NAMES = ("x", "w1", "b1", "w2", "b2", "residual", "norm weight", "norm bias")
+NAMES = ("x", "w1", "b1", "w2", "b2", "residual", "norm weight", "norm bias", "layer scale")
 
 
 def call(function, norm=True, **options):
-    def inner(x, w1, b1, w2, b2, residual, norm_weight, norm_bias):
+    def inner(x, w1, b1, w2, b2, residual, norm_weight, norm_bias, layer_scale=None):
         triple = (norm_weight, norm_bias, EPS) if norm else None
-        return function(x, w1, b1, w2, b2, residual=residual, norm=triple, **options)
+        scale = {} if layer_scale is None else {"layer_scale": layer_scale}
+        return function(x, w1, b1, w2, b2, residual=residual, norm=triple, **scale, **options)
 
     return inner
 
@@ -71,7 +76,7 @@ def check(inputs, dy, activation, *, norm):
     ours = run(call(F.mlp, norm, activation=activation, backend="triton"), inputs, [dy])
     peer = run(call(reference.mlp, norm, activation=activation), inputs, [dy])
     exact = run(call(reference.mlp, norm, activation=activation), double(inputs), double([dy]))
-    names = ["y", *(name for name, x in zip(NAMES, inputs, strict=True) if x is not None)]
+    names = ["y", *(name for name, x in zip(NAMES, inputs, strict=False) if x is not None)]
     assert len(ours) == len(names)
     assert_as_precise(ours, [peer], exact, absolute(inputs, dy, activation, norm=norm), names)
 
@@ -162,7 +167,43 @@ def test_dropout_has_its_masks_in_both_directions(dtype, activation):
     peer = run(masked(dtype), inputs, [dy])
     exact = run(masked(torch.float64), double(inputs), double([dy]))
     size = absolute(inputs, dy, activation, norm=True, hidden_keep=hidden_keep, keep=keep)
-    assert_as_precise(ours, [peer], exact, size, ["y", *NAMES])
+    assert_as_precise(ours, [peer], exact, size, ["y", *NAMES[:8]])
+
+
+@given(
+    leading=st.sampled_from([(1,), (17,), (5, 13), (3, 2, 5)]),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+    norm=st.booleans(),
+    scale=st.sampled_from([None, 1.0, 0.0]),
+    drop_path_p=st.sampled_from([0.0, 0.4]),
+)
+def test_layer_scale_and_drop_path(leading, dtype, bias, norm, scale, drop_path_p):
+    inputs = make(leading, 33, 50, 24, dtype, bias=bias, norm=norm)
+    inputs += [] if scale is None else [(torch.randn(24) * scale).to(dtype)]
+    dy = torch.randn(*leading, 24).to(dtype)
+    torch.manual_seed(5)
+    keep = reference.kept_samples(inputs[0].double(), drop_path_p).repeat_interleave(inputs[0][0, ..., 0].numel())
+    results, options = [], {"drop_path_p": drop_path_p}
+    for function, tensors, grad in (
+        (call(F.mlp, norm, backend="triton", **options), inputs, dy),
+        (call(reference.mlp, norm, **options), inputs, dy),
+        (call(reference.mlp, norm, **options), double(inputs), dy.double()),
+    ):
+        torch.manual_seed(5)
+        results.append(run(function, tensors, [grad]))
+    names = ["y", *(name for name, x in zip(NAMES, inputs, strict=False) if x is not None)]
+    ours, peer, exact = results
+    size = absolute(inputs, dy, "gelu", norm=norm, keep=keep[:, None] if drop_path_p else 1.0)
+    assert_as_precise(ours, [peer], exact, size, names)
+
+
+def test_only_layer_scale_requires_a_gradient():
+    inputs = make((3, 7), 40, 24, 16, torch.float32)
+    ours, theirs = (torch.randn(16).mul(0.0).requires_grad_() for _ in range(2))
+    for function, gamma in ((call(F.mlp, backend="triton"), ours), (call(reference.mlp), theirs)):
+        function(*inputs, gamma).square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_follows_the_seed_of_torch():

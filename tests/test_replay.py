@@ -34,6 +34,10 @@ def run(function, tensors, dtype):
 
 OPS = {
     "linear": (lambda x, w, b, r: F.linear(x, w, b, residual=r, backend="triton"), [(21, 40), (24, 40), 24, (21, 24)]),
+    "branch": (
+        lambda x, w, b, g, r: F.linear(x, w, b, residual=r, layer_scale=g, drop_path_p=0.4, backend="triton"),
+        [(3, 21, 40), (24, 40), 24, 24, (3, 21, 24)],
+    ),
     "norm, linear": (
         lambda x, w, g, b: F.linear(x, w, None, norm=(g, b, 1e-5), residual=x, backend="triton"),
         [(2, 21, 40), (40, 40), 40, 40],

@@ -196,6 +196,23 @@ def pick_sum_parts(n_parts: int, arch: str) -> SumConfig:
     return SumConfig(min(32, next_power_of_2(n_parts)), 32, 4)
 
 
+# --- elementwise -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """``rows`` x ``cols`` elements at a time."""
+
+    rows: int
+    cols: int
+    num_warps: int
+
+
+def pick_layer_scale_bwd(k: int, arch: str) -> TileConfig:
+    """Tiles of ``layer_scale_bwd_kernel``: a program walks along one row of k weights."""
+    return TileConfig(1, min(1024, next_power_of_2(k)), 1 if arch == "cpu" else 4)
+
+
 # --- GEMM --------------------------------------------------------------------------------------------------
 
 
