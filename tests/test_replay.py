@@ -50,6 +50,10 @@ OPS = {
         lambda x, w, b, v, g, h: F.mlp(x, w, b, v, None, norm=(g, h, 1e-6), residual=x, backend="triton"),
         [(2, 21, 40), (72, 40), 72, (40, 72), 40, 40],
     ),
+    "swiglu": (
+        lambda x, w, b, v: F.mlp(x, w, b, v, None, activation="swiglu", hidden_dropout_p=0.2, backend="triton"),
+        [(2, 21, 40), (144, 40), 144, (40, 72)],
+    ),
     "attention": (lambda q, k, v: F.attention(q, k, v, backend="triton"), [(2, 21, 2, 40), *[(2, 19, 2, 40)] * 2]),
     "packed": (lambda x: F.attention_packed(x, dropout_p=0.2, return_lse=True, backend="triton"), [(2, 21, 3, 2, 16)]),
     "layer_norm": (lambda x, g, b: F.layer_norm(x, g, b, backend="triton"), [(2, 21, 40), 40, 40]),

@@ -22,7 +22,7 @@ from vit_triton import autograd, packing, reference
 from vit_triton.backend import resolve_backend
 from vit_triton.reference import Block, Norm
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
 PATCH_ORDERS = ("p1 p2 c", "c p1 p2")
 MAX_HEAD_DIM = 256
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -172,18 +172,21 @@ def mlp(
 
     Args:
         x: (..., K); w1: (N, K); b1: (N,); w2: (L, N); b2: (L,); residual: (..., L).
-        activation: "gelu" (exact), "gelu_tanh" or "quick_gelu" (x * sigmoid(1.702 x)).
+        activation: "gelu" (exact), "gelu_tanh", "quick_gelu" (x * sigmoid(1.702 x)), "silu", "relu"; or "swiglu",
+            silu(gate) * value (Shazeer 2020, arXiv:2002.05202), where w1 is (2 N, K) and b1 (2 N,), the gate's rows
+            first, as in timm's SwiGLUPacked and Hugging Face's Dinov2SwiGLUFFN.
         layer_scale: (L,); drop_path_p: as for :func:`linear`.
         hidden_dropout_p: after the activation. dropout_p: after the second product.
 
     Returns:
-        (..., L). Kept for the backward pass: x, its row statistics if there is a ``norm``, and the pre-activation.
+        (..., L). Kept for the backward pass: x, its row statistics if there is a ``norm``, and the pre-activation, w1's
+        rows wide.
     """
     _check_tensor("x", x)
     _check_linear("x", x.shape[-1:], "w1", w1, "b1", b1)
-    _check_linear("w1", w1.shape[:1], "w2", w2, "b2", b2)
-    _check_norm("norm", norm, x.shape[-1], x.device)
     _check_activation(activation)
+    _check_linear("w1", _hidden("w1", w1, activation), "w2", w2, "b2", b2)
+    _check_norm("norm", norm, x.shape[-1], x.device)
     _check_residual(residual, (*x.shape[:-1], w2.shape[0]))
     _check_branch(x, "w2", w2, residual, layer_scale, drop_path_p)
     _check_dropout("hidden_dropout_p", hidden_dropout_p)
@@ -561,7 +564,8 @@ def _check_encoder(x: Any, blocks: Sequence[Block], heads: int, scale: float | N
         features = torch.Size([inner])
         _check_linear("the heads", features, at + "out_weight", block.out_weight, at + "out_bias", block.out_bias)
         _check_linear("x", dim, at + "w1", block.w1, at + "b1", block.b1)
-        _check_linear(at + "w1", block.w1.shape[:1], at + "w2", block.w2, at + "b2", block.b2)
+        hidden = _hidden(at + "w1", block.w1, activation)
+        _check_linear(at + "w1", hidden, at + "w2", block.w2, at + "b2", block.b2)
         for name, weight in (("out_weight", block.out_weight), ("w2", block.w2)):
             if weight.shape[:1] != dim:
                 raise ValueError(f"{at}{name} must have {dim[0]} rows as x has columns, got {_shape(weight)}")
@@ -622,6 +626,15 @@ def _check_attention(q_shape: Sequence[int], n_k: int, scale: float | None, drop
 def _check_activation(activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+
+
+def _hidden(name: str, w1: Tensor, activation: str) -> torch.Size:
+    """How wide the activation's result is."""
+    if activation != "swiglu":
+        return w1.shape[:1]
+    if w1.shape[0] % 2:
+        raise ValueError(f"{name} must have 2 * hidden rows, gate and value, for 'swiglu', got {_shape(w1)}")
+    return torch.Size([w1.shape[0] // 2])
 
 
 def _check_number(name: str, value: Any) -> None:

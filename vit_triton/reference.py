@@ -90,9 +90,15 @@ def kept_samples(x: Tensor, drop_path_p: float) -> Tensor:
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """GELU in its exact, tanh and sigmoid form (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+    """GELU in its exact, tanh and sigmoid form (Hendrycks & Gimpel 2016, arXiv:1606.08415), SiLU, ReLU, and SwiGLU of a
+    gate and a value side by side (Shazeer 2020, arXiv:2002.05202)."""
     if activation == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
+    if activation == "swiglu":
+        gate, value = x.chunk(2, -1)
+        return F.silu(gate) * value
+    if activation in ("silu", "relu"):
+        return F.silu(x) if activation == "silu" else F.relu(x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 

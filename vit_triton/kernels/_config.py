@@ -213,6 +213,14 @@ def pick_layer_scale_bwd(k: int, arch: str) -> TileConfig:
     return TileConfig(1, min(1024, next_power_of_2(k)), 1 if arch == "cpu" else 4)
 
 
+def pick_swiglu(h: int, arch: str) -> TileConfig:
+    """Tiles of both SwiGLU kernels, of a hidden width h."""
+    cols = min(256, next_power_of_2(h))
+    if arch == "interpreter":
+        return TileConfig(256, cols, 4)
+    return TileConfig(1024 // cols, cols, 1 if arch == "cpu" else 4)  # 8 elements a thread: 16 bytes of bfloat16
+
+
 # --- GEMM --------------------------------------------------------------------------------------------------
 
 

@@ -42,7 +42,7 @@ from vit_triton.kernels._config import (
 )
 from vit_triton.kernels._launch import TRITON_DTYPE, input_precision, keep_scale, launch
 from vit_triton.kernels._sums import sum_parts
-from vit_triton.kernels._tiles import dropout_keep, gelu, gelu_grad, grouped_tile
+from vit_triton.kernels._tiles import activate, activate_grad, dropout_keep, grouped_tile
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def linear_fwd_kernel(
     if pre_ptr is not None:
         tl.store(pre_ptr + y_offs, z.to(dtype), mask=mask)
     if ACTIVATION != "none":
-        z = gelu(z.to(dtype).to(tl.float32), ACTIVATION, dtype == tl.float32)
+        z = activate(z.to(dtype).to(tl.float32), ACTIVATION, dtype == tl.float32)
     if DROPOUT:
         z *= _dropout_scale(seed_ptr, offs_m, offs_n, dropout_p, keep_scale)
     if layer_scale_ptr is not None:
@@ -270,7 +270,7 @@ def linear_bwd_input_kernel(
         dx *= _sample_scale(samples_ptr, offs_m, M, rows_per_sample)[:, None]
     if pre_ptr is not None:
         pre_ptrs = pre_ptr + _offsets(offs_m, stride_pm, offs_k, stride_pk)
-        dx *= gelu_grad(tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32), ACTIVATION, dtype == tl.float32)
+        dx *= activate_grad(tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32), ACTIVATION, dtype == tl.float32)
         if DROPOUT:
             dx *= _dropout_scale(seed_ptr, offs_m, offs_k, dropout_p, keep_scale)
     tl.store(dx_ptr + _offsets(offs_m, K, offs_k, 1), dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -388,7 +388,7 @@ def linear_bwd_weight_kernel(
         if samples_ptr is not None:
             dy = dy.to(tl.float32) * _sample_scale(samples_ptr, offs_m, M, rows_per_sample)[None, :]
         if ACTIVATION != "none":
-            x = gelu(x.to(tl.float32), ACTIVATION, DTYPE == tl.float32)
+            x = activate(x.to(tl.float32), ACTIVATION, DTYPE == tl.float32)
         if DROPOUT:
             x = x.to(tl.float32) * _dropout_scale(seed_ptr, offs_m, offs_k, dropout_p, keep_scale)
         dw = tl.dot(dy.to(DTYPE), x.to(DTYPE), dw, input_precision=PRECISION)

@@ -8,13 +8,18 @@ computed again, the activation where the gradient of W2 reads it, so act(h) live
 forward pass. Gradients, with dz = s * gamma * D_y * dy:
 
     dW2 = dz^T (D_h * act(h))     dh = (dz W2) * D_h * act'(h)     dW1 = dh^T x     dx = dh W1
+
+With the activation "swiglu" h is twice as wide, and D_h * act(h) is a pass of its own (:mod:`.swiglu`).
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vit_triton.kernels.layer_norm import layer_norm_apply, layer_norm_bwd, layer_norm_fwd
 from vit_triton.kernels.linear import Scaled, linear_bwd_input, linear_bwd_weight, linear_fwd
+from vit_triton.kernels.swiglu import swiglu_bwd, swiglu_fwd
 
 
 def norm_linear_fwd(
@@ -105,13 +110,19 @@ def mlp_fwd(
     """y (M, K), and with ``save`` the pre-activation h (M, N), mean and rstd (M,) of the norm. ``panels``: both weights
     as `pack_weight` lays them out."""
     x, mean, rstd = _norm(x, norm_weight, norm_bias, eps, w1.dtype)
-    hidden, pre = linear_fwd(
-        *(x, w1, b1, None, hidden_seed),
-        dropout_p=hidden_dropout_p,
-        activation=activation,
-        save_pre=save,
-        panels=panels[0],
-    )
+    pre: Tensor | None
+    if activation == "swiglu":
+        pre, _ = linear_fwd(x, w1, b1, None, None, panels=panels[0])
+        hidden = swiglu_fwd(pre, hidden_seed, dropout_p=hidden_dropout_p)
+        pre = pre if save else None
+    else:
+        hidden, pre = linear_fwd(
+            *(x, w1, b1, None, hidden_seed),
+            dropout_p=hidden_dropout_p,
+            activation=activation,
+            save_pre=save,
+            panels=panels[0],
+        )
     y, _ = linear_fwd(hidden, w2, b2, residual, seed, layer_scale, samples, dropout_p=dropout_p, panels=panels[1])
     return y, pre, mean, rstd
 
@@ -144,32 +155,28 @@ def mlp_bwd(
     """dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, dlayer_scale; None for what is not needed. ``b2`` as ``bias`` in
     :func:`norm_linear_bwd`."""
     dw1 = db1 = dw2 = db2 = dlayer_scale = None
+    behind: dict[str, Any] = dict(dy_dropout_p=dropout_p, dy_seed=seed)
+    between: dict[str, Any] = dict(dropout_p=hidden_dropout_p, activation=activation)
+    hidden: Tensor | None = pre
+    if activation == "swiglu":
+        dh = linear_bwd_input(dy, w2, None, None, layer_scale, samples, **behind)
+        dh, hidden = swiglu_bwd(dh, pre, hidden_seed, dropout_p=hidden_dropout_p, with_hidden=needs_weights)
+        between = {}
+    else:
+        dh = linear_bwd_input(dy, w2, pre, hidden_seed, layer_scale, samples, **between, **behind)
     if needs_weights:
+        assert hidden is not None
         dw2, db2, dlayer_scale = linear_bwd_weight(
             dy,
-            pre,
+            hidden,
             hidden_seed,
             samples,
             None if layer_scale is None else Scaled(layer_scale, w2, b2),
-            dropout_p=hidden_dropout_p,
-            activation=activation,
+            **between,
+            **behind,
             with_bias=with_b2,
             weight_dtype=w2.dtype,
-            dy_dropout_p=dropout_p,
-            dy_seed=seed,
         )
-    dh = linear_bwd_input(
-        dy,
-        w2,
-        pre,
-        hidden_seed,
-        layer_scale,
-        samples,
-        dropout_p=hidden_dropout_p,
-        activation=activation,
-        dy_dropout_p=dropout_p,
-        dy_seed=seed,
-    )
     if needs_weights:
         normed = _norm_again(x, mean, rstd, norm_weight, norm_bias, w1.dtype)
         dw1, db1, _ = linear_bwd_weight(dh, normed, None, with_bias=with_b1, weight_dtype=w1.dtype)
