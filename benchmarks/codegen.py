@@ -105,7 +105,11 @@ def run_every_kernel(dtype: torch.dtype) -> None:
     differentiate(F.attention_packed(rand(1, TOKENS, 3, HEADS, HEAD_DIM), backend="triton"))
     mlp = (rand(HIDDEN, WIDTH), rand(HIDDEN), rand(WIDTH, HIDDEN), rand(WIDTH))
     differentiate(F.mlp(x, *mlp, norm=norm(WIDTH), residual=x, backend="triton"))
+    gated = (rand(2 * HIDDEN, WIDTH), None, rand(WIDTH, HIDDEN), None)
+    differentiate(F.mlp(x, *gated, activation="swiglu", backend="triton"))
     differentiate(F.linear(x, rand(3 * WIDTH, WIDTH), norm=norm(WIDTH), backend="triton"))
+    branch = dict(residual=rand(TOKENS, WIDTH), layer_scale=rand(WIDTH), drop_path_p=0.1)
+    differentiate(F.linear(x, rand(WIDTH, WIDTH), rand(WIDTH), **branch, backend="triton"))  # type: ignore[arg-type]
     differentiate(F.layer_norm(x, *norm(WIDTH)[:2], residual=rand(TOKENS, WIDTH), backend="triton"))
     pixels = 3 * 16 * 16
     for image, statistics in (

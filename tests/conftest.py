@@ -83,11 +83,11 @@ def forget_recordings():
 @pytest.fixture
 def small_tiles(monkeypatch, request):
     """Many tiles in every direction: those the interpreter is given hold the inputs of most tests whole."""
-    from vit_triton.kernels import _config, attention, layer_norm, linear, patch_embed
+    from vit_triton.kernels import _config, attention, layer_norm, linear, patch_embed, swiglu
 
     forget_recordings()
     request.addfinalizer(forget_recordings)
-    for module in (attention, linear, patch_embed, layer_norm):
+    for module in (attention, linear, patch_embed, layer_norm, swiglu):
         for name in [name for name in vars(module) if name.startswith("pick_")]:
             if "attention" in name:
                 config = _config.AttentionConfig(32, 16, 4, 1)

@@ -12,19 +12,20 @@ from vit_triton import modules, reference
 pytestmark = pytest.mark.compiled
 
 
-def make(dim, heads, head_dim, hidden, dtype, *, depth=2, biases=True, norms=True):
+def make(dim, heads, head_dim, hidden, dtype, *, depth=2, biases=True, norms=True, layer_scales=False, gated=False):
     def rand(*shape):
         return (torch.randn(shape) * shape[-1] ** -0.5).to(dtype)
 
     def norm(eps):
         return (1 + rand(dim), rand(dim), eps) if norms else (None, None, eps)
 
-    inner = heads * head_dim
+    inner, wide = heads * head_dim, hidden * (1 + gated)
     return [
         F.Block(
             *(norm(1e-5), rand(3 * inner, dim), rand(3 * inner) if biases else None),
             *(rand(dim, inner), rand(dim) if biases else None, norm(1e-6)),
-            *(rand(hidden, dim), rand(hidden) if biases else None, rand(dim, hidden), rand(dim) if biases else None),
+            *(rand(wide, dim), rand(wide) if biases else None, rand(dim, hidden), rand(dim) if biases else None),
+            *((rand(dim), rand(dim)) if layer_scales else ()),
         )
         for _ in range(depth)
     ]
@@ -59,8 +60,17 @@ def test_against_float64(dim, heads, head_dim, hidden, dtype, first_token):
 @pytest.mark.parametrize("activation", F.ACTIVATIONS)
 def test_options(activation):
     x = torch.randn(2, 2 * 9, 48)[:, ::2]  # strided
-    blocks = make(48, 2, 16, 40, torch.float32, depth=1, biases=False, norms=False)
+    gated = activation == "swiglu"
+    blocks = make(48, 2, 16, 40, torch.float32, depth=1, biases=False, norms=False, gated=gated)
     check(x, blocks, heads=2, scale=0.3, activation=activation)
+
+
+@pytest.mark.parametrize("first_token", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_scales(dtype, first_token):
+    blocks = make(48, 3, 16, 64, dtype, layer_scales=True)
+    blocks[1] = blocks[1]._replace(layer_scale1=None)
+    check(torch.randn(2, 21, 48).to(dtype), blocks, heads=3, first_token=first_token)
 
 
 @pytest.mark.parametrize("first_token", [False, True])

@@ -98,6 +98,15 @@ CASES = {
     "bias of another length": (lambda: linear(bias=(5,)), ValueError, ["bias", "(4,)", "(5,)"]),
     "residual of another shape": (lambda: linear(residual=R(5, 3)), ValueError, ["residual", "(5, 4)", "(5, 3)"]),
     "residual in another dtype": (lambda: linear(residual=R(5, 4).half()), TypeError, ["residual", "float16"]),
+    "layer_scale of another length": (
+        lambda: linear(layer_scale=R(5), residual=R(5, 4)), ValueError, ["layer_scale", "(4,)", "(5,)"]),
+    "layer_scale in another dtype": (
+        lambda: linear(layer_scale=R(4).half(), residual=R(5, 4)), TypeError, ["layer_scale", "float16"]),
+    "layer_scale without a residual": (lambda: linear(layer_scale=R(4)), ValueError, ["layer_scale", "residual"]),
+    "drop path without a residual": (lambda: mlp(drop_path_p=0.1), ValueError, ["drop_path_p", "residual"]),
+    "drop path above 1": (lambda: linear(drop_path_p=1.1, residual=R(5, 4)), ValueError, ["drop_path_p", "1.1"]),
+    "drop path without samples": (
+        lambda: F.linear(R(8), R(8, 8), residual=R(8), drop_path_p=0.1), ValueError, ["drop_path_p", "(8,)"]),
     "norm is no triple": (lambda: linear(norm=(R(8), R(8))), TypeError, ["norm", "(weight, bias, eps)", "tuple"]),
     "norm is a module": (
         lambda: linear(norm=torch.nn.LayerNorm(8)), TypeError, ["norm", "(weight, bias, eps)", "LayerNorm"]),
@@ -107,7 +116,9 @@ CASES = {
         lambda: linear(norm=(torch.empty(8, device="meta"), None, 1e-5)), ValueError, ["weight of norm", "meta"]),
     "negative eps": (lambda: linear(norm=(R(8), None, -1.0)), ValueError, ["eps of norm", "-1.0"]),
     "eps is text": (lambda: norm(eps="small"), TypeError, ["eps", "number", "str"]),
-    "unknown activation": (lambda: mlp(activation="relu"), ValueError, ["activation", "'quick_gelu'", "'relu'"]),
+    "unknown activation": (lambda: mlp(activation="elu"), ValueError, ["activation", "'quick_gelu'", "'elu'"]),
+    "w1 of an odd gate": (lambda: mlp(w1=(13, 8), activation="swiglu"), ValueError, ["w1", "2 * hidden", "(13, 8)"]),
+    "w2 as wide as gate and value": (lambda: mlp(activation="swiglu"), ValueError, ["w2", "6 columns", "(8, 12)"]),
     "w2 does not follow w1": (lambda: mlp(w2=(8, 11)), ValueError, ["w2", "12 columns", "w1", "(8, 11)"]),
     "b1 of another length": (lambda: mlp(b1=(8,)), ValueError, ["b1", "(12,)", "(8,)"]),
     "hidden dropout below 0": (lambda: mlp(hidden_dropout_p=-0.1), ValueError, ["hidden_dropout_p", "-0.1"]),
@@ -119,6 +130,8 @@ CASES = {
     "qkv of other columns": (lambda: encoder(qkv_weight=(24, 9)), ValueError, ["blocks[0].qkv_weight", "8 columns"]),
     "out that does not follow qkv": (lambda: encoder(out_weight=(8, 9)), ValueError, ["blocks[0].out_weight", "8 col"]),
     "out of other rows": (lambda: encoder(out_weight=(9, 8)), ValueError, ["blocks[0].out_weight", "8 rows", "(9, 8)"]),
+    "a layer scale of another length": (
+        lambda: encoder(layer_scale2=R(9)), ValueError, ["blocks[0].layer_scale2", "(8,)", "(9,)"]),
     "w2 of other rows": (lambda: encoder(w2=(9, 12)), ValueError, ["blocks[0].w2", "8 rows", "(9, 12)"]),
     "a weight in another dtype": (lambda: encoder(w1=R(12, 8).half()), TypeError, ["blocks[0].w1", "float16"]),
     "a norm that is a list": (lambda: encoder(norm2=[R(8)]), TypeError, ["blocks[0].norm2", "tuple", "list"]),

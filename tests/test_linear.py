@@ -1,6 +1,7 @@
 """linear (norm, product, bias, dropout, residual) against the float64 reference: output and every gradient."""
 
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,30 +35,35 @@ def absolute_norm_backward(dnormed, x, weight, bias):
 
 
 def absolute(inputs, dy, *, norm, keep=1.0):
-    """What ``run`` returns for (x, weight, bias, residual, norm weight, norm bias), absolute values in every sum."""
-    x, weight, bias, residual, norm_weight, norm_bias = double(inputs)
+    """What ``run`` returns for (x, weight, bias, residual, norm weight, norm bias, and LayerScale if there is one),
+    absolute values in every sum; ``keep`` is what dropout and drop path multiply by."""
+    x, weight, bias, residual, norm_weight, norm_bias, *layer_scale = double(inputs)
     shape, x, dy = x.shape, x.flatten(0, -2), dy.double().abs().flatten(0, -2)
     size = absolute_norm(x, norm_weight, norm_bias)[1] if norm else x.abs()
     dz = dy * keep
     y = (size @ weight.abs().T + (0 if bias is None else bias.abs())) * keep
+    dlayer_scale = [(dy * y).sum(0) for _ in layer_scale]
+    for gamma in layer_scale:
+        dz, y = dz * gamma.abs(), y * gamma.abs()
     y = y if residual is None else y + residual.abs().flatten(0, -2)
     dx, dnorm = dz @ weight.abs(), []
     if norm:
         dx, dnorm = absolute_norm_backward(dx, x, norm_weight, norm_bias)
     results = [y.unflatten(0, shape[:-1]), dx.view(shape), dz.T @ size]
     results += [] if bias is None else [dz.sum(0)]
-    return results + ([] if residual is None else [dy.unflatten(0, shape[:-1])]) + dnorm
+    return results + ([] if residual is None else [dy.unflatten(0, shape[:-1])]) + dnorm + dlayer_scale
 
 
 def call(function, norm, **options):
-    def inner(x, weight, bias, residual, norm_weight, norm_bias):
+    def inner(x, weight, bias, residual, norm_weight, norm_bias, layer_scale=None):
         triple = (norm_weight, norm_bias, EPS) if norm else None
-        return function(x, weight, bias, residual=residual, norm=triple, **options)
+        scale = {} if layer_scale is None else {"layer_scale": layer_scale}
+        return function(x, weight, bias, residual=residual, norm=triple, **scale, **options)
 
     return inner
 
 
-NAMES = ("x", "weight", "bias", "residual", "norm weight", "norm bias")
+NAMES = ("x", "weight", "bias", "residual", "norm weight", "norm bias", "layer scale")
 
 
 def make(leading, k, n, dtype, *, bias=True, residual=True, affine=(True, True), layout="contiguous"):
@@ -79,7 +85,7 @@ def check(inputs, dy, *, norm):
     ours = run(call(F.linear, norm, backend="triton"), inputs, [dy])
     peer = run(call(reference.linear, norm), inputs, [dy])
     exact = run(call(reference.linear, norm), double(inputs), double([dy]))
-    names = ["y", *(name for name, x in zip(NAMES, inputs, strict=True) if x is not None)]
+    names = ["y", *(name for name, x in zip(NAMES, inputs, strict=False) if x is not None)]
     assert len(ours) == len(names)
     assert_as_precise(ours, [peer], exact, absolute(inputs, dy, norm=norm), names)
 
@@ -115,6 +121,13 @@ def test_several_tiles(small_tiles, dtype):
 def test_a_vector():
     x, weight, bias, *_ = make((), 40, 24, torch.float32)
     torch.testing.assert_close(F.linear(x, weight, bias, backend="triton"), torch.nn.functional.linear(x, weight, bias))
+
+
+def test_a_bias_may_be_a_view():
+    x, weight, bias, *_ = make((5,), 40, 24, torch.float32)
+    for strided in (torch.randn(24, 2)[:, 1], bias[:1].expand(24)):
+        ours = F.linear(x, weight, strided, backend="triton")
+        torch.testing.assert_close(ours, torch.nn.functional.linear(x, weight, strided))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -171,7 +184,7 @@ def test_dropout_has_one_mask_in_both_directions(dtype):
 
     peer = run(masked(keep.to(dtype)), inputs, [dy])
     exact = run(masked(keep), double(inputs), double([dy]))
-    assert_as_precise(ours, [peer], exact, absolute(inputs, dy, norm=True, keep=keep), ["y", *NAMES])
+    assert_as_precise(ours, [peer], exact, absolute(inputs, dy, norm=True, keep=keep), ["y", *NAMES[:6]])
 
 
 def test_dropout_follows_the_seed_of_torch():
@@ -182,6 +195,119 @@ def test_dropout_follows_the_seed_of_torch():
     before = torch.get_rng_state()
     F.linear(x, x, backend="triton")
     assert torch.equal(before, torch.get_rng_state())
+
+
+# --- LayerScale and drop path ------------------------------------------------------------------------------
+
+
+def check_branch(inputs, dy, *, norm, drop_path_p):
+    """PyTorch, ours and the float64 formula draw the same samples from one seed."""
+    options, kept = {"drop_path_p": drop_path_p}, 1.0
+    if drop_path_p:
+        torch.manual_seed(5)
+        kept = reference.kept_samples(double(inputs)[0], drop_path_p)
+        kept = kept.repeat_interleave(inputs[0][0, ..., 0].numel())[:, None]
+    results = []
+    for function, tensors, grad in (
+        (call(F.linear, norm, backend="triton", **options), inputs, dy),
+        (call(reference.linear, norm, **options), inputs, dy),
+        (call(reference.linear, norm, **options), double(inputs), dy.double()),
+    ):
+        torch.manual_seed(5)
+        results.append(run(function, tensors, [grad]))
+    names = ["y", *(name for name, x in zip(NAMES, inputs, strict=False) if x is not None)]
+    ours, peer, exact = results
+    assert len(ours) == len(names)
+    assert_as_precise(ours, [peer], exact, absolute(inputs, dy, norm=norm, keep=kept), names)
+
+
+@given(
+    leading=st.sampled_from([(1,), (17,), (2, 13), (5, 65), (3, 2, 5), (130, 1)]),
+    k=st.sampled_from([33, 130]),
+    n=st.sampled_from([1, 16, 50]),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["contiguous", "transposed"]),
+    gradient=st.sampled_from(["dense", "expanded"]),
+    bias=st.booleans(),
+    norm=st.booleans(),
+    scale=st.sampled_from([None, 1.0, 1e-4, 0.0]),
+    drop_path_p=st.sampled_from([0.0, 0.4]),
+)
+def test_layer_scale_and_drop_path(leading, k, n, dtype, layout, gradient, bias, norm, scale, drop_path_p):
+    inputs = make(leading, k, n, dtype, bias=bias, affine=(norm, norm), layout=layout)
+    inputs += [] if scale is None else [(torch.randn(n) * scale).to(dtype)]
+    dy = torch.randn(*leading, n).to(dtype)
+    if gradient == "expanded":
+        dy = torch.randn(()).to(dtype).expand(*leading, n)
+    check_branch(inputs, dy, norm=norm, drop_path_p=drop_path_p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_scale_and_drop_path_of_several_tiles(small_tiles, dtype):
+    inputs = [*make((3, 37), 50, 70, dtype), torch.randn(70).to(dtype)]
+    check_branch(inputs, torch.randn(3, 37, 70).to(dtype), norm=True, drop_path_p=0.4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_and_drop_path_have_one_mask_each_in_both_directions(dtype):
+    options = dict(drop_path_p=0.4, dropout_p=0.2, backend="triton")
+    torch.manual_seed(5)
+    zeros, weight, residual = torch.zeros(7, 10, 40), torch.zeros(50, 40), torch.zeros(7, 10, 50)
+    keep = F.linear(zeros, weight, torch.ones(50), residual=residual, **options).flatten(0, 1).double()
+    assert set(keep.unique().tolist()) == {0.0, float(torch.tensor(1.25 / 0.6))}
+    inputs = [*make((7, 10), 40, 50, dtype), torch.randn(50).to(dtype)]
+    dy = torch.randn(7, 10, 50).to(dtype)
+    torch.manual_seed(5)
+    ours = run(call(F.linear, True, **options), inputs, [dy])
+
+    def masked(mask):
+        def inner(x, weight, bias, residual, norm_weight, norm_bias, gamma):
+            y = reference.linear(x, weight, bias, norm=(norm_weight, norm_bias, EPS))
+            return y * mask.view(7, 10, 50) * gamma + residual
+
+        return inner
+
+    peer = run(masked(keep.to(dtype)), inputs, [dy])
+    exact = run(masked(keep), double(inputs), double([dy]))
+    assert_as_precise(ours, [peer], exact, absolute(inputs, dy, norm=True, keep=keep), ["y", *NAMES])
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 8), (11, 8), (4, 3, 2, 8)])
+@pytest.mark.parametrize("p", [0.25, 1.0])
+def test_drop_path_draws_as_timm_does(shape, p):
+    x, weight = torch.randn(shape), torch.randn(8, 8)
+    torch.manual_seed(2)
+    ours = F.linear(x, weight, residual=x, drop_path_p=p, backend="triton")
+    torch.manual_seed(2)
+    theirs = timm.layers.DropPath(p).train()(torch.nn.functional.linear(x, weight)) + x
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_no_sample_and_no_draw():
+    x = torch.randn(0, 5, 16)
+    assert F.linear(x, torch.randn(16, 16), residual=x, drop_path_p=0.5, backend="triton").shape == (0, 5, 16)
+    before = torch.get_rng_state()
+    F.linear(torch.randn(16), torch.randn(16, 16), residual=torch.randn(16), drop_path_p=0.0, backend="triton")
+    assert not torch.equal(before, torch.get_rng_state())  # randn's own
+    before = torch.get_rng_state()
+    F.linear(x, torch.zeros(16, 16), residual=x, drop_path_p=0.0, backend="triton")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_only_layer_scale_requires_a_gradient():
+    x, weight, bias, residual, *_ = make((3, 7), 40, 24, torch.float32)
+    ours, theirs = (torch.zeros(48)[::2].requires_grad_() for _ in range(2))
+    for function, gamma, options in ((F.linear, ours, {"backend": "triton"}), (reference.linear, theirs, {})):
+        y = function(x, weight, bias, residual=residual, layer_scale=gamma, **options)
+        y.square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_layer_scale_keeps_nothing_more_than_parameters():
+    inputs, saved = [x.requires_grad_() for x in [*make((7, 2), 40, 24, torch.float32), torch.randn(24)]], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
+        call(F.linear, False, drop_path_p=0.5, backend="triton")(*inputs)
+    assert sorted(s for s in saved if s != (40,)) == [(7,), (14, 40), (24,), (24,), (24, 40)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

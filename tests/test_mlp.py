@@ -2,6 +2,7 @@
 is kept."""
 
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,55 +15,75 @@ from vit_triton import reference
 pytestmark = pytest.mark.compiled
 
 
+def derivatives(z, activation):
+    """Absolute values of an activation and its first two derivatives."""
+    z = z.detach().requires_grad_()
+    f = reference.activate(z, activation)
+    (slope,) = torch.autograd.grad(f.sum(), z, create_graph=True)
+    bend = torch.zeros_like(z) if activation == "relu" else torch.autograd.grad(slope.sum(), z)[0]
+    return f.detach().abs(), slope.detach().abs(), bend.abs()
+
+
 def absolute(inputs, dy, activation, *, norm, hidden_keep=1.0, keep=1.0):
-    """What ``run`` returns for (x, w1, b1, w2, b2, residual, norm weight, norm bias), absolute values in every sum.
+    """What ``run`` returns for (x, w1, b1, w2, b2, residual, norm weight, norm bias, and LayerScale if there is one),
+    absolute values in every sum.
 
     An error in the pre-activation z passes through the activation f as |f'(z)| dz, into f' itself as |f''(z)| dz.
     """
-    x, w1, b1, w2, b2, residual, norm_weight, norm_bias = double(inputs)
+    x, w1, b1, w2, b2, residual, norm_weight, norm_bias, *layer_scale = double(inputs)
     shape, x, dy = x.shape, x.flatten(0, -2), dy.double().abs().flatten(0, -2)
     normed, size = absolute_norm(x, norm_weight, norm_bias)[:2] if norm else (x, x.abs())
     z = normed @ w1.T + (0 if b1 is None else b1)
     size_z = size @ w1.abs().T + (0 if b1 is None else b1.abs())
-    z = z.requires_grad_()
-    f = reference.activate(z, activation)
-    (slope,) = torch.autograd.grad(f.sum(), z, create_graph=True)
-    (bend,) = torch.autograd.grad(slope.sum(), z)
-    f, slope = f.detach(), slope.detach()
-    size_f = (f.abs() + slope.abs() * size_z) * hidden_keep
-    size_slope = slope.abs() + bend.abs() * size_z
+    if activation == "swiglu":
+        (gate, value), (size_gate, size_value) = z.chunk(2, -1), size_z.chunk(2, -1)
+        f, slope, bend = derivatives(gate, "silu")
+        size_f = f * value.abs() + slope * size_gate * value.abs() + f * size_value
+        size_slope = torch.cat(
+            (slope * (value.abs() + size_value) + bend * size_gate * value.abs(), f + slope * size_gate), -1
+        )
+    else:
+        f, slope, bend = derivatives(z, activation)
+        size_f, size_slope = f + slope * size_z, slope + bend * size_z
+    size_f = size_f * hidden_keep
     y = (size_f @ w2.abs().T + (0 if b2 is None else b2.abs())) * keep
-    y = y if residual is None else y + residual.abs().flatten(0, -2)
     dout = dy * keep
-    dz = (dout @ w2.abs()) * hidden_keep * size_slope
+    dlayer_scale = [(dy * y).sum(0) for _ in layer_scale]
+    for gamma in layer_scale:
+        dout, y = dout * gamma.abs(), y * gamma.abs()
+    y = y if residual is None else y + residual.abs().flatten(0, -2)
+    dhidden = (dout @ w2.abs()) * hidden_keep
+    dz = (torch.cat((dhidden, dhidden), -1) if activation == "swiglu" else dhidden) * size_slope
     dx, dnorm = dz @ w1.abs(), []
     if norm:
         dx, dnorm = absolute_norm_backward(dx, x, norm_weight, norm_bias)
     results = [y.unflatten(0, shape[:-1]), dx.view(shape), dz.T @ size]
     results += [] if b1 is None else [dz.sum(0)]
     results += [dout.T @ size_f] + ([] if b2 is None else [dout.sum(0)])
-    return results + ([] if residual is None else [dy.unflatten(0, shape[:-1])]) + dnorm
+    return results + ([] if residual is None else [dy.unflatten(0, shape[:-1])]) + dnorm + dlayer_scale
 
 
-NAMES = ("x", "w1", "b1", "w2", "b2", "residual", "norm weight", "norm bias")
+NAMES = ("x", "w1", "b1", "w2", "b2", "residual", "norm weight", "norm bias", "layer scale")
 
 
 def call(function, norm=True, **options):
-    def inner(x, w1, b1, w2, b2, residual, norm_weight, norm_bias):
+    def inner(x, w1, b1, w2, b2, residual, norm_weight, norm_bias, layer_scale=None):
         triple = (norm_weight, norm_bias, EPS) if norm else None
-        return function(x, w1, b1, w2, b2, residual=residual, norm=triple, **options)
+        scale = {} if layer_scale is None else {"layer_scale": layer_scale}
+        return function(x, w1, b1, w2, b2, residual=residual, norm=triple, **scale, **options)
 
     return inner
 
 
-def make(leading, k, n, out, dtype, *, bias=True, residual=True, norm=True, layout="contiguous"):
+def make(leading, k, n, out, dtype, *, bias=True, residual=True, norm=True, layout="contiguous", activation="gelu"):
     def rows(width):
         if layout == "transposed":
             return torch.randn(*leading[:-1], width, leading[-1]).to(dtype).transpose(-1, -2)
         return torch.randn(*leading, width).to(dtype)
 
-    w1, w2 = (torch.randn(n, k) * k**-0.5).to(dtype), (torch.randn(out, n) * n**-0.5).to(dtype)
-    b1, b2 = (torch.randn(size).to(dtype) if bias else None for size in (n, out))
+    wide = 2 * n if activation == "swiglu" else n
+    w1, w2 = (torch.randn(wide, k) * k**-0.5).to(dtype), (torch.randn(out, n) * n**-0.5).to(dtype)
+    b1, b2 = (torch.randn(size).to(dtype) if bias else None for size in (wide, out))
     norms = [torch.randn(k).to(dtype) if norm else None for _ in range(2)]
     return [rows(k), w1, b1, w2, b2, rows(out) if residual else None, *norms]
 
@@ -71,7 +92,7 @@ def check(inputs, dy, activation, *, norm):
     ours = run(call(F.mlp, norm, activation=activation, backend="triton"), inputs, [dy])
     peer = run(call(reference.mlp, norm, activation=activation), inputs, [dy])
     exact = run(call(reference.mlp, norm, activation=activation), double(inputs), double([dy]))
-    names = ["y", *(name for name, x in zip(NAMES, inputs, strict=True) if x is not None)]
+    names = ["y", *(name for name, x in zip(NAMES, inputs, strict=False) if x is not None)]
     assert len(ours) == len(names)
     assert_as_precise(ours, [peer], exact, absolute(inputs, dy, activation, norm=norm), names)
 
@@ -90,7 +111,8 @@ def check(inputs, dy, activation, *, norm):
     norm=st.booleans(),
 )
 def test_outputs_and_gradients(leading, k, n, out, dtype, activation, layout, gradient, bias, residual, norm):
-    inputs = make(leading, k, n, out, dtype, bias=bias, residual=residual, norm=norm, layout=layout)
+    options = dict(bias=bias, residual=residual, norm=norm, layout=layout, activation=activation)
+    inputs = make(leading, k, n, out, dtype, **options)
     dy = torch.randn(*leading, out).to(dtype)
     if gradient == "expanded":
         dy = torch.randn(()).to(dtype).expand(*leading, out)
@@ -99,9 +121,11 @@ def test_outputs_and_gradients(leading, k, n, out, dtype, activation, layout, gr
     check(inputs, dy, activation, norm=norm)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_several_tiles(small_tiles, dtype):
-    check(make((3, 29), 40, 70, 50, dtype), torch.randn(3, 29, 50).to(dtype), "gelu", norm=True)
+def test_several_tiles(small_tiles, dtype, activation):
+    inputs = make((3, 29), 40, 70, 50, dtype, activation=activation)
+    check(inputs, torch.randn(3, 29, 50).to(dtype), activation, norm=True)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -121,11 +145,13 @@ def test_the_residual_may_be_x_itself(norm):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
-def hidden_mask(rows, n, p, seed):
-    """The hidden mask of a call, 0 or 1 / (1 - p): hidden values of gelu(20) = 20, handed on as they are."""
+def hidden_mask(rows, n, p, seed, activation="gelu"):
+    """The hidden mask of a call, 0 or 1 / (1 - p): hidden values of act(20) = 20, handed on as they are."""
     torch.manual_seed(seed)
-    x, w1, b1 = torch.zeros(rows, 16), torch.zeros(n, 16), torch.full((n,), 20.0)
-    return F.mlp(x, w1, b1, torch.eye(n), None, hidden_dropout_p=p, backend="triton") / 20
+    wide = 2 * n if activation == "swiglu" else n
+    x, w1, b1 = torch.zeros(rows, 16), torch.zeros(wide, 16), torch.full((wide,), 20.0)
+    size = 400 if activation == "swiglu" else 20
+    return F.mlp(x, w1, b1, torch.eye(n), None, activation=activation, hidden_dropout_p=p, backend="triton") / size
 
 
 def output_mask(rows, n, out, p, hidden_p, seed):
@@ -138,14 +164,17 @@ def output_mask(rows, n, out, p, hidden_p, seed):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", F.ACTIVATIONS)
 def test_dropout_has_its_masks_in_both_directions(dtype, activation):
-    hidden_keep, keep = hidden_mask(70, 50, 0.3, seed=5), output_mask(70, 50, 24, 0.2, 0.3, seed=5)
+    hidden_keep, keep = (
+        hidden_mask(70, 50, 0.3, seed=5, activation=activation),
+        output_mask(70, 50, 24, 0.2, 0.3, seed=5),
+    )
     for mask, p in ((hidden_keep, 0.3), (keep, 0.2)):
         kept = mask != 0
         assert abs(int(kept.sum()) - (1 - p) * kept.numel()) < 5 * (p * (1 - p) * kept.numel()) ** 0.5
         torch.testing.assert_close(mask[kept], torch.full_like(mask[kept], 1 / (1 - p)))
     assert not torch.equal(hidden_keep[:, :24] != 0, keep != 0)
     hidden_keep, keep = (torch.where(m != 0, 1 / (1 - p), 0.0).double() for m, p in ((hidden_keep, 0.3), (keep, 0.2)))
-    inputs = make((70,), 40, 50, 24, dtype)
+    inputs = make((70,), 40, 50, 24, dtype, activation=activation)
     dy = torch.randn(70, 24).to(dtype)
     torch.manual_seed(5)
     options = dict(activation=activation, hidden_dropout_p=0.3, dropout_p=0.2, backend="triton")
@@ -162,7 +191,43 @@ def test_dropout_has_its_masks_in_both_directions(dtype, activation):
     peer = run(masked(dtype), inputs, [dy])
     exact = run(masked(torch.float64), double(inputs), double([dy]))
     size = absolute(inputs, dy, activation, norm=True, hidden_keep=hidden_keep, keep=keep)
-    assert_as_precise(ours, [peer], exact, size, ["y", *NAMES])
+    assert_as_precise(ours, [peer], exact, size, ["y", *NAMES[:8]])
+
+
+@given(
+    leading=st.sampled_from([(1,), (17,), (5, 13), (3, 2, 5)]),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+    norm=st.booleans(),
+    scale=st.sampled_from([None, 1.0, 0.0]),
+    drop_path_p=st.sampled_from([0.0, 0.4]),
+)
+def test_layer_scale_and_drop_path(leading, dtype, bias, norm, scale, drop_path_p):
+    inputs = make(leading, 33, 50, 24, dtype, bias=bias, norm=norm)
+    inputs += [] if scale is None else [(torch.randn(24) * scale).to(dtype)]
+    dy = torch.randn(*leading, 24).to(dtype)
+    torch.manual_seed(5)
+    keep = reference.kept_samples(inputs[0].double(), drop_path_p).repeat_interleave(inputs[0][0, ..., 0].numel())
+    results, options = [], {"drop_path_p": drop_path_p}
+    for function, tensors, grad in (
+        (call(F.mlp, norm, backend="triton", **options), inputs, dy),
+        (call(reference.mlp, norm, **options), inputs, dy),
+        (call(reference.mlp, norm, **options), double(inputs), dy.double()),
+    ):
+        torch.manual_seed(5)
+        results.append(run(function, tensors, [grad]))
+    names = ["y", *(name for name, x in zip(NAMES, inputs, strict=False) if x is not None)]
+    ours, peer, exact = results
+    size = absolute(inputs, dy, "gelu", norm=norm, keep=keep[:, None] if drop_path_p else 1.0)
+    assert_as_precise(ours, [peer], exact, size, names)
+
+
+def test_only_layer_scale_requires_a_gradient():
+    inputs = make((3, 7), 40, 24, 16, torch.float32)
+    ours, theirs = (torch.randn(16).mul(0.0).requires_grad_() for _ in range(2))
+    for function, gamma in ((call(F.mlp, backend="triton"), ours), (call(reference.mlp), theirs)):
+        function(*inputs, gamma).square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_follows_the_seed_of_torch():
@@ -180,6 +245,17 @@ def test_dropout_follows_the_seed_of_torch():
 def test_extreme_and_missing_values(activation, dtype):
     z = torch.tensor([1e4, -1e4, 90.0, -90.0, 0.0, -0.0, float("nan"), float("inf")]).to(dtype)[:, None]
     one = torch.ones(1, 1).to(dtype)
+    if activation == "swiglu":  # of gates beside ones
+        w1, b1 = torch.tensor([[1.0], [0.0]]).to(dtype), torch.tensor([0.0, 1.0]).to(dtype)
+        z = z[:-1]  # inf * 0 is no one
+        ours, exact = z.clone().requires_grad_(), z.double().requires_grad_()
+        y = F.mlp(ours, w1, b1, one, None, activation=activation, backend="triton")
+        expected = reference.mlp(exact, w1.double(), b1.double(), one.double(), None, activation=activation)
+        torch.testing.assert_close(y, expected.to(dtype), equal_nan=True)
+        for each in (y, expected):
+            each.backward(torch.ones_like(each))
+        torch.testing.assert_close(ours.grad, exact.grad.to(dtype), equal_nan=True)
+        return
     # in float64: PyTorch's own vectorised float32 GELU of inf is NaN
     ours, exact = z.clone().requires_grad_(), z.double().requires_grad_()
     y = F.mlp(ours, one, None, one, None, activation=activation, backend="triton")
@@ -188,14 +264,46 @@ def test_extreme_and_missing_values(activation, dtype):
     y.backward(torch.ones_like(y))
     expected.backward(torch.ones_like(expected))
     torch.testing.assert_close(ours.grad[:6], exact.grad[:6].to(dtype))
-    assert ours.grad[6].isnan()
+    assert torch.equal(ours.grad[6].isnan(), exact.grad[6].isnan())
 
 
-def test_the_activation_is_recomputed_bit_for_bit():
-    x, w1 = torch.randn(40, 24).bfloat16(), torch.randn(40, 24).bfloat16()
+@pytest.mark.parametrize("activation", F.ACTIVATIONS)
+def test_the_activation_is_recomputed_bit_for_bit(activation):
+    x, w1 = torch.randn(40, 24).bfloat16(), torch.randn(80 if activation == "swiglu" else 40, 24).bfloat16()
     one = torch.eye(40).bfloat16()  # as w2 it makes the activation the output, as dy the gradient of w2
-    activation, _, _, dw2 = run(lambda x, w1, w2: F.mlp(x, w1, None, w2, None, backend="triton"), [x, w1, one], [one])
-    assert torch.equal(activation, dw2)
+
+    def mlp(x, w1, w2):
+        return F.mlp(x, w1, None, w2, None, activation=activation, backend="triton")
+
+    hidden, _, _, dw2 = run(mlp, [x, w1, one], [one])
+    assert torch.equal(hidden, dw2)
+
+
+def test_swiglu_takes_the_parameters_of_timm_and_of_hugging_face():
+    from transformers import Dinov2Config
+    from transformers.models.dinov2.modeling_dinov2 import Dinov2SwiGLUFFN
+
+    x = torch.randn(2, 9, 24)
+    packed, apart = timm.layers.SwiGLUPacked(24, 64), timm.layers.SwiGLU(24, 40)
+    theirs = Dinov2SwiGLUFFN(Dinov2Config(hidden_size=24, mlp_ratio=4))
+    gates = torch.cat((apart.fc1_g.weight, apart.fc1_x.weight)), torch.cat((apart.fc1_g.bias, apart.fc1_x.bias))
+    for module, w1, b1, last in (
+        (packed, packed.fc1.weight, packed.fc1.bias, packed.fc2),
+        (apart, *gates, apart.fc2),
+        (theirs, theirs.weights_in.weight, theirs.weights_in.bias, theirs.weights_out),
+    ):
+        ours = F.mlp(x, w1, b1, last.weight, last.bias, activation="swiglu", backend="triton")
+        torch.testing.assert_close(ours, module(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", range(5))
+def test_swiglu_where_one_input_requires_a_gradient(wanted):
+    inputs = make((7,), 40, 24, 16, torch.float32, activation="swiglu")
+    leaves = [x.clone().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
+    others = [x.clone().requires_grad_() for x in inputs]
+    call(F.mlp, activation="swiglu", backend="triton")(*leaves).square().sum().backward()
+    call(reference.mlp, activation="swiglu")(*others).square().sum().backward()
+    torch.testing.assert_close(leaves[wanted].grad, others[wanted].grad, rtol=1e-4, atol=1e-4)
 
 
 def test_the_same_bits_every_time():
@@ -205,9 +313,10 @@ def test_the_same_bits_every_time():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_batch_of_none():
-    inputs = make((0, 5), 40, 24, 16, torch.float32)
-    y, *grads = run(call(F.mlp, backend="triton"), inputs, [torch.randn(0, 5, 16)])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_batch_of_none(activation):
+    inputs = make((0, 5), 40, 24, 16, torch.float32, activation=activation)
+    y, *grads = run(call(F.mlp, activation=activation, backend="triton"), inputs, [torch.randn(0, 5, 16)])
     assert y.shape == (0, 5, 16)
     assert [g.shape for g in grads] == [x.shape for x in inputs]
     assert not any(g.any() for g in grads)
@@ -224,11 +333,13 @@ def test_one_input_requires_a_gradient(wanted):
     torch.testing.assert_close(leaves[wanted].grad, others[wanted].grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_saved_is_the_pre_activation_alone(dropout):
-    inputs, saved = [x.requires_grad_() for x in make((7,), 40, 96, 16, torch.float32)], []
+def test_saved_is_the_pre_activation_alone(dropout, activation):
+    n = 48 if activation == "swiglu" else 96
+    inputs, saved = [x.requires_grad_() for x in make((7,), 40, n, 16, torch.float32, activation=activation)], []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        options = dict(hidden_dropout_p=dropout, dropout_p=dropout, backend="triton")
+        options = dict(activation=activation, hidden_dropout_p=dropout, dropout_p=dropout, backend="triton")
         call(F.mlp, **options)(*inputs)
         with torch.no_grad():
             call(F.mlp, **options)(*inputs)

@@ -24,11 +24,11 @@ def sample(name, dtype=torch.float32):
     if name == "attention_packed":
         return [rand(2, 5, 3, 2, 16)], lambda f, t, **o: f(*t, **o)
     if name == "linear":
-        tensors = [rand(2, 5, 16), rand(8, 16), rand(8), rand(2, 5, 8), rand(16), rand(16)]
-        return tensors, lambda f, t, **o: f(*t[:3], residual=t[3], norm=(*t[4:], 1e-5), **o)
+        tensors = [rand(2, 5, 16), rand(8, 16), rand(8), rand(2, 5, 8), rand(16), rand(16), rand(8)]
+        return tensors, lambda f, t, **o: f(*t[:3], residual=t[3], norm=(*t[4:6], 1e-5), layer_scale=t[6], **o)
     if name == "mlp":
-        tensors = [rand(2, 5, 16), rand(24, 16), rand(24), rand(16, 24), rand(16), rand(16), rand(16)]
-        return tensors, lambda f, t, **o: f(*t[:5], residual=t[0], norm=(*t[5:], 1e-5), **o)
+        tensors = [rand(2, 5, 16), rand(24, 16), rand(24), rand(16, 24), *(rand(16) for _ in range(4))]
+        return tensors, lambda f, t, **o: f(*t[:5], residual=t[0], norm=(*t[5:7], 1e-5), layer_scale=t[7], **o)
     if name == "layer_norm":
         return [rand(2, 5, 16), rand(16), rand(16)], lambda f, t, **o: f(*t, **o)
     if name == "add_layer_norm":
@@ -41,6 +41,13 @@ def sample(name, dtype=torch.float32):
 
 
 FUNCTIONS = ("attention", "attention_packed", "linear", "mlp", "layer_norm", "add_layer_norm", "patch_embed")
+
+
+def random(name):
+    """Options with which a function draws random numbers."""
+    if name in ("linear", "mlp"):
+        return [{"dropout_p": 0.5}, {"dropout_p": 0.5, "drop_path_p": 0.5}]
+    return [{"dropout_p": 0.5}] if name.startswith("attention") else []
 
 
 def public(name, module=F):
@@ -77,16 +84,14 @@ def recorded():
     with Recorder() as recorder:
         for name in FUNCTIONS:
             tensors, call = sample(name)
-            for options in ({}, {"dropout_p": 0.5}):
-                if options and name not in ("attention", "attention_packed", "linear", "mlp"):
-                    continue
+            for options in ({}, *random(name)):
                 torch.autograd.backward(first(call(public(name), tensors, backend="triton", **options)).sum())
         with torch.no_grad():
             tensors, call = sample("mlp")
             call(F.mlp, tensors, backend="triton")
-            x, *mlp, weight, bias = (t.detach() for t in tensors)
+            x, *mlp, weight, bias, layer_scale = (t.detach() for t in tensors)
             norm = weight, bias, 1e-5
-            block = F.Block(norm, torch.randn(48, 16), None, torch.randn(16, 16), None, norm, *mlp)
+            block = F.Block(norm, torch.randn(48, 16), None, torch.randn(16, 16), None, norm, *mlp, layer_scale)
             F.encoder(x, [block], heads=2, backend="triton")
     return recorder.calls
 
@@ -103,6 +108,29 @@ def test_opcheck_of_every_op():
 
 
 # --- torch.compile -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp"])
+def test_drop_path_compiles_for_any_batch(name):
+    torch._dynamo.reset()
+
+    def run(x, weights):
+        return call(public(name), [x, *weights], backend="triton", drop_path_p=0.5)
+
+    tensors, call = sample(name)
+    if name == "linear":
+        tensors[1], tensors[2], tensors[6] = (torch.randn(16, *x.shape[1:]) for x in (tensors[1], *tensors[2:3] * 2))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (7, 4, 9):
+        x = torch.randn(batch, 5, 16).requires_grad_()
+        if name == "linear":
+            tensors[3] = torch.randn(batch, 5, 16)
+        results = []
+        for function in (compiled, run):
+            torch.manual_seed(batch)
+            y = function(x, tensors[1:])
+            results.append((y, *torch.autograd.grad(y.sum(), x)))
+        torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -218,12 +246,12 @@ def test_autocast_has_the_dtypes_of_pytorch(name):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("name", ["attention", "attention_packed", "linear", "mlp"])
-def test_checkpointing_repeats_the_dropout(name, use_reentrant):
+@pytest.mark.parametrize(("name", "options"), [(name, options) for name in FUNCTIONS for options in random(name)])
+def test_checkpointing_repeats_what_was_drawn(name, options, use_reentrant):
     tensors, call = sample(name)
 
     def function(*t):
-        return call(public(name), t, backend="triton", dropout_p=0.5)
+        return call(public(name), t, backend="triton", **options)
 
     torch.manual_seed(1)
     plain = gradients(function(*tensors), tensors)

@@ -34,6 +34,10 @@ def run(function, tensors, dtype):
 
 OPS = {
     "linear": (lambda x, w, b, r: F.linear(x, w, b, residual=r, backend="triton"), [(21, 40), (24, 40), 24, (21, 24)]),
+    "branch": (
+        lambda x, w, b, g, r: F.linear(x, w, b, residual=r, layer_scale=g, drop_path_p=0.4, backend="triton"),
+        [(3, 21, 40), (24, 40), 24, 24, (3, 21, 24)],
+    ),
     "norm, linear": (
         lambda x, w, g, b: F.linear(x, w, None, norm=(g, b, 1e-5), residual=x, backend="triton"),
         [(2, 21, 40), (40, 40), 40, 40],
@@ -45,6 +49,10 @@ OPS = {
     "mlp": (
         lambda x, w, b, v, g, h: F.mlp(x, w, b, v, None, norm=(g, h, 1e-6), residual=x, backend="triton"),
         [(2, 21, 40), (72, 40), 72, (40, 72), 40, 40],
+    ),
+    "swiglu": (
+        lambda x, w, b, v: F.mlp(x, w, b, v, None, activation="swiglu", hidden_dropout_p=0.2, backend="triton"),
+        [(2, 21, 40), (144, 40), 144, (40, 72)],
     ),
     "attention": (lambda q, k, v: F.attention(q, k, v, backend="triton"), [(2, 21, 2, 40), *[(2, 19, 2, 40)] * 2]),
     "packed": (lambda x: F.attention_packed(x, dropout_p=0.2, return_lse=True, backend="triton"), [(2, 21, 3, 2, 16)]),

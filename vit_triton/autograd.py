@@ -59,74 +59,90 @@ class AttentionPackedFunction(Function):
 
 class LinearFunction(Function):
     """x (M, K), residual (M, N). ``residual_is_x`` stands for passing x twice, which Dynamo cannot trace; the two
-    gradients of x are then added where the norm's backward kernel writes one."""
+    gradients of x are then added where the norm's backward kernel writes one. The bias is kept for the gradient of the
+    LayerScale behind it."""
 
     @staticmethod
     def forward(
-        ctx: Any, x, weight, bias, norm_weight, norm_bias, residual, seed, eps, dropout_p: float, residual_is_x: bool
-    ):
+        ctx: Any, x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed,
+        eps, dropout_p: float, residual_is_x: bool,
+    ):  # fmt: skip
         y, mean, rstd = _op("linear_fwd")(
-            x, weight, bias, norm_weight, norm_bias, x if residual_is_x else residual, seed, eps, dropout_p
-        )
+            x, weight, bias, norm_weight, norm_bias, x if residual_is_x else residual, layer_scale, samples, seed,
+            eps, dropout_p,
+        )  # fmt: skip
         if eps is None:
             mean = rstd = None
-        ctx.save_for_backward(x, weight, norm_weight, norm_bias, mean, rstd, seed)
+        bias = None if layer_scale is None else bias
+        ctx.save_for_backward(x, weight, norm_weight, norm_bias, mean, rstd, seed, layer_scale, samples, bias)
         ctx.dropout_p, ctx.residual_is_x = dropout_p, residual_is_x
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy):
-        needs_x, needs_weight, needs_bias, needs_norm_weight, needs_norm_bias, needs_residual, *_ = ctx.needs_input_grad
-        grads = _op("linear_bwd")(
+        (
+            needs_x, needs_weight, needs_bias, needs_norm_weight, needs_norm_bias, needs_residual, needs_layer_scale, *_
+        ) = ctx.needs_input_grad  # fmt: skip
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them
+        *_, bias = saved
+        *grads, dlayer_scale = _op("linear_bwd")(
             dy,
-            *ctx.saved_tensors,
+            *saved,
             ctx.dropout_p,
             ctx.residual_is_x,
-            needs_bias,
+            needs_bias or bias is not None,
             needs_x or needs_norm_weight or needs_norm_bias,
-            needs_weight or needs_bias,
+            needs_weight or needs_bias or needs_layer_scale,
         )
         wanted = (needs_x, needs_weight, needs_bias, needs_norm_weight, needs_norm_bias)
-        return *_only(grads, wanted), dy if needs_residual else None, None, None, None, None
+        residual = dy if needs_residual else None, dlayer_scale if needs_layer_scale else None
+        return *_only(tuple(grads), wanted), *residual, *(None,) * 5
 
 
 class MlpFunction(Function):
-    """x and residual (M, K); ``residual_is_x`` as in :class:`LinearFunction`. Keeps x, the pre-activation and the
-    statistics of the norm."""
+    """x and residual (M, K); ``residual_is_x`` and the bias as in :class:`LinearFunction`. Keeps x, the pre-activation
+    and the statistics of the norm."""
 
     @staticmethod
     def forward(
-        ctx: Any, x, w1, b1, w2, b2, norm_weight, norm_bias, residual, hidden_seed, seed,
+        ctx: Any, x, w1, b1, w2, b2, norm_weight, norm_bias, residual, layer_scale, samples, hidden_seed, seed,
         eps, activation: str, hidden_dropout_p: float, dropout_p: float, residual_is_x: bool,
     ):  # fmt: skip
         y, pre, mean, rstd = _op("mlp_fwd")(
-            x, w1, b1, w2, b2, norm_weight, norm_bias, x if residual_is_x else residual, hidden_seed, seed,
-            eps, activation, hidden_dropout_p, dropout_p, True,
+            x, w1, b1, w2, b2, norm_weight, norm_bias, x if residual_is_x else residual, layer_scale, samples,
+            hidden_seed, seed, eps, activation, hidden_dropout_p, dropout_p, True,
         )  # fmt: skip
         if eps is None:
             mean = rstd = None
-        ctx.save_for_backward(x, w1, w2, norm_weight, norm_bias, pre, mean, rstd, hidden_seed, seed)
+        b2 = None if layer_scale is None else b2
+        ctx.save_for_backward(
+            x, w1, w2, norm_weight, norm_bias, pre, mean, rstd, hidden_seed, seed, layer_scale, samples, b2
+        )
         ctx.scalars = activation, hidden_dropout_p, dropout_p, residual_is_x
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy):
-        (needs_x, needs_w1, needs_b1, needs_w2, needs_b2, needs_norm_weight, needs_norm_bias, needs_residual, *_) = (
-            ctx.needs_input_grad
-        )
-        grads = _op("mlp_bwd")(
+        (
+            needs_x, needs_w1, needs_b1, needs_w2, needs_b2, needs_norm_weight, needs_norm_bias, needs_residual,
+            needs_layer_scale, *_,
+        ) = ctx.needs_input_grad  # fmt: skip
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them
+        *_, b2 = saved
+        *grads, dlayer_scale = _op("mlp_bwd")(
             dy,
-            *ctx.saved_tensors,
+            *saved,
             *ctx.scalars,
             needs_b1,
-            needs_b2,
+            needs_b2 or b2 is not None,
             needs_x or needs_norm_weight or needs_norm_bias,
-            needs_w1 or needs_b1 or needs_w2 or needs_b2,
+            needs_w1 or needs_b1 or needs_w2 or needs_b2 or needs_layer_scale,
         )
         wanted = (needs_x, needs_w1, needs_b1, needs_w2, needs_b2, needs_norm_weight, needs_norm_bias)
-        return *_only(grads, wanted), dy if needs_residual else None, *(None,) * 7
+        residual = dy if needs_residual else None, dlayer_scale if needs_layer_scale else None
+        return *_only(tuple(grads), wanted), *residual, *(None,) * 8
 
 
 class LayerNormFunction(Function):

@@ -22,7 +22,7 @@ from vit_triton import autograd, packing, reference
 from vit_triton.backend import resolve_backend
 from vit_triton.reference import Block, Norm
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
 PATCH_ORDERS = ("p1 p2 c", "c p1 p2")
 MAX_HEAD_DIM = 256
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -98,13 +98,18 @@ def linear(
     *,
     norm: Norm | None = None,
     residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    drop_path_p: float = 0.0,
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """dropout(norm(x) @ weight.T + bias) + residual.
+    """drop_path(layer_scale * dropout(norm(x) @ weight.T + bias)) + residual.
 
     Args:
         x: (..., K); weight: (N, K), as in ``nn.Linear``; bias: (N,); residual: (..., N).
+        layer_scale: (N,), of a branch that is added to a ``residual`` (Touvron et al. 2021, arXiv:2103.17239).
+        drop_path_p: probability that a sample, an index of x's first dimension, gets its ``residual`` alone (stochastic
+            depth, Huang et al. 2016, arXiv:1603.09382); the others grow by 1 / (1 - p). Drawn as timm's DropPath draws.
 
     Returns:
         (..., N). Kept for the backward pass: x, and mean and 1/std of its rows if there is a ``norm``.
@@ -113,25 +118,36 @@ def linear(
     _check_linear("x", x.shape[-1:], "weight", weight, "bias", bias)
     _check_norm("norm", norm, x.shape[-1], x.device)
     _check_residual(residual, (*x.shape[:-1], weight.shape[0]))
+    _check_branch(x, "weight", weight, residual, layer_scale, drop_path_p)
     _check_dropout("dropout_p", dropout_p)
-    _check_alike("x", x, weight=weight, bias=bias, residual=residual)
+    _check_alike("x", x, weight=weight, bias=bias, residual=residual, layer_scale=layer_scale)
     _check_rows(x)
     weight, bias = _autocast(weight, bias, device=x.device)
     if resolve_backend(backend, "linear", x) == "torch":
-        return reference.linear(x, weight, bias, norm=norm, residual=residual, dropout_p=dropout_p)
+        return reference.linear(
+            x,
+            weight,
+            bias,
+            norm=norm,
+            residual=residual,
+            layer_scale=layer_scale,
+            drop_path_p=drop_path_p,
+            dropout_p=dropout_p,
+        )
     _check_kernel_dtype("x", x)
     norm_weight, norm_bias, eps = _norm_parts(norm)
     residual_is_x = residual is x
     rows = _rows(x)
     other = None if residual is None or residual_is_x else _rows(residual)
-    tensors = (rows, weight, bias, norm_weight, norm_bias, other)
-    seed = _seed(x, dropout_p)
+    tensors = (rows, weight, bias, norm_weight, norm_bias, other, layer_scale)
+    drawn = _samples(x, drop_path_p), _seed(x, dropout_p)
     panels = packing.panels(weight)
     if _differentiating(*tensors):
-        y = autograd.LinearFunction.apply(*tensors, seed, eps, float(dropout_p), residual_is_x)
+        y = autograd.LinearFunction.apply(*tensors, *drawn, eps, float(dropout_p), residual_is_x)
     else:
+        other = rows if residual_is_x else other
         y, _, _ = torch.ops.vit_triton.linear_fwd.default(
-            *tensors[:5], rows if residual_is_x else tensors[5], seed, eps, float(dropout_p), panels
+            *tensors[:5], other, layer_scale, *drawn, eps, float(dropout_p), panels
         )
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -146,29 +162,36 @@ def mlp(
     norm: Norm | None = None,
     activation: str = "gelu",
     residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    drop_path_p: float = 0.0,
     hidden_dropout_p: float = 0.0,
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """dropout(dropout(activation(norm(x) @ w1.T + b1)) @ w2.T + b2) + residual.
+    """drop_path(layer_scale * dropout(dropout(activation(norm(x) @ w1.T + b1)) @ w2.T + b2)) + residual.
 
     Args:
         x: (..., K); w1: (N, K); b1: (N,); w2: (L, N); b2: (L,); residual: (..., L).
-        activation: "gelu" (exact), "gelu_tanh" or "quick_gelu" (x * sigmoid(1.702 x)).
+        activation: "gelu" (exact), "gelu_tanh", "quick_gelu" (x * sigmoid(1.702 x)), "silu", "relu"; or "swiglu",
+            silu(gate) * value (Shazeer 2020, arXiv:2002.05202), where w1 is (2 N, K) and b1 (2 N,), the gate's rows
+            first, as in timm's SwiGLUPacked and Hugging Face's Dinov2SwiGLUFFN.
+        layer_scale: (L,); drop_path_p: as for :func:`linear`.
         hidden_dropout_p: after the activation. dropout_p: after the second product.
 
     Returns:
-        (..., L). Kept for the backward pass: x, its row statistics if there is a ``norm``, and the pre-activation.
+        (..., L). Kept for the backward pass: x, its row statistics if there is a ``norm``, and the pre-activation, w1's
+        rows wide.
     """
     _check_tensor("x", x)
     _check_linear("x", x.shape[-1:], "w1", w1, "b1", b1)
-    _check_linear("w1", w1.shape[:1], "w2", w2, "b2", b2)
-    _check_norm("norm", norm, x.shape[-1], x.device)
     _check_activation(activation)
+    _check_linear("w1", _hidden("w1", w1, activation), "w2", w2, "b2", b2)
+    _check_norm("norm", norm, x.shape[-1], x.device)
     _check_residual(residual, (*x.shape[:-1], w2.shape[0]))
+    _check_branch(x, "w2", w2, residual, layer_scale, drop_path_p)
     _check_dropout("hidden_dropout_p", hidden_dropout_p)
     _check_dropout("dropout_p", dropout_p)
-    _check_alike("x", x, w1=w1, b1=b1, w2=w2, b2=b2, residual=residual)
+    _check_alike("x", x, w1=w1, b1=b1, w2=w2, b2=b2, residual=residual, layer_scale=layer_scale)
     _check_rows(x)
     w1, b1, w2, b2 = _autocast(w1, b1, w2, b2, device=x.device)
     if resolve_backend(backend, "mlp", x) == "torch":
@@ -181,6 +204,8 @@ def mlp(
             norm=norm,
             activation=activation,
             residual=residual,
+            layer_scale=layer_scale,
+            drop_path_p=drop_path_p,
             hidden_dropout_p=hidden_dropout_p,
             dropout_p=dropout_p,
         )
@@ -191,16 +216,16 @@ def mlp(
     tensors = (
         *(rows, w1, b1, w2, b2, norm_weight, norm_bias),
         None if residual is None or residual_is_x else _rows(residual),
+        layer_scale,
     )
-    seeds = _seed(x, hidden_dropout_p), _seed(x, dropout_p)
+    drawn = _samples(x, drop_path_p), _seed(x, hidden_dropout_p), _seed(x, dropout_p)
     scalars = eps, activation, float(hidden_dropout_p), float(dropout_p)
     panels = packing.panels(w1), packing.panels(w2)
     if _differentiating(*tensors):
-        y = autograd.MlpFunction.apply(*tensors, *seeds, *scalars, residual_is_x)
+        y = autograd.MlpFunction.apply(*tensors, *drawn, *scalars, residual_is_x)
     else:
-        y, *_ = torch.ops.vit_triton.mlp_fwd.default(
-            *tensors[:7], rows if residual_is_x else tensors[7], *seeds, *scalars, False, *panels
-        )
+        other = rows if residual_is_x else tensors[7]
+        y, *_ = torch.ops.vit_triton.mlp_fwd.default(*tensors[:7], other, layer_scale, *drawn, *scalars, False, *panels)
     return y.view(*x.shape[:-1], w2.shape[0])
 
 
@@ -442,6 +467,10 @@ def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_p > 0 else None
 
 
+def _samples(x: Tensor, drop_path_p: float) -> Tensor | None:
+    return reference.kept_samples(x, drop_path_p) if drop_path_p > 0 else None
+
+
 def _scale(scale: float | None, x: Tensor) -> float:
     return float(x.shape[-1] ** -0.5 if scale is None else scale)
 
@@ -535,14 +564,17 @@ def _check_encoder(x: Any, blocks: Sequence[Block], heads: int, scale: float | N
         features = torch.Size([inner])
         _check_linear("the heads", features, at + "out_weight", block.out_weight, at + "out_bias", block.out_bias)
         _check_linear("x", dim, at + "w1", block.w1, at + "b1", block.b1)
-        _check_linear(at + "w1", block.w1.shape[:1], at + "w2", block.w2, at + "b2", block.b2)
+        hidden = _hidden(at + "w1", block.w1, activation)
+        _check_linear(at + "w1", hidden, at + "w2", block.w2, at + "b2", block.b2)
         for name, weight in (("out_weight", block.out_weight), ("w2", block.w2)):
             if weight.shape[:1] != dim:
                 raise ValueError(f"{at}{name} must have {dim[0]} rows as x has columns, got {_shape(weight)}")
-        names = ("qkv_weight", "qkv_bias", "out_weight", "out_bias", "w1", "b1", "w2", "b2")
+        for name, vector in (("layer_scale1", block.layer_scale1), ("layer_scale2", block.layer_scale2)):
+            if vector is not None:
+                _check_vector(at + name, vector, at + "w2", block.w2)
+        names = [name for name in Block._fields if not name.startswith("norm")]
         _check_alike("x", x, **{at + name: getattr(block, name) for name in names})
         _check_attention((*x.shape[:2], heads, inner // heads), x.shape[1], scale, 0.0)
-
 
 
 def _shape(x: Tensor) -> str:
@@ -596,6 +628,15 @@ def _check_activation(activation: str) -> None:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
 
 
+def _hidden(name: str, w1: Tensor, activation: str) -> torch.Size:
+    """How wide the activation's result is."""
+    if activation != "swiglu":
+        return w1.shape[:1]
+    if w1.shape[0] % 2:
+        raise ValueError(f"{name} must have 2 * hidden rows, gate and value, for 'swiglu', got {_shape(w1)}")
+    return torch.Size([w1.shape[0] // 2])
+
+
 def _check_number(name: str, value: Any) -> None:
     if not isinstance(value, (float, Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
@@ -616,9 +657,7 @@ def _check_linear(
     if 0 in weight.shape:
         raise ValueError(f"{weight_name} must have at least one row and column, got {_shape(weight)}")
     if bias is not None:
-        _check_tensor(bias_name, bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{bias_name} must be ({weight.shape[0]},) as {weight_name} has rows, got {_shape(bias)}")
+        _check_vector(bias_name, bias, weight_name, weight)
 
 
 def _check_norm(name: str, norm: Norm | None, size: int, device: torch.device) -> None:
@@ -648,6 +687,25 @@ def _check_residual(residual: Tensor | None, shape: tuple[int, ...]) -> None:
         _check_tensor("residual", residual)
         if tuple(residual.shape) != shape:
             raise ValueError(f"residual must be {shape} as the result, got {_shape(residual)}")
+
+
+def _check_branch(
+    x: Tensor, name: str, weight: Tensor, residual: Tensor | None, layer_scale: Tensor | None, drop_path_p: float
+) -> None:
+    if layer_scale is not None:
+        _check_vector("layer_scale", layer_scale, name, weight)
+    _check_dropout("drop_path_p", drop_path_p)
+    if residual is None and (layer_scale is not None or drop_path_p > 0):
+        given = "drop_path_p" if layer_scale is None else "layer_scale"
+        raise ValueError(f"{given} is of a branch beside a residual: give residual, or leave it out")
+    if drop_path_p > 0 and x.ndim < 2:
+        raise ValueError(f"drop_path_p needs an x of samples, (B, ..., D), got {_shape(x)}")
+
+
+def _check_vector(name: str, x: Tensor, weight_name: str, weight: Tensor) -> None:
+    _check_tensor(name, x)
+    if x.shape != weight.shape[:1]:
+        raise ValueError(f"{name} must be ({weight.shape[0]},) as {weight_name} has rows, got {_shape(x)}")
 
 
 def _check_rows(x: Tensor) -> None:

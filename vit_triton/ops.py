@@ -138,30 +138,45 @@ def _attention_packed_bwd_fake(do, qkv, out, lse, dlse, seed, scale, dropout_p):
 
 @_register(
     "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, "
-    "Tensor? seed, float? eps, float dropout_p, Tensor? panels=None) -> (Tensor, Tensor, Tensor)"
+    "Tensor? layer_scale, Tensor? samples, Tensor? seed, float? eps, float dropout_p, Tensor? panels=None) "
+    "-> (Tensor, Tensor, Tensor)"
 )
-def _linear_fwd(x, weight, bias, norm_weight, norm_bias, residual, seed, eps, dropout_p, panels=None):
+def _linear_fwd(
+    x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed, eps, dropout_p, panels=None
+):
     from vit_triton.kernels.mlp import norm_linear_fwd
 
     return norm_linear_fwd(
-        x, weight, bias, norm_weight, norm_bias, residual, seed, eps=eps, dropout_p=dropout_p, panels=panels
+        *(x, weight, bias, norm_weight, norm_bias, residual, seed, layer_scale, samples),
+        eps=eps,
+        dropout_p=dropout_p,
+        panels=panels,
     )
 
 
 @_fake("linear_fwd")
-def _linear_fwd_fake(x, weight, bias, norm_weight, norm_bias, residual, seed, eps, dropout_p, panels=None):
-    y = x.new_empty(x.shape[0], weight.shape[0], dtype=(weight if residual is None else residual).dtype)
+def _linear_fwd_fake(
+    x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed, eps, dropout_p, panels=None
+):
+    y = x.new_empty(x.shape[0], weight.shape[0], dtype=_output_dtype(weight, residual, layer_scale))
     return y, _statistics(x, eps is not None), _statistics(x, eps is not None)
+
+
+def _output_dtype(weight: Tensor, residual: Tensor | None, layer_scale: Tensor | None) -> torch.dtype:
+    dtype = (weight if residual is None else residual).dtype
+    return dtype if layer_scale is None or layer_scale.dtype == dtype else torch.float32
 
 
 @_register(
     "linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, "
-    "Tensor? rstd, Tensor? seed, float dropout_p, bool residual_is_x, bool with_bias, bool needs_x, bool needs_weight) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? rstd, Tensor? seed, Tensor? layer_scale, Tensor? samples, Tensor? bias, float dropout_p, "
+    "bool residual_is_x, bool with_bias, bool needs_x, bool needs_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _linear_bwd(
-    dy, x, weight, norm_weight, norm_bias, mean, rstd, seed, dropout_p, residual_is_x, with_bias, needs_x, needs_weight
-):
+    dy, x, weight, norm_weight, norm_bias, mean, rstd, seed, layer_scale, samples, bias,
+    dropout_p, residual_is_x, with_bias, needs_x, needs_weight,
+):  # fmt: skip
     from vit_triton.kernels.mlp import norm_linear_bwd
 
     return norm_linear_bwd(
@@ -173,6 +188,9 @@ def _linear_bwd(
         mean,
         rstd,
         seed,
+        layer_scale,
+        samples,
+        bias,
         dropout_p=dropout_p,
         residual_is_x=residual_is_x,
         with_bias=with_bias,
@@ -183,8 +201,9 @@ def _linear_bwd(
 
 @_fake("linear_bwd")
 def _linear_bwd_fake(
-    dy, x, weight, norm_weight, norm_bias, mean, rstd, seed, dropout_p, residual_is_x, with_bias, needs_x, needs_weight
-):
+    dy, x, weight, norm_weight, norm_bias, mean, rstd, seed, layer_scale, samples, bias,
+    dropout_p, residual_is_x, with_bias, needs_x, needs_weight,
+):  # fmt: skip
     dnorm_weight, dnorm_bias = _norm_grads(norm_weight, norm_bias, needs_x and mean is not None)
     return (
         _like(x, needs_x),
@@ -192,6 +211,7 @@ def _linear_bwd_fake(
         weight.new_empty(weight.shape[0]) if needs_weight and with_bias else None,
         dnorm_weight,
         dnorm_bias,
+        _like(layer_scale, needs_weight) if layer_scale is not None else None,
     )
 
 
@@ -204,11 +224,12 @@ def _norm_grads(weight: Tensor | None, bias: Tensor | None, wanted: bool) -> tup
 
 @_register(
     "mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias, "
-    "Tensor? residual, Tensor? hidden_seed, Tensor? seed, float? eps, str activation, float hidden_dropout_p, "
-    "float dropout_p, bool save, Tensor? panels1=None, Tensor? panels2=None) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? residual, Tensor? layer_scale, Tensor? samples, Tensor? hidden_seed, Tensor? seed, float? eps, "
+    "str activation, float hidden_dropout_p, float dropout_p, bool save, Tensor? panels1=None, Tensor? panels2=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _mlp_fwd(
-    x, w1, b1, w2, b2, norm_weight, norm_bias, residual, hidden_seed, seed,
+    x, w1, b1, w2, b2, norm_weight, norm_bias, residual, layer_scale, samples, hidden_seed, seed,
     eps, activation, hidden_dropout_p, dropout_p, save, panels1=None, panels2=None,
 ):  # fmt: skip
     from vit_triton.kernels.mlp import mlp_fwd
@@ -224,6 +245,8 @@ def _mlp_fwd(
         residual,
         hidden_seed,
         seed,
+        layer_scale,
+        samples,
         eps=eps,
         activation=activation,
         hidden_dropout_p=hidden_dropout_p,
@@ -235,22 +258,22 @@ def _mlp_fwd(
 
 @_fake("mlp_fwd")
 def _mlp_fwd_fake(
-    x, w1, b1, w2, b2, norm_weight, norm_bias, residual, hidden_seed, seed,
+    x, w1, b1, w2, b2, norm_weight, norm_bias, residual, layer_scale, samples, hidden_seed, seed,
     eps, activation, hidden_dropout_p, dropout_p, save, panels1=None, panels2=None,
 ):  # fmt: skip
-    y = x.new_empty(x.shape[0], w2.shape[0], dtype=(w2 if residual is None else residual).dtype)
+    y = x.new_empty(x.shape[0], w2.shape[0], dtype=_output_dtype(w2, residual, layer_scale))
     pre = w1.new_empty(x.shape[0], w1.shape[0]) if save else None
     return y, pre, _statistics(x, eps is not None), _statistics(x, eps is not None)
 
 
 @_register(
     "mlp_bwd(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor? norm_weight, Tensor? norm_bias, Tensor pre, "
-    "Tensor? mean, Tensor? rstd, Tensor? hidden_seed, Tensor? seed, str activation, float hidden_dropout_p, "
-    "float dropout_p, bool residual_is_x, bool with_b1, bool with_b2, bool needs_x, bool needs_weights) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? mean, Tensor? rstd, Tensor? hidden_seed, Tensor? seed, Tensor? layer_scale, Tensor? samples, Tensor? b2, "
+    "str activation, float hidden_dropout_p, float dropout_p, bool residual_is_x, bool with_b1, bool with_b2, "
+    "bool needs_x, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _mlp_bwd(
-    dy, x, w1, w2, norm_weight, norm_bias, pre, mean, rstd, hidden_seed, seed,
+    dy, x, w1, w2, norm_weight, norm_bias, pre, mean, rstd, hidden_seed, seed, layer_scale, samples, b2,
     activation, hidden_dropout_p, dropout_p, residual_is_x, with_b1, with_b2, needs_x, needs_weights,
 ):  # fmt: skip
     from vit_triton.kernels.mlp import mlp_bwd
@@ -267,6 +290,9 @@ def _mlp_bwd(
         rstd,
         hidden_seed,
         seed,
+        layer_scale,
+        samples,
+        b2,
         activation=activation,
         hidden_dropout_p=hidden_dropout_p,
         dropout_p=dropout_p,
@@ -280,7 +306,7 @@ def _mlp_bwd(
 
 @_fake("mlp_bwd")
 def _mlp_bwd_fake(
-    dy, x, w1, w2, norm_weight, norm_bias, pre, mean, rstd, hidden_seed, seed,
+    dy, x, w1, w2, norm_weight, norm_bias, pre, mean, rstd, hidden_seed, seed, layer_scale, samples, b2,
     activation, hidden_dropout_p, dropout_p, residual_is_x, with_b1, with_b2, needs_x, needs_weights,
 ):  # fmt: skip
     dnorm_weight, dnorm_bias = _norm_grads(norm_weight, norm_bias, needs_x and mean is not None)
@@ -292,6 +318,7 @@ def _mlp_bwd_fake(
         w2.new_empty(w2.shape[0]) if needs_weights and with_b2 else None,
         dnorm_weight,
         dnorm_bias,
+        _like(layer_scale, needs_weights) if layer_scale is not None else None,
     )
 
 

@@ -16,8 +16,8 @@ Norm = tuple[Tensor | None, Tensor | None, float]
 
 class Block(NamedTuple):
     """A pre-norm block of a Transformer encoder on tokens of width D: x + out(attention(qkv(norm1(x)))), and then
-    x + mlp(norm2(x)). The weight of qkv is (3 * I, D), its rows in the order (3, heads, head size); that of out is
-    (D, I), w1 (hidden, D), w2 (D, hidden)."""
+    x + mlp(norm2(x)); each branch times its LayerScale (D,), where it has one. The weight of qkv is (3 * I, D), its
+    rows in the order (3, heads, head size); that of out is (D, I), w1 (hidden, D), w2 (D, hidden)."""
 
     norm1: Norm
     qkv_weight: Tensor
@@ -29,6 +29,8 @@ class Block(NamedTuple):
     b1: Tensor | None
     w2: Tensor
     b2: Tensor | None
+    layer_scale1: Tensor | None = None
+    layer_scale2: Tensor | None = None
 
 
 def attention(
@@ -67,16 +69,36 @@ def linear(
     *,
     norm: Norm | None = None,
     residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    drop_path_p: float = 0.0,
     dropout_p: float = 0.0,
 ) -> Tensor:
     y = F.dropout(F.linear(_norm(x, norm), weight, bias), dropout_p)
+    if layer_scale is not None:
+        y = y * layer_scale
+    if drop_path_p > 0:
+        y = y * kept_samples(x, drop_path_p).to(y.dtype).view(-1, *(1,) * (y.ndim - 1))
     return y if residual is None else y + residual
 
 
+def kept_samples(x: Tensor, drop_path_p: float) -> Tensor:
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): for each sample, an index of x's first dimension, 0 with
+    probability ``drop_path_p``, else 1 / (1 - drop_path_p). Drawn from torch's generator as timm's DropPath does."""
+    keep = 1.0 - drop_path_p
+    kept = torch.empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device).bernoulli_(keep)
+    return kept / keep if keep > 0 else kept
+
+
 def activate(x: Tensor, activation: str) -> Tensor:
-    """GELU in its exact, tanh and sigmoid form (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+    """GELU in its exact, tanh and sigmoid form (Hendrycks & Gimpel 2016, arXiv:1606.08415), SiLU, ReLU, and SwiGLU of a
+    gate and a value side by side (Shazeer 2020, arXiv:2002.05202)."""
     if activation == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
+    if activation == "swiglu":
+        gate, value = x.chunk(2, -1)
+        return F.silu(gate) * value
+    if activation in ("silu", "relu"):
+        return F.silu(x) if activation == "silu" else F.relu(x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
@@ -90,11 +112,15 @@ def mlp(
     norm: Norm | None = None,
     activation: str = "gelu",
     residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    drop_path_p: float = 0.0,
     hidden_dropout_p: float = 0.0,
     dropout_p: float = 0.0,
 ) -> Tensor:
     hidden = F.dropout(activate(linear(x, w1, b1, norm=norm), activation), hidden_dropout_p)
-    return linear(hidden, w2, b2, residual=residual, dropout_p=dropout_p)
+    return linear(
+        hidden, w2, b2, residual=residual, layer_scale=layer_scale, drop_path_p=drop_path_p, dropout_p=dropout_p
+    )
 
 
 def encoder(
@@ -126,8 +152,9 @@ def encoder_of(
         if first_token and i == len(blocks) - 1:
             q, x = q[:, :1], x[:, :1]
         out = attention(q, k, v, scale=scale).flatten(2)
-        x = linear(out, block.out_weight, block.out_bias, residual=x)
-        x = mlp(x, block.w1, block.b1, block.w2, block.b2, norm=block.norm2, activation=activation, residual=x)
+        x = linear(out, block.out_weight, block.out_bias, residual=x, layer_scale=block.layer_scale1)
+        weights = block.w1, block.b1, block.w2, block.b2
+        x = mlp(x, *weights, norm=block.norm2, activation=activation, residual=x, layer_scale=block.layer_scale2)
     return x
 
 

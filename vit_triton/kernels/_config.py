@@ -196,6 +196,31 @@ def pick_sum_parts(n_parts: int, arch: str) -> SumConfig:
     return SumConfig(min(32, next_power_of_2(n_parts)), 32, 4)
 
 
+# --- elementwise -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """``rows`` x ``cols`` elements at a time."""
+
+    rows: int
+    cols: int
+    num_warps: int
+
+
+def pick_layer_scale_bwd(k: int, arch: str) -> TileConfig:
+    """Tiles of ``layer_scale_bwd_kernel``: a program walks along one row of k weights."""
+    return TileConfig(1, min(1024, next_power_of_2(k)), 1 if arch == "cpu" else 4)
+
+
+def pick_swiglu(h: int, arch: str) -> TileConfig:
+    """Tiles of both SwiGLU kernels, of a hidden width h."""
+    cols = min(256, next_power_of_2(h))
+    if arch == "interpreter":
+        return TileConfig(256, cols, 4)
+    return TileConfig(1024 // cols, cols, 1 if arch == "cpu" else 4)  # 8 elements a thread: 16 bytes of bfloat16
+
+
 # --- GEMM --------------------------------------------------------------------------------------------------
 
 

@@ -88,6 +88,29 @@ def gelu_grad(x, KIND: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def activate(x, KIND: tl.constexpr, EXACT: tl.constexpr):
+    """"silu" (Elfwing et al. 2017, arXiv:1702.03118), "relu", or what :func:`gelu` has."""
+    if KIND == "silu":
+        return x * sigmoid(x)
+    elif KIND == "relu":
+        return tl.where(x < 0, 0.0, x)  # NaN is not less
+    else:
+        return gelu(x, KIND, EXACT)
+
+
+@triton.jit
+def activate_grad(x, KIND: tl.constexpr, EXACT: tl.constexpr):
+    """Derivative of :func:`activate` at ``x``."""
+    if KIND == "silu":
+        s = sigmoid(x)
+        return s * (1.0 + x * (1.0 - s))
+    elif KIND == "relu":
+        return tl.where(x <= 0, 0.0, 1.0)
+    else:
+        return gelu_grad(x, KIND, EXACT)
+
+
+@triton.jit
 def dropout_keep(seed, row, col, plane, p):
     """True where the element (plane, row, col) survives dropout with probability ``p`` of being zeroed.
 

@@ -2,6 +2,8 @@
 
     x = x + attention(norm(x)),   x = x + mlp(norm(x))            (pre-norm; Xiong et al. 2020, arXiv:2002.04745)
 
+each branch times its LayerScale, where it has one.
+
 The kernels are those of :mod:`.attention`, :mod:`.linear` and :mod:`.mlp`; as one operator they cost one walk through
 PyTorch's dispatcher and not four a block, and on a CPU their launches are recorded as one.
 """
@@ -30,6 +32,8 @@ class BlockTensors(NamedTuple):
     b1: torch.Tensor | None
     w2: torch.Tensor
     b2: torch.Tensor | None
+    layer_scale1: torch.Tensor | None
+    layer_scale2: torch.Tensor | None
     qkv_panels: torch.Tensor | None
     out_panels: torch.Tensor | None
     w1_panels: torch.Tensor | None
@@ -65,13 +69,14 @@ def encoder_fwd(
             q, k, v = qkv.unbind(2)
         out, _ = attention_fwd(q, k, v, None, scale=scale, dropout_p=0.0)
         rows, _, _ = norm_linear_fwd(
-            *(out.view(len(rows), inner), block.out, block.out_bias, None, None, rows, None),
+            *(out.view(len(rows), inner), block.out, block.out_bias, None, None, rows, None, block.layer_scale1),
             eps=None,
             dropout_p=0.0,
             panels=block.out_panels,
         )
         rows, *_ = mlp_fwd(
             *(rows, block.w1, block.b1, block.w2, block.b2, block.norm2_weight, block.norm2_bias, rows, None, None),
+            block.layer_scale2,
             eps=norm2,
             activation=activation,
             hidden_dropout_p=0.0,

@@ -2,11 +2,18 @@
 
 Forward, of tokens x (M, K) and nn.Linear's weight (N, K):
 
-    z = x @ weight.T + bias                    y = dropout(act(z)) + residual
+    z = x @ weight.T + bias                    y = s * gamma * dropout(act(z)) + residual
 
-Backward, with D the dropout scale (0 or 1 / (1 - p)) of each element and `*` elementwise:
+with LayerScale's gamma of each column (Touvron et al. 2021, arXiv:2103.17239) and stochastic depth's s of each sample
+(Huang et al. 2016, arXiv:1603.09382), which stand beside a residual and not beside an activation. Backward, with D the
+dropout scale (0 or 1 / (1 - p)) of each element and `*` elementwise:
 
-    dz = dy * D * act'(z)     dx = dz @ weight     dweight = dz.T @ x     dbias = dz.sum(0)
+    dz = s * gamma * D * dy * act'(z)     dx = dz @ weight     dweight = dz.T @ x     dbias = dz.sum(0)
+
+gamma's own gradient sums s * D * dy * z over the tokens, and z is not kept. As z is linear in x, the same sum is had from
+the weight's gradient before gamma, whatever gamma is, 0 too: with G = (s * D * dy).T @ x and g = (s * D * dy).sum(0),
+
+    dweight = gamma * G     dbias = gamma * g     dgamma = (weight * G).sum(1) + bias * g
 
 An MLP is y = dropout(f(z)) + residual with z = x @ w1.T + b1, f(z) = dropout(act(z)) @ w2.T + b2. Only z is
 saved, in the weight's dtype: `linear_bwd_input` of the second layer applies act'(z) and the hidden dropout to the
@@ -19,15 +26,23 @@ No kernel uses atomics: the sum over tokens in `dweight` is cut into parts that 
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from vit_triton.kernels._config import cdiv, architecture, pick_linear_bwd_input, pick_linear_bwd_weight, pick_linear_fwd
+from vit_triton.kernels._config import (
+    architecture,
+    cdiv,
+    pick_layer_scale_bwd,
+    pick_linear_bwd_input,
+    pick_linear_bwd_weight,
+    pick_linear_fwd,
+)
 from vit_triton.kernels._launch import TRITON_DTYPE, input_precision, keep_scale, launch
 from vit_triton.kernels._sums import sum_parts
-from vit_triton.kernels._tiles import dropout_keep, gelu, gelu_grad, grouped_tile
+from vit_triton.kernels._tiles import activate, activate_grad, dropout_keep, grouped_tile
 
 
 @triton.jit
@@ -51,14 +66,24 @@ def _dropout_scale(seed_ptr, rows, cols, p, keep_scale):
     return tl.where(dropout_keep(tl.load(seed_ptr), rows[:, None], cols[None, :], 0, p), keep_scale, 0.0)
 
 
+@triton.jit
+def _sample_scale(samples_ptr, rows, num_rows, rows_per_sample):
+    """s of the sample that each row belongs to."""
+    return tl.load(samples_ptr + rows // rows_per_sample, mask=rows < num_rows, other=0.0)
+
+
+def _rows_per_sample(rows: int, samples: torch.Tensor | None) -> int:
+    return 1 if samples is None else max(1, rows // max(1, len(samples)))
+
+
 # --- forward -----------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["M"])
 def linear_fwd_kernel(
-    x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, pre_ptr, seed_ptr,
+    x_ptr, weight_ptr, bias_ptr, layer_scale_ptr, samples_ptr, residual_ptr, y_ptr, pre_ptr, seed_ptr,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_rm, stride_rn,
-    M, N, K, dropout_p, keep_scale,
+    M, N, K, rows_per_sample, dropout_p, keep_scale,
     ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
@@ -99,9 +124,13 @@ def linear_fwd_kernel(
     if pre_ptr is not None:
         tl.store(pre_ptr + y_offs, z.to(dtype), mask=mask)
     if ACTIVATION != "none":
-        z = gelu(z.to(dtype).to(tl.float32), ACTIVATION, dtype == tl.float32)
+        z = activate(z.to(dtype).to(tl.float32), ACTIVATION, dtype == tl.float32)
     if DROPOUT:
         z *= _dropout_scale(seed_ptr, offs_m, offs_n, dropout_p, keep_scale)
+    if layer_scale_ptr is not None:
+        z *= tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    if samples_ptr is not None:
+        z *= _sample_scale(samples_ptr, offs_m, M, rows_per_sample)[:, None]
     if residual_ptr is not None:
         residual_ptrs = residual_ptr + _offsets(offs_m, stride_rm, offs_n, stride_rn)
         z += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -114,21 +143,23 @@ def linear_fwd(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     seed: torch.Tensor | None,
+    layer_scale: torch.Tensor | None = None,
+    samples: torch.Tensor | None = None,
     *,
     dropout_p: float = 0.0,
     activation: str = "none",
     save_pre: bool = False,
-    out_dtype: torch.dtype | None = None,
     panels: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """y = dropout(act(x @ weight.T + bias)) + residual, and z = x @ weight.T + bias if ``save_pre``, else None.
+    """y = s * gamma * dropout(act(x @ weight.T + bias)) + residual, and z = x @ weight.T + bias if ``save_pre``, else
+    None.
 
-    x (M, K), weight (N, K), bias (N,), residual (M, N) -> y (M, N) in ``out_dtype``, or else the residual's or the
-    weight's dtype; z (M, N) in the weight's. ``seed``: one int64, needed with dropout. ``panels``: the weight
-    once more, as `pack_weight` gives it, and then that is read.
+    x (M, K), weight (N, K), bias (N,), residual (M, N), ``layer_scale`` gamma (N,), ``samples`` s (B,) float32, each for
+    M / B rows -> y (M, N) in :func:`output_dtype`; z (M, N) in the weight's. ``seed``: one int64, needed with dropout.
+    ``panels``: the weight once more, as `pack_weight` gives it, and then that is read.
     """
     (m, k), n = x.shape, weight.shape[0]
-    y = x.new_empty(m, n, dtype=out_dtype or (weight if residual is None else residual).dtype)
+    y = x.new_empty(m, n, dtype=output_dtype(weight, residual, layer_scale))
     pre = x.new_empty(m, n, dtype=weight.dtype) if save_pre else None
     precision = input_precision(weight.dtype)
     epilogue = _epilogue(activation != "none" or residual is not None, dropout_p > 0)
@@ -141,7 +172,9 @@ def linear_fwd(
         x,
         x_ptr=x,
         weight_ptr=weight if panels is None else panels,
-        bias_ptr=bias,
+        bias_ptr=None if bias is None else bias.contiguous(),
+        layer_scale_ptr=None if layer_scale is None else layer_scale.contiguous(),
+        samples_ptr=samples,
         residual_ptr=residual,
         y_ptr=y,
         pre_ptr=pre,
@@ -155,6 +188,7 @@ def linear_fwd(
         M=m,
         N=n,
         K=k,
+        rows_per_sample=_rows_per_sample(m, samples),
         dropout_p=float(dropout_p),
         keep_scale=keep_scale(dropout_p),
         ACTIVATION=activation,
@@ -170,6 +204,14 @@ def linear_fwd(
         num_stages=config.num_stages,
     )
     return y, pre
+
+
+def output_dtype(
+    weight: torch.Tensor, residual: torch.Tensor | None, layer_scale: torch.Tensor | None
+) -> torch.dtype:
+    """The residual's or else the weight's; float32 where that of LayerScale, which autocast leaves as it is, differs."""
+    dtype = (weight if residual is None else residual).dtype
+    return dtype if layer_scale is None or layer_scale.dtype == dtype else torch.float32
 
 
 def pack_weight(weight: torch.Tensor, panel: int, word: int) -> torch.Tensor:
@@ -190,9 +232,9 @@ def _epilogue(elementwise: bool, dropout: bool) -> str:
 
 @triton.jit(do_not_specialize=["M"])
 def linear_bwd_input_kernel(
-    dy_ptr, weight_ptr, pre_ptr, dx_ptr, dy_seed_ptr, seed_ptr,
+    dy_ptr, weight_ptr, layer_scale_ptr, samples_ptr, pre_ptr, dx_ptr, dy_seed_ptr, seed_ptr,
     stride_dym, stride_dyn, stride_wn, stride_wk, stride_pm, stride_pk,
-    M, N, K, dy_dropout_p, dy_keep_scale, dropout_p, keep_scale,
+    M, N, K, rows_per_sample, dy_dropout_p, dy_keep_scale, dropout_p, keep_scale,
     ACTIVATION: tl.constexpr, DY_DROPOUT: tl.constexpr, DROPOUT: tl.constexpr,
     EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
@@ -216,14 +258,19 @@ def linear_bwd_input_kernel(
             w = tl.load(w_ptrs, mask=_within(offs_n, N - n, offs_k, K, False), other=0.0)  # [BLOCK_N, BLOCK_K]
         if DY_DROPOUT:
             dy = dy.to(tl.float32) * _dropout_scale(dy_seed_ptr, offs_m, n + offs_n, dy_dropout_p, dy_keep_scale)
+        if layer_scale_ptr is not None:
+            gamma = tl.load(layer_scale_ptr + n + offs_n, mask=offs_n < N - n, other=0.0)  # [BLOCK_N]
+            dy = dy.to(tl.float32) * gamma.to(tl.float32)[None, :]
         dx = tl.dot(dy.to(dtype), w, dx, input_precision=PRECISION)
         dy_ptrs += step_dy
         w_ptrs += step_w
 
     mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
+    if samples_ptr is not None:
+        dx *= _sample_scale(samples_ptr, offs_m, M, rows_per_sample)[:, None]
     if pre_ptr is not None:
         pre_ptrs = pre_ptr + _offsets(offs_m, stride_pm, offs_k, stride_pk)
-        dx *= gelu_grad(tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32), ACTIVATION, dtype == tl.float32)
+        dx *= activate_grad(tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32), ACTIVATION, dtype == tl.float32)
         if DROPOUT:
             dx *= _dropout_scale(seed_ptr, offs_m, offs_k, dropout_p, keep_scale)
     tl.store(dx_ptr + _offsets(offs_m, K, offs_k, 1), dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -234,23 +281,25 @@ def linear_bwd_input(
     weight: torch.Tensor,
     pre: torch.Tensor | None,
     seed: torch.Tensor | None,
+    layer_scale: torch.Tensor | None = None,
+    samples: torch.Tensor | None = None,
     *,
     dropout_p: float = 0.0,
     activation: str = "none",
     dy_dropout_p: float = 0.0,
     dy_seed: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """dx = (dy * D_y) @ weight, times D * act'(pre) where ``pre``, the input before act and dropout, is given.
+    """dx = (s * gamma * D_y * dy) @ weight, times D * act'(pre) where ``pre``, the input before act and dropout, is given.
 
-    dy (M, N) with any strides, weight (N, K), pre (M, K) -> dx (M, K) in ``out_dtype`` or else the weight's dtype.
-    ``dy_dropout_p`` and ``dy_seed`` rebuild D_y, the dropout behind this layer in the forward pass; ``dropout_p`` and
-    ``seed`` rebuild D, the one in front of it.
+    dy (M, N) with any strides, weight (N, K), pre (M, K), ``layer_scale`` and ``samples`` as in `linear_fwd` -> dx (M, K)
+    in the weight's dtype. ``dy_dropout_p`` and ``dy_seed`` rebuild D_y, the dropout behind this layer in the forward
+    pass; ``dropout_p`` and ``seed`` rebuild D, the one in front of it.
     """
     (m, n), k = dy.shape, weight.shape[1]
-    dx = dy.new_empty(m, k, dtype=out_dtype or weight.dtype)
+    dx = dy.new_empty(m, k, dtype=weight.dtype)
     precision = input_precision(weight.dtype)
-    epilogue = _epilogue(pre is not None, dropout_p > 0 or dy_dropout_p > 0)
+    elementwise = pre is not None or layer_scale is not None or samples is not None
+    epilogue = _epilogue(elementwise, dropout_p > 0 or dy_dropout_p > 0)
     config = pick_linear_bwd_input(m, n, k, weight.dtype, architecture(dy.device), precision, epilogue)
     launch(
         linear_bwd_input_kernel,
@@ -258,6 +307,8 @@ def linear_bwd_input(
         dy,
         dy_ptr=dy,
         weight_ptr=weight,
+        layer_scale_ptr=None if layer_scale is None else layer_scale.contiguous(),
+        samples_ptr=samples,
         pre_ptr=pre,
         dx_ptr=dx,
         dy_seed_ptr=dy_seed if dy_dropout_p > 0 else None,
@@ -271,6 +322,7 @@ def linear_bwd_input(
         M=m,
         N=n,
         K=k,
+        rows_per_sample=_rows_per_sample(m, samples),
         dy_dropout_p=float(dy_dropout_p),
         dy_keep_scale=keep_scale(dy_dropout_p),
         dropout_p=float(dropout_p),
@@ -293,11 +345,19 @@ def linear_bwd_input(
 # --- backward: the weight and the bias ---------------------------------------------------------------------
 
 
+class Scaled(NamedTuple):
+    """A layer with a LayerScale behind it: gamma (N,), weight (N, K), bias (N,)."""
+
+    layer_scale: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
 @triton.jit(do_not_specialize=["M"])
 def linear_bwd_weight_kernel(
-    dy_ptr, x_ptr, dweight_ptr, dbias_ptr, dy_seed_ptr, seed_ptr,
+    dy_ptr, samples_ptr, x_ptr, dweight_ptr, dbias_ptr, dy_seed_ptr, seed_ptr,
     stride_dym, stride_dyn, stride_xm, stride_xk,
-    M, N, K, dy_dropout_p, dy_keep_scale, dropout_p, keep_scale,
+    M, N, K, rows_per_sample, dy_dropout_p, dy_keep_scale, dropout_p, keep_scale,
     ACTIVATION: tl.constexpr, DY_DROPOUT: tl.constexpr, DROPOUT: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
@@ -325,8 +385,10 @@ def linear_bwd_weight_kernel(
         x = tl.load(x_ptrs, mask=_within(offs_m, M, offs_k, K, False), other=0.0)  # [BLOCK_M, BLOCK_K]
         if DY_DROPOUT:
             dy = dy.to(tl.float32) * tl.trans(_dropout_scale(dy_seed_ptr, offs_m, offs_n, dy_dropout_p, dy_keep_scale))
+        if samples_ptr is not None:
+            dy = dy.to(tl.float32) * _sample_scale(samples_ptr, offs_m, M, rows_per_sample)[None, :]
         if ACTIVATION != "none":
-            x = gelu(x.to(tl.float32), ACTIVATION, DTYPE == tl.float32)
+            x = activate(x.to(tl.float32), ACTIVATION, DTYPE == tl.float32)
         if DROPOUT:
             x = x.to(tl.float32) * _dropout_scale(seed_ptr, offs_m, offs_k, dropout_p, keep_scale)
         dw = tl.dot(dy.to(DTYPE), x.to(DTYPE), dw, input_precision=PRECISION)
@@ -349,6 +411,8 @@ def linear_bwd_weight(
     dy: torch.Tensor,
     x: torch.Tensor,
     seed: torch.Tensor | None,
+    samples: torch.Tensor | None = None,
+    scaled: Scaled | None = None,
     *,
     dropout_p: float = 0.0,
     activation: str = "none",
@@ -356,18 +420,20 @@ def linear_bwd_weight(
     dy_seed: torch.Tensor | None = None,
     with_bias: bool,
     weight_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dweight = (dy * D_y).T @ (D * act(x)) and, ``with_bias``, dbias = (dy * D_y).sum(0), else None.
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """dweight = (s * D_y * dy).T @ (D * act(x)) and, ``with_bias``, dbias = (s * D_y * dy).sum(0), else None. With a
+    LayerScale behind the layer both times gamma, and gamma's gradient; else None. It needs ``with_bias`` where there is a
+    bias.
 
-    dy (M, N) with any strides, x (M, K) -> dweight (N, K), dbias (N,) in ``weight_dtype``. Dropout as in
-    `linear_bwd_input`; x is the saved pre-activation where ``activation`` is not "none".
+    dy (M, N) with any strides, x (M, K), ``samples`` s (B,) -> dweight (N, K), dbias (N,) in ``weight_dtype``, dgamma (N,)
+    in its own. Dropout as in `linear_bwd_input`; x is the saved pre-activation where ``activation`` is not "none".
     """
     (m, n), k = dy.shape, x.shape[1]
     precision = input_precision(weight_dtype)
-    epilogue = _epilogue(activation != "none" or with_bias, dropout_p > 0 or dy_dropout_p > 0)
+    epilogue = _epilogue(activation != "none" or with_bias or samples is not None, dropout_p > 0 or dy_dropout_p > 0)
     config = pick_linear_bwd_weight(m, n, k, weight_dtype, architecture(dy.device), precision, epilogue)
-    # one part is the result; several are summed in float32
-    parts_dtype = weight_dtype if config.split == 1 else torch.float32
+    # one part is the result; what is summed or scaled is so in float32
+    parts_dtype = weight_dtype if config.split == 1 and scaled is None else torch.float32
     dweight = dy.new_empty(config.split, n, k, dtype=parts_dtype)
     dbias = dy.new_empty(config.split, n, dtype=parts_dtype) if with_bias else None
     launch(
@@ -375,6 +441,7 @@ def linear_bwd_weight(
         (cdiv(n, config.rows) * cdiv(k, config.cols) * config.split,),
         dy,
         dy_ptr=dy,
+        samples_ptr=samples,
         x_ptr=x,
         dweight_ptr=dweight,
         dbias_ptr=dbias,
@@ -387,6 +454,7 @@ def linear_bwd_weight(
         M=m,
         N=n,
         K=k,
+        rows_per_sample=_rows_per_sample(m, samples),
         dy_dropout_p=float(dy_dropout_p),
         dy_keep_scale=keep_scale(dy_dropout_p),
         dropout_p=float(dropout_p),
@@ -404,4 +472,69 @@ def linear_bwd_weight(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return sum_parts(dweight, weight_dtype), None if dbias is None else sum_parts(dbias, weight_dtype)
+    if scaled is not None:
+        return layer_scale_bwd(dweight, dbias, scaled)
+    return sum_parts(dweight, weight_dtype), None if dbias is None else sum_parts(dbias, weight_dtype), None
+
+
+# --- backward: LayerScale ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def layer_scale_bwd_kernel(
+    parts_ptr, bias_parts_ptr, layer_scale_ptr, weight_ptr, bias_ptr, dweight_ptr, dbias_ptr, dlayer_scale_ptr,
+    stride_wn, stride_wk, N, K,
+    PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One row of the weight."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_p = tl.arange(0, PARTS).to(tl.int64)
+    gamma = tl.load(layer_scale_ptr + row).to(tl.float32)
+    dgamma = tl.full([], 0.0, tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask = offs_k < K
+        part_ptrs = parts_ptr + row * K + (offs_p * N * K)[:, None] + offs_k[None, :]  # [PARTS, BLOCK_K]
+        grad = tl.sum(tl.load(part_ptrs, mask=mask[None, :], other=0.0), 0)  # [BLOCK_K]
+        weight = tl.load(weight_ptr + row * stride_wn + offs_k.to(tl.int64) * stride_wk, mask=mask, other=0.0)
+        dgamma += tl.sum(grad * weight.to(tl.float32), 0)
+        tl.store(dweight_ptr + row * K + offs_k, (grad * gamma).to(dweight_ptr.dtype.element_ty), mask=mask)
+    if bias_ptr is not None:
+        grad_bias = tl.sum(tl.load(bias_parts_ptr + row + offs_p * N), 0)
+        dgamma += grad_bias * tl.load(bias_ptr + row).to(tl.float32)
+        tl.store(dbias_ptr + row, (grad_bias * gamma).to(dbias_ptr.dtype.element_ty))
+    tl.store(dlayer_scale_ptr + row, dgamma.to(dlayer_scale_ptr.dtype.element_ty))
+
+
+def layer_scale_bwd(
+    parts: torch.Tensor, bias_parts: torch.Tensor | None, scaled: Scaled
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """dweight (N, K), dbias (N,) and dgamma (N,) of float32 parts (P, N, K) and (P, N) that add up to G and g, P a
+    power of two."""
+    layer_scale, weight, bias = scaled
+    n_parts, n, k = parts.shape
+    dweight = weight.new_empty(n, k)
+    dbias = None if bias is None else bias.new_empty(n)
+    dlayer_scale = layer_scale.new_empty(n)
+    config = pick_layer_scale_bwd(k, architecture(parts.device))
+    launch(
+        layer_scale_bwd_kernel,
+        (n,),
+        parts,
+        parts_ptr=parts,
+        bias_parts_ptr=bias_parts,
+        layer_scale_ptr=layer_scale.contiguous(),
+        weight_ptr=weight,
+        bias_ptr=None if bias is None else bias.contiguous(),
+        dweight_ptr=dweight,
+        dbias_ptr=dbias,
+        dlayer_scale_ptr=dlayer_scale,
+        stride_wn=weight.stride(0),
+        stride_wk=weight.stride(1),
+        N=n,
+        K=k,
+        PARTS=n_parts,
+        BLOCK_K=config.cols,
+        num_warps=config.num_warps,
+    )
+    return dweight, dbias, dlayer_scale

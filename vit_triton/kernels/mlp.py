@@ -1,20 +1,25 @@
 """The two-layer perceptron of a transformer block, and the single linear layer, with what stands before and after.
 
-    h = x W1^T + b1        y = D_y * (D_h * act(h) W2^T + b2) + residual          x may be LayerNorm(x0)
+    h = x W1^T + b1        y = s * gamma * D_y * (D_h * act(h) W2^T + b2) + residual          x may be LayerNorm(x0)
 
-D are dropout masks over (1 - p). The GEMMs are those of :mod:`.linear`: activation, dropout and residual are their
+D are dropout masks over (1 - p), gamma is a LayerScale, s of each sample is that of stochastic depth. The GEMMs are those of :mod:`.linear`: activation, dropout and residual are their
 epilogues. Of all this the backward pass keeps x0 with the statistics of its norm, and h; norm and activation are
 computed again, the activation where the gradient of W2 reads it, so act(h) lives only between the two GEMMs of the
-forward pass. Gradients, with dz = D_y * dy:
+forward pass. Gradients, with dz = s * gamma * D_y * dy:
 
     dW2 = dz^T (D_h * act(h))     dh = (dz W2) * D_h * act'(h)     dW1 = dh^T x     dx = dh W1
+
+With the activation "swiglu" h is twice as wide, and D_h * act(h) is a pass of its own (:mod:`.swiglu`).
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vit_triton.kernels.layer_norm import layer_norm_apply, layer_norm_bwd, layer_norm_fwd
-from vit_triton.kernels.linear import linear_bwd_input, linear_bwd_weight, linear_fwd
+from vit_triton.kernels.linear import Scaled, linear_bwd_input, linear_bwd_weight, linear_fwd
+from vit_triton.kernels.swiglu import swiglu_bwd, swiglu_fwd
 
 
 def norm_linear_fwd(
@@ -25,15 +30,17 @@ def norm_linear_fwd(
     norm_bias: Tensor | None,
     residual: Tensor | None,
     seed: Tensor | None,
+    layer_scale: Tensor | None = None,
+    samples: Tensor | None = None,
     *,
     eps: float | None,
     dropout_p: float,
     panels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dropout(norm(x) @ weight.T + bias) + residual -> y (M, N), and mean and rstd (M,) of the norm; no norm where
-    ``eps`` is None. ``panels``: the weight as `pack_weight` lays it out."""
+    """s * gamma * dropout(norm(x) @ weight.T + bias) + residual -> y (M, N), and mean and rstd (M,) of the norm; no norm
+    where ``eps`` is None. ``panels``: the weight as `pack_weight` lays it out."""
     x, mean, rstd = _norm(x, norm_weight, norm_bias, eps, weight.dtype)
-    y, _ = linear_fwd(x, weight, bias, residual, seed, dropout_p=dropout_p, panels=panels)
+    y, _ = linear_fwd(x, weight, bias, residual, seed, layer_scale, samples, dropout_p=dropout_p, panels=panels)
     return y, mean, rstd
 
 
@@ -46,31 +53,37 @@ def norm_linear_bwd(
     mean: Tensor | None,
     rstd: Tensor | None,
     seed: Tensor | None,
+    layer_scale: Tensor | None,
+    samples: Tensor | None,
+    bias: Tensor | None,
     *,
     dropout_p: float,
     residual_is_x: bool,
     with_bias: bool,
     needs_x: bool,
     needs_weight: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dweight, dbias, dnorm_weight, dnorm_bias; None for what is not needed. ``residual_is_x``: x was the residual
-    too, and dx carries both gradients."""
-    dweight = dbias = None
+) -> tuple[Tensor | None, ...]:
+    """dx, dweight, dbias, dnorm_weight, dnorm_bias, dlayer_scale; None for what is not needed. ``residual_is_x``: x was
+    the residual too, and dx carries both gradients. ``bias`` is read only where there is a ``layer_scale``, whose
+    gradient comes with that of the weight."""
+    dweight = dbias = dlayer_scale = None
     if needs_weight:
-        dweight, dbias = linear_bwd_weight(
+        dweight, dbias, dlayer_scale = linear_bwd_weight(
             dy,
             _norm_again(x, mean, rstd, norm_weight, norm_bias, weight.dtype),
             None,
+            samples,
+            None if layer_scale is None else Scaled(layer_scale, weight, bias),
             dy_dropout_p=dropout_p,
             dy_seed=seed,
             with_bias=with_bias,
             weight_dtype=weight.dtype,
         )
     if not needs_x:
-        return None, dweight, dbias, None, None
-    dx = linear_bwd_input(dy, weight, None, None, dy_dropout_p=dropout_p, dy_seed=seed)
+        return None, dweight, dbias, None, None, dlayer_scale
+    dx = linear_bwd_input(dy, weight, None, None, layer_scale, samples, dy_dropout_p=dropout_p, dy_seed=seed)
     dx, dnorm_weight, dnorm_bias = _norm_bwd(dx, x, norm_weight, mean, rstd, dy if residual_is_x else None)
-    return dx, dweight, dbias, dnorm_weight, dnorm_bias
+    return dx, dweight, dbias, dnorm_weight, dnorm_bias, dlayer_scale
 
 
 def mlp_fwd(
@@ -84,6 +97,8 @@ def mlp_fwd(
     residual: Tensor | None,
     hidden_seed: Tensor | None,
     seed: Tensor | None,
+    layer_scale: Tensor | None = None,
+    samples: Tensor | None = None,
     *,
     eps: float | None,
     activation: str,
@@ -95,14 +110,20 @@ def mlp_fwd(
     """y (M, K), and with ``save`` the pre-activation h (M, N), mean and rstd (M,) of the norm. ``panels``: both weights
     as `pack_weight` lays them out."""
     x, mean, rstd = _norm(x, norm_weight, norm_bias, eps, w1.dtype)
-    hidden, pre = linear_fwd(
-        *(x, w1, b1, None, hidden_seed),
-        dropout_p=hidden_dropout_p,
-        activation=activation,
-        save_pre=save,
-        panels=panels[0],
-    )
-    y, _ = linear_fwd(hidden, w2, b2, residual, seed, dropout_p=dropout_p, panels=panels[1])
+    pre: Tensor | None
+    if activation == "swiglu":
+        pre, _ = linear_fwd(x, w1, b1, None, None, panels=panels[0])
+        hidden = swiglu_fwd(pre, hidden_seed, dropout_p=hidden_dropout_p)
+        pre = pre if save else None
+    else:
+        hidden, pre = linear_fwd(
+            *(x, w1, b1, None, hidden_seed),
+            dropout_p=hidden_dropout_p,
+            activation=activation,
+            save_pre=save,
+            panels=panels[0],
+        )
+    y, _ = linear_fwd(hidden, w2, b2, residual, seed, layer_scale, samples, dropout_p=dropout_p, panels=panels[1])
     return y, pre, mean, rstd
 
 
@@ -118,6 +139,9 @@ def mlp_bwd(
     rstd: Tensor | None,
     hidden_seed: Tensor | None,
     seed: Tensor | None,
+    layer_scale: Tensor | None,
+    samples: Tensor | None,
+    b2: Tensor | None,
     *,
     activation: str,
     hidden_dropout_p: float,
@@ -128,38 +152,39 @@ def mlp_bwd(
     needs_x: bool,
     needs_weights: bool,
 ) -> tuple[Tensor | None, ...]:
-    """dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias; None for what is not needed."""
-    dw1 = db1 = dw2 = db2 = None
+    """dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, dlayer_scale; None for what is not needed. ``b2`` as ``bias`` in
+    :func:`norm_linear_bwd`."""
+    dw1 = db1 = dw2 = db2 = dlayer_scale = None
+    behind: dict[str, Any] = dict(dy_dropout_p=dropout_p, dy_seed=seed)
+    between: dict[str, Any] = dict(dropout_p=hidden_dropout_p, activation=activation)
+    hidden: Tensor | None = pre
+    if activation == "swiglu":
+        dh = linear_bwd_input(dy, w2, None, None, layer_scale, samples, **behind)
+        dh, hidden = swiglu_bwd(dh, pre, hidden_seed, dropout_p=hidden_dropout_p, with_hidden=needs_weights)
+        between = {}
+    else:
+        dh = linear_bwd_input(dy, w2, pre, hidden_seed, layer_scale, samples, **between, **behind)
     if needs_weights:
-        dw2, db2 = linear_bwd_weight(
+        assert hidden is not None
+        dw2, db2, dlayer_scale = linear_bwd_weight(
             dy,
-            pre,
+            hidden,
             hidden_seed,
-            dropout_p=hidden_dropout_p,
-            activation=activation,
+            samples,
+            None if layer_scale is None else Scaled(layer_scale, w2, b2),
+            **between,
+            **behind,
             with_bias=with_b2,
             weight_dtype=w2.dtype,
-            dy_dropout_p=dropout_p,
-            dy_seed=seed,
         )
-    dh = linear_bwd_input(
-        dy,
-        w2,
-        pre,
-        hidden_seed,
-        dropout_p=hidden_dropout_p,
-        activation=activation,
-        dy_dropout_p=dropout_p,
-        dy_seed=seed,
-    )
     if needs_weights:
         normed = _norm_again(x, mean, rstd, norm_weight, norm_bias, w1.dtype)
-        dw1, db1 = linear_bwd_weight(dh, normed, None, with_bias=with_b1, weight_dtype=w1.dtype)
+        dw1, db1, _ = linear_bwd_weight(dh, normed, None, with_bias=with_b1, weight_dtype=w1.dtype)
     if not needs_x:
-        return None, dw1, db1, dw2, db2, None, None
+        return None, dw1, db1, dw2, db2, None, None, dlayer_scale
     dx = linear_bwd_input(dh, w1, None, None)
     dx, dnorm_weight, dnorm_bias = _norm_bwd(dx, x, norm_weight, mean, rstd, dy if residual_is_x else None)
-    return dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias
+    return dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, dlayer_scale
 
 
 def _norm(

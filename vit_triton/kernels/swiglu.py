@@ -1,0 +1,105 @@
+"""SwiGLU (Shazeer 2020, arXiv:2002.05202), the gated activation of an MLP.
+
+    h = silu(g) * u * D              g and u are the two halves of the columns of the first product, D is dropout's scale
+
+It stands between the two products as a kernel of its own: an epilogue would hold two accumulators, one of g and one of u,
+in the registers of one program. What that costs is reading g and u once, 2 of every 5 numbers moved here and in the
+products beside it. Backward, g and u are kept and h is computed again, with s = sigmoid(g):
+
+    du = dh * D * g * s              dg = dh * D * u * s * (1 + g * (1 - s))
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vit_triton.kernels._config import architecture, cdiv, pick_swiglu
+from vit_triton.kernels._launch import keep_scale, launch
+from vit_triton.kernels._tiles import activate, activate_grad, dropout_keep
+
+
+@triton.jit(do_not_specialize=["M"])
+def swiglu_fwd_kernel(
+    pre_ptr, hidden_ptr, seed_ptr, M, H, dropout_p, keep_scale,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    num_h = tl.cdiv(H, BLOCK_H)
+    offs_m = tl.program_id(0) // num_h * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_h = tl.program_id(0) % num_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = (offs_m < M)[:, None] & (offs_h < H)[None, :]
+    rows = offs_m.to(tl.int64)[:, None]
+    gate_ptrs = pre_ptr + rows * (2 * H) + offs_h[None, :]  # [BLOCK_M, BLOCK_H]
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(gate_ptrs + H, mask=mask, other=0.0).to(tl.float32)
+    hidden = activate(gate, "silu", True) * value
+    if DROPOUT:
+        keep = dropout_keep(tl.load(seed_ptr), offs_m[:, None], offs_h[None, :], 0, dropout_p)
+        hidden *= tl.where(keep, keep_scale, 0.0)
+    tl.store(hidden_ptr + rows * H + offs_h[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+
+
+def swiglu_fwd(pre: torch.Tensor, seed: torch.Tensor | None, *, dropout_p: float) -> torch.Tensor:
+    """[g, u] (M, 2 H), contiguous -> h (M, H) in the same dtype. ``seed``: one int64, needed with dropout."""
+    m, h = pre.shape[0], pre.shape[1] // 2
+    hidden = pre.new_empty(m, h)
+    _launch(swiglu_fwd_kernel, pre, h, dropout_p, pre_ptr=pre, hidden_ptr=hidden, seed_ptr=seed)
+    return hidden
+
+
+@triton.jit(do_not_specialize=["M"])
+def swiglu_bwd_kernel(
+    dhidden_ptr, pre_ptr, dpre_ptr, hidden_ptr, seed_ptr, M, H, dropout_p, keep_scale,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    num_h = tl.cdiv(H, BLOCK_H)
+    offs_m = tl.program_id(0) // num_h * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_h = tl.program_id(0) % num_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = (offs_m < M)[:, None] & (offs_h < H)[None, :]
+    rows = offs_m.to(tl.int64)[:, None]
+    offs = rows * H + offs_h[None, :]  # [BLOCK_M, BLOCK_H]
+    offs_gate = rows * (2 * H) + offs_h[None, :]
+    dhidden = tl.load(dhidden_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(pre_ptr + offs_gate, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(pre_ptr + offs_gate + H, mask=mask, other=0.0).to(tl.float32)
+    silu = activate(gate, "silu", True)
+    hidden = silu * value
+    if DROPOUT:
+        keep = dropout_keep(tl.load(seed_ptr), offs_m[:, None], offs_h[None, :], 0, dropout_p)
+        scale = tl.where(keep, keep_scale, 0.0)
+        hidden *= scale
+        dhidden *= scale
+    dgate = dhidden * value * activate_grad(gate, "silu", True)
+    tl.store(dpre_ptr + offs_gate, dgate.to(dpre_ptr.dtype.element_ty), mask=mask)
+    tl.store(dpre_ptr + offs_gate + H, (dhidden * silu).to(dpre_ptr.dtype.element_ty), mask=mask)
+    if hidden_ptr is not None:
+        tl.store(hidden_ptr + offs, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+
+
+def swiglu_bwd(
+    dhidden: torch.Tensor, pre: torch.Tensor, seed: torch.Tensor | None, *, dropout_p: float, with_hidden: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dh (M, H), [g, u] (M, 2 H), both contiguous -> [dg, du] (M, 2 H), and h (M, H) again if it is wanted."""
+    h = dhidden.shape[1]
+    dpre = torch.empty_like(pre)
+    hidden = torch.empty_like(dhidden) if with_hidden else None
+    tensors = dict(dhidden_ptr=dhidden, pre_ptr=pre, dpre_ptr=dpre, hidden_ptr=hidden, seed_ptr=seed)
+    _launch(swiglu_bwd_kernel, pre, h, dropout_p, **tensors)
+    return dpre, hidden
+
+
+def _launch(kernel, pre: torch.Tensor, h: int, dropout_p: float, **tensors: torch.Tensor | None) -> None:
+    config = pick_swiglu(h, architecture(pre.device))
+    launch(
+        kernel,
+        (cdiv(len(pre), config.rows) * cdiv(h, config.cols),),
+        pre,
+        **tensors,
+        M=len(pre),
+        H=h,
+        dropout_p=float(dropout_p),
+        keep_scale=keep_scale(dropout_p),
+        DROPOUT=dropout_p > 0,
+        BLOCK_M=config.rows,
+        BLOCK_H=config.cols,
+        num_warps=config.num_warps,
+    )
