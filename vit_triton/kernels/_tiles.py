@@ -22,6 +22,17 @@ def grouped_tile(pid, num_rows, num_cols, GROUP: tl.constexpr):
 
 
 @triton.jit
+def columns_of(x, PART: tl.constexpr, PARTS: tl.constexpr):
+    """Columns ``PART / PARTS ... (PART + 1) / PARTS`` of a tile; PARTS is a power of two."""
+    if PARTS == 1:
+        return x
+    else:
+        HALF: tl.constexpr = PARTS // 2
+        left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+        return columns_of(left if PART < HALF else right, PART % HALF, HALF)
+
+
+@triton.jit
 def sigmoid(x):
     # exp2 is one instruction; for x -> -inf it reaches inf and the quotient 0, as it should
     return 1.0 / (1.0 + tl.exp2(x * -LOG2E))

@@ -42,7 +42,7 @@ from vit_triton.kernels._config import (
 )
 from vit_triton.kernels._launch import TRITON_DTYPE, input_precision, keep_scale, launch
 from vit_triton.kernels._sums import sum_parts
-from vit_triton.kernels._tiles import activate, activate_grad, dropout_keep, grouped_tile
+from vit_triton.kernels._tiles import activate, activate_grad, columns_of, dropout_keep, grouped_tile
 
 
 @triton.jit
@@ -86,6 +86,7 @@ def linear_fwd_kernel(
     M, N, K, rows_per_sample, dropout_p, keep_scale,
     ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WORD: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """WORD: 0, or weight_ptr holds the panels of `pack_weight`, BLOCK_N columns of WORD values along K each."""
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
@@ -104,7 +105,7 @@ def linear_fwd_kernel(
         w_ptrs = weight_ptr + _offsets(offs_n, stride_wn, offs_k, stride_wk)  # [BLOCK_N, BLOCK_K]
         step_w = tl.full([], BLOCK_K, tl.int64) * stride_wk
 
-    z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
         x = tl.load(x_ptrs, mask=_within(offs_m, M, offs_k, K - k, EVEN_K), other=0.0)  # [BLOCK_M, BLOCK_K]
         if not WORD:
@@ -113,28 +114,32 @@ def linear_fwd_kernel(
             w = tl.load(w_ptrs)
         else:
             w = tl.load(w_ptrs, mask=(offs_k < K - k)[None, :], other=0.0)
-        z = tl.dot(x.to(dtype), tl.trans(w), z, input_precision=PRECISION)
+        product = tl.dot(x.to(dtype), tl.trans(w), product, input_precision=PRECISION)
         x_ptrs += step_x
         w_ptrs += step_w
 
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    y_offs = _offsets(offs_m, N, offs_n, 1)  # outputs are contiguous
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    if pre_ptr is not None:
-        tl.store(pre_ptr + y_offs, z.to(dtype), mask=mask)
-    if ACTIVATION != "none":
-        z = activate(z.to(dtype).to(tl.float32), ACTIVATION, dtype == tl.float32)
-    if DROPOUT:
-        z *= _dropout_scale(seed_ptr, offs_m, offs_n, dropout_p, keep_scale)
-    if layer_scale_ptr is not None:
-        z *= tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    if samples_ptr is not None:
-        z *= _sample_scale(samples_ptr, offs_m, M, rows_per_sample)[:, None]
-    if residual_ptr is not None:
-        residual_ptrs = residual_ptr + _offsets(offs_m, stride_rm, offs_n, stride_rn)
-        z += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + y_offs, z.to(y_ptr.dtype.element_ty), mask=mask)
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    for part in tl.static_range(PARTS):  # what the epilogue loads then takes the registers of a part only
+        offs_n = pid_n * BLOCK_N + part * WIDTH + tl.arange(0, WIDTH)
+        z = columns_of(product, part, PARTS)  # [BLOCK_M, WIDTH]
+        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        y_offs = _offsets(offs_m, N, offs_n, 1)  # outputs are contiguous
+        if bias_ptr is not None:
+            z += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+        if pre_ptr is not None:
+            tl.store(pre_ptr + y_offs, z.to(dtype), mask=mask)
+        if ACTIVATION != "none":
+            z = activate(z.to(dtype).to(tl.float32), ACTIVATION, dtype == tl.float32)
+        if DROPOUT:
+            z *= _dropout_scale(seed_ptr, offs_m, offs_n, dropout_p, keep_scale)
+        if layer_scale_ptr is not None:
+            z *= tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+        if samples_ptr is not None:
+            z *= _sample_scale(samples_ptr, offs_m, M, rows_per_sample)[:, None]
+        if residual_ptr is not None:
+            residual_ptrs = residual_ptr + _offsets(offs_m, stride_rm, offs_n, stride_rn)
+            z += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + y_offs, z.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def linear_fwd(
@@ -200,6 +205,7 @@ def linear_fwd(
         BLOCK_K=config.depth,
         GROUP=config.group,
         WORD=0 if panels is None else panels.shape[3],
+        PARTS=config.parts,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -237,7 +243,7 @@ def linear_bwd_input_kernel(
     M, N, K, rows_per_sample, dy_dropout_p, dy_keep_scale, dropout_p, keep_scale,
     ACTIVATION: tl.constexpr, DY_DROPOUT: tl.constexpr, DROPOUT: tl.constexpr,
     EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     pid_m, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
@@ -249,7 +255,7 @@ def linear_bwd_input_kernel(
     step_dy = tl.full([], BLOCK_N, tl.int64) * stride_dyn
     step_w = tl.full([], BLOCK_N, tl.int64) * stride_wn
 
-    dx = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    product = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for n in range(0, N, BLOCK_N):
         dy = tl.load(dy_ptrs, mask=_within(offs_m, M, offs_n, N - n, EVEN_N), other=0.0)  # [BLOCK_M, BLOCK_N]
         if EVEN_N:
@@ -261,19 +267,23 @@ def linear_bwd_input_kernel(
         if layer_scale_ptr is not None:
             gamma = tl.load(layer_scale_ptr + n + offs_n, mask=offs_n < N - n, other=0.0)  # [BLOCK_N]
             dy = dy.to(tl.float32) * gamma.to(tl.float32)[None, :]
-        dx = tl.dot(dy.to(dtype), w, dx, input_precision=PRECISION)
+        product = tl.dot(dy.to(dtype), w, product, input_precision=PRECISION)
         dy_ptrs += step_dy
         w_ptrs += step_w
 
-    mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
-    if samples_ptr is not None:
-        dx *= _sample_scale(samples_ptr, offs_m, M, rows_per_sample)[:, None]
-    if pre_ptr is not None:
-        pre_ptrs = pre_ptr + _offsets(offs_m, stride_pm, offs_k, stride_pk)
-        dx *= activate_grad(tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32), ACTIVATION, dtype == tl.float32)
-        if DROPOUT:
-            dx *= _dropout_scale(seed_ptr, offs_m, offs_k, dropout_p, keep_scale)
-    tl.store(dx_ptr + _offsets(offs_m, K, offs_k, 1), dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    WIDTH: tl.constexpr = BLOCK_K // PARTS
+    for part in tl.static_range(PARTS):
+        offs_k = pid_k * BLOCK_K + part * WIDTH + tl.arange(0, WIDTH)
+        dx = columns_of(product, part, PARTS)  # [BLOCK_M, WIDTH]
+        mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
+        if samples_ptr is not None:
+            dx *= _sample_scale(samples_ptr, offs_m, M, rows_per_sample)[:, None]
+        if pre_ptr is not None:
+            pre_ptrs = pre_ptr + _offsets(offs_m, stride_pm, offs_k, stride_pk)
+            dx *= activate_grad(tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32), ACTIVATION, dtype == tl.float32)
+            if DROPOUT:
+                dx *= _dropout_scale(seed_ptr, offs_m, offs_k, dropout_p, keep_scale)
+        tl.store(dx_ptr + _offsets(offs_m, K, offs_k, 1), dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def linear_bwd_input(
@@ -336,6 +346,7 @@ def linear_bwd_input(
         BLOCK_K=config.cols,
         BLOCK_N=config.depth,
         GROUP=config.group,
+        PARTS=config.parts,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -359,9 +370,11 @@ def linear_bwd_weight_kernel(
     stride_dym, stride_dyn, stride_xm, stride_xk,
     M, N, K, rows_per_sample, dy_dropout_p, dy_keep_scale, dropout_p, keep_scale,
     ACTIVATION: tl.constexpr, DY_DROPOUT: tl.constexpr, DROPOUT: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    """SUM_BY_PRODUCT: the matrix units add up the bias's gradient too; summing the tile from registers, on its way to
+    them, holds them up (computed: 579 against 381 us for 25,216 x 3072 x 768 on an H100)."""
     num_n = tl.cdiv(N, BLOCK_N)
     num_k = tl.cdiv(K, BLOCK_K)
     split = tl.program_id(0) // (num_n * num_k)
@@ -378,7 +391,8 @@ def linear_bwd_weight_kernel(
     step_x = tl.full([], BLOCK_M, tl.int64) * stride_xm
 
     dw = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    db = tl.zeros([BLOCK_N], tl.float32)
+    db = tl.zeros([BLOCK_N, 16] if SUM_BY_PRODUCT else [BLOCK_N], tl.float32)
+    sixteenth = tl.full([BLOCK_M, 16], 0.0625, DTYPE)  # exact, as the 16 columns' sum then is
     for m in range(start, stop, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         dy = tl.load(dy_ptrs, mask=_within(offs_n, N, offs_m, M, False), other=0.0)  # [BLOCK_N, BLOCK_M]
@@ -393,7 +407,9 @@ def linear_bwd_weight_kernel(
             x = x.to(tl.float32) * _dropout_scale(seed_ptr, offs_m, offs_k, dropout_p, keep_scale)
         dw = tl.dot(dy.to(DTYPE), x.to(DTYPE), dw, input_precision=PRECISION)
         if dbias_ptr is not None:
-            if pid_k == 0:
+            if SUM_BY_PRODUCT:
+                db = tl.dot(dy.to(DTYPE), sixteenth, db)
+            elif pid_k == 0:
                 db += tl.sum(dy.to(tl.float32), 1)
         dy_ptrs += step_dy
         x_ptrs += step_x
@@ -403,6 +419,8 @@ def linear_bwd_weight_kernel(
     dw_ptrs = dweight_ptr + part * K + _offsets(offs_n, K, offs_k, 1)
     tl.store(dw_ptrs, dw.to(dweight_ptr.dtype.element_ty), mask=mask)
     if dbias_ptr is not None:
+        if SUM_BY_PRODUCT:
+            db = tl.sum(db, 1)
         if pid_k == 0:
             tl.store(dbias_ptr + part + offs_n, db.to(dbias_ptr.dtype.element_ty), mask=offs_n < N)
 
@@ -431,7 +449,8 @@ def linear_bwd_weight(
     (m, n), k = dy.shape, x.shape[1]
     precision = input_precision(weight_dtype)
     epilogue = _epilogue(activation != "none" or with_bias or samples is not None, dropout_p > 0 or dy_dropout_p > 0)
-    config = pick_linear_bwd_weight(m, n, k, weight_dtype, architecture(dy.device), precision, epilogue)
+    arch = architecture(dy.device)
+    config = pick_linear_bwd_weight(m, n, k, weight_dtype, arch, precision, epilogue)
     # one part is the result; what is summed or scaled is so in float32
     parts_dtype = weight_dtype if config.split == 1 and scaled is None else torch.float32
     dweight = dy.new_empty(config.split, n, k, dtype=parts_dtype)
@@ -465,6 +484,7 @@ def linear_bwd_weight(
         DTYPE=TRITON_DTYPE[weight_dtype],
         PRECISION=precision,
         SPLIT=config.split,
+        SUM_BY_PRODUCT=weight_dtype != torch.float32 and arch not in ("cpu", "interpreter"),
         BLOCK_N=config.rows,
         BLOCK_K=config.cols,
         BLOCK_M=config.depth,
