@@ -32,7 +32,7 @@ def architecture(device: torch.device) -> str:
     if device.type != "cpu":
         return _gpu_architecture(device)
     target = driver.active.get_current_target()
-    return "cpu" if target.backend == "cpu" else f"sm_{target.arch}"
+    return {"cpu": "cpu", "cuda": f"sm_{target.arch}"}.get(target.backend, target.arch)
 
 
 @functools.cache
