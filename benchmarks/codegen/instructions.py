@@ -22,7 +22,7 @@ class Instruction:
 
 
 def loops(code: Sequence[Instruction]) -> list[set[int]]:
-    """The natural loops: for each header the instructions that reach a branch back to it without passing it."""
+    """The natural loops: for each header the instructions from which a way leads back to it without passing it."""
     graph = networkx.DiGraph()
     graph.add_node(0)
     for i, instruction in enumerate(code):
@@ -38,9 +38,8 @@ def loops(code: Sequence[Instruction]) -> list[set[int]]:
         return i == header
 
     found: dict[int, set[int]] = {}
-    for i, instruction in enumerate(code):
-        header = instruction.target
-        if header is None or header == i or i not in above or not dominates(header, i):
+    for i, header in graph.edges:  # not branches alone: the last instruction of a loop may fall into its first
+        if i not in above or not dominates(header, i):
             continue
         body, todo = found.setdefault(header, {header}), [i]
         while todo:
