@@ -33,6 +33,7 @@ class Figures:
     """
 
     kernel: str
+    hash: str
     arch: str
     dtype: str
     constants: dict[str, Any]
@@ -108,6 +109,7 @@ def _figures(launched: Launched, arch: str, dtype: str, dump: Path | None) -> Fi
     grid, arguments = max(launched.launches, key=lambda launch: least_bytes(kernel.name, launch[1]))
     result = Figures(
         kernel=kernel.name,
+        hash=kernel.hash,
         arch=arch,
         dtype=dtype,
         constants=constants,

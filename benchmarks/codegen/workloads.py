@@ -33,16 +33,32 @@ def _differentiate(y: Any, expanded: bool = False) -> None:
     )
 
 
-def vit_b_16(dtype: torch.dtype) -> None:
-    """ViT-B/16 at 224 x 224."""
+def each_kernel(dtype: torch.dtype) -> None:
+    """Every kernel of ViT-B/16 at 224 x 224, in few forms."""
     x = _zeros(dtype, BATCH, TOKENS, WIDTH)
     _differentiate(F.attention_packed(_zeros(dtype, BATCH, TOKENS, 3, HEADS, HEAD_DIM), backend="triton"))
     _mlp(x, WIDTH, HIDDEN, norm=_norm(dtype, WIDTH), residual=x)
+    _patches(_zeros(dtype, BATCH, 3, 224, 224), dtype, 16, WIDTH)
+
+
+def vit_b_16(dtype: torch.dtype) -> None:
+    """Every form of the kernels that ViT-B/16 at 224 x 224 takes, and a plain layer norm."""
+    each_kernel(dtype)
+    x, residual = (_zeros(dtype, BATCH, TOKENS, WIDTH) for _ in range(2))
     _differentiate(F.linear(x, _zeros(dtype, 3 * WIDTH, WIDTH), norm=_norm(dtype, WIDTH), backend="triton"))
-    residual = _zeros(dtype, BATCH, TOKENS, WIDTH)
     _differentiate(F.layer_norm(x, *_norm(dtype, WIDTH)[:2], residual=residual, backend="triton")[0])
     _patches(torch.zeros(BATCH, 3, 224, 224, dtype=torch.uint8), dtype, 16, WIDTH, mean=[0.5] * 3, std=[0.5] * 3)
-    _patches(_zeros(dtype, BATCH, 3, 224, 224), dtype, 16, WIDTH)
+
+
+def expanded_gradients(dtype: torch.dtype) -> None:
+    """What .sum().backward() gives as a gradient: one number, at every place."""
+    q, k, v = (_zeros(dtype, 1, TOKENS, 2, HEAD_DIM) for _ in range(3))
+    _differentiate(F.attention(q, k, v, backend="triton"), expanded=True)
+    x = _zeros(dtype, ROWS, WIDTH)
+    _mlp(x, WIDTH, HIDDEN, expanded=True)
+    _linear(x, WIDTH, expanded=True)
+    image = _zeros(dtype, 1, 3, 64, 64)
+    _differentiate(F.patch_embed(image, _zeros(dtype, WIDTH, 768), patch_size=16, backend="triton"), expanded=True)
 
 
 def every_tile(dtype: torch.dtype) -> None:
@@ -50,12 +66,12 @@ def every_tile(dtype: torch.dtype) -> None:
     every form of a kernel that changes what it needs registers for. tests/test_codegen.py holds that none is missing.
     """
     vit_b_16(dtype)
+    expanded_gradients(dtype)
     for head_dim, dropout_p, n_q in itertools.product(HEAD_DIMS, (0.0, 0.1), (TOKENS, 1)):
         q, k, v = (_zeros(dtype, 1, n, 2, head_dim) for n in (n_q, TOKENS, TOKENS))
         _differentiate(F.attention(q, k, v, dropout_p=dropout_p, backend="triton"))
     q, k, v = (_zeros(dtype, 1, TOKENS, 2, HEAD_DIM) for _ in range(3))
     _differentiate(F.attention(q, k, v, return_lse=True, backend="triton"))
-    _differentiate(F.attention(q, k, v, backend="triton"), expanded=True)
 
     for width, hidden in WIDTHS:
         x = _zeros(dtype, ROWS, width)
@@ -67,9 +83,7 @@ def every_tile(dtype: torch.dtype) -> None:
         for hidden_dropout_p, dropout_p in itertools.product((0.0, 0.1), repeat=2):
             dropout = dict(hidden_dropout_p=hidden_dropout_p, dropout_p=dropout_p)
             _mlp(x, WIDTH, HIDDEN, residual=x, activation=activation, **dropout)
-        _mlp(x, WIDTH, HIDDEN, activation=activation, expanded=True)
     _linear(x, WIDTH, residual=x, dropout_p=0.1)
-    _linear(x, WIDTH, bias=False, expanded=True)
     # tiles are clipped to small sizes; parts of a weight's gradient are as many as its tiles leave room for
     for width, hidden in itertools.product((16, 32, 64, 256), repeat=2):
         x = _zeros(dtype, ROWS, width)
@@ -92,7 +106,6 @@ def every_tile(dtype: torch.dtype) -> None:
         _patches(_zeros(dtype, 1, channels, 4 * patch, 4 * patch), dtype, patch, WIDTH)
     image = _zeros(dtype, 1, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     _patches(image, dtype, 16, WIDTH)
-    _differentiate(F.patch_embed(image, _zeros(dtype, WIDTH, 768), patch_size=16, backend="triton"), expanded=True)
 
 
 def _mlp(x: Tensor, width: int, hidden: int, *, expanded: bool = False, **options: Any) -> None:

@@ -13,6 +13,7 @@ forward pass. Gradients, with dz = D_y * dy:
 import torch
 from torch import Tensor
 
+from vit_triton.kernels._launch import side_by_side
 from vit_triton.kernels.layer_norm import layer_norm_apply, layer_norm_bwd, layer_norm_fwd
 from vit_triton.kernels.linear import linear_bwd_input, linear_bwd_weight, linear_fwd
 
@@ -55,6 +56,7 @@ def norm_linear_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight, dbias, dnorm_weight, dnorm_bias; None for what is not needed. ``residual_is_x``: x was the residual
     too, and dx carries both gradients."""
+    dy = side_by_side(dy)
     dweight = dbias = None
     if needs_weight:
         dweight, dbias = linear_bwd_weight(
@@ -129,6 +131,7 @@ def mlp_bwd(
     needs_weights: bool,
 ) -> tuple[Tensor | None, ...]:
     """dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias; None for what is not needed."""
+    dy = side_by_side(dy)
     dw1 = db1 = dw2 = db2 = None
     if needs_weights:
         dw2, db2 = linear_bwd_weight(
