@@ -1,11 +1,14 @@
 """What the compilers for GPUs make of the kernels, without one: registers, spills, shared memory, instructions.
 
 The library runs on CPU tensors, forward and backward, while a driver is active that compiles for another architecture
-and starts nothing; what was compiled is then disassembled with the tools in Triton's wheel. All figures are computed by
-compilers or from shapes; none is a time. Triton keeps what it compiled (in TRITON_CACHE_DIR), and a second run reads it.
+and starts nothing; what was compiled is then disassembled with the tools in Triton's wheel. All figures are computed
+by compilers or from shapes; none is a time. Triton keeps what it compiled in its cache (TRITON_CACHE_DIR), from which a
+second run takes it.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -57,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dump", type=_folder, metavar="DIR", help="leave binary, assembly and figures of each kernel in this folder"
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile (default: all cores)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile (default: all cores)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -69,9 +74,8 @@ def run(options: argparse.Namespace) -> None:
     print(HEADER)
     found = []
     for each in _every_figure(options):
-        if options.only in each.kernel:
-            found.append(each)
-            print(line(each), flush=True)
+        found.append(each)
+        print(line(each), flush=True)
     if not found:
         raise SystemExit(f"--only: no kernel's name contains {options.only!r}")
     if options.json:
@@ -82,13 +86,14 @@ def _every_figure(options: argparse.Namespace) -> Iterator[Figures]:
     archs = options.arch or (list(ARCHITECTURES) if options.all else DEFAULT[0])
     dtypes = options.dtype or (list(DTYPES) if options.all else DEFAULT[1])
     workload = workloads.every_tile if options.all else workloads.vit_b_16
-    tasks = [(arch, dtype, workload, options.dump) for arch in archs for dtype in dtypes]
+    read = functools.partial(figures, run=workload, only=options.only, dump=options.dump)
+    tasks = list(zip(*itertools.product(archs, dtypes), strict=True))
     if options.jobs == 1:
-        for task in tasks:
-            yield from figures(*task)
+        for each in map(read, *tasks):
+            yield from each
         return
     # spawned: torch and LLVM have threads, which a fork would lose
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(options.jobs, len(tasks)), context, torch.set_num_threads, (1,)) as pool:
-        for each in pool.map(figures, *zip(*tasks, strict=True)):
+    with ProcessPoolExecutor(min(options.jobs, len(tasks[0])), context, torch.set_num_threads, (1,)) as pool:
+        for each in pool.map(read, *tasks):
             yield from each

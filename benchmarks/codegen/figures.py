@@ -81,11 +81,14 @@ def _code(arch: str) -> Any:
     return amdgcn if arch.startswith("gfx") else sass
 
 
-def figures(arch: str, dtype: str, run: Callable[[torch.dtype], None], dump: Path | None = None) -> list[Figures]:
-    """Those of every kernel that ``run`` starts, compiled for ``arch``; ``dump``: a folder for what was compiled."""
+def figures(
+    arch: str, dtype: str, run: Callable[[torch.dtype], None], *, only: str = "", dump: Path | None = None
+) -> list[Figures]:
+    """Those of every kernel that ``run`` starts and whose name contains ``only``, compiled for ``arch``; ``dump``: a
+    folder for what was compiled."""
     with compiling_for(arch) as found, _precision("high" if dtype == "tf32" else "highest"):
         run(DTYPES[dtype])
-    return [_figures(each, arch, dtype, dump) for each in found]
+    return [_figures(each, arch, dtype, dump) for each in found if only in each.kernel.name]
 
 
 @contextlib.contextmanager
