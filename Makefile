@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-compiled lint clean
+.PHONY: help demo test test-compiled codegen lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,11 @@ test-compiled: $(STAMP) ## Run the op tests on code compiled for sm_80, in the o
 	else \
 	    echo "test-compiled: skipped, no PTX emulator is importable; name its folder: make test-compiled PTXEMU=folder"; \
 	fi
+
+# What was compiled stays in Triton's cache: a second run only disassembles.
+codegen: $(STAMP) ## Compile every tile for every GPU and dtype, and check what comes out; takes hours, needs no GPU
+	env -u TRITON_INTERPRET -u PTXEMU $(TEST_ENV) VIT_TRITON_CODEGEN=1 \
+	    $(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) tests/test_codegen.py
 
 lint: $(STAMP) ## Check style, imports and types
 	$(BIN)/ruff check .

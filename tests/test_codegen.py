@@ -1,10 +1,18 @@
-"""What the compilers for NVIDIA GPUs make of the shipped tiles: facts that no run on a CPU shows."""
+"""What the compilers for GPUs make of the shipped tiles: facts that no run on a CPU shows.
 
+`make test` holds one form of every kernel to them on every architecture; `make codegen`, which sets
+VIT_TRITON_CODEGEN, every tile in every dtype.
+"""
+
+import collections
 import functools
 import importlib
+import itertools
 import json
+import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,79 +23,255 @@ if INTERPRETER or EMULATOR:
 
 from triton.runtime.jit import JITFunction
 
-from benchmarks import __main__ as command
-from benchmarks import codegen
+import benchmarks.codegen as command
+from benchmarks import __main__ as benchmarks
+from benchmarks.codegen import amdgcn, sass, workloads
+from benchmarks.codegen.architectures import ARCHITECTURES
+from benchmarks.codegen.cost import COSTS, least_bytes
+from benchmarks.codegen.driver import compiling_for
+from benchmarks.codegen.figures import DTYPES, figures
+from benchmarks.codegen.instructions import Instruction, loops
+from vit_triton.kernels import _config, _launch
 
-ARCHS = [80, 90, 100]
-DTYPES = [torch.bfloat16, torch.float32]
-PRODUCTS = re.compile(r"(attention_(fwd|bwd_d[qk])|linear|patch_embed_(fwd|bwd_weight|bwd_image)).*_kernel")
+every_tile = pytest.mark.skipif("VIT_TRITON_CODEGEN" not in os.environ, reason="hours of compiling: make codegen")
+KERNELS = {
+    name
+    for path in sorted(Path(_launch.__file__).parent.glob("*.py"))
+    for name, value in vars(importlib.import_module(f"vit_triton.kernels.{path.stem}")).items()
+    if isinstance(value, JITFunction) and name.endswith("_kernel")
+}
+# what there is one number of for each row or column; all else that kernels read and write is rows
+VECTORS = re.compile(
+    r"\b(lse|delta|dlse|((pre|post)_)?(mean|rstd)|std|d?bias|pre_(weight|bias))_ptr \+"
+    r"|\bweight_ptr \+ offs_d\b"
+    r"|\blse = tl.load|seed_ptr\)"
+)
+PARTS = re.compile(r"_sums\.py")  # parts are narrow on purpose: pick_sum_parts says why
+
+
+def hold(found):
+    """Everything that is required of one compiled kernel."""
+    code = found.code
+    assert found.local_bytes == 0 and found.count(code.LOCAL) == 0, found
+    assert found.registers > 0 and found.blocks >= 1, found
+    assert found.shared_bytes <= found.shared_limit, found
+    assert found.count(code.DOUBLE) == 0, found
+    assert found.per_trip or found.trips <= 1, found
+    if "PRECISION" not in found.constants:
+        assert found.count(code.MATRIX) == 0, found
+    elif found.dtype == "float32" and code is sass:
+        assert found.count(code.MATRIX) == 0, found  # IEEE
+    elif tile_rows(found) >= 64 and found.dtype != "tf32":
+        own = ARCHITECTURES[found.arch].matrix
+        assert 0 < found.count(own) == found.count(code.MATRIX), found
+    else:
+        assert found.count(code.MATRIX) > 0, found
+    # Triton gives a thread of an AMD GPU 8 bytes of a row of an accumulator to write
+    if code is sass and found.dtype in ("bfloat16", "float16"):
+        assert not narrow_rows(found), found
+
+
+def tile_rows(found):
+    """Of the products of a kernel, the fewest rows; wgmma and tcgen05 take no fewer than 64."""
+    of_weight = "bwd_weight" in found.kernel or "dkdv" in found.kernel
+    return int(found.constants["BLOCK_N" if of_weight else "BLOCK_M"])
+
+
+def narrow_rows(found):
+    rows = [where for where in found.narrow if not VECTORS.search(where) and not PARTS.match(where)]
+    if "mean_ptr" not in found.constants and found.kernel.startswith("patch_embed"):
+        rows = [where for where in rows if "a = tl.load(ptrs" not in where]  # an image of bytes
+    return rows
+
+
+IN_FEW_FORMS = [*((arch, "bfloat16") for arch in ARCHITECTURES), ("sm_80", "float32"), ("gfx90a", "tf32")]
 
 
 @functools.cache
-def figures(arch, dtype):
-    return codegen.figures(arch, dtype)
+def each_kernel(arch, dtype):
+    return figures(arch, dtype, workloads.each_kernel)
 
 
+@pytest.mark.parametrize(("arch", "dtype"), IN_FEW_FORMS)
+def test_each_kernel(arch, dtype):
+    assert {found.kernel for found in each_kernel(arch, dtype)} == KERNELS == set(COSTS)
+    for found in each_kernel(arch, dtype):
+        hold(found)
+
+
+def test_expanded_gradients():
+    """They must not take a kernel's 16-byte loads from it, nor its registers."""
+    for found in figures("sm_80", "bfloat16", workloads.expanded_gradients):
+        if found.kernel != "layer_norm_bwd_kernel":
+            hold(found)
+
+
+# --- every tile --------------------------------------------------------------------------------------------
+
+
+@every_tile
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("arch", ARCHS)
-def test_every_kernel_fits_and_keeps_to_its_registers(arch, dtype):
-    for found in figures(arch, dtype):
-        assert found.local_bytes == 0 and found.count(codegen.LOCAL) == 0, found
-        assert 0 < found.registers <= 255 and found.shared_bytes <= codegen.ARCHITECTURES[arch].shared, found
-        assert found.blocks >= 1 and found.count(codegen.DOUBLE) == 0, found
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_tile(arch, dtype, monkeypatch):
+    picked = record_picks(monkeypatch)
+    failed = []
+    for found in figures(arch, dtype, workloads.every_tile):
+        try:
+            hold(found)
+        except AssertionError as error:
+            failed.append(str(error).splitlines()[0])
+    assert not failed, "\n".join(failed)
+    assert picked == every_pick(arch, dtype)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_16_bit_products_are_the_architectures_own(arch):
-    own = {80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}[arch]
-    products = [found for found in figures(arch, torch.bfloat16) if PRODUCTS.fullmatch(found.kernel)]
-    assert len(products) >= 12
-    for found in products:
-        assert found.count(own) > 0 and found.count(codegen.MATRIX) == found.count(own), found
-        assert found.count(codegen.COPIES) > 0, found
+def record_picks(monkeypatch):
+    """What the ``pick_*`` functions return from now on, by their names."""
+    picked = collections.defaultdict(set)
+
+    def recording(name, pick):
+        def wrapper(*args):
+            picked[name].add(pick(*args))
+            return pick(*args)
+
+        return wrapper
+
+    for path in Path(_launch.__file__).parent.glob("*.py"):
+        module = importlib.import_module(f"vit_triton.kernels.{path.stem}")
+        if module is not _config:
+            for name in [name for name in vars(module) if name.startswith("pick_")]:
+                monkeypatch.setattr(module, name, recording(name, getattr(module, name)))
+    return picked
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_float32_products_are_ieee(arch):
-    for found in figures(arch, torch.float32):
-        assert found.count(codegen.MATRIX) == 0, found
+def every_pick(arch, dtype):
+    """The same for all arguments that can make a difference. In how many parts a weight's gradient is made is counted
+    apart from its tile: the number changes nothing in the loop."""
+    precision, sizes = "tf32" if dtype == "tf32" else "ieee", (1, 17, 33, 65, 129, 768, 1152, 4096)
+    picks = collections.defaultdict(set)
+    for name, pick in vars(_config).items():
+        if name.startswith("pick_attention"):
+            lengths = (1, 16, 17, 197, 1370)
+            for args in itertools.product(lengths, lengths, range(1, 257)):
+                picks[name].add(pick(*args, DTYPES[dtype], arch))
+        elif name.startswith(("pick_linear", "pick_patch")):
+            epilogues = [["none"], ["elementwise"], ["dropout"]] if "linear" in name else [[]]
+            for n, k, epilogue in itertools.product(sizes, sizes, epilogues):
+                picks[name].add(pick(8, n, k, DTYPES[dtype], arch, precision, *epilogue))
+    picks["pick_layer_norm"] = {_config.pick_layer_norm(2**power, arch) for power in range(17)}
+    picks["pick_sum_parts"] = {_config.pick_sum_parts(n_parts, arch) for n_parts in range(1, 300)}
+    return picks
 
 
-def test_no_kernel_is_left_out():
-    folder = codegen.Path(codegen._launch.__file__).parent
-    modules = [importlib.import_module(f"vit_triton.kernels.{path.stem}") for path in sorted(folder.glob("*.py"))]
-    kernels = {
-        name
-        for module in modules
-        for name, value in vars(module).items()
-        if isinstance(value, JITFunction) and name.endswith("_kernel")
-    }
-    for arch in ARCHS:
-        assert {found.kernel for found in figures(arch, torch.bfloat16)} == kernels
+# --- how the figures are made ------------------------------------------------------------------------------
+
+
+def test_architectures_are_named_as_those_of_gpus():
+    for arch in ARCHITECTURES:
+        with compiling_for(arch):
+            assert _config.architecture(torch.device("cpu")) == arch
 
 
 def test_resident_blocks():
-    """128 threads of 128 registers: 16384 of 65536. 45 1/2 KiB and 1 of the system's: 4 times in 228 KiB."""
-    h100 = codegen.ARCHITECTURES[90]
-    assert codegen._resident(h100, 128, 4, 0) == (4, "registers")
-    assert codegen._resident(h100, 33, 4, 45 * 1024 + 512) == (4, "shared memory")
-    assert codegen._resident(h100, 16, 32, 0) == (2, "warps")
-    assert codegen._resident(h100, 16, 1, 0) == (32, "blocks")
+    """H100: 128 threads of 128 registers, 16384 of 65536; 45 1/2 KiB and 1 of the system's, 4 times in 228 KiB. MI300:
+    512 registers for each of 64 lanes hold 4 waves of 128; of 136 only 3, so that a block of 8 waves fits once."""
+    h100, mi300 = ARCHITECTURES["sm_90"], ARCHITECTURES["gfx942"]
+    assert h100.resident(128, 4, 0) == (4, "registers")
+    assert h100.resident(33, 4, 45 * 1024 + 512) == (4, "shared memory")
+    assert h100.resident(16, 32, 0) == (2, "warps")
+    assert h100.resident(16, 1, 0) == (32, "blocks")
+    assert mi300.resident(128, 4, 0) == (4, "registers")
+    assert mi300.resident(129, 8, 0) == (1, "registers")
+    assert mi300.resident(32, 4, 20 * 1024) == (3, "shared memory")
+
+
+def test_residents_agree_with_llvm():
+    """LLVM writes into AMD's assembly how many waves of a kernel the registers of a part of a compute unit hold."""
+    with compiling_for("gfx942") as found:
+        workloads.each_kernel(torch.bfloat16)
+    for each in found:
+        registers, _, _ = amdgcn.read(each.kernel)
+        waves = int(re.search(r"; Occupancy: (\d+)", each.kernel.asm["amdgcn"])[1])
+        assert ARCHITECTURES["gfx942"].resident(registers, 4, 0)[0] == waves, (each.kernel.name, registers)
+
+
+def test_loops():
+    """0 -> 1 -> 2 -> 3 -> 4, back from 3 to 1 and from 2 to 2; 5 jumps back to 4 from behind the end: no loop."""
+    code = [Instruction("A"), Instruction("B"), Instruction("BRA", 2), Instruction("BRA", 1)]
+    code += [Instruction("C"), Instruction("EXIT", falls_through=False), Instruction("BRA", 4, falls_through=False)]
+    assert loops(code) == [{1, 2, 3}]
+
+
+def test_a_loop_that_ends_without_a_branch():
+    code = [Instruction("s_branch", 3, falls_through=False), Instruction("A"), Instruction("s_cbranch", 5)]
+    code += [Instruction("B"), Instruction("s_branch", 1, falls_through=False), Instruction("s_endpgm", None, False)]
+    assert loops(code) == [{1, 2, 3, 4}]
+
+
+def test_what_a_launch_costs():
+    """197 tokens in 12 heads of 64, 8 images: two products forward, three and four backward."""
+    found = {each.kernel: each for each in each_kernel("sm_80", "bfloat16")}
+    product = 2 * 8 * 12 * 197 * 197 * 64
+    tokens, lse = 8 * 197 * 768 * 2, 8 * 12 * 197 * 4
+    forward = found["attention_fwd_kernel"]
+    assert (forward.flops, forward.bytes, forward.grid) == (2 * product, 4 * tokens + lse, 2 * 96)
+    assert forward.trips == 197 // 64 and forward.intensity == forward.flops / forward.bytes
+    assert found["attention_bwd_dq_kernel"].flops == 3 * product
+    assert found["attention_bwd_dkdv_kernel"].flops == 4 * product
+    assert found["linear_bwd_input_kernel"].flops == 2 * 8 * 197 * 768 * 3072
+    image = 8 * 196 * 768 * 2  # of numbers as many as there are tokens; read, and its gradient read and written
+    assert found["patch_embed_bwd_norm_kernel"].bytes == 3 * image + 2 * 8 * 196 * 4 + 768 * 2
+
+
+def test_an_expanded_tensor_counts_once():
+    x = torch.zeros(1).expand(1000, 1000)
+    assert least_bytes("any", {"x_ptr": x, "y_ptr": torch.zeros(3), "n": 5}) == 4 + 12
+
+
+def test_a_loop_multiplies_a_tile():
+    """What a block computes in a trip is a step of its tile, so a loop was found whole and is not unrolled."""
+    for found in each_kernel("sm_80", "bfloat16"):
+        if found.kernel == "linear_bwd_input_kernel":
+            rows, cols, depth = (int(found.constants["BLOCK_" + side]) for side in "MKN")
+            with compiling_for("sm_80") as again:
+                workloads.each_kernel(torch.bfloat16)
+            (code,) = (sass.read(each.kernel)[2] for each in again if each.kernel.hash == found.hash)
+            (body,) = loops(code)
+            products = sum(code[i].opcode == "HMMA" for i in body)
+            assert products * 16 * 8 * 16 * found.warps == rows * cols * depth
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "codegen", *map(str, arguments)])
+    benchmarks.main()
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(codegen, "figures", lambda arch, dtype, dump: figures(arch, dtype))
-    arguments = ["codegen", "--arch", "80", "--dtype", "bfloat16", "--only", "sum_parts", "--json"]
-    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments, str(tmp_path / "figures.json")])
-    command.main()
-    written = json.loads((tmp_path / "figures.json").read_text())
+    monkeypatch.setattr(command.workloads, "vit_b_16", workloads.each_kernel)
+    options = ("--arch", "sm_80", "--dtype", "bfloat16", "--jobs", 1)
+    run(monkeypatch, *options, "--only", "sum_parts", "--json", tmp_path / "f.json", "--dump", tmp_path / "dump")
+    written = json.loads((tmp_path / "f.json").read_text())
     assert {each["kernel"] for each in written} == {"sum_parts_kernel"} and written[0]["constants"]["BLOCK"]
-    assert "no GPU took part" in (out := capsys.readouterr().out) and "sum_parts_kernel" in out
+    assert written[0]["intensity"] == written[0]["flops"] / written[0]["bytes"] and written[0]["trips"] > 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "no GPU took part" in lines[0] and lines[1].startswith("arch") and "sum_parts" in lines[2]
+    assert len({len(line) for line in lines[1:]}) == 1
+    dumped = {path.suffix for path in (tmp_path / "dump").iterdir()}
+    assert dumped == {".cubin", ".ptx", ".json"}
 
 
-def test_what_is_dumped(tmp_path):
-    with codegen._compiling_for(80):
-        codegen.F.layer_norm(torch.zeros(4, 64), None, None, backend="triton")
-        (kernel,) = [k for key, k in codegen._launch._compiled.items() if isinstance(key[1], codegen._Compiler)]
-    codegen._read(kernel, 80, "float32", tmp_path)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".cubin", ".ptx", ".json"}
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--arch", "sm_70"], "invalid choice: 'sm_70'"),
+        (["--dump", __file__], "is a file, a folder is needed"),
+        (["--json", "/nowhere/figures.json"], "cannot be written"),
+        (["--jobs", "0"], "at least 1"),
+    ],
+)
+def test_wrong_options(arguments, complaint, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *arguments)
+    assert stopped.value.code != 0 and complaint in capsys.readouterr().err + str(stopped.value.code)

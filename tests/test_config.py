@@ -178,7 +178,8 @@ def test_float32_products_follow_pytorchs_switch():
     try:
         for setting, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
             torch.set_float32_matmul_precision(setting)
-            assert _launch.input_precision(torch.float32) == expected
-            assert _launch.input_precision(torch.bfloat16) == "ieee"
+            with active():
+                assert _launch.input_precision(torch.float32) == expected
+                assert _launch.input_precision(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)

@@ -32,7 +32,7 @@ def architecture(device: torch.device) -> str:
     if device.type != "cpu":
         return _gpu_architecture(device)
     target = driver.active.get_current_target()
-    return "cpu" if target.backend == "cpu" else f"sm_{target.arch}"
+    return {"cpu": "cpu", "cuda": f"sm_{target.arch}"}.get(target.backend, target.arch)
 
 
 @functools.cache
@@ -347,4 +347,6 @@ def pick_patch_embed_bwd_weight(
     m: int, dim: int, patch_dim: int, dtype: torch.dtype, arch: str, precision: str
 ) -> GemmConfig:
     """Tiles of ``patch_embed_bwd_weight_kernel`` ((dim, patch_dim), depth m), and in how many parts m is cut."""
-    return pick_linear_bwd_weight(m, dim, patch_dim, dtype, arch, precision, "elementwise")
+    tile = pick_linear_bwd_weight(m, dim, patch_dim, dtype, arch, precision, "elementwise")
+    # with four warps 256 patches an image spill on sm_80 and sm_86 (computed)
+    return tile if arch in ("cpu", "interpreter") else replace(tile, num_warps=8)

@@ -84,8 +84,22 @@ def _split_names(kernel: Any, kernel_args: dict[str, Any]) -> tuple[Any, list[st
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of ``tl.dot``: float32 is IEEE unless PyTorch's own switch allows TF32."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """``input_precision`` of ``tl.dot``: float32 is IEEE unless PyTorch's own switch allows TF32 and the GPU has it."""
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    if INTERPRETING:
+        return "tf32"
+    target = driver.active.get_current_target()
+    return "ieee" if target.backend == "hip" and target.arch != "gfx942" else "tf32"  # Triton refuses it on others
+
+
+def side_by_side(x: torch.Tensor) -> torch.Tensor:
+    """``x``, copied where the elements of a row do not lie side by side in memory.
+
+    That is the gradient which .sum().backward() gives, of stride 0. Read in place it makes a kernel load number by
+    number, with twice the instructions and, on an A100, spilled registers (computed); the copy is one pass.
+    """
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def keep_scale(dropout_p: float) -> float:

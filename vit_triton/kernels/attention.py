@@ -33,7 +33,7 @@ from vit_triton.kernels._config import (
     pick_attention_fwd,
     split_head_dim,
 )
-from vit_triton.kernels._launch import input_precision, keep_scale, launch
+from vit_triton.kernels._launch import input_precision, keep_scale, launch, side_by_side
 from vit_triton.kernels._tiles import LN2, LOG2E, dropout_keep
 
 
@@ -706,6 +706,7 @@ def _attention_bwd(do, q, k, v, out, lse, dlse, seed, dq, dk, dv, *, scale: floa
     n_k = k.shape[1]
     arch = architecture(q.device)
     d_main, d_tail = split_head_dim(head_dim)
+    do = side_by_side(do)
 
     delta = torch.empty_like(lse)
     block_d = d_main if d_tail == 0 else 2 * d_main

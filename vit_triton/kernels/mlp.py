@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vit_triton.kernels._launch import side_by_side
 from vit_triton.kernels.layer_norm import layer_norm_apply, layer_norm_bwd, layer_norm_fwd
 from vit_triton.kernels.linear import Scaled, linear_bwd_input, linear_bwd_weight, linear_fwd
 from vit_triton.kernels.swiglu import swiglu_bwd, swiglu_fwd
@@ -66,6 +67,7 @@ def norm_linear_bwd(
     """dx, dweight, dbias, dnorm_weight, dnorm_bias, dlayer_scale; None for what is not needed. ``residual_is_x``: x was
     the residual too, and dx carries both gradients. ``bias`` is read only where there is a ``layer_scale``, whose
     gradient comes with that of the weight."""
+    dy = side_by_side(dy)
     dweight = dbias = dlayer_scale = None
     if needs_weight:
         dweight, dbias, dlayer_scale = linear_bwd_weight(
@@ -154,6 +156,7 @@ def mlp_bwd(
 ) -> tuple[Tensor | None, ...]:
     """dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, dlayer_scale; None for what is not needed. ``b2`` as ``bias`` in
     :func:`norm_linear_bwd`."""
+    dy = side_by_side(dy)
     dw1 = db1 = dw2 = db2 = dlayer_scale = None
     behind: dict[str, Any] = dict(dy_dropout_p=dropout_p, dy_seed=seed)
     between: dict[str, Any] = dict(dropout_p=hidden_dropout_p, activation=activation)

@@ -32,7 +32,7 @@ from vit_triton.kernels._config import (
     pick_patch_embed_bwd_weight,
     pick_patch_embed_fwd,
 )
-from vit_triton.kernels._launch import TRITON_DTYPE, input_precision, launch
+from vit_triton.kernels._launch import TRITON_DTYPE, input_precision, launch, side_by_side
 from vit_triton.kernels._patches import (
     PatchLayout,
     channel_of,
@@ -454,6 +454,7 @@ def patch_embed_bwd(
     layout = patch_layout(image, patch_size, patch_order)
     dtype = weight.dtype
     n_prefix = dtokens.shape[1] - layout.n_patches
+    dtokens = side_by_side(dtokens)
     dz = dtokens[:, n_prefix:]
     dpost_weight = dpost_bias = None
     if post_norm is not None:

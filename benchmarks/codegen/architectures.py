@@ -1,0 +1,64 @@
+"""What a multiprocessor of each architecture has room for, and how many blocks of a kernel that is."""
+
+from dataclasses import dataclass
+
+from triton.backends.compiler import GPUTarget
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A multiprocessor (compute unit). A block may have ``shared`` bytes, all of its blocks together ``shared_all``, of
+    which the system takes ``shared_system`` for each.
+
+    ``registers`` 32-bit ones for each of ``schedulers`` parts, given out to a warp by ``granule``; a part holds
+    ``warps`` warps. ``matrix``: the opcodes of its own matrix instructions.
+
+    NVIDIA: CUDA C++ Programming Guide, table of compute capabilities. AMD: CDNA 2 and 3 instruction set guides, and
+    LLVM's AMDGPU usage guide; a vector register and an accumulation register come out of the same 512.
+    """
+
+    target: GPUTarget
+    matrix: str
+    shared: int
+    shared_all: int
+    shared_system: int
+    warps: int
+    blocks: int
+    registers: int = 16384
+    granule: int = 256
+    schedulers: int = 4
+
+    def resident(self, registers: int, warps: int, shared: int) -> tuple[int, str]:
+        """How many blocks of ``warps`` warps, ``registers`` registers a thread and ``shared`` bytes a multiprocessor
+        holds at once, and what there is no more of."""
+        of_a_warp = max(1, -(-registers * self.target.warp_size // self.granule)) * self.granule
+        room = {
+            "registers": self.registers // of_a_warp * self.schedulers // warps,
+            "shared memory": self.shared_all // max(1, shared + self.shared_system),
+            "warps": self.warps * self.schedulers // warps,
+            "blocks": self.blocks,
+        }
+        limit = min(room, key=lambda name: room[name])
+        return room[limit], limit
+
+
+def _nvidia(number: int, matrix: str, kib: int, warps: int, blocks: int) -> Architecture:
+    target = GPUTarget("cuda", number, 32)
+    return Architecture(target, matrix, (kib - 1) * 1024, kib * 1024, 1024, warps // 4, blocks)
+
+
+def _amd(name: str) -> Architecture:
+    target = GPUTarget("hip", name, 64)
+    return Architecture(target, r"v_mfma\w*", 65536, 65536, 0, 8, 32, registers=512 * 64, granule=8 * 64)
+
+
+ARCHITECTURES = {
+    "sm_80": _nvidia(80, "HMMA", 164, 64, 32),
+    "sm_86": _nvidia(86, "HMMA", 100, 48, 16),
+    "sm_89": _nvidia(89, "HMMA", 100, 48, 24),
+    "sm_90": _nvidia(90, "HGMMA", 228, 64, 32),
+    "sm_100": _nvidia(100, r"UTC\w*MMA", 228, 64, 32),
+    "sm_120": _nvidia(120, "HMMA", 100, 48, 24),
+    "gfx90a": _amd("gfx90a"),
+    "gfx942": _amd("gfx942"),
+}

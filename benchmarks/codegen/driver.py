@@ -1,0 +1,101 @@
+"""A Triton driver that compiles what is launched on CPU tensors for a GPU that is not there, and starts nothing."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.driver import driver
+
+from benchmarks.codegen.architectures import ARCHITECTURES
+from vit_triton.kernels import _launch
+
+
+@dataclass
+class Launched:
+    """A compiled kernel, and the grids and arguments it was launched with."""
+
+    kernel: Any
+    launches: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+
+
+class _Launcher:
+    def __init__(self, src: Any, metadata: Any) -> None:
+        self.names, self.hash = src.fn.arg_names, metadata.hash
+
+    def __call__(self, grid: int, y: int, z: int, *args: Any) -> None:
+        values = args[-len(self.names) :]  # behind the stream, the function, its metadata and the hooks
+        driver.active.launches.append((self.hash, grid, dict(zip(self.names, values, strict=True))))
+
+
+class _Utils:
+    @staticmethod
+    def load_binary(*args: Any) -> tuple[None, int, int, int, int]:
+        return None, 0, 0, 0, 1024
+
+    @staticmethod
+    def unload_module(module: Any) -> None:
+        pass
+
+    @staticmethod
+    def get_device_properties(device: int) -> dict[str, int]:
+        return {"max_shared_mem": 2**31, "multiprocessor_count": 1, "warpSize": 32}
+
+
+class _Compiler(DriverBase):
+    launcher_cls = _Launcher
+
+    def __init__(self, arch: str) -> None:
+        self.arch, self.utils = arch, _Utils()
+        self.launches: list[tuple[str, int, dict[str, Any]]] = []
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False
+
+    def get_current_device(self) -> int:
+        return 8000 + list(ARCHITECTURES).index(self.arch)  # Triton keeps what it compiled by device number
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return ARCHITECTURES[self.arch].target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError("nothing runs")
+
+
+@contextlib.contextmanager
+def compiling_for(arch: str) -> Iterator[list[Launched]]:
+    """Compile what is launched on CPU tensors for ``arch``; the list is filled when the block ends, with a kernel once.
+
+    A launch on tensors that do not begin at a multiple of 16 bytes, for which Triton compiles other code, is left out.
+    """
+    before, kept = driver._active, dict(_launch._compiled)
+    compiler = _Compiler(arch)
+    driver.set_active(compiler)
+    found: list[Launched] = []
+    try:
+        yield found
+        kernels = {kernel.hash: Launched(kernel) for key, kernel in _launch._compiled.items() if compiler in key}
+        for hash_, grid, arguments in compiler.launches:
+            if hash_ in kernels:
+                kernels[hash_].launches.append((grid, arguments))
+        found.extend(kernels.values())
+    finally:
+        driver._active = before
+        _launch._compiled.clear()
+        _launch._compiled.update(kept)

@@ -1,0 +1,169 @@
+"""What is known of one compiled kernel, as numbers and as a line."""
+
+import collections
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.codegen import amdgcn, sass
+from benchmarks.codegen.architectures import ARCHITECTURES
+from benchmarks.codegen.cost import COSTS, least_bytes
+from benchmarks.codegen.driver import Launched, compiling_for
+from benchmarks.codegen.instructions import Instruction, loops, narrow_accesses
+from benchmarks.shapes import DTYPES as TORCH_DTYPES
+
+# float32 products are IEEE; "tf32" is float32 with products of that precision
+DTYPES = {**TORCH_DTYPES, "tf32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one compiled kernel, and of the largest launch of it that was seen.
+
+    ``local_bytes`` a thread has beside its registers, spills among them; ``blocks`` that fit a multiprocessor at once
+    and what ``limit``s them; ``per_trip`` instructions of each loop of the code, waiting loops excepted; ``narrow``
+    lines that access global memory by less than 16 bytes a thread; ``opcodes`` of the code, not of a run. ``grid``
+    programs, ``trips`` of the loop of one, ``flops`` and ``bytes`` are computed from the arguments.
+    """
+
+    kernel: str
+    hash: str
+    arch: str
+    dtype: str
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    blocks: int
+    limit: str
+    per_trip: list[int]
+    narrow: dict[str, int]
+    opcodes: dict[str, int]
+    grid: int
+    trips: int
+    flops: int
+    bytes: int
+
+    @property
+    def code(self) -> Any:
+        return _code(self.arch)
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte."""
+        return self.flops / self.bytes
+
+    def count(self, pattern: str) -> int:
+        return sum(n for name, n in self.opcodes.items() if re.fullmatch(pattern, name))
+
+    def names(self, pattern: str) -> str:
+        return "+".join(sorted(name for name in self.opcodes if re.fullmatch(pattern, name))) or "-"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "intensity": self.intensity,
+            "matrix": self.names(self.code.MATRIX),
+            "copies": self.count(self.code.COPIES),
+        }
+
+
+def _code(arch: str) -> Any:
+    return amdgcn if arch.startswith("gfx") else sass
+
+
+def figures(
+    arch: str, dtype: str, run: Callable[[torch.dtype], None], *, only: str = "", dump: Path | None = None
+) -> list[Figures]:
+    """Those of every kernel that ``run`` starts and whose name contains ``only``, compiled for ``arch``; ``dump``: a
+    folder for what was compiled."""
+    with compiling_for(arch) as found, _precision("high" if dtype == "tf32" else "highest"):
+        run(DTYPES[dtype])
+    return [_figures(each, arch, dtype, dump) for each in found if only in each.kernel.name]
+
+
+@contextlib.contextmanager
+def _precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _figures(launched: Launched, arch: str, dtype: str, dump: Path | None) -> Figures:
+    kernel, limits = launched.kernel, ARCHITECTURES[arch]
+    registers, local_bytes, code = _code(arch).read(kernel)
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    blocks, limit = limits.resident(registers, warps, shared)
+    names = kernel.src.fn.arg_names
+    constants = {names[path[0]]: str(value) for path, value in kernel.src.constants.items() if len(path) == 1}
+    flops_of, trips_of = COSTS[kernel.name]
+    grid, arguments = max(launched.launches, key=lambda launch: least_bytes(kernel.name, launch[1]))
+    result = Figures(
+        kernel=kernel.name,
+        hash=kernel.hash,
+        arch=arch,
+        dtype=dtype,
+        constants=constants,
+        warps=warps,
+        stages=kernel.metadata.num_stages,
+        registers=registers,
+        local_bytes=local_bytes,
+        shared_bytes=shared,
+        shared_limit=limits.shared,
+        blocks=blocks,
+        limit=limit,
+        per_trip=_per_trip(code),
+        narrow=narrow_accesses(code),
+        opcodes=dict(collections.Counter(instruction.opcode for instruction in code)),
+        grid=grid,
+        trips=trips_of(arguments),
+        flops=flops_of(arguments),
+        bytes=least_bytes(kernel.name, arguments),
+    )
+    if dump is not None:
+        stem = f"{kernel.name}-{arch}-{dtype}-{kernel.hash[:8]}"
+        (dump / f"{stem}.{_code(arch).BINARY}").write_bytes(kernel.asm[_code(arch).BINARY])
+        (dump / f"{stem}.{_code(arch).ASSEMBLY}").write_text(kernel.asm[_code(arch).ASSEMBLY])
+        (dump / f"{stem}.json").write_text(json.dumps(result.as_json(), indent=1))
+    return result
+
+
+def _per_trip(code: list[Instruction]) -> list[int]:
+    """Instructions of each loop. A loop of a few of them that asks a barrier is one of waiting."""
+    bodies = loops(code)
+    waiting = [body for body in bodies if len(body) <= 8 and any(code[i].opcode == "SYNCS" for i in body)]
+    return sorted((len(body) for body in bodies if body not in waiting), reverse=True)
+
+
+HEADER = (
+    f"{'arch':<7}{'dtype':<9} {'kernel':<30}{'tile':<12}{'warps':>5}{'regs':>5}{'spilled':>8}{'shared KiB':>13}"
+    f"{'CTAs':>5} limited by    {'matrix':<14}{'copies':>6}{'code':>6}{'a trip':>7}{'trips':>6}{'grid':>6}"
+    f"{'MFLOP':>9}{'MB':>7}{'FLOP/B':>7}  narrowest"
+)
+
+
+def line(found: Figures) -> str:
+    tile = "x".join(value for name, value in found.constants.items() if name.startswith("BLOCK_"))
+    shared = f"{found.shared_bytes / 1024:.1f} of {found.shared_limit // 1024}"
+    matrix = found.names(found.code.MATRIX)
+    if found.arch.startswith("gfx") and matrix != "-":
+        matrix = "MFMA"
+    return (
+        f"{found.arch:<7}{found.dtype:<9} {found.kernel.removesuffix('_kernel'):<30}{tile:<12}{found.warps:>5}"
+        f"{found.registers:>5}{found.local_bytes:>8}{shared:>13}{found.blocks:>5} {found.limit:<14}{matrix:<14}"
+        f"{found.count(found.code.COPIES):>6}{sum(found.opcodes.values()):>6}{max(found.per_trip, default=0):>7}"
+        f"{found.trips:>6}{found.grid:>6}{found.flops / 1e6:>9.1f}{found.bytes / 1e6:>7.2f}{found.intensity:>7.1f}"
+        f"{min(found.narrow.values(), default=16):>11}"
+    )

@@ -1,0 +1,74 @@
+"""NVIDIA's machine code, with the tools in Triton's wheel."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from benchmarks.codegen.instructions import Instruction
+
+MATRIX = r"HMMA|HGMMA|UTC\w*MMA|IMMA|DMMA"
+DOUBLE = r"DADD|DMUL|DFMA|DSETP|DMMA"
+LOCAL = r"LDL|STL"
+COPIES = r"LDGSTS|UTMALDG|UBLKCP"
+BINARY, ASSEMBLY = "cubin", "ptx"
+
+_LINE = re.compile(
+    r'\s*//## File "(?P<file>[^"]+)", line (?P<number>\d+)'
+    r"|\s*(?P<label>\.L_\w+):"
+    r"|\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(?P<guard>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>[^;]*);"
+)
+_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+
+
+def _tool(name: str, *args: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(path), *args], check=True, capture_output=True, text=True).stdout
+
+
+def read(kernel: Any) -> tuple[int, int, list[Instruction]]:
+    """Registers and bytes of local memory (spills among them) of a thread, and the instructions."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _tool("cuobjdump", "-res-usage", str(cubin)))
+        listing = _tool("nvdisasm", "-g", "-c", str(cubin))
+    assert usage is not None
+    registers, stack, local = map(int, usage.groups())
+    return registers, stack + local, parse(listing)
+
+
+def parse(listing: str) -> list[Instruction]:
+    lines = [match for match in map(_LINE.match, listing.splitlines()) if match]
+    labels: dict[str, int] = {}
+    n = 0
+    for match in lines:
+        if match["label"]:
+            labels[match["label"]] = n
+        n += match["opcode"] is not None
+    code: list[Instruction] = []
+    source = ("", 0)
+    for match in lines:
+        if match["file"]:
+            source = (match["file"], int(match["number"]))
+        elif match["opcode"]:
+            code.append(_instruction(match, labels, source))
+    return code
+
+
+def _instruction(match: re.Match[str], labels: dict[str, int], source: tuple[str, int]) -> Instruction:
+    opcode, *modifiers = match["opcode"].split(".")
+    target = re.search(r"`\((\.L_\w+)\)", match["operands"]) if opcode == "BRA" else None
+    # a branch of which not all threads need to take: guarded, or with a predicate before its label
+    always = not match["guard"] and (target is None or target.start() == 0) and "DIV" not in modifiers
+    width = next((_WIDTHS[m] for m in modifiers if m in _WIDTHS), 4) if opcode in ("LDG", "STG", "LDGSTS") else 0
+    return Instruction(
+        opcode,
+        labels.get(target[1]) if target else None,
+        falls_through=not (always and opcode in ("BRA", "EXIT", "RET", "BRX", "JMP")),
+        width=width,
+        source=source,
+    )

@@ -1,0 +1,141 @@
+"""Calls of the library's operators, forward and backward, that between them start its kernels."""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import BATCH, HEAD_DIM, HEADS, HIDDEN, TOKENS, WIDTH
+from vit_triton import functional as F
+
+HEAD_DIMS = (16, 32, 64, 72, 80, 88, 96, 104, 128, 192, 256)
+# (width, hidden): ViT Ti, S, B, L, H, g and SO400M
+WIDTHS = ((192, 768), (384, 1536), (768, 3072), (1024, 4096), (1280, 5120), (1408, 6144), (1152, 4304))
+ROWS = 8  # tiles do not depend on the number of tokens, and nothing runs
+
+
+def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+
+def _norm(dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor, float]:
+    return _zeros(dtype, width), _zeros(dtype, width), 1e-5
+
+
+def _differentiate(y: Any, expanded: bool = False) -> None:
+    """With a contiguous gradient, or an ``expanded`` one, which is what .sum().backward() gives."""
+    outputs = [y] if isinstance(y, Tensor) else list(y)
+    one = torch.ones(1, dtype=outputs[0].dtype)
+    torch.autograd.backward(
+        outputs,
+        [one.to(y.dtype).expand_as(y) if expanded else torch.zeros_like(y) for y in outputs],
+    )
+
+
+def each_kernel(dtype: torch.dtype) -> None:
+    """Every kernel of ViT-B/16 at 224 x 224, in few forms."""
+    x = _zeros(dtype, BATCH, TOKENS, WIDTH)
+    _differentiate(F.attention_packed(_zeros(dtype, BATCH, TOKENS, 3, HEADS, HEAD_DIM), backend="triton"))
+    _mlp(x, WIDTH, HIDDEN, norm=_norm(dtype, WIDTH), residual=x)
+    _patches(_zeros(dtype, BATCH, 3, 224, 224), dtype, 16, WIDTH)
+    gated = (_zeros(dtype, 2 * HIDDEN, WIDTH), None, _zeros(dtype, WIDTH, HIDDEN), None)
+    _differentiate(F.mlp(x, *gated, activation="swiglu", backend="triton"))
+    branch = dict(residual=x, layer_scale=_zeros(dtype, WIDTH), drop_path_p=0.1)
+    _linear(x, WIDTH, **branch)
+
+
+def vit_b_16(dtype: torch.dtype) -> None:
+    """Every form of the kernels that ViT-B/16 at 224 x 224 takes, and a plain layer norm."""
+    each_kernel(dtype)
+    x, residual = (_zeros(dtype, BATCH, TOKENS, WIDTH) for _ in range(2))
+    _differentiate(F.linear(x, _zeros(dtype, 3 * WIDTH, WIDTH), norm=_norm(dtype, WIDTH), backend="triton"))
+    _differentiate(F.layer_norm(x, *_norm(dtype, WIDTH)[:2], residual=residual, backend="triton")[0])
+    _patches(torch.zeros(BATCH, 3, 224, 224, dtype=torch.uint8), dtype, 16, WIDTH, mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def expanded_gradients(dtype: torch.dtype) -> None:
+    """What .sum().backward() gives as a gradient: one number, at every place."""
+    q, k, v = (_zeros(dtype, 1, TOKENS, 2, HEAD_DIM) for _ in range(3))
+    _differentiate(F.attention(q, k, v, backend="triton"), expanded=True)
+    x = _zeros(dtype, ROWS, WIDTH)
+    _mlp(x, WIDTH, HIDDEN, expanded=True)
+    _linear(x, WIDTH, expanded=True)
+    image = _zeros(dtype, 1, 3, 64, 64)
+    _differentiate(F.patch_embed(image, _zeros(dtype, WIDTH, 768), patch_size=16, backend="triton"), expanded=True)
+
+
+def every_tile(dtype: torch.dtype) -> None:
+    """Every tile that a ``pick_*`` function can return for ``dtype`` on the architecture that is compiled for, and
+    every form of a kernel that changes what it needs registers for. tests/test_codegen.py holds that none is missing.
+    """
+    vit_b_16(dtype)
+    expanded_gradients(dtype)
+    for head_dim, dropout_p, n_q in itertools.product(HEAD_DIMS, (0.0, 0.1), (TOKENS, 1)):
+        q, k, v = (_zeros(dtype, 1, n, 2, head_dim) for n in (n_q, TOKENS, TOKENS))
+        _differentiate(F.attention(q, k, v, dropout_p=dropout_p, backend="triton"))
+    q, k, v = (_zeros(dtype, 1, TOKENS, 2, HEAD_DIM) for _ in range(3))
+    _differentiate(F.attention(q, k, v, return_lse=True, backend="triton"))
+
+    for width, hidden in WIDTHS:
+        x = _zeros(dtype, ROWS, width)
+        _mlp(x, width, hidden, norm=_norm(dtype, width), residual=x)
+        _linear(x, 3 * width, norm=_norm(dtype, width))
+        _linear(x, width)
+    x = _zeros(dtype, ROWS, WIDTH)
+    for activation in ("gelu", "gelu_tanh", "quick_gelu"):
+        for hidden_dropout_p, dropout_p in itertools.product((0.0, 0.1), repeat=2):
+            dropout = dict(hidden_dropout_p=hidden_dropout_p, dropout_p=dropout_p)
+            _mlp(x, WIDTH, HIDDEN, residual=x, activation=activation, **dropout)
+    _linear(x, WIDTH, residual=x, dropout_p=0.1)
+    # tiles are clipped to small sizes; parts of a weight's gradient are as many as its tiles leave room for
+    for width, hidden in itertools.product((16, 32, 64, 256), repeat=2):
+        x = _zeros(dtype, ROWS, width)
+        _mlp(x, width, hidden, residual=x)
+        _mlp(x, width, hidden, residual=x, hidden_dropout_p=0.1, dropout_p=0.1)
+        _linear(x, hidden, bias=False)
+        _linear(x, hidden, bias=False, dropout_p=0.1)
+
+    for power in range(17):
+        x = _zeros(dtype, ROWS, 2**power)
+        _differentiate(F.layer_norm(x, *_norm(dtype, 2**power)[:2], backend="triton"))
+        _differentiate(F.layer_norm(x, None, None, residual=x, backend="triton"))
+    for n_rows in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):  # as many partial sums as programs
+        x = _zeros(dtype, n_rows, WIDTH)
+        _differentiate(F.layer_norm(x, *_norm(dtype, WIDTH)[:2], backend="triton"))
+
+    for patch, dim in itertools.product((2, 3, 4, 8, 14, 16, 32), (16, 32, 64, WIDTH)):
+        _patches(_zeros(dtype, 1, 3, 4 * patch, 4 * patch), dtype, patch, dim)
+    for channels, patch in ((1, 4), (1, 5), (1, 8)):
+        _patches(_zeros(dtype, 1, channels, 4 * patch, 4 * patch), dtype, patch, WIDTH)
+    image = _zeros(dtype, 1, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    _patches(image, dtype, 16, WIDTH)
+
+
+def _mlp(x: Tensor, width: int, hidden: int, *, expanded: bool = False, **options: Any) -> None:
+    shapes = ((hidden, width), (hidden,), (width, hidden), (width,))
+    weights = (_zeros(x.dtype, *shape) for shape in shapes)
+    _differentiate(F.mlp(x, *weights, **options, backend="triton"), expanded)
+
+
+def _linear(x: Tensor, features: int, *, bias: bool = True, expanded: bool = False, **options: Any) -> None:
+    weight, b = _zeros(x.dtype, features, x.shape[-1]), _zeros(x.dtype, features) if bias else None
+    _differentiate(F.linear(x, weight, b, **options, backend="triton"), expanded)
+
+
+def _patches(image: Tensor, dtype: torch.dtype, patch: int, dim: int, **statistics: Any) -> None:
+    pixels = image.shape[1] * patch**2
+    n_patches = image.shape[2] // patch * (image.shape[3] // patch)
+    tokens = F.patch_embed(
+        image,
+        _zeros(dtype, dim, pixels),
+        _zeros(dtype, dim),
+        patch_size=patch,
+        pre_norm=_norm(dtype, pixels),
+        post_norm=_norm(dtype, dim),
+        pos=_zeros(dtype, n_patches, dim),
+        prefix=_zeros(dtype, 1, dim),
+        backend="triton",
+        **statistics,
+    )
+    _differentiate(tokens)
