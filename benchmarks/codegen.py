@@ -103,6 +103,8 @@ def run_every_kernel(dtype: torch.dtype) -> None:
 
     x = rand(TOKENS, WIDTH)
     differentiate(F.attention_packed(rand(1, TOKENS, 3, HEADS, HEAD_DIM), backend="triton"))
+    norms = dict(q_norm=norm(HEAD_DIM), k_norm=norm(HEAD_DIM))
+    differentiate(F.attention_packed(rand(1, TOKENS, 3, HEADS, HEAD_DIM), **norms, backend="triton"))
     mlp = (rand(HIDDEN, WIDTH), rand(HIDDEN), rand(WIDTH, HIDDEN), rand(WIDTH))
     differentiate(F.mlp(x, *mlp, norm=norm(WIDTH), residual=x, backend="triton"))
     gated = (rand(2 * HIDDEN, WIDTH), None, rand(WIDTH, HIDDEN), None)
