@@ -81,11 +81,11 @@ def check(inputs, grads, norm_type="layer_norm"):
 
 @given(
     batch=st.integers(1, 2),
-    n=st.sampled_from([(1, 17), (33, 33), (70, 5)]),
+    n=st.sampled_from([(1, 17), (33, 33)]),
     heads=st.sampled_from([1, 3]),
-    head_dim=st.sampled_from([16, 64, 72, 80]),
+    head_dim=st.sampled_from([16, 72]),
     dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(["contiguous", "packed", "heads first", "strided"]),
+    layout=st.sampled_from(["packed", "heads first", "strided"]),
     gradient=st.sampled_from(["dense", "expanded"]),
     affine=st.sampled_from([(True, True), (True, False), (False, False)]),
     norm_type=st.sampled_from(F.NORM_TYPES),
