@@ -61,11 +61,15 @@ def attention_packed(qkv: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tens
 
 
 def _head_norm(x: Tensor, norm: Norm | None, norm_type: str) -> Tensor:
-    if norm is None or norm_type == "layer_norm":
+    if norm is None:
+        return x
+    if norm_type == "layer_norm":
         return _norm(x, norm).to(x.dtype)
     weight, bias, eps = norm
-    y = F.rms_norm(x, x.shape[-1:], weight, eps).to(x.dtype)
-    return y if bias is None else y + bias
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def _norm(x: Tensor, norm: Norm | None) -> Tensor:

@@ -109,13 +109,13 @@ def qk_norm_fwd(x: torch.Tensor, norm: HeadNorm | None) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["n_rows", "n_steps"])
 def qk_norm_bwd_kernel(
-    dx_ptr, x_ptr, weight_ptr, partials_ptr,
+    dx_ptr, x_ptr, weight_ptr, dweights_ptr, dbiases_ptr,
     stride_dxb, stride_dxn, stride_dxh, stride_xb, stride_xn, stride_xh, stride_xd,
     n_rows, n_tokens, n_heads, head_dim, n_steps, eps,
     RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """n_steps * BLOCK_M rows of dx, which come as rows of dy, and their sum of dy * xhat and dy: row pid of partials
-    (2, programs, D)."""
+    """n_steps * BLOCK_M rows of dx, which come as rows of dy, and their sum of dy * xhat and dy: row pid of dweights
+    and dbiases (programs, D)."""
     pid = tl.program_id(0)
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     mask_d = offs_d < head_dim
@@ -141,8 +141,8 @@ def qk_norm_bwd_kernel(
         tl.store(dx_ptrs, (dx * rstd[:, None]).to(dx_ptr.dtype.element_ty), mask=mask)
 
     if weight_ptr is not None:
-        tl.store(partials_ptr + pid.to(tl.int64) * head_dim + offs_d, dweight, mask=mask_d)
-        tl.store(partials_ptr + (tl.num_programs(0) + pid).to(tl.int64) * head_dim + offs_d, dbias, mask=mask_d)
+        tl.store(dweights_ptr + pid * head_dim + offs_d, dweight, mask=mask_d)
+        tl.store(dbiases_ptr + pid * head_dim + offs_d, dbias, mask=mask_d)
 
 
 def qk_norm_bwd_into(
@@ -157,7 +157,9 @@ def qk_norm_bwd_into(
     n_rows = batch * n_tokens * n_heads
     config = pick_qk_norm(head_dim, architecture(x.device))
     n_programs, n_steps = layer_norm_stretch(n_rows, config)
-    partials = None if weight is None else x.new_empty((2, n_programs, head_dim), dtype=torch.float32)
+    dweights, dbiases = (
+        None if weight is None else x.new_empty((n_programs, head_dim), dtype=torch.float32) for _ in range(2)
+    )
     launch(
         qk_norm_bwd_kernel,
         (n_programs,),
@@ -165,7 +167,8 @@ def qk_norm_bwd_into(
         dx_ptr=dx,
         x_ptr=x,
         weight_ptr=None if weight is None else weight.contiguous(),
-        partials_ptr=partials,
+        dweights_ptr=dweights,
+        dbiases_ptr=dbiases,
         stride_dxb=dx.stride(0),
         stride_dxn=dx.stride(1),
         stride_dxh=dx.stride(2),
@@ -184,9 +187,9 @@ def qk_norm_bwd_into(
         BLOCK_D=config.block_d,
         num_warps=config.num_warps,
     )
-    if weight is None or partials is None:
+    if weight is None or dweights is None or dbiases is None:
         return None, None
-    return sum_parts(partials[0], weight.dtype), sum_parts(partials[1], weight.dtype)
+    return sum_parts(dweights, weight.dtype), sum_parts(dbiases, weight.dtype)
 
 
 def normed_attention_fwd(
