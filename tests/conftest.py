@@ -83,17 +83,17 @@ def forget_recordings():
 @pytest.fixture
 def small_tiles(monkeypatch, request):
     """Many tiles in every direction: those the interpreter is given hold the inputs of most tests whole."""
-    from vit_triton.kernels import _config, attention, layer_norm, linear, patch_embed, swiglu
+    from vit_triton.kernels import _config, attention, layer_norm, linear, patch_embed, qk_norm, swiglu
 
     forget_recordings()
     request.addfinalizer(forget_recordings)
-    for module in (attention, linear, patch_embed, layer_norm, swiglu):
+    for module in (attention, linear, patch_embed, layer_norm, swiglu, qk_norm):
         for name in [name for name in vars(module) if name.startswith("pick_")]:
             if "attention" in name:
                 config = _config.AttentionConfig(32, 16, 4, 1)
             else:
                 config = _config.GemmConfig(32, 16, 16, 4, 1, group=2, split=4 if "weight" in name else 1)
-            if "layer_norm" not in name:
+            if "norm" not in name:
                 monkeypatch.setattr(module, name, lambda *args, config=config: config)
                 continue
             pick = getattr(module, name)

@@ -29,10 +29,12 @@ def sdpa(q, k, v, scale):
     return out, formula(q, k, v, scale)[1]
 
 
-def absolute(q, k, v, do, dlse, scale, keep=None):
-    """out, lse, dq, dk, dv with absolute values in every sum, of float64 (B, N, H, D) tensors."""
+def absolute(q, k, v, do, dlse, scale, keep=None, sizes_of_qk=None):
+    """out, lse, dq, dk, dv with absolute values in every sum, of float64 (B, N, H, D) tensors; ``sizes_of_qk``: of the
+    sums that q and k are."""
+    size_q, size_k = (x.transpose(1, 2) for x in sizes_of_qk or (q.abs(), k.abs()))
     q, k, v, do = (x.transpose(1, 2) for x in (q, k, v, do))
-    sizes = q.abs() @ k.abs().transpose(-1, -2) * abs(scale)  # of what the scores are sums of
+    sizes = size_q @ size_k.transpose(-1, -2) * abs(scale)  # of what the scores are sums of
     p = (q @ k.transpose(-1, -2) * scale).softmax(-1)
     keep = torch.ones_like(p) if keep is None else keep
     # an error of eps in a score is one of eps * score in its weight
@@ -40,7 +42,7 @@ def absolute(q, k, v, do, dlse, scale, keep=None):
     out = (weights * keep) @ v.abs()
     dp = keep * (do.abs() @ v.abs().transpose(-1, -2))
     ds = weights * (dp + (p * dp).sum(-1, keepdim=True) + dlse.abs()[..., None])
-    dq, dk = ds @ k.abs() * abs(scale), ds.transpose(-1, -2) @ q.abs() * abs(scale)
+    dq, dk = ds @ size_k * abs(scale), ds.transpose(-1, -2) @ size_q * abs(scale)
     dv = (weights * keep).transpose(-1, -2) @ do.abs()
     lse = sizes.max(-1).values + math.log(k.shape[-2]) + 1
     return [out.transpose(1, 2), lse, *(x.transpose(1, 2) for x in (dq, dk, dv))]

@@ -84,6 +84,11 @@ CASES = {
         lambda: F.attention_packed(torch.empty(1, 1, device="meta").expand(2**25, 640).view(2**25, 1, 1, 40, 16)
                                    .expand(2**25, 2, 3, 40, 16), backend="triton"),
         ValueError, ["batch * heads * rows", str(2**31 - 1)]),
+    "q_norm of another length": (
+        lambda: attention(q_norm=(R(15), None, 1e-5)), ValueError, ["weight of q_norm", "(16,)", "(15,)"]),
+    "k_norm is no triple": (
+        lambda: packed((1, 4, 3, 2, 16), k_norm=R(16)), TypeError, ["k_norm", "(weight, bias, eps)", "Tensor"]),
+    "unknown norm_type": (lambda: attention(norm_type="batch"), ValueError, ["norm_type", "'rms_norm'", "'batch'"]),
     "unknown backend": (
         lambda: F.attention(*[R(1, 4, 2, 16)] * 3, backend="cuda"), ValueError, ["backend", "'triton'", "'cuda'"]),
     # linear, mlp

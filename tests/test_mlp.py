@@ -286,11 +286,14 @@ def test_swiglu_takes_the_parameters_of_timm_and_of_hugging_face():
     x = torch.randn(2, 9, 24)
     packed, apart = timm.layers.SwiGLUPacked(24, 64), timm.layers.SwiGLU(24, 40)
     theirs = Dinov2SwiGLUFFN(Dinov2Config(hidden_size=24, mlp_ratio=4))
-    gates = torch.cat((apart.fc1_g.weight, apart.fc1_x.weight)), torch.cat((apart.fc1_g.bias, apart.fc1_x.bias))
+
+    def cat(gate, value):
+        return torch.cat((gate.weight, value.weight)), torch.cat((gate.bias, value.bias))
+
     for module, w1, b1, last in (
         (packed, packed.fc1.weight, packed.fc1.bias, packed.fc2),
-        (apart, *gates, apart.fc2),
-        (theirs, theirs.weights_in.weight, theirs.weights_in.bias, theirs.weights_out),
+        (apart, *cat(apart.fc1_g, apart.fc1_x), apart.fc2),
+        (theirs, *cat(theirs.gate_proj, theirs.up_proj), theirs.down_proj),
     ):
         ours = F.mlp(x, w1, b1, last.weight, last.bias, activation="swiglu", backend="triton")
         torch.testing.assert_close(ours, module(x), rtol=1e-4, atol=1e-5)

@@ -23,6 +23,16 @@ def sample(name, dtype=torch.float32):
         return [rand(2, 5, 2, 16), rand(2, 7, 2, 16), rand(2, 7, 2, 16)], lambda f, t, **o: f(*t, **o)
     if name == "attention_packed":
         return [rand(2, 5, 3, 2, 16)], lambda f, t, **o: f(*t, **o)
+    if name == "normed attention":
+        tensors = [rand(2, 5, 2, 16), rand(2, 7, 2, 16), rand(2, 7, 2, 16), *(rand(16) for _ in range(3))]
+        # no bias of the keys: softmax does not depend on it, and its gradient is rounding alone
+        return tensors, lambda f, t, **o: f(*t[:3], q_norm=(*t[3:5], 1e-5), k_norm=(t[5], None, 1e-5), **o)
+    if name == "normed packed":
+        tensors = [rand(2, 5, 3, 2, 16), rand(16), rand(16)]
+        norm_type = {"norm_type": "rms_norm"}
+        return tensors, lambda f, t, **o: f(
+            t[0], q_norm=(t[1], None, 1e-5), k_norm=(t[2], None, 1e-5), **norm_type, **o
+        )
     if name == "linear":
         tensors = [rand(2, 5, 16), rand(8, 16), rand(8), rand(2, 5, 8), rand(16), rand(16), rand(8)]
         return tensors, lambda f, t, **o: f(*t[:3], residual=t[3], norm=(*t[4:6], 1e-5), layer_scale=t[6], **o)
@@ -40,18 +50,20 @@ def sample(name, dtype=torch.float32):
     )
 
 
-FUNCTIONS = ("attention", "attention_packed", "linear", "mlp", "layer_norm", "add_layer_norm", "patch_embed")
+FUNCTIONS = ("attention", "attention_packed", "normed attention", "normed packed", "linear", "mlp", "layer_norm")
+FUNCTIONS += ("add_layer_norm", "patch_embed")
 
 
 def random(name):
     """Options with which a function draws random numbers."""
     if name in ("linear", "mlp"):
         return [{"dropout_p": 0.5}, {"dropout_p": 0.5, "drop_path_p": 0.5}]
-    return [{"dropout_p": 0.5}] if name.startswith("attention") else []
+    return [{"dropout_p": 0.5}] if "attention" in name or "packed" in name else []
 
 
 def public(name, module=F):
-    return getattr(module, name.removeprefix("add_"))
+    names = {"add_layer_norm": "layer_norm", "normed attention": "attention", "normed packed": "attention_packed"}
+    return getattr(module, names.get(name, name))
 
 
 def first(outputs):

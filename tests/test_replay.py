@@ -56,6 +56,10 @@ OPS = {
     ),
     "attention": (lambda q, k, v: F.attention(q, k, v, backend="triton"), [(2, 21, 2, 40), *[(2, 19, 2, 40)] * 2]),
     "packed": (lambda x: F.attention_packed(x, dropout_p=0.2, return_lse=True, backend="triton"), [(2, 21, 3, 2, 16)]),
+    "normed": (
+        lambda x, g, b: F.attention_packed(x, q_norm=(g, b, 1e-6), k_norm=(b, g, 1e-6), backend="triton"),
+        [(2, 21, 3, 2, 16), 16, 16],
+    ),
     "layer_norm": (lambda x, g, b: F.layer_norm(x, g, b, backend="triton"), [(2, 21, 40), 40, 40]),
     "add": (lambda x, r, g, b: F.layer_norm(x, g, b, residual=r, backend="triton"), [(21, 40), (21, 40), 40, 40]),
     "slices": (  # of one storage, as arguments of one operator

@@ -57,6 +57,28 @@ class AttentionPackedFunction(Function):
         return _op("attention_packed_bwd")(do, qkv, out, lse, dlse, seed, ctx.scale, ctx.dropout_p), None, None, None
 
 
+class NormedAttentionFunction(Function):
+    """Attention behind a norm of q and k, which are kept as they came. Without k and v, q is the packed projection, and
+    its gradient is packed."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, q_weight, q_bias, k_weight, k_bias, seed, *scalars: Any):
+        norms = q_weight, q_bias, k_weight, k_bias
+        out, lse = _op("normed_attention_fwd")(q, k, v, *norms, seed, *scalars)
+        ctx.save_for_backward(q, k, v, out, lse, *norms, seed)
+        ctx.set_materialize_grads(False)
+        ctx.scalars = scalars
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do, dlse):
+        q, k, v, out, *rest = ctx.saved_tensors
+        do = out.new_zeros(()).expand_as(out) if do is None else do
+        grads = _op("normed_attention_bwd")(do, dlse, q, k, v, out, *rest, *ctx.scalars)
+        return *_only(grads, ctx.needs_input_grad[:7]), *(None,) * (1 + len(ctx.scalars))
+
+
 class LinearFunction(Function):
     """x (M, K), residual (M, N). ``residual_is_x`` stands for passing x twice, which Dynamo cannot trace; the two
     gradients of x are then added where the norm's backward kernel writes one. The bias is kept for the gradient of the

@@ -23,6 +23,7 @@ from vit_triton.backend import resolve_backend
 from vit_triton.reference import Block, Norm
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
+NORM_TYPES = ("layer_norm", "rms_norm")
 PATCH_ORDERS = ("p1 p2 c", "c p1 p2")
 MAX_HEAD_DIM = 256
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,6 +35,9 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+    norm_type: str = "layer_norm",
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -44,13 +48,16 @@ def attention(
     Args:
         q: (B, N_q, H, D), D at most 256.
         k, v: (B, N_k, H, D), N_k at least 1.
+        q_norm, k_norm: over D, of every query and key before (Dehghani et al. 2023, arXiv:2302.05442, section 2).
+        norm_type: of both norms, "layer_norm" or "rms_norm" (Zhang & Sennrich 2019, arXiv:1910.07467).
         scale: default 1 / sqrt(D).
         dropout_p: probability that a softmax weight is zeroed; the others grow by 1 / (1 - p).
         return_lse: also return the log-sum-exp of each row's scaled scores, float32 (B, H, N_q), differentiable. It is
             NaN, not inf, where a score is inf: the row of softmax is NaN, and so are its gradients.
 
     Returns:
-        (B, N_q, H, D), contiguous with "triton".
+        (B, N_q, H, D), contiguous with "triton". Kept for the backward pass: q, k, v as they came, the result and the
+        log-sum-exp.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, 4, "(B, N, H, D)")
@@ -60,10 +67,24 @@ def attention(
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"q and k must agree in batch, heads and head size, got {_shape(q)} and {_shape(k)}")
     _check_attention(q.shape, k.shape[1], scale, dropout_p)
+    _check_head_norms(q, q_norm, k_norm, norm_type)
     q, k, v = _autocast(q, k, v)
     if resolve_backend(backend, "attention", q) == "torch":
-        return reference.attention(q, k, v, scale=scale, dropout_p=dropout_p, return_lse=return_lse)
+        return reference.attention(
+            q,
+            k,
+            v,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            norm_type=norm_type,
+            scale=scale,
+            dropout_p=dropout_p,
+            return_lse=return_lse,
+        )
     _check_kernel_dtype("q", q)
+    if q_norm is not None or k_norm is not None:
+        out, lse = _normed_attention(q, k, v, q_norm, k_norm, norm_type, scale, dropout_p)
+        return (out, lse) if return_lse else out
     arguments = (q, k, v, _seed(q, dropout_p), _scale(scale, q), float(dropout_p))
     out, lse = _apply(autograd.AttentionFunction, "attention_fwd", arguments, (q, k, v))
     return (out, lse) if return_lse else out
@@ -72,6 +93,9 @@ def attention(
 def attention_packed(
     qkv: Tensor,
     *,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+    norm_type: str = "layer_norm",
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -82,13 +106,35 @@ def attention_packed(
     if qkv.shape[2] != 3:
         raise ValueError(f"qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
     _check_attention((*qkv.shape[:2], *qkv.shape[3:]), qkv.shape[1], scale, dropout_p)
+    _check_head_norms(qkv, q_norm, k_norm, norm_type)
     (qkv,) = _autocast(qkv)
     if resolve_backend(backend, "attention", qkv) == "torch":
-        return reference.attention_packed(qkv, scale=scale, dropout_p=dropout_p, return_lse=return_lse)
+        norms = dict(q_norm=q_norm, k_norm=k_norm, norm_type=norm_type)
+        return reference.attention_packed(qkv, **norms, scale=scale, dropout_p=dropout_p, return_lse=return_lse)
     _check_kernel_dtype("qkv", qkv)
+    if q_norm is not None or k_norm is not None:
+        out, lse = _normed_attention(qkv, None, None, q_norm, k_norm, norm_type, scale, dropout_p)
+        return (out, lse) if return_lse else out
     arguments = (qkv, _seed(qkv, dropout_p), _scale(scale, qkv), float(dropout_p))
     out, lse = _apply(autograd.AttentionPackedFunction, "attention_packed_fwd", arguments, (qkv,))
     return (out, lse) if return_lse else out
+
+
+def _normed_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
+    norm_type: str,
+    scale: float | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    (q_weight, q_bias, q_eps), (k_weight, k_bias, k_eps) = _norm_parts(q_norm), _norm_parts(k_norm)
+    tensors = q, k, v, q_weight, q_bias, k_weight, k_bias
+    scalars = q_eps, k_eps, norm_type == "rms_norm", _scale(scale, q), float(dropout_p)
+    arguments = (*tensors, _seed(q, dropout_p), *scalars)
+    return _apply(autograd.NormedAttentionFunction, "normed_attention_fwd", arguments, tensors)
 
 
 def linear(
@@ -174,7 +220,7 @@ def mlp(
         x: (..., K); w1: (N, K); b1: (N,); w2: (L, N); b2: (L,); residual: (..., L).
         activation: "gelu" (exact), "gelu_tanh", "quick_gelu" (x * sigmoid(1.702 x)), "silu", "relu"; or "swiglu",
             silu(gate) * value (Shazeer 2020, arXiv:2002.05202), where w1 is (2 N, K) and b1 (2 N,), the gate's rows
-            first, as in timm's SwiGLUPacked and Hugging Face's Dinov2SwiGLUFFN.
+            first: ``torch.cat`` of two layers where a model has two.
         layer_scale: (L,); drop_path_p: as for :func:`linear`.
         hidden_dropout_p: after the activation. dropout_p: after the second product.
 
@@ -621,6 +667,13 @@ def _check_attention(q_shape: Sequence[int], n_k: int, scale: float | None, drop
     if scale is not None:
         _check_number("scale", scale)
     _check_dropout("dropout_p", dropout_p)
+
+
+def _check_head_norms(q: Tensor, q_norm: Norm | None, k_norm: Norm | None, norm_type: str) -> None:
+    if norm_type not in NORM_TYPES:
+        raise ValueError(f"norm_type must be one of {', '.join(map(repr, NORM_TYPES))}, got {norm_type!r}")
+    _check_norm("q_norm", q_norm, q.shape[-1], q.device)
+    _check_norm("k_norm", k_norm, q.shape[-1], q.device)
 
 
 def _check_activation(activation: str) -> None:

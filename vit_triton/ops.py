@@ -133,6 +133,67 @@ def _attention_packed_bwd_fake(do, qkv, out, lse, dlse, seed, scale, dropout_p):
     return _like(qkv)
 
 
+# --- attention behind a norm of q and k --------------------------------------------------------------------
+
+
+_NORMS = (
+    "Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor? seed, float? q_eps, float? k_eps, "
+    "bool rms, float scale, float dropout_p"
+)
+
+
+@_register(f"normed_attention_fwd(Tensor q, Tensor? k, Tensor? v, {_NORMS}) -> (Tensor, Tensor)")
+def _normed_attention_fwd(q, k, v, q_weight, q_bias, k_weight, k_bias, seed, q_eps, k_eps, rms, scale, dropout_p):
+    """Without k and v, q is the packed projection."""
+    from vit_triton.kernels.qk_norm import HeadNorm, normed_attention_fwd
+
+    q, k, v = q.unbind(2) if k is None else (q, k, v)
+    q_norm = None if q_eps is None else HeadNorm(q_weight, q_bias, q_eps, rms)
+    k_norm = None if k_eps is None else HeadNorm(k_weight, k_bias, k_eps, rms)
+    return normed_attention_fwd(q, k, v, q_norm, k_norm, seed, scale=scale, dropout_p=dropout_p)
+
+
+@_fake("normed_attention_fwd")
+def _normed_attention_fwd_fake(q, k, v, q_weight, q_bias, k_weight, k_bias, seed, q_eps, k_eps, rms, scale, dropout_p):
+    if k is None:
+        return _attention_packed_fwd_fake(q, seed, scale, dropout_p)
+    return _attention_fwd_fake(q, k, v, seed, scale, dropout_p)
+
+
+@_register(
+    "normed_attention_bwd(Tensor do, Tensor? dlse, Tensor q, Tensor? k, Tensor? v, Tensor out, Tensor lse, "
+    f"{_NORMS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _normed_attention_bwd(
+    do, dlse, q, k, v, out, lse, q_weight, q_bias, k_weight, k_bias, seed, q_eps, k_eps, rms, scale, dropout_p
+):
+    from vit_triton.kernels.qk_norm import HeadNorm, normed_attention_bwd
+
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk, dv = None if k is None else _like(k), None if v is None else _like(v)
+    grads: Any = (dq, dk, dv)
+    if k is None:
+        (q, k, v), grads = q.unbind(2), dq.unbind(2)
+    norm_grads = normed_attention_bwd(
+        *(do, q, k, v),
+        None if q_eps is None else HeadNorm(q_weight, q_bias, q_eps, rms),
+        None if k_eps is None else HeadNorm(k_weight, k_bias, k_eps, rms),
+        *(out, lse, dlse, seed),
+        grads,
+        scale=scale,
+        dropout_p=dropout_p,
+    )
+    return dq, dk, dv, *norm_grads
+
+
+@_fake("normed_attention_bwd")
+def _normed_attention_bwd_fake(
+    do, dlse, q, k, v, out, lse, q_weight, q_bias, k_weight, k_bias, seed, q_eps, k_eps, rms, scale, dropout_p
+):
+    grads = (None if x is None else _like(x) for x in (q, k, v))
+    return *grads, *_norm_grads(q_weight, q_bias, q_eps is not None), *_norm_grads(k_weight, k_bias, k_eps is not None)
+
+
 # --- linear and mlp ----------------------------------------------------------------------------------------
 
 

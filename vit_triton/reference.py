@@ -38,10 +38,14 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+    norm_type: str = "layer_norm",
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    q, k = _head_norm(q, q_norm, norm_type), _head_norm(k, k_norm, norm_type)
     # the explicit formula: on a CPU, scaled_dot_product_attention answers NaN queries with zeros below 16 rows
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -52,10 +56,20 @@ def attention(
     return out, scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
 
 
-def attention_packed(
-    qkv: Tensor, *, scale: float | None = None, dropout_p: float = 0.0, return_lse: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
-    return attention(*qkv.unbind(2), scale=scale, dropout_p=dropout_p, return_lse=return_lse)
+def attention_packed(qkv: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    return attention(*qkv.unbind(2), **options)
+
+
+def _head_norm(x: Tensor, norm: Norm | None, norm_type: str) -> Tensor:
+    if norm is None:
+        return x
+    if norm_type == "layer_norm":
+        return _norm(x, norm).to(x.dtype)
+    weight, bias, eps = norm
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def _norm(x: Tensor, norm: Norm | None) -> Tensor:

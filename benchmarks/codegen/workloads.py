@@ -39,6 +39,8 @@ def each_kernel(dtype: torch.dtype) -> None:
     _differentiate(F.attention_packed(_zeros(dtype, BATCH, TOKENS, 3, HEADS, HEAD_DIM), backend="triton"))
     _mlp(x, WIDTH, HIDDEN, norm=_norm(dtype, WIDTH), residual=x)
     _patches(_zeros(dtype, BATCH, 3, 224, 224), dtype, 16, WIDTH)
+    qkv, normed = _zeros(dtype, BATCH, TOKENS, 3, HEADS, HEAD_DIM), _norm(dtype, HEAD_DIM)
+    _differentiate(F.attention_packed(qkv, q_norm=normed, k_norm=normed, backend="triton"))
     gated = (_zeros(dtype, 2 * HIDDEN, WIDTH), None, _zeros(dtype, WIDTH, HIDDEN), None)
     _differentiate(F.mlp(x, *gated, activation="swiglu", backend="triton"))
     branch = dict(residual=x, layer_scale=_zeros(dtype, WIDTH), drop_path_p=0.1)

@@ -172,6 +172,16 @@ def pick_layer_norm(width: int, arch: str) -> LayerNormConfig:
     return LayerNormConfig(max(1, min(16, num_warps * 512 // block_d)), block_d, num_warps)
 
 
+def pick_qk_norm(head_dim: int, arch: str) -> LayerNormConfig:
+    """Tiles of both kernels that normalise queries and keys: the rows are a head long, and many."""
+    block_d = next_power_of_2(head_dim)
+    if arch == "interpreter":
+        return pick_layer_norm(head_dim, arch)
+    if arch == "cpu":
+        return LayerNormConfig(max(1, 1024 // block_d), block_d, 1, partials=32)
+    return LayerNormConfig(max(1, 2048 // block_d), block_d, 4)  # 16 elements a thread, as above
+
+
 def layer_norm_stretch(n_rows: int, config: LayerNormConfig) -> tuple[int, int]:
     """(programs, steps of ``block_m`` rows each takes) of the backward kernel: at most ``partials`` programs."""
     n_blocks = -(-n_rows // config.block_m)

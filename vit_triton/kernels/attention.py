@@ -678,7 +678,7 @@ def attention_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of :func:`attention_fwd` by q, k and v, each contiguous; ``do`` and ``dlse`` with any strides."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    _attention_bwd(do, q, k, v, out, lse, dlse, seed, dq, dk, dv, scale=scale, dropout_p=dropout_p)
+    attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, scale=scale, dropout_p=dropout_p)
     return dq, dk, dv
 
 
@@ -697,11 +697,12 @@ def attention_packed_bwd(
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     q, k, v = qkv.unbind(2)
     dq, dk, dv = dqkv.unbind(2)
-    _attention_bwd(do, q, k, v, out, lse, dlse, seed, dq, dk, dv, scale=scale, dropout_p=dropout_p)
+    attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, scale=scale, dropout_p=dropout_p)
     return dqkv
 
 
-def _attention_bwd(do, q, k, v, out, lse, dlse, seed, dq, dk, dv, *, scale: float, dropout_p: float) -> None:
+def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, *, scale: float, dropout_p: float) -> None:
+    """The same, written into dq, dk and dv, whose last strides are 1."""
     batch, n_q, n_heads, head_dim = q.shape
     n_k = k.shape[1]
     arch = architecture(q.device)

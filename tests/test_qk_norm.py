@@ -1,0 +1,222 @@
+"""attention behind a norm of queries and keys, against float64: outputs, log-sum-exp and every gradient."""
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import DTYPES, assert_as_precise, double, run
+from test_attention import absolute as absolute_attention
+from test_linear import EPS
+
+from vit_triton import functional as F
+from vit_triton import reference
+
+pytestmark = pytest.mark.compiled
+
+NAMES = ("out", "lse", "q", "k", "v", "q weight", "q bias", "k weight", "k bias")
+
+
+def rows_norm(x, weight, bias, rms):
+    """(y, its size from absolute values, backward) of a float64 norm; backward makes sizes of (dx, dweight, dbias) of
+    that of dy."""
+    mean = 0 if rms else x.mean(-1, keepdim=True)
+    rstd = ((x - mean).square().mean(-1, keepdim=True) + EPS).rsqrt()
+    xhat = (x - mean) * rstd
+    spread = (x.abs() + (0 if rms else x.abs().mean(-1, keepdim=True))) * rstd
+    one = torch.ones_like(x[0, 0, 0])
+    y = xhat * (one if weight is None else weight) + (0 if bias is None else bias)
+    size = spread * (one if weight is None else weight.abs()) + (0 if bias is None else bias.abs())
+
+    def backward(dy):
+        g = dy if weight is None else dy * weight.abs()
+        dx = rstd * (
+            g + (0 if rms else g.mean(-1, keepdim=True)) + xhat.abs() * (g * xhat.abs()).mean(-1, keepdim=True)
+        )
+        grads = [] if weight is None else [(dy * spread).sum((0, 1, 2))]
+        return dx, grads + ([] if bias is None else [dy.sum((0, 1, 2))])
+
+    return y, size, backward
+
+
+def absolute(inputs, grads, scale, norm_type):
+    q, k, v, q_weight, q_bias, k_weight, k_bias = double(inputs)
+    q, size_q, q_backward = rows_norm(q, q_weight, q_bias, norm_type == "rms_norm")
+    k, size_k, k_backward = rows_norm(k, k_weight, k_bias, norm_type == "rms_norm")
+    out, lse, dq, dk, dv = absolute_attention(q, k, v, *double(grads), scale, sizes_of_qk=(size_q, size_k))
+    (dq, q_norm), (dk, k_norm) = q_backward(dq), k_backward(dk)
+    # the log-sum-exp is float32, the operands of its scores are rounded to the dtype of q
+    lse = lse * (torch.finfo(inputs[0].dtype).eps / torch.finfo(torch.float32).eps)
+    return [out, lse, dq, dk, dv, *q_norm, *k_norm]
+
+
+def call(function, norm_type="layer_norm", **options):
+    def inner(q, k, v, q_weight, q_bias, k_weight, k_bias):
+        norms = dict(q_norm=(q_weight, q_bias, EPS), k_norm=(k_weight, k_bias, EPS), norm_type=norm_type)
+        return function(q, k, v, **norms, return_lse=True, **options)
+
+    return inner
+
+
+def make(batch, n_q, n_k, heads, head_dim, dtype, *, affine=(True, True), layout="contiguous"):
+    def one(n):
+        if layout == "heads first":
+            return torch.randn(batch, heads, n, head_dim).to(dtype).transpose(1, 2)
+        if layout == "strided":
+            return torch.randn(batch, n, heads, 2 * head_dim).to(dtype)[..., ::2]
+        return (torch.randn(batch, n, heads, head_dim) + 0.5).to(dtype)
+
+    tensors = [one(n_q), one(n_k), one(n_k)]
+    if layout == "packed":
+        tensors = list((torch.randn(batch, n_q, 3, heads, head_dim) + 0.5).to(dtype).unbind(2))
+    return tensors + [torch.randn(head_dim).to(dtype) if wanted else None for wanted in affine * 2]
+
+
+def check(inputs, grads, norm_type="layer_norm"):
+    ours = run(call(F.attention, norm_type, backend="triton"), inputs, grads)
+    peer = run(call(reference.attention, norm_type), inputs, grads)
+    exact = run(call(reference.attention, norm_type), double(inputs), double(grads))
+    names = ["out", "lse", *(name for name, x in zip(NAMES[2:], inputs, strict=True) if x is not None)]
+    assert len(ours) == len(names)
+    assert_as_precise(ours, [peer], exact, absolute(inputs, grads, inputs[0].shape[-1] ** -0.5, norm_type), names)
+
+
+@given(
+    batch=st.integers(1, 2),
+    n=st.sampled_from([(1, 17), (33, 33)]),
+    heads=st.sampled_from([1, 3]),
+    head_dim=st.sampled_from([16, 72]),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["packed", "heads first", "strided"]),
+    gradient=st.sampled_from(["dense", "expanded"]),
+    affine=st.sampled_from([(True, True), (True, False), (False, False)]),
+    norm_type=st.sampled_from(F.NORM_TYPES),
+)
+def test_outputs_and_gradients(batch, n, heads, head_dim, dtype, layout, gradient, affine, norm_type):
+    n_q, n_k = (n[0], n[0]) if layout == "packed" else n
+    inputs = make(batch, n_q, n_k, heads, head_dim, dtype, affine=affine, layout=layout)
+    do = torch.randn(batch, n_q, heads, head_dim).to(dtype)
+    if gradient == "expanded":
+        do = torch.randn(()).to(dtype).expand_as(do)
+    check(inputs, [do, torch.randn(batch, heads, n_q)], norm_type)
+
+
+@pytest.mark.parametrize("norm_type", F.NORM_TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_blocks(small_tiles, dtype, norm_type):
+    inputs = make(2, 37, 50, 3, 72, dtype)
+    check(inputs, [torch.randn_like(inputs[0]), torch.randn(2, 3, 37)], norm_type)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("norm_type", F.NORM_TYPES)
+def test_the_packed_form_is_the_same_bits(norm_type, dropout_p):
+    qkv, *weights = torch.randn(2, 19, 3, 2, 40).bfloat16(), *(torch.randn(40) for _ in range(4))
+    do = torch.randn(2, 19, 2, 40).bfloat16()
+
+    def packed(qkv, **options):
+        return F.attention_packed(qkv, **options)
+
+    def apart(qkv, **options):
+        return F.attention(*qkv.unbind(2), **options)
+
+    results = []
+    for function in (packed, apart):
+
+        def inner(qkv, q_weight, q_bias, k_weight, k_bias, function=function):
+            norms = dict(q_norm=(q_weight, q_bias, EPS), k_norm=(k_weight, k_bias, EPS), norm_type=norm_type)
+            return function(qkv, **norms, dropout_p=dropout_p, backend="triton")
+
+        torch.manual_seed(3)
+        results.append(run(inner, [qkv, *weights], [do]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    plain = F.attention_packed(qkv, backend="triton")
+    assert not torch.equal(results[0][0], plain)
+
+
+@pytest.mark.parametrize("which", ["q_norm", "k_norm"])
+def test_one_norm_alone(which):
+    q, k, v, weight, bias, *_ = make(2, 9, 11, 2, 40, torch.float32)
+    results = []
+    for function, options in ((F.attention, {"backend": "triton"}), (reference.attention, {})):
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, weight, bias)]
+        out = function(*leaves[:3], **{which: (*leaves[3:], EPS)}, **options)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm_layer", [torch.nn.LayerNorm, timm.layers.RmsNorm])
+def test_timms_attention_with_its_own_parameters(norm_layer):
+    module = timm.layers.Attention(48, num_heads=3, qkv_bias=True, qk_norm=True, norm_layer=norm_layer)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, 11, 48)
+    qkv = F.linear(x, module.qkv.weight, module.qkv.bias, backend="triton").view(2, 11, 3, 3, 16)
+    norms = {
+        f"{name}_norm": (norm.weight, getattr(norm, "bias", None), norm.eps)
+        for name, norm in (("q", module.q_norm), ("k", module.k_norm))
+    }
+    norm_type = "layer_norm" if norm_layer is torch.nn.LayerNorm else "rms_norm"
+    out = F.attention_packed(qkv, **norms, norm_type=norm_type, backend="triton").flatten(2)
+    ours = F.linear(out, module.proj.weight, module.proj.bias, backend="triton")
+    torch.testing.assert_close(ours, module(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", range(7))
+def test_one_input_requires_a_gradient(wanted):
+    inputs = make(1, 5, 6, 2, 16, torch.float32)
+    leaves = [x.clone().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
+    others = [x.clone().requires_grad_() for x in inputs]
+    for function, tensors in ((call(F.attention, backend="triton"), leaves), (call(reference.attention), others)):
+        function(*tensors)[0].square().sum().backward()
+    assert [x.grad is not None for x in leaves] == [i == wanted for i in range(7)]
+    torch.testing.assert_close(leaves[wanted].grad, others[wanted].grad, rtol=1e-4, atol=1e-4)
+
+
+def test_saved_are_the_operands_as_they_came():
+    saved = []
+    qkv, weight = torch.randn(2, 6, 3, 2, 16).requires_grad_(), torch.randn(16)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                F.attention_packed(qkv, q_norm=(weight, None, EPS), k_norm=(weight, None, EPS), backend="triton")
+    assert sorted(saved) == [(2, 2, 6), (2, 6, 2, 16), (2, 6, 3, 2, 16), (16,), (16,)]
+
+
+def test_batch_of_none():
+    inputs = make(0, 5, 7, 2, 16, torch.float32)
+    results = run(call(F.attention, backend="triton"), inputs, [torch.randn(0, 5, 2, 16), None])
+    assert [x.shape for x in results[2:]] == [x.shape for x in inputs]
+    assert not any(x.any() for x in results[2:])
+
+
+def test_the_same_bits_every_time():
+    inputs = make(3, 70, 90, 2, 72, torch.bfloat16)
+    do = torch.randn_like(inputs[0])
+    copies = [[x.clone() for x in inputs] for _ in range(2)]
+    first, second = (run(call(F.attention, backend="triton"), x, [do, None]) for x in copies)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_nan_stays_in_its_row():
+    inputs = make(1, 9, 9, 2, 16, torch.float32)
+    inputs[0][0, 4, 1, 3] = float("nan")
+    ours, theirs = (
+        call(f, **o)(*inputs)[0] for f, o in ((F.attention, {"backend": "triton"}), (reference.attention, {}))
+    )
+    assert torch.equal(ours.isnan(), theirs.isnan()) and ours.isnan().sum() == 16
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_offsets_past_32_bits(axis, virtual_memory):
+    shape, strides = [2, 3, 2, 16], [96, 32, 16, 1]
+    shape[axis], strides[axis] = 4, 2**30
+    far = torch.empty_strided(shape, strides)
+    far.copy_(torch.randn(shape))
+    leaf, near = far.detach().requires_grad_(), far.contiguous().requires_grad_()
+    weights = [torch.randn(16) for _ in range(4)]
+    out = call(F.attention, backend="triton")(leaf, leaf, leaf, *weights)[0]
+    expected = call(reference.attention)(near, near, near, *weights)[0]
+    torch.testing.assert_close(out, expected)
+    pairs = (torch.autograd.grad(y.sum(), x)[0] for y, x in ((out, leaf), (expected, near)))
+    torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,230 @@
+"""Attention behind a norm of every query and key (Dehghani et al. 2023, arXiv:2302.05442, section 2; Henry et al. 2020,
+arXiv:2010.04245).
+
+    q' = norm(q) * weight + bias over the head size, k' likewise      out = softmax(scale * q' k'^T) v
+
+norm is LayerNorm's or, without the mean, RMSNorm's (Zhang & Sennrich 2019, arXiv:1910.07467). A kernel of its own reads q
+and k where the projection wrote them: attention reads keys once for every tile of queries, and would normalise them as
+often. Kept for the backward pass is what attention keeps, of q and k as they came; q' and k' are computed again, and the
+statistics, of a row that sits in registers, with them. The backward kernel is that of :mod:`.layer_norm` for short rows:
+it writes over the gradients of q' and k', and leaves partial sums of those of weight and bias.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from vit_triton.kernels._config import architecture, cdiv, layer_norm_stretch, pick_qk_norm
+from vit_triton.kernels._launch import launch
+from vit_triton.kernels._sums import sum_parts
+from vit_triton.kernels.attention import attention_bwd_into, attention_fwd
+
+
+class HeadNorm(NamedTuple):
+    """weight and bias (D,) of a norm over the head size D; ``rms``: it does not subtract the mean."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float
+    rms: bool
+
+
+@triton.jit
+def _token_offsets(rows, n_tokens, n_heads, stride_b, stride_n, stride_h):
+    """64-bit offsets of the rows of a (B, N, H, D) tensor, counted in that order."""
+    token = rows // n_heads
+    batch = token // n_tokens
+    return (
+        batch.to(tl.int64) * stride_b
+        + (token - batch * n_tokens).to(tl.int64) * stride_n
+        + (rows - token * n_heads).to(tl.int64) * stride_h
+    )
+
+
+@triton.jit
+def _normalised(x, mask_d, head_dim, eps, RMS: tl.constexpr):
+    """(xhat, 1 / std) of rows [BLOCK_M, BLOCK_D] that are 0 past ``head_dim``."""
+    if not RMS:
+        x = tl.where(mask_d, x - (tl.sum(x, axis=1) / head_dim)[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / head_dim + eps)
+    return x * rstd[:, None], rstd
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def qk_norm_fwd_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, stride_xb, stride_xn, stride_xh, stride_xd,
+    n_rows, n_tokens, n_heads, head_dim, eps,
+    RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    mask_d = offs_d < head_dim
+    mask = (offs_m < n_rows)[:, None] & mask_d[None, :]
+    offs_x = _token_offsets(offs_m, n_tokens, n_heads, stride_xb, stride_xn, stride_xh)
+    x_ptrs = x_ptr + offs_x[:, None] + (offs_d.to(tl.int64) * stride_xd)[None, :]  # [BLOCK_M, BLOCK_D]
+    y, _ = _normalised(tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32), mask_d[None, :], head_dim, eps, RMS)
+    if weight_ptr is not None:
+        y *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * head_dim + offs_d[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def qk_norm_fwd(x: torch.Tensor, norm: HeadNorm | None) -> torch.Tensor:
+    """Every head of every token of x (B, N, H, D), any strides, normalised -> (B, N, H, D) contiguous, in x's dtype; x
+    itself without a norm."""
+    if norm is None:
+        return x
+    weight, bias, eps, rms = norm
+    batch, n_tokens, n_heads, head_dim = x.shape
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    config = pick_qk_norm(head_dim, architecture(x.device))
+    launch(
+        qk_norm_fwd_kernel,
+        (cdiv(batch * n_tokens * n_heads, config.block_m),),
+        x,
+        x_ptr=x,
+        weight_ptr=None if weight is None else weight.contiguous(),
+        bias_ptr=None if bias is None else bias.contiguous(),
+        y_ptr=y,
+        stride_xb=x.stride(0),
+        stride_xn=x.stride(1),
+        stride_xh=x.stride(2),
+        stride_xd=x.stride(3),
+        n_rows=batch * n_tokens * n_heads,
+        n_tokens=n_tokens,
+        n_heads=n_heads,
+        head_dim=head_dim,
+        eps=eps,
+        RMS=rms,
+        BLOCK_M=config.block_m,
+        BLOCK_D=config.block_d,
+        num_warps=config.num_warps,
+    )
+    return y
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_steps"])
+def qk_norm_bwd_kernel(
+    dx_ptr, x_ptr, weight_ptr, dweights_ptr, dbiases_ptr,
+    stride_dxb, stride_dxn, stride_dxh, stride_xb, stride_xn, stride_xh, stride_xd,
+    n_rows, n_tokens, n_heads, head_dim, n_steps, eps,
+    RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """n_steps * BLOCK_M rows of dx, which come as rows of dy, and their sum of dy * xhat and dy: row pid of dweights
+    and dbiases (programs, D)."""
+    pid = tl.program_id(0)
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    mask_d = offs_d < head_dim
+    dweight = tl.zeros([BLOCK_D], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for step in range(n_steps):
+        offs_m = (pid * n_steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        mask = (offs_m < n_rows)[:, None] & mask_d[None, :]
+        offs_dx = _token_offsets(offs_m, n_tokens, n_heads, stride_dxb, stride_dxn, stride_dxh)
+        offs_x = _token_offsets(offs_m, n_tokens, n_heads, stride_xb, stride_xn, stride_xh)
+        x_ptrs = x_ptr + offs_x[:, None] + (offs_d.to(tl.int64) * stride_xd)[None, :]  # [BLOCK_M, BLOCK_D]
+        dx_ptrs = dx_ptr + offs_dx[:, None] + offs_d[None, :]
+        grad = tl.load(dx_ptrs, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        xhat, rstd = _normalised(x, mask_d[None, :], head_dim, eps, RMS)
+        if weight_ptr is not None:
+            dweight += tl.sum(grad * xhat, axis=0)
+            dbias += tl.sum(grad, axis=0)
+            grad *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+        dx = grad - xhat * (tl.sum(grad * xhat, axis=1) / head_dim)[:, None]
+        if not RMS:
+            dx -= (tl.sum(grad, axis=1) / head_dim)[:, None]
+        tl.store(dx_ptrs, (dx * rstd[:, None]).to(dx_ptr.dtype.element_ty), mask=mask)
+
+    if weight_ptr is not None:
+        tl.store(dweights_ptr + pid * head_dim + offs_d, dweight, mask=mask_d)
+        tl.store(dbiases_ptr + pid * head_dim + offs_d, dbias, mask=mask_d)
+
+
+def qk_norm_bwd_into(
+    dx: torch.Tensor, x: torch.Tensor, norm: HeadNorm | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dweight (D,) and dbias (D,) of `qk_norm_fwd`, both in the weight's dtype, None without a weight; dx (B, N, H, D),
+    whose last stride is 1, comes as the gradient of its result and is written over."""
+    if norm is None:
+        return None, None
+    weight, _, eps, rms = norm
+    batch, n_tokens, n_heads, head_dim = x.shape
+    n_rows = batch * n_tokens * n_heads
+    config = pick_qk_norm(head_dim, architecture(x.device))
+    n_programs, n_steps = layer_norm_stretch(n_rows, config)
+    dweights, dbiases = (
+        None if weight is None else x.new_empty((n_programs, head_dim), dtype=torch.float32) for _ in range(2)
+    )
+    launch(
+        qk_norm_bwd_kernel,
+        (n_programs,),
+        x,
+        dx_ptr=dx,
+        x_ptr=x,
+        weight_ptr=None if weight is None else weight.contiguous(),
+        dweights_ptr=dweights,
+        dbiases_ptr=dbiases,
+        stride_dxb=dx.stride(0),
+        stride_dxn=dx.stride(1),
+        stride_dxh=dx.stride(2),
+        stride_xb=x.stride(0),
+        stride_xn=x.stride(1),
+        stride_xh=x.stride(2),
+        stride_xd=x.stride(3),
+        n_rows=n_rows,
+        n_tokens=n_tokens,
+        n_heads=n_heads,
+        head_dim=head_dim,
+        n_steps=n_steps,
+        eps=eps,
+        RMS=rms,
+        BLOCK_M=config.block_m,
+        BLOCK_D=config.block_d,
+        num_warps=config.num_warps,
+    )
+    if weight is None or dweights is None or dbiases is None:
+        return None, None
+    return sum_parts(dweights, weight.dtype), sum_parts(dbiases, weight.dtype)
+
+
+def normed_attention_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_norm: HeadNorm | None,
+    k_norm: HeadNorm | None,
+    seed: torch.Tensor | None,
+    *,
+    scale: float,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`attention_fwd` of the normalised q and k."""
+    return attention_fwd(qk_norm_fwd(q, q_norm), qk_norm_fwd(k, k_norm), v, seed, scale=scale, dropout_p=dropout_p)
+
+
+def normed_attention_bwd(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_norm: HeadNorm | None,
+    k_norm: HeadNorm | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    *,
+    scale: float,
+    dropout_p: float,
+) -> tuple[torch.Tensor | None, ...]:
+    """Write the gradients of q, k and v into ``grads``, whose last strides are 1 -> those of q_norm's weight and bias, and
+    of k_norm's; None where there is none."""
+    normed = qk_norm_fwd(q, q_norm), qk_norm_fwd(k, k_norm)
+    attention_bwd_into(*grads, do, *normed, v, out, lse, dlse, seed, scale=scale, dropout_p=dropout_p)
+    return *qk_norm_bwd_into(grads[0], q, q_norm), *qk_norm_bwd_into(grads[1], k, k_norm)
