@@ -16,6 +16,10 @@ pass too, so that the recomputed one is the same, bit for bit. The GELU is Hendr
 arXiv:1606.08415).
 
 No kernel uses atomics: the sum over tokens in `dweight` is cut into parts that are added in a fixed order.
+
+Where a tuned table says so (`VendorGemm`), the vendor's library takes the product and the same kernels do the rest, in
+one pass over it. The product is then rounded to the weight's dtype before the bias or act'(z) reach it, once more than
+without; the dropout masks are the same.
 """
 
 from dataclasses import replace
@@ -24,7 +28,14 @@ import torch
 import triton
 import triton.language as tl
 
-from vit_triton.kernels._config import cdiv, architecture, pick_linear_bwd_input, pick_linear_bwd_weight, pick_linear_fwd
+from vit_triton.kernels._config import (
+    VendorGemm,
+    architecture,
+    cdiv,
+    pick_linear_bwd_input,
+    pick_linear_bwd_weight,
+    pick_linear_fwd,
+)
 from vit_triton.kernels._launch import TRITON_DTYPE, input_precision, keep_scale, launch
 from vit_triton.kernels._sums import sum_parts
 from vit_triton.kernels._tiles import dropout_keep, gelu, gelu_grad, grouped_tile
@@ -61,8 +72,10 @@ def linear_fwd_kernel(
     M, N, K, dropout_p, keep_scale,
     ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WORD: tl.constexpr,
+    MULTIPLIED: tl.constexpr = False,
 ):  # fmt: skip
-    """WORD: 0, or weight_ptr holds the panels of `pack_weight`, BLOCK_N columns of WORD values along K each."""
+    """WORD: 0, or weight_ptr holds the panels of `pack_weight`, BLOCK_N columns of WORD values along K each.
+    MULTIPLIED: x_ptr holds the product, and of the weight only the dtype counts."""
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -80,7 +93,7 @@ def linear_fwd_kernel(
         step_w = tl.full([], BLOCK_K, tl.int64) * stride_wk
 
     z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, K, BLOCK_K):
+    for k in range(0, 0 if MULTIPLIED else K, BLOCK_K):
         x = tl.load(x_ptrs, mask=_within(offs_m, M, offs_k, K - k, EVEN_K), other=0.0)  # [BLOCK_M, BLOCK_K]
         if not WORD:
             w = tl.load(w_ptrs, mask=_within(offs_n, N, offs_k, K - k, EVEN_K), other=0.0)  # [BLOCK_N, BLOCK_K]
@@ -93,6 +106,8 @@ def linear_fwd_kernel(
         w_ptrs += step_w
 
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    if MULTIPLIED:
+        z = tl.load(x_ptr + _offsets(offs_m, stride_xm, offs_n, stride_xk), mask=mask, other=0.0).to(tl.float32)
     y_offs = _offsets(offs_m, N, offs_n, 1)  # outputs are contiguous
     if bias_ptr is not None:
         z += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
@@ -120,12 +135,14 @@ def linear_fwd(
     save_pre: bool = False,
     out_dtype: torch.dtype | None = None,
     panels: torch.Tensor | None = None,
+    multiplied: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y = dropout(act(x @ weight.T + bias)) + residual, and z = x @ weight.T + bias if ``save_pre``, else None.
 
     x (M, K), weight (N, K), bias (N,), residual (M, N) -> y (M, N) in ``out_dtype``, or else the residual's or the
     weight's dtype; z (M, N) in the weight's. ``seed``: one int64, needed with dropout. ``panels``: the weight
-    once more, as `pack_weight` gives it, and then that is read.
+    once more, as `pack_weight` gives it, and then that is read. ``multiplied``: x (M, N) is the product, and of the
+    weight only shape and dtype count.
     """
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n, dtype=out_dtype or (weight if residual is None else residual).dtype)
@@ -133,7 +150,13 @@ def linear_fwd(
     precision = input_precision(weight.dtype)
     epilogue = _epilogue(activation != "none" or residual is not None, dropout_p > 0)
     config = pick_linear_fwd(m, n, k, weight.dtype, architecture(x.device), precision, epilogue)
-    if panels is not None:
+    if isinstance(config, VendorGemm) and not multiplied:
+        x, multiplied = torch.mm(x.to(weight.dtype), weight.T), True
+        if bias is None and pre is None and epilogue == "none" and x.dtype == y.dtype:
+            return x, None
+    if multiplied:
+        config, panels = VendorGemm(), None
+    elif panels is not None:
         config = replace(config, cols=panels.shape[2])
     launch(
         linear_fwd_kernel,
@@ -166,6 +189,7 @@ def linear_fwd(
         BLOCK_K=config.depth,
         GROUP=config.group,
         WORD=0 if panels is None else panels.shape[3],
+        MULTIPLIED=multiplied,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -196,7 +220,9 @@ def linear_bwd_input_kernel(
     ACTIVATION: tl.constexpr, DY_DROPOUT: tl.constexpr, DROPOUT: tl.constexpr,
     EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    MULTIPLIED: tl.constexpr = False,
 ):  # fmt: skip
+    """MULTIPLIED: dy_ptr holds the product, and of the weight only the dtype counts."""
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     pid_m, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -208,7 +234,7 @@ def linear_bwd_input_kernel(
     step_w = tl.full([], BLOCK_N, tl.int64) * stride_wn
 
     dx = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for n in range(0, N, BLOCK_N):
+    for n in range(0, 0 if MULTIPLIED else N, BLOCK_N):
         dy = tl.load(dy_ptrs, mask=_within(offs_m, M, offs_n, N - n, EVEN_N), other=0.0)  # [BLOCK_M, BLOCK_N]
         if EVEN_N:
             w = tl.load(w_ptrs, mask=(offs_k < K)[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
@@ -221,6 +247,8 @@ def linear_bwd_input_kernel(
         w_ptrs += step_w
 
     mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
+    if MULTIPLIED:
+        dx = tl.load(dy_ptr + _offsets(offs_m, stride_dym, offs_k, stride_dyn), mask=mask, other=0.0).to(tl.float32)
     if pre_ptr is not None:
         pre_ptrs = pre_ptr + _offsets(offs_m, stride_pm, offs_k, stride_pk)
         dx *= gelu_grad(tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32), ACTIVATION, dtype == tl.float32)
@@ -252,6 +280,13 @@ def linear_bwd_input(
     precision = input_precision(weight.dtype)
     epilogue = _epilogue(pre is not None, dropout_p > 0 or dy_dropout_p > 0)
     config = pick_linear_bwd_input(m, n, k, weight.dtype, architecture(dy.device), precision, epilogue)
+    multiplied = isinstance(config, VendorGemm)
+    if multiplied:
+        if dy_dropout_p > 0:  # the library reads what it multiplies as it is
+            dy, _ = linear_fwd(dy, weight, None, None, dy_seed, dropout_p=dy_dropout_p, multiplied=True)
+        dy = torch.mm(dy.to(weight.dtype), weight)
+        if pre is None and dy.dtype == dx.dtype:
+            return dy
     launch(
         linear_bwd_input_kernel,
         (cdiv(m, config.rows) * cdiv(k, config.cols),),
@@ -284,6 +319,7 @@ def linear_bwd_input(
         BLOCK_K=config.cols,
         BLOCK_N=config.depth,
         GROUP=config.group,
+        MULTIPLIED=multiplied,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
