@@ -108,15 +108,13 @@ def test_the_same_numbers_and_masks(vendor, launcher, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_mask_is_the_same_bit_for_bit(vendor, dtype):
+    ones, zeros, seed = torch.ones(70, 50, dtype=dtype), torch.zeros(70, 50, dtype=dtype), torch.tensor([3])
+    eye = torch.eye(50, dtype=dtype)
+
     def masks():
-        x, weight, ones = torch.zeros(70, 16, dtype=dtype), torch.zeros(50, 16, dtype=dtype), torch.ones(50, dtype=dtype)
         with active():
-            (y, _) = linear.linear_fwd(x, weight, ones, None, torch.tensor([3]), dropout_p=0.25)
-            eye = torch.eye(50, dtype=dtype)
-            dx = linear.linear_bwd_input(
-                torch.ones(70, 50, dtype=dtype), eye, None, None, dy_dropout_p=0.25, dy_seed=torch.tensor([3])
-            )
-        return y, dx
+            y, _ = linear.linear_fwd(zeros, eye, ones[0], None, seed, dropout_p=0.25)
+            return y, linear.linear_bwd_input(ones, eye, None, None, dy_dropout_p=0.25, dy_seed=seed)
 
     ours = masks()
     vendor()

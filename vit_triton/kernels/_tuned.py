@@ -122,11 +122,11 @@ def describe(device: str, architecture: str) -> str:
         vendor = [each for each in every if isinstance(each.config, VendorGemm)]
         library = f", the vendor's GEMM for {len(vendor)} of them" if vendor else ""
         lines.append(f"  {picker}: {len(every)} {'list' if len(every) == 1 else 'lists'} of arguments{library}")
-        lines += [f"    vendor's GEMM: {_spelled(each.arguments)}" for each in vendor]
+        lines += [f"    vendor's GEMM: {spelled(each.arguments)}" for each in vendor]
     return "\n".join(lines)
 
 
-def _spelled(arguments: dict[str, Any]) -> str:
+def spelled(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{name} {str(value).removeprefix('torch.')}" for name, value in arguments.items())
 
 
