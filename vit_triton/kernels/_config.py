@@ -179,7 +179,7 @@ ATTENTION_FLOAT32_TILES = (
 
 def _weighed_attention(tiles: Iterable[AttentionConfig]) -> Callable[..., Iterable[AttentionConfig]]:
     def weighed(n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, arch: str) -> Iterable[AttentionConfig]:
-        most_m, most_n = (max(16, next_power_of_2(n)) for n in (n_q, n_k))
+        most_m, most_n = (max(64, next_power_of_2(n)) for n in (n_q, n_k))
         every = ATTENTION_FLOAT32_TILES if dtype == torch.float32 else tiles
         return [tile for tile in every if tile.block_m <= most_m and tile.block_n <= most_n]
 
