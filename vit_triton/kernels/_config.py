@@ -337,7 +337,7 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class VendorGemm(GemmConfig):
-    """The library of the GPU's vendor multiplies; what stands around the product is one pass over it by the same
+    """The library of the GPU's vendor multiplies; what stands behind the product is one pass over it by the same
     kernel, in tiles of ``rows`` x ``cols``. Only a tuned table chooses it."""
 
     rows: int = 32
@@ -434,11 +434,15 @@ def _in_parts(tile: GemmConfig, n: int, k: int) -> GemmConfig:
     return replace(tile, split=min(16, next_power_of_2(-(-216 // max(tiles, 1)))))  # two per SM of an A100
 
 
-def _weighed_bwd_weight(m, n, k, dtype, arch, precision, epilogue="elementwise"):
+def _weighed_bwd_weight(m, n, k, dtype, arch, precision):
     return [_in_parts(tile, n, k) for tile in _weighed_gemm(n, k, _tokens(m, arch), dtype)]
 
 
-@tunable(GemmConfig, weighed=_weighed_bwd_weight)
+def _weighed_linear_bwd_weight(m, n, k, dtype, arch, precision, epilogue):
+    return [*_weighed_bwd_weight(m, n, k, dtype, arch, precision), VendorGemm()]
+
+
+@tunable(GemmConfig, VendorGemm, weighed=_weighed_linear_bwd_weight)
 def pick_linear_bwd_weight(
     m: int, n: int, k: int, dtype: torch.dtype, arch: str, precision: str, epilogue: str
 ) -> GemmConfig:

@@ -19,7 +19,8 @@ No kernel uses atomics: the sum over tokens in `dweight` is cut into parts that 
 
 Where a tuned table says so (`VendorGemm`), the vendor's library takes the product and the same kernels do the rest, in
 one pass over it. The product is then rounded to the weight's dtype before the bias or act'(z) reach it, once more than
-without; the dropout masks are the same.
+without. What stands in front of a product (D of dy, act and D of the gradient's x) is a pass and memory of its own, with
+the rounding that it has in the kernels; the dropout masks are the same.
 """
 
 from dataclasses import replace
@@ -196,6 +197,14 @@ def linear_fwd(
     return y, pre
 
 
+def _alone(
+    x: torch.Tensor, seed: torch.Tensor | None, dtype: torch.dtype, *, dropout_p: float, activation: str = "none"
+) -> torch.Tensor:
+    """dropout(act(x)) of x (M, N) in ``dtype``, in front of a product that a library takes: it reads what is there."""
+    weight = x.new_empty(x.shape[1], 0, dtype=dtype)
+    return linear_fwd(x, weight, None, None, seed, dropout_p=dropout_p, activation=activation, multiplied=True)[0]
+
+
 def pack_weight(weight: torch.Tensor, panel: int, word: int) -> torch.Tensor:
     """A weight (N, K) as panels of ``panel`` of its rows, (N / panel, K / word, panel, word): what a CPU multiplies
     with lies in the order in which it is read. Zeros where N or K does not divide."""
@@ -282,8 +291,8 @@ def linear_bwd_input(
     config = pick_linear_bwd_input(m, n, k, weight.dtype, architecture(dy.device), precision, epilogue)
     multiplied = isinstance(config, VendorGemm)
     if multiplied:
-        if dy_dropout_p > 0:  # the library reads what it multiplies as it is
-            dy, _ = linear_fwd(dy, weight, None, None, dy_seed, dropout_p=dy_dropout_p, multiplied=True)
+        if dy_dropout_p > 0:
+            dy = _alone(dy, dy_seed, weight.dtype, dropout_p=dy_dropout_p)
         dy = torch.mm(dy.to(weight.dtype), weight)
         if pre is None and dy.dtype == dx.dtype:
             return dy
@@ -402,6 +411,13 @@ def linear_bwd_weight(
     precision = input_precision(weight_dtype)
     epilogue = _epilogue(activation != "none" or with_bias, dropout_p > 0 or dy_dropout_p > 0)
     config = pick_linear_bwd_weight(m, n, k, weight_dtype, architecture(dy.device), precision, epilogue)
+    if isinstance(config, VendorGemm):
+        if dy_dropout_p > 0:
+            dy = _alone(dy, dy_seed, weight_dtype, dropout_p=dy_dropout_p)
+        if activation != "none" or dropout_p > 0:
+            x = _alone(x, seed, weight_dtype, dropout_p=dropout_p, activation=activation)
+        dbias = dy.sum(0, dtype=torch.float32).to(weight_dtype) if with_bias else None
+        return torch.mm(dy.to(weight_dtype).T, x.to(weight_dtype)), dbias
     # one part is the result; several are summed in float32
     parts_dtype = weight_dtype if config.split == 1 else torch.float32
     dweight = dy.new_empty(config.split, n, k, dtype=parts_dtype)
