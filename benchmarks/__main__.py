@@ -1,4 +1,4 @@
-"""vit_triton's speed and memory against PyTorch's and others', and what GPU compilers make of its kernels."""
+"""vit_triton against PyTorch and others in speed and memory, what GPU compilers make of its kernels, and tuning."""
 
 import argparse
 
