@@ -1,10 +1,10 @@
-"""vit_triton's speed and memory against PyTorch's and others', and what GPU compilers make of its kernels."""
+"""vit_triton against PyTorch and others in speed and memory, what GPU compilers make of its kernels, and tuning."""
 
 import argparse
 
-from benchmarks import codegen, timing
+from benchmarks import codegen, timing, tune
 
-COMMANDS = {"ops": timing, "models": timing, "codegen": codegen}
+COMMANDS = {"ops": timing, "models": timing, "codegen": codegen, "tune": tune}
 
 
 def main() -> None:

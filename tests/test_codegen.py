@@ -151,8 +151,8 @@ def every_pick(arch, dtype):
     for name, pick in vars(_config).items():
         if name.startswith("pick_attention"):
             lengths = (1, 16, 17, 197, 1370)
-            for args in itertools.product(lengths, lengths, range(1, 257)):
-                picks[name].add(pick(*args, DTYPES[dtype], arch))
+            for *args, dropout in itertools.product(lengths, lengths, range(1, 257), (False, True)):
+                picks[name].add(pick(*args, DTYPES[dtype], arch, dropout))
         elif name.startswith(("pick_linear", "pick_patch")):
             epilogues = [["none"], ["elementwise"], ["dropout"]] if "linear" in name else [[]]
             for n, k, epilogue in itertools.product(sizes, sizes, epilogues):

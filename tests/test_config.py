@@ -56,15 +56,16 @@ def test_a_sample_does_not_depend_on_its_neighbours(pick, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("pick", ATTENTIONS, ids=lambda pick: pick.__name__)
-def test_attention_tiles(pick, arch):
+def test_attention_tiles(pick, arch, dropout):
     for n_q, n_k in [(1, 1), (1, 197), (197, 197), (577, 64), (1370, 1370)]:
         for head_dim in (1, 16, 40, 64, 72, 80, 88, 128, 256):
             for dtype in DTYPES:
-                tile = pick(n_q, n_k, head_dim, dtype, arch)
+                tile = pick(n_q, n_k, head_dim, dtype, arch, dropout)
                 if tile is None:  # the other kernel of the backward pass holds all keys, and gives dq too
                     assert pick is config.pick_attention_bwd_dq
-                    assert config.pick_attention_bwd_dkdv(n_q, n_k, head_dim, dtype, arch).block_n >= n_k
+                    assert config.pick_attention_bwd_dkdv(n_q, n_k, head_dim, dtype, arch, dropout).block_n >= n_k
                     continue
                 assert is_power_of_2(tile.block_m) and is_power_of_2(tile.block_n), tile
                 assert min(tile.block_m, tile.block_n) >= 16, tile
@@ -102,7 +103,7 @@ def test_the_tail_of_a_sequence_covers_what_the_full_blocks_leave(length):
 def test_configurations_are_frozen_and_can_be_keys():
     for tile in (
         config.pick_layer_norm(768, "sm_80"),
-        config.pick_attention_fwd(197, 197, 64, torch.float16, "sm_80"),
+        config.pick_attention_fwd(197, 197, 64, torch.float16, "sm_80", False),
         config.pick_linear_fwd(197, 768, 768, torch.float16, "sm_80", "ieee", "none"),
     ):
         hash(tile)

@@ -2,10 +2,19 @@
 
 A pick depends on sequence length, head size, width, dtype and architecture, never on the batch, so that a
 sample's result does not depend on its neighbours.
+
+The choices for GPUs (sm_*, gfx*) are computed only, from registers, shared memory and instructions: none was timed on
+one. Beside each picker stand the tiles that were weighed; `python -m benchmarks tune` times them, and what it writes
+(:mod:`._tuned`) takes the place of the choices made here, on the device that it names.
 """
 
+import bisect
 import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from triton.runtime import driver
@@ -37,10 +46,77 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def _gpu_architecture(device: torch.device) -> str:
+    from vit_triton.kernels import _tuned  # which reads configurations of the kinds below
+
     properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
+    hip, sm = torch.version.hip, f"sm_{properties.major}{properties.minor}"
+    arch = properties.gcnArchName.split(":")[0] if hip else sm
+    table = _tuned.table(properties.name, arch)
+    return arch if table is None else TunedArchitecture(arch, table.choices)
+
+
+# --- tuning ------------------------------------------------------------------------------------------------
+
+Choices = dict[tuple[Any, ...], Any]  # from a picker's name and its arguments but m and arch to a configuration
+
+
+class TunedArchitecture(str):
+    """The name of an architecture, with what was tuned for one device of it."""
+
+    choices: Choices
+    __hash__ = object.__hash__  # what is cached for a device is not that of another one of the same architecture
+
+    def __new__(cls, name: str, choices: Choices) -> "TunedArchitecture":
+        self = super().__new__(cls, name)
+        self.choices = choices
+        return self
+
+
+@dataclass(frozen=True)
+class Picker:
+    """A ``pick_*`` function as :func:`tunable` found it: the ``kinds`` of configuration it may give, the ``names`` of all
+    of its arguments, the types of those ``arguments`` that a tuned choice depends on, and what was ``weighed``."""
+
+    name: str
+    default: Callable[..., Any]
+    kinds: tuple[type, ...]
+    names: tuple[str, ...]
+    arguments: dict[str, type]
+    weighed: Callable[..., Iterable[Any]]
+
+    def key(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Of a call, in :data:`Choices`."""
+        return self.name, *(value for name, value in zip(self.names, args, strict=True) if name in self.arguments)
+
+    def candidates(self, args: tuple[Any, ...]) -> list[Any]:
+        """The default, then what else was weighed for these arguments, each once."""
+        return list(dict.fromkeys([self.default(*args), *self.weighed(*args)]))
+
+
+PICKERS: dict[str, Picker] = {}
+Pick = TypeVar("Pick", bound=Callable[..., Any])
+
+
+def tunable(*kinds: type, weighed: Callable[..., Iterable[Any]]) -> Callable[[Pick], Pick]:
+    """Decorate a picker: it gives the user's tuned choice where ``arch`` carries one, else its own, and remembers it.
+    ``weighed``, of the picker's arguments: what `tune` measures beside the picker's own choice."""
+
+    def decorate(pick: Pick) -> Pick:
+        parameters = inspect.signature(pick).parameters
+        names = tuple(parameters)
+        arguments = {name: parameters[name].annotation for name in names if name not in ("m", "arch")}
+        picker = PICKERS[pick.__name__] = Picker(pick.__name__, pick, kinds, names, arguments, weighed)
+        arch = names.index("arch")
+
+        @functools.lru_cache(1024)
+        @functools.wraps(pick)
+        def choose(*args: Any) -> Any:
+            tuned = args[arch].choices.get(picker.key(args)) if isinstance(args[arch], TunedArchitecture) else None
+            return pick(*args) if tuned is None else tuned
+
+        return choose  # type: ignore[return-value]
+
+    return decorate
 
 
 def _generation(arch: str) -> str:
@@ -89,29 +165,102 @@ def _pick_cpu_attention(n_rows: int, n_cols: int, block_m: int, block_n: int) ->
     return AttentionConfig(_clip(block_m, n_rows), _clip(block_n, n_cols), 1, 1)
 
 
-def pick_attention_fwd(n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, arch: str) -> AttentionConfig:
+AttentionTable = dict[str, tuple[tuple[int, int, int, int], ...]]  # of a generation: block_m, block_n, warps, stages
+_HEAD_DIMS = (64, 96, 128, 256)  # a row of tiles below: for head sizes up to each of these
+
+# What was weighed for bfloat16, all of it computed from the machine code: no tile spills a register (but for dk/dv at 256),
+# every product is the architecture's own matrix instruction, loads are asynchronous. us: B = 128, H = 12, 197 tokens.
+_ATTENTION_FWD: AttentionTable = {
+    # 128 x 64 is bound by the tensor cores alone (147 us; 64 x 64: 211); from 65 on its accumulators spill
+    "sm_80": ((128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2), (32, 32, 8, 1)),
+    # wgmma wants 64 rows; four blocks on a multiprocessor (70 us; 128 x 32: 73, 128 x 64: 73). At 128 64 x 64 has two
+    # blocks (257 tokens: 214 against 259)
+    "sm_90": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2)),
+    "sm_100": ((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+    "gfx": ((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2)),
+}
+_ATTENTION_FWD_DROPOUT: AttentionTable = {  # Philox wants some 40 registers beside the tile
+    "sm_80": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 16, 8, 2), (16, 32, 4, 1)),
+    "sm_90": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+    "sm_100": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+    "gfx": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2)),
+}
+# wgmma at 128 x 64 with eight warps: from some 500 keys on (577: 363 us against 390 of 64 x 64; 257: 125 against 114)
+_LONG_FWD = {"sm_90": (128, 64, 8, 3)}
+_ATTENTION_BWD_DQ: AttentionTable = {
+    # three blocks of 168 registers (214 us; 64 x 64: 248 with two); 64 x 64 spills from 96 on with dropout
+    "sm_80": ((64, 32, 4, 3), (64, 64, 4, 2), (32, 64, 4, 2), (16, 32, 4, 1)),
+    # five blocks of 90 registers (77 us; 64 x 64: 89, 128 x 64: 81)
+    "sm_90": ((64, 32, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
+    "sm_100": ((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),  # 52 us; 64 x 64: 74
+    "gfx": ((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
+}
+_ATTENTION_BWD_DQ_DROPOUT: AttentionTable = {
+    "sm_80": ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
+    "sm_90": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 16, 4, 2)),
+    "sm_100": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+    "gfx": ((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
+}
+_ATTENTION_BWD_DKDV: AttentionTable = {  # query rows a step, keys a program
+    "sm_80": ((32, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 3), (32, 16, 4, 2)),  # 294 us; two stages 333, 128 keys spill
+    "sm_90": ((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3), (32, 16, 4, 2)),  # 122 us; two stages 136, 64 x 64 156
+    "sm_100": ((32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),  # 88 us; 64 keys: 112
+    "gfx": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1)),
+}
+_ATTENTION_BWD_DKDV_DROPOUT: AttentionTable = {
+    "sm_80": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1), (32, 16, 4, 2)),
+    "sm_90": ((32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2), (32, 16, 4, 2)),
+    "sm_100": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
+    "gfx": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1)),
+}
+# IEEE dots are plain FMA with both operands in registers: larger tiles spill
+_ATTENTION_FWD_FLOAT32 = (AttentionConfig(32, 32, 4, 2), AttentionConfig(16, 16, 4, 1))  # up to 128, and past it
+_ATTENTION_BWD_FLOAT32 = (AttentionConfig(32, 32, 8, 1), AttentionConfig(16, 16, 4, 1))
+
+def _attention_tile(table: AttentionTable, head_dim: int, arch: str) -> AttentionConfig:
+    return AttentionConfig(*table[_generation(arch)][bisect.bisect_left(_HEAD_DIMS, head_dim)])
+
+
+def _weighed_attention(table: AttentionTable, more: Iterable[tuple[int, int, int, int]]) -> Callable[..., Any]:
+    """The tiles of every architecture and head size, and ``more``."""
+
+    def weighed(
+        n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, arch: str, dropout: bool
+    ) -> Iterable[AttentionConfig]:
+        if dtype == torch.float32:
+            return [*_ATTENTION_FWD_FLOAT32, *_ATTENTION_BWD_FLOAT32, AttentionConfig(16, 32, 4, 1)]
+        most_m, most_n = (max(64, next_power_of_2(n)) for n in (n_q, n_k))
+        tiles = (AttentionConfig(*tile) for tile in (*itertools.chain(*table.values()), *more))
+        return [tile for tile in tiles if tile.block_m <= most_m and tile.block_n <= most_n]
+
+    return weighed
+
+
+@tunable(AttentionConfig, weighed=_weighed_attention(_ATTENTION_FWD, [(128, 64, 8, 3), (128, 32, 4, 3), (16, 64, 4, 2)]))
+def pick_attention_fwd(
+    n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, arch: str, dropout: bool
+) -> AttentionConfig:
     """Tiles of ``attention_fwd_kernel``."""
     if arch == "interpreter":
         return _pick_interpreted_attention(n_q, n_k)
     if arch == "cpu":
         return _pick_cpu_attention(n_q, n_k, 256, 64)
     if dtype == torch.float32:
-        # IEEE dots are plain FMA with both operands in registers: larger tiles spill
-        return AttentionConfig(32, 32, 4, 2) if head_dim <= 128 else AttentionConfig(16, 16, 4, 1)
-    if head_dim > 128:
-        return AttentionConfig(64, 32, 8, 2)
-    if n_q <= 16:
-        return AttentionConfig(16, 64, 4, 2)  # one query row (a class token, pooling) must not compute 64
-    if arch in ("sm_90",):
-        return AttentionConfig(64, 64, 4, 2)  # wgmma wants 64 rows; 64x64 keeps four CTAs on an SM (computed)
-    return AttentionConfig(128, 64, 4, 3 if head_dim <= 64 else 2) if head_dim <= 64 else AttentionConfig(64, 64, 4, 2)
+        return _ATTENTION_FWD_FLOAT32[head_dim > 128]
+    if n_q <= 16 and head_dim <= 128:
+        # one query row (a class token, pooling) must not compute 64
+        return AttentionConfig(16, 64 if head_dim <= 64 or not dropout else 32, 4, 2)
+    if n_k > 512 and head_dim <= 64 and not dropout and _generation(arch) in _LONG_FWD:
+        return AttentionConfig(*_LONG_FWD[_generation(arch)])
+    return _attention_tile(_ATTENTION_FWD_DROPOUT if dropout else _ATTENTION_FWD, head_dim, arch)
 
 
 _CPU_MOST_KEYS = 512  # of a program that computes dq, dk and dv: its tiles of scores then fit the L2 cache
 
 
+@tunable(AttentionConfig, weighed=_weighed_attention(_ATTENTION_BWD_DQ, [(64, 64, 4, 2), (128, 64, 8, 2)]))
 def pick_attention_bwd_dq(
-    n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, arch: str
+    n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, arch: str, dropout: bool
 ) -> AttentionConfig | None:
     """Tiles of ``attention_bwd_dq_kernel``; None where ``attention_bwd_dkdv_kernel`` holds all keys and gives dq too."""
     if arch == "interpreter":
@@ -119,19 +268,22 @@ def pick_attention_bwd_dq(
     if arch == "cpu":
         return None if n_k <= _CPU_MOST_KEYS else _pick_cpu_attention(n_q, n_k, 128, 64)
     if dtype == torch.float32:
-        return AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 4, 1)
-    return AttentionConfig(64, 64, 4, 2) if head_dim <= 64 else AttentionConfig(64, 32, 8, 2 if head_dim <= 128 else 1)
+        return _ATTENTION_BWD_FLOAT32[head_dim > 128]
+    return _attention_tile(_ATTENTION_BWD_DQ_DROPOUT if dropout else _ATTENTION_BWD_DQ, head_dim, arch)
 
 
-def pick_attention_bwd_dkdv(n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, arch: str) -> AttentionConfig:
+@tunable(AttentionConfig, weighed=_weighed_attention(_ATTENTION_BWD_DKDV, [(32, 64, 4, 2), (64, 64, 4, 2)]))
+def pick_attention_bwd_dkdv(
+    n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, arch: str, dropout: bool
+) -> AttentionConfig:
     """Tiles of ``attention_bwd_dkdv_kernel``: ``block_n`` keys per program, ``block_m`` query rows per step."""
     if arch == "interpreter":
         return _pick_interpreted_attention(n_q, n_k)
     if arch == "cpu":
         return _pick_cpu_attention(n_q, n_k, 64, _CPU_MOST_KEYS if n_k <= _CPU_MOST_KEYS else 256)
     if dtype == torch.float32:
-        return AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 4, 1)
-    return AttentionConfig(32, 64, 4, 2) if head_dim <= 64 else AttentionConfig(32, 64, 8, 2 if head_dim <= 128 else 1)
+        return _ATTENTION_BWD_FLOAT32[head_dim > 128]
+    return _attention_tile(_ATTENTION_BWD_DKDV_DROPOUT if dropout else _ATTENTION_BWD_DKDV, head_dim, arch)
 
 
 # --- LayerNorm ---------------------------------------------------------------------------------------------
@@ -158,6 +310,16 @@ def check_layer_norm_width(width: int) -> None:
         raise ValueError(f"layer_norm: width must be 1 to {MAX_LAYER_NORM_WIDTH}, got {width}")
 
 
+def _weighed_layer_norm(width: int, arch: str) -> Iterable[LayerNormConfig]:
+    block_d = next_power_of_2(width)
+    for num_warps in (1, 2, 4, 8, 16, 32):
+        for per_thread in (8, 16, 32):
+            rows = num_warps * 32 * per_thread // block_d
+            if 1 <= rows <= 16:
+                yield LayerNormConfig(rows, block_d, num_warps)
+
+
+@tunable(LayerNormConfig, weighed=_weighed_layer_norm)
 def pick_layer_norm(width: int, arch: str) -> LayerNormConfig:
     """Tiles of both LayerNorm kernels."""
     block_d = next_power_of_2(width)
@@ -201,6 +363,13 @@ class SumConfig:
     num_warps: int
 
 
+def _weighed_sum_parts(n_parts: int, arch: str) -> Iterable[SumConfig]:
+    for block in (32, 64, 128, 256):
+        for most in (8, 32, 64):
+            yield SumConfig(min(most, next_power_of_2(n_parts)), block, 4)
+
+
+@tunable(SumConfig, weighed=_weighed_sum_parts)
 def pick_sum_parts(n_parts: int, arch: str) -> SumConfig:
     """Tiles of ``sum_parts_kernel``."""
     if arch == "interpreter":
@@ -255,6 +424,29 @@ class GemmConfig:
     parts: int = 1
 
 
+@dataclass(frozen=True)
+class VendorGemm(GemmConfig):
+    """The library of the GPU's vendor multiplies; what stands behind the product is one pass over it by the same
+    kernel, in tiles of ``rows`` x ``cols``. Only a tuned table chooses it."""
+
+    rows: int = 32
+    cols: int = 128
+    depth: int = 16
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+GEMM_TILES = (
+    *(GemmConfig(128, 128, 32, 4, 4), GemmConfig(128, 64, 32, 4, 4), GemmConfig(64, 64, 32, 4, 4)),
+    *(GemmConfig(128, 128, 64, 8, 3), GemmConfig(128, 256, 64, 8, 3), GemmConfig(128, 64, 64, 8, 3)),
+    *(GemmConfig(128, 64, 64, 4, 3), GemmConfig(64, 64, 64, 4, 3), GemmConfig(64, 128, 64, 4, 3)),
+)
+GEMM_FLOAT32_TILES = (
+    *(GemmConfig(64, 32, 16, 8, 2), GemmConfig(64, 64, 32, 4, 3), GemmConfig(64, 64, 32, 8, 3)),
+    *(GemmConfig(128, 64, 16, 8, 2), GemmConfig(32, 32, 16, 4, 2)),
+)
+
+
 def _clip(tile: int, size: int) -> int:
     return min(tile, max(16, next_power_of_2(size)))  # tl.dot wants at least 16
 
@@ -285,7 +477,16 @@ def _pick_gemm(
         # the operands; a Philox word per element takes more than a GELU
         side = {"none": (128, 128), "elementwise": (128, 64), "dropout": (64, 64)}[epilogue]
         tile = GemmConfig(*side, 32, 4, 4)
+    return _clipped(tile, rows, cols, depth)
+
+
+def _clipped(tile: GemmConfig, rows: int, cols: int, depth: int) -> GemmConfig:
     return replace(tile, rows=_clip(tile.rows, rows), cols=_clip(tile.cols, cols), depth=_clip(tile.depth, depth))
+
+
+def _weighed_gemm(rows: int, cols: int, depth: int, dtype: torch.dtype) -> list[GemmConfig]:
+    tiles = GEMM_FLOAT32_TILES if dtype == torch.float32 else GEMM_TILES
+    return [_clipped(tile, rows, cols, depth) for tile in tiles]
 
 
 def _tokens(m: int, arch: str) -> int:
@@ -293,7 +494,11 @@ def _tokens(m: int, arch: str) -> int:
     return m if arch == "interpreter" else 2**30
 
 
-@functools.lru_cache(1024)
+def _weighed_linear_fwd(m, n, k, dtype, arch, precision, epilogue):
+    return [*_weighed_gemm(_tokens(m, arch), n, k, dtype), VendorGemm()]
+
+
+@tunable(GemmConfig, VendorGemm, weighed=_weighed_linear_fwd)
 def pick_linear_fwd(
     m: int, n: int, k: int, dtype: torch.dtype, arch: str, precision: str, epilogue: str
 ) -> GemmConfig:
@@ -307,7 +512,11 @@ def pick_linear_fwd(
     return tile
 
 
-@functools.lru_cache(1024)
+def _weighed_linear_bwd_input(m, n, k, dtype, arch, precision, epilogue):
+    return [*_weighed_gemm(_tokens(m, arch), k, n, dtype), VendorGemm()]
+
+
+@tunable(GemmConfig, VendorGemm, weighed=_weighed_linear_bwd_input)
 def pick_linear_bwd_input(
     m: int, n: int, k: int, dtype: torch.dtype, arch: str, precision: str, epilogue: str
 ) -> GemmConfig:
@@ -315,20 +524,35 @@ def pick_linear_bwd_input(
     return _pick_gemm(_tokens(m, arch), k, n, dtype, arch, precision, epilogue)
 
 
-@functools.lru_cache(1024)
+def _in_parts(tile: GemmConfig, n: int, k: int) -> GemmConfig:
+    """A weight has few tiles (768 x 768: 36) and the contraction is long: parts fill the GPU."""
+    tiles = -(-n // tile.rows) * -(-k // tile.cols)
+    return replace(tile, split=min(16, next_power_of_2(-(-216 // max(tiles, 1)))))  # two per SM of an A100
+
+
+def _weighed_bwd_weight(m, n, k, dtype, arch, precision):
+    return [_in_parts(tile, n, k) for tile in _weighed_gemm(n, k, _tokens(m, arch), dtype)]
+
+
+def _weighed_linear_bwd_weight(m, n, k, dtype, arch, precision, epilogue):
+    return [*_weighed_bwd_weight(m, n, k, dtype, arch, precision), VendorGemm()]
+
+
+@tunable(GemmConfig, VendorGemm, weighed=_weighed_linear_bwd_weight)
 def pick_linear_bwd_weight(
     m: int, n: int, k: int, dtype: torch.dtype, arch: str, precision: str, epilogue: str
 ) -> GemmConfig:
-    """Tiles of ``linear_bwd_weight_kernel`` ((n, k), depth m), and in how many parts m is cut.
+    """Tiles of ``linear_bwd_weight_kernel`` ((n, k), depth m), and in how many parts m is cut."""
+    return _pick_bwd_weight(m, n, k, dtype, arch, precision, epilogue)
 
-    A weight has few tiles (768 x 768: 36) and the contraction is long: parts fill the GPU.
-    """
+
+def _pick_bwd_weight(
+    m: int, n: int, k: int, dtype: torch.dtype, arch: str, precision: str, epilogue: str
+) -> GemmConfig:
     if arch == "cpu":
         return GemmConfig(_clip(256, n), _clip(256, k), _clip(128, _tokens(m, arch)), 1, 1)
     tile = _pick_gemm(n, k, _tokens(m, arch), dtype, arch, precision, epilogue)
-    tiles = -(-n // tile.rows) * -(-k // tile.cols)
-    split = 1 if arch == "interpreter" else min(16, next_power_of_2(-(-216 // max(tiles, 1))))  # two per SM of an A100
-    return replace(tile, split=split)
+    return tile if arch == "interpreter" else _in_parts(tile, n, k)
 
 
 # --- patch embedding ---------------------------------------------------------------------------------------
@@ -336,7 +560,11 @@ def pick_linear_bwd_weight(
 # As the GEMMs, with an epilogue always: the addresses of the gathered tile hold registers on top of the accumulator.
 
 
-@functools.lru_cache(1024)
+def _weighed_patch_embed_fwd(m, dim, patch_dim, dtype, arch, precision):
+    return _weighed_gemm(_tokens(m, arch), dim, patch_dim, dtype)
+
+
+@tunable(GemmConfig, weighed=_weighed_patch_embed_fwd)
 def pick_patch_embed_fwd(m: int, dim: int, patch_dim: int, dtype: torch.dtype, arch: str, precision: str) -> GemmConfig:
     """Tiles of ``patch_embed_fwd_kernel`` ((m, patch_dim) -> (m, dim))."""
     if arch == "cpu":  # wide: the patches are gathered and normalised again for every tile of columns
@@ -344,7 +572,11 @@ def pick_patch_embed_fwd(m: int, dim: int, patch_dim: int, dtype: torch.dtype, a
     return _pick_gemm(_tokens(m, arch), dim, patch_dim, dtype, arch, precision, "elementwise")
 
 
-@functools.lru_cache(1024)
+def _weighed_patch_embed_bwd_image(m, dim, patch_dim, dtype, arch, precision):
+    return _weighed_gemm(_tokens(m, arch), patch_dim, dim, dtype)
+
+
+@tunable(GemmConfig, weighed=_weighed_patch_embed_bwd_image)
 def pick_patch_embed_bwd_image(
     m: int, dim: int, patch_dim: int, dtype: torch.dtype, arch: str, precision: str
 ) -> GemmConfig:
@@ -352,11 +584,11 @@ def pick_patch_embed_bwd_image(
     return _pick_gemm(_tokens(m, arch), patch_dim, dim, dtype, arch, precision, "elementwise")
 
 
-@functools.lru_cache(1024)
+@tunable(GemmConfig, weighed=_weighed_bwd_weight)
 def pick_patch_embed_bwd_weight(
     m: int, dim: int, patch_dim: int, dtype: torch.dtype, arch: str, precision: str
 ) -> GemmConfig:
     """Tiles of ``patch_embed_bwd_weight_kernel`` ((dim, patch_dim), depth m), and in how many parts m is cut."""
-    tile = pick_linear_bwd_weight(m, dim, patch_dim, dtype, arch, precision, "elementwise")
+    tile = _pick_bwd_weight(m, dim, patch_dim, dtype, arch, precision, "elementwise")
     # with four warps 256 patches an image spill on sm_80 and sm_86 (computed)
     return tile if arch in ("cpu", "interpreter") else replace(tile, num_warps=8)

@@ -245,7 +245,7 @@ def attention_fwd(
     n_k = k.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(batch, n_heads, n_q, dtype=torch.float32, device=q.device)
-    config = pick_attention_fwd(n_q, n_k, head_dim, q.dtype, architecture(q.device))
+    config = pick_attention_fwd(n_q, n_k, head_dim, q.dtype, architecture(q.device), dropout_p > 0)
     d_main, d_tail = split_head_dim(head_dim)
     launch(
         attention_fwd_kernel,
@@ -760,7 +760,7 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, *, scale: 
         PRECISION=input_precision(q.dtype),
     )
     dq_strides = dict(stride_dqb=dq.stride(0), stride_dqn=dq.stride(1), stride_dqh=dq.stride(2))
-    config = pick_attention_bwd_dq(n_q, n_k, head_dim, q.dtype, arch)
+    config = pick_attention_bwd_dq(n_q, n_k, head_dim, q.dtype, arch, dropout_p > 0)
     if config is not None:
         launch(
             attention_bwd_dq_kernel,
@@ -776,7 +776,7 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, *, scale: 
             **shared,
         )
     with_dq = config is None
-    config = pick_attention_bwd_dkdv(n_q, n_k, head_dim, q.dtype, arch)
+    config = pick_attention_bwd_dkdv(n_q, n_k, head_dim, q.dtype, arch, dropout_p > 0)
     launch(
         attention_bwd_dkdv_kernel,
         (cdiv(n_k, config.block_n) * batch * n_heads,),

@@ -23,6 +23,11 @@ pass too, so that the recomputed one is the same, bit for bit. The GELU is Hendr
 arXiv:1606.08415).
 
 No kernel uses atomics: the sum over tokens in `dweight` is cut into parts that are added in a fixed order.
+
+Where a tuned table says so (`VendorGemm`), the vendor's library takes the product and the same kernels do the rest, in
+one pass over it. The product is then rounded to the weight's dtype before the bias or act'(z) reach it, once more than
+without. What stands in front of a product (D of dy, act and D of the gradient's x) is a pass and memory of its own, with
+the rounding that it has in the kernels; the dropout masks are the same.
 """
 
 from dataclasses import replace
@@ -33,6 +38,7 @@ import triton
 import triton.language as tl
 
 from vit_triton.kernels._config import (
+    VendorGemm,
     architecture,
     cdiv,
     pick_layer_scale_bwd,
@@ -86,9 +92,10 @@ def linear_fwd_kernel(
     M, N, K, rows_per_sample, dropout_p, keep_scale,
     ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WORD: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, MULTIPLIED: tl.constexpr = False,
 ):  # fmt: skip
-    """WORD: 0, or weight_ptr holds the panels of `pack_weight`, BLOCK_N columns of WORD values along K each."""
+    """WORD: 0, or weight_ptr holds the panels of `pack_weight`, BLOCK_N columns of WORD values along K each.
+    MULTIPLIED: x_ptr holds the product, and of the weight only the dtype counts."""
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -106,7 +113,7 @@ def linear_fwd_kernel(
         step_w = tl.full([], BLOCK_K, tl.int64) * stride_wk
 
     product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, K, BLOCK_K):
+    for k in range(0, 0 if MULTIPLIED else K, BLOCK_K):
         x = tl.load(x_ptrs, mask=_within(offs_m, M, offs_k, K - k, EVEN_K), other=0.0)  # [BLOCK_M, BLOCK_K]
         if not WORD:
             w = tl.load(w_ptrs, mask=_within(offs_n, N, offs_k, K - k, EVEN_K), other=0.0)  # [BLOCK_N, BLOCK_K]
@@ -123,6 +130,8 @@ def linear_fwd_kernel(
         offs_n = pid_n * BLOCK_N + part * WIDTH + tl.arange(0, WIDTH)
         z = columns_of(product, part, PARTS)  # [BLOCK_M, WIDTH]
         mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        if MULTIPLIED:
+            z = tl.load(x_ptr + _offsets(offs_m, stride_xm, offs_n, stride_xk), mask=mask, other=0.0).to(tl.float32)
         y_offs = _offsets(offs_m, N, offs_n, 1)  # outputs are contiguous
         if bias_ptr is not None:
             z += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
@@ -155,13 +164,15 @@ def linear_fwd(
     activation: str = "none",
     save_pre: bool = False,
     panels: torch.Tensor | None = None,
+    multiplied: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y = s * gamma * dropout(act(x @ weight.T + bias)) + residual, and z = x @ weight.T + bias if ``save_pre``, else
     None.
 
     x (M, K), weight (N, K), bias (N,), residual (M, N), ``layer_scale`` gamma (N,), ``samples`` s (B,) float32, each for
     M / B rows -> y (M, N) in :func:`output_dtype`; z (M, N) in the weight's. ``seed``: one int64, needed with dropout.
-    ``panels``: the weight once more, as `pack_weight` gives it, and then that is read.
+    ``panels``: the weight once more, as `pack_weight` gives it, and then that is read. ``multiplied``: x (M, N) is the
+    product, and of the weight only shape and dtype count.
     """
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n, dtype=output_dtype(weight, residual, layer_scale))
@@ -169,7 +180,13 @@ def linear_fwd(
     precision = input_precision(weight.dtype)
     epilogue = _epilogue(activation != "none" or residual is not None, dropout_p > 0)
     config = pick_linear_fwd(m, n, k, weight.dtype, architecture(x.device), precision, epilogue)
-    if panels is not None:
+    if isinstance(config, VendorGemm) and not multiplied:
+        x, multiplied = torch.mm(x.to(weight.dtype), weight.T), True
+        if bias is None and pre is None and epilogue == "none" and x.dtype == y.dtype:
+            return x, None
+    if multiplied:
+        config, panels = VendorGemm(), None
+    elif panels is not None:
         config = replace(config, cols=panels.shape[2])
     launch(
         linear_fwd_kernel,
@@ -206,6 +223,7 @@ def linear_fwd(
         GROUP=config.group,
         WORD=0 if panels is None else panels.shape[3],
         PARTS=config.parts,
+        MULTIPLIED=multiplied,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -218,6 +236,30 @@ def output_dtype(
     """The residual's or else the weight's; float32 where that of LayerScale, which autocast leaves as it is, differs."""
     dtype = (weight if residual is None else residual).dtype
     return dtype if layer_scale is None or layer_scale.dtype == dtype else torch.float32
+
+
+def _alone(
+    x: torch.Tensor,
+    seed: torch.Tensor | None,
+    dtype: torch.dtype,
+    *,
+    layer_scale: torch.Tensor | None = None,
+    samples: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    activation: str = "none",
+) -> torch.Tensor:
+    """s * gamma * dropout(act(x)) of x (M, N) in ``dtype``, in front of a product that a library takes: it reads what is
+    there. x itself where there is nothing to do."""
+    if layer_scale is None and samples is None and dropout_p == 0 and activation == "none":
+        return x.to(dtype)
+    weight = x.new_empty(x.shape[1], 0, dtype=dtype)
+    y, _ = linear_fwd(
+        *(x, weight, None, None, seed, layer_scale, samples),
+        dropout_p=dropout_p,
+        activation=activation,
+        multiplied=True,
+    )
+    return y.to(dtype)
 
 
 def pack_weight(weight: torch.Tensor, panel: int, word: int) -> torch.Tensor:
@@ -244,7 +286,9 @@ def linear_bwd_input_kernel(
     ACTIVATION: tl.constexpr, DY_DROPOUT: tl.constexpr, DROPOUT: tl.constexpr,
     EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    MULTIPLIED: tl.constexpr = False,
 ):  # fmt: skip
+    """MULTIPLIED: dy_ptr holds the product, and of the weight only the dtype counts."""
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     pid_m, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -256,7 +300,7 @@ def linear_bwd_input_kernel(
     step_w = tl.full([], BLOCK_N, tl.int64) * stride_wn
 
     product = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for n in range(0, N, BLOCK_N):
+    for n in range(0, 0 if MULTIPLIED else N, BLOCK_N):
         dy = tl.load(dy_ptrs, mask=_within(offs_m, M, offs_n, N - n, EVEN_N), other=0.0)  # [BLOCK_M, BLOCK_N]
         if EVEN_N:
             w = tl.load(w_ptrs, mask=(offs_k < K)[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
@@ -276,6 +320,8 @@ def linear_bwd_input_kernel(
         offs_k = pid_k * BLOCK_K + part * WIDTH + tl.arange(0, WIDTH)
         dx = columns_of(product, part, PARTS)  # [BLOCK_M, WIDTH]
         mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
+        if MULTIPLIED:
+            dx = tl.load(dy_ptr + _offsets(offs_m, stride_dym, offs_k, stride_dyn), mask=mask, other=0.0).to(tl.float32)
         if samples_ptr is not None:
             dx *= _sample_scale(samples_ptr, offs_m, M, rows_per_sample)[:, None]
         if pre_ptr is not None:
@@ -311,6 +357,11 @@ def linear_bwd_input(
     elementwise = pre is not None or layer_scale is not None or samples is not None
     epilogue = _epilogue(elementwise, dropout_p > 0 or dy_dropout_p > 0)
     config = pick_linear_bwd_input(m, n, k, weight.dtype, architecture(dy.device), precision, epilogue)
+    multiplied = isinstance(config, VendorGemm)
+    if multiplied:
+        dy = torch.mm(_alone(dy, dy_seed, weight.dtype, layer_scale=layer_scale, dropout_p=dy_dropout_p), weight)
+        if pre is None and samples is None:
+            return dy
     launch(
         linear_bwd_input_kernel,
         (cdiv(m, config.rows) * cdiv(k, config.cols),),
@@ -347,6 +398,7 @@ def linear_bwd_input(
         BLOCK_N=config.depth,
         GROUP=config.group,
         PARTS=config.parts,
+        MULTIPLIED=multiplied,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -451,6 +503,13 @@ def linear_bwd_weight(
     epilogue = _epilogue(activation != "none" or with_bias or samples is not None, dropout_p > 0 or dy_dropout_p > 0)
     arch = architecture(dy.device)
     config = pick_linear_bwd_weight(m, n, k, weight_dtype, arch, precision, epilogue)
+    if isinstance(config, VendorGemm):
+        dy = _alone(dy, dy_seed, weight_dtype, samples=samples, dropout_p=dy_dropout_p)
+        x = _alone(x, seed, weight_dtype, dropout_p=dropout_p, activation=activation)
+        dweight, dbias = torch.mm(dy.T, x), dy.sum(0, dtype=torch.float32) if with_bias else None
+        if scaled is not None:
+            return layer_scale_bwd(dweight.float()[None], None if dbias is None else dbias[None], scaled)
+        return dweight, None if dbias is None else dbias.to(weight_dtype), None
     # one part is the result; what is summed or scaled is so in float32
     parts_dtype = weight_dtype if config.split == 1 and scaled is None else torch.float32
     dweight = dy.new_empty(config.split, n, k, dtype=parts_dtype)

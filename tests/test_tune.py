@@ -1,0 +1,316 @@
+"""Tuned tables: which file counts, for which device, what a wrong one says, and what measures and writes one."""
+
+import dataclasses
+import itertools
+import json
+import sys
+
+import pytest
+import torch
+from conftest import forget_recordings
+
+from benchmarks import __main__ as command
+from benchmarks import tune
+from vit_triton.cpu.driver import active
+from vit_triton.kernels import _config, _tuned, linear
+from vit_triton.kernels._config import AttentionConfig, GemmConfig, LayerNormConfig, VendorGemm
+
+H100, SM = "NVIDIA H100 80GB HBM3", "sm_90"
+GEMM = dict(n=768, k=3072, dtype=torch.bfloat16, precision="ieee", epilogue="none")
+TILE = GemmConfig(128, 256, 64, 8, 3)
+TIMED = [
+    _tuned.Timed("pick_linear_fwd", GEMM, VendorGemm(), [(TILE, 0.5), (VendorGemm(), 0.25)]),
+    _tuned.Timed("pick_linear_fwd", GEMM | dict(epilogue="dropout"), TILE, [(TILE, 0.5)]),
+    _tuned.Timed("pick_layer_norm", dict(width=768), LayerNormConfig(8, 1024, 8), []),
+]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv(_tuned.ENVIRONMENT_VARIABLE, raising=False)
+    return tmp_path / "vit_triton" / "tuned"
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Stands in for PyTorch's answer about devices: by index, (name, major, minor)."""
+    devices = []
+
+    def properties(device):
+        name, major, minor = devices[device.index]
+        return type("Properties", (), dict(name=name, major=major, minor=minor))
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(_config._launch, "INTERPRETING", False)
+    _config._gpu_architecture.cache_clear()
+    yield devices
+    _config._gpu_architecture.cache_clear()
+
+
+def picked(device, epilogue="none", m=197):
+    arch = _config.architecture(torch.device(device))
+    return _config.pick_linear_fwd(m, 768, 3072, torch.bfloat16, arch, "ieee", epilogue)
+
+
+def computed(arch, epilogue="none"):
+    return _config.PICKERS["pick_linear_fwd"].default(197, 768, 3072, torch.bfloat16, arch, "ieee", epilogue)
+
+
+def test_written_and_read_again(tmp_path):
+    path = tmp_path / "some" / "folder" / "file.json"
+    table = _tuned.new_table(H100, SM, TIMED)
+    _tuned.write(path, table)
+    assert _tuned.read(path) == table
+    _tuned.write(path, dataclasses.replace(table, timed=TIMED[:1]))
+    assert _tuned.read(path).timed == TIMED[:1] and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", SM, "sm_100", "gfx942"])
+@pytest.mark.parametrize("name", _config.PICKERS)
+def test_every_candidate_can_be_written_and_read(tmp_path, name, arch):
+    """And is one configuration of its own, the default choice first."""
+    picker = _config.PICKERS[name]
+    sizes = [197, 768, 80, 3072], [1, 16, 64, 588], [577, 577, 256, 10]
+    timed = []
+    for (a, b, c, d), dtype in itertools.product(sizes, [torch.float32, torch.float16, torch.bfloat16]):
+        known = dict(m=8 * 197, n_q=a, n_k=a, head_dim=c, width=b, n_parts=a, n=b, k=d, dim=b, patch_dim=d, dtype=dtype)
+        known |= dict(arch=arch, precision="ieee", epilogue="elementwise")
+        args = tuple(known[each] for each in picker.names)
+        candidates = picker.candidates(args)
+        assert candidates[0] == picker.default(*args) and len(set(candidates)) == len(candidates) > 1
+        arguments = {each: known[each] for each in picker.arguments}
+        timed.append(_tuned.Timed(name, arguments, candidates[-1], [(each, 1.0) for each in candidates]))
+    timed = list({each.key: each for each in timed}.values())
+    _tuned.write(tmp_path / "file.json", _tuned.new_table(H100, arch, timed))
+    assert _tuned.read(tmp_path / "file.json").timed == timed
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "file.json"
+    _tuned.write(path, _tuned.new_table(H100, SM, TIMED))
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        _tuned.write(path, _tuned.new_table(H100, SM, [dataclasses.replace(TIMED[0], arguments={"n": object()})]))
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_tuned_choice_is_for_its_device_alone(home, gpus):
+    gpus += [(H100, 9, 0), ("NVIDIA H200", 9, 0), (H100, 8, 0)]
+    _tuned.write(_tuned.default_path(H100), _tuned.new_table(H100, SM, TIMED))
+    assert [path.name for path in home.iterdir()] == ["nvidia-h100-80gb-hbm3.json"]
+    for m in (197, 8 * 197):
+        assert picked("cuda:0", m=m) == VendorGemm() and picked("cuda:0", "dropout", m=m) == TILE
+        assert picked("cuda:1", m=m) == computed(SM) and picked("cuda:2", m=m) == computed("sm_80")
+    assert picked("cuda:0", "elementwise") == computed(SM, "elementwise")
+    assert _config.pick_layer_norm(768, _config.architecture(torch.device("cuda:0"))) == LayerNormConfig(8, 1024, 8)
+    assert _config.pick_layer_norm(768, SM) != LayerNormConfig(8, 1024, 8)
+    assert _config.architecture(torch.device("cuda:0")) == SM
+    with active():
+        assert type(_config.architecture(torch.device("cpu"))) is str
+
+
+def test_two_devices_of_one_architecture_have_a_choice_each(home, gpus):
+    gpus += [(H100, 9, 0), ("NVIDIA H200", 9, 0)]
+    _tuned.write(_tuned.default_path(H100), _tuned.new_table(H100, SM, TIMED))
+    other = [dataclasses.replace(TIMED[0], config=GemmConfig(64, 64, 64, 4, 3))]
+    _tuned.write(_tuned.default_path("NVIDIA H200"), _tuned.new_table("NVIDIA H200", SM, other))
+    assert [picked(f"cuda:{i}") for i in (0, 1, 0, 1)] == [VendorGemm(), GemmConfig(64, 64, 64, 4, 3)] * 2
+
+
+def test_the_environment_names_another_file_or_none(home, gpus, monkeypatch, tmp_path):
+    gpus += [(H100, 9, 0)]
+    _tuned.write(_tuned.default_path(H100), _tuned.new_table(H100, SM, TIMED))
+    mine = dataclasses.replace(TIMED[0], config=GemmConfig(64, 64, 64, 4, 3))
+    _tuned.write(tmp_path / "mine.json", _tuned.new_table(H100, SM, [mine]))
+    for name, expected in ((str(tmp_path / "mine.json"), mine.config), ("", computed(SM))):
+        monkeypatch.setenv(_tuned.ENVIRONMENT_VARIABLE, name)
+        _config._gpu_architecture.cache_clear()
+        assert picked("cuda:0") == expected
+    monkeypatch.setenv(_tuned.ENVIRONMENT_VARIABLE, str(tmp_path / "missing.json"))
+    _config._gpu_architecture.cache_clear()
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match="VIT_TRITON_TUNED must name a file of .*, got .*missing.json"):
+            picked("cuda:0")
+
+
+def test_without_a_folder_of_its_own_the_home_is_taken(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in ("", "relative"):
+        monkeypatch.setenv("XDG_CONFIG_HOME", value)
+        assert _tuned.default_path("AMD Instinct MI300X (x)") == (
+            tmp_path / ".config" / "vit_triton" / "tuned" / "amd-instinct-mi300x-x.json"
+        )
+
+
+WRONG = [
+    (lambda x: x.pop("date"), "the file must be an object with device, .*, got"),
+    (lambda x: x.update(triton=3), "triton must be a string, got 3"),
+    (lambda x: x.update(pickers=[]), r"pickers must be an object of lists, got \[\]"),
+    (lambda x: x["pickers"].update(pick_nothing=[]), "each name in pickers must be one of pick_.*, got 'pick_nothing'"),
+    (lambda x: x["pickers"].update(pick_layer_norm={}), "pick_layer_norm must be a list, got {}"),
+    (lambda x: first(x)["arguments"].update(m=8), r"pick_linear_fwd\[0\].arguments must be an object with n, k"),
+    (lambda x: first(x)["arguments"].update(n=0), r"arguments.n must be a positive integer, got 0"),
+    (lambda x: first(x)["arguments"].update(k=True), r"arguments.k must be a positive integer, got True"),
+    (lambda x: first(x)["arguments"].update(dtype="int8"), r"arguments.dtype must be one of float32, .*, got 'int8'"),
+    (lambda x: first(x)["arguments"].update(epilogue="x"), r"arguments.epilogue must be one of none, .*, got 'x'"),
+    (lambda x: first(x)["config"].update(kind="SumConfig"), r"config must be an object whose kind is GemmConfig or V"),
+    (lambda x: first(x)["config"].update(rows=8), r"config.rows must be a power of two from 16 to 65536, got 8"),
+    (lambda x: first(x)["config"].update(cols=48), r"config.cols must be a power of two from 16 to 65536, got 48"),
+    (lambda x: first(x)["config"].update(num_warps=64), r"num_warps must be a power of two from 1 to 32, got 64"),
+    (lambda x: first(x)["config"].update(num_stages=2.0), r"config.num_stages must be an integer from 1 to 8, got 2.0"),
+    (lambda x: first(x)["config"].pop("group"), r"config must be an object with kind, rows, .*, got \['cols'"),
+    (lambda x: first(x).update(milliseconds=1), r"milliseconds must be a list, got 1"),
+    (lambda x: first(x)["milliseconds"][1].update(ms=-1), r"milliseconds\[1\].ms must be a positive number, got -1"),
+    (lambda x: x["pickers"]["pick_linear_fwd"].append(first(x)), r"pick_linear_fwd\[2\].arguments must be other ones"),
+    (
+        lambda x: x["pickers"]["pick_layer_norm"][0]["config"].update(block_d=512),
+        r"pick_layer_norm\[0\].config.block_d must be at least the width 768, got 512",
+    ),
+]
+
+
+def first(content):
+    return content["pickers"]["pick_linear_fwd"][0]
+
+
+@pytest.mark.parametrize(("spoil", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_a_wrong_file_says_what_is_wrong(home, gpus, spoil, message):
+    gpus += [(H100, 9, 0)]
+    path = _tuned.default_path(H100)
+    _tuned.write(path, _tuned.new_table(H100, SM, TIMED))
+    content = json.loads(path.read_text())
+    spoil(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"nvidia-h100-80gb-hbm3.json: .*{message}"):
+        picked("cuda:0")
+
+
+def test_a_file_that_is_no_json(home, gpus):
+    gpus += [(H100, 9, 0)]
+    path = _tuned.default_path(H100)
+    path.parent.mkdir(parents=True)
+    for content in (b"", b"{", b"\xff"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="hbm3.json: .*; write the file again with python -m benchmarks tune"):
+            picked("cuda:0")
+
+
+def test_described(home):
+    assert _tuned.describe(H100, SM).startswith(f"{H100}, sm_90: no tuned tiles; the default ones are computed")
+    path = _tuned.default_path(H100)
+    _tuned.write(path, dataclasses.replace(_tuned.new_table(H100, SM, TIMED), triton="1.0"))
+    text = _tuned.describe(H100, SM)
+    assert str(path) in text and "measured with triton 1.0, this is" in text and "torch" not in text
+    assert "pick_linear_fwd: 2 lists of arguments, the vendor's GEMM for 1 of them" in text
+    assert "vendor's GEMM: n 768, k 3072, dtype bfloat16, precision ieee, epilogue none" in text
+    assert "pick_layer_norm: 1 list of arguments\n" in text + "\n"
+    assert _tuned.describe(H100, "sm_80").endswith(f"{path} is of another device ({H100}, sm_90)")
+
+
+# --- measuring ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch, request):
+    """Cases of a tiny model, whose launchers run on the CPU; two candidates beside each default."""
+    forget_recordings()
+    request.addfinalizer(forget_recordings)
+    monkeypatch.setitem(tune.MODELS, "tiny", (32, 2, 8))
+    tiles = {
+        "pick_attention_fwd": [AttentionConfig(16, 16, 4, 1)],
+        "pick_linear_fwd": [GemmConfig(32, 16, 16, 4, 1), VendorGemm()],
+    }
+    for name, picker in _config.PICKERS.items():
+        few = tiles.get(name, [])
+        picker = dataclasses.replace(picker, weighed=lambda *args, few=few: few)
+        monkeypatch.setitem(_config.PICKERS, name, picker)
+    with active():
+        yield list(tune.cases("tiny", 16, 2, torch.float32, "cpu"))
+
+
+def test_every_picker_is_asked_and_every_candidate_timed(small):
+    lines, timer = [], iter(range(10**6))
+    measured = list(tune.tune(small, lambda run: run() and 1.0 + next(timer), lines.append))
+    assert {each.picker for each in measured} == set(_config.PICKERS)
+    products = [each for each in measured if each.picker == "pick_linear_fwd"]
+    assert {tuple(each.arguments.values())[:2] for each in products} == {(96, 32), (32, 32), (128, 32), (32, 128)}
+    for each in products:
+        assert [config for config, _ in each.milliseconds][1:] == [GemmConfig(32, 16, 16, 4, 1), VendorGemm()]
+        assert each.config == each.milliseconds[0][0]  # times grow: the default is first
+    assert not any("skipped" in line for line in lines)
+
+
+def test_the_fastest_is_taken_where_it_is_worth_it(small):
+    qkv = [case for case in small if case.name == "tiny qkv"]
+    for vendor, expected in ((0.5, VendorGemm()), (0.99, None)):
+        times = iter([1.0, 1.5, vendor])
+        (each,) = tune.tune(qkv, lambda run, times=times: next(times), lambda line: None)
+        assert each.config == (expected or each.milliseconds[0][0]) and each.key[0] == "pick_linear_fwd"
+        assert [ms for _, ms in each.milliseconds] == [1.0, 1.5, vendor]
+
+
+def test_what_several_cases_share_is_judged_by_their_sum(small):
+    both = [case for case in small if case.name in ("tiny layer_norm", "tiny layer_norm backward")]
+    measured = list(tune.tune(both, lambda run: 1.0, lambda line: None))
+    (rows,) = [each for each in measured if each.picker == "pick_layer_norm"]
+    assert [ms for _, ms in rows.milliseconds] == [2.0]
+
+
+def test_a_candidate_that_is_wrong_or_fails_or_spills_is_named_and_not_taken(small, monkeypatch):
+    qkv = [case for case in small if case.name == "tiny qkv"]
+    mm = torch.mm
+    for spoil, message in (
+        (lambda a, b: mm(a, b) * 1.001, "WRONG in tiny qkv: 1.0e-03 from the default's numbers"),
+        (lambda a, b: mm(a, b) * float("nan"), "WRONG in tiny qkv: nan from"),
+        (lambda a, b: mm(a, b[:1]), "does not run: RuntimeError"),
+    ):
+        lines = []
+        monkeypatch.setattr(torch, "mm", spoil)
+        (each,) = tune.tune(qkv, lambda run: 1.0, lines.append)
+        assert [type(config) for config, _ in each.milliseconds] == [GemmConfig, GemmConfig]
+        assert [line for line in lines if line.startswith("  skipped  VendorGemm") and message in line], lines
+    monkeypatch.setattr(torch, "mm", mm)
+    lines, run = [], tune._run
+    spilled = iter([3, 3, 0, 8])  # the default for its numbers, the default again, and the candidates
+    monkeypatch.setattr(tune, "_run", lambda group: (run(group)[0], next(spilled)))
+    (each,) = tune.tune(qkv, lambda run: 1.0, lines.append)
+    assert len(each.milliseconds) == 2 and "VendorGemm" in lines[-1] and "spills 8 registers" in lines[-1]
+
+
+def test_the_launchers_ask_the_pickers_again_afterwards(small):
+    pick = linear.pick_linear_fwd
+    with pytest.raises(ZeroDivisionError):
+        list(tune.tune(small[:1], lambda run: 1 / 0, lambda line: None))
+    assert linear.pick_linear_fwd is pick is _config.pick_linear_fwd
+
+
+def test_what_was_measured_before_a_stop_is_written_and_what_was_there_is_kept(tmp_path, capsys):
+    path = tmp_path / "table.json"
+    tune.write(path, H100, SM, iter(TIMED[:2]))
+
+    def stopped():
+        yield dataclasses.replace(TIMED[1], config=VendorGemm())
+        yield TIMED[2]
+        raise KeyboardInterrupt
+
+    tune.write(path, H100, SM, stopped())
+    assert "stopped" in capsys.readouterr().out
+    choices = _tuned.read(path).choices
+    assert choices == {TIMED[0].key: VendorGemm(), TIMED[1].key: VendorGemm(), TIMED[2].key: TIMED[2].config}
+    _tuned.write(path, dataclasses.replace(_tuned.read(path), torch="1.0"))
+    tune.write(path, H100, SM, iter(TIMED[:1]))  # of another version: no longer true
+    assert list(_tuned.read(path).choices) == [TIMED[0].key]
+    before = path.read_bytes()
+    tune.write(path, H100, SM, iter([]))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_command_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "tune", "--out", str(tmp_path / "x.json")])
+    with pytest.raises(SystemExit) as stop:
+        command.main()
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    assert "tune: needs a GPU" in capsys.readouterr().err

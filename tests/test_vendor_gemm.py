@@ -1,0 +1,155 @@
+"""linear and mlp where a library multiplies, as a tuned table may choose: the rule, gradients and masks of our own."""
+
+import itertools
+
+import pytest
+import test_linear
+import test_mlp
+import torch
+from conftest import forget_recordings
+from oracle import DTYPES
+
+from vit_triton import functional as F
+from vit_triton.cpu.driver import active
+from vit_triton.kernels import _config, linear
+
+pytestmark = pytest.mark.compiled
+
+
+@pytest.fixture
+def vendor(monkeypatch, request):
+    """Switches to the library's products."""
+
+    def switch():
+        forget_recordings()
+        request.addfinalizer(forget_recordings)
+        for name in ("pick_linear_fwd", "pick_linear_bwd_input", "pick_linear_bwd_weight"):
+            monkeypatch.setattr(linear, name, lambda *args: _config.VendorGemm())
+
+    return switch
+
+
+LINEAR = [
+    (dict(leading=(2, 37), k=72, n=50, layout="contiguous"), "dense"),
+    (dict(leading=(17,), k=40, n=136, bias=False, residual=False, layout="transposed"), "expanded"),
+    (dict(leading=(1,), k=33, n=1, residual=False, layout="slice"), "dense"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("case", "gradient"), LINEAR, ids=str)
+def test_a_linear_layer(vendor, case, gradient, dtype):
+    vendor()
+    inputs = test_linear.make(dtype=dtype, **case)
+    shape = (*case["leading"], case["n"])
+    dy = torch.randn(()).to(dtype).expand(shape) if gradient == "expanded" else torch.randn(shape).to(dtype)
+    test_linear.check(inputs, dy, norm=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_mlp_with_everything_and_with_nothing_around(vendor, whole, dtype):
+    vendor()
+    inputs = test_mlp.make((3, 29), 40, 136, 50, dtype, bias=whole, residual=whole, norm=whole)
+    test_mlp.check(inputs, torch.randn(3, 29, 50).to(dtype), "gelu" if whole else "quick_gelu", norm=whole)
+
+
+def test_of_none(vendor):
+    vendor()
+    x, weight, bias, *_ = test_linear.make((0, 5), 40, 24, torch.float32)
+    assert F.linear(x, weight, bias, backend="triton").shape == (0, 5, 24)
+
+
+def forward(dtype):
+    """What linear_fwd gives with several epilogues."""
+    x, weight, bias, residual, *_ = test_linear.make((70,), 40, 150, dtype)
+    seed = torch.tensor([7])
+    for tensors, options in [
+        ((None, None), {}),
+        ((None, None), dict(save_pre=True)),
+        ((bias, None), dict(dropout_p=0.3, activation="gelu_tanh", save_pre=True)),
+        ((bias, residual.float()), dict(dropout_p=0.3)),
+    ]:
+        yield from linear.linear_fwd(x, weight, *tensors, seed, **options)
+
+
+def backward(dtype):
+    x, weight, _, dy, *_ = test_linear.make((70,), 40, 150, dtype)
+    seed, pre = torch.tensor([7]), torch.randn(40, 70).to(dtype).T
+    behind = dict(dy_dropout_p=0.2, dy_seed=torch.tensor([8]))
+    for x, options in [
+        (None, {}),
+        (None, behind),
+        (pre, dict(activation="gelu_tanh", dropout_p=0.3, **behind)),
+    ]:
+        yield linear.linear_bwd_input(dy, weight, x, seed, **options)
+    for x, options in [
+        (pre, dict(with_bias=True)),
+        (pre, dict(with_bias=False, activation="gelu_tanh")),
+        (pre, dict(with_bias=True, activation="gelu_tanh", dropout_p=0.3, **behind)),
+    ]:
+        yield from linear.linear_bwd_weight(dy, x, seed, weight_dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("launcher", [forward, backward])
+def test_the_same_numbers_and_masks(vendor, launcher, dtype):
+    with active():
+        torch.manual_seed(1)
+        ours = list(launcher(dtype))
+        vendor()
+        torch.manual_seed(1)
+        theirs = list(launcher(dtype))
+    assert len(ours) == len(theirs)
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if a is None or b is None:
+            assert a is b, i
+            continue
+        assert a.dtype == b.dtype and a.shape == b.shape and a.is_contiguous() and b.is_contiguous(), i
+        # two roundings instead of one, and sums in another order
+        assert (a.double() - b.double()).norm() <= 4 * torch.finfo(dtype).eps * a.double().norm(), i
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_mask_is_the_same_bit_for_bit(vendor, dtype):
+    ones, zeros, seed = torch.ones(70, 50, dtype=dtype), torch.zeros(70, 50, dtype=dtype), torch.tensor([3])
+    eye = torch.eye(50, dtype=dtype)
+
+    def masks():
+        with active():
+            y, _ = linear.linear_fwd(zeros, eye, ones[0], None, seed, dropout_p=0.25)
+            return y, linear.linear_bwd_input(ones, eye, None, None, dy_dropout_p=0.25, dy_seed=seed)
+
+    ours = masks()
+    vendor()
+    for a, b in zip(ours, masks(), strict=True):
+        assert torch.equal(a, b) and 0 < int((a == 0).sum()) < a.numel()
+    assert torch.equal(*ours)  # of the forward and of the backward pass
+
+
+def test_the_library_does_multiply(vendor, monkeypatch):
+    """The tests above would pass if a tuned choice were ignored."""
+    products = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: products.append((tuple(a.shape), tuple(b.shape))) or mm(a, b))
+    vendor()
+    inputs = test_mlp.make((5,), 40, 136, 50, torch.float32)
+    leaves = [x.requires_grad_() for x in inputs]
+    test_mlp.call(F.mlp, backend="triton")(*leaves).sum().backward()
+    products = list(dict.fromkeys(products))  # a first attempt to record an operator's launches ends at its product
+    m, n, h, k = 5, 50, 136, 40
+    forward, backward = [((m, k), (k, h)), ((m, h), (h, n))], [((m, n), (n, h)), ((m, h), (h, k))]
+    assert sorted(products) == sorted([*forward, *backward, ((n, m), (m, h)), ((h, m), (m, k))])
+
+
+def test_only_a_tuned_table_chooses_it():
+    for name, picker in _config.PICKERS.items():
+        if _config.VendorGemm not in picker.kinds:
+            continue
+        pick = getattr(_config, name)
+        for arch in ("interpreter", "cpu", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"):
+            for n, k in [(768, 768), (3072, 768), (16, 1000)]:
+                for dtype, epilogue in itertools.product(DTYPES, ("none", "elementwise", "dropout")):
+                    arguments = (1576, n, k, dtype, arch, "ieee", epilogue)
+                    assert type(pick(*arguments)) is _config.GemmConfig
+                    assert any(isinstance(each, _config.VendorGemm) for each in picker.candidates(arguments))

@@ -1,0 +1,274 @@
+"""Choices of tiles that were timed on a user's own GPU, in a JSON file that `python -m benchmarks tune` writes.
+
+The file is the one that the environment variable ``VIT_TRITON_TUNED`` names, none if that is empty, or else
+``vit_triton/tuned/DEVICE.json`` in the user's folder of configurations (``XDG_CONFIG_HOME``, or ``~/.config``). It is
+read once for each GPU of a process, and ignored for GPUs of another name or architecture than those in it, in the
+interpreter and on CPU tensors. A file that cannot be understood is an error, wherever it lies.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import re
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from vit_triton.kernels._config import PICKERS, AttentionConfig, Choices, GemmConfig, Picker, VendorGemm
+
+ENVIRONMENT_VARIABLE = "VIT_TRITON_TUNED"
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_WORDS = {"precision": ("ieee", "tf32"), "epilogue": ("none", "elementwise", "dropout")}
+_SIDES = ("block_m", "block_n", "rows", "cols", "depth")  # of tiles that are multiplied
+_MOST = {"num_warps": 32, "num_stages": 8, "group": 64, "split": 64, "partials": 2**16}
+_ANY_NUMBER = ("num_stages", "group", "partials")  # the others are powers of two
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What was measured for one list of arguments of a picker: the choice, and milliseconds of every candidate."""
+
+    picker: str
+    arguments: dict[str, Any]  # by name
+    config: Any
+    milliseconds: list[tuple[Any, float]]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """As :meth:`Picker.key` gives it for a call."""
+        return self.picker, *(self.arguments[name] for name in PICKERS[self.picker].arguments)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The contents of a file: the device as its driver names it, the architecture ("sm_90", "gfx942"), the versions
+    and the day (ISO 8601) of the measurement."""
+
+    device: str
+    architecture: str
+    triton: str
+    torch: str
+    date: str
+    timed: list[Timed]
+
+    @property
+    def choices(self) -> Choices:
+        return {each.key: each.config for each in self.timed}
+
+
+def new_table(device: str, architecture: str, timed: list[Timed]) -> Table:
+    """With today's date and the versions in use."""
+    return Table(device, architecture, triton.__version__, torch.__version__, str(datetime.date.today()), timed)
+
+
+def default_path(device: str) -> Path:
+    """Where the table of a device lies unless the environment names another: "NVIDIA H100 PCIe" is nvidia-h100-pcie."""
+    folder = os.environ.get("XDG_CONFIG_HOME", "")
+    slug = re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
+    return Path(folder if os.path.isabs(folder) else Path.home() / ".config", "vit_triton", "tuned", f"{slug}.json")
+
+
+def found(device: str) -> Path | None:
+    """The file that is read for a device; None if there is none.
+
+    Raises:
+        FileNotFoundError: if the environment names a file that does not exist.
+    """
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    if named is None:
+        path = default_path(device)
+        return path if path.exists() else None
+    if named and not Path(named).is_file():
+        raise FileNotFoundError(f"{ENVIRONMENT_VARIABLE} must name a file of tuned tiles, got {named!r}")
+    return Path(named) if named else None
+
+
+def table(device: str, architecture: str) -> Table | None:
+    """What was tuned for a device; None if there is no file, or it is of another device.
+
+    Raises:
+        FileNotFoundError: if the environment names a file that does not exist.
+        ValueError: if the file is wrong, saying where, what was expected and what is there.
+    """
+    path = found(device)
+    read_ = None if path is None else read(path)
+    return read_ if read_ and (read_.device, read_.architecture) == (device, architecture) else None
+
+
+def describe(device: str, architecture: str) -> str:
+    """For people: which file is in use for a device, since when, what it overrides and where the vendor's GEMM runs.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`table`.
+    """
+    path = found(device)
+    if path is None:
+        return f"{device}, {architecture}: no tuned tiles; the default ones are computed (python -m benchmarks tune)"
+    content = read(path)
+    if (content.device, content.architecture) != (device, architecture):
+        return f"{device}, {architecture}: {path} is of another device ({content.device}, {content.architecture})"
+    lines = [f"{device}, {architecture}: tuned tiles of {content.date} in {path}"]
+    for name, now in (("triton", triton.__version__), ("torch", torch.__version__)):
+        if (then := getattr(content, name)) != now:
+            lines.append(f"  measured with {name} {then}, this is {now}")
+    for picker in dict.fromkeys(each.picker for each in content.timed):
+        every = [each for each in content.timed if each.picker == picker]
+        vendor = [each for each in every if isinstance(each.config, VendorGemm)]
+        library = f", the vendor's GEMM for {len(vendor)} of them" if vendor else ""
+        lines.append(f"  {picker}: {len(every)} {'list' if len(every) == 1 else 'lists'} of arguments{library}")
+        lines += [f"    vendor's GEMM: {spelled(each.arguments)}" for each in vendor]
+    return "\n".join(lines)
+
+
+def spelled(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {str(value).removeprefix('torch.')}" for name, value in arguments.items())
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+def write(path: Path, content: Table) -> None:
+    """Write a table, all of it or nothing; folders are made."""
+    pickers: dict[str, list[Any]] = {}
+    for each in content.timed:
+        entry = {
+            "arguments": {name: _plain(value) for name, value in each.arguments.items()},
+            "config": _plain_config(each.config),
+            "milliseconds": [{"config": _plain_config(config), "ms": ms} for config, ms in each.milliseconds],
+        }
+        pickers.setdefault(each.picker, []).append(entry)
+    header = {name: getattr(content, name) for name in _HEADER}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({**header, "pickers": pickers}, file, indent=1)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def _plain(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    return {"kind": type(config).__name__, **asdict(config)}
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+_HEADER = ("device", "architecture", "triton", "torch", "date")
+
+
+class _Wrong(Exception):
+    """Where in the file, what was expected, what is there."""
+
+    def __init__(self, where: str, expected: str, got: Any) -> None:
+        super().__init__(f"{where} must be {expected}, got {got!r}")
+
+
+def read(path: Path) -> Table:
+    """The table in a file.
+
+    Raises:
+        ValueError: if the file is wrong, saying where, what was expected and what is there.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        _expect_names("the file", content, (*_HEADER, "pickers"))
+        for name in _HEADER:
+            if not isinstance(content[name], str):
+                raise _Wrong(name, "a string", content[name])
+        if not isinstance(content["pickers"], dict):
+            raise _Wrong("pickers", "an object of lists", content["pickers"])
+        timed = [each for name, entries in content["pickers"].items() for each in _entries(name, entries)]
+        return Table(**{name: content[name] for name in _HEADER}, timed=timed)
+    except (_Wrong, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path}: {error}; write the file again with python -m benchmarks tune, or remove it"
+        ) from error
+
+
+def _entries(name: str, entries: Any) -> list[Timed]:
+    if name not in PICKERS:
+        raise _Wrong("each name in pickers", f"one of {', '.join(PICKERS)}", name)
+    if not isinstance(entries, list):
+        raise _Wrong(name, "a list", entries)
+    result: dict[tuple[Any, ...], Timed] = {}
+    for i, entry in enumerate(entries):
+        where, picker = f"{name}[{i}]", PICKERS[name]
+        _expect_names(where, entry, ("arguments", "config", "milliseconds"))
+        _expect_names(f"{where}.arguments", entry["arguments"], tuple(picker.arguments))
+        arguments = {
+            key: _argument(f"{where}.arguments.{key}", key, kind, entry["arguments"][key])
+            for key, kind in picker.arguments.items()
+        }
+        config = _config(f"{where}.config", entry["config"], picker)
+        if "block_d" in entry["config"] and not arguments["width"] <= config.block_d:
+            raise _Wrong(f"{where}.config.block_d", f"at least the width {arguments['width']}", config.block_d)
+        timed = Timed(name, arguments, config, _milliseconds(f"{where}.milliseconds", entry["milliseconds"], picker))
+        if timed.key in result:
+            raise _Wrong(f"{where}.arguments", "other ones than those of an entry before", entry["arguments"])
+        result[timed.key] = timed
+    return list(result.values())
+
+
+def _expect_names(where: str, value: Any, names: tuple[str, ...]) -> None:
+    if not isinstance(value, dict) or set(value) != set(names):
+        got = sorted(value) if isinstance(value, dict) else value
+        raise _Wrong(where, f"an object with {', '.join(names)}", got)
+
+
+def _argument(where: str, name: str, kind: type, value: Any) -> Any:
+    if kind is torch.dtype:
+        if not isinstance(value, str) or value not in _DTYPES:
+            raise _Wrong(where, f"one of {', '.join(_DTYPES)}", value)
+        return _DTYPES[value]
+    if kind is str:
+        if value not in _WORDS[name]:
+            raise _Wrong(where, f"one of {', '.join(_WORDS[name])}", value)
+    elif type(value) is not int or value < 1:
+        raise _Wrong(where, "a positive integer", value)
+    return value
+
+
+def _config(where: str, value: Any, picker: Picker) -> Any:
+    kinds = {kind.__name__: kind for kind in picker.kinds}
+    kind: Any = kinds.get(str(value.get("kind"))) if isinstance(value, dict) else None
+    if kind is None:
+        raise _Wrong(where, f"an object whose kind is {' or '.join(kinds)}", value)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    _expect_names(where, value, ("kind", *fields))
+    for name, field in fields.items():
+        if field.type is bool:
+            if type(value[name]) is not bool:
+                raise _Wrong(f"{where}.{name}", "true or false", value[name])
+            continue
+        least = 16 if name in _SIDES and issubclass(kind, (AttentionConfig, GemmConfig)) else 1
+        most = _MOST.get(name, 2**16)
+        whole = type(value[name]) is int and least <= value[name] <= most
+        power = name in _ANY_NUMBER or whole and value[name] & (value[name] - 1) == 0
+        if not (whole and power):
+            sort = "an integer" if name in _ANY_NUMBER else "a power of two"
+            raise _Wrong(f"{where}.{name}", f"{sort} from {least} to {most}", value[name])
+    return kind(**{name: value[name] for name in fields})
+
+
+def _milliseconds(where: str, value: Any, picker: Picker) -> list[tuple[Any, float]]:
+    if not isinstance(value, list):
+        raise _Wrong(where, "a list", value)
+    result = []
+    for i, each in enumerate(value):
+        _expect_names(f"{where}[{i}]", each, ("config", "ms"))
+        if type(each["ms"]) not in (int, float) or not 0 < each["ms"] < float("inf"):
+            raise _Wrong(f"{where}[{i}].ms", "a positive number", each["ms"])
+        result.append((_config(f"{where}[{i}].config", each["config"], picker), each["ms"]))
+    return result
