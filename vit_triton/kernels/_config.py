@@ -121,7 +121,8 @@ def tunable(*kinds: type, weighed: Callable[..., Iterable[Any]]) -> Callable[[Pi
 
 def _generation(arch: str) -> str:
     """Whose tiles a GPU gets: "sm_100" (tcgen05), "sm_90" (wgmma), "gfx" (AMD), and "sm_80" (mma) for sm_86, 89, 120 too."""
-    return next((name for name in ("sm_100", "sm_90", "gfx") if arch.startswith(name[:5])), "sm_80")
+    known = ("cpu", "interpreter", "gfx", "sm_90", "sm_100")
+    return next((name for name in known if arch.startswith(name[:5])), "sm_80")
 
 
 # --- attention ---------------------------------------------------------------------------------------------
