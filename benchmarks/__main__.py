@@ -2,9 +2,9 @@
 
 import argparse
 
-from benchmarks import codegen, timing
+from benchmarks import codegen, memory, timing
 
-COMMANDS = {"ops": timing, "models": timing, "codegen": codegen}
+COMMANDS = {"ops": timing, "models": timing, "codegen": codegen, "memory": memory}
 
 
 def main() -> None:

@@ -1,0 +1,49 @@
+"""The library as a GPU's user runs it, on CPU tensors: kernels are compiled for sm_90 if at all, and none is started.
+
+What only a CPU's user pays for is out of the way: launches that are recorded and replayed, weights laid out in panels,
+the question what runs a kernel on a CPU. What only a GPU's user pays for is missing: the guard of the current device.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from benchmarks import codegen
+from vit_triton import backend, packing
+from vit_triton.cpu import driver
+from vit_triton.kernels import _launch
+
+ARCH = 90
+
+
+@contextlib.contextmanager
+def taken(
+    launched: Callable[..., None] | None = None,
+    inside: contextlib.AbstractContextManager[Any] | None = None,
+) -> Iterator[None]:
+    """``launched(kernel, grid, device, arguments)`` in place of each launch, and before anything is compiled; without
+    it a launch goes all the way, but for the last call. ``inside``: entered within every operator of the library, where
+    a mode that is active around the operator is not."""
+    within = contextlib.nullcontext() if inside is None else _Quiet(inside)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(codegen._compiling_for(ARCH))
+        stack.enter_context(mock.patch.object(driver, "active", lambda: within))
+        stack.enter_context(mock.patch.object(backend, "cpu_vehicle", lambda: "driver"))
+        stack.enter_context(mock.patch.object(packing, "_keeps", lambda weight: False))
+        if launched is not None:
+            stack.enter_context(mock.patch.object(_launch, "_run", launched))
+        yield
+
+
+class _Quiet:
+    """``context``, whose ``with`` gives None: what says to an operator that a driver other than ours is active."""
+
+    def __init__(self, context: contextlib.AbstractContextManager[Any]) -> None:
+        self.context = context
+
+    def __enter__(self) -> None:
+        self.context.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.context.__exit__(*error)
