@@ -65,7 +65,7 @@ def attention(
         return reference.attention(q, k, v, scale=scale, dropout_p=dropout_p, return_lse=return_lse)
     _check_kernel_dtype("q", q)
     arguments = (q, k, v, _seed(q, dropout_p), _scale(scale, q), float(dropout_p))
-    out, lse = _apply(autograd.AttentionFunction, "attention_fwd", arguments, (q, k, v))
+    out, lse = _apply(autograd.AttentionFunction, "attention_fwd", arguments, (q, k, v), return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -87,7 +87,7 @@ def attention_packed(
         return reference.attention_packed(qkv, scale=scale, dropout_p=dropout_p, return_lse=return_lse)
     _check_kernel_dtype("qkv", qkv)
     arguments = (qkv, _seed(qkv, dropout_p), _scale(scale, qkv), float(dropout_p))
-    out, lse = _apply(autograd.AttentionPackedFunction, "attention_packed_fwd", arguments, (qkv,))
+    out, lse = _apply(autograd.AttentionPackedFunction, "attention_packed_fwd", arguments, (qkv,), return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -131,7 +131,7 @@ def linear(
         y = autograd.LinearFunction.apply(*tensors, seed, eps, float(dropout_p), residual_is_x)
     else:
         y, _, _ = torch.ops.vit_triton.linear_fwd.default(
-            *tensors[:5], rows if residual_is_x else tensors[5], seed, eps, float(dropout_p), panels
+            *tensors[:5], rows if residual_is_x else tensors[5], seed, eps, float(dropout_p), panels, False
         )
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -400,8 +400,9 @@ def patch_embed(
             *tensors, image_mean, image_std, pre_eps, post_eps, (p1, p2), patch_order
         )
     tokens, *_ = torch.ops.vit_triton.patch_embed_fwd.default(
-        *tensors[:7], pre_eps, post_weight, post_bias, post_eps, image_mean, image_std, (p1, p2), patch_order, arranged
-    )
+        *tensors[:7], pre_eps, post_weight, post_bias, post_eps, image_mean, image_std, (p1, p2), patch_order, arranged,
+        False,
+    )  # fmt: skip
     return tokens
 
 
@@ -415,11 +416,13 @@ def _differentiating(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _apply(function: Any, op: str, arguments: tuple, differentiable: tuple[Tensor | None, ...]) -> Any:
-    """Through autograd if needed; else the bare operator, which keeps nothing."""
+def _apply(
+    function: Any, op: str, arguments: tuple, differentiable: tuple[Tensor | None, ...], save: bool = False
+) -> Any:
+    """Through autograd if needed; else the bare operator, which makes what backward would read only to ``save`` it."""
     if _differentiating(*differentiable):
         return function.apply(*arguments)
-    return getattr(torch.ops.vit_triton, op).default(*arguments)
+    return getattr(torch.ops.vit_triton, op).default(*arguments, save)
 
 
 def _autocasting(device_type: str) -> bool:
