@@ -1,7 +1,7 @@
 """What one Transformer block keeps for its backward pass, its peak of memory, and how many kernels it launches.
 
 Counted, not measured, and the same on every machine. Nothing is computed: our launchers run with the launch itself
-taken out, which leaves their allocations; the blocks of others run on fake tensors of a CPU, one step above the kernels.
+taken out, which leaves their allocations; the blocks of others run on fake CPU tensors, down to PyTorch's operators.
 
 * Saved: bytes of the distinct storages that ``saved_tensors_hooks`` sees in a forward pass, but for the parameters and
   the block's input, which the block before has in any case.
@@ -278,9 +278,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     tokens = 1 + (options.image // PATCH) ** 2
-    counts = [
-        count(name, SIZES[options.model], options.batch, tokens, DTYPES[options.dtype]) for name in BLOCKS
-    ]
+    counts = [count(name, SIZES[options.model], options.batch, tokens, DTYPES[options.dtype]) for name in BLOCKS]
     what = f"one block of ViT-{options.model}/{PATCH}, {options.batch} images of {options.image} x {options.image}"
     print(f"{what}, {options.dtype}; counted, nothing ran")
     Console(width=120).print(table(counts))
