@@ -2,9 +2,9 @@
 
 import argparse
 
-from benchmarks import codegen, memory, timing
+from benchmarks import codegen, memory, overhead, timing
 
-COMMANDS = {"ops": timing, "models": timing, "codegen": codegen, "memory": memory}
+COMMANDS = {"ops": timing, "models": timing, "codegen": codegen, "memory": memory, "overhead": overhead}
 
 
 def main() -> None:
