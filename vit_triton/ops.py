@@ -81,7 +81,7 @@ def _statistics(x: Tensor, wanted: bool = True) -> Tensor | None:
 def _attention_fwd(q, k, v, seed, scale, dropout_p, save=True):
     from vit_triton.kernels.attention import attention_fwd
 
-    return attention_fwd(q, k, v, seed, scale=scale, dropout_p=dropout_p)
+    return attention_fwd(q, k, v, seed, scale=scale, dropout_p=dropout_p, save=save)
 
 
 @_fake("attention_fwd")
@@ -112,7 +112,7 @@ def _attention_packed_fwd(qkv, seed, scale, dropout_p, save=True):
     from vit_triton.kernels.attention import attention_fwd
 
     q, k, v = qkv.unbind(2)
-    return attention_fwd(q, k, v, seed, scale=scale, dropout_p=dropout_p)
+    return attention_fwd(q, k, v, seed, scale=scale, dropout_p=dropout_p, save=save)
 
 
 @_fake("attention_packed_fwd")
