@@ -77,15 +77,15 @@ def _key(x: Tensor) -> int:
 class Ledger(TorchDispatchMode):
     """Follows storages that operators make, from birth to death, and counts the kernels that it takes.
 
-    ``alive``: bytes by storage. ``peak``: the most of their sum. ``born``: (shape, dtype, storage) of every tensor that
-    came with a storage of its own.
+    ``now``: bytes of those alive, ``peak`` the most of it. ``born``: (shape, key) of every tensor that came with a
+    storage of its own; the key is None once that has died.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive: dict[int, int] = {}
+        self.alive: dict[int, tuple[int, int]] = {}  # key -> bytes, and which of ``born``
         self.now = self.peak = self.kernels = 0
-        self.born: list[tuple[tuple[int, ...], torch.dtype, int]] = []
+        self.born: list[tuple[tuple[int, ...], int | None]] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {_key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
@@ -102,14 +102,16 @@ class Ledger(TorchDispatchMode):
         key, storage = _key(x), x.untyped_storage()
         if key in self.alive:
             return
-        self.alive[key] = storage.nbytes()
-        self.born.append((tuple(x.shape), x.dtype, key))
+        self.alive[key] = storage.nbytes(), len(self.born)
+        self.born.append((tuple(x.shape), key))
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._death, key).atexit = False
 
     def _death(self, key: int) -> None:
-        self.now -= self.alive.pop(key)
+        size, which = self.alive.pop(key)
+        self.now -= size
+        self.born[which] = self.born[which][0], None
 
     def launched(self, kernel: Any, grid: Any, device: Any, arguments: Any) -> None:
         self.kernels += 1

@@ -52,7 +52,6 @@ class Shape:
 SHAPE = Shape()
 
 
-
 @dataclass(frozen=True)
 class Overhead:
     """Microseconds of a call, and of its ``launches`` when Triton's own launcher makes them."""
@@ -129,9 +128,7 @@ def calls(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, str, Call]]:
         yield from _both(name, lambda x, *parameters, module=module: module(x), x, list(module.parameters()))
 
 
-def _both(
-    name: str, function: Callable[..., Any], x: Tensor, tensors: list[Tensor]
-) -> Iterator[tuple[str, str, Call]]:
+def _both(name: str, function: Callable[..., Any], x: Tensor, tensors: list[Tensor]) -> Iterator[tuple[str, str, Call]]:
     leaves = [tensor.requires_grad_() for tensor in ([x, *tensors] if x.dim() != 4 or "attention" in name else tensors)]
     dy: list[Tensor] = []
 
