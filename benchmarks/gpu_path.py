@@ -30,6 +30,9 @@ def taken(
         stack.enter_context(codegen._compiling_for(ARCH))
         # a module that is not None: else Triton loads the kernel in every launch
         stack.enter_context(mock.patch.object(codegen._Utils, "load_binary", lambda *args: (0, 0, 0, 0, 1024)))
+        target = codegen._Compiler(ARCH).get_current_target()
+        # the architecture of a GPU is remembered, and what a CPU's user asks first is not asked
+        stack.enter_context(mock.patch.object(codegen._Compiler, "get_current_target", lambda self: target))
         stack.enter_context(mock.patch.object(driver, "active", lambda: within))
         stack.enter_context(mock.patch.object(backend, "cpu_vehicle", lambda: "driver"))
         stack.enter_context(mock.patch.object(packing, "_keeps", lambda weight: False))

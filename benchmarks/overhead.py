@@ -1,10 +1,11 @@
 """Python's time from a public function to its launches, per call, on the path of a GPU: at batch 1 this is the wait.
 
 The kernels are compiled for sm_90 and every launch goes all the way but for the last call, which does nothing. In turn
-with each call the same launches are made by Triton's own launcher, ``kernel[grid](...)``, stubbed in the same place: the
-difference is what the library costs. The lowest of many rounds stands for each, since whatever else the machine does
-only adds. Training is a forward and a backward pass. Python takes as long for small tensors as for large ones; these are
-narrow, so that the few operators of PyTorch between the launches, which do run, take little more than their own launch.
+with each call the same launches are made by Triton's own launcher, ``kernel[grid](...)``, stubbed in the same place:
+the difference is what the library costs. The lowest of many rounds stands for each, since whatever else the machine
+does only adds. Training is a forward and a backward pass; a Function that does nothing shows PyTorch's share of it.
+Python takes as long for small tensors as for large ones: these are narrow, so that the few operators of PyTorch between
+the launches, which do run, take little more than their own launch.
 """
 
 import argparse
@@ -120,8 +121,23 @@ def modules(shape: Shape, dtype: torch.dtype, depth: int = 12) -> Iterator[tuple
     yield f"ViT, {depth} blocks", ViT(**sides, depth=depth, **size).to(dtype), image
 
 
+class _Nothing(torch.autograd.Function):
+    """What any Function costs that saves two tensors and gives each a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        return ctx.saved_tensors
+
+
 def calls(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, str, Call]]:
     """(name, "inference" or "training", what is called)"""
+    nothing = torch.zeros(1, shape.tokens, shape.width, dtype=dtype), [torch.zeros(shape.width, dtype=dtype)]
+    yield from _both("a Function of nothing", _Nothing.apply, *nothing)
     for name, function, (x, *tensors) in operators(shape, dtype):
         yield from _both(name, function, x, tensors)
     for name, module, x in modules(shape, dtype):
