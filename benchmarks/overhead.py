@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import gpu_path
-from benchmarks.runner import machine
+from benchmarks.runner import keep_freed_memory, machine
 from benchmarks.shapes import DTYPES
 from vit_triton import functional as F
 from vit_triton.kernels import _launch
@@ -229,6 +229,7 @@ def run(options: argparse.Namespace) -> None:
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     print(f"{SHAPE}; Python alone, no kernel ran; the guard of the current device is not in it")
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the allocator of a GPU does
     results = []
     with gpu_path.taken():
         for name, mode, call in calls(SHAPE, DTYPES[options.dtype]):
