@@ -2,9 +2,16 @@
 
 import argparse
 
-from benchmarks import codegen, timing, tune
+from benchmarks import codegen, memory, overhead, timing, tune
 
-COMMANDS = {"ops": timing, "models": timing, "codegen": codegen, "tune": tune}
+COMMANDS = {
+    "ops": timing,
+    "models": timing,
+    "memory": memory,
+    "overhead": overhead,
+    "codegen": codegen,
+    "tune": tune,
+}
 
 
 def main() -> None:

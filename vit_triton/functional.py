@@ -86,7 +86,7 @@ def attention(
         out, lse = _normed_attention(q, k, v, q_norm, k_norm, norm_type, scale, dropout_p)
         return (out, lse) if return_lse else out
     arguments = (q, k, v, _seed(q, dropout_p), _scale(scale, q), float(dropout_p))
-    out, lse = _apply(autograd.AttentionFunction, "attention_fwd", arguments, (q, k, v))
+    out, lse = _apply(autograd.AttentionFunction, "attention_fwd", arguments, (q, k, v), return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -116,7 +116,7 @@ def attention_packed(
         out, lse = _normed_attention(qkv, None, None, q_norm, k_norm, norm_type, scale, dropout_p)
         return (out, lse) if return_lse else out
     arguments = (qkv, _seed(qkv, dropout_p), _scale(scale, qkv), float(dropout_p))
-    out, lse = _apply(autograd.AttentionPackedFunction, "attention_packed_fwd", arguments, (qkv,))
+    out, lse = _apply(autograd.AttentionPackedFunction, "attention_packed_fwd", arguments, (qkv,), return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -193,7 +193,7 @@ def linear(
     else:
         other = rows if residual_is_x else other
         y, _, _ = torch.ops.vit_triton.linear_fwd.default(
-            *tensors[:5], other, layer_scale, *drawn, eps, float(dropout_p), panels
+            *tensors[:5], other, layer_scale, *drawn, eps, float(dropout_p), panels, False
         )
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -471,8 +471,9 @@ def patch_embed(
             *tensors, image_mean, image_std, pre_eps, post_eps, (p1, p2), patch_order
         )
     tokens, *_ = torch.ops.vit_triton.patch_embed_fwd.default(
-        *tensors[:7], pre_eps, post_weight, post_bias, post_eps, image_mean, image_std, (p1, p2), patch_order, arranged
-    )
+        *tensors[:7], pre_eps, post_weight, post_bias, post_eps, image_mean, image_std, (p1, p2), patch_order, arranged,
+        False,
+    )  # fmt: skip
     return tokens
 
 
@@ -486,11 +487,13 @@ def _differentiating(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _apply(function: Any, op: str, arguments: tuple, differentiable: tuple[Tensor | None, ...]) -> Any:
-    """Through autograd if needed; else the bare operator, which keeps nothing."""
+def _apply(
+    function: Any, op: str, arguments: tuple, differentiable: tuple[Tensor | None, ...], save: bool = False
+) -> Any:
+    """Through autograd if needed; else the bare operator, which makes what backward would read only to ``save`` it."""
     if _differentiating(*differentiable):
         return function.apply(*arguments)
-    return getattr(torch.ops.vit_triton, op).default(*arguments)
+    return getattr(torch.ops.vit_triton, op).default(*arguments, save)
 
 
 def _autocasting(device_type: str) -> bool:
@@ -522,7 +525,7 @@ def _scale(scale: float | None, x: Tensor) -> float:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _norm_parts(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, float | None]:

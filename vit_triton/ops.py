@@ -75,18 +75,19 @@ def _statistics(x: Tensor, wanted: bool = True) -> Tensor | None:
 
 
 @_register(
-    "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? seed, float scale, float dropout_p) -> (Tensor, Tensor)"
+    "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? seed, float scale, float dropout_p, bool save=True) "
+    "-> (Tensor, Tensor)"
 )
-def _attention_fwd(q, k, v, seed, scale, dropout_p):
+def _attention_fwd(q, k, v, seed, scale, dropout_p, save=True):
     from vit_triton.kernels.attention import attention_fwd
 
-    return attention_fwd(q, k, v, seed, scale=scale, dropout_p=dropout_p)
+    return attention_fwd(q, k, v, seed, scale=scale, dropout_p=dropout_p, save=save)
 
 
 @_fake("attention_fwd")
-def _attention_fwd_fake(q, k, v, seed, scale, dropout_p):
+def _attention_fwd_fake(q, k, v, seed, scale, dropout_p, save=True):
     batch, n_q, heads, _ = q.shape
-    return _like(q), q.new_empty(batch, heads, n_q, dtype=torch.float32)
+    return _like(q), q.new_empty(batch, heads, n_q, dtype=torch.float32) if save else None
 
 
 @_register(
@@ -104,18 +105,21 @@ def _attention_bwd_fake(do, q, k, v, out, lse, dlse, seed, scale, dropout_p):
     return _like(q), _like(k), _like(v)
 
 
-@_register("attention_packed_fwd(Tensor qkv, Tensor? seed, float scale, float dropout_p) -> (Tensor, Tensor)")
-def _attention_packed_fwd(qkv, seed, scale, dropout_p):
+@_register(
+    "attention_packed_fwd(Tensor qkv, Tensor? seed, float scale, float dropout_p, bool save=True) -> (Tensor, Tensor)"
+)
+def _attention_packed_fwd(qkv, seed, scale, dropout_p, save=True):
     from vit_triton.kernels.attention import attention_fwd
 
     q, k, v = qkv.unbind(2)
-    return attention_fwd(q, k, v, seed, scale=scale, dropout_p=dropout_p)
+    return attention_fwd(q, k, v, seed, scale=scale, dropout_p=dropout_p, save=save)
 
 
 @_fake("attention_packed_fwd")
-def _attention_packed_fwd_fake(qkv, seed, scale, dropout_p):
+def _attention_packed_fwd_fake(qkv, seed, scale, dropout_p, save=True):
     batch, n, _, heads, head_dim = qkv.shape
-    return qkv.new_empty(batch, n, heads, head_dim), qkv.new_empty(batch, heads, n, dtype=torch.float32)
+    lse = qkv.new_empty(batch, heads, n, dtype=torch.float32) if save else None
+    return qkv.new_empty(batch, n, heads, head_dim), lse
 
 
 @_register(
@@ -199,11 +203,12 @@ def _normed_attention_bwd_fake(
 
 @_register(
     "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, "
-    "Tensor? layer_scale, Tensor? samples, Tensor? seed, float? eps, float dropout_p, Tensor? panels=None) "
-    "-> (Tensor, Tensor, Tensor)"
+    "Tensor? layer_scale, Tensor? samples, Tensor? seed, float? eps, float dropout_p, Tensor? panels=None, "
+    "bool save=True) -> (Tensor, Tensor, Tensor)"
 )
 def _linear_fwd(
-    x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed, eps, dropout_p, panels=None
+    x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed, eps, dropout_p, panels=None,
+    save=True,
 ):
     from vit_triton.kernels.mlp import norm_linear_fwd
 
@@ -212,15 +217,18 @@ def _linear_fwd(
         eps=eps,
         dropout_p=dropout_p,
         panels=panels,
+        save=save,
     )
 
 
 @_fake("linear_fwd")
 def _linear_fwd_fake(
-    x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed, eps, dropout_p, panels=None
+    x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed, eps, dropout_p, panels=None,
+    save=True,
 ):
     y = x.new_empty(x.shape[0], weight.shape[0], dtype=_output_dtype(weight, residual, layer_scale))
-    return y, _statistics(x, eps is not None), _statistics(x, eps is not None)
+    saved = save and eps is not None
+    return y, _statistics(x, saved), _statistics(x, saved)
 
 
 def _output_dtype(weight: Tensor, residual: Tensor | None, layer_scale: Tensor | None) -> torch.dtype:
@@ -324,7 +332,8 @@ def _mlp_fwd_fake(
 ):  # fmt: skip
     y = x.new_empty(x.shape[0], w2.shape[0], dtype=_output_dtype(w2, residual, layer_scale))
     pre = w1.new_empty(x.shape[0], w1.shape[0]) if save else None
-    return y, pre, _statistics(x, eps is not None), _statistics(x, eps is not None)
+    saved = save and eps is not None
+    return y, pre, _statistics(x, saved), _statistics(x, saved)
 
 
 @_register(
@@ -413,31 +422,33 @@ def _encoder_fwd_fake(x, blocks, eps, heads, scale, activation, first_token):
 # --- layer_norm --------------------------------------------------------------------------------------------
 
 
-@_register("layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)")
-def _layer_norm_fwd(x, weight, bias, eps):
+@_register(
+    "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, bool save=True) -> (Tensor, Tensor, Tensor)"
+)
+def _layer_norm_fwd(x, weight, bias, eps, save=True):
     from vit_triton.kernels.layer_norm import layer_norm_fwd
 
-    return layer_norm_fwd(x, weight, bias, eps=eps)
+    return layer_norm_fwd(x, weight, bias, eps=eps, save=save)
 
 
 @_fake("layer_norm_fwd")
-def _layer_norm_fwd_fake(x, weight, bias, eps):
-    return _like(x), _statistics(x), _statistics(x)
+def _layer_norm_fwd_fake(x, weight, bias, eps, save=True):
+    return _like(x), _statistics(x, save), _statistics(x, save)
 
 
 @_register(
-    "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) "
+    "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, bool save=True) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-def _add_layer_norm_fwd(x, residual, weight, bias, eps):
+def _add_layer_norm_fwd(x, residual, weight, bias, eps, save=True):
     from vit_triton.kernels.layer_norm import add_layer_norm_fwd
 
-    return add_layer_norm_fwd(x, residual, weight, bias, eps=eps)
+    return add_layer_norm_fwd(x, residual, weight, bias, eps=eps, save=save)
 
 
 @_fake("add_layer_norm_fwd")
-def _add_layer_norm_fwd_fake(x, residual, weight, bias, eps):
-    return _like(x), _like(x), _statistics(x), _statistics(x)
+def _add_layer_norm_fwd_fake(x, residual, weight, bias, eps, save=True):
+    return _like(x), _like(x), _statistics(x, save), _statistics(x, save)
 
 
 @_register(
@@ -461,12 +472,12 @@ def _layer_norm_bwd_fake(dy, x, weight, mean, rstd, dsum):
 @_register(
     "patch_embed_fwd(Tensor image, Tensor weight, Tensor? bias, Tensor? pos, Tensor? prefix, Tensor? pre_weight, "
     "Tensor? pre_bias, float? pre_eps, Tensor? post_weight, Tensor? post_bias, float? post_eps, Tensor? mean, "
-    "Tensor? std, SymInt[] patch_size, str patch_order, Tensor? arranged=None) "
+    "Tensor? std, SymInt[] patch_size, str patch_order, Tensor? arranged=None, bool save=True) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _patch_embed_fwd(
     image, weight, bias, pos, prefix, pre_weight, pre_bias, pre_eps, post_weight, post_bias, post_eps, mean, std,
-    patch_size, patch_order, arranged=None,
+    patch_size, patch_order, arranged=None, save=True,
 ):  # fmt: skip
     from vit_triton.kernels.patch_embed import patch_embed_fwd
 
@@ -483,13 +494,14 @@ def _patch_embed_fwd(
         patch_size=tuple(patch_size),
         patch_order=patch_order,
         arranged=arranged,
+        save=save,
     )
 
 
 @_fake("patch_embed_fwd")
 def _patch_embed_fwd_fake(
     image, weight, bias, pos, prefix, pre_weight, pre_bias, pre_eps, post_weight, post_bias, post_eps, mean, std,
-    patch_size, patch_order, arranged=None,
+    patch_size, patch_order, arranged=None, save=True,
 ):  # fmt: skip
     batch, _, height, width = image.shape
     patches = (height // patch_size[0]) * (width // patch_size[1])
@@ -500,11 +512,11 @@ def _patch_embed_fwd_fake(
         weight.new_empty(
             batch, n_prefix + patches, weight.shape[0], dtype=functools.reduce(torch.promote_types, dtypes)
         ),
-        weight.new_empty(batch * patches, weight.shape[0]) if post_eps is not None else None,
-        _statistics(rows, pre_eps is not None),
-        _statistics(rows, pre_eps is not None),
-        _statistics(rows, post_eps is not None),
-        _statistics(rows, post_eps is not None),
+        weight.new_empty(batch * patches, weight.shape[0]) if save and post_eps is not None else None,
+        _statistics(rows, save and pre_eps is not None),
+        _statistics(rows, save and pre_eps is not None),
+        _statistics(rows, save and post_eps is not None),
+        _statistics(rows, save and post_eps is not None),
     )
 
 

@@ -55,12 +55,15 @@ def _run(kernel: Any, grid: tuple[int], device: torch.device, kernel_args: dict[
     Tensors are the arguments whose names end in _ptr; of the others, each has the same type in every call.
     """
     _, names, options = _names.get(id(kernel)) or _split_names(kernel, kernel_args)
-    tensors = list(map(kernel_args.get, names))
-    key = (
-        *(id(kernel), driver.active, device, *map(kernel_args.get, options)),
-        *[None if x is None else x.dtype for x in tensors],
-    )
-    aligned = not any(x is not None and x.data_ptr() % 16 for x in tensors)  # Triton compiles other code for others
+    parts = [id(kernel), driver.active, device, *map(kernel_args.get, options)]
+    aligned = True  # Triton compiles other code for tensors that are not
+    for x in map(kernel_args.get, names):
+        if x is None:
+            parts.append(None)
+        else:
+            parts.append(x.dtype)
+            aligned = aligned and x.data_ptr() % 16 == 0
+    key = tuple(parts)
     compiled = _compiled.get(key) if aligned else None
     if compiled is not None:
         compiled[grid[0], 1, 1](*map(kernel_args.get, kernel.arg_names))

@@ -235,6 +235,9 @@ def _argument(where: str, name: str, kind: type, value: Any) -> Any:
     if kind is str:
         if value not in _WORDS[name]:
             raise _Wrong(where, f"one of {', '.join(_WORDS[name])}", value)
+    elif kind is bool:
+        if type(value) is not bool:
+            raise _Wrong(where, "true or false", value)
     elif type(value) is not int or value < 1:
         raise _Wrong(where, "a positive integer", value)
     return value

@@ -232,19 +232,27 @@ def attention_fwd_kernel(
     store_rows(out_ptr, acc * norm[:, None], offs_m, n_q, n_heads * HEAD_DIM, 0, D_MAIN, HEAD_DIM)
     if D_TAIL > 0:
         store_rows(out_ptr, acc_tail * norm[:, None], offs_m, n_q, n_heads * HEAD_DIM, D_MAIN, D_TAIL, HEAD_DIM)
-    lse = (row_max + tl.log2(row_sum)) * LN2
-    tl.store(lse_ptr + plane.to(tl.int64) * n_q + offs_m, lse, mask=offs_m < n_q)
+    if lse_ptr is not None:
+        lse = (row_max + tl.log2(row_sum)) * LN2
+        tl.store(lse_ptr + plane.to(tl.int64) * n_q + offs_m, lse, mask=offs_m < n_q)
 
 
 def attention_fwd(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: torch.Tensor | None, *, scale: float, dropout_p: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, N_q, H, D), (B, N_k, H, D), (B, N_k, H, D), any strides -> out (B, N_q, H, D) contiguous, and the log-sum-exp
-    of the scaled scores, float32 (B, H, N_q)."""
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seed: torch.Tensor | None,
+    *,
+    scale: float,
+    dropout_p: float,
+    save: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(B, N_q, H, D), (B, N_k, H, D), (B, N_k, H, D), any strides -> out (B, N_q, H, D) contiguous, and with ``save``
+    the log-sum-exp of the scaled scores, float32 (B, H, N_q)."""
     batch, n_q, n_heads, head_dim = q.shape
     n_k = k.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(batch, n_heads, n_q, dtype=torch.float32, device=q.device)
+    lse = torch.empty(batch, n_heads, n_q, dtype=torch.float32, device=q.device) if save else None
     config = pick_attention_fwd(n_q, n_k, head_dim, q.dtype, architecture(q.device), dropout_p > 0)
     d_main, d_tail = split_head_dim(head_dim)
     launch(

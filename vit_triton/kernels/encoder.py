@@ -61,19 +61,22 @@ def encoder_fwd(
         if first_token and i == len(blocks) - 1:
             first = rows.view(batch, length, dim)[:, 0]
             q = _project(first, block, slice(0, inner), norm1).view(batch, 1, heads, head_dim)
-            kv = _project(rows, block, slice(inner, 3 * inner), norm1).view(batch, length, 2, heads, head_dim)
-            k, v = kv.unbind(2)
+            kv = _project(rows, block, slice(inner, 3 * inner), norm1)
+            k, v = kv.view(batch, length, 2, heads, head_dim).unbind(2)
+            del kv
             rows = first
         else:
-            qkv = _project(rows, block, slice(0, 3 * inner), norm1).view(batch, length, 3, heads, head_dim)
-            q, k, v = qkv.unbind(2)
-        out, _ = attention_fwd(q, k, v, None, scale=scale, dropout_p=0.0)
+            qkv = _project(rows, block, slice(0, 3 * inner), norm1)
+            q, k, v = qkv.view(batch, length, 3, heads, head_dim).unbind(2)
+            del qkv
+        out, _ = attention_fwd(q, k, v, None, scale=scale, dropout_p=0.0, save=False)
         rows, _, _ = norm_linear_fwd(
             *(out.view(len(rows), inner), block.out, block.out_bias, None, None, rows, None, block.layer_scale1),
             eps=None,
             dropout_p=0.0,
             panels=block.out_panels,
         )
+        del q, k, v, out  # so much memory is free for the MLP
         rows, *_ = mlp_fwd(
             *(rows, block.w1, block.b1, block.w2, block.b2, block.norm2_weight, block.norm2_bias, rows, None, None),
             block.layer_scale2,
@@ -100,5 +103,6 @@ def _project(rows: torch.Tensor, block: BlockTensors, part: slice, eps: float) -
         eps=eps,
         dropout_p=0.0,
         panels=panels,
+        save=False,
     )
     return y

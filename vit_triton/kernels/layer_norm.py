@@ -32,7 +32,8 @@ def layer_norm_fwd_kernel(
     SAVED_STATISTICS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of y. With SAVED_STATISTICS mean and rstd are read, without they are computed and written."""
+    """BLOCK_M rows of y. With SAVED_STATISTICS mean and rstd are read, without they are computed, and written if asked
+    for."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     mask_m = offs_m < n_rows
@@ -64,7 +65,7 @@ def layer_norm_fwd_kernel(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
-    if not SAVED_STATISTICS:
+    if not SAVED_STATISTICS and mean_ptr is not None:
         tl.store(mean_ptr + offs_m, mean, mask=mask_m)
         tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
 
@@ -77,16 +78,17 @@ def _layer_norm(
     statistics: tuple[torch.Tensor, torch.Tensor] | None,
     eps: float,
     out_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """(y, summed, mean, rstd): the one launch behind the three forward launchers."""
+    save: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(y, summed, mean, rstd): the one launch behind the three forward launchers. Statistics are those given, made with
+    ``save``, else None."""
     n_rows, width = x.shape
     check_layer_norm_width(width)
     y = x.new_empty((n_rows, width), dtype=out_dtype or x.dtype)
     summed = None if residual is None else x.new_empty((n_rows, width))
-    if statistics is None:
+    mean, rstd = statistics or (None, None)
+    if save:
         mean, rstd = (x.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
-    else:
-        mean, rstd = statistics
     config = pick_layer_norm(width, architecture(x.device))
     launch(
         layer_norm_fwd_kernel,
@@ -122,12 +124,13 @@ def layer_norm_fwd(
     *,
     eps: float,
     out_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalise the rows of x (M, D), any strides -> y (M, D), mean (M,), rstd (M,).
+    save: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Normalise the rows of x (M, D), any strides -> y (M, D), and with ``save`` mean (M,), rstd (M,).
 
     y has ``out_dtype``, by default x's; mean and rstd are float32. weight and bias (D,) may have another dtype.
     """
-    y, _, mean, rstd = _layer_norm(x, None, weight, bias, None, eps, out_dtype)
+    y, _, mean, rstd = _layer_norm(x, None, weight, bias, None, eps, out_dtype, save)
     return y, mean, rstd
 
 
@@ -138,12 +141,13 @@ def add_layer_norm_fwd(
     bias: torch.Tensor | None,
     *,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Add and normalise in one pass -> y, summed = x + residual, mean, rstd.
+    save: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Add and normalise in one pass -> y, summed = x + residual, and with ``save`` mean, rstd.
 
     summed and y have x's dtype, and y is the norm of the sum as rounded to it.
     """
-    y, summed, mean, rstd = _layer_norm(x, residual, weight, bias, None, eps, None)
+    y, summed, mean, rstd = _layer_norm(x, residual, weight, bias, None, eps, None, save)
     assert summed is not None
     return y, summed, mean, rstd
 

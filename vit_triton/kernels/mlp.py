@@ -37,10 +37,11 @@ def norm_linear_fwd(
     eps: float | None,
     dropout_p: float,
     panels: Tensor | None = None,
+    save: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """s * gamma * dropout(norm(x) @ weight.T + bias) + residual -> y (M, N), and mean and rstd (M,) of the norm; no norm
-    where ``eps`` is None. ``panels``: the weight as `pack_weight` lays it out."""
-    x, mean, rstd = _norm(x, norm_weight, norm_bias, eps, weight.dtype)
+    """s * gamma * dropout(norm(x) @ weight.T + bias) + residual -> y (M, N), and with ``save`` mean and rstd (M,) of the
+    norm; no norm where ``eps`` is None. ``panels``: the weight as `pack_weight` lays it out."""
+    x, mean, rstd = _norm(x, norm_weight, norm_bias, eps, weight.dtype, save)
     y, _ = linear_fwd(x, weight, bias, residual, seed, layer_scale, samples, dropout_p=dropout_p, panels=panels)
     return y, mean, rstd
 
@@ -111,7 +112,7 @@ def mlp_fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y (M, K), and with ``save`` the pre-activation h (M, N), mean and rstd (M,) of the norm. ``panels``: both weights
     as `pack_weight` lays them out."""
-    x, mean, rstd = _norm(x, norm_weight, norm_bias, eps, w1.dtype)
+    x, mean, rstd = _norm(x, norm_weight, norm_bias, eps, w1.dtype, save)
     pre: Tensor | None
     if activation == "swiglu":
         pre, _ = linear_fwd(x, w1, b1, None, None, panels=panels[0])
@@ -125,6 +126,7 @@ def mlp_fwd(
             save_pre=save,
             panels=panels[0],
         )
+    del x  # its norm is read, and its memory free for y
     y, _ = linear_fwd(hidden, w2, b2, residual, seed, layer_scale, samples, dropout_p=dropout_p, panels=panels[1])
     return y, pre, mean, rstd
 
@@ -191,9 +193,9 @@ def mlp_bwd(
 
 
 def _norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, dtype: torch.dtype
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, dtype: torch.dtype, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return (x, None, None) if eps is None else layer_norm_fwd(x, weight, bias, eps=eps, out_dtype=dtype)
+    return (x, None, None) if eps is None else layer_norm_fwd(x, weight, bias, eps=eps, out_dtype=dtype, save=save)
 
 
 def _norm_again(x, mean, rstd, weight, bias, dtype: torch.dtype) -> Tensor:

@@ -163,8 +163,9 @@ def patch_embed_norm_kernel(
         y += tl.load(pos_ptrs, mask=mask, other=0.0).to(tl.float32)
     out_ptrs = out_ptr + token_offsets(offs_m, n_patches, stride_ob, dim)[:, None] + offs_d[None, :]
     tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(post_mean_ptr + offs_m, mean, mask=mask_m)
-    tl.store(post_rstd_ptr + offs_m, rstd, mask=mask_m)
+    if post_mean_ptr is not None:
+        tl.store(post_mean_ptr + offs_m, mean, mask=mask_m)
+        tl.store(post_rstd_ptr + offs_m, rstd, mask=mask_m)
 
 
 def token_dtype(
@@ -189,6 +190,7 @@ def patch_embed_fwd(
     patch_size: tuple[int, int],
     patch_order: str,
     arranged: torch.Tensor | None = None,
+    save: bool = True,
 ) -> tuple[
     torch.Tensor,
     torch.Tensor | None,
@@ -197,7 +199,7 @@ def patch_embed_fwd(
     torch.Tensor | None,
     torch.Tensor | None,
 ]:
-    """Embed an image (B, C, H, W), any strides -> tokens, z, pre_mean, pre_rstd, post_mean, post_rstd.
+    """Embed an image (B, C, H, W), any strides -> tokens, and with ``save`` z, pre_mean, pre_rstd, post_mean, post_rstd.
 
     weight (dim, patch_dim) has its columns in ``patch_order``, "p1 p2 c" or "c p1 p2"; bias (dim,), pos (patches, dim),
     prefix (n, dim); pre_norm and post_norm are (weight, bias, eps) over patch_dim and dim. z (B * patches, dim) has the
@@ -268,7 +270,8 @@ def patch_embed_fwd(
     post_mean = post_rstd = None
     if post_norm is not None:
         check_layer_norm_width(dim)
-        post_mean, post_rstd = (image.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
+        if save:
+            post_mean, post_rstd = (image.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
         rows = pick_layer_norm(dim, arch)
         launch(
             patch_embed_norm_kernel,
@@ -290,6 +293,8 @@ def patch_embed_fwd(
             BLOCK_D=rows.block_d,
             num_warps=rows.num_warps,
         )
+    if not save:
+        return tokens, None, None, None, None, None
     return tokens, z, pre_mean, pre_rstd, post_mean, post_rstd
 
 

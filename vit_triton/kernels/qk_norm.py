@@ -204,7 +204,9 @@ def normed_attention_fwd(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`attention_fwd` of the normalised q and k."""
-    return attention_fwd(qk_norm_fwd(q, q_norm), qk_norm_fwd(k, k_norm), v, seed, scale=scale, dropout_p=dropout_p)
+    out, lse = attention_fwd(qk_norm_fwd(q, q_norm), qk_norm_fwd(k, k_norm), v, seed, scale=scale, dropout_p=dropout_p)
+    assert lse is not None
+    return out, lse
 
 
 def normed_attention_bwd(

@@ -1,0 +1,288 @@
+"""What one Transformer block keeps for its backward pass, its peak of memory, and how many kernels it launches.
+
+Counted, not measured, and the same on every machine. Nothing is computed: our launchers run with the launch itself
+taken out, which leaves their allocations; the blocks of others run on fake CPU tensors, down to PyTorch's operators.
+
+* Saved: bytes of the distinct storages that ``saved_tensors_hooks`` sees in a forward pass, but for the parameters and
+  the block's input, which the block before has in any case.
+* Peak: the most bytes of storages that are alive at once and were made in the pass: results, what is saved, scratch of
+  our launchers and, in training, all gradients. What a kernel of PyTorch takes inside is not seen.
+* Kernels: ours are launches, and PyTorch's operators between them; those of others are operators that compute
+  something, each counted as one kernel, though some start several.
+
+Training is a forward and a backward pass with a given gradient, without dropout and optimizer.
+"""
+
+import argparse
+import contextlib
+import json
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks import gpu_path
+from benchmarks.runner import OURS
+from benchmarks.shapes import DTYPES
+
+SUMMARY = {"memory": "count the bytes a block saves for backward, its peak and its kernels, against others' blocks"}
+
+PATCH = 16
+
+
+@dataclass(frozen=True)
+class Size:
+    width: int
+    heads: int
+
+    @property
+    def hidden(self) -> int:
+        return 4 * self.width
+
+
+SIZES = {"S": Size(384, 6), "B": Size(768, 12), "L": Size(1024, 16)}
+
+
+@dataclass(frozen=True)
+class Count:
+    """Bytes and kernels of a block; inference is a forward pass without gradients."""
+
+    block: str
+    saved: int
+    peak_inference: int
+    peak_training: int
+    kernels_inference: int
+    kernels_training: int
+
+
+# --- counting ----------------------------------------------------------------------------------------------
+
+_ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
+
+
+def _key(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+class Ledger(TorchDispatchMode):
+    """Follows storages that operators make, from birth to death, and counts the kernels that it takes.
+
+    ``now``: bytes of those alive, ``peak`` the most of it. ``born``: (shape, key) of every tensor that came with a
+    storage of its own; the key is None once that has died.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[int, int]] = {}  # key -> bytes, and which of ``born``
+        self.now = self.peak = self.kernels = 0
+        self.born: list[tuple[tuple[int, ...], int | None]] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = op(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor) and _key(x) not in given]
+        for x in made:
+            self._birth(x)
+        launches = op.namespace != "vit_triton" and op.overloadpacket.__name__ not in _ALLOCATIONS
+        if launches and (op._schema.is_mutable or made):
+            self.kernels += 1
+        return result
+
+    def _birth(self, x: Tensor) -> None:
+        key, storage = _key(x), x.untyped_storage()
+        if key in self.alive:
+            return
+        self.alive[key] = storage.nbytes(), len(self.born)
+        self.born.append((tuple(x.shape), key))
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._death, key).atexit = False
+
+    def _death(self, key: int) -> None:
+        size, which = self.alive.pop(key)
+        self.now -= size
+        self.born[which] = self.born[which][0], None
+
+    def launched(self, kernel: Any, grid: Any, device: Any, arguments: Any) -> None:
+        self.kernels += 1
+
+
+@contextlib.contextmanager
+def counting(ours: bool) -> Iterator[Ledger]:
+    """A ledger of what happens inside: on the path of a GPU for ``ours``, else on fake tensors."""
+    ledger = Ledger()
+    with contextlib.ExitStack() as stack:
+        if ours:
+            stack.enter_context(gpu_path.taken(ledger.launched, inside=ledger))
+        stack.enter_context(ledger)
+        yield ledger
+
+
+@contextlib.contextmanager
+def saving(excluded: list[Tensor]) -> Iterator[dict[int, torch.UntypedStorage]]:
+    """The storages that are saved for the backward pass inside, but for those of ``excluded``."""
+    known, found = set(map(_key, excluded)), {}
+
+    def pack(x: Tensor) -> Tensor:
+        if _key(x) not in known:
+            found[_key(x)] = x.untyped_storage()  # the pass keeps it alive and so do we: no other gets its key
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield found
+
+
+# --- blocks ------------------------------------------------------------------------------------------------
+
+
+def _ours(size: Size) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from vit_triton.modules import Transformer
+
+    model = Transformer(size.width, 1, size.heads, size.width // size.heads, size.hidden, backend="triton")
+    return model, model._run  # without the norm behind the last block
+
+
+def _vit_pytorch(size: Size) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from vit_pytorch.vit import Transformer
+
+    (block,) = Transformer(size.width, 1, size.heads, size.width // size.heads, size.hidden).layers
+    attention, feed_forward = block
+
+    def run(x: Tensor) -> Tensor:
+        x = attention(x) + x
+        return feed_forward(x) + x
+
+    return block, run
+
+
+def _vit_pytorch_sdpa(size: Size) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    block, run = _vit_pytorch(size)
+    attention = block[0]
+
+    def forward(x: Tensor) -> Tensor:
+        qkv = attention.to_qkv(attention.norm(x)).unflatten(-1, (3, size.heads, -1))
+        out = nn.functional.scaled_dot_product_attention(*qkv.transpose(1, 3).unbind(2))
+        return attention.to_out(out.transpose(1, 2).flatten(2))
+
+    attention.forward = forward
+    return block, run
+
+
+def _timm(size: Size) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from timm.models.vision_transformer import Block
+
+    block = Block(size.width, size.heads, size.hidden / size.width, qkv_bias=True)
+    return block, block
+
+
+def _torchvision(size: Size) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from torchvision.models.vision_transformer import EncoderBlock
+
+    block = EncoderBlock(size.heads, size.width, size.hidden, 0.0, 0.0)
+    return block, block
+
+
+def _hugging_face(size: Size) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from transformers import ViTConfig
+    from transformers.models.vit.modeling_vit import ViTLayer
+
+    config = ViTConfig(
+        hidden_size=size.width,
+        num_attention_heads=size.heads,
+        intermediate_size=size.hidden,
+        attn_implementation="sdpa",
+    )
+    block = ViTLayer(config)
+    return block, block
+
+
+BLOCKS = {
+    OURS: _ours,
+    "vit_pytorch": _vit_pytorch,
+    "vit_pytorch, SDPA": _vit_pytorch_sdpa,
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "transformers": _hugging_face,
+}
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def count(name: str, size: Size, batch: int, tokens: int, dtype: torch.dtype) -> Count:
+    """What block ``name`` takes on (batch, tokens, width)."""
+    ours = name == OURS
+    with contextlib.nullcontext() if ours else FakeTensorMode():
+        with _default_dtype(dtype):  # fake parameters cannot be cast
+            module, block = BLOCKS[name](size)
+        x = torch.empty(batch, tokens, size.width, dtype=dtype)
+        dy = torch.empty_like(x)
+        module.eval()
+        with counting(ours) as inference, torch.no_grad():
+            y = block(x)
+        del y
+        module.train()
+        x.requires_grad_()
+        with counting(ours) as training:
+            with saving([x, *module.parameters()]) as saved:
+                y = block(x)
+            kept = sum(storage.nbytes() for storage in saved.values())
+            del saved
+            y.backward(dy)
+    return Count(name, kept, inference.peak, training.peak, inference.kernels, training.kernels)
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+def table(counts: list[Count]) -> Table:
+    """In Markdown; MiB, and in brackets the ratio to the first."""
+    first = asdict(counts[0])
+
+    def cell(name: str, value: int) -> str:
+        shown = f"{value / 2**20:.1f}" if "kernels" not in name else str(value)
+        return f"{shown} ({value / first[name]:.2f}x)"
+
+    made = Table(box=box.MARKDOWN)
+    made.add_column("block")
+    for heading in ("saved, MiB", "peak inference", "peak training", "kernels inference", "kernels training"):
+        made.add_column(heading, justify="right")
+    for each in counts:
+        name, *rest = asdict(each).items()
+        made.add_row(name[1], *(cell(*item) for item in rest))
+    return made
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=SIZES, default="B", help="the width and heads of ViT-S, ViT-B or ViT-L")
+    parser.add_argument("--image", type=int, default=224, help=f"its side in pixels, cut into patches of {PATCH}")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--json", type=Path, help="write the counts to this file")
+
+
+def run(options: argparse.Namespace) -> None:
+    tokens = 1 + (options.image // PATCH) ** 2
+    counts = [count(name, SIZES[options.model], options.batch, tokens, DTYPES[options.dtype]) for name in BLOCKS]
+    what = f"one block of ViT-{options.model}/{PATCH}, {options.batch} images of {options.image} x {options.image}"
+    print(f"{what}, {options.dtype}; counted, nothing ran")
+    Console(width=120).print(table(counts))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(each) for each in counts], indent=1))

@@ -1,0 +1,241 @@
+"""Python's time from a public function to its launches, per call, on the path of a GPU: at batch 1 this is the wait.
+
+The kernels are compiled for sm_90 and every launch goes all the way but for the last call, which does nothing. In turn
+with each call the same launches are made by Triton's own launcher, ``kernel[grid](...)``, stubbed in the same place:
+the difference is what the library costs. The lowest of many rounds stands for each, since whatever else the machine
+does only adds. Training is a forward and a backward pass; a Function that does nothing shows PyTorch's share of it.
+Python takes as long for small tensors as for large ones: these are narrow, so that the few operators of PyTorch between
+the launches, which do run, take little more than their own launch.
+"""
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks import gpu_path
+from benchmarks.runner import keep_freed_memory, machine
+from benchmarks.shapes import DTYPES
+from vit_triton import functional as F
+from vit_triton.kernels import _launch
+from vit_triton.models import ViT
+from vit_triton.modules import Transformer
+
+SUMMARY = {"overhead": "time the Python between a call and its launches, against Triton's own launcher"}
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """At batch 1. Two heads: with one as wide as the tokens a block has no output projection."""
+
+    tokens: int = 197
+    width: int = 128
+    heads: int = 2
+    patch: int = 16
+
+    @property
+    def image(self) -> int:
+        return round((self.tokens - 1) ** 0.5) * self.patch
+
+
+SHAPE = Shape()
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Microseconds of a call, and of its ``launches`` when Triton's own launcher makes them."""
+
+    name: str
+    mode: str
+    launches: int
+    call: float
+    triton: float
+
+    @property
+    def above(self) -> float:
+        return self.call - self.triton
+
+
+# --- what is called ----------------------------------------------------------------------------------------
+
+
+def operators(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., Any], list[Tensor]]]:
+    """(name, function, its tensors) of every public function, at batch 1 as a ViT calls it. The tensors want gradients
+    in training."""
+
+    def rand(*size: int) -> Tensor:
+        return torch.zeros(size, dtype=dtype)
+
+    n, width, heads = shape.tokens, shape.width, shape.heads
+    head_dim, hidden, pixels = width // heads, 4 * width, 3 * shape.patch**2
+    kw: dict[str, Any] = dict(backend="triton")
+
+    def norm_linear(x, w, b, g, h):
+        return F.linear(x, w, b, norm=(g, h, 1e-5), **kw)
+
+    def mlp(x, w1, b1, w2, b2, g, h):
+        return F.mlp(x, w1, b1, w2, b2, norm=(g, h, 1e-5), residual=x, **kw)
+
+    def patch_embed(image, w, b, g, h, g2, h2, pos, prefix):
+        norms = dict(pre_norm=(g, h, 1e-5), post_norm=(g2, h2, 1e-5))
+        return F.patch_embed(image, w, b, patch_size=shape.patch, **norms, pos=pos, prefix=prefix, **kw)
+
+    def encoder(x, g, h, qkv, out, out_bias, g2, h2, w1, b1, w2, b2):
+        block = F.Block((g, h, 1e-5), qkv, None, out, out_bias, (g2, h2, 1e-5), w1, b1, w2, b2)
+        return F.encoder(x, [block], heads=heads, **kw)
+
+    x, vector = rand(1, n, width), rand(width)
+    mlp_tensors = [rand(hidden, width), rand(hidden), rand(width, hidden), rand(width)]
+    yield "layer_norm", lambda x, g, h: F.layer_norm(x, g, h, **kw), [x, vector, rand(width)]
+    yield "linear", lambda x, w, b: F.linear(x, w, b, **kw), [x, rand(width, width), vector]
+    yield "linear, norm", norm_linear, [x, rand(3 * width, width), rand(3 * width), vector, rand(width)]
+    yield "mlp", mlp, [x, *mlp_tensors, vector, rand(width)]
+    yield "attention", lambda q, k, v: F.attention(q, k, v, **kw), [rand(1, n, heads, head_dim) for _ in range(3)]
+    yield "attention_packed", lambda qkv: F.attention_packed(qkv, **kw), [rand(1, n, 3, heads, head_dim)]
+    embedding = [rand(width, pixels), vector, rand(pixels), rand(pixels), rand(width), rand(width)]
+    positions = [rand(n - 1, width), rand(1, width)]
+    yield "patch_embed", patch_embed, [rand(1, 3, shape.image, shape.image), *embedding, *positions]
+    attention = [vector, rand(width), rand(3 * width, width), rand(width, width), rand(width)]
+    yield "encoder, 1 block", encoder, [x, *attention, rand(width), rand(width), *mlp_tensors]
+
+
+def modules(shape: Shape, dtype: torch.dtype, depth: int = 12) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    width, heads = shape.width, shape.heads
+    size = dict(dim=width, heads=heads, dim_head=width // heads, mlp_dim=4 * width, backend="triton")
+    x = torch.zeros(1, shape.tokens, width, dtype=dtype)
+    yield "block and norm", Transformer(depth=1, **size).to(dtype), x
+    image = torch.zeros(1, 3, shape.image, shape.image, dtype=dtype)
+    sides = dict(image_size=shape.image, patch_size=shape.patch, num_classes=1000)
+    yield f"ViT, {depth} blocks", ViT(**sides, depth=depth, **size).to(dtype), image
+
+
+class _Nothing(torch.autograd.Function):
+    """What any Function costs that saves two tensors and gives each a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        return ctx.saved_tensors
+
+
+def calls(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, str, Call]]:
+    """(name, "inference" or "training", what is called)"""
+    nothing = torch.zeros(1, shape.tokens, shape.width, dtype=dtype), [torch.zeros(shape.width, dtype=dtype)]
+    yield from _both("a Function of nothing", _Nothing.apply, *nothing)
+    for name, function, (x, *tensors) in operators(shape, dtype):
+        yield from _both(name, function, x, tensors)
+    for name, module, x in modules(shape, dtype):
+        yield from _both(name, lambda x, *parameters, module=module: module(x), x, list(module.parameters()))
+
+
+def _both(name: str, function: Callable[..., Any], x: Tensor, tensors: list[Tensor]) -> Iterator[tuple[str, str, Call]]:
+    leaves = [tensor.requires_grad_() for tensor in ([x, *tensors] if x.dim() != 4 or "attention" in name else tensors)]
+    dy: list[Tensor] = []
+
+    def training() -> Any:
+        y = function(x, *tensors)
+        if not dy:
+            dy.append(torch.zeros_like(y))
+        return torch.autograd.grad(y, leaves, dy[0])
+
+    yield name, "inference", lambda: function(x, *tensors)
+    yield name, "training", training
+
+
+# --- measuring ---------------------------------------------------------------------------------------------
+
+
+def launches_of(call: Call) -> list[tuple[Any, Any, dict[str, Any]]]:
+    """(kernel, grid, arguments) of each launch of a call, which is made inside ``gpu_path.taken()``."""
+    seen: list[tuple[Any, Any, dict[str, Any]]] = []
+    run = _launch._run
+
+    def note(kernel: Any, grid: Any, device: Any, arguments: dict[str, Any]) -> None:
+        seen.append((kernel, grid, arguments))
+        run(kernel, grid, device, arguments)
+
+    with mock.patch.object(_launch, "_run", note):
+        call()
+    return seen
+
+
+def measure(name: str, mode: str, call: Call, rounds: int) -> Overhead:
+    with torch.set_grad_enabled(mode == "training"):
+        return _measure(name, mode, call, rounds)
+
+
+def _measure(name: str, mode: str, call: Call, rounds: int) -> Overhead:
+    launches = launches_of(call)
+
+    def triton() -> None:
+        for kernel, grid, arguments in launches:
+            kernel[grid](**arguments, enable_fp_fusion=True)
+
+    best = [float("inf")] * 2
+    for each in (call, triton):
+        for _ in range(3):
+            each()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for i, each in enumerate((call, triton)):
+                start = time.perf_counter_ns()
+                each()
+                best[i] = min(best[i], time.perf_counter_ns() - start)
+    finally:
+        gc.enable()
+    return Overhead(name, mode, len(launches), best[0] / 1e3, best[1] / 1e3)
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+def table(results: list[Overhead]) -> Table:
+    made = Table()
+    made.add_column("call")
+    for heading in ("mode", "launches", "us", "us of Triton's launcher", "us above it"):
+        made.add_column(heading, justify="right")
+    for each in results:
+        times = (f"{value:.1f}" for value in (each.call, each.triton, each.above))
+        made.add_row(each.name, each.mode, str(each.launches), *times)
+    return made
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=1000, help="the lowest time of so many is shown")
+    parser.add_argument("--only", default="", help="calls whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+
+
+def run(options: argparse.Namespace) -> None:
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    print(f"{SHAPE}; Python alone, no kernel ran; the guard of the current device is not in it")
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as the allocator of a GPU does
+    results = []
+    with gpu_path.taken():
+        for name, mode, call in calls(SHAPE, DTYPES[options.dtype]):
+            if options.only in name:
+                results.append(measure(name, mode, call, options.rounds))
+    Console(width=100).print(table(results))
+    if options.json:
+        shown = [{**asdict(each), "above": each.above} for each in results]
+        options.json.write_text(json.dumps({"machine": machine(), "results": shown}, indent=1))

@@ -1,0 +1,122 @@
+"""What is counted of memory and kernels, and that the operators allocate nothing for nobody."""
+
+import contextlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EMULATOR, INTERPRETER
+
+if INTERPRETER or EMULATOR:
+    pytest.skip("another vehicle was chosen: it takes the place of the driver", allow_module_level=True)
+
+from benchmarks import __main__ as command
+from benchmarks import memory, overhead
+from benchmarks.runner import OURS
+
+SMALL = memory.Size(64, 2)
+SHAPE = overhead.Shape(tokens=5, width=64, heads=2, patch=4)
+CALLS = {name: (function, tensors) for name, function, tensors in overhead.operators(SHAPE, torch.bfloat16)}
+
+
+def test_two_counts_are_the_same():
+    for name in memory.BLOCKS:
+        first, again = (memory.count(name, SMALL, 2, 17, torch.bfloat16) for _ in range(2))
+        assert first == again
+
+
+def test_what_our_block_saves():
+    """Everything but the block's input, which others save too."""
+    batch, tokens, width = 2, 17, 64
+    rows, two, four = batch * tokens, 2, 4  # bytes of bfloat16 and float32
+    statistics = 2 * rows * four  # of each norm
+    qkv, attended, lse = 3 * rows * width * two, rows * width * two, batch * SMALL.heads * tokens * four
+    middle, pre_activation = rows * width * two, rows * SMALL.hidden * two  # between attention and MLP
+    expected = 2 * statistics + qkv + attended + lse + middle + pre_activation
+    assert memory.count(OURS, SMALL, batch, tokens, torch.bfloat16).saved == expected
+
+
+def test_what_an_eager_block_saves():
+    batch, tokens, width, heads = 2, 17, 64, 2
+    rows, scores = batch * tokens * width, batch * heads * tokens**2
+    statistics = 2 * 2 * batch * tokens
+    # both norms' results; q, k, v (q k^T reads copies of q and k, and P v one of v); probabilities; heads side by
+    # side; the sum after attention; the hidden layer before and after its activation
+    floats = 2 * rows + 3 * rows + scores + rows + rows + 2 * 4 * rows + statistics
+    counted = memory.count("vit_pytorch", SMALL, batch, tokens, torch.float32).saved
+    assert floats * 4 <= counted <= (floats + scores) * 4
+
+
+def test_a_ledger_follows_storages():
+    with memory.Ledger() as ledger:
+        x = torch.empty(100, dtype=torch.uint8)
+        y = torch.zeros(50, dtype=torch.uint8)
+        assert (ledger.now, ledger.kernels) == (150, 1)
+        x.add_(1), x.view(10, 10).t(), y.detach()
+        assert (ledger.now, ledger.kernels, len(ledger.born)) == (150, 2, 2)
+        view = x[:1]
+        del x
+        assert ledger.now == 150, "a view holds the storage"
+        del view, y
+        assert (ledger.now, ledger.peak) == (0, 150)
+
+
+def made(call, saved=()):
+    """Shapes of what a call allocates that is neither returned nor ``saved``."""
+    with memory.counting(ours=True) as ledger:
+        with memory.saving(list(saved)) if saved else contextlib.nullcontext({}) as kept:
+            results = call()
+        results = results if isinstance(results, tuple) else (results,)
+        used = {memory._key(x) for x in results} | set(kept)
+        return sorted(shape for shape, key in ledger.born if key not in used and 0 not in shape)
+
+
+ROWS, WIDTH, HIDDEN = SHAPE.tokens, SHAPE.width, 4 * SHAPE.width
+PATCHES, PIXELS = SHAPE.tokens - 1, 3 * SHAPE.patch**2
+NORM, HIDDEN_LAYER = (ROWS, WIDTH), (ROWS, HIDDEN)
+SCRATCH = {
+    "linear, norm": [NORM],
+    "mlp": [NORM, HIDDEN_LAYER],
+    # the statistics of the patches and the product, which the next kernels read
+    "patch_embed": [(PATCHES,), (PATCHES,), (PATCHES, WIDTH)],
+    "encoder, 1 block": [(ROWS, 3 * WIDTH), (1, ROWS, 2, WIDTH // 2), NORM, NORM, NORM, HIDDEN_LAYER],
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_inference_allocates_results_and_named_scratch(name):
+    function, tensors = CALLS[name]
+    with torch.no_grad():
+        scratch = made(lambda: function(*tensors))
+    assert strip(scratch, name) == sorted(SCRATCH.get(name, []))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if "encoder" not in name])
+def test_training_allocates_what_is_returned_or_saved_and_named_scratch(name):
+    function, tensors = CALLS[name]
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    scratch = made(lambda: function(*leaves), saved=leaves)
+    expected = [] if name == "patch_embed" else SCRATCH.get(name, [])
+    assert strip(scratch, name) == sorted(expected)
+
+
+def strip(scratch, name):
+    """Less the rearranged parameters of a patch embedding, which are made where the image is no patch_order's."""
+    rearranged = (PIXELS, WIDTH * PIXELS) if name == "patch_embed" else ()
+    return [shape for shape in scratch if math.prod(shape) not in rearranged]
+
+
+def test_the_table_in_the_readme(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "counts.json"
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "memory", "--json", str(path)])
+    command.main()
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    shown = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(shown) == 2 + len(memory.BLOCKS)
+    assert "\n".join(shown) in readme
+    counts = json.loads(path.read_text())
+    ours, *others = counts
+    assert ours["block"] == OURS and all(ours["saved"] < each["saved"] for each in others)

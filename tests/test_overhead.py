@@ -1,0 +1,64 @@
+"""The time of Python between a call and its launches: that it is measured of the calls and launches it says."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import EMULATOR, INTERPRETER
+
+if INTERPRETER or EMULATOR:
+    pytest.skip("another vehicle was chosen: it takes the place of the driver", allow_module_level=True)
+
+from benchmarks import __main__ as command
+from benchmarks import gpu_path, memory, overhead
+
+
+def test_every_public_function_is_measured():
+    names = {name.split(",")[0] for name, *_ in overhead.operators(overhead.SHAPE, torch.float32)}
+    assert names == {"layer_norm", "linear", "mlp", "attention", "attention_packed", "patch_embed", "encoder"}
+
+
+def test_launches_are_those_that_are_counted():
+    """Seen at the launch and by `memory`, which stubs it one step earlier."""
+    shape = overhead.Shape(tokens=5, width=64, heads=2, patch=4)
+    for name, mode, call in overhead.calls(shape, torch.bfloat16):
+        if name != "layer_norm":
+            continue
+        with torch.set_grad_enabled(mode == "training"):
+            with gpu_path.taken():
+                launches = overhead.launches_of(call)  # and the gradient is made
+            with memory.counting(ours=True) as ledger:
+                call()
+        assert len(launches) == ledger.kernels and launches[0][0].__name__ == "layer_norm_fwd_kernel"
+
+
+def test_triton_and_the_library_start_the_same_kernels(monkeypatch):
+    """With the same arguments, and as often: the launcher is reached by both."""
+    started = []
+    monkeypatch.setattr(gpu_path.codegen._Launcher, "__call__", lambda self, *args: started.append(args))
+    x, weight = torch.zeros(3, 64), torch.ones(64)
+    with gpu_path.taken():
+        call = lambda: overhead.F.layer_norm(x, weight, weight, backend="triton")  # noqa: E731
+        result = overhead.measure("layer_norm", "inference", call, rounds=2)
+    assert result.launches == 1 and len(started) == 1 + 2 * (3 + 2)  # seen once; warmed up, then measured, in turn
+    kernels = {args[4] for args in started}  # behind the grid and the stream
+    assert len(kernels) == 1
+    pointers = [[x.data_ptr() for x in args if isinstance(x, torch.Tensor)] for args in started]
+    assert all(each[0] == x.data_ptr() and each[1] == weight.data_ptr() for each in pointers)
+
+
+def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "overhead.json"
+    monkeypatch.setattr(
+        sys, "argv", ["benchmarks", "overhead", "--only", "layer_norm", "--rounds", "2", "--json", str(path)]
+    )
+    command.main()
+    written = json.loads(path.read_text())
+    assert [(each["name"], each["mode"]) for each in written["results"]] == [
+        ("layer_norm", "inference"),
+        ("layer_norm", "training"),
+    ]
+    for each in written["results"]:
+        assert each["call"] > 0 and each["above"] == pytest.approx(each["call"] - each["triton"])
+    assert "no kernel ran" in capsys.readouterr().out and "cpu" in written["machine"]
