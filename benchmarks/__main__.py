@@ -2,9 +2,9 @@
 
 import argparse
 
-from benchmarks import codegen, timing
+from benchmarks import codegen, compare, growth
 
-COMMANDS = {"ops": timing, "models": timing, "codegen": codegen}
+COMMANDS = {"ops": compare, "models": compare, "growth": growth, "codegen": codegen}
 
 
 def main() -> None:
