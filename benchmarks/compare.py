@@ -18,12 +18,13 @@ BLOCKS = 2  # of the encoder among the operators
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.prog.split()[-1]
     models_too = what == "models"
+    sizes, batches = (["S", "B"], [1, 8]) if models_too else (["B"], [8])
     options.add(parser, seconds=4.0, dtypes=["float32", "bfloat16"])
-    parser.add_argument("--model", nargs="+", choices=SIZES, default=["S", "B"] if models_too else ["B"], metavar="SIZE",
-                        help=f"{', '.join(SIZES)}; default: {'S and B' if models_too else 'B'}")  # fmt: skip
+    parser.add_argument("--model", nargs="+", choices=SIZES, default=sizes, metavar="SIZE",
+                        help=f"{', '.join(SIZES)}; default: {' '.join(sizes)}")  # fmt: skip
     parser.add_argument("--image", nargs="+", type=options.positive, default=[224], help="side in pixels; default: 224")
-    parser.add_argument("--batch", nargs="+", type=options.positive, default=[1, 8] if models_too else [8],
-                        help=f"images; default: {'1 and 8' if models_too else '8'}")  # fmt: skip
+    parser.add_argument("--batch", nargs="+", type=options.positive, default=batches,
+                        help=f"images; default: {' '.join(map(str, batches))}")  # fmt: skip
     parser.add_argument(
         "--direction",
         nargs="+",
@@ -32,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if models_too
         else "default: forward and both; backward alone keeps the graph and times the gradients",
     )
-    parser.add_argument("--providers", nargs="+", metavar="NAME", help="these besides ours; default: all that are installed")
+    parser.add_argument(
+        "--providers", nargs="+", metavar="NAME", help="these besides ours; default: all that are installed"
+    )
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,

@@ -11,7 +11,17 @@ def tensors(size):
     """Shapes of what a block is made of."""
     width, hidden = size.width, size.hidden
     norm = [(width,), (width,)]
-    return [*norm, (3 * width, width), (width, width), (width,), *norm, (hidden, width), (hidden,), (width, hidden), (width,)]
+    return [
+        *norm,
+        (3 * width, width),
+        (width, width),
+        (width,),
+        *norm,
+        (hidden, width),
+        (hidden,),
+        (width, hidden),
+        (width,),
+    ]
 
 
 def inputs(shape):

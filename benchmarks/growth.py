@@ -1,7 +1,7 @@
 """`growth`: how the time of attention and of a stack of blocks grows with tokens, batch and depth.
 
-A slope is the exponent of a power law: time ~ size ** slope, the line of least squares through the logarithms of the upper
-half of the sizes. Below, a call's own cost hides it.
+A slope is the exponent of a power law, time ~ size ** slope: the line of least squares through the logarithms of the
+upper half of the sizes. Below, a call's own cost hides it.
 """
 
 import argparse
@@ -38,7 +38,9 @@ class Slope:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add(parser, seconds=1.0, dtypes=["float32"])
     parser.set_defaults(threads=[1])
-    parser.add_argument("--model", choices=SIZES, default="Ti", metavar="SIZE", help=f"width: {', '.join(SIZES)}; default: Ti")
+    parser.add_argument(
+        "--model", choices=SIZES, default="Ti", metavar="SIZE", help=f"width: {', '.join(SIZES)}; default: Ti"
+    )
     parser.add_argument("--tokens", nargs="+", type=options.positive, default=TOKENS, help="at batch 1, depth 1")
     parser.add_argument("--batch", nargs="+", type=options.positive, default=BATCHES, help="at 197 tokens, depth 1")
     parser.add_argument("--depth", nargs="+", type=options.positive, default=DEPTHS, help="at 197 tokens, batch 1")
@@ -53,7 +55,8 @@ def run(given: argparse.Namespace) -> None:
     complete = runner.run(cases, given.threads, given.seconds, report)
     for slope in slopes(report.results):
         found.append(vars(slope))
-        print(f"{slope.case:<28} {slope.dtype:<9} {slope.threads} thr  time ~ {slope.axis}^{slope.slope:.2f}  {slope.provider}")
+        law = f"time ~ {slope.axis}^{slope.slope:.2f}"
+        print(f"{slope.case:<28} {slope.dtype:<9} {slope.threads} thr  {law:<22} {slope.provider}")
     report.write()
     if given.plot:
         from benchmarks import plot

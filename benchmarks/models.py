@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cost import Cost, nbytes, trace
-from benchmarks.runner import OURS, Case, Provider
+from benchmarks.runner import OURS, Case, Provider, errors
 from benchmarks.shapes import Shape
 
 CLASSES = 1000
@@ -171,6 +171,13 @@ def _prepare(
         image = torch.randn(shape.batch, 3, shape.image, shape.image).to(dtype)
         labels = torch.randint(CLASSES, (shape.batch,))
         reference = vit_pytorch(shape).to(dtype)
+    arguments = (image,) if direction == "forward" else (image, labels)
+    numbers = inference if direction == "forward" else gradients
+
+    @functools.cache
+    def plain() -> list[float]:
+        return errors(numbers(reference, *arguments)(), _exact(numbers, reference, arguments))
+
     providers = {}
     for name, build in wanted.items():
         base = name.removesuffix(COMPILED)
@@ -179,15 +186,19 @@ def _prepare(
         if base in SAME_WEIGHTS:
             model.load_state_dict(reference.state_dict())
         peer = reference if base in SAME_WEIGHTS else copy.deepcopy(model)
+        exact = functools.cache(functools.partial(_exact, numbers, peer, arguments))
         called = torch.compile(model, dynamic=False) if name.endswith(COMPILED) else model
         if direction == "forward":
-            exact = functools.partial(_exact, inference, peer, image)
-            providers[name] = Provider(inference(called, image), functools.cache(exact))
+            providers[name] = Provider(inference(called, image), exact, plain)
         else:
-            numbers = functools.partial(_restored, model, peer, gradients(called, image, labels))
-            exact = functools.partial(_exact, gradients, peer, image, labels)
-            providers[name] = Provider(training_step(called, image, labels), functools.cache(exact), numbers)
+            first = functools.partial(_restored, model, peer, gradients(called, image, labels))
+            providers[name] = Provider(training_step(called, image, labels), exact, plain, first)
     return providers
+
+
+def _exact(make: Callable[..., Callable[[], Any]], model: nn.Module, arguments: tuple[Tensor, ...]) -> Any:
+    image, *labels = arguments
+    return make(copy.deepcopy(model).double(), image.double(), *labels)()
 
 
 def _restored(model: nn.Module, peer: nn.Module, call: Callable[[], Any]) -> Any:
@@ -196,13 +207,9 @@ def _restored(model: nn.Module, peer: nn.Module, call: Callable[[], Any]) -> Any
     return call()
 
 
-def _exact(make: Callable[..., Callable[[], Any]], model: nn.Module, image: Tensor, *labels: Tensor) -> Any:
-    return make(copy.deepcopy(model).double(), image.double(), *labels)()
-
-
 def _cost(shape: Shape, direction: str, dtype: torch.dtype, providers: int) -> Cost:
-    """That of vit_pytorch's model, which computes all tokens to the end. Bytes: weights, image and logits once; in training
-    weights and Adam's two moments read and written, gradients written and read."""
+    """That of vit_pytorch's model, which computes all tokens to the end. Bytes: weights, image and logits once; in
+    training weights and Adam's two moments read and written, gradients written and read."""
 
     def traced(dtype: torch.dtype) -> tuple[int, int, int]:
         made: list[nn.Module] = []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.cost import Cost, nbytes, trace
 from benchmarks.derivative import DIRECTIONS, LABELS, Function, cast
-from benchmarks.runner import OURS, Case, Provider
+from benchmarks.runner import OURS, Case, Provider, errors
 from benchmarks.shapes import Shape
 
 COMPILED = "torch.compile"
@@ -70,13 +70,18 @@ class Op:
             gradient = torch.randn(self._output(shape)).to(dtype)
         call = DIRECTIONS[direction]
 
+        peer = functools.partial(self.exact, shape)
+
         @functools.cache
         def exact() -> object:
-            peer = functools.partial(self.exact, shape)
             return call(peer, cast(inputs, torch.float64), gradient.double())()
 
+        @functools.cache
+        def plain() -> list[float]:
+            return errors(call(peer, inputs, gradient)(), exact())
+
         return {
-            name: Provider(call(functools.partial(function, shape), inputs, gradient), exact)
+            name: Provider(call(functools.partial(function, shape), inputs, gradient), exact, plain)
             for name, function in functions.items()
         }
 

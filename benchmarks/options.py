@@ -66,7 +66,9 @@ def add(parser: argparse.ArgumentParser, seconds: float, dtypes: list[str]) -> N
     parser.add_argument("--seconds", type=duration, default=seconds, help="for each case and thread count")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", type=new_file, help="write the results to this file, after every case")
-    parser.add_argument("--plot", type=plot_folder, metavar="FOLDER", help="draw charts of the results into this folder")
+    parser.add_argument(
+        "--plot", type=plot_folder, metavar="FOLDER", help="draw charts of the results into this folder"
+    )
 
 
 def chosen(available: Mapping[str, Any], wanted: Iterable[str] | None) -> dict[str, Any]:
