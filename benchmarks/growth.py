@@ -19,6 +19,7 @@ from benchmarks.shapes import DTYPES, SIZES, Shape
 SUMMARY = {"growth": "time attention and blocks as tokens, batch and depth grow, and fit the slopes"}
 PEERS = {"attention": "sdpa", "encoder": "pytorch"}
 OPS: list[Op] = [*attention.OPS, *encoder.OPS]
+AXES = ("tokens", "batch", "depth")
 TOKENS = [50, 128, 256, 512, 1024, 2048, 4096]
 BATCHES = [1, 2, 4, 8, 16, 32]
 DEPTHS = [1, 2, 4, 8, 12]
@@ -71,10 +72,10 @@ def _cases(given: argparse.Namespace) -> Iterator[runner.Case]:
         for op in OPS:
             functions = op.functions(given.device, compiled=False)
             functions = {name: functions[name] for name in (runner.OURS, PEERS[op.name])}
-            for axis, sizes in (("tokens", given.tokens), ("batch", given.batch), ("depth", given.depth)):
+            for axis in AXES:
                 if axis == "depth" and op.name == "attention":
                     continue
-                for size in sorted(set(sizes)):
+                for size in sorted(set(getattr(given, axis))):
                     shape = _shape(given.model, **{axis: size})
                     for case in op.cases([shape], given.direction, DTYPES[dtype], given.device, functions):
                         yield replace(case, at={"axis": axis, "size": size})

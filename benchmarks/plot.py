@@ -6,8 +6,9 @@ from typing import Any
 
 import matplotlib.figure
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.growth import Slope, curves
+from benchmarks.growth import AXES, Slope, curves
 from benchmarks.runner import OURS, Report, Result
 
 HIGHLIGHT, LINE = "#d9480f", "#343a40"
@@ -48,13 +49,21 @@ def _figure(height: float, title: str, rows: int = 1, columns: int = 1) -> tuple
     return figure, axes
 
 
-def _save(figure: Any, report: Report, results: Sequence[Result], path: Path) -> Path:
-    """With what was measured on below the picture."""
+def _log(ax: Any, axis: str) -> None:
+    getattr(ax, f"set_{axis}scale")("log")
+    ticks = getattr(ax, f"{axis}axis")
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if axis == "y" else (1, 4)))
+    ticks.set_major_formatter("{x:g}")
+    ticks.set_minor_formatter(NullFormatter())
+
+
+def _save(figure: Any, report: Report, results: Sequence[Result], path: Path, meaning: str = "") -> Path:
+    """With what it shows, and what was measured on, below the picture."""
     m, first = report.machine, results[0]
     threads = f", {first.threads} of {m['cores']} cores" if first.device == "cpu" else ""
     on = f"{m.get('gpu', m['cpu'])}{threads}"
     text = f"Measured on {on}; {first.dtype}; torch {m['torch']}, triton {m['triton']}; {first.method} medians"
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=8.5, color="#495057")
+    figure.supxlabel(f"{meaning}\n{text}".strip(), x=0.01, ha="left", fontsize=8.5, color="#495057")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Title": text})
     return path
@@ -76,22 +85,22 @@ def _ratios(report: Report, results: Sequence[Result], path: Path) -> Path:
     figure, axes = _figure(1.6 + 0.42 * len(shown) * (1.3 if "\n" in _label(results[0], results) else 1),
                            _title("Speed against others", results))  # fmt: skip
     ax = axes[0, 0]
-    most = max((max(r.ratio.values()) for r in shown), default=1.0)
+    edge = 1.25 * max((r.against_the_fastest or 0.0 for r in shown), default=1.0)
     for y, r in enumerate(shown):
         best = r.against_the_fastest or 0.0
         ax.barh(y, best, color=HIGHLIGHT if best >= 1 else "#f4a582", height=0.62, zorder=2)
-        others = [ratio for name, ratio in r.ratio.items() if not name.startswith(OURS)]
-        ax.plot(others, [y] * len(others), "o", ms=4.5, color="#495057", mec="white", mew=0.6, zorder=4)
+        others = [min(ratio, edge) for name, ratio in r.ratio.items() if not name.startswith(OURS)]
+        for marker, ratios in (("o", [x for x in others if x < edge]), (">", [x for x in others if x == edge])):
+            ax.plot(ratios, [y] * len(ratios), marker, ms=4.5, color="#495057", mec="white", mew=0.6, zorder=4)
         ax.annotate(f"{best:.2f}", (0, y), (5, 0), textcoords="offset points", va="center", fontsize=9,
                     fontweight="bold", color="white" if best >= 1 else LINE, zorder=5)  # fmt: skip
     ax.axvline(1, color=LINE, lw=1.3, zorder=3)
     ax.set_yticks(range(len(shown)), [_label(r, results) for r in shown])
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.06 * max(most, 1.1))
-    ax.set_xlabel(f"time of others / time of {OURS}   (bar: the fastest, dots: each; right of the line: {OURS} is faster)",
-                  fontsize=9, color=LINE)  # fmt: skip
+    ax.set_xlim(0, max(1.02 * edge, 1.1))
+    meaning = f"Time of others / time of {OURS}; right of the line, {OURS} is faster. Bar: the fastest; dots: each"
     ax.grid(axis="x", color="#dee2e6", lw=0.7, zorder=0)
-    return _save(figure, report, results, path)
+    return _save(figure, report, results, path, meaning)
 
 
 def _colours(names: Iterable[str]) -> dict[str, str]:
@@ -146,7 +155,9 @@ def _roofline(report: Report, results: Sequence[Result], path: Path) -> Path:
         ax.plot([], [], MARKERS[i // 2 % len(MARKERS)], color=LINE, mfc=hollow, ms=7, label=name)
     ax.plot([], [], "o", color=HIGHLIGHT, ms=7, label=OURS)
     ax.plot([], [], "o", color="#868e96", ms=7, label="fastest other")
-    ax.set(xscale="log", yscale="log", xlim=(low, high))
+    _log(ax, "x")
+    _log(ax, "y")
+    ax.set_xlim(low, high)
     ax.set_xlabel("FLOPs per byte, computed: arguments read once, results written once", fontsize=9, color=LINE)
     ax.set_ylabel("TFLOP/s", fontsize=9, color=LINE)
     ax.grid(color="#e9ecef", lw=0.7, which="both")
@@ -161,7 +172,7 @@ def growth(report: Report, slopes: Sequence[Slope], folder: Path) -> list[Path]:
     for group, results in _groups(report.results).items():
         found = curves(results)
         cases = list(dict.fromkeys(key[0] for key in found))
-        sides = list(dict.fromkeys(key[3] for key in found))
+        sides = sorted({key[3] for key in found}, key=AXES.index)
         figure, axes = _figure(1 + 2.5 * len(cases), "Time as work grows", len(cases), len(sides))
         for ax in axes.flat:
             ax.set_visible(False)
@@ -175,7 +186,8 @@ def growth(report: Report, slopes: Sequence[Slope], folder: Path) -> list[Path]:
                 label = name if slope is None else f"{name}, slope {slope:.2f}"
                 width = 2.2 if name == OURS else 1.4
                 ax.plot(*zip(*curve[name], strict=True), "o-", color=colour, lw=width, ms=4, label=label)
-            ax.set(xscale="log", yscale="log")
+            _log(ax, "x")
+    _log(ax, "y")
             ax.set_title(key[0], fontsize=9.5, loc="left", color=LINE)
             ax.set_xlabel(key[3], fontsize=9, color=LINE)
             ax.set_ylabel("ms", fontsize=9, color=LINE)

@@ -1,4 +1,4 @@
-"""How calls are timed: a function per method, from {name: call} and seconds to spend to the seconds of a call, by round.
+"""How calls are timed: a function per method, from {name: call} and seconds to spend to seconds of a call, by round.
 
 Every method goes round the calls, so that whatever else the machine does, or its clock, hits all of them, and the times
 of one round are of one moment.
