@@ -187,7 +187,7 @@ def growth(report: Report, slopes: Sequence[Slope], folder: Path) -> list[Path]:
                 width = 2.2 if name == OURS else 1.4
                 ax.plot(*zip(*curve[name], strict=True), "o-", color=colour, lw=width, ms=4, label=label)
             _log(ax, "x")
-    _log(ax, "y")
+            _log(ax, "y")
             ax.set_title(key[0], fontsize=9.5, loc="left", color=LINE)
             ax.set_xlabel(key[3], fontsize=9, color=LINE)
             ax.set_ylabel("ms", fontsize=9, color=LINE)

@@ -60,7 +60,7 @@ def test_a_result_that_is_no_number_is_wrong_and_a_failure_ends_no_run():
 
 
 def test_an_error_may_be_twice_that_of_pytorch():
-    call, exact = lambda: torch.ones(4) * 1.001, lambda: torch.ones(4).double()  # noqa: E731
+    call, exact = lambda: torch.ones(4) * 1.001, lambda: torch.ones(4).double()
     for plain, right in ((6e-4, True), (4e-4, False), (float("nan"), False)):
         provider = runner.Provider(call, exact, lambda plain=plain: [plain])
         assert (runner.check({"a": provider}, torch.float32) == {}) is right
