@@ -162,7 +162,7 @@ def _roofline(report: Report, results: Sequence[Result], path: Path) -> Path:
     ax.set_ylabel("TFLOP/s", fontsize=9, color=LINE)
     ax.grid(color="#e9ecef", lw=0.7, which="both")
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    return _save(figure, report, results, path)
+    return _save(figure, report, results, path, f"Roof: {roof.source}")
 
 
 def growth(report: Report, slopes: Sequence[Slope], folder: Path) -> list[Path]:

@@ -224,8 +224,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     report = runner.Report(path, "cpu")
     before = path.read_text()
-    report.also["bad"] = object()
-    with pytest.raises(TypeError):
+    report.also["more"] = 1
+
+    def full(source, target):
+        raise OSError("no space")
+
+    monkeypatch.setattr(runner.os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
         report.write()
     assert path.read_text() == before and os.listdir(tmp_path) == ["results.json"]
 
