@@ -2,11 +2,12 @@
 
 import argparse
 
-from benchmarks import codegen, memory, overhead, timing, tune
+from benchmarks import codegen, compare, growth, memory, overhead, tune
 
 COMMANDS = {
-    "ops": timing,
-    "models": timing,
+    "ops": compare,
+    "models": compare,
+    "growth": growth,
     "memory": memory,
     "overhead": overhead,
     "codegen": codegen,

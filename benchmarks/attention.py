@@ -1,43 +1,66 @@
 """Multi-head self-attention of a packed projection (B, N, 3, H, D) -> (B, N, H * D)."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Mapping
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.derivative import double, forward, forward_backward
-from benchmarks.runner import OURS, Case
-from benchmarks.shapes import BATCH, HEAD_DIM, HEADS, TOKENS
+from benchmarks.derivative import Function
+from benchmarks.op import Op, installed
 from vit_triton import functional as F
 
+KERNELS = {
+    "cpu": {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH},
+    "cuda": {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "math": SDPBackend.MATH,
+    },
+}
 
-def ours(qkv):
-    return F.attention_packed(qkv, backend="triton").flatten(2)
+
+def inputs(shape):
+    return [torch.randn(shape.batch, shape.tokens, 3, shape.size.heads, shape.head_dim)]
 
 
-def sdpa(qkv):
+def ours(shape, qkv, backend):
+    return F.attention_packed(qkv, backend=backend).flatten(2)
+
+
+def sdpa(shape, qkv):
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def explicit(qkv):
+def sdpa_by(kernel, shape, qkv):
+    with sdpa_kernel(kernel):
+        return sdpa(shape, qkv)
+
+
+def explicit(shape, qkv):
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
-def cases(dtype: torch.dtype) -> Iterator[Case]:
-    inputs = [torch.randn(BATCH, TOKENS, 3, HEADS, HEAD_DIM).to(dtype)]
-    gradient = torch.randn(BATCH, TOKENS, HEADS * HEAD_DIM).to(dtype)
-    providers = {OURS: ours, "sdpa": sdpa, "explicit": explicit}
-    yield Case(
-        "attention forward",
-        dtype,
-        {name: forward(f, inputs) for name, f in providers.items()},
-        forward(explicit, double(inputs)),
-    )
-    yield Case(
-        "attention forward+backward",
-        dtype,
-        {name: forward_backward(f, inputs, gradient) for name, f in providers.items()},
-        forward_backward(explicit, double(inputs), gradient.double()),
-    )
+def flash_attn(shape, qkv):
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(*qkv.unbind(2)).flatten(2)
+
+
+def xformers(shape, qkv):
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(*qkv.unbind(2)).flatten(2)
+
+
+def peers(device: str) -> Mapping[str, Function]:
+    kernels = {f"sdpa {name}": functools.partial(sdpa_by, kernel) for name, kernel in KERNELS[device].items()}
+    others = {"flash-attn": ("flash_attn", flash_attn), "xformers": ("xformers", xformers)}
+    return {"sdpa": sdpa, **kernels, "explicit": explicit, **installed(device, others)}
+
+
+OPS = [Op("attention", inputs, ours, peers, explicit)]

@@ -1,4 +1,4 @@
-"""Forward and backward as one call, for any provider."""
+"""A call of any provider in one direction."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,21 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-def forward_backward(function: Callable[..., Any], inputs: Sequence[Tensor], gradient: Tensor) -> Callable[[], Any]:
-    """A call that returns the output and the gradients of all floating ``inputs``."""
-    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
-    wanted = [x for x in leaves if x.requires_grad]
-
-    def run() -> list[Tensor]:
-        y = function(*leaves)
-        y = y[0] if isinstance(y, tuple) else y
-        return [y, *torch.autograd.grad(y, wanted, gradient)]
-
-    return run
+Call = Callable[[], Any]
+Function = Callable[..., Any]
 
 
-def forward(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[[], Any]:
+def forward(function: Function, inputs: Sequence[Tensor], gradient: Tensor | None = None) -> Call:
     """A call without gradients; as in a model, all ``inputs`` but the first are its parameters."""
     inputs = [inputs[0], *map(nn.Parameter, inputs[1:])]
 
@@ -31,5 +21,43 @@ def forward(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[
     return run
 
 
-def double(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [x.double() if x.is_floating_point() else x for x in tensors]
+def both(function: Function, inputs: Sequence[Tensor], gradient: Tensor) -> Call:
+    """A call that returns the output and the gradients of all floating ``inputs``."""
+    leaves, wanted = _leaves(inputs)
+
+    def run() -> list[Tensor]:
+        y = _first(function(*leaves))
+        return [y, *torch.autograd.grad(y, wanted, gradient)]
+
+    return run
+
+
+def backward(function: Function, inputs: Sequence[Tensor], gradient: Tensor) -> Call:
+    """A call that returns the gradients alone: the first one builds the graph, and all use it."""
+    leaves, wanted = _leaves(inputs)
+    output: list[Tensor] = []
+
+    def run() -> tuple[Tensor, ...]:
+        if not output:
+            output.append(_first(function(*leaves)))
+        return torch.autograd.grad(output[0], wanted, gradient, retain_graph=True)
+
+    return run
+
+
+DIRECTIONS = {"forward": forward, "backward": backward, "both": both}
+LABELS = {"forward": "forward", "backward": "backward", "both": "forward+backward"}
+
+
+def _first(results: Any) -> Tensor:
+    return results[0] if isinstance(results, tuple) else results
+
+
+def _leaves(inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    return leaves, [x for x in leaves if x.requires_grad]
+
+
+def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Floating tensors in ``dtype``, others as they are."""
+    return [x.to(dtype) if x.is_floating_point() else x for x in tensors]

@@ -1,45 +1,56 @@
-"""Two blocks of an encoder, in inference."""
-
-from collections.abc import Iterator
+"""The blocks of a Transformer encoder: two, or as many as the size says where a benchmark is about depth."""
 
 import torch
 from torch import nn
 
-from benchmarks.derivative import double, forward
-from benchmarks.runner import OURS, Case
-from benchmarks.shapes import BATCH, HEADS, HIDDEN, TOKENS, WIDTH
+from benchmarks.op import Op
 from vit_triton import functional as F
 
-SIZES = [(WIDTH,), (WIDTH,), (3 * WIDTH, WIDTH), (WIDTH, WIDTH), (WIDTH,), (WIDTH,), (WIDTH,)]
-SIZES += [(HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), (WIDTH,)]
+
+def tensors(size):
+    """Shapes of what a block is made of."""
+    width, hidden = size.width, size.hidden
+    norm = [(width,), (width,)]
+    return [
+        *norm,
+        (3 * width, width),
+        (width, width),
+        (width,),
+        *norm,
+        (hidden, width),
+        (hidden,),
+        (width, hidden),
+        (width,),
+    ]
 
 
-def ours(x, *tensors):
-    blocks = []
-    for i in range(0, len(tensors), len(SIZES)):
-        g1, b1, qkv, out, out_bias, g2, b2, *mlp = tensors[i : i + len(SIZES)]
-        blocks.append(F.Block((g1, b1, 1e-5), qkv, None, out, out_bias, (g2, b2, 1e-5), *mlp))
-    return F.encoder(x, blocks, heads=HEADS, backend="triton")
+def inputs(shape):
+    x = torch.randn(shape.batch, shape.tokens, shape.size.width)
+    blocks = tensors(shape.size) * shape.size.depth
+    return [x, *(torch.randn(s) * (s[1] ** -0.5 if len(s) == 2 else 1) for s in blocks)]
 
 
-def pytorch(x, *tensors):
+def blocks(shape, flat):
+    n = len(tensors(shape.size))
+    return [flat[i : i + n] for i in range(0, len(flat), n)]
+
+
+def ours(shape, x, *flat, backend):
+    made = [
+        F.Block((g1, b1, 1e-5), qkv, None, out, out_bias, (g2, b2, 1e-5), *mlp)
+        for g1, b1, qkv, out, out_bias, g2, b2, *mlp in blocks(shape, flat)
+    ]
+    return F.encoder(x, made, heads=shape.size.heads, backend=backend)
+
+
+def pytorch(shape, x, *flat):
     f = nn.functional
-    for i in range(0, len(tensors), len(SIZES)):
-        g1, b1, qkv, out, out_bias, g2, b2, w1, b3, w2, b4 = tensors[i : i + len(SIZES)]
-        q, k, v = f.linear(f.layer_norm(x, g1.shape, g1, b1), qkv).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+    for g1, b1, qkv, out, out_bias, g2, b2, w1, b3, w2, b4 in blocks(shape, flat):
+        heads = f.linear(f.layer_norm(x, g1.shape, g1, b1), qkv).unflatten(2, (3, shape.size.heads, -1))
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
         x = x + f.linear(f.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), out, out_bias)
         x = x + f.linear(f.gelu(f.linear(f.layer_norm(x, g2.shape, g2, b2), w1, b3)), w2, b4)
     return x
 
 
-def cases(dtype: torch.dtype) -> Iterator[Case]:
-    inputs = [torch.randn(BATCH, TOKENS, WIDTH)]
-    inputs += [torch.randn(size) * (size[1] ** -0.5 if len(size) == 2 else 1) for size in SIZES * 2]
-    inputs = [x.to(dtype) for x in inputs]
-    providers = {OURS: ours, "pytorch": pytorch}
-    yield Case(
-        "encoder forward, 2 blocks",
-        dtype,
-        {name: forward(f, inputs) for name, f in providers.items()},
-        forward(pytorch, double(inputs)),
-    )
+OPS = [Op("encoder", inputs, ours, lambda device: {"pytorch": pytorch}, pytorch)]

@@ -1,53 +1,66 @@
 """LayerNorm, and residual addition with LayerNorm."""
 
-from collections.abc import Iterator
-
 import torch
 
-from benchmarks.derivative import double, forward, forward_backward
-from benchmarks.runner import OURS, Case
-from benchmarks.shapes import BATCH, TOKENS, WIDTH
+from benchmarks.op import Op, installed
 from vit_triton import functional as F
 
 
-def ours(x, weight, bias):
-    return F.layer_norm(x, weight, bias, backend="triton")
+def inputs(shape):
+    width = shape.size.width
+    return [torch.randn(shape.batch, shape.tokens, width), torch.randn(width), torch.randn(width)]
 
 
-def pytorch(x, weight, bias):
+def ours(shape, x, weight, bias, backend):
+    return F.layer_norm(x, weight, bias, backend=backend)
+
+
+def pytorch(shape, x, weight, bias):
     return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, 1e-5)
 
 
-def ours_add(x, residual, weight, bias):
-    return F.layer_norm(x, weight, bias, residual=residual, backend="triton")
+def liger(shape, x, weight, bias):
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    return LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
 
 
-def pytorch_add(x, residual, weight, bias):
+def fla(shape, x, weight, bias):
+    from fla.modules.layernorm import layer_norm
+
+    return layer_norm(x, weight, bias, eps=1e-5)
+
+
+def inputs_add(shape):
+    x, *parameters = inputs(shape)
+    return [x, torch.randn_like(x), *parameters]
+
+
+def ours_add(shape, x, residual, weight, bias, backend):
+    return F.layer_norm(x, weight, bias, residual=residual, backend=backend)
+
+
+def pytorch_add(shape, x, residual, weight, bias):
     total = x + residual
-    return pytorch(total, weight, bias), total
+    return pytorch(shape, total, weight, bias), total
 
 
-def cases(dtype: torch.dtype) -> Iterator[Case]:
-    x, residual, gradient = (torch.randn(BATCH, TOKENS, WIDTH).to(dtype) for _ in range(3))
-    weight, bias = torch.randn(WIDTH).to(dtype), torch.randn(WIDTH).to(dtype)
-    inputs = [x, weight, bias]
-    providers = {OURS: ours, "pytorch": pytorch}
-    yield Case(
-        "layer_norm forward",
-        dtype,
-        {name: forward(f, inputs) for name, f in providers.items()},
-        forward(pytorch, double(inputs)),
-    )
-    yield Case(
-        "layer_norm forward+backward",
-        dtype,
-        {name: forward_backward(f, inputs, gradient) for name, f in providers.items()},
-        forward_backward(pytorch, double(inputs), gradient.double()),
-    )
-    inputs = [x, residual, weight, bias]
-    yield Case(
-        "add + layer_norm forward",
-        dtype,
-        {OURS: forward(ours_add, inputs), "pytorch": forward(pytorch_add, inputs)},
-        forward(pytorch_add, double(inputs)),
-    )
+def fla_add(shape, x, residual, weight, bias):
+    from fla.modules.layernorm import layer_norm
+
+    return layer_norm(x, weight, bias, residual=residual, eps=1e-5, prenorm=True)
+
+
+def peers(device):
+    others = {"liger-kernel": ("liger_kernel", liger), "flash-linear-attention": ("fla", fla)}
+    return {"pytorch": pytorch, **installed(device, others)}
+
+
+def peers_add(device):
+    return {"pytorch": pytorch_add, **installed(device, {"flash-linear-attention": ("fla", fla_add)})}
+
+
+OPS = [
+    Op("layer_norm", inputs, ours, peers, pytorch),
+    Op("add + layer_norm", inputs_add, ours_add, peers_add, pytorch_add),
+]

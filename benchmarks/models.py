@@ -1,99 +1,231 @@
-"""Whole ViTs: forward, and a training step, against the eager models of others."""
+"""Whole ViTs: inference, and a training step, against the models of others."""
 
 import copy
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.runner import OURS, Case
+from benchmarks.cost import Cost, nbytes, trace
+from benchmarks.runner import OURS, Case, Provider, errors
+from benchmarks.shapes import Shape
 
-SIZES = {
-    "ViT-B/16": dict(dim=768, depth=12, heads=12, mlp_dim=3072),
-    "ViT-S/16": dict(dim=384, depth=12, heads=6, mlp_dim=1536),
+CLASSES = 1000
+Build = Callable[[Shape], nn.Module]
+
+
+def keywords(shape: Shape) -> dict[str, Any]:
+    size = shape.size
+    return dict(
+        image_size=shape.image,
+        patch_size=size.patch,
+        num_classes=CLASSES,
+        dim=size.width,
+        depth=size.depth,
+        heads=size.heads,
+        dim_head=shape.head_dim,
+        mlp_dim=size.hidden,
+    )
+
+
+def ours(shape: Shape, backend: str = "triton") -> nn.Module:
+    import vit_triton
+
+    return vit_triton.ViT(backend=backend, **keywords(shape))
+
+
+def vit_pytorch(shape: Shape) -> nn.Module:
+    import vit_pytorch
+
+    return vit_pytorch.ViT(**keywords(shape))
+
+
+def timm(shape: Shape) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    size = shape.size
+    return VisionTransformer(
+        img_size=shape.image,
+        patch_size=size.patch,
+        num_classes=CLASSES,
+        embed_dim=size.width,
+        depth=size.depth,
+        num_heads=size.heads,
+        mlp_ratio=size.hidden / size.width,
+    )
+
+
+def torchvision(shape: Shape) -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    size = shape.size
+    return VisionTransformer(shape.image, size.patch, size.depth, size.heads, size.width, size.hidden)
+
+
+def hugging_face(shape: Shape) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    size = shape.size
+    config = ViTConfig(
+        hidden_size=size.width,
+        num_hidden_layers=size.depth,
+        num_attention_heads=size.heads,
+        intermediate_size=size.hidden,
+        image_size=shape.image,
+        patch_size=size.patch,
+        num_labels=CLASSES,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return ViTForImageClassification(config)
+
+
+BUILDS: dict[str, Build] = {
+    OURS: ours,
+    f"{OURS} torch": functools.partial(ours, backend="torch"),
+    "vit_pytorch": vit_pytorch,
+    "timm": timm,
+    "torchvision": torchvision,
+    "Hugging Face": hugging_face,
 }
+SAME_WEIGHTS = (OURS, f"{OURS} torch", "vit_pytorch")
+COMPILED = " compiled"
 
 
-UNCHECKED = ("timm", "torchvision", "HF")
+def builds(compiled: bool) -> dict[str, Build]:
+    return {**BUILDS, **({f"{name}{COMPILED}": build for name, build in BUILDS.items()} if compiled else {})}
 
 
-def build(name: str) -> dict[str, Callable[[], nn.Module]]:
-    size = SIZES[name]
-
-    def ours() -> nn.Module:
-        import vit_triton
-
-        return vit_triton.ViT(image_size=224, patch_size=16, num_classes=1000, backend="triton", **size)
-
-    def vit_pytorch() -> nn.Module:
-        import vit_pytorch
-
-        return vit_pytorch.ViT(image_size=224, patch_size=16, num_classes=1000, **size)
-
-    def timm() -> nn.Module:
-        import timm
-
-        return timm.create_model("vit_base_patch16_224" if name == "ViT-B/16" else "vit_small_patch16_224")
-
-    def torchvision() -> nn.Module:
-        from torchvision.models import VisionTransformer
-
-        return VisionTransformer(224, 16, size["depth"], size["heads"], size["dim"], size["mlp_dim"])
-
-    def hugging_face() -> nn.Module:
-        from transformers import ViTConfig, ViTForImageClassification
-
-        config = ViTConfig(
-            hidden_size=size["dim"],
-            num_hidden_layers=size["depth"],
-            num_attention_heads=size["heads"],
-            intermediate_size=size["mlp_dim"],
-            num_labels=1000,
-        )
-        return ViTForImageClassification(config)
-
-    return {OURS: ours, "vit_pytorch": vit_pytorch, "timm": timm, "torchvision": torchvision, "HF": hugging_face}
-
-
-def logits(output: Any) -> torch.Tensor:
+def logits(output: Any) -> Tensor:
     return getattr(output, "logits", output)
 
 
-def inference(model: nn.Module, image: torch.Tensor) -> Callable[[], torch.Tensor]:
+def inference(model: nn.Module, image: Tensor) -> Callable[[], Tensor]:
     model.eval()
 
-    def run() -> torch.Tensor:
+    def run() -> Tensor:
         with torch.inference_mode():
             return logits(model(image))
 
     return run
 
 
-def training_step(model: nn.Module, image: torch.Tensor, labels: torch.Tensor) -> Callable[[], torch.Tensor]:
+def loss(model: nn.Module, image: Tensor, labels: Tensor) -> Tensor:
+    x = logits(model(image))
+    return nn.functional.cross_entropy(x.to(torch.promote_types(x.dtype, torch.float32)), labels)
+
+
+def training_step(model: nn.Module, image: Tensor, labels: Tensor) -> Callable[[], Tensor]:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
-    def run() -> torch.Tensor:
-        loss = nn.functional.cross_entropy(logits(model(image)).float(), labels)
+    def run() -> Tensor:
+        value = loss(model, image, labels)
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         optimizer.step()
-        return loss.detach()
+        return value.detach()
 
     return run
 
 
-def cases(dtype: torch.dtype) -> Iterator[Case]:
-    """vit_pytorch's model has our weights, and both are compared with it in float64; the others have their own."""
-    for name in SIZES:
-        for batch in (1, 8):
-            image = torch.randn(batch, 3, 224, 224).to(dtype)
-            models = {key: make().to(dtype) for key, make in build(name).items()}
-            models[OURS].load_state_dict(models["vit_pytorch"].state_dict())
-            exact = inference(copy.deepcopy(models["vit_pytorch"]).double(), image.double())
-            providers = {key: inference(model, image) for key, model in models.items()}
-            yield Case(f"{name} forward, batch {batch}", dtype, providers, exact, unchecked=UNCHECKED)
-    name, image, labels = "ViT-S/16", torch.randn(8, 3, 224, 224).to(dtype), torch.randint(1000, (8,))
-    providers = {key: training_step(make().to(dtype), image, labels) for key, make in build(name).items()}
-    yield Case(f"{name} training step, batch 8", dtype, providers, None)
+def gradients(model: nn.Module, image: Tensor, labels: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """The loss and all gradients in one row: of some, a bias of keys for one, nothing but rounding is left."""
+    model.train()
+
+    def run() -> tuple[Tensor, Tensor]:
+        value = loss(model, image, labels)
+        found = torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad])
+        return value.detach(), torch.cat([x.flatten() for x in found])
+
+    return run
+
+
+LABELS = {"forward": "inference", "both": "training step"}
+
+
+def cases(
+    shapes: Iterable[Shape], directions: Iterable[str], dtype: torch.dtype, device: str, wanted: Mapping[str, Build]
+) -> Iterator[Case]:
+    """Ours have the weights of vit_pytorch's model and are checked against it in float64; every other model is checked
+    against itself in float64."""
+    for shape in shapes:
+        for direction in directions:
+            yield Case(
+                LABELS[direction],
+                f"ViT-{shape.label}",
+                dtype,
+                device,
+                functools.cache(functools.partial(_cost, shape, direction, dtype, len(wanted))),
+                functools.partial(_prepare, shape, direction, dtype, device, wanted),
+                replay=direction == "forward",
+            )
+
+
+def _prepare(
+    shape: Shape, direction: str, dtype: torch.dtype, device: str, wanted: Mapping[str, Build]
+) -> dict[str, Provider]:
+    with torch.device(device):
+        image = torch.randn(shape.batch, 3, shape.image, shape.image).to(dtype)
+        labels = torch.randint(CLASSES, (shape.batch,))
+        reference = vit_pytorch(shape).to(dtype)
+    arguments = (image,) if direction == "forward" else (image, labels)
+    numbers = inference if direction == "forward" else gradients
+
+    @functools.cache
+    def plain() -> list[float]:
+        return errors(numbers(reference, *arguments)(), _exact(numbers, reference, arguments))
+
+    providers = {}
+    for name, build in wanted.items():
+        base = name.removesuffix(COMPILED)
+        with torch.device(device):
+            model = build(shape).to(dtype)
+        if base in SAME_WEIGHTS:
+            model.load_state_dict(reference.state_dict())
+        peer = reference if base in SAME_WEIGHTS else copy.deepcopy(model)
+        exact = functools.cache(functools.partial(_exact, numbers, peer, arguments))
+        called = torch.compile(model, dynamic=False) if name.endswith(COMPILED) else model
+        if direction == "forward":
+            providers[name] = Provider(inference(called, image), exact, plain)
+        else:
+            first = functools.partial(_restored, model, peer, gradients(called, image, labels))
+            providers[name] = Provider(training_step(called, image, labels), exact, plain, first)
+    return providers
+
+
+def _exact(make: Callable[..., Callable[[], Any]], model: nn.Module, arguments: tuple[Tensor, ...]) -> Any:
+    image, *labels = arguments
+    return make(copy.deepcopy(model).double(), image.double(), *labels)()
+
+
+def _restored(model: nn.Module, peer: nn.Module, call: Callable[[], Any]) -> Any:
+    """Steps change the weights."""
+    model.load_state_dict(peer.state_dict())
+    return call()
+
+
+def _cost(shape: Shape, direction: str, dtype: torch.dtype, providers: int) -> Cost:
+    """That of vit_pytorch's model, which computes all tokens to the end. Bytes: weights, image and logits once; in
+    training weights and Adam's two moments read and written, gradients written and read."""
+
+    def traced(dtype: torch.dtype) -> tuple[int, int, int]:
+        made: list[nn.Module] = []
+
+        def make() -> Callable[[], Any]:
+            made.append(vit_pytorch(shape).to(dtype))
+            image = torch.empty(shape.batch, 3, shape.image, shape.image, dtype=dtype)
+            if direction == "forward":
+                return inference(made[0], image)
+            return gradients(made[0], image, torch.empty(shape.batch, dtype=torch.int64))
+
+        _, flops, memory = trace(make)
+        return flops, nbytes(list(made[0].parameters())), memory
+
+    flops, weights, memory = traced(dtype)
+    outside = shape.batch * (3 * shape.image**2 + CLASSES) * dtype.itemsize
+    kept = 1 if direction == "forward" else 4  # weights; gradients and moments
+    size = weights * (1 if direction == "forward" else 8) + outside
+    return Cost(flops, size, memory + providers * weights * (kept + 1) + traced(torch.float64)[2])

@@ -1,15 +1,16 @@
-"""One runner for every benchmark: check the numbers, time the providers in turn, print ratios.
+"""One runner for every benchmark: check the numbers, time the providers in turn, keep and print what was measured.
 
-Providers of a case run interleaved, one call each per round, so that whatever else the machine does hits all of them;
-a ratio is the median over rounds of (peer's time / ours). A provider whose result is wrong is not timed.
+A provider whose result is wrong, or that fails, is not timed. A ratio is the median over rounds of peer's time / ours.
 """
 
+import contextlib
 import ctypes
 import json
+import os
 import platform
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,37 +18,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.cost import Cost
+from benchmarks.peaks import Peak, peak
+from benchmarks.timing import METHODS, Times
+
 OURS = "vit_triton"
+TOLERANCE = 16.0  # relative L2 error that counts as right, in eps; and always twice that of PyTorch's own operations
+
+
+@dataclass(frozen=True)
+class Provider:
+    """``run`` is timed. Before that ``numbers``, or else its own results, are compared with those of ``exact``, the
+    same computation in float64. ``plain``: errors that PyTorch's own operations make in the same dtype."""
+
+    run: Callable[[], Any]
+    exact: Callable[[], Any]
+    plain: Callable[[], list[float]]
+    numbers: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
 class Case:
-    """``providers`` compute the same results, given to be compared with ``exact``, a float64 computation, but for those
-    that are ``unchecked``.
+    """Something to compute, once ``prepare`` has made the providers; nothing is allocated before.
 
-    ``tolerance``: the largest relative L2 error of a result that counts as right, in eps of ``dtype``.
+    ``replay``: whether a CUDA graph may hold the calls. ``at``: where the case stands on what a benchmark varies.
     """
 
     name: str
+    shape: str
     dtype: torch.dtype
-    providers: dict[str, Callable[[], Any]]
-    exact: Callable[[], Any] | None
-    tolerance: float = 16.0
-    unchecked: tuple[str, ...] = ()
+    device: str
+    cost: Callable[[], Cost]
+    prepare: Callable[[], dict[str, Provider]]
+    replay: bool = True
+    at: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.shape}, {_name(self.dtype)}"
 
 
 @dataclass
 class Result:
+    """``flops`` and ``bytes`` are computed."""
+
     case: str
+    shape: str
     dtype: str
+    device: str
     threads: int
+    method: str
     milliseconds: dict[str, float]
     ratio: dict[str, float]  # time of the peer / ours
-    wrong: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, str]
+    flops: int
+    bytes: int
+    at: dict[str, Any] = field(default_factory=dict)
 
     @property
     def against_the_fastest(self) -> float | None:
-        return min(self.ratio.values(), default=None)
+        """Of others: our own other backend is none."""
+        return min((ratio for name, ratio in self.ratio.items() if not name.startswith(OURS)), default=None)
 
 
 def flat(results: Any) -> list[Tensor]:
@@ -62,48 +92,158 @@ def errors(results: Any, exact: Any) -> list[float]:
     return [float((a.double() - b).norm() / b.norm().clamp_min(1e-300)) for a, b in pairs]
 
 
-def check(case: Case) -> dict[str, str]:
-    """The providers whose numbers are wrong, and how."""
-    if case.exact is None:
-        return {}
-    exact = case.exact()
-    allowed = case.tolerance * torch.finfo(case.dtype).eps
+def check(providers: dict[str, Provider], dtype: torch.dtype) -> dict[str, str]:
+    """The providers whose numbers are wrong or that fail, and how."""
+    allowed = TOLERANCE * torch.finfo(dtype).eps
     wrong = {}
-    for name, run in case.providers.items():
-        if name in case.unchecked:
-            continue
-        worst = max(errors(run(), exact))
-        if not worst <= allowed:
-            wrong[name] = f"error {worst:.1e}, allowed {allowed:.1e}"
+    for name, provider in providers.items():
+        try:
+            found = errors((provider.numbers or provider.run)(), provider.exact())
+            if all(error <= allowed for error in found):
+                continue
+            limits = [max(allowed, 2 * error) if error == error else allowed for error in provider.plain()]
+            for error, limit in zip(found, limits, strict=True):
+                if not error <= limit:
+                    wrong[name] = f"error {error:.1e}, allowed {limit:.1e}"
+        except Exception as error:  # of whatever package: it must not end the others' runs
+            wrong[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return wrong
 
 
-def measure(case: Case, threads: int, seconds: float) -> Result:
-    torch.set_num_threads(threads)
-    wrong = check(case)
-    running = {name: run for name, run in case.providers.items() if name not in wrong}
-    repeats = {}
-    for name, run in running.items():
-        run()
-        start = time.perf_counter()
-        run()
-        repeats[name] = max(1, round(2e-3 / max(time.perf_counter() - start, 1e-6)))
-    times: dict[str, list[float]] = {name: [] for name in running}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, times.values())) < 5:
-        for name, run in running.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                run()
-            times[name].append((time.perf_counter() - start) / repeats[name])
-    ours = times.get(OURS, [])
-    ratio = {
-        name: statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
-        for name, theirs in times.items()
-        if name != OURS and ours
+def measure(case: Case, threads: Sequence[int], seconds: float) -> Iterator[Result]:
+    """The case on every number of ``threads`` (of a CPU; a GPU's cases ignore them)."""
+    cost = case.cost()
+    providers = case.prepare()
+    for count in threads if case.device == "cpu" else [torch.get_num_threads()]:
+        torch.set_num_threads(count)
+        wrong = check(providers, case.dtype)
+        calls = {name: provider.run for name, provider in providers.items() if name not in wrong}
+        times = METHODS[case.device](calls, seconds, case.replay) if calls else Times("none", {})
+        ours = times.rounds.get(OURS, [])
+        ratio = {
+            name: statistics.median(a / b for a, b in zip(rounds, ours, strict=True))
+            for name, rounds in times.rounds.items()
+            if name != OURS and ours
+        }
+        medians = {name: 1e3 * statistics.median(rounds) for name, rounds in times.rounds.items()}
+        at = (case.name, case.shape, _name(case.dtype), case.device, count, times.method)
+        yield Result(*at, medians, ratio, wrong, cost.flops, cost.bytes, case.at)
+
+
+def rates(result: Result, roof: Peak | None) -> dict[str, dict[str, float]]:
+    """TFLOP/s, GB/s and per cent of the roofline of every provider, by the computed work: what a provider does beyond
+    that counts as time only."""
+    seconds = {name: milliseconds / 1e3 for name, milliseconds in result.milliseconds.items()}
+    found = {
+        "tflops": {name: result.flops / t / 1e12 for name, t in seconds.items()},
+        "gigabytes": {name: result.bytes / t / 1e9 for name, t in seconds.items()},
     }
-    medians = {name: 1e3 * statistics.median(t) for name, t in times.items()}
-    return Result(case.name, str(case.dtype).removeprefix("torch."), threads, medians, ratio, wrong)
+    if roof is not None:
+        least = roof.seconds(result.flops, result.bytes)
+        found["roofline"] = {name: 100 * least / t for name, t in seconds.items()}
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _roof_of(result: Result) -> str:
+    return f"{result.dtype}, {result.threads} thr" if result.device == "cpu" else result.dtype
+
+
+class Report:
+    """What a run has measured so far, in a file after every case."""
+
+    def __init__(self, path: Path | None, device: str, **also: Any) -> None:
+        self.path = path
+        self.machine = machine(device)
+        self.results: list[Result] = []
+        self.skipped: dict[str, str] = {}
+        self.roofs: dict[str, Peak] = {}
+        self.also = also
+        self.write()
+
+    def add(self, result: Result) -> None:
+        roof = peak(result.device, getattr(torch, result.dtype), result.threads)
+        if roof is not None:
+            self.roofs[_roof_of(result)] = roof
+        self.results.append(result)
+        self.write()
+
+    def roof(self, result: Result) -> Peak | None:
+        return self.roofs.get(_roof_of(result))
+
+    def write(self) -> None:
+        """Whole or not at all: a reader never sees half a file."""
+        if self.path is None:
+            return
+        written = {
+            "machine": self.machine,
+            **self.also,
+            "peaks": {name: asdict(roof) for name, roof in self.roofs.items()},
+            "results": [asdict(r) | rates(r, self.roof(r)) for r in self.results],
+            "skipped": self.skipped,
+        }
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            beside.write_text(json.dumps(written, indent=1))
+            os.replace(beside, self.path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def run(cases: Sequence[Case], threads: Sequence[int], seconds: float, report: Report) -> bool:
+    """Measure the cases into the report and print them; whether it came to the end, and was not interrupted."""
+    keep_freed_memory()
+    try:
+        with _progress(len(cases)) as advance:
+            for case in cases:
+                need, free = case.cost().memory, free_memory(case.device)
+                if need > free:
+                    report.skipped[str(case)] = (
+                        f"needs {need / 2**30:.1f} GiB (computed), {free / 2**30:.1f} GiB are free"
+                    )
+                    print(f"skipped {case}: {report.skipped[str(case)]}", flush=True)
+                else:
+                    for result in measure(case, threads, seconds):
+                        report.add(result)
+                        print(line(result, report.roof(result)), flush=True)
+                advance(str(case))
+    except KeyboardInterrupt:
+        print("stopped")
+        return False
+    finally:
+        report.write()
+    return True
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr, where that is a terminal. It is drawn between cases only: a thread that draws takes time."""
+    if not sys.stderr.isatty():
+        yield lambda case: None
+        return
+    try:
+        from rich import console, progress
+    except ImportError:
+        yield lambda case: None
+        return
+    columns = [progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn()]
+    with progress.Progress(
+        *columns,
+        progress.TextColumn("{task.description}"),
+        console=console.Console(stderr=True),
+        auto_refresh=False,
+        redirect_stdout=sys.stdout.isatty(),
+    ) as bar:
+        task = bar.add_task("", total=total)
+        bar.refresh()
+
+        def advance(case: str) -> None:
+            bar.update(task, advance=1, description=case, refresh=True)
+
+        yield advance
 
 
 def keep_freed_memory() -> None:
@@ -116,38 +256,62 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_mmap_threshold, 2**25)  # the largest there is
 
 
-def run(cases: Iterable[Case], threads: Iterable[int], seconds: float) -> Iterator[Result]:
-    for case in cases:
-        for count in threads:
-            yield measure(case, count, seconds)
+def free_memory(device: str) -> int:
+    """Bytes."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    available = [text.split()[1] for text in _lines("/proc/meminfo") if text.startswith("MemAvailable")]
+    return 1024 * int(available[0]) if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def line(result: Result) -> str:
-    times = "  ".join(f"{name} {ms:.3f}" for name, ms in result.milliseconds.items())
+def line(result: Result, roof: Peak | None = None) -> str:
+    """The ratio first; per cent of the roofline behind each time."""
+    rate = rates(result, roof)
+    times = "  ".join(
+        f"{name} {ms:.3f}" + (f" ({rate['roofline'][name]:.0f}%)" if roof else "")
+        for name, ms in result.milliseconds.items()
+    )
     fastest = result.against_the_fastest
     ratio = "-" if fastest is None else f"{fastest:.2f}"
+    ours = ""
+    if OURS in result.milliseconds:
+        ours = f"  {OURS}: {rate['tflops'][OURS]:.3g} TFLOP/s, {rate['gigabytes'][OURS]:.3g} GB/s"
     wrong = "".join(f"  WRONG {name}: {why}" for name, why in result.wrong.items())
-    return f"{ratio:>6}  {result.case:<44} {result.dtype:<9} {result.threads} thr  ms: {times}{wrong}"
+    threads = f"{result.threads} thr" if result.device == "cpu" else result.method
+    return f"{ratio:>6}  {result.case:<40} {result.shape:<24} {result.dtype:<9} {threads}  ms: {times}{ours}{wrong}"
 
 
-def machine() -> dict[str, str]:
+def machine(device: str = "cpu") -> dict[str, str]:
     """What the numbers were measured on."""
     import triton
 
-    names = [text.split(":")[1].strip() for text in _cpuinfo() if text.startswith("model name")]
-    return {
+    cpuinfo = _lines("/proc/cpuinfo")
+    names = [text.split(":")[1].strip() for text in cpuinfo if text.startswith("model name")]
+    clocks = [text.split(":")[1].strip() for text in cpuinfo if text.startswith("cpu MHz")]
+    found = {
         "cpu": names[0] if names else platform.processor(),
-        "cores": str(len(names) or ""),
+        "cores": str(os.cpu_count()),
+        "clock": f"{float(clocks[0]):.0f} MHz" if clocks else "not reported",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
+    return {**_gpu(), **found} if device == "cuda" else found
 
 
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+def _gpu() -> dict[str, str]:
+    major, minor = torch.cuda.get_device_capability()
+    try:
+        clock = f"{torch.cuda.clock_rate()} MHz"
+    except Exception:  # it asks NVML, through a package that need not be there
+        clock = "not reported"
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "architecture": f"sm_{major}{minor}",
+        "gpu clock": clock,
+        "cuda": str(torch.version.cuda),
+    }
 
 
-def write(path: str, results: list[Result]) -> None:
-    Path(path).write_text(json.dumps({"machine": machine(), "results": [asdict(r) for r in results]}, indent=1))
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []

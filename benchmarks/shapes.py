@@ -1,7 +1,61 @@
-"""ViT-B/16 at 224 x 224, batch 8."""
+"""The sizes of published Vision Transformers as data, and the shapes their operators see."""
+
+from dataclasses import dataclass, replace
 
 import torch
 
-BATCH, TOKENS, WIDTH, HIDDEN, HEADS, HEAD_DIM = 8, 197, 768, 3072, 12, 64
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model: ``width`` of its tokens, ``hidden`` width of its MLP, side of a ``patch`` in pixels."""
+
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    patch: int = 16
+
+
+# Ti, S: Touvron et al. 2021 (arXiv:2012.12877), table 1; B, L, H: Dosovitskiy et al. 2021 (arXiv:2010.11929), table 1;
+# g: Zhai et al. 2022 (arXiv:2106.04560), table 2; SO400M: Alabdulmohsin et al. 2023 (arXiv:2305.13035).
+SIZES = {
+    "Ti": Size(192, 12, 3, 768),
+    "S": Size(384, 12, 6, 1536),
+    "B": Size(768, 12, 12, 3072),
+    "L": Size(1024, 24, 16, 4096),
+    "H": Size(1280, 32, 16, 5120, patch=14),
+    "g": Size(1408, 40, 16, 6144, patch=14),
+    "SO400M": Size(1152, 27, 16, 4304, patch=14),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one call works on. ``image`` is the side in pixels; ``tokens`` count the class token."""
+
+    label: str
+    batch: int
+    image: int
+    tokens: int
+    size: Size
+
+    @classmethod
+    def of(cls, model: str, image: int, batch: int) -> "Shape":
+        """An image whose side is no multiple of the patch is cut to one: 384 is 378 for a patch of 14."""
+        size = SIZES[model]
+        side = image // size.patch
+        image = side * size.patch
+        return cls(f"{model}/{size.patch} at {image}, batch {batch}", batch, image, side * side + 1, size)
+
+    def with_depth(self, depth: int) -> "Shape":
+        return replace(self, size=replace(self.size, depth=depth))
+
+    @property
+    def head_dim(self) -> int:
+        return self.size.width // self.size.heads
+
+
+# ViT-B/16 at 224 x 224
+TOKENS, WIDTH, HIDDEN, HEADS, HEAD_DIM = 197, 768, 3072, 12, 64

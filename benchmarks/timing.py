@@ -1,45 +1,92 @@
-"""`ops` and `models`: the declared cases, timed by the runner."""
+"""How calls are timed: a function per method, from {name: call} and seconds to spend to seconds of a call, by round.
 
-import argparse
-from collections.abc import Callable, Iterator
+Every method goes round the calls, so that whatever else the machine does, or its clock, hits all of them, and the times
+of one round are of one moment.
+"""
 
-import torch
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from benchmarks import attention, encoder, layer_norm, linear, mlp, models, patch_embed, runner
-from benchmarks.shapes import DTYPES
+Calls = Mapping[str, Callable[[], Any]]
+Rounds = dict[str, list[float]]
 
-SUMMARY = {
-    "ops": "time every operator against PyTorch's",
-    "models": "time whole models against those of others",
-}
-CASES: dict[str, list[Callable[[torch.dtype], Iterator[runner.Case]]]] = {
-    "ops": [mlp.cases, linear.cases, attention.cases, layer_norm.cases, patch_embed.cases, encoder.cases],
-    "models": [models.cases],
-}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each case and thread count")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--json", help="write the results to this file")
+MIN_ROUNDS = 3
+SMALL = 1e-4  # seconds; what is shorter waits for its launches, which a CUDA graph replays without Python
 
 
-def run(options: argparse.Namespace) -> None:
-    print(", ".join(f"{key} {value}" for key, value in runner.machine().items()))
-    print("ratio: time of the fastest other / ours, above 1 is faster; medians, interleaved")
-    runner.keep_freed_memory()
-    results: list[runner.Result] = []
-    try:
-        for dtype in options.dtype:
-            for declare in CASES[options.what]:
-                cases = (case for case in declare(DTYPES[dtype]) if options.only in case.name)
-                for result in runner.run(cases, options.threads, options.seconds):
-                    results.append(result)
-                    print(runner.line(result), flush=True)
-    except KeyboardInterrupt:
-        print("stopped")
-    if options.json:
-        runner.write(options.json, results)
+@dataclass(frozen=True)
+class Times:
+    method: str
+    rounds: Rounds
+
+
+def interleaved(calls: Calls, seconds: float) -> Rounds:
+    """On a CPU: one call each per round, or as many as fill 2 ms."""
+    repeats = {}
+    for name, call in calls.items():
+        start = time.perf_counter()
+        call()
+        if time.perf_counter() - start < 0.1:  # the first call after something else is slow
+            start = time.perf_counter()
+            call()
+        repeats[name] = max(1, round(2e-3 / max(time.perf_counter() - start, 1e-6)))
+    rounds: Rounds = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    count = 0
+    while time.perf_counter() < end or count < MIN_ROUNDS:
+        count += 1
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            rounds[name].append((time.perf_counter() - start) / repeats[name])
+    return rounds
+
+
+def cuda_events(calls: Calls, seconds: float) -> Rounds:
+    """Medians of ``triton.testing.do_bench``, which flushes the L2 cache before each call."""
+    from triton.testing import do_bench
+
+    rep = 1e3 * seconds / MIN_ROUNDS / len(calls)
+    return _rounds(calls, lambda call: do_bench(call, warmup=rep / 4, rep=rep, return_mode="median"))
+
+
+def cuda_graph(calls: Calls, seconds: float) -> Rounds:
+    """Medians of ``triton.testing.do_bench_cudagraph``: many calls in one graph, and nothing flushes the L2 cache."""
+    from triton.testing import do_bench_cudagraph
+
+    rep = 1e3 * seconds / MIN_ROUNDS / len(calls) / 10  # it replays ten times
+    return _rounds(calls, lambda call: do_bench_cudagraph(call, rep=rep, return_mode="median"))
+
+
+def _rounds(calls: Calls, milliseconds: Callable[[Callable[[], Any]], float]) -> Rounds:
+    import torch
+
+    rounds: Rounds = {name: [] for name in calls}
+    for _ in range(MIN_ROUNDS):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            rounds[name].append(milliseconds(call) / 1e3)
+    return rounds
+
+
+def on_cpu(calls: Calls, seconds: float, replay: bool) -> Times:
+    return Times("interleaved", interleaved(calls, seconds))
+
+
+def on_cuda(calls: Calls, seconds: float, replay: bool) -> Times:
+    """By graph replay where calls may be captured, are small and let themselves be captured, all of them."""
+    if replay:
+        quick = cuda_events(calls, seconds / 10)
+        if min(map(statistics.median, quick.values())) < SMALL:
+            try:
+                return Times("CUDA graph, L2 warm", cuda_graph(calls, seconds))
+            except RuntimeError as error:
+                print(f"not captured as a CUDA graph, timed by events: {str(error).splitlines()[0]}")
+    return Times("do_bench, L2 flushed", cuda_events(calls, seconds))
+
+
+METHODS = {"cpu": on_cpu, "cuda": on_cuda}

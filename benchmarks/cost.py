@@ -1,0 +1,62 @@
+"""What a piece of work costs at least, computed and not measured: it runs once on PyTorch's meta device."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Cost:
+    """``flops`` of the matrix products; ``bytes`` if every argument is read once and every result written once;
+    ``memory``, the most bytes that are allocated at one time while the case is checked and timed."""
+
+    flops: int
+    bytes: int
+    memory: int
+
+
+class _Peak(TorchDispatchMode):
+    """Bytes of all tensors alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._alive: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        for x in tree_leaves(results):
+            if isinstance(x, Tensor):
+                self._add(x.untyped_storage())
+        return results
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self.now += size
+            self.most = max(self.most, self.now)
+            self._alive[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+
+    def _drop(self, key: int, size: int) -> None:
+        self.now -= size
+        del self._alive[key]
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(x.numel() * x.element_size() for x in tree_leaves(tensors) if isinstance(x, Tensor))
+
+
+def trace(make: Callable[[], Callable[[], Any]]) -> tuple[Any, int, int]:
+    """The results, FLOPs and peak bytes of the call that ``make`` prepares; what it prepares counts as memory."""
+    with torch.device("meta"), _Peak() as peak:
+        call = make()
+        with FlopCounterMode(display=False) as counter:
+            results = call()
+    return results, counter.get_total_flops(), peak.most

@@ -1,0 +1,109 @@
+"""`growth`: how the time of attention and of a stack of blocks grows with tokens, batch and depth.
+
+A slope is the exponent of a power law, time ~ size ** slope: the line of least squares through the logarithms of the
+upper half of the sizes. Below, a call's own cost hides it.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks import attention, encoder, options, runner
+from benchmarks.compare import raise_for
+from benchmarks.op import Op
+from benchmarks.shapes import DTYPES, SIZES, Shape
+
+SUMMARY = {"growth": "time attention and blocks as tokens, batch and depth grow, and fit the slopes"}
+PEERS = {"attention": "sdpa", "encoder": "pytorch"}
+OPS: list[Op] = [*attention.OPS, *encoder.OPS]
+AXES = ("tokens", "batch", "depth")
+TOKENS = [50, 128, 256, 512, 1024, 2048, 4096]
+BATCHES = [1, 2, 4, 8, 16, 32]
+DEPTHS = [1, 2, 4, 8, 12]
+
+
+@dataclass(frozen=True)
+class Slope:
+    case: str
+    dtype: str
+    threads: int
+    axis: str
+    provider: str
+    slope: float
+    sizes: tuple[int, ...]  # that were fitted
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add(parser, seconds=1.0, dtypes=["float32"])
+    parser.set_defaults(threads=[1])
+    parser.add_argument(
+        "--model", choices=SIZES, default="Ti", metavar="SIZE", help=f"width: {', '.join(SIZES)}; default: Ti"
+    )
+    parser.add_argument("--tokens", nargs="+", type=options.positive, default=TOKENS, help="at batch 1, depth 1")
+    parser.add_argument("--batch", nargs="+", type=options.positive, default=BATCHES, help="at 197 tokens, depth 1")
+    parser.add_argument("--depth", nargs="+", type=options.positive, default=DEPTHS, help="at 197 tokens, batch 1")
+    parser.add_argument("--direction", nargs="+", choices=["forward", "backward", "both"], default=["forward", "both"])
+
+
+def run(given: argparse.Namespace) -> None:
+    cases = [case for case in _cases(given) if given.only in str(case)]
+    found: list[dict[str, Any]] = []
+    report = runner.Report(given.json, given.device, command="growth", slopes=found)
+    print(", ".join(f"{key} {value}" for key, value in report.machine.items()))
+    complete = runner.run(cases, given.threads, given.seconds, report)
+    for slope in slopes(report.results):
+        found.append(vars(slope))
+        law = f"time ~ {slope.axis}^{slope.slope:.2f}"
+        print(f"{slope.case:<28} {slope.dtype:<9} {slope.threads} thr  {law:<22} {slope.provider}")
+    report.write()
+    if given.plot:
+        from benchmarks import plot
+
+        for path in plot.growth(report, slopes(report.results), given.plot):
+            print(path)
+    raise_for(complete, report)
+
+
+def _cases(given: argparse.Namespace) -> Iterator[runner.Case]:
+    for dtype in given.dtype:
+        for op in OPS:
+            functions = op.functions(given.device, compiled=False)
+            functions = {name: functions[name] for name in (runner.OURS, PEERS[op.name])}
+            for axis in AXES:
+                if axis == "depth" and op.name == "attention":
+                    continue
+                for size in sorted(set(getattr(given, axis))):
+                    shape = _shape(given.model, **{axis: size})
+                    for case in op.cases([shape], given.direction, DTYPES[dtype], given.device, functions):
+                        yield replace(case, at={"axis": axis, "size": size})
+
+
+def _shape(model: str, tokens: int = 197, batch: int = 1, depth: int = 1) -> Shape:
+    label = f"{tokens} tokens, batch {batch}, depth {depth}"
+    return Shape(label, batch, 0, tokens, SIZES[model]).with_depth(depth)
+
+
+def curves(results: Sequence[runner.Result]) -> dict[tuple[str, str, int, str], dict[str, list[tuple[int, float]]]]:
+    """Of every case, dtype, thread count and axis: {provider: [(size, milliseconds), ...]}, sizes ascending."""
+    found: dict[tuple[str, str, int, str], dict[str, list[tuple[int, float]]]] = {}
+    for r in sorted(results, key=lambda r: r.at["size"]):
+        curve = found.setdefault((r.case, r.dtype, r.threads, r.at["axis"]), {})
+        for provider, milliseconds in r.milliseconds.items():
+            curve.setdefault(provider, []).append((r.at["size"], milliseconds))
+    return found
+
+
+def slopes(results: Sequence[runner.Result]) -> list[Slope]:
+    """None of a curve with fewer than two points in its upper half."""
+    found = []
+    for key, curve in curves(results).items():
+        for provider, points in curve.items():
+            upper = points[len(points) // 2 :]
+            if len(upper) > 1:
+                x, y = ([math.log(p[i]) for p in upper] for i in (0, 1))
+                slope = statistics.linear_regression(x, y).slope
+                found.append(Slope(*key, provider, slope, tuple(size for size, _ in upper)))
+    return found

@@ -1,0 +1,124 @@
+"""An operator as a benchmark: what its file declares, and the cases that follow from that."""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.cost import Cost, nbytes, trace
+from benchmarks.derivative import DIRECTIONS, LABELS, Function, cast
+from benchmarks.runner import OURS, Case, Provider, errors
+from benchmarks.shapes import Shape
+
+COMPILED = "torch.compile"
+
+
+@dataclass(frozen=True)
+class Op:
+    """Functions here take the shape, then the inputs; ``ours`` takes ``backend=`` too.
+
+    Args:
+        inputs: makes the inputs of a shape on PyTorch's default device; floating ones are cast to the case's dtype.
+        peers: the functions of others for a device, the first of them PyTorch's own, which is also compiled.
+        exact: what is computed in float64 to check every provider.
+    """
+
+    name: str
+    inputs: Callable[[Shape], list[Tensor]]
+    ours: Function
+    peers: Callable[[str], Mapping[str, Function]]
+    exact: Function
+
+    def functions(self, device: str, compiled: bool) -> dict[str, Function]:
+        functions = {
+            OURS: functools.partial(self.ours, backend="triton"),
+            f"{OURS} torch": functools.partial(self.ours, backend="torch"),
+            **self.peers(device),
+        }
+        if compiled:
+            functions[COMPILED] = compile_function(next(iter(self.peers(device).values())))
+        return functions
+
+    def cases(
+        self,
+        shapes: Iterable[Shape],
+        directions: Iterable[str],
+        dtype: torch.dtype,
+        device: str,
+        functions: Mapping[str, Function],
+    ) -> Iterator[Case]:
+        for shape in shapes:
+            for direction in directions:
+                yield Case(
+                    f"{self.name} {LABELS[direction]}",
+                    shape.label,
+                    dtype,
+                    device,
+                    functools.cache(functools.partial(self._cost, shape, direction, dtype, len(functions))),
+                    functools.partial(self._prepare, shape, direction, dtype, device, functions),
+                    replay=direction != "backward",  # which runs on the stream its forward pass ran on
+                )
+
+    def _prepare(
+        self, shape: Shape, direction: str, dtype: torch.dtype, device: str, functions: Mapping[str, Function]
+    ) -> dict[str, Provider]:
+        with torch.device(device):
+            inputs = cast(self.inputs(shape), dtype)
+            gradient = torch.randn(self._output(shape)).to(dtype)
+        call = DIRECTIONS[direction]
+
+        peer = functools.partial(self.exact, shape)
+
+        @functools.cache
+        def exact() -> object:
+            return call(peer, cast(inputs, torch.float64), gradient.double())()
+
+        @functools.cache
+        def plain() -> list[float]:
+            return errors(call(peer, inputs, gradient)(), exact())
+
+        return {
+            name: Provider(call(functools.partial(function, shape), inputs, gradient), exact, plain)
+            for name, function in functions.items()
+        }
+
+    def _output(self, shape: Shape) -> torch.Size:
+        with torch.device("meta"), torch.no_grad():
+            y = self.exact(shape, *self.inputs(shape))
+        return (y[0] if isinstance(y, tuple) else y).shape
+
+    def _cost(self, shape: Shape, direction: str, dtype: torch.dtype, providers: int) -> Cost:
+        def traced(direction: str, dtype: torch.dtype) -> tuple[int, int, int]:
+            arguments = []
+
+            def make() -> Callable[[], object]:
+                inputs = cast(self.inputs(shape), dtype)
+                gradient = torch.empty(self._output(shape), dtype=dtype)
+                arguments.extend(inputs if direction == "forward" else [*inputs, gradient])
+                return DIRECTIONS[direction](functools.partial(self.exact, shape), inputs, gradient)
+
+            results, flops, memory = trace(make)
+            return flops, nbytes(arguments) + nbytes(results), memory
+
+        flops, size, memory = traced(direction, dtype)
+        kept = providers if direction == "backward" else 1  # each keeps its graph
+        if direction == "backward":
+            flops -= traced("forward", dtype)[0]
+        return Cost(flops, size, memory * kept + traced(direction, torch.float64)[2])
+
+
+def installed(device: str, functions: Mapping[str, tuple[str, Function]]) -> dict[str, Function]:
+    """Those of {name: (module, function)} whose module can be imported; all of these packages need a GPU."""
+    if device == "cpu":
+        return {}
+    return {name: f for name, (module, f) in functions.items() if importlib.util.find_spec(module) is not None}
+
+
+def compile_function(function: Function) -> Function:
+    import torch._functorch.config
+
+    torch._functorch.config.donated_buffer = False  # else a compiled graph cannot be kept for a second backward pass
+    return torch.compile(function, dynamic=False)

@@ -1,0 +1,77 @@
+"""The most a device can do: from data sheets for GPUs, measured in the same run for a CPU."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Peak:
+    """``flops`` and ``bytes`` per second."""
+
+    flops: float
+    bytes: float
+    source: str
+
+    def seconds(self, flops: float, size: float) -> float:
+        """The least time the roofline allows (Williams, Waterman, Patterson 2009, doi:10.1145/1498765.1498785)."""
+        return max(flops / self.flops, size / self.bytes)
+
+
+# NVIDIA's data sheets: name as CUDA reports it, TFLOP/s of float16 and bfloat16 on tensor cores (dense, float32 sums),
+# of float32 outside them, GB/s.
+GPUS = {
+    "NVIDIA A100-SXM4-40GB": (312, 19.5, 1555),
+    "NVIDIA A100-SXM4-80GB": (312, 19.5, 2039),
+    "NVIDIA A100 80GB PCIe": (312, 19.5, 1935),
+    "NVIDIA H100 80GB HBM3": (989, 67, 3350),
+    "NVIDIA H100 PCIe": (756, 51, 2000),
+    "NVIDIA H200": (989, 67, 4800),
+    "NVIDIA L4": (121, 30.3, 300),
+    "NVIDIA L40S": (362, 91.6, 864),
+    "NVIDIA GeForce RTX 4090": (165, 82.6, 1008),
+}
+
+
+def peak(device: str, dtype: torch.dtype, threads: int) -> Peak | None:
+    """None for a GPU that is not in the table."""
+    if device == "cpu":
+        return measured(dtype, threads)
+    name = torch.cuda.get_device_name()
+    if name not in GPUS:
+        return None
+    half, single, bandwidth = GPUS[name]
+    return Peak((single if dtype == torch.float32 else half) * 1e12, bandwidth * 1e9, f"data sheet of {name}")
+
+
+_measured: dict[tuple[torch.dtype, int], Peak] = {}
+
+
+def measured(dtype: torch.dtype, threads: int) -> Peak:
+    """The best so far of a 1024^3 product and of a copy of 256 MiB, by PyTorch: every call tries again, for the machine
+    may have been busy. What stays in the caches can be faster than the copy says."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a, b = torch.randn(2, 1024, 1024).to(dtype)
+        source = torch.zeros(2**28, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        flops = 2 * 1024**3 / _shortest(lambda: a @ b)
+        rate = 2 * source.numel() / _shortest(lambda: target.copy_(source))
+    finally:
+        torch.set_num_threads(before)
+    best = _measured.get((dtype, threads), Peak(0, 0, ""))
+    said = "best in this run of a product of 1024 x 1024 matrices and of a copy of 256 MiB"
+    _measured[dtype, threads] = Peak(max(flops, best.flops), max(rate, best.bytes), said)
+    return _measured[dtype, threads]
+
+
+def _shortest(call: Callable[[], object]) -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
