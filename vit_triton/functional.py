@@ -477,7 +477,9 @@ def _channel_values(name: str, values: Tensor | Sequence[float] | None, image: T
             _check_number(name, value)
         if name == "std" and not all(values):
             raise ValueError(f"std divides and must not be 0, got {values}")
-        values = _constant(values, image.device)
+        traced = torch.compiler.is_compiling() or torch._guards.detect_fake_mode(image) is not None
+        # a fake tensor is of no use to a later call
+        values = (_constant.__wrapped__ if traced else _constant)(values, image.device)
     if values.shape != image.shape[1:2]:
         raise ValueError(f"{name} must have one value for each of the {image.shape[1]} channels, got {_shape(values)}")
     return values.to(image.device, torch.promote_types(values.dtype, torch.float32))
