@@ -1,5 +1,5 @@
-"""A whole ViT among PyTorch's own machinery: torch.compile, torch.export, a GPU that is not there, what a CUDA graph does
-not allow, autocast, GradScaler, activation checkpointing, gradients of gradients."""
+"""A whole ViT among PyTorch's own machinery: torch.compile, torch.export, a GPU that is not there, CUDA graphs,
+autocast, GradScaler, activation checkpointing, gradients of gradients."""
 
 import contextlib
 import copy
