@@ -133,7 +133,7 @@ def linear(
         y, _, _ = torch.ops.vit_triton.linear_fwd.default(
             *tensors[:5], rows if residual_is_x else tensors[5], seed, eps, float(dropout_p), panels
         )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return _shaped(y, (*x.shape[:-1], weight.shape[0]))
 
 
 def mlp(
@@ -201,7 +201,7 @@ def mlp(
         y, *_ = torch.ops.vit_triton.mlp_fwd.default(
             *tensors[:7], rows if residual_is_x else tensors[7], *seeds, *scalars, False, *panels
         )
-    return y.view(*x.shape[:-1], w2.shape[0])
+    return _shaped(y, (*x.shape[:-1], w2.shape[0]))
 
 
 def encoder(
@@ -287,7 +287,7 @@ def layer_norm(
     if residual is None:
         arguments = (_rows(x), weight, bias, float(eps))
         y = _apply(autograd.LayerNormFunction, "layer_norm_fwd", arguments, (x, weight, bias))
-        return (y if isinstance(y, Tensor) else y[0]).view(x.shape)
+        return _shaped(y if isinstance(y, Tensor) else y[0], x.shape)
     rows = _rows(x)
     # one tensor as two arguments of a Function: Dynamo needs two objects
     other = rows.view_as(rows) if residual is x else _rows(residual)
@@ -297,7 +297,7 @@ def layer_norm(
         (rows, other, weight, bias, float(eps)),
         (x, residual, weight, bias),
     )
-    return y.view(x.shape), total.view(x.shape)
+    return _shaped(y, x.shape), _shaped(total, x.shape)
 
 
 def patch_embed(
@@ -448,6 +448,11 @@ def _scale(scale: float | None, x: Tensor) -> float:
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """The rows of a result in their shape; to autograd no view, of which FSDP2 warns, as nobody has the rows."""
+    return torch.ops.aten._unsafe_view.default(y, shape)
 
 
 def _norm_parts(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, float | None]:
