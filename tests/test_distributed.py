@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import vit_triton
@@ -22,25 +23,29 @@ def vit(pool, **options):
     return vit_triton.ViT(pool=pool, **sizes, **({"backend": "triton"} | options))
 
 
-def batches():
+def data():
+    """Batches of images and labels, and an image to classify."""
     generator = torch.Generator().manual_seed(4)
-    return [
-        (torch.randn(BATCH, 3, 16, 16, generator=generator), torch.randint(5, (BATCH,), generator=generator))
-        for _ in range(STEPS)
-    ]
+    images = torch.randn(STEPS, BATCH, 3, 16, 16, generator=generator)
+    labels = torch.randint(5, (STEPS, BATCH), generator=generator)
+    return list(zip(images, labels, strict=True)), torch.randn(1, 3, 16, 16, generator=generator)
 
 
-def losses_and_gradients(model, batches):
-    """Of steps of AdamW; the gradients are those of the last step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for image, labels in batches:
+def trained(model, batches, image):
+    """Losses of steps of AdamW, and the logits of ``image`` after each and the gradients of the last."""
+    parameters = list(model.parameters())  # as FSDP shards them: it has whole ones in their place after a forward
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    losses, logits = [], []
+    for part, labels in batches:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(image).to(image.dtype), labels)
+        loss = nn.functional.cross_entropy(model(part).to(part.dtype), labels)
         loss.backward()
         losses.append(loss.detach())
         optimizer.step()
-    return torch.stack(losses), [p.grad for p in model.parameters() if p.numel()]
+        with torch.no_grad():
+            logits.append(model.eval()(image).to(image.dtype))
+        model.train()
+    return torch.stack(losses), [*logits, *(p.grad for p in parameters if p.numel())]
 
 
 def shard(model, dtype):
@@ -59,19 +64,20 @@ def in_a_process(rank, folder):
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated")  # PyTorch's own, on import
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    mine = [(image[rank::WORLD], labels[rank::WORLD]) for image, labels in batches()]
+    batches, image = data()
+    mine = [(images[rank::WORLD], labels[rank::WORLD]) for images, labels in batches]
     results = {}
     for kind, dtype in KINDS.items():
         for pool in POOLS:
             if kind.startswith("fsdp"):
-                losses, grads = losses_and_gradients(shard(vit(pool), dtype), mine)
-                grads = [grad.full_tensor() for grad in grads]
+                losses, rest = trained(shard(vit(pool), dtype), mine, image)
+                rest = [x.full_tensor() if isinstance(x, DTensor) else x for x in rest]
             else:
                 model = DistributedDataParallel(vit(pool))
                 with torch.autocast("cpu", torch.bfloat16, enabled=kind == "ddp, autocast"):
-                    losses, grads = losses_and_gradients(model, mine)
+                    losses, rest = trained(model, mine, image)
             dist.all_reduce(losses)
-            results[kind, pool] = losses / WORLD, grads
+            results[kind, pool] = losses / WORLD, *rest
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -97,21 +103,21 @@ class Mixed(nn.Module):
 
 def of_one_process(kind, pool):
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "ddp, autocast"):
-        return losses_and_gradients(Mixed(vit(pool)) if kind == "fsdp, mixed" else vit(pool), batches())
+        losses, rest = trained(Mixed(vit(pool)) if kind == "fsdp, mixed" else vit(pool), *data())
+    return losses, *rest
 
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_gradients_are_those_of_one_process(of_two_processes, kind, pool):
-    exact_model = vit(pool, backend="torch").double()
-    exact = losses_and_gradients(exact_model, [(image.double(), labels) for image, labels in batches()])
-    single = of_one_process(kind, pool)
+def test_losses_logits_and_gradients_are_those_of_one_process(of_two_processes, kind, pool):
+    batches, image = data()
+    batches = [(images.double(), labels) for images, labels in batches]
+    losses, rest = trained(vit(pool, backend="torch").double(), batches, image.double())
+    exact, single = (losses, *rest), of_one_process(kind, pool)
     for results in of_two_processes:
-        losses, grads = results[kind, pool]
-        for ours, theirs, true in zip((losses, *grads), (single[0], *single[1]), (exact[0], *exact[1]), strict=True):
+        for ours, theirs, true in zip(results[kind, pool], single, exact, strict=True):
             assert ours.dtype == torch.float32 and ours.shape == true.shape
             error = (ours.double() - true).norm()
             allowed = 2 * (theirs.double() - true).norm() + 4 * torch.finfo(KINDS[kind]).eps * true.norm()
             assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
-    for (ours, grads), (other, others) in [[results[kind, pool] for results in of_two_processes]]:
-        assert torch.equal(ours, other) and all(map(torch.equal, grads, others)), "the processes disagree"
+    assert all(map(torch.equal, *(results[kind, pool] for results in of_two_processes))), "the processes disagree"
