@@ -1,0 +1,52 @@
+"""Loss and accuracy of a run as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vit_triton.training.checkpoint import write
+from vit_triton.training.extras import extra
+
+SMOOTHED = 0.05  # part of all steps over which the training loss is averaged
+
+
+def read(metrics: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; the last one may be cut off."""
+    lines = []
+    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []:
+        if line.endswith("\n"):
+            lines.append(json.loads(line))
+    return lines
+
+
+def draw(metrics: Path, picture: Path, title: str) -> None:
+    """Write ``picture`` (a PNG) of what ``metrics`` holds."""
+    extra("matplotlib").use("Agg")
+    plt = extra("matplotlib.pyplot")
+    lines = read(metrics)
+    steps = [line for line in lines if "loss" in line]
+    tests = [line for line in lines if "test_loss" in line]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    at, losses = [line["step"] for line in steps], [line["loss"] for line in steps]
+    span = max(1, round(len(losses) * SMOOTHED))
+    mean = [sum(losses[max(0, i - span + 1) : i + 1]) / min(i + 1, span) for i in range(len(losses))]
+    left.plot(at, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each step")
+    left.plot(at, mean, color="tab:blue", label=f"training, mean of {span} steps" if span > 1 else None)
+    left.plot([t["step"] for t in tests], [t["test_loss"] for t in tests], "o-", color="tab:orange", label="test")
+    left.set(xlabel="step", ylabel="cross-entropy", title="loss")
+    right.plot([t["step"] for t in tests], [100 * t["test_accuracy"] for t in tests], "o-", color="tab:orange")
+    right.set(xlabel="step", ylabel="test images right (%)", title="accuracy", ylim=(0, 100))
+    if tests:
+        last = tests[-1]
+        right.annotate(f"{100 * last['test_accuracy']:.1f} %", (last["step"], 100 * last["test_accuracy"]),
+                       xytext=(0, -16), textcoords="offset points", ha="right")  # fmt: skip
+    left.legend(frameon=False)
+    for axes in (left, right):
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    write(picture, lambda file: figure.savefig(file, dpi=120, format="png"))
+    plt.close(figure)
