@@ -6,7 +6,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def load(folder: Path) -> dict[str, Any] | None:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """The state of every generator of this process, as tensors and numbers."""
-    _, numbers, position, has_gauss, gauss = np.random.get_state()
+    _, numbers, position, has_gauss, gauss = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     version, words, next_gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),

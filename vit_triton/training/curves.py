@@ -32,8 +32,9 @@ def draw(metrics: Path, picture: Path, title: str) -> None:
     at, losses = [line["step"] for line in steps], [line["loss"] for line in steps]
     span = max(1, round(len(losses) * SMOOTHED))
     mean = [sum(losses[max(0, i - span + 1) : i + 1]) / min(i + 1, span) for i in range(len(losses))]
-    left.plot(at, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each step")
-    left.plot(at, mean, color="tab:blue", label=f"training, mean of {span} steps" if span > 1 else None)
+    label = "training (changed images, smoothed labels)"
+    left.plot(at, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label=label)
+    left.plot(at, mean, color="tab:blue", label=f"mean of {span} steps" if span > 1 else None)
     left.plot([t["step"] for t in tests], [t["test_loss"] for t in tests], "o-", color="tab:orange", label="test")
     left.set(xlabel="step", ylabel="cross-entropy", title="loss")
     right.plot([t["step"] for t in tests], [100 * t["test_accuracy"] for t in tests], "o-", color="tab:orange")
@@ -42,7 +43,7 @@ def draw(metrics: Path, picture: Path, title: str) -> None:
         last = tests[-1]
         right.annotate(f"{100 * last['test_accuracy']:.1f} %", (last["step"], 100 * last["test_accuracy"]),
                        xytext=(0, -16), textcoords="offset points", ha="right")  # fmt: skip
-    left.legend(frameon=False)
+    left.legend(frameon=False, fontsize="small")
     for axes in (left, right):
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)

@@ -77,7 +77,7 @@ def place(config: TrainConfig) -> Iterator[Place]:
 def build(config: TrainConfig, channels: int, classes: int) -> nn.Module:
     """The model of a run, with the weights of its seed."""
     torch.manual_seed(config.seed)
-    options = dict(num_classes=classes, channels=channels, backend=config.backend, **config.sizes())
+    options: dict[str, Any] = dict(num_classes=classes, channels=channels, backend=config.backend, **config.sizes())
     if config.model == "ViT":
         options |= dict(dropout=config.dropout, emb_dropout=config.dropout)
     model: nn.Module = getattr(models, config.model)(**options)
