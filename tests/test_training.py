@@ -1,6 +1,7 @@
 """Training: it goes on where it was killed, bit by bit, and says what does not fit."""
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -86,7 +87,8 @@ def test_a_run_learns_and_leaves_what_it_says(whole):
     rates = [x["learning_rate"] for x in steps]
     assert max(rates) == rates[2] == 1e-3 and rates[0] == 5e-4 and rates[-1] < 1e-4
     assert {path.name for path in whole.iterdir()} == FILES
-    assert Image.open(whole / "curves.png").size == (1200, 480)
+    with Image.open(whole / "curves.png") as picture:
+        assert picture.size == (1200, 480)
 
 
 def test_evaluates_what_it_trained(whole, photos, tmp_path):
@@ -152,31 +154,53 @@ def test_goes_on_to_the_same_bits(whole, photos, tmp_path, moment):
     assert {path.name for path in tmp_path.iterdir()} == FILES
 
 
-def command(*options) -> list[str]:
-    return [sys.executable, "-m", *options]
+def arguments(photos: Path, out: Path, **changes) -> list[str]:
+    words = [str(photos), "--out", str(out), "--checkpoint-every", "2", "--backend", "triton", "--resume"]
+    for name, value in (SMALL | changes).items():
+        words += ["--" + name.replace("_", "-"), str(value)]
+    return words
+
+
+# starts the command in a new process for every line it reads, without importing everything again
+STARTER = """
+import os, runpy, sys
+import vit_triton.training
+for _ in sys.stdin:
+    process = os.fork()
+    if not process:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            runpy.run_module("vit_triton.training", run_name="__main__")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    print(process, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
 
 
 def test_survives_kill_9(whole, photos, tmp_path):
-    draw, arguments = random.Random(1), ["--resume", "--checkpoint-every", "2", "--backend", "triton"]
-    for name, value in SMALL.items():
-        arguments += ["--" + name.replace("_", "-"), str(value)]
-    arguments = command("vit_triton.training", str(photos), "--out", str(tmp_path), *arguments)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = 0
-    for _ in range(4):
-        process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        seen = (tmp_path / METRICS).stat().st_mtime_ns if (tmp_path / METRICS).exists() else 0
-        while process.poll() is None:  # importing takes longest, and changes nothing
-            if (tmp_path / METRICS).exists() and (tmp_path / METRICS).stat().st_mtime_ns != seen:
-                time.sleep(draw.random() * 0.15)
-                break
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        error = process.communicate()[1].decode()
-        assert process.returncode in (0, -signal.SIGKILL), error
-        killed += process.returncode != 0
-    assert killed >= 2
-    subprocess.run(arguments, env=environment, stdout=subprocess.DEVNULL, check=True)
+    draw, metrics, codes = random.Random(1), tmp_path / METRICS, []
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER, *arguments(photos, tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with starter:
+        while codes[-1:] != [0]:
+            before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+            starter.stdin.write("start\n")
+            starter.stdin.flush()
+            process = int(starter.stdout.readline())
+            if len(codes) < 8:
+                deadline = time.monotonic() + 60
+                while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_mtime_ns != before):
+                    time.sleep(0.001)
+                time.sleep(draw.random() * 0.1)  # from its first line on, at any moment
+                with contextlib.suppress(ProcessLookupError):  # it was quicker
+                    os.kill(process, signal.SIGKILL)
+            codes.append(int(starter.stdout.readline()))
+        starter.stdin.close()
+    assert codes.count(-signal.SIGKILL) >= 5 and codes[-1] == 0, codes
     assert_same_run(tmp_path, whole)
 
 
@@ -221,10 +245,8 @@ def test_torchrun_trains_the_same_and_fsdp_goes_on(photos, tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     changes = dict(dropout=0.0, epochs=1, backend="torch")
     train(config(photos, alone, **changes))
-    arguments = command("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vit_triton.training")
-    arguments += [str(photos), "--out", str(together), "--checkpoint-every", "2", "--resume"]
-    for name, value in (SMALL | changes).items():
-        arguments += ["--" + name.replace("_", "-"), str(value)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "vit_triton.training", *arguments(photos, together, **changes)]
 
     def compare():
         expected, ours = ([json.loads(x) for x in (f / METRICS).read_text().splitlines()] for f in (alone, together))
@@ -234,11 +256,11 @@ def test_torchrun_trains_the_same_and_fsdp_goes_on(photos, tmp_path):
             assert list(line.values()) == pytest.approx(list(other.values()), rel=1e-3)
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(arguments, env=environment, check=True, capture_output=True)
+    subprocess.run(command, env=environment, check=True, capture_output=True)
     compare()
     os.replace(together / checkpoint.PREVIOUS, together / checkpoint.NAME)  # after step 4 of 6
     assert checkpoint.load(together)["step"] == 4
-    subprocess.run([*arguments, "--fsdp"], env=environment, check=True, capture_output=True)
+    subprocess.run([*command, "--fsdp"], env=environment, check=True, capture_output=True)
     compare()
     with pytest.raises(ValueError, match="processes 2, not 1"):
         train(config(photos, together, resume=True, **changes))

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from vit_triton.training.extras import extra
 
 METRICS, CURVES = "metrics.jsonl", "curves.png"
 FLUSH_EVERY = 20  # steps: telling a loss waits for the device
+DRAW_EVERY = 30  # seconds
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 # what a run may change when it goes on: where things lie and what computes them
@@ -288,6 +290,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             "step {task.completed} of {task.total}", progress_of.BarColumn(), progress_of.TimeRemainingColumn(),
             "{task.description}", disable=not here.first,
         )  # fmt: skip
+        drawn = time.monotonic()
         with progress:
             task = progress.add_task("", total=run.steps, completed=run.step)
             while run.step < run.steps:
@@ -315,12 +318,20 @@ def train(config: TrainConfig) -> dict[str, float]:
                     f"epoch {epoch + 1} of {config.epochs}: loss {metrics.loss:.3f}, on test images "
                     f"{result['test_loss']:.3f}, of which {result['test_accuracy']:.1%} right"
                 )
-                if here.first:
-                    title = f"{config.model}, {config.data}: {run.step} steps of {config.batch_size} images"
-                    curves.draw(config.out / METRICS, config.out / CURVES, title)
+                if time.monotonic() > drawn + DRAW_EVERY:
+                    draw(config, here)
+                    drawn = time.monotonic()
+        draw(config, here)
         if here.first:
             print(f"wrote {', '.join(str(config.out / name) for name in (checkpoint.NAME, METRICS, CURVES))}")
         return result
+
+
+def draw(config: TrainConfig, here: Place) -> None:
+    """The curves so far."""
+    if here.first:
+        title = f"{config.model}, {config.data}, {config.batch_size} images a step"
+        curves.draw(config.out / METRICS, config.out / CURVES, title)
 
 
 def load_trained(
