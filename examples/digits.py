@@ -8,7 +8,6 @@ kernels run compiled for the CPU.
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_triton import attention_maps
-from vit_triton.training import TrainConfig, load_trained, train
+from vit_triton.training import TrainConfig, checkpoint, load_trained, train
 from vit_triton.training.data import load_data
 from vit_triton.training.extras import extra
 from vit_triton.training.loop import build
@@ -57,10 +56,11 @@ def draw(path: Path, images: Tensor, digits: Tensor, predicted: Tensor, attentio
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for the files (demo_output)")
     arguments = parser.parse_args()
-    shutil.rmtree(arguments.out, ignore_errors=True)  # of an earlier demo
+    for name in (checkpoint.NAME, checkpoint.PREVIOUS):  # of an earlier demo
+        (arguments.out / name).unlink(missing_ok=True)
     config = TrainConfig(
         "digits", out=arguments.out, epochs=arguments.epochs, learning_rate=2e-3, label_smoothing=0.0, backend="torch"
     )
