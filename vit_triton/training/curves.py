@@ -31,14 +31,15 @@ def draw(metrics: Path, picture: Path, title: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     at, losses = [line["step"] for line in steps], [line["loss"] for line in steps]
     span = max(1, round(len(losses) * SMOOTHED))
-    mean = [sum(losses[max(0, i - span + 1) : i + 1]) / min(i + 1, span) for i in range(len(losses))]
-    label = "training (changed images, smoothed labels)"
-    left.plot(at, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label=label)
-    left.plot(at, mean, color="tab:blue", label=f"mean of {span} steps" if span > 1 else None)
-    left.plot([t["step"] for t in tests], [t["test_loss"] for t in tests], "o-", color="tab:orange", label="test")
-    left.set(xlabel="step", ylabel="cross-entropy", title="loss")
-    right.plot([t["step"] for t in tests], [100 * t["test_accuracy"] for t in tests], "o-", color="tab:orange")
-    right.set(xlabel="step", ylabel="test images right (%)", title="accuracy", ylim=(0, 100))
+    around = [losses[max(0, i - span // 2) : i + span // 2 + 1] for i in range(len(losses))]
+    mean = [sum(part) / len(part) for part in around]
+    left.plot(at, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each step")
+    left.plot(at, mean, color="tab:blue", label=f"training, mean of {span} steps" if span > 1 else None)
+    after, dots = [test["step"] for test in tests], dict(marker="o", markersize=4, color="tab:orange")
+    left.plot(after, [test["test_loss"] for test in tests], label="test", **dots)
+    left.set(xlabel="step", ylabel="cross-entropy", title="loss (in training of changed images)")
+    right.plot(after, [100 * test["test_accuracy"] for test in tests], **dots)
+    right.set(xlabel="step", ylabel="test images right (%)", title="accuracy", ylim=(0, 104))
     if tests:
         last = tests[-1]
         right.annotate(f"{100 * last['test_accuracy']:.1f} %", (last["step"], 100 * last["test_accuracy"]),
