@@ -135,7 +135,7 @@ MOMENTS = {
     "a test": lambda patch: at_call(patch, Run, "save", 6),  # after the lines of the second test
     "half written": lambda patch: at_call(patch, torch, "save", 5, lambda state, file: file.write(b"PK\3\4" * 100)),
     "written, not flushed": lambda patch: at_call(patch, os, "fsync", 18),
-    "the last one put away": lambda patch: at_call(patch, os, "replace", 9),
+    "the last one put away": lambda patch: at_call(patch, os, "replace", 8),
     "before the first checkpoint": lambda patch: at_call(patch, Run, "learn", 2),
 }
 
