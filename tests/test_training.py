@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -343,6 +344,16 @@ def test_the_command_line_is_the_configuration():
                            precision="bfloat16", backend="torch")  # fmt: skip
     assert config_from(parser.parse_args(words.split())) == expected
     assert "folder of class folders" in parser.format_help()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("digits --epochs 0", "epochs must be at least 1, got 0"), ("nowhere", "nowhere/CLASS/")],
+)
+def test_the_command_says_what_is_wrong_in_a_line(words, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train", *words.split(), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=message):
+        runpy.run_module("vit_triton.training", run_name="__main__")
 
 
 @pytest.mark.parametrize(

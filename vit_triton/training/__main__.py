@@ -6,9 +6,7 @@ from vit_triton.training import add_arguments, config_from, train
 
 parser = argparse.ArgumentParser(prog="python -m vit_triton.training", description="Train a Vision Transformer.")
 add_arguments(parser)
-options = parser.parse_args()
 try:
-    config = config_from(options)
-except ValueError as error:
-    parser.error(str(error))
-train(config)
+    train(config_from(parser.parse_args()))
+except (FileExistsError, FileNotFoundError, ImportError, ValueError) as error:
+    raise SystemExit(f"{parser.prog}: {error}") from error
