@@ -2,14 +2,18 @@
 
 import argparse
 import contextlib
+import hashlib
+import io
 import json
 import os
+import pickle
 import random
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +107,11 @@ def test_evaluates_what_it_trained(whole, photos, tmp_path):
         evaluate(whole, "digits")
     with pytest.raises(FileNotFoundError, match="has no checkpoint.pt"):
         evaluate(tmp_path)
+
+
+def test_processes_that_read_images_change_nothing(whole, photos, tmp_path):
+    train(config(photos, tmp_path, workers=2))
+    assert (tmp_path / METRICS).read_text() == (whole / METRICS).read_text()
 
 
 def test_bfloat16_trains(photos, tmp_path):
@@ -321,6 +330,35 @@ def test_says_which_file_to_put_where(tmp_path, monkeypatch, download):
         load_data(TrainConfig("cifar10", data_folder=tmp_path, download=download))
     with pytest.raises(FileNotFoundError, match="nowhere/CLASS/.*nowhere/train/CLASS"):
         load_data(TrainConfig(str(tmp_path / "nowhere")))
+
+
+def test_the_archive_where_it_was_asked_for_is_unpacked(tmp_path, monkeypatch):
+    """One of 5 + 1 images, with its own checksums, in place of that of 163 MB."""
+    from torchvision.datasets import CIFAR10
+
+    def checksum(content):
+        return hashlib.md5(content).hexdigest()
+
+    sums, names = {}, [f"class {i}" for i in range(10)]
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
+        for name, images in (("data_batch_1", 5), ("test_batch", 1), ("batches.meta", 0)):
+            pixels = np.full((images, 3072), 255, np.uint8)
+            content = {"data": pixels, "labels": list(range(images)), "label_names": names}
+            content = pickle.dumps(content)
+            entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+            sums[name] = checksum(content)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", checksum((tmp_path / "cifar-10-python.tar.gz").read_bytes()))
+    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", sums["data_batch_1"]]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
+    monkeypatch.setattr(CIFAR10, "meta", meta)
+    for _ in range(2):  # unpacks, and finds what it unpacked
+        data = load_data(TrainConfig("cifar10", data_folder=tmp_path))
+        assert (len(data.train), len(data.test), data.classes) == (5, 1, tuple(names))
+        image, label = data.test[0]
+        assert image.shape == (3, 32, 32) and bool((image == 1).all()) and label == 0
 
 
 @pytest.mark.parametrize("module", ["rich", "torchvision", "matplotlib", "sklearn"])
