@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from vit_triton.training import TrainConfig, add_arguments, checkpoint, config_from, evaluate, load_trained, train
+from vit_triton.training import TrainConfig, add_arguments, checkpoint, config_from, evaluate, load_trained, loop, train
 from vit_triton.training.data import Seeded, batches, load_data
 from vit_triton.training.loop import METRICS, Place, Run
 
@@ -142,7 +142,8 @@ def at_call(monkeypatch, module, name, number, before=lambda *_: None):
 
 MOMENTS = {
     "a step": lambda patch: at_call(patch, Run, "learn", 9),
-    "a test": lambda patch: at_call(patch, Run, "save", 6),  # after the lines of the second test
+    "a test": lambda patch: at_call(patch, loop, "test", 2),
+    "tested, not saved": lambda patch: at_call(patch, Run, "save", 6),
     "half written": lambda patch: at_call(patch, torch, "save", 5, lambda state, file: file.write(b"PK\3\4" * 100)),
     "written, not flushed": lambda patch: at_call(patch, os, "fsync", 18),
     "the last one put away": lambda patch: at_call(patch, os, "replace", 8),
