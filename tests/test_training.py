@@ -369,6 +369,7 @@ def test_a_missing_extra_is_named(photos, tmp_path, monkeypatch, module):
     data = "digits" if module == "sklearn" else str(photos)
     with pytest.raises(ImportError, match=r"pip install 'vit_triton\[train\]'"):
         train(replace(config(photos, tmp_path, epochs=1), data=data))
+    assert not any(tmp_path.iterdir()), "found out after the training"
 
 
 # --- options -----------------------------------------------------------------------------------------------

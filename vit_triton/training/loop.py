@@ -78,11 +78,12 @@ def place(config: TrainConfig) -> Iterator[Place]:
 
 def build(config: TrainConfig, channels: int, classes: int) -> nn.Module:
     """The model of a run, with the weights of its seed."""
-    torch.manual_seed(config.seed)
     options: dict[str, Any] = dict(num_classes=classes, channels=channels, backend=config.backend, **config.sizes())
     if config.model == "ViT":
         options |= dict(dropout=config.dropout, emb_dropout=config.dropout)
-    model: nn.Module = getattr(models, config.model)(**options)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        model: nn.Module = getattr(models, config.model)(**options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in ("pos_embedding", "cls_token"):
@@ -241,7 +242,7 @@ class Metrics:
     def __init__(self, path: Path, here: Place, step: int) -> None:
         self.path, self.here = path, here
         self.waiting: list[tuple[dict[str, Any], Tensor]] = []
-        self.loss = math.nan
+        self.loss: float | None = None  # the last one known
         if here.first:  # what came after the checkpoint comes again
             lines = "".join(json.dumps(line) + "\n" for line in curves.read(path) if line["step"] <= step)
             checkpoint.write(path, lambda file: file.write(lines.encode()))
@@ -274,7 +275,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         FileExistsError: there is a checkpoint in ``config.out`` and ``config.resume`` is not set.
         ValueError: the checkpoint is of another run, or an argument does not fit; the message names it.
     """
-    progress_of = extra("rich.progress")
+    progress_of, _ = extra("rich.progress"), extra("matplotlib")  # which is needed last
     with place(config) as here:
         state = checkpoint.load(config.out)
         if state is not None and not config.resume:
@@ -310,7 +311,7 @@ def train(config: TrainConfig) -> dict[str, float]:
                     if run.step % config.checkpoint_every == 0 and not done:
                         metrics.flush()
                         run.save(result)
-                    progress.update(task, advance=1, description=f"loss {metrics.loss:.3f}")
+                    progress.update(task, advance=1, description=f"loss {metrics.loss:.3f}" if metrics.loss else "")
                 result = test(run.model, run.data, config, here)
                 metrics.flush({"step": run.step, "epoch": epoch + 1, **result})
                 run.save(result)
