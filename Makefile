@@ -44,7 +44,7 @@ lint: $(STAMP) ## Check style, imports and types
 	$(BIN)/mypy
 
 clean: ## Remove the environment and everything generated
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo_output
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo_output training_output
 
 $(STAMP): pyproject.toml
 	@echo "making $(VENV) (the first time downloads PyTorch)"

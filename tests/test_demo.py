@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "digits.py"
 
 @pytest.fixture
 def demo() -> ModuleType:
-    for name in ("matplotlib", "safetensors", "sklearn", "tqdm"):
+    for name in ("matplotlib", "rich", "sklearn", "torchvision"):
         pytest.importorskip(name)
     spec = importlib.util.spec_from_file_location("digits", SCRIPT)
     assert spec is not None and spec.loader is not None
@@ -29,10 +29,11 @@ def demo() -> ModuleType:
 def test_demo(
     demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "HELD_OUT", 30)
     monkeypatch.setattr(sys, "argv", ["digits.py", "--epochs", "2", "--out", str(tmp_path)])
     demo.main()
+    demo.main()  # a second time into the same folder
     printed = capsys.readouterr().out
+    printed = printed[printed.rindex("scans to train on") :]
 
     accuracies = re.findall(r"backend (?:triton|torch) +held-out accuracy ([\d.]+)%", printed)
     assert len(accuracies) == 2 and accuracies[0] == accuracies[1]
@@ -40,16 +41,13 @@ def test_demo(
     assert float(accuracies[0]) > 20
     difference = re.search(r"largest difference of a logit between the backends: (\S+)", printed)
     assert difference is not None and float(difference[1]) < 1e-4
-    checkpoint, picture = tmp_path / "digits.safetensors", tmp_path / "digits.png"
-    assert printed.splitlines()[-1] == f"wrote {checkpoint} and {picture}"
+    picture = tmp_path / "digits.png"
+    assert printed.splitlines()[-1] == f"wrote {picture}"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    from safetensors.torch import load_file
-
-    assert set(load_file(checkpoint)) == set(demo.build("torch").state_dict())
 
 
 def test_a_missing_extra_is_named() -> None:
-    code = f"import sys, runpy; sys.modules['tqdm'] = None; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    code = f"import sys, runpy; sys.modules['sklearn'] = None; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert result.returncode != 0
-    assert "ImportError" in result.stderr and "vit_triton[demo]" in result.stderr
+    assert "ImportError" in result.stderr and "vit_triton[train]" in result.stderr

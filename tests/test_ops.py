@@ -1,14 +1,15 @@
-"""The ops among PyTorch's own machinery: opcheck, torch.compile, autocast, checkpointing, other kinds of derivative."""
+"""The ops among PyTorch's own machinery: opcheck, torch.compile, autocast, checkpointing, other kinds of derivative.
+
+A whole model: test_compile.py.
+"""
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-import vit_triton
 from vit_triton import functional as F
 from vit_triton import ops, reference
 
@@ -161,45 +162,6 @@ def test_compiles_as_one_graph(name, dynamic):
         torch.testing.assert_close(a, b)
 
 
-def vit(**options):
-    sizes = dict(image_size=16, patch_size=4, num_classes=3, dim=16, depth=2, heads=2, dim_head=8, mlp_dim=24)
-    return vit_triton.ViT(**(sizes | {"backend": "triton"} | options))
-
-
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_a_vit_compiles_as_one_graph_for_any_batch(pool):
-    torch._dynamo.reset()
-    model = vit(pool=pool)
-    count = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=count, dynamic=True)
-    counts = []
-    for batch in (2, 3, 5):
-        image = torch.randn(batch, 3, 16, 16)
-        model.zero_grad()
-        compiled(image).sum().backward()
-        ours = [p.grad.clone() for p in model.parameters()]
-        model.zero_grad()
-        model(image).sum().backward()
-        torch.testing.assert_close(ours, [p.grad for p in model.parameters()])
-        counts.append(count.frame_count)
-    assert counts[0] == counts[-1], "compiled again for another batch"
-
-
-def test_a_vit_with_dropout_compiles_as_one_graph():
-    torch._dynamo.reset()
-    model = vit(dropout=0.1, emb_dropout=0.1)
-    out = torch.compile(model, fullgraph=True, backend="aot_eager")(torch.randn(2, 3, 16, 16))
-    out.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_a_vit_is_exported_and_loaded_again(tmp_path):
-    model, image = vit().eval(), torch.randn(2, 3, 16, 16)
-    path = tmp_path / "vit.pt2"
-    torch.export.save(torch.export.export(model, (image,)), path)
-    torch.testing.assert_close(torch.export.load(path).module()(image), model(image))
-
-
 # --- other derivatives -------------------------------------------------------------------------------------
 
 
@@ -217,10 +179,11 @@ def test_the_reference_differentiates_twice(name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_double_backward_raises(name):
     tensors, call = sample(name)
-    output = first(call(public(name), tensors, backend="triton"))
-    (grad,) = torch.autograd.grad(output.square().sum(), tensors[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    for power in (2, 1):  # the gradient that comes in depends on the tensors, or does not
+        output = first(call(public(name), tensors, backend="triton"))
+        (grad,) = torch.autograd.grad(output.pow(power).sum(), tensors[:1], create_graph=True)
+        with pytest.raises(RuntimeError, match='no second derivative.* backend="torch"'):
+            grad.sum().backward()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -275,14 +238,6 @@ def test_checkpointing_repeats_what_was_drawn(name, options, use_reentrant):
     assert leaves == [None] * len(tensors)
     output.backward(torch.ones_like(output).cumsum(-1))
     assert all(torch.equal(t.grad, g) for t, g in zip(tensors, plain, strict=True))
-
-
-def test_no_op_runs_where_tensors_are_fake():
-    with torch._subclasses.FakeTensorMode():
-        model = vit()
-        out = model(torch.randn(2, 3, 16, 16))
-        out.sum().backward()
-    assert out.shape == (2, 3)
 
 
 def test_the_private_ops_are_all_there_is():

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "vit_triton"
 
 # What each part may import from the package, besides itself. Arrows point down the list only.
 ARROWS: dict[str, set[str]] = {
+    "training": {"backend", "models"},
     "__init__": {"backend", "functional", "inspection", "models", "modules", "reference"},
     "integrations": {"backend", "functional", "models", "modules"},
     "inspection": {"functional", "modules"},

@@ -1,15 +1,16 @@
 """One ``torch.autograd.Function`` per op: what is kept for the backward pass, and which gradients are computed.
 
-Every backward is differentiable once: a second derivative raises, forward mode raises (there is no jvp). Scalars live
-on ``ctx``, tensors in ``save_for_backward``, where saved-tensor hooks and checkpointing see them.
+A gradient cannot be differentiated again: a second derivative raises, forward mode raises (there is no jvp). Scalars
+live on ``ctx``, tensors in ``save_for_backward``, where saved-tensor hooks and checkpointing see them.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from vit_triton import ops  # noqa: F401 - defines torch.ops.vit_triton
 
@@ -22,6 +23,38 @@ def _only(grads: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> tuple[T
     return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
 
 
+def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's decorator of that name takes gradients for constants unless an incoming one requires a gradient, and a
+    penalty on a gradient then trains nothing and says nothing. Here what was saved counts as well."""
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        name = type(ctx).__name__.removesuffix("FunctionBackward")
+        return _Constant.apply(name, len(results), *results, *grads, *ctx.saved_tensors)
+
+    return once
+
+
+class _Constant(Function):
+    """The first ``n`` of ``tensors``, which came from all the others in a way that is not known."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, n: int, *tensors):
+        ctx.name = name
+        return tensors[:n]
+
+    @staticmethod
+    def backward(ctx: Any, *grads):
+        raise RuntimeError(
+            f'backend "triton" has no second derivative, and the gradient of {ctx.name} was differentiated again; '
+            'use backend="torch" there'
+        )
+
+
 class AttentionFunction(Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, seed, scale: float, dropout_p: float):
@@ -32,7 +65,7 @@ class AttentionFunction(Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, do, dlse):
         q, k, v, out, lse, seed = ctx.saved_tensors
         do = out.new_zeros(()).expand_as(out) if do is None else do
@@ -50,7 +83,7 @@ class AttentionPackedFunction(Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, do, dlse):
         qkv, out, lse, seed = ctx.saved_tensors
         do = out.new_zeros(()).expand_as(out) if do is None else do
@@ -71,7 +104,7 @@ class NormedAttentionFunction(Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, do, dlse):
         q, k, v, out, *rest = ctx.saved_tensors
         do = out.new_zeros(()).expand_as(out) if do is None else do
@@ -101,7 +134,7 @@ class LinearFunction(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, dy):
         (
             needs_x, needs_weight, needs_bias, needs_norm_weight, needs_norm_bias, needs_residual, needs_layer_scale, *_
@@ -145,7 +178,7 @@ class MlpFunction(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, dy):
         (
             needs_x, needs_w1, needs_b1, needs_w2, needs_b2, needs_norm_weight, needs_norm_bias, needs_residual,
@@ -175,7 +208,7 @@ class LayerNormFunction(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, dy):
         grads = _op("layer_norm_bwd")(dy, *ctx.saved_tensors, None)
         return *_only(grads, ctx.needs_input_grad[:3]), None
@@ -190,7 +223,7 @@ class AddLayerNormFunction(Function):
         return y, total
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, dy, dtotal):
         needs_x, needs_residual, *needs_norm, _ = ctx.needs_input_grad
         if dy is None:
@@ -218,7 +251,7 @@ class PatchEmbedFunction(Function):
         return tokens
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, dtokens):
         image, weight, z, *stats, pre_weight, pre_bias, post_weight, post_bias, mean, std = ctx.saved_tensors
         pre_eps, post_eps, patch_size, patch_order, n_prefix = ctx.scalars

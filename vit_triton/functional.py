@@ -195,7 +195,7 @@ def linear(
         y, _, _ = torch.ops.vit_triton.linear_fwd.default(
             *tensors[:5], other, layer_scale, *drawn, eps, float(dropout_p), panels, False
         )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return _shaped(y, (*x.shape[:-1], weight.shape[0]))
 
 
 def mlp(
@@ -272,7 +272,7 @@ def mlp(
     else:
         other = rows if residual_is_x else tensors[7]
         y, *_ = torch.ops.vit_triton.mlp_fwd.default(*tensors[:7], other, layer_scale, *drawn, *scalars, False, *panels)
-    return y.view(*x.shape[:-1], w2.shape[0])
+    return _shaped(y, (*x.shape[:-1], w2.shape[0]))
 
 
 def encoder(
@@ -358,7 +358,7 @@ def layer_norm(
     if residual is None:
         arguments = (_rows(x), weight, bias, float(eps))
         y = _apply(autograd.LayerNormFunction, "layer_norm_fwd", arguments, (x, weight, bias))
-        return (y if isinstance(y, Tensor) else y[0]).view(x.shape)
+        return _shaped(y if isinstance(y, Tensor) else y[0], x.shape)
     rows = _rows(x)
     # one tensor as two arguments of a Function: Dynamo needs two objects
     other = rows.view_as(rows) if residual is x else _rows(residual)
@@ -368,7 +368,7 @@ def layer_norm(
         (rows, other, weight, bias, float(eps)),
         (x, residual, weight, bias),
     )
-    return y.view(x.shape), total.view(x.shape)
+    return _shaped(y, x.shape), _shaped(total, x.shape)
 
 
 def patch_embed(
@@ -528,6 +528,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def _shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """The rows of a result in their shape; to autograd no view, of which FSDP2 warns, as nobody has the rows."""
+    return torch.ops.aten._unsafe_view.default(y, shape)
+
+
 def _norm_parts(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, float | None]:
     if norm is None:
         return None, None, None
@@ -555,7 +560,9 @@ def _channel_values(name: str, values: Tensor | Sequence[float] | None, image: T
             _check_number(name, value)
         if name == "std" and not all(values):
             raise ValueError(f"std divides and must not be 0, got {values}")
-        values = _constant(values, image.device)
+        traced = torch.compiler.is_compiling() or torch._guards.detect_fake_mode(image) is not None
+        # a fake tensor is of no use to a later call
+        values = (_constant.__wrapped__ if traced else _constant)(values, image.device)
     if values.shape != image.shape[1:2]:
         raise ValueError(f"{name} must have one value for each of the {image.shape[1]} channels, got {_shape(values)}")
     return values.to(image.device, torch.promote_types(values.dtype, torch.float32))

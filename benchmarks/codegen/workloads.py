@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import BATCH, HEAD_DIM, HEADS, HIDDEN, TOKENS, WIDTH
+from benchmarks.shapes import HEAD_DIM, HEADS, HIDDEN, TOKENS, WIDTH
 from vit_triton import functional as F
 
 HEAD_DIMS = (16, 32, 64, 72, 80, 88, 96, 104, 128, 192, 256)
 # (width, hidden): ViT Ti, S, B, L, H, g and SO400M
 WIDTHS = ((192, 768), (384, 1536), (768, 3072), (1024, 4096), (1280, 5120), (1408, 6144), (1152, 4304))
+BATCH = 8
 ROWS = 8  # tiles do not depend on the number of tokens, and nothing runs
 
 

@@ -124,7 +124,8 @@ class ViT(nn.Module):
     def embed(self, img: Tensor) -> Tensor:
         """Images (B, channels, H, W) -> tokens (B, class token + patches, dim), positions added."""
         num_patches = self._count_patches(img)
-        prefix = self.cls_token + self.pos_embedding[: len(self.cls_token)]
+        # an empty token is no part of what fully_shard can shard, and keeps its dtype under mixed precision
+        prefix = self.cls_token.to(self.pos_embedding.dtype) + self.pos_embedding[: len(self.cls_token)]
         pos = self.pos_embedding[len(self.cls_token) :][:num_patches]
         if untouched(self.to_patch_embedding, PatchEmbedding):
             return self.to_patch_embedding(img, pos=pos, prefix=prefix)

@@ -1,0 +1,345 @@
+"""A whole ViT among PyTorch's own machinery: torch.compile, torch.export, a GPU that is not there, CUDA graphs,
+autocast, GradScaler, activation checkpointing, gradients of gradients."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.export import Dim
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+import vit_triton
+from vit_triton import functional as F
+from vit_triton import ops
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def vit(**options):
+    sizes = dict(image_size=16, patch_size=4, num_classes=3, dim=16, depth=2, heads=2, dim_head=8, mlp_dim=24)
+    return vit_triton.ViT(**(sizes | {"backend": "triton"} | options))
+
+
+def gradients(function, image, model):
+    """The output of ``function``, which is made of ``model``, and the gradients of all parameters."""
+    model.zero_grad()
+    output = function(image)
+    output.float().square().sum().backward()
+    return [output.detach(), *(p.grad for p in model.parameters())]
+
+
+# --- torch.compile -----------------------------------------------------------------------------------------
+
+SHAPES = [(2, 3, 16, 8), (5, 3, 16, 12), (4, 3, 8, 16)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"), [("inductor", {"depth": 1}), ("aot_eager", {"pool": "mean"})], ids=lambda x: str(x)
+)
+def test_one_graph_serves_any_batch_and_image_size(backend, options):
+    model = vit(**options)
+    count = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, fullgraph=True, backend=count, dynamic=True)
+    counts = []
+    for shape in [(2, 3, 16, 8), (5, 3, 16, 12), (4, 3, 8, 16)]:
+        image = torch.randn(shape)
+        torch.testing.assert_close(gradients(compiled, image, model), gradients(model, image, model))
+        counts.append(count.frame_count)
+    assert counts[0] == counts[-1], "compiled again for other sizes"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_one_graph_with_dropout_and_autocast(training):
+    model, image = vit(depth=1, dropout=0.1, emb_dropout=0.1).train(training), torch.randn(2, 3, 16, 16)
+    results = []
+    for function in (torch.compile(model, fullgraph=True, backend="aot_eager"), model):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(training):
+            results.append(gradients(function, image, model) if training else [function(image)])
+    assert results[0][0].dtype == torch.bfloat16
+    assert all(map(torch.equal, *results))
+
+
+# --- torch.export ------------------------------------------------------------------------------------------
+
+
+def test_an_exported_vit_is_loaded_again_and_takes_other_sizes(tmp_path):
+    model = vit().eval()
+    batch, grid = Dim("batch", min=1, max=64), Dim("grid", min=1, max=4)
+    shapes = ({0: batch, 2: 4 * grid},)
+    exported = torch.export.export(model, (torch.randn(2, 3, 8, 16),), dynamic_shapes=shapes)
+    torch.export.save(exported, tmp_path / "vit.pt2")
+    loaded = torch.export.load(tmp_path / "vit.pt2").module()
+    for shape in [(2, 3, 8, 16), (5, 3, 16, 16), (1, 3, 4, 16)]:
+        image = torch.randn(shape)
+        torch.testing.assert_close(loaded(image), model(image))
+
+
+def test_a_constant_of_a_trace_is_not_used_again():
+    class Embed(torch.nn.Module):
+        def forward(self, image, weight):
+            mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+            return F.patch_embed(image, weight, patch_size=4, mean=mean, std=std, backend="triton")
+
+    image, weight = torch.randint(256, (1, 3, 8, 8), dtype=torch.uint8), torch.randn(8, 48)
+    with FakeTensorMode() as mode:
+        Embed()(mode.from_tensor(image), mode.from_tensor(weight))
+    exported = torch.export.export(Embed(), (image, weight)).module()
+    compiled = torch.compile(Embed(), fullgraph=True, backend="eager")
+    expected = Embed()(image, weight)
+    assert torch.equal(exported(image, weight), expected)
+    assert torch.equal(compiled(image, weight), expected)
+
+
+# --- a GPU that is not there -------------------------------------------------------------------------------
+
+
+def fake_cuda_vit(dtype=torch.float32, **options):
+    """A model and an image on a GPU; inside a FakeTensorMode."""
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("cuda"):
+            return vit(**options), torch.randn(2, 3, 16, 16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def backward(output, grad):
+    """The gradients of all leaves. PyTorch's own engine asks the CUDA driver for a context, even for fake tensors."""
+    order, seen = [], set()
+
+    def visit(node):
+        if node is not None and node not in seen:
+            seen.add(node)
+            for below, _ in node.next_functions:
+                visit(below)
+            order.append(node)
+
+    visit(output.grad_fn)
+    incoming, leaves = {output.grad_fn: {output.output_nr: grad}}, {}
+    for node in reversed(order):
+        grads = incoming.pop(node, {})
+        if hasattr(node, "variable"):
+            leaves[node.variable] = grads[0]
+            continue
+        outputs = getattr(node, "apply", node)(*(grads.get(i) for i in range(len(node._input_metadata))))
+        outputs, edges = outputs if isinstance(outputs, tuple) else (outputs,), node.next_functions
+        if hasattr(node, "needs_input_grad"):  # a Function in Python: an output for every argument
+            outputs = [x for x, needed in zip(outputs, node.needs_input_grad, strict=True) if needed]
+            edges = [edge for edge in edges if edge[0] is not None]
+        for (below, i), x in zip(edges, outputs, strict=True):
+            if below is not None and x is not None:
+                there = incoming.setdefault(below, {})
+                there[i] = x if i not in there else there[i] + x
+    return leaves
+
+
+def test_the_backward_of_these_tests_is_autograds():
+    model, image = vit(), torch.randn(2, 3, 16, 16)
+    output = model(image)
+    grads = backward(output, output.detach() * 2)
+    torch.testing.assert_close([output, *(grads[p] for p in model.parameters())], gradients(model, image, model))
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_as_one_graph_for_a_gpu(pool, training):
+    with FakeTensorMode(), torch.set_grad_enabled(training):
+        model, image = fake_cuda_vit(pool=pool, dropout=0.1, emb_dropout=0.1)
+        count = CompileCounterWithBackend("eager")
+        output = torch.compile(model.train(training), fullgraph=True, backend=count)(image)
+    assert output.device.type == "cuda" and output.shape == (2, 3)
+    assert count.frame_count == 1
+    called = [node.target for graph in count.graphs for module in graph.modules() for node in module.graph.nodes]
+    called = {str(target).split(".")[1] for target in called if str(target).startswith("vit_triton.")}
+    forward = {"patch_embed_fwd", "linear_fwd", "attention_packed_fwd", "mlp_fwd", "layer_norm_fwd"}
+    forward |= {"attention_fwd"} if pool == "cls" else set()
+    assert called == forward | ({name.replace("fwd", "bwd") for name in forward} if training else set())
+
+
+def test_is_exported_for_a_gpu():
+    with FakeTensorMode():
+        model, image = fake_cuda_vit()
+        exported = torch.export.export(model.eval(), (image,))
+    values = tree_leaves([node.meta.get("val") for node in exported.graph.nodes])
+    assert {x.device.type for x in values if isinstance(x, torch.Tensor)} == {"cuda"}
+
+
+class Captured(TorchDispatchMode):
+    """What a CUDA graph would record of fake CUDA tensors: every allocation and launch. Launchers run in place of the
+    fake implementations they must agree with. Fake tensors refuse to tell values or to have sizes that depend on
+    values; this mode refuses copies from or to the host as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        assert all(x.is_cuda for x in tensors), f"{op} waits for the GPU"
+        if op.namespace != "prim":  # a question, not a computation
+            self.seen.append((str(op), [(x.shape, x.dtype) for x in tensors]))
+        if op.namespace == "vit_triton":
+            with self:
+                launched = getattr(ops, "_" + op.overloadpacket.__name__)(*args, **(kwargs or {}))
+            launched = ops._no_none(launched, tensors[0])
+            for ours, fake in zip(tree_leaves(launched), tree_leaves(result), strict=True):
+                assert (ours.shape, ours.dtype, ours.stride()) == (fake.shape, fake.dtype, fake.stride()), op
+        return result
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The kernels and grids that are launched, on a GPU that is not there."""
+    from vit_triton.kernels import _config, _launch
+
+    recorded = []
+    monkeypatch.setattr(_launch, "INTERPRETING", False)
+    monkeypatch.setattr(_launch, "_run", lambda kernel, grid, *_: recorded.append((kernel.__name__, grid)))
+    monkeypatch.setattr(_config, "_gpu_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return recorded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{"dropout": 0.1, "emb_dropout": 0.1}, {"pool": "mean"}], ids=str)
+def test_a_training_step_may_be_a_cuda_graph(launches, dtype, options):
+    with FakeTensorMode():
+        model, image = fake_cuda_vit(dtype, **options)
+        steps = []
+        for _ in range(2):
+            launches.clear()
+            with Captured() as captured:
+                output = model(image)
+                grads = backward(output, torch.ones_like(output))
+            for p in model.parameters():
+                assert (grads[p].shape, grads[p].dtype, grads[p].device) == (p.shape, p.dtype, p.device)
+            steps.append((captured.seen, list(launches)))
+    assert steps[0] == steps[1]
+    started = {name for name, _ in launches}
+    assert {"patch_embed_fwd_kernel", "attention_bwd_dkdv_kernel", "linear_bwd_weight_kernel"} <= started
+
+
+def test_inference_may_be_a_cuda_graph(launches):
+    with FakeTensorMode(), torch.no_grad():
+        model, image = fake_cuda_vit()
+        with Captured() as captured:
+            model.eval()(image)
+    assert "vit_triton.encoder_fwd.default" in dict(captured.seen) and launches
+
+
+def test_inference_with_fake_weights_on_the_cpu():
+    """Weights that are laid out once would be laid out from nothing."""
+    with FakeTensorMode(), torch.no_grad():
+        assert vit().eval()(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+
+
+# --- mixed precision ---------------------------------------------------------------------------------------
+
+
+def test_grad_scaler_scales_skips_and_unscales():
+    model, image = vit(depth=1), torch.randn(2, 3, 16, 16)
+    plain = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+    ours, theirs = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, plain))
+
+    def loss(m):
+        with torch.autocast("cpu", torch.bfloat16):
+            return m(image).square().mean()
+
+    scaler.scale(loss(model)).backward()
+    scaler.step(ours)
+    scaler.update()
+    loss(plain).backward()
+    theirs.step()
+    assert scaler.get_scale() == 2.0**11
+    # the scale is a power of two, and every backward is linear in the gradient that comes in
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+
+    scaler.scale(loss(model) * float("inf")).backward()
+    scaler.step(ours)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**10
+    assert all(map(torch.equal, model.parameters(), plain.parameters())), "stepped along a gradient that is not finite"
+
+
+# --- activation checkpointing, gradients of gradients ------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_the_blocks_changes_no_bit(use_reentrant):
+    model, image = vit(dropout=0.2), torch.randn(2, 3, 16, 16, requires_grad=True)
+
+    def checkpointed(image):
+        tokens = model.embed(image)
+        for attention, feed_forward in model.transformer.layers:
+            tokens = checkpoint(
+                lambda x, a=attention, f=feed_forward: f(y := a(x, residual=x), residual=y),
+                tokens,
+                use_reentrant=use_reentrant,
+            )
+        return model.mlp_head(model.transformer.norm(tokens)[:, 0])
+
+    def plain(image):
+        tokens = model.embed(image)
+        for attention, feed_forward in model.transformer.layers:
+            tokens = attention(tokens, residual=tokens)
+            tokens = feed_forward(tokens, residual=tokens)
+        return model.mlp_head(model.transformer.norm(tokens)[:, 0])
+
+    results = []
+    for function in (checkpointed, plain):
+        torch.manual_seed(1)
+        results.append(gradients(function, image, model))
+    assert all(map(torch.equal, *results))
+
+
+def test_a_checkpoint_of_the_whole_model_keeps_the_image_alone():
+    model, image = vit(dropout=0.2), torch.randn(2, 3, 16, 16)
+    results, kept = [], []
+    for function in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            kept.clear()
+            function(image)
+        torch.manual_seed(1)
+        results.append(gradients(function, image, model))
+    assert len(kept) == 1 and kept[0] is image
+    assert all(map(torch.equal, *results))
+
+
+def penalised(model, image):
+    """A loss with the squared norm of the image's gradient in it (a gradient penalty)."""
+    image = image.clone().requires_grad_()
+    output = model(image)
+    (grad,) = torch.autograd.grad(output.sum(), image, create_graph=True)
+    return output.square().mean() + grad.square().sum()
+
+
+def test_a_gradient_penalty_works_through_the_reference_and_raises_through_the_kernels():
+    model, image = vit(backend="torch").double(), torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    penalised(model, image).backward()
+    weight = model.mlp_head.weight
+    direction = torch.randn_like(weight)
+    with torch.no_grad():
+        losses = []
+        for step in (1e-6, -2e-6):
+            weight.add_(direction, alpha=step)
+            with torch.enable_grad():
+                losses.append(penalised(model, image).detach())
+    slope = (losses[0] - losses[1]) / 2e-6
+    torch.testing.assert_close((weight.grad * direction).sum(), slope, rtol=1e-5, atol=1e-6)
+
+    model = vit()
+    with pytest.raises(RuntimeError, match='no second derivative.* backend="torch"'):
+        penalised(model, image.float()).backward()

@@ -1,0 +1,54 @@
+"""Loss and accuracy of a run as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vit_triton.training.checkpoint import write
+from vit_triton.training.extras import extra
+
+SMOOTHED = 0.05  # part of all steps over which the training loss is averaged
+
+
+def read(metrics: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; the last one may be cut off."""
+    lines = []
+    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []:
+        if line.endswith("\n"):
+            lines.append(json.loads(line))
+    return lines
+
+
+def draw(metrics: Path, picture: Path, title: str) -> None:
+    """Write ``picture`` (a PNG) of what ``metrics`` holds."""
+    extra("matplotlib").use("Agg")
+    plt = extra("matplotlib.pyplot")
+    lines = read(metrics)
+    steps = [line for line in lines if "loss" in line]
+    tests = [line for line in lines if "test_loss" in line]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    at, losses = [line["step"] for line in steps], [line["loss"] for line in steps]
+    span = max(1, round(len(losses) * SMOOTHED))
+    around = [losses[max(0, i - span // 2) : i + span // 2 + 1] for i in range(len(losses))]
+    mean = [sum(part) / len(part) for part in around]
+    left.plot(at, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each step")
+    left.plot(at, mean, color="tab:blue", label=f"training, mean of {span} steps" if span > 1 else None)
+    after, dots = [test["step"] for test in tests], dict(marker="o", markersize=4, color="tab:orange")
+    left.plot(after, [test["test_loss"] for test in tests], label="test", **dots)
+    left.set(xlabel="step", ylabel="cross-entropy", title="loss (in training of changed images)")
+    right.plot(after, [100 * test["test_accuracy"] for test in tests], **dots)
+    right.set(xlabel="step", ylabel="test images right (%)", title="accuracy", ylim=(0, 104))
+    if tests:
+        last = tests[-1]
+        right.annotate(f"{100 * last['test_accuracy']:.1f} %", (last["step"], 100 * last["test_accuracy"]),
+                       xytext=(0, -16), textcoords="offset points", ha="right")  # fmt: skip
+    left.legend(frameon=False, fontsize="small")
+    for axes in (left, right):
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    write(picture, lambda file: figure.savefig(file, dpi=120, format="png"))
+    plt.close(figure)
