@@ -90,8 +90,9 @@ class TestStudent:
         assert torch.equal(ours(image), expected) and not torch.equal(vit(image), expected)
         assert ours.bfloat16().to_vit().cls_token.dtype == torch.bfloat16
 
-    def test_dropout_in_training(self, backend):
-        _, ours, config = both(backend, dropout=0.3, emb_dropout=0.3)
+    @pytest.mark.parametrize("place", ["dropout", "emb_dropout"])
+    def test_dropout_in_training(self, backend, place):
+        _, ours, config = both(backend, **{place: 0.3})
         ours.train()
         runs = []
         for seed in (7, 7, 8):

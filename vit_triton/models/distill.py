@@ -47,7 +47,6 @@ class DistillableViT(ViT):
     def to_vit(self) -> ViT:
         """A :class:`ViT` with a copy of these weights, on the same device, in the same dtype and mode."""
         vit = copy.deepcopy(self)
-        vit.zero_grad()
         vit.__class__ = ViT  # type: ignore[assignment]
         return vit
 
