@@ -1,27 +1,32 @@
-"""What the models have in common: one backend for all parts, and the checks of an image."""
+"""What the models have in common: one backend for all parts, the checks of an image, and the Hub."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from vit_triton.models.hub import HubModel
 from vit_triton.modules import checked_backend, patch_grid
 
 __all__ = ["VisionModel"]
 
 
-class VisionModel(nn.Module):
+class VisionModel(HubModel, nn.Module):
     """A model of images (B, channels, H, W).
 
     Args:
+        image_size: height and width of an image, in pixels.
         patch_size: height and width of a patch.
         channels: channels of the image.
         backend: None, "triton", "torch" or "auto".
     """
 
-    def __init__(self, patch_size: tuple[int, int], channels: int, backend: str | None) -> None:
+    def __init__(
+        self, image_size: tuple[int, int], patch_size: tuple[int, int], channels: int, backend: str | None
+    ) -> None:
         super().__init__()
         self._backend = checked_backend(backend)
+        self.image_size = image_size
         self.patch_size = patch_size
         self.channels = channels
 

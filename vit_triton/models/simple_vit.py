@@ -65,7 +65,8 @@ class SimpleViT(VisionModel):
     ) -> None:
         checked_backend(backend)
         patch_h, patch_w = patch_size = pair("patch_size", patch_size)
-        grid_h, grid_w = check_patches(pair("image_size", image_size), patch_size)
+        image_size = pair("image_size", image_size)
+        grid_h, grid_w = check_patches(image_size, patch_size)
         for name, value in (("heads", heads), ("mlp_dim", mlp_dim), ("channels", channels), ("dim_head", dim_head)):
             check_count(name, value, at_least=1)
         check_count("num_classes", num_classes, at_least=1)
@@ -74,7 +75,7 @@ class SimpleViT(VisionModel):
         if dim % 4:
             raise ValueError(f"dim must be a multiple of 4 for sine and cosine of two coordinates, got {dim}")
 
-        super().__init__(patch_size, channels, backend)
+        super().__init__(image_size, patch_size, channels, backend)
         patch_dim = channels * patch_h * patch_w
 
         # The order of these lines is part of the interface: others index children() and share seeds with us.

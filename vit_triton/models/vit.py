@@ -67,7 +67,8 @@ class ViT(VisionModel):
     ) -> None:
         checked_backend(backend)
         patch_h, patch_w = patch_size = pair("patch_size", patch_size)
-        grid_h, grid_w = check_patches(pair("image_size", image_size), patch_size)
+        image_size = pair("image_size", image_size)
+        grid_h, grid_w = check_patches(image_size, patch_size)
         for name, value in (("dim", dim), ("heads", heads), ("mlp_dim", mlp_dim), ("channels", channels)):
             check_count(name, value, at_least=1)
         check_count("dim_head", dim_head, at_least=1)
@@ -78,7 +79,7 @@ class ViT(VisionModel):
         if pool not in ("cls", "mean"):
             raise ValueError(f"pool must be 'cls' or 'mean', got {pool!r}")
 
-        super().__init__(patch_size, channels, backend)
+        super().__init__(image_size, patch_size, channels, backend)
         self.dim = dim
         self.num_classes = num_classes
         num_cls_tokens = 1 if pool == "cls" else 0

@@ -51,7 +51,7 @@ def load_weights(
     into = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and tensor.numel()}
     if any(tensor.is_meta for tensor in into.values()):
         raise ValueError("model is on the meta device, where it has no memory: model.to_empty(device=...) first")
-    from_file = files.read(path)
+    from_file = {name: tensor for name, tensor in files.read(path).items() if tensor.numel()}
     file_places, model_places = places(from_file), places(into)
     ignored = {
         part
