@@ -64,9 +64,12 @@ def load_weights(
     want = _parts(into, model_places, ignored, path)
     origin = {part: name for name, place in file_places.items() for part in place.parts}
     _forget_what_does_nothing(have, want)
-    obstacle = fit_positions(have, want, grid, grid_of(model))
 
-    missing, unlike = [], [obstacle] if obstacle else []
+    missing, unlike = [], []
+    obstacle = fit_positions(have, want, grid, grid_of(model))
+    if obstacle:
+        unlike.append(obstacle)
+        have["pos_embed"] = want["pos_embed"]  # so that it is not found unlike once more
     for name, place in model_places.items():
         parts = [part for part in place.parts if part not in ignored]
         if any(part not in have for part in parts):

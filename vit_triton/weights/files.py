@@ -93,7 +93,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 def _read_numpy(path: Path) -> dict[str, Tensor]:
     import numpy
 
-    with numpy.load(path, allow_pickle=False) as file:
+    with path.open("rb") as stream, numpy.load(stream, allow_pickle=False) as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
