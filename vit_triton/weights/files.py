@@ -49,8 +49,10 @@ def read(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         tensors = reader(path)
-    except (ImportError, WeightsError):
+    except WeightsError:
         raise
+    except ImportError as error:
+        raise ImportError(f"{path}: reading {path.suffix} files needs the package {error.name}") from error
     except Exception as error:  # whatever a damaged file makes its reader say
         raise WeightsError(f"{path}: no readable {path.suffix} file: {error}") from error
     return tensors
