@@ -618,6 +618,13 @@ def test_other_models_take_their_own_names(tmp_path):
     assert_untouched(ours, snapshot(theirs))
 
 
+def test_what_looks_like_a_wrapper_may_be_a_part(tmp_path):
+    theirs, ours = nn.Linear(3, 3), nn.Linear(3, 3)
+    theirs.model, ours.model = nn.Linear(3, 3), nn.Linear(3, 3)
+    load_weights(ours, write(theirs, tmp_path))
+    assert_untouched(ours, snapshot(theirs))
+
+
 class TestSaving:
     @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
     def test_round_trip(self, tmp_path, suffix):
