@@ -343,6 +343,12 @@ class TestPositions:
         load_weights(again, path)
         assert_untouched(again, snapshot(theirs))
 
+    @pytest.mark.parametrize("no_embed_class", [False, True])
+    def test_of_one_patch(self, tmp_path, no_embed_class):
+        theirs, ours = (made(timm_model, size, seed=size, no_embed_class=no_embed_class) for size in (8, 24))
+        load_weights(ours, write(theirs, tmp_path))
+        assert torch.equal(ours.pos_embed[:, -9:], theirs.pos_embed[:, -1:].expand(-1, 9, -1))
+
     def test_of_a_model_of_unknown_grid(self, tmp_path):
         path = write(made(lambda: ViT(**{**BASE, "image_size": 32})), tmp_path)
         with pytest.raises(WeightsError, match="the model has 11 positions, which are not a square grid$"):

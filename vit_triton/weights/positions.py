@@ -63,7 +63,7 @@ def fit_positions(
         return None
     tokens = torch.cat([file[name] for name in special]) if special else old[:0]
     registers = len(file.get("reg_token", ()))
-    counts = sorted({0, len(tokens) - registers, len(tokens)}, reverse=True)
+    counts = (0, len(tokens) - registers, len(tokens))
     old_form, new_form = _form(len(old), counts, file_grid), _form(len(new), counts, model_grid)
     if old_form is None or new_form is None:
         whose, n, grid = ("file", len(old), file_grid) if old_form is None else ("model", len(new), model_grid)
@@ -80,10 +80,10 @@ def fit_positions(
     return None
 
 
-def _form(n: int, prefixes: list[int], grid: tuple[int, int] | None) -> tuple[int, tuple[int, int]] | None:
+def _form(n: int, prefixes: tuple[int, ...], grid: tuple[int, int] | None) -> tuple[int, tuple[int, int]] | None:
     """How many of n positions are for special tokens, and the grid of the others."""
-    for prefix in prefixes:
+    for prefix in prefixes:  # squares are so far apart that no two prefixes fit a grid beyond 3 x 3
         rows, columns = grid or (math.isqrt(max(0, n - prefix)),) * 2
-        if rows * columns == n - prefix:
+        if rows * columns == n - prefix > 0:
             return prefix, (rows, columns)
     return None
