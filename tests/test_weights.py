@@ -539,6 +539,17 @@ class TestRefusals:
         for name in (*error.missing, *error.surplus, *error.unlike):
             assert name in str(error)
 
+    @pytest.mark.parametrize("shape", [(), (3, DIM), (1, 2, 3, 4, 7)], ids=str)
+    def test_any_tensor_in_any_shape(self, tmp_path, shape):
+        model, with_registers = made(timm_model), made(timm_model, reg_tokens=2)
+        state, arrays = snapshot(with_registers), as_jax(model)
+        for name in state:
+            torch.save({**state, name: torch.ones(shape)}, tmp_path / "model.pt")
+            self.refuse(with_registers, tmp_path / "model.pt", re.escape(name))
+        for name in arrays:
+            np.savez(tmp_path / "model.npz", **{**arrays, name: np.ones(shape, np.float32)})
+            self.refuse(model, tmp_path / "model.npz", re.escape(name))
+
     def test_names_are_those_of_file_and_model(self, tmp_path):
         path = write(made(timm_model, classes=7), tmp_path)
         error = self.refuse(made(hf_model, "ViTModel"), path, "does not fit ViTModel")

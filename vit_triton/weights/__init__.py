@@ -68,7 +68,7 @@ def load_weights(
     missing, unlike = [], []
     obstacle = fit_positions(have, want, grid, grid_of(model))
     if obstacle:
-        unlike.append(obstacle)
+        unlike.append(f"{origin['pos_embed']}: {obstacle}")
         have["pos_embed"] = want["pos_embed"]  # so that it is not found unlike once more
     for name, place in model_places.items():
         parts = [part for part in place.parts if part not in ignored]
