@@ -9,23 +9,13 @@ import numpy as np
 import pytest
 import torch
 import vit_pytorch
+from parity import BASE, assert_as_precise, assert_parity, images, pair, run
 from torch import Tensor, nn
 from vit_pytorch.recorder import Recorder
 
 import vit_triton
 from vit_triton import ViT, modules
 from vit_triton.modules import Transformer
-
-BASE = {
-    "image_size": 16,
-    "patch_size": 8,
-    "num_classes": 5,
-    "dim": 24,
-    "depth": 2,
-    "heads": 2,
-    "mlp_dim": 40,
-    "dim_head": 8,
-}
 
 # One configuration per semantic of vit_pytorch.ViT; 24 = dim is never heads * dim_head unless the name says so.
 CONFIGS = {
@@ -52,46 +42,8 @@ def backend(request) -> str:
     return request.param
 
 
-def sizes(config: dict) -> tuple[int, int, int]:
-    size = config["image_size"]
-    return config.get("channels", 3), *(size if isinstance(size, tuple) else (size, size))
-
-
-def images(config: dict, batch: int = 2) -> Tensor:
-    return torch.randn(batch, *sizes(config), generator=torch.Generator().manual_seed(1))
-
-
 def both(backend: str, **changes) -> tuple[nn.Module, nn.Module, dict]:
-    """vit_pytorch's model, ours with its parameters, and the configuration; in eval mode."""
-    config = {**BASE, **changes}
-    torch.manual_seed(0)
-    theirs = vit_pytorch.ViT(**config)
-    with torch.no_grad():  # LayerNorms start at weight 1 and bias 0, which would hide a swap
-        for parameter in theirs.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    ours = ViT(**config, backend=backend)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return theirs.eval(), ours.eval(), config
-
-
-def assert_as_precise(ours: Tensor | None, theirs: Tensor | None, exact: Tensor | None, what: str = "output") -> None:
-    """Our error against the float64 model is at most twice vit_pytorch's in the same dtype, with a floor of 4 eps."""
-    assert (ours is None) == (theirs is None), what
-    if ours is None or theirs is None or exact is None:
-        return
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, what
-    error = (ours.double() - exact).norm()
-    allowed = 2 * (theirs.double() - exact).norm() + 4 * torch.finfo(theirs.dtype).eps * exact.norm()
-    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
-
-
-def run(model: nn.Module, image: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """The output, and the gradients of image and parameters for a loss that weighs every output differently."""
-    image = image.clone().requires_grad_()
-    out = model(image)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
-    (out * weights).sum().backward()
-    return out.detach(), {"image": image.grad, **{name: p.grad for name, p in model.named_parameters()}}
+    return pair(vit_pytorch.ViT, ViT, backend, **changes)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +55,7 @@ def run(model: nn.Module, image: Tensor) -> tuple[Tensor, dict[str, Tensor | Non
 )
 def test_outputs_and_gradients_are_those_of_vit_pytorch(backend, changes):
     theirs, ours, config = both(backend, **changes)
-    image = images(config)
-    exact_out, exact = run(copy.deepcopy(theirs).double(), image.double())
-    their_out, their_grads = run(theirs, image)
-    our_out, our_grads = run(ours, image)
-    assert_as_precise(our_out, their_out, exact_out)
-    assert our_grads.keys() == their_grads.keys()
-    for name, grad in our_grads.items():
-        assert_as_precise(grad, their_grads[name], exact[name], name)
+    assert_parity(theirs, ours, images(config))
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
@@ -149,13 +94,7 @@ def test_signature_is_theirs_plus_backend():
 @pytest.mark.parametrize("size", [(8, 8), (16, 8), (8, 24)])
 def test_smaller_images_use_the_first_positions(backend, pool, size):
     theirs, ours, _ = both(backend, image_size=(16, 24), pool=pool)
-    image = torch.randn(2, 3, *size)
-    exact_out, exact = run(copy.deepcopy(theirs).double(), image.double())
-    their_out, their_grads = run(theirs, image)
-    our_out, our_grads = run(ours, image)
-    assert_as_precise(our_out, their_out, exact_out)
-    for name, grad in our_grads.items():
-        assert_as_precise(grad, their_grads[name], exact[name], name)
+    assert_parity(theirs, ours, torch.randn(2, 3, *size))
 
 
 def test_images_of_any_layout(backend):

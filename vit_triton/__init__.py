@@ -3,8 +3,20 @@
 from vit_triton import functional, reference
 from vit_triton.backend import use_backend
 from vit_triton.inspection import attention_maps
-from vit_triton.models import ViT
+from vit_triton.models import DistillableViT, DistillWrapper, SimpleViT, ViT
+from vit_triton.weights import load_weights, save_weights
 
 __version__ = "0.1.0"
 
-__all__ = ["ViT", "attention_maps", "functional", "reference", "use_backend"]
+__all__ = [
+    "DistillWrapper",
+    "DistillableViT",
+    "SimpleViT",
+    "ViT",
+    "attention_maps",
+    "functional",
+    "load_weights",
+    "reference",
+    "save_weights",
+    "use_backend",
+]

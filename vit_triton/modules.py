@@ -16,7 +16,7 @@ without giving up the kernel).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +52,9 @@ def untouched_parts(sequence: nn.Module, *classes: type[nn.Module]) -> bool:
     return len(parts) == len(classes) and all(map(untouched, parts, classes))
 
 
-def dropout_now(dropout: nn.Dropout) -> float:
-    """The probability this Dropout applies at this moment: 0 outside training mode."""
-    return float(dropout.p) if dropout.training else 0.0
+def dropout_now(dropout: nn.Dropout | None) -> float:
+    """The probability this Dropout applies at this moment: 0 outside training mode, and where there is none."""
+    return float(dropout.p) if dropout is not None and dropout.training else 0.0
 
 
 class Linear(nn.Linear):
@@ -230,12 +230,13 @@ class Attention(nn.Module):
         dim: width of the tokens.
         heads: number of heads; ``heads * dim_head`` need not equal `dim`.
         dim_head: width of a head. With one head as wide as the tokens there is no output projection.
-        dropout: on the attention probabilities, and after the output projection.
+        dropout: on the attention probabilities, and after the output projection. None is the form of SimpleViT: no
+            Dropout modules, and always an output projection, without bias.
         backend: None, "triton", "torch" or "auto".
     """
 
     def __init__(
-        self, dim: int, heads: int = 8, dim_head: int = 64, dropout: float = 0.0, *, backend: str | None = None
+        self, dim: int, heads: int = 8, dim_head: int = 64, dropout: float | None = 0.0, *, backend: str | None = None
     ) -> None:
         super().__init__()
         inner_dim = heads * dim_head
@@ -245,10 +246,12 @@ class Attention(nn.Module):
         self.backend = checked_backend(backend)
         self.norm = LayerNorm(dim, backend=backend)
         self.attend = nn.Softmax(dim=-1)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = None if dropout is None else nn.Dropout(dropout)
         self.to_qkv = Linear(dim, inner_dim * 3, bias=False, backend=backend)
         self.to_out: nn.Module = nn.Identity()
-        if heads != 1 or dim_head != dim:
+        if dropout is None:
+            self.to_out = Linear(inner_dim, dim, bias=False, backend=backend)
+        elif heads != 1 or dim_head != dim:
             self.to_out = nn.Sequential(Linear(inner_dim, dim, backend=backend), nn.Dropout(dropout))
 
     def project_qkv(self, x: Tensor) -> Tensor:
@@ -269,14 +272,16 @@ class Attention(nn.Module):
         """
         check_tokens(x)
         qkv = self.project_qkv(x)
-        if untouched(self.attend, nn.Softmax) and untouched(self.dropout, nn.Dropout):
+        if self.softmax_is_whole:
             dropout_p = dropout_now(self.dropout)
             attended = F.attention_packed(qkv, scale=self.scale, dropout_p=dropout_p, backend=self.backend)
             out = cast(Tensor, attended)
         else:
             q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, heads, N, dim_head) each
-            out = self.dropout(self.attend(q @ k.transpose(-1, -2) * self.scale)) @ v
-            out = out.transpose(1, 2)
+            probabilities = self.attend(q @ k.transpose(-1, -2) * self.scale)
+            if self.dropout is not None:
+                probabilities = self.dropout(probabilities)
+            out = (probabilities @ v).transpose(1, 2)
         return self.project_out(out.flatten(2), residual)
 
     def first_token(self, x: Tensor) -> Tensor:
@@ -292,30 +297,42 @@ class Attention(nn.Module):
         return self.project_out(cast(Tensor, out).flatten(2), first)
 
     @property
-    def whole(self) -> bool:
-        """Whether every part is the one made here, and nobody watches any."""
-        parts = (
-            untouched(self.norm, LayerNorm)
-            and untouched(self.attend, nn.Softmax)
-            and untouched(self.dropout, nn.Dropout)
+    def softmax_is_whole(self) -> bool:
+        """Whether softmax and dropout are the ones made here, and nobody watches them."""
+        return untouched(self.attend, nn.Softmax) and (self.dropout is None or untouched(self.dropout, nn.Dropout))
+
+    @property
+    def whole_before_projection(self) -> bool:
+        """Whether every part but ``to_out`` is the one made here, and nobody watches any."""
+        return (
+            untouched(self, Attention)
+            and untouched(self.norm, LayerNorm)
             and untouched(self.to_qkv, Linear)
+            and self.softmax_is_whole
         )
-        projection = untouched(self.to_out, nn.Sequential) and untouched_parts(self.to_out, Linear, nn.Dropout)
-        return parts and untouched(self, Attention) and (projection or untouched(self.to_out, nn.Identity))
+
+    def projection(self) -> tuple[Linear, nn.Dropout | None] | None:
+        """The output projection and the dropout behind it, if there is one that may be fused."""
+        if untouched(self.to_out, Linear):
+            return cast(Linear, self.to_out), None
+        if untouched(self.to_out, nn.Sequential) and untouched_parts(self.to_out, Linear, nn.Dropout):
+            return cast(tuple[Linear, nn.Dropout | None], tuple(self.to_out._modules.values()))
+        return None
 
     def project_out(self, out: Tensor, residual: Tensor | None) -> Tensor:
         """Heads side by side (B, N, heads * dim_head) -> tokens (B, N, dim), plus `residual`."""
-        if untouched(self.to_out, nn.Sequential) and untouched_parts(self.to_out, Linear, nn.Dropout):
-            projection, dropout = cast(tuple[Linear, nn.Dropout], tuple(self.to_out.children()))
-            return F.linear(
-                out,
-                projection.weight,
-                projection.bias,
-                residual=residual,
-                dropout_p=dropout_now(dropout),
-                backend=projection.backend,
-            )
-        return add(self.to_out(out), residual)
+        projection = self.projection()
+        if projection is None:
+            return add(self.to_out(out), residual)
+        linear, dropout = projection
+        return F.linear(
+            out,
+            linear.weight,
+            linear.bias,
+            residual=residual,
+            dropout_p=dropout_now(dropout),
+            backend=linear.backend,
+        )
 
 
 class FeedForward(nn.Module):
@@ -324,48 +341,66 @@ class FeedForward(nn.Module):
     Args:
         dim: width of the tokens.
         hidden_dim: width between the two projections.
-        dropout: after the activation and after the second projection.
+        dropout: after the activation and after the second projection. With None there are no Dropout modules.
         backend: None, "triton", "torch" or "auto".
     """
 
-    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0, *, backend: str | None = None) -> None:
+    def __init__(self, dim: int, hidden_dim: int, dropout: float | None = 0.0, *, backend: str | None = None) -> None:
         super().__init__()
         self.backend = checked_backend(backend)
-        self.net = nn.Sequential(
-            LayerNorm(dim, backend=backend),
-            Linear(dim, hidden_dim, backend=backend),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            Linear(hidden_dim, dim, backend=backend),
-            nn.Dropout(dropout),
-        )
+        norm, widen = LayerNorm(dim, backend=backend), Linear(dim, hidden_dim, backend=backend)
+        narrow = Linear(hidden_dim, dim, backend=backend)
+        if dropout is None:
+            self.net = nn.Sequential(norm, widen, nn.GELU(), narrow)
+        else:
+            self.net = nn.Sequential(norm, widen, nn.GELU(), nn.Dropout(dropout), narrow, nn.Dropout(dropout))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., dim) -> (..., dim), plus `residual` of the same shape if there is one."""
-        if not self.net_is_whole:
+        parts = self.parts()
+        if parts is None:
             return add(self.net(x), residual)
-        norm, widen, gelu, hidden_dropout, narrow, dropout = cast(
-            tuple[LayerNorm, Linear, nn.GELU, nn.Dropout, Linear, nn.Dropout], tuple(self.net)
-        )
         return F.mlp(
             x,
-            widen.weight,
-            widen.bias,
-            narrow.weight,
-            narrow.bias,
-            norm=norm.arguments(),
-            activation="gelu" if gelu.approximate == "none" else "gelu_tanh",
+            parts.widen.weight,
+            parts.widen.bias,
+            parts.narrow.weight,
+            parts.narrow.bias,
+            norm=parts.norm.arguments(),
+            activation=parts.activation,
             residual=residual,
-            hidden_dropout_p=dropout_now(hidden_dropout),
-            dropout_p=dropout_now(dropout),
+            hidden_dropout_p=dropout_now(parts.hidden_dropout),
+            dropout_p=dropout_now(parts.dropout),
             backend=self.backend,
         )
 
+    def parts(self) -> MlpParts | None:
+        """What the net is made of, if every part is the one made here and nobody watches any."""
+        if not untouched(self.net, nn.Sequential):
+            return None
+        parts: tuple[Any, ...] = tuple(self.net._modules.values())
+        if len(parts) == 4:
+            parts = *parts[:3], None, parts[3], None
+        classes = (LayerNorm, Linear, nn.GELU, nn.Dropout, Linear, nn.Dropout)
+        whole = len(parts) == 6 and all(
+            part is None or untouched(part, cls) for part, cls in zip(parts, classes, strict=True)
+        )
+        return MlpParts(*parts) if whole else None
+
+
+class MlpParts(NamedTuple):
+    """The parts of a :class:`FeedForward`."""
+
+    norm: LayerNorm
+    widen: Linear
+    gelu: nn.GELU
+    hidden_dropout: nn.Dropout | None
+    narrow: Linear
+    dropout: nn.Dropout | None
+
     @property
-    def net_is_whole(self) -> bool:
-        """Whether every part of the net is the one made here, and nobody watches any."""
-        parts = (LayerNorm, Linear, nn.GELU, nn.Dropout, Linear, nn.Dropout)
-        return untouched(self.net, nn.Sequential) and untouched_parts(self.net, *parts)
+    def activation(self) -> str:
+        return "gelu" if self.gelu.approximate == "none" else "gelu_tanh"
 
 
 class Transformer(nn.Module):
@@ -388,7 +423,7 @@ class Transformer(nn.Module):
         heads: int,
         dim_head: int,
         mlp_dim: int,
-        dropout: float = 0.0,
+        dropout: float | None = 0.0,
         *,
         backend: str | None = None,
     ) -> None:
@@ -429,21 +464,32 @@ class Transformer(nn.Module):
         """``self(x)[:, :1]``, without what the last block would compute for the other tokens, if nobody could tell."""
         if not (len(self.layers) and untouched(self, Transformer) and untouched(self.norm, LayerNorm)):
             return self(x)[:, :1]
-        if not whole_block(self.layers[-1]):
+        if block_parts(self.layers[-1]) is None:
             return self(x)[:, :1]
         check_tokens(x)
         return self.norm(self._run(x, first_token=True))
 
 
-def whole_block(block: nn.Module) -> bool:
-    """Whether every part of both branches is the one made here, and nobody watches any."""
+class BlockParts(NamedTuple):
+    """The parts of a block that are computed inside its kernels; ``projection`` is None where there is none."""
+
+    attention: Attention
+    projection: tuple[Linear, nn.Dropout | None] | None
+    feed_forward: FeedForward
+    mlp: MlpParts
+
+
+def block_parts(block: nn.Module) -> BlockParts | None:
+    """What the block is made of, if every part of both branches is the one made here and nobody watches any."""
     attention, feed_forward = block._modules.values()
-    return (
-        isinstance(attention, Attention)
-        and attention.whole
-        and untouched(feed_forward, FeedForward)
-        and cast(FeedForward, feed_forward).net_is_whole
-    )
+    if not (isinstance(attention, Attention) and isinstance(feed_forward, FeedForward)):
+        return None
+    if not (attention.whole_before_projection and untouched(feed_forward, FeedForward)):
+        return None
+    projection, mlp = attention.projection(), feed_forward.parts()
+    if mlp is None or (projection is None and not untouched(attention.to_out, nn.Identity)):
+        return None
+    return BlockParts(attention, projection, feed_forward, mlp)
 
 
 def as_operator(blocks: Iterable[nn.Module]) -> tuple[list[F.Block], dict[str, Any]] | None:
@@ -451,33 +497,27 @@ def as_operator(blocks: Iterable[nn.Module]) -> tuple[list[F.Block], dict[str, A
     no gradients, no dropout, every part of every block the one made here, unwatched, and with the same options."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    parts, options = [], []
+    arguments, options = [], []
     for block in blocks:
-        if not whole_block(block):
+        parts = block_parts(block)
+        if parts is None or parts.projection is None:
             return None
-        attention, feed_forward = cast(tuple[Attention, FeedForward], block._modules.values())
-        if not isinstance(attention.to_out, nn.Sequential):
+        attention, feed_forward, mlp = parts.attention, parts.feed_forward, parts.mlp
+        project, out_dropout = parts.projection
+        if any(map(dropout_now, (attention.dropout, out_dropout, mlp.hidden_dropout, mlp.dropout))):
             return None
-        project, out_dropout = cast(tuple[Linear, nn.Dropout], attention.to_out._modules.values())
-        norm, widen, gelu, hidden_dropout, narrow, dropout = cast(
-            tuple[LayerNorm, Linear, nn.GELU, nn.Dropout, Linear, nn.Dropout],
-            feed_forward.net._modules.values(),
-        )
-        if any(map(dropout_now, (attention.dropout, out_dropout, hidden_dropout, dropout))):
-            return None
-        qkv = attention.to_qkv
-        parts.append(
+        qkv, widen, narrow = attention.to_qkv, mlp.widen, mlp.narrow
+        arguments.append(
             F.Block(
                 *(attention.norm.arguments(), qkv.weight, qkv.bias, project.weight, project.bias),
-                *(norm.arguments(), widen.weight, widen.bias, narrow.weight, narrow.bias),
+                *(mlp.norm.arguments(), widen.weight, widen.bias, narrow.weight, narrow.bias),
             )
         )
-        activation = "gelu" if gelu.approximate == "none" else "gelu_tanh"
         for backend in (attention.backend, qkv.backend, project.backend, feed_forward.backend):
-            options.append((attention.heads, attention.scale, activation, backend))
+            options.append((attention.heads, attention.scale, mlp.activation, backend))
     if len(set(options)) != 1:  # none without blocks
         return None
-    return parts, dict(zip(("heads", "scale", "activation", "backend"), options[0], strict=True))
+    return arguments, dict(zip(("heads", "scale", "activation", "backend"), options[0], strict=True))
 
 
 def run_block(block: nn.Module, x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Models, one readable page each."""
 
+from vit_triton.models.distill import DistillableViT, DistillWrapper
+from vit_triton.models.simple_vit import SimpleViT
 from vit_triton.models.vit import ViT
 
-__all__ = ["ViT"]
+__all__ = ["DistillWrapper", "DistillableViT", "SimpleViT", "ViT"]

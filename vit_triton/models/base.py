@@ -1,0 +1,66 @@
+"""What the models have in common: one backend for all parts, the checks of an image, and the Hub."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vit_triton.models.hub import HubModel
+from vit_triton.modules import checked_backend, patch_grid
+
+__all__ = ["VisionModel"]
+
+
+class VisionModel(HubModel, nn.Module):
+    """A model of images (B, channels, H, W).
+
+    Args:
+        image_size: height and width of an image, in pixels.
+        patch_size: height and width of a patch.
+        channels: channels of the image.
+        backend: None, "triton", "torch" or "auto".
+    """
+
+    def __init__(
+        self, image_size: tuple[int, int], patch_size: tuple[int, int], channels: int, backend: str | None
+    ) -> None:
+        super().__init__()
+        self._backend = checked_backend(backend)
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.channels = channels
+
+    @property
+    def backend(self) -> str | None:
+        """The backend of every part of this model; assigning to it changes them all."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str | None) -> None:
+        self._backend = checked_backend(backend)
+        for module in self.modules():
+            if module is not self and hasattr(module, "backend"):
+                module.backend = backend  # type: ignore[assignment]
+
+    def count_patches(self, img: Tensor) -> int:
+        """How many patches `img` has.
+
+        Raises:
+            TypeError: `img` is not a floating-point tensor.
+            ValueError: `img` has the wrong rank or channels, or does not divide into patches.
+        """
+        grid_h, grid_w = patch_grid(img, self.patch_size)
+        if not img.is_floating_point():
+            hint = "; normalise it with mean and std: (img / 255 - mean) / std" if img.dtype == torch.uint8 else ""
+            raise TypeError(f"image must have a floating-point dtype, got {img.dtype}{hint}")
+        if img.shape[1] != self.channels:
+            raise ValueError(f"image must have {self.channels} channels, got shape {tuple(img.shape)}")
+        return grid_h * grid_w
+
+    def refuse(self, img: Tensor, patches: int, positions: str) -> ValueError:
+        """The error for an image whose number of patches the model has no positions for."""
+        patch_h, patch_w = self.patch_size
+        return ValueError(
+            f"image of {img.shape[2]} x {img.shape[3]} pixels has {patches} patches of {patch_h} x {patch_w}, but the "
+            f"model has positions for {positions}"
+        )

@@ -1,0 +1,160 @@
+"""DeiT: distillation through attention (Touvron et al. 2021, arXiv:2012.12877, section 3).
+
+A distillation token travels with the patches; what it has become learns from a teacher, as the class token learns
+from the labels. Drop-ins for ``vit_pytorch.distill``: the same arguments, parameter names and losses.
+"""
+
+from __future__ import annotations
+
+import copy
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
+
+from vit_triton.models.arguments import check_probability
+from vit_triton.models.vit import ViT
+from vit_triton.modules import LayerNorm, Linear
+
+__all__ = ["DistillWrapper", "DistillableViT"]
+
+
+class DistillableViT(ViT):
+    """A :class:`ViT` that can take a distillation token along. It has the arguments and parameters of a ViT."""
+
+    # A student says two things where a ViT says one.
+    def forward(self, img: Tensor, distill_token: Tensor | None = None) -> Any:
+        """(B, channels, H, W) -> (B, num_classes).
+
+        With a `distill_token` of shape (1, dim), which joins the tokens as the last one, without a position: also
+        what it has become, (B, dim).
+        """
+        if distill_token is None:
+            return super().forward(img)
+        if distill_token.shape != (1, self.dim):
+            raise ValueError(f"distill_token must have shape (1, {self.dim}), got {tuple(distill_token.shape)}")
+        if self.mlp_head is None:
+            raise ValueError("a model with num_classes=0 has no head to distill into")
+        x = self.embed(img)
+        token = distill_token.to(x.dtype).expand(x.shape[0], 1, -1)
+        x = self.transformer(self.dropout(torch.cat((x, token), dim=1)))
+        x, token = x[:, :-1], x[:, -1]
+        x = x.mean(dim=1) if self.pool == "mean" else x[:, 0]
+        return self.mlp_head(self.to_latent(x)), token
+
+    def to_vit(self) -> ViT:
+        """A :class:`ViT` with a copy of these weights, on the same device, in the same dtype and mode."""
+        vit = copy.deepcopy(self)
+        vit.__class__ = ViT  # type: ignore[assignment]
+        return vit
+
+
+class DistillWrapper(nn.Module):
+    """Teacher and student; calling it gives the loss of the student (arXiv:2012.12877, equations 2 and 3).
+
+    The teacher is frozen: it runs in eval mode, without gradients.
+
+    Args:
+        teacher: takes images and gives logits (B, num_classes), itself or as an attribute ``logits``.
+        student: learns; :meth:`DistillableViT.to_vit` gives the model to keep.
+        temperature: of soft distillation; larger ones make both distributions smoother.
+        alpha: the teacher's share of the loss, 0 to 1.
+        hard: the teacher's most likely class as a label, instead of its distribution.
+        mlp_layernorm: a LayerNorm before the head of the distillation token.
+
+    Raises:
+        TypeError: teacher is no module, student no DistillableViT, temperature or alpha no number.
+        ValueError: temperature is not positive, alpha not between 0 and 1, or the student has no head.
+    """
+
+    def __init__(
+        self,
+        *,
+        teacher: nn.Module,
+        student: DistillableViT,
+        temperature: float = 1.0,
+        alpha: float = 0.5,
+        hard: bool = False,
+        mlp_layernorm: bool = False,
+    ) -> None:
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(f"teacher must be a torch.nn.Module, got {_class_of(teacher)}")
+        if not isinstance(student, DistillableViT):
+            raise TypeError(f"student must be a vit_triton.DistillableViT, got {_class_of(student)}")
+        if student.mlp_head is None:
+            raise ValueError("student must have at least 1 class, got num_classes=0")
+        _check_loss(temperature, alpha)
+        super().__init__()
+        self.teacher = teacher.eval()
+        self.student = student
+        self.temperature = temperature
+        self.alpha = alpha
+        self.hard = hard
+        dim, backend = student.dim, student.backend
+        self.distillation_token = nn.Parameter(torch.randn(1, dim))
+        self.distill_mlp = nn.Sequential(
+            LayerNorm(dim, backend=backend) if mlp_layernorm else nn.Identity(),
+            Linear(dim, student.num_classes, backend=backend),
+        )
+
+    def forward(
+        self,
+        img: Tensor,
+        labels: Tensor,
+        temperature: float | None = None,
+        alpha: float | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            img: (B, channels, H, W), for both models.
+            labels: (B,) classes.
+            temperature: for this call.
+            alpha: for this call.
+            kwargs: for the student.
+
+        Raises:
+            ValueError: the teacher's classes are not the student's, or as for the constructor.
+        """
+        temperature = self.temperature if temperature is None else temperature
+        alpha = self.alpha if alpha is None else alpha
+        _check_loss(temperature, alpha)
+        with torch.no_grad():
+            wanted = self.teacher(img)
+        wanted = getattr(wanted, "logits", wanted)
+        logits, token = self.student(img, distill_token=self.distillation_token, **kwargs)
+        if not isinstance(wanted, Tensor) or wanted.shape != logits.shape:
+            came = f"shape {tuple(wanted.shape)}" if isinstance(wanted, Tensor) else _class_of(wanted)
+            raise ValueError(f"teacher must give logits of the student's shape {tuple(logits.shape)}, got {came}")
+        distilled = self.distill_mlp(token)
+        if self.hard:
+            from_teacher = cross_entropy(distilled, wanted.argmax(dim=-1))
+        else:
+            divergence = kl_div(
+                log_softmax(distilled / temperature, dim=-1),
+                softmax(wanted / temperature, dim=-1),
+                reduction="batchmean",
+            )
+            from_teacher = divergence * temperature**2
+        return cross_entropy(logits, labels) * (1 - alpha) + from_teacher * alpha
+
+    def train(self, mode: bool = True) -> DistillWrapper:
+        """Student and distillation head into training or eval mode; the teacher stays in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+
+def _check_loss(temperature: float, alpha: float) -> None:
+    if not isinstance(temperature, Real):
+        raise TypeError(f"temperature must be a number, got {_class_of(temperature)} {temperature!r}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature!r}")
+    check_probability("alpha", alpha)
+
+
+def _class_of(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"

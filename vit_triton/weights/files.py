@@ -1,0 +1,131 @@
+"""Files of named tensors: reading what others wrote, and writing so that a file is whole or is not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit_triton.weights.onnx_graph import read_onnx
+
+__all__ = ["WeightsError", "read", "write"]
+
+
+class WeightsError(ValueError):
+    """A file that does not fit, or is none.
+
+    Attributes:
+        missing: names the model has and the file has not.
+        surplus: names the file has and the model has not.
+        unlike: what both have, and how it differs.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        missing: tuple[str, ...] = (),
+        surplus: tuple[str, ...] = (),
+        unlike: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.missing, self.surplus, self.unlike = missing, surplus, unlike
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, on the CPU. The file is data: nothing in it is run.
+
+    Raises:
+        FileNotFoundError: there is none.
+        WeightsError: its ending is unknown, its content is not what the ending says, or is not only tensors.
+    """
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise WeightsError(f"{path}: expected a file that ends in one of {', '.join(_READERS)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        tensors = reader(path)
+    except WeightsError:
+        raise
+    except ImportError as error:
+        raise ImportError(f"{path}: reading {path.suffix} files needs the package {error.name}") from error
+    except Exception as error:  # whatever a damaged file makes its reader say
+        raise WeightsError(f"{path}: no readable {path.suffix} file: {error}") from error
+    return tensors
+
+
+def write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a .safetensors, .pt or .pth file; whatever happens, `path` is the old file or the new one, whole.
+
+    Raises:
+        WeightsError: the ending is another.
+    """
+    writer = _WRITERS.get(path.suffix)
+    if writer is None:
+        raise WeightsError(f"{path}: expected a name that ends in one of {', '.join(_WRITERS)}")
+    path = path.resolve()  # a link stays a link
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        writer({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(str(path))
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model", "model_state_dict"):  # what training scripts wrap it in
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    return _only_tensors(path, content)
+
+
+def _read_numpy(path: Path) -> dict[str, Tensor]:
+    import numpy
+
+    with path.open("rb") as stream, numpy.load(stream, allow_pickle=False) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+def _only_tensors(path: Path, content: Any) -> dict[str, Tensor]:
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path}: expected a state dict, got a {type(content).__name__}")
+    others = [f"{name!r}: {type(value).__name__}" for name, value in content.items() if not isinstance(value, Tensor)]
+    if others or not content:
+        held = ", ".join(others[:10]) or "nothing"
+        raise WeightsError(f"{path}: expected a state dict of tensors, which holds {held}")
+    return dict(content)
+
+
+def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, str(path), metadata={"format": "pt"})
+
+
+_READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+    ".safetensors": _read_safetensors,
+    ".pt": _read_torch,
+    ".pth": _read_torch,
+    ".bin": _read_torch,
+    ".ckpt": _read_torch,
+    ".npz": _read_numpy,
+    ".onnx": read_onnx,
+}
+_WRITERS: dict[str, Callable[[dict[str, Tensor], Path], None]] = {
+    ".safetensors": _write_safetensors,
+    ".pt": torch.save,
+    ".pth": torch.save,
+}

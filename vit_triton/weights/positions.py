@@ -1,0 +1,89 @@
+"""Position embeddings for another grid of patches.
+
+Resampled as images are, bicubic and with antialiasing (Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.2, which
+interpolates them linearly; timm's way is the usual one since). The class, distillation and register tokens keep theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["fit_positions", "grid_of", "resample"]
+
+SPECIAL_TOKENS = ("cls_token", "dist_token", "reg_token")  # in this order before the patches
+
+
+def resample(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """(rows * columns, dim) of the old grid -> of the new one, in the same dtype."""
+    if old == new:
+        return positions
+    image = positions.float().unflatten(0, old).permute(2, 0, 1)[None]
+    image = nn.functional.interpolate(image, size=new, mode="bicubic", antialias=True)
+    return image[0].permute(1, 2, 0).flatten(0, 1).to(positions.dtype)
+
+
+def grid_of(model: nn.Module) -> tuple[int, int] | None:
+    """Rows and columns of the patches `model` has positions for, where it says so."""
+    for module in model.modules():
+        found: Any = getattr(getattr(module, "patch_embed", None), "grid_size", None)
+        if found is not None:
+            return tuple(found)
+        source = getattr(module, "config", module)
+        sizes = [getattr(source, name, None) for name in ("image_size", "patch_size")]
+        image, patch = (size if isinstance(size, (tuple, list)) else (size, size) for size in sizes)
+        if None not in (*image, *patch):
+            return image[0] // patch[0], image[1] // patch[1]
+    return None
+
+
+def fit_positions(
+    file: dict[str, Tensor],
+    model: dict[str, Tensor],
+    file_grid: tuple[int, int] | None,
+    model_grid: tuple[int, int] | None,
+) -> str | None:
+    """Bring ``pos_embed`` of the file, under common names, into the shape the model has.
+
+    Some models have positions for their special tokens and some not; there the position is a part of the token.
+
+    Returns:
+        What stands in the way; None if nothing does, or what does shows in the shapes.
+    """
+    old, new = file.get("pos_embed"), model.get("pos_embed")
+    if old is None or new is None or old.shape[1:] != new.shape[1:]:
+        return None
+    if len(old) == len(new) and file_grid is None:
+        return None
+    special = [name for name in SPECIAL_TOKENS if name in file]
+    if any(file[name].shape[1:] != old.shape[1:] for name in special):
+        return None
+    tokens = torch.cat([file[name] for name in special]) if special else old[:0]
+    registers = len(file.get("reg_token", ()))
+    counts = (0, len(tokens) - registers, len(tokens))
+    old_form, new_form = _form(len(old), counts, file_grid), _form(len(new), counts, model_grid)
+    if old_form is None or new_form is None:
+        whose, n, grid = ("file", len(old), file_grid) if old_form is None else ("model", len(new), model_grid)
+        wanted = f"a grid of {grid[0]} x {grid[1]}" if grid else "a square grid"
+        hint = "; name the file's as grid=(rows, columns)" if whose == "file" else ""
+        return f"the {whose} has {n} positions, which are not {wanted}{hint}"
+    (old_prefix, old_grid), (new_prefix, new_grid) = old_form, new_form
+    prefix = torch.zeros_like(tokens)
+    prefix[:old_prefix] = old[:old_prefix]
+    file["pos_embed"] = torch.cat((prefix[:new_prefix], resample(old[old_prefix:], old_grid, new_grid)))
+    prefix[:new_prefix] = 0
+    moved = (tokens + prefix).split([len(file[name]) for name in special])
+    file.update(zip(special, moved, strict=True))
+    return None
+
+
+def _form(n: int, prefixes: tuple[int, ...], grid: tuple[int, int] | None) -> tuple[int, tuple[int, int]] | None:
+    """How many of n positions are for special tokens, and the grid of the others."""
+    for prefix in prefixes:  # squares are so far apart that no two prefixes fit a grid beyond 3 x 3
+        rows, columns = grid or (math.isqrt(max(0, n - prefix)),) * 2
+        if rows * columns == n - prefix > 0:
+            return prefix, (rows, columns)
+    return None
