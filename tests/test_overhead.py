@@ -36,7 +36,7 @@ def test_launches_are_those_that_are_counted():
 def test_triton_and_the_library_start_the_same_kernels(monkeypatch):
     """With the same arguments, and as often: the launcher is reached by both."""
     started = []
-    monkeypatch.setattr(gpu_path.codegen._Launcher, "__call__", lambda self, *args: started.append(args))
+    monkeypatch.setattr(gpu_path._Launcher, "__call__", lambda self, *args: started.append(args))
     x, weight = torch.zeros(3, 64), torch.ones(64)
     with gpu_path.taken():
         call = lambda: overhead.F.layer_norm(x, weight, weight, backend="triton")  # noqa: E731
