@@ -53,7 +53,7 @@ def make(family: str, dtype: torch.dtype = torch.float32, **config) -> nn.Module
     torch.manual_seed(0)
     model = MODELS[family](**config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:  # norms start at 1 and 0, LayerScale at 1, which would hide a swap
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model.to(dtype).eval()
@@ -218,3 +218,16 @@ def test_backend_torch_is_sdpa(attention_calls) -> None:
     with vit_triton.use_backend("auto"):
         assert torch.equal(result(untouched(images(ours))), result(ours(images(ours))))
     assert not attention_calls
+
+
+# --- accelerate --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", MODELS)
+def test_accelerate(family: str, dtype: torch.dtype) -> None:
+    untouched = make(family, dtype)
+    ours = copy.deepcopy(untouched)
+    report = vit_triton.accelerate(ours, backend="triton")
+    print(report)
+    assert_parity(untouched, ours, images(untouched))
