@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from vit_triton import functional as F
@@ -68,9 +69,12 @@ def self_attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
     names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights")
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     x = call.get("query")
+    if not isinstance(x, Tensor):
+        return None
     whole = (
-        isinstance(x, Tensor)
-        and x.ndim == 3
+        x.ndim == 3
+        and not x.is_nested
+        and x.dtype != torch.float64
         and call.get("key") is x
         and call.get("value") is x
         and call.get("need_weights", True) is False
@@ -78,7 +82,6 @@ def self_attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
         and call.get("attn_mask") is None
         and not call.get("is_causal", False)
         and len(args) <= len(names)
-        and not x.is_nested
     )
     return x if whole else None
 

@@ -221,7 +221,7 @@ def accelerate(
     accelerated: list[tuple[nn.Module, type[nn.Module]]] = []
     inside: tuple[str, ...] = ()  # of modules that are replaced
     for name, module in model.named_modules():
-        kind = type(module)
+        kind: Any = type(module)
         recipe = _recipe_of(kind)
         if recipe is None and name.startswith(inside):
             continue

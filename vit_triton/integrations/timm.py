@@ -75,7 +75,8 @@ def norm_part(module: nn.Module, name: str) -> F.Norm | None:
 
 def head_norms(module: nn.Module) -> dict[str, Any]:
     """The norms of queries and keys, both of one kind."""
-    norms, kinds = {}, set()
+    norms: dict[str, F.Norm] = {}
+    kinds = set()
     for name in ("q_norm", "k_norm"):
         norm = part(module, name, _classes.LayerNorm, nn.LayerNorm, _classes.RmsNorm, nn.Identity)
         if isinstance(norm, nn.Identity):

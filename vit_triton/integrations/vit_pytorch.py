@@ -84,9 +84,15 @@ def embed(image: Tensor, found: PatchEmbeddingParts, backend: str) -> Tensor:
     if image.ndim != 4 or not image.is_floating_point() or height % patch_h or width % patch_w or 0 in image.shape:
         raise Unknown("no batch of images that divide into patches")
     weight, bias = found.linear
-    norms = dict(pre_norm=found.pre_norm, post_norm=found.post_norm)
     return F.patch_embed(
-        image, weight, bias, patch_size=found.patch_size, patch_order="p1 p2 c", **norms, backend=backend
+        image,
+        weight,
+        bias,
+        patch_size=found.patch_size,
+        patch_order="p1 p2 c",
+        pre_norm=found.pre_norm,
+        post_norm=found.post_norm,
+        backend=backend,
     )
 
 
@@ -95,20 +101,20 @@ def read_attention(module: Any) -> AttentionParts:
     part(module, "attend", nn.Softmax)
     qkv_weight, qkv_bias = linear_of(module, "to_qkv")
     out = part(module, "to_out", nn.Sequential, nn.Linear, nn.Identity)
+    projection: tuple[Tensor | None, Tensor | None] = None, None
     out_dropout_p = 0.0
     if isinstance(out, nn.Sequential):
         only(out, "0", "1")
-        out_weight, out_bias = linear_of(out, "0")
-        out_dropout_p = dropout_of(out, "1")
-    else:
-        out_weight, out_bias = (None, None) if isinstance(out, nn.Identity) else linear_of(module, "to_out")
+        projection, out_dropout_p = linear_of(out, "0"), dropout_of(out, "1")
+    elif isinstance(out, nn.Linear):
+        projection = linear_of(module, "to_out")
     return AttentionParts(
         heads=module.heads,
         scale=module.scale,
         qkv_weight=qkv_weight,
         qkv_bias=qkv_bias,
-        out_weight=out_weight,
-        out_bias=out_bias,
+        out_weight=projection[0],
+        out_bias=projection[1],
         norm=norm_of(module, "norm", nn.LayerNorm),
         dropout_p=dropout_of(module, "dropout"),
         out_dropout_p=out_dropout_p,
