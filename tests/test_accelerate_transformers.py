@@ -26,10 +26,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         hf.Dinov2Config(**WIDE, num_hidden_layers=2, image_size=98, patch_size=14, num_labels=10, **kw)
     ),
     "dinov2_with_registers": lambda **kw: hf.Dinov2WithRegistersForImageClassification(
-        hf.Dinov2WithRegistersConfig(
-            **dict(hidden_size=1536, num_attention_heads=24, use_swiglu_ffn=True, num_hidden_layers=1),
-            **dict(image_size=56, patch_size=14, num_labels=10, **kw),
-        )
+        hf.Dinov2WithRegistersConfig(num_hidden_layers=1, image_size=98, patch_size=14, num_labels=10, **kw)
     ),
     "siglip": lambda **kw: hf.SiglipVisionModel(
         hf.SiglipVisionConfig(

@@ -1,4 +1,4 @@
-"""Models of other libraries on the kernels: timm, torchvision, vit_pytorch.
+"""Models of other libraries on the kernels: timm, torchvision, transformers, vit_pytorch.
 
 Each library has a file that says which of its classes are known and how they are computed; a library is looked at only
 when it has been imported already.

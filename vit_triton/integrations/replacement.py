@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -82,34 +83,41 @@ def _load_recipes() -> None:
 
     for library in (pytorch, timm, torchvision, vit_pytorch):
         library.teach_all()
+    if "transformers.modeling_utils" in sys.modules:  # it takes seconds to import
+        from vit_triton.integrations import transformers
+
+        transformers.teach_all()
 
 
 # --- what the recipes ask of a module ----------------------------------------------------------------------
 
 
-def intact(module: object, *classes: type[nn.Module] | None) -> bool:
-    """Whether `module` computes what one of the known `classes` computes, and nobody watches or wraps it."""
+def intact(module: object, *classes: type[nn.Module] | None, unless: Callable[[Any], bool] | None = None) -> bool:
+    """Whether `module` computes what one of the known `classes` computes, and nobody wraps it, nor watches it with a
+    hook; a forward hook does not count if ``unless(hook)``."""
     if not isinstance(module, nn.Module):
         return False
     forward = getattr(type(module), "_replaced", type(module)).forward
     return (
         any(cls is not None and isinstance(module, cls) and _forwards.get(cls) is forward for cls in classes)
         and "forward" not in vars(module)
-        and not module._forward_hooks
+        and (not module._forward_hooks or (unless is not None and all(map(unless, module._forward_hooks.values()))))
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
     )
 
 
-def part(module: nn.Module, name: str, *classes: type[nn.Module] | None) -> Any:
-    """The submodule of that name, if it is intact and of one of `classes`.
+def part(
+    module: nn.Module, name: str, *classes: type[nn.Module] | None, unless: Callable[[Any], bool] | None = None
+) -> Any:
+    """The submodule of that name, if it is intact and of one of `classes`; ``unless`` as of :func:`intact`.
 
     Raises:
         Unknown: it is not.
     """
     child = module._modules.get(name)
-    if intact(child, *classes):
+    if intact(child, *classes, unless=unless):
         return child
     raise Unknown(f"{name}: {why_not_intact(child, classes)}")
 

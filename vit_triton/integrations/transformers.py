@@ -28,12 +28,13 @@ from vit_triton.integrations.parts import (
     MlpParts,
     activation_of,
     attend,
+    dropout_of,
     feed_forward,
+    linear_of,
     norm_of,
 )
 from vit_triton.integrations.pytorch import attend_and_none, read_multihead_attention
 from vit_triton.integrations.replacement import Recipe, Unknown, know, only, part, plain_input, teach
-from vit_triton.modules import dropout_now
 
 __all__ = ["attention_forward", "teach_all"]
 
@@ -200,15 +201,15 @@ class Classes(NamedTuple):
         if module.is_causal:
             raise Unknown("is causal")
         only(module, "q_proj", "k_proj", "v_proj", self.family.out)
-        q, k, v, out = (part(module, name, nn.Linear) for name in ("q_proj", "k_proj", "v_proj", self.family.out))
-        biases = [linear.bias for linear in (q, k, v)]
+        weight, bias = stacked(module, "q_proj", "k_proj", "v_proj")
+        out_weight, out_bias = linear_of(module, self.family.out)
         return AttentionParts(
-            heads=q.weight.shape[0] // module.head_dim,
+            heads=out_weight.shape[1] // module.head_dim,
             scale=getattr(module, self.family.scale),
-            qkv_weight=torch.cat((q.weight, k.weight, v.weight)),
-            qkv_bias=None if any(bias is None for bias in biases) else torch.cat(biases),
-            out_weight=out.weight,
-            out_bias=out.bias,
+            qkv_weight=weight,
+            qkv_bias=bias,
+            out_weight=out_weight,
+            out_bias=out_bias,
             dropout_p=getattr(module, self.family.dropout) if module.training else 0.0,
         )
 
@@ -217,8 +218,8 @@ class Classes(NamedTuple):
         own = (family.attention, family.norm1, family.norm2)
         only(module, *own, "mlp", "dropout", "layer_scale1", "layer_scale2", "drop_path")
         norm1, norm2 = (norm_of(module, name, nn.LayerNorm) for name in (family.norm1, family.norm2))
-        dropout_p = dropout_now(part(module, "dropout", nn.Dropout)) if "dropout" in module._modules else 0.0
-        attention = part(module, family.attention, self.Attention, ignored=records_weights)
+        dropout_p = dropout_of(module, "dropout")
+        attention = part(module, family.attention, self.Attention, unless=records_weights)
         if attention._forward_hooks and attention.config._attn_implementation == "eager":
             raise Unknown(f"{family.attention}: its attention weights may be asked for")
         mlp = read_mlp(part(module, "mlp", self.MLP, self.SwiGLUFFN))
@@ -247,17 +248,24 @@ class Classes(NamedTuple):
         )
 
 
+def stacked(module: nn.Module, *names: str) -> tuple[Tensor, Tensor | None]:
+    """Weights and biases of several Linears as those of one: a copy, in every call, of as many numbers as a row of
+    tokens has times their width, for one pass over all tokens instead of several, with the norm inside."""
+    weights, biases = zip(*(linear_of(module, name) for name in names), strict=True)
+    if len({bias is None for bias in biases}) > 1:
+        raise Unknown("only some of the projections have a bias")
+    return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
+
+
 def read_mlp(module: Any) -> MlpParts:
     if "gate_proj" not in module._modules:
         only(module, "fc1", "fc2", "activation_fn")
-        w1, w2 = part(module, "fc1", nn.Linear), part(module, "fc2", nn.Linear)
-        return MlpParts(w1.weight, w1.bias, w2.weight, w2.bias, activation_of(module, "activation_fn", ACTIVATIONS))
+        activation = activation_of(module, "activation_fn", ACTIVATIONS)
+        return MlpParts(*linear_of(module, "fc1"), *linear_of(module, "fc2"), activation)
     only(module, "gate_proj", "up_proj", "down_proj", "act_fn")
-    gate, value, w2 = (part(module, name, nn.Linear) for name in ("gate_proj", "up_proj", "down_proj"))
     if activation_of(module, "act_fn", ACTIVATIONS) != "silu":
         raise Unknown("act_fn: a gate that is not SiLU")
-    w1, b1 = torch.cat((gate.weight, value.weight)), torch.cat((gate.bias, value.bias))
-    return MlpParts(w1, b1, w2.weight, w2.bias, "swiglu")
+    return MlpParts(*stacked(module, "gate_proj", "up_proj"), *linear_of(module, "down_proj"), "swiglu")
 
 
 # --- computing ---------------------------------------------------------------------------------------------
