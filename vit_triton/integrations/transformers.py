@@ -241,9 +241,12 @@ class Classes(NamedTuple):
     def read_pool(self, module: Any) -> PoolParts:
         """SigLIP's head: attention of a learned query, and an MLP."""
         only(module, "probe", "attention", "layernorm", "mlp")
+        attention = read_multihead_attention(part(module, "attention", nn.MultiheadAttention))
+        if attention.qkv_bias is None:
+            raise Unknown("attention: has no bias")
         return PoolParts(
             module.probe,
-            read_multihead_attention(part(module, "attention", nn.MultiheadAttention)),
+            attention,
             read_mlp(part(module, "mlp", self.MLP))._replace(norm=norm_of(module, "layernorm", nn.LayerNorm)),
         )
 
@@ -277,18 +280,19 @@ def compute_layer(x: Tensor, found: LayerParts, backend: str) -> Tensor:
 
 
 def compute_pool(x: Tensor, found: PoolParts, backend: str) -> Tensor:
-    attention = found.attention
-    (dim,) = attention.out_weight.shape[:1]
-    q_weight, kv_weight = attention.qkv_weight.split((dim, 2 * dim))
-    q_bias, kv_bias = attention.qkv_bias.split((dim, 2 * dim))
-    q = F.linear(found.probe, q_weight, q_bias, backend=backend).expand(x.shape[0], -1, -1)
+    """(B, N, dim) -> (B, dim). The one query is projected once, not for every image."""
+    probe, attention, mlp = found
+    q_weight, kv_weight = attention.qkv_weight.tensor_split([x.shape[-1]])
+    q_bias, kv_bias = cast(Tensor, attention.qkv_bias).tensor_split([x.shape[-1]])
+    q = F.linear(probe, q_weight, q_bias, backend=backend).unflatten(-1, (attention.heads, -1))
     kv = F.linear(x, kv_weight, kv_bias, backend=backend).unflatten(-1, (2, attention.heads, -1))
-    heads = F.attention(
-        q.unflatten(-1, (attention.heads, -1)),
+    out = F.attention(
+        q.expand(x.shape[0], -1, -1, -1),
         *kv.unbind(2),
         scale=attention.scale,
         dropout_p=attention.dropout_p,
         backend=backend,
     )
-    x = F.linear(cast(Tensor, heads).flatten(2), attention.out_weight, attention.out_bias, backend=backend)
-    return feed_forward(x, found.mlp, backend, Branch(residual=x))[:, 0]
+    out_weight = cast(Tensor, attention.out_weight)
+    x = F.linear(cast(Tensor, out).flatten(2), out_weight, attention.out_bias, backend=backend)
+    return feed_forward(x, mlp, backend, Branch(residual=x))[:, 0]
