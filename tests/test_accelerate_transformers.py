@@ -470,6 +470,40 @@ def test_a_layer_of_the_users_own_is_left_alone() -> None:
     assert close(result(model(images(model))), expected)
 
 
+def causal(model: nn.Module) -> None:
+    for layer in model.encoder.layers:
+        layer.self_attn.is_causal = True
+
+
+def one_bias_less(model: nn.Module) -> None:
+    model.encoder.layers[0].self_attn.v_proj.bias = None
+
+
+def pooling_without_bias(model: nn.Module) -> None:
+    model.head.attention.in_proj_bias = None
+
+
+def another_gate(model: nn.Module) -> None:
+    model.dinov2.encoder.layer[0].mlp.act_fn = nn.GELU()
+
+
+@pytest.mark.parametrize(
+    "family, change, why",
+    [
+        ("siglip", causal, "is causal"),
+        ("siglip", one_bias_less, "only some of the projections have a bias"),
+        ("siglip", pooling_without_bias, "attention: has no bias"),
+        ("dinov2", another_gate, "a gate that is not SiLU"),
+    ],
+)
+def test_what_no_config_makes_is_left_alone(family: str, change: Callable[[nn.Module], None], why: str) -> None:
+    untouched = small(family, **(dict(use_swiglu_ffn=True) if family == "dinov2" else {}))
+    change(untouched)
+    ours = copy.deepcopy(untouched)
+    assert why in str(vit_triton.accelerate(ours, backend="triton"))
+    assert close(result(ours(images(ours))), result(untouched(images(ours))))
+
+
 def test_a_projection_replaced_later_is_used() -> None:
     """As adapters do."""
 
