@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from vit_triton import accelerate, restore
+
 BASE = {
     "image_size": 16,
     "patch_size": 8,
@@ -75,3 +77,36 @@ def assert_parity(theirs: nn.Module, ours: nn.Module, image: Tensor, **options) 
     assert our_grads.keys() == their_grads.keys()
     for name, grad in our_grads.items():
         assert_as_precise(grad, their_grads[name], exact[name], name)
+
+
+def assert_accelerated(model: nn.Module, *inputs: Tensor, dtype: torch.dtype = torch.float32, seed: int | None = None):
+    """Output and every gradient of an accelerated model, by the rule, against those of the model before, which is
+    restored; ``seed``: of the random numbers that all three draw alike. Returns the report."""
+    model = model.to(dtype)
+    exact_out, exact = seeded(copy.deepcopy(model).double(), [x.double() for x in inputs], seed)
+    inputs = tuple(x.to(dtype) for x in inputs)
+    their_out, theirs = seeded(model, inputs, seed)
+    report = accelerate(model, backend="triton")
+    our_out, ours = seeded(model, inputs, seed)
+    restore(model)
+    assert_as_precise(our_out, their_out, exact_out)
+    assert ours.keys() == theirs.keys()
+    found = [grad for grad in exact.values() if grad is not None]
+    # the bias of a key has no gradient but rounding: measure it by what an element of a gradient is like
+    size = torch.cat([grad.flatten() for grad in found]).square().mean().sqrt()
+    for name, grad in ours.items():
+        if theirs[name] is None:
+            assert grad is None, name
+            continue
+        error, allowed = (grad.double() - exact[name]).norm(), 2 * (theirs[name].double() - exact[name]).norm()
+        floor = 4 * torch.finfo(dtype).eps * max(exact[name].norm(), size * grad.numel() ** 0.5)
+        assert grad.dtype == theirs[name].dtype and grad.shape == theirs[name].shape, name
+        assert error <= allowed + floor, f"{name}: error {error:.3g}, allowed {allowed:.3g} + {floor:.3g}"
+    return report
+
+
+def seeded(model: nn.Module, inputs, seed: int | None) -> tuple[Tensor, dict[str, Tensor | None]]:
+    model.zero_grad(set_to_none=True)
+    if seed is not None:
+        torch.manual_seed(seed)
+    return run(model, *inputs)

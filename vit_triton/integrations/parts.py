@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -66,6 +67,9 @@ class MlpParts(NamedTuple):
 
 def attend(x: Tensor, parts: AttentionParts, backend: str, branch: Branch = Branch()) -> Tensor:  # noqa: B008 - a tuple
     """(B, N, dim) -> (B, N, dim out)."""
+    check_input(x, parts.qkv_weight, parts.out_weight, branch.layer_scale)
+    if x.ndim != 3:
+        raise Unknown("no batch of tokens")
     qkv = F.linear(x, parts.qkv_weight, parts.qkv_bias, norm=parts.norm, backend=backend)
     out = F.attention_packed(
         qkv.unflatten(-1, (3, parts.heads, -1)),
@@ -92,7 +96,15 @@ def attend(x: Tensor, parts: AttentionParts, backend: str, branch: Branch = Bran
 
 def feed_forward(x: Tensor, parts: MlpParts, backend: str, branch: Branch = Branch()) -> Tensor:  # noqa: B008
     """(..., dim) -> (..., dim out)."""
+    check_input(x, parts.w1, parts.w2, branch.layer_scale)
     return F.mlp(x, **parts._asdict(), **branch._asdict(), backend=backend)
+
+
+def check_input(x: Tensor, *weights: Tensor | None) -> None:
+    """Raise Unknown where dtypes are mixed, by hand and not by autocast: PyTorch's promotion decides then."""
+    if any(weight is not None and weight.dtype != x.dtype for weight in weights):
+        if not torch.is_autocast_enabled(x.device.type):
+            raise Unknown("several dtypes")
 
 
 def layer_norm_of(norm: Any) -> F.Norm:

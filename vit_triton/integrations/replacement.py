@@ -22,6 +22,7 @@ from vit_triton.backend import check_backend_name
 
 __all__ = ["Entry", "Recipe", "Report", "Unknown", "accelerate", "restore"]
 
+NOT_KNOWN = "no part of what is known here"
 CHOICES = ("attention", "mlp", "layer_norm", "patch_embedding")
 
 
@@ -62,7 +63,7 @@ _forwards: dict[type[nn.Module], Any] = {}  # the forward of every class that is
 def know(*classes: type[nn.Module] | None) -> None:
     """Trust these classes to compute what they do today, unless somebody has replaced their forward already."""
     for cls in classes:
-        if cls is None or cls in _forwards:
+        if cls is None or _forwards.get(cls) is not None:
             continue
         home = next(base for base in cls.__mro__ if "forward" in vars(base))
         forward = vars(home)["forward"]
@@ -236,7 +237,15 @@ def accelerate(
             inside += (f"{name}." if name else "",)
     for module, cls in accelerated:
         module.__class__ = cls
-    return Report(tuple(entries))
+    replaced = [entry.name for entry in entries if entry.replaced]
+    # what only holds replaced modules together says nothing
+    return Report(
+        tuple(
+            entry
+            for entry in entries
+            if entry.what != NOT_KNOWN or not any(name.startswith(f"{entry.name}.".lstrip(".")) for name in replaced)
+        )
+    )
 
 
 def _what(module: nn.Module, recipe: Recipe | None, chosen: dict[str, bool]) -> str | None:
@@ -246,7 +255,7 @@ def _what(module: nn.Module, recipe: Recipe | None, chosen: dict[str, bool]) -> 
         if any(base in _recipes and base is not nn.Sequential for base in kind.__mro__):
             raise Unknown("its forward is not the one known here")
         if any(parameter is not None for parameter in module._parameters.values()):
-            raise Unknown("is no part that is known here")
+            raise Unknown(NOT_KNOWN)
         return None
     if "forward" in vars(module):
         raise Unknown("its forward was replaced")
