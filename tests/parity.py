@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from vit_triton import accelerate, restore
+from vit_triton import accelerate
 
 BASE = {
     "image_size": 16,
@@ -79,29 +79,34 @@ def assert_parity(theirs: nn.Module, ours: nn.Module, image: Tensor, **options) 
         assert_as_precise(grad, their_grads[name], exact[name], name)
 
 
-def assert_accelerated(model: nn.Module, *inputs: Tensor, dtype: torch.dtype = torch.float32, seed: int | None = None):
-    """Output and every gradient of an accelerated model, by the rule, against those of the model before, which is
-    restored; ``seed``: of the random numbers that all three draw alike. Returns the report."""
-    model = model.to(dtype)
+def assert_accelerated(model: nn.Module, *inputs: Tensor, low: bool = False, seed: int | None = None):
+    """Output and every gradient of an accelerated model, by the rule, against those of the model before, in float32
+    and, if ``low``, in bfloat16; ``seed``: of the random numbers that all draw alike. Returns the report.
+
+    The floor is that of oracle.py: a float32 sum of n terms of either sign is of terms sqrt(n) as large as it.
+    """
+    if low:  # the same numbers in every dtype
+        model, inputs = model.bfloat16().float(), tuple(x.bfloat16().float() for x in inputs)
     exact_out, exact = seeded(copy.deepcopy(model).double(), [x.double() for x in inputs], seed)
-    inputs = tuple(x.to(dtype) for x in inputs)
-    their_out, theirs = seeded(model, inputs, seed)
-    report = accelerate(model, backend="triton")
-    our_out, ours = seeded(model, inputs, seed)
-    restore(model)
-    assert_as_precise(our_out, their_out, exact_out)
-    assert ours.keys() == theirs.keys()
-    found = [grad for grad in exact.values() if grad is not None]
-    # the bias of a key has no gradient but rounding: measure it by what an element of a gradient is like
-    size = torch.cat([grad.flatten() for grad in found]).square().mean().sqrt()
-    for name, grad in ours.items():
-        if theirs[name] is None:
-            assert grad is None, name
-            continue
-        error, allowed = (grad.double() - exact[name]).norm(), 2 * (theirs[name].double() - exact[name]).norm()
-        floor = 4 * torch.finfo(dtype).eps * max(exact[name].norm(), size * grad.numel() ** 0.5)
-        assert grad.dtype == theirs[name].dtype and grad.shape == theirs[name].shape, name
-        assert error <= allowed + floor, f"{name}: error {error:.3g}, allowed {allowed:.3g} + {floor:.3g}"
+    # the bias of a key has no gradient but rounding: measure that by what an element of a gradient is like
+    size = torch.cat([grad.flatten() for grad in exact.values() if grad is not None]).square().mean().sqrt()
+    terms = max(n for parameter in model.parameters() for n in parameter.shape)
+    for dtype in (torch.float32, torch.bfloat16) if low else (torch.float32,):
+        here = copy.deepcopy(model).to(dtype)
+        their_out, theirs = seeded(here, [x.to(dtype) for x in inputs], seed)
+        report = accelerate(here, backend="triton")
+        our_out, ours = seeded(here, [x.to(dtype) for x in inputs], seed)
+        assert ours.keys() == theirs.keys()
+        for name, grad in {"output": our_out, **ours}.items():
+            peer, truth = (their_out, exact_out) if name == "output" else (theirs[name], exact[name])
+            if peer is None:
+                assert grad is None, name
+                continue
+            assert grad.dtype == peer.dtype and grad.shape == peer.shape, name
+            error, allowed = (grad.double() - truth).norm(), 2 * (peer.double() - truth).norm()
+            eps = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * terms**0.5
+            floor = 4 * eps * max(truth.norm(), size * truth.numel() ** 0.5)
+            assert error <= allowed + floor, f"{name}, {dtype}: error {error:.3g}, allowed {allowed:.3g} + {floor:.3g}"
     return report
 
 

@@ -3,14 +3,14 @@
 import pytest
 import timm
 import torch
-from parity import assert_accelerated, shake
+from parity import assert_accelerated
 from timm.layers import SwiGLU, SwiGLUPacked
 from torch import Tensor, nn
 
 import vit_triton
 
 # two by two patches of the model's real width
-SMALL = {"depth": 1, "num_classes": 5}
+SMALL = {"depth": 1, "num_classes": 5, "weight_init": "skip"}
 MODELS = {
     "B": ("vit_base_patch16_224", 112),
     "L": ("vit_large_patch16_224", 32),
@@ -24,24 +24,24 @@ MODELS = {
     "SigLIP": ("vit_base_patch16_siglip_224", 32),
     "CLIP": ("vit_base_patch32_clip_quickgelu_224", 64),
 }
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
-def model_of(name: str, size: int, **changes) -> tuple[nn.Module, Tensor]:
+def model_of(architecture: str, size: int, **changes) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    model = timm.create_model(name, **{**SMALL, "img_size": size, **changes})
-    with torch.no_grad():  # biases that are not 0, LayerScales that are not 1e-5
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
+    model = timm.create_model(architecture, **{**SMALL, "img_size": size, **changes})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("pos_embed", "_token", "latent")):  # not set, as the weights are not drawn twice
+                parameter.normal_(std=0.1)
+            elif parameter.ndim == 1:  # biases that are not 0, LayerScales that are not 1e-5
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model, torch.randn(2, 3, size, size)
 
 
-@DTYPES
 @pytest.mark.parametrize("name, size", MODELS.values(), ids=MODELS)
-def test_outputs_and_gradients_are_those_of_timm(name, size, dtype):
+def test_outputs_and_gradients_are_those_of_timm(name, size):
     model, images = model_of(name, size)
-    report = assert_accelerated(model, images, dtype=dtype)
+    report = assert_accelerated(model, images, low=True)
     replaced = {entry.cls for entry in report.replaced}
     assert {"Block", "Conv2d", "Attention", "Mlp", "LayerNorm"} <= replaced
     assert ("AttentionPoolLatent" in replaced) == ("siglip" in name)
@@ -79,7 +79,7 @@ def test_norms_that_have_no_kernel_leave_the_block_alone():
     model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER, norm_layer="rmsnorm", mlp_layer=SwiGLU)
     report = assert_accelerated(model, images)
     reasons = {entry.name: entry.what for entry in report.left}
-    assert "RmsNorm" in reasons["blocks.0"] and "gelu" in reasons["blocks.0.mlp"].lower()
+    assert "RmsNorm" in reasons["blocks.0"] and "SiLU" in reasons["blocks.0.mlp"]
     assert "blocks.0.attn" in {entry.name for entry in report.replaced}
 
 
