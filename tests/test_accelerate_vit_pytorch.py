@@ -30,7 +30,12 @@ def test_outputs_and_gradients_are_those_of_vit_pytorch(cls):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"pool": "mean"}, {"heads": 1, "dim_head": 24}, {"num_classes": 0}, {"image_size": (24, 16), "patch_size": (12, 4)}],
+    [
+        {"pool": "mean"},
+        {"heads": 1, "dim_head": 24},
+        {"num_classes": 0},
+        {"image_size": (24, 16), "patch_size": (12, 4)},
+    ],
     ids=["mean pool", "no output projection", "all tokens", "non-square"],
 )
 def test_variants(changes):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vit_triton import functional as F
-from vit_triton.integrations.replacement import Unknown, only, part
+from vit_triton.integrations.replacement import Unknown, only, part, sharded
 from vit_triton.modules import dropout_now
 
 __all__ = [
@@ -101,10 +101,11 @@ def feed_forward(x: Tensor, parts: MlpParts, backend: str, branch: Branch = Bran
 
 
 def check_input(x: Tensor, *weights: Tensor | None) -> None:
-    """Raise Unknown where dtypes are mixed, by hand and not by autocast: PyTorch's promotion decides then."""
-    if any(weight is not None and weight.dtype != x.dtype for weight in weights):
-        if not torch.is_autocast_enabled(x.device.type):
-            raise Unknown("several dtypes")
+    """Raise Unknown where a weight is sharded, or where dtypes are mixed by hand: PyTorch's promotion decides then."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for weight in weights:
+        if weight is not None and (sharded(weight) or (weight.dtype != x.dtype and not autocast)):
+            raise Unknown("a sharded weight, or several dtypes")
 
 
 def layer_norm_of(norm: Any) -> F.Norm:
@@ -124,10 +125,10 @@ def norm_of(module: nn.Module, name: str, *classes: type[nn.Module] | None) -> F
 
 def linear_of(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the Linear of that name; Unknown if they are tensors of a kind of their own, quantized ones
-    for example."""
+    for example. FSDP's are whole again when the module is called, see :func:`check_input`."""
     linear = part(module, name, nn.Linear)
     weight = linear.weight
-    if type(weight) not in (nn.Parameter, Tensor) and not isinstance(weight, FakeTensor):
+    if type(weight) not in (nn.Parameter, Tensor) and not isinstance(weight, FakeTensor) and not sharded(weight):
         raise Unknown(f"{name}: its weight is a {type(weight).__name__}")
     return weight, linear.bias
 

@@ -31,12 +31,21 @@ class Unknown(Exception):
 
 
 def plain_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The only tensor of a call, if every argument after it is None or False; not if it is one of float64, which no
-    kernel takes."""
-    first, *rest = (*args, *kwargs.values())
-    if not isinstance(first, Tensor) or first.dtype == torch.float64:
+    """The first argument of a call, if it is a tensor for the kernels and every other argument is None or False."""
+    values = (*args, *kwargs.values())
+    if not values or not for_kernels(values[0]):
         return None
-    return first if all(value is None or value is False for value in rest) else None
+    return values[0] if all(value is None or value is False for value in values[1:]) else None
+
+
+def for_kernels(x: object) -> bool:
+    """Whether `x` is a tensor that the kernels could take: not of float64, not nested, not sharded."""
+    return isinstance(x, Tensor) and x.dtype != torch.float64 and not x.is_nested and not sharded(x)
+
+
+def sharded(x: Tensor) -> bool:
+    """Whether `x` is a DTensor, asked without importing them."""
+    return hasattr(x, "to_local")
 
 
 class Recipe(NamedTuple):
