@@ -26,6 +26,9 @@ __all__ = [
 ]
 
 
+ACTIVATIONS: dict[type[nn.Module], str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
+
+
 class Branch(NamedTuple):
     """How a branch is added to the residual; the default is one without a residual."""
 
@@ -143,8 +146,15 @@ def dropout_of(module: nn.Module, name: str) -> float:
 
 def activation_of(module: nn.Module, name: str, others: dict[type[nn.Module], str] | None = None) -> str:
     """The name that :func:`vit_triton.functional.mlp` has for an activation of PyTorch or one of `others`."""
-    names = {nn.GELU: "", nn.SiLU: "silu", nn.ReLU: "relu", **(others or {})}
-    activation = part(module, name, *names)
+    activation = module._modules.get(name)
+    if activation is None:
+        raise Unknown(f"{name}: is missing")
     if isinstance(activation, nn.GELU):
+        part(module, name, nn.GELU)
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    return next(known for cls, known in names.items() if cls is not None and isinstance(activation, cls))
+    kind = type(activation)
+    known = ACTIVATIONS.get(kind) or (others or {}).get(kind)
+    if known is None:
+        raise Unknown(f"{name}: no kernel has the activation {kind.__name__}")
+    part(module, name, kind)
+    return known

@@ -99,16 +99,18 @@ def _load_recipes() -> None:
 
 def intact(module: object, *classes: type[nn.Module] | None) -> bool:
     """Whether `module` computes what one of the known `classes` computes, and nobody watches or wraps it."""
-    if not isinstance(module, nn.Module):
-        return False
-    forward = getattr(type(module), "_replaced", type(module)).forward
-    return (
-        any(cls is not None and isinstance(module, cls) and _forwards.get(cls) is forward for cls in classes)
-        and "forward" not in vars(module)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
+    kind: Any = type(module)
+    for cls in classes:
+        if cls is not None and isinstance(module, cls):
+            if _forwards.get(cls) is getattr(kind, "_replaced", kind).forward:
+                return "forward" not in module.__dict__ and not hooked(module)
+    return False
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a hook would be called with `module`."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
@@ -127,7 +129,7 @@ def part(module: nn.Module, name: str, *classes: type[nn.Module] | None) -> Any:
 def why_not_intact(module: object, classes: Iterable[type[nn.Module] | None]) -> str:
     if not isinstance(module, nn.Module):
         return "is missing"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if hooked(module):
         return "has hooks"
     if "forward" in vars(module):
         return "its forward was replaced"
