@@ -245,6 +245,15 @@ def test_a_class_whose_forward_was_replaced_is_left(model, images, kernels, monk
     assert "blocks.0.mlp" in {entry.name for entry in report.left}
 
 
+def test_heads_too_wide_for_the_kernels_are_left(images):
+    sizes = dict(img_size=16, patch_size=8, embed_dim=264, num_heads=1, num_classes=5, depth=1)
+    model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    theirs = model(images)
+    report = vit_triton.accelerate(model, "triton")
+    close(model(images), theirs)
+    assert "264" in {entry.name: entry.what for entry in report.left}["blocks.0.attn"]
+
+
 def test_the_report_is_a_table(model):
     report = vit_triton.accelerate(model, "triton")
     assert isinstance(report, Report) and len(report.replaced) + len(report.left) == len(report.entries)

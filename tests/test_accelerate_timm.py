@@ -122,6 +122,22 @@ def test_each_dropout_drops_what_it_did(where, fused):
     assert_accelerated(model.eval(), images)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_mode_that_counts_for_attention_dropout(fused):
+    model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER)
+    attention = model.eval().blocks[0].attn
+    attention.fused_attn, attention.attn_drop.p = fused, 1.0
+    attention.attn_drop.train()  # which PyTorch's fused attention does not look at
+    assert_accelerated(model, images)
+
+
+def test_a_drop_path_that_does_not_scale_is_left():
+    model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER, drop_path_rate=0.5, depth=2)
+    model.blocks[1].drop_path1.scale_by_keep = False
+    report = assert_accelerated(model.train(), images, seed=0)
+    assert "drop_path1" in {entry.name: entry.what for entry in report.left}["blocks.1"]
+
+
 def test_a_mask_goes_to_timm():
     model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER)
     mask = torch.rand(2, 1, 10, 10, generator=torch.Generator().manual_seed(0)) > 0.3

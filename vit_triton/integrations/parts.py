@@ -18,6 +18,7 @@ __all__ = [
     "MlpParts",
     "activation_of",
     "attend",
+    "check_head_size",
     "dropout_of",
     "feed_forward",
     "layer_norm_of",
@@ -109,6 +110,12 @@ def check_input(x: Tensor, *weights: Tensor | None) -> None:
     for weight in weights:
         if weight is not None and (sharded(weight) or (weight.dtype != x.dtype and not autocast)):
             raise Unknown("a sharded weight, or several dtypes")
+
+
+def check_head_size(size: int) -> None:
+    """Raise Unknown if heads are wider than the kernels take."""
+    if size > F.MAX_HEAD_DIM:
+        raise Unknown(f"heads are {size} wide, the kernels' at most {F.MAX_HEAD_DIM}")
 
 
 def layer_norm_of(norm: Any) -> F.Norm:

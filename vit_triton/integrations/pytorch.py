@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from vit_triton import functional as F
-from vit_triton.integrations.parts import AttentionParts, attend, layer_norm_of
+from vit_triton.integrations.parts import AttentionParts, attend, check_head_size, layer_norm_of
 from vit_triton.integrations.replacement import Recipe, Unknown, for_kernels, know, only, teach
 
 
@@ -86,6 +86,7 @@ def read_multihead_attention(module: nn.MultiheadAttention) -> AttentionParts:
     only(module, "in_proj_weight", "in_proj_bias", "out_proj")
     if module.in_proj_weight is None or not module.batch_first or module.add_zero_attn:
         raise Unknown("needs batch_first, keys and values of the queries' width, and no added token")
+    check_head_size(module.head_dim)
     return AttentionParts(
         heads=module.num_heads,
         scale=module.head_dim**-0.5,
