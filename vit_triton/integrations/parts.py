@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vit_triton import functional as F
-from vit_triton.integrations.replacement import Unknown, only, part
+from vit_triton.integrations.replacement import Unknown, only, part, sharded
 from vit_triton.modules import dropout_now
 
 __all__ = [
@@ -17,12 +18,16 @@ __all__ = [
     "MlpParts",
     "activation_of",
     "attend",
+    "check_head_size",
     "dropout_of",
     "feed_forward",
     "layer_norm_of",
     "linear_of",
     "norm_of",
 ]
+
+
+ACTIVATIONS: dict[type[nn.Module], str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
 
 
 class Branch(NamedTuple):
@@ -66,6 +71,9 @@ class MlpParts(NamedTuple):
 
 def attend(x: Tensor, parts: AttentionParts, backend: str, branch: Branch = Branch()) -> Tensor:  # noqa: B008 - a tuple
     """(B, N, dim) -> (B, N, dim out)."""
+    check_input(x, parts.qkv_weight, parts.out_weight, branch.layer_scale)
+    if x.ndim != 3:
+        raise Unknown("no batch of tokens")
     qkv = F.linear(x, parts.qkv_weight, parts.qkv_bias, norm=parts.norm, backend=backend)
     out = F.attention_packed(
         qkv.unflatten(-1, (3, parts.heads, -1)),
@@ -92,7 +100,22 @@ def attend(x: Tensor, parts: AttentionParts, backend: str, branch: Branch = Bran
 
 def feed_forward(x: Tensor, parts: MlpParts, backend: str, branch: Branch = Branch()) -> Tensor:  # noqa: B008
     """(..., dim) -> (..., dim out)."""
+    check_input(x, parts.w1, parts.w2, branch.layer_scale)
     return F.mlp(x, **parts._asdict(), **branch._asdict(), backend=backend)
+
+
+def check_input(x: Tensor, *weights: Tensor | None) -> None:
+    """Raise Unknown where a weight is sharded, or where dtypes are mixed by hand: PyTorch's promotion decides then."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for weight in weights:
+        if weight is not None and (sharded(weight) or (weight.dtype != x.dtype and not autocast)):
+            raise Unknown("a sharded weight, or several dtypes")
+
+
+def check_head_size(size: int) -> None:
+    """Raise Unknown if heads are wider than the kernels take."""
+    if size > F.MAX_HEAD_DIM:
+        raise Unknown(f"heads are {size} wide, the kernels' at most {F.MAX_HEAD_DIM}")
 
 
 def layer_norm_of(norm: Any) -> F.Norm:
@@ -112,10 +135,10 @@ def norm_of(module: nn.Module, name: str, *classes: type[nn.Module] | None) -> F
 
 def linear_of(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the Linear of that name; Unknown if they are tensors of a kind of their own, quantized ones
-    for example."""
+    for example. FSDP's are whole again when the module is called, see :func:`check_input`."""
     linear = part(module, name, nn.Linear)
     weight = linear.weight
-    if type(weight) not in (nn.Parameter, Tensor) and not isinstance(weight, FakeTensor):
+    if type(weight) not in (nn.Parameter, Tensor) and not isinstance(weight, FakeTensor) and not sharded(weight):
         raise Unknown(f"{name}: its weight is a {type(weight).__name__}")
     return weight, linear.bias
 
@@ -130,8 +153,15 @@ def dropout_of(module: nn.Module, name: str) -> float:
 
 def activation_of(module: nn.Module, name: str, others: dict[type[nn.Module], str] | None = None) -> str:
     """The name that :func:`vit_triton.functional.mlp` has for an activation of PyTorch or one of `others`."""
-    names = {nn.GELU: "", nn.SiLU: "silu", nn.ReLU: "relu", **(others or {})}
-    activation = part(module, name, *names)
+    activation = module._modules.get(name)
+    if activation is None:
+        raise Unknown(f"{name}: is missing")
     if isinstance(activation, nn.GELU):
+        part(module, name, nn.GELU)
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    return next(known for cls, known in names.items() if cls is not None and isinstance(activation, cls))
+    kind = type(activation)
+    known = ACTIVATIONS.get(kind) or (others or {}).get(kind)
+    if known is None:
+        raise Unknown(f"{name}: no kernel has the activation {kind.__name__}")
+    part(module, name, kind)
+    return known

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from vit_triton import functional as F
-from vit_triton.integrations.parts import AttentionParts, attend, layer_norm_of
-from vit_triton.integrations.replacement import Recipe, Unknown, know, only, teach
+from vit_triton.integrations.parts import AttentionParts, attend, check_head_size, layer_norm_of
+from vit_triton.integrations.replacement import Recipe, Unknown, for_kernels, know, only, teach
 
 
 def teach_all() -> None:
@@ -68,13 +67,10 @@ def self_attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
     """The one tensor that is query, key and value of a call without masks that asks for no weights."""
     names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights")
     call = {**dict(zip(names, args, strict=False)), **kwargs}
-    x = call.get("query")
-    if not isinstance(x, Tensor):
-        return None
+    x: Any = call.get("query")
     whole = (
-        x.ndim == 3
-        and not x.is_nested
-        and x.dtype != torch.float64
+        for_kernels(x)
+        and x.ndim == 3
         and call.get("key") is x
         and call.get("value") is x
         and call.get("need_weights", True) is False
@@ -90,6 +86,7 @@ def read_multihead_attention(module: nn.MultiheadAttention) -> AttentionParts:
     only(module, "in_proj_weight", "in_proj_bias", "out_proj")
     if module.in_proj_weight is None or not module.batch_first or module.add_zero_attn:
         raise Unknown("needs batch_first, keys and values of the queries' width, and no added token")
+    check_head_size(module.head_dim)
     return AttentionParts(
         heads=module.num_heads,
         scale=module.head_dim**-0.5,

@@ -23,6 +23,7 @@ from vit_triton.backend import check_backend_name
 
 __all__ = ["Entry", "Recipe", "Report", "Unknown", "accelerate", "restore"]
 
+NOT_KNOWN = "no part of what is known here"
 CHOICES = ("attention", "mlp", "layer_norm", "patch_embedding")
 
 
@@ -31,12 +32,21 @@ class Unknown(Exception):
 
 
 def plain_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The only tensor of a call, if every argument after it is None or False; not if it is one of float64, which no
-    kernel takes."""
-    first, *rest = (*args, *kwargs.values())
-    if not isinstance(first, Tensor) or first.dtype == torch.float64:
+    """The first argument of a call, if it is a tensor for the kernels and every other argument is None or False."""
+    values = (*args, *kwargs.values())
+    if not values or not for_kernels(values[0]):
         return None
-    return first if all(value is None or value is False for value in rest) else None
+    return values[0] if all(value is None or value is False for value in values[1:]) else None
+
+
+def for_kernels(x: object) -> bool:
+    """Whether `x` is a tensor that the kernels could take: not of float64, not nested, not sharded."""
+    return isinstance(x, Tensor) and x.dtype != torch.float64 and not x.is_nested and not sharded(x)
+
+
+def sharded(x: Tensor) -> bool:
+    """Whether `x` is a DTensor, asked without importing them."""
+    return hasattr(x, "to_local")
 
 
 class Recipe(NamedTuple):
@@ -63,7 +73,7 @@ _forwards: dict[type[nn.Module], Any] = {}  # the forward of every class that is
 def know(*classes: type[nn.Module] | None) -> None:
     """Trust these classes to compute what they do today, unless somebody has replaced their forward already."""
     for cls in classes:
-        if cls is None or cls in _forwards:
+        if cls is None or _forwards.get(cls) is not None:
             continue
         home = next(base for base in cls.__mro__ if "forward" in vars(base))
         forward = vars(home)["forward"]
@@ -95,17 +105,20 @@ def _load_recipes() -> None:
 def intact(module: object, *classes: type[nn.Module] | None, unless: Callable[[Any], bool] | None = None) -> bool:
     """Whether `module` computes what one of the known `classes` computes, and nobody wraps it, nor watches it with a
     hook; a forward hook does not count if ``unless(hook)``."""
-    if not isinstance(module, nn.Module):
-        return False
-    forward = getattr(type(module), "_replaced", type(module)).forward
-    return (
-        any(cls is not None and isinstance(module, cls) and _forwards.get(cls) is forward for cls in classes)
-        and "forward" not in vars(module)
-        and (not module._forward_hooks or (unless is not None and all(map(unless, module._forward_hooks.values()))))
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )
+    kind: Any = type(module)
+    for cls in classes:
+        if cls is not None and isinstance(module, cls):
+            if _forwards.get(cls) is getattr(kind, "_replaced", kind).forward:
+                return "forward" not in module.__dict__ and not hooked(module, unless)
+    return False
+
+
+def hooked(module: nn.Module, unless: Callable[[Any], bool] | None = None) -> bool:
+    """Whether a hook would be called with `module`, other than forward hooks of which ``unless(hook)``."""
+    forward_hooks: Any = module._forward_hooks
+    if forward_hooks and unless is not None:
+        forward_hooks = not all(map(unless, forward_hooks.values()))
+    return bool(forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def part(
@@ -125,7 +138,7 @@ def part(
 def why_not_intact(module: object, classes: Iterable[type[nn.Module] | None]) -> str:
     if not isinstance(module, nn.Module):
         return "is missing"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if hooked(module):
         return "has hooks"
     if "forward" in vars(module):
         return "its forward was replaced"
@@ -244,7 +257,15 @@ def accelerate(
             inside += (f"{name}." if name else "",)
     for module, cls in accelerated:
         module.__class__ = cls
-    return Report(tuple(entries))
+    replaced = [entry.name for entry in entries if entry.replaced]
+    # what only holds replaced modules together says nothing
+    return Report(
+        tuple(
+            entry
+            for entry in entries
+            if entry.what != NOT_KNOWN or not any(name.startswith(f"{entry.name}.".lstrip(".")) for name in replaced)
+        )
+    )
 
 
 def _what(module: nn.Module, recipe: Recipe | None, chosen: dict[str, bool]) -> str | None:
@@ -254,7 +275,7 @@ def _what(module: nn.Module, recipe: Recipe | None, chosen: dict[str, bool]) -> 
         if any(base in _recipes and base is not nn.Sequential for base in kind.__mro__):
             raise Unknown("its forward is not the one known here")
         if any(parameter is not None for parameter in module._parameters.values()):
-            raise Unknown("is no part that is known here")
+            raise Unknown(NOT_KNOWN)
         return None
     if "forward" in vars(module):
         raise Unknown("its forward was replaced")

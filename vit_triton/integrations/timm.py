@@ -15,6 +15,7 @@ from vit_triton.integrations.parts import (
     MlpParts,
     activation_of,
     attend,
+    check_head_size,
     dropout_of,
     feed_forward,
     layer_norm_of,
@@ -111,6 +112,7 @@ def branch_part(block: nn.Module, number: str) -> Branch:
 
 def read_attention(module: Any) -> AttentionParts:
     only(module, "qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
+    check_head_size(module.head_dim)
     qkv_weight, qkv_bias = linear_of(module, "qkv")
     out_weight, out_bias = linear_of(module, "proj")
     # PyTorch's fused attention looks at the attention's mode, the Dropout at its own
@@ -197,6 +199,7 @@ class PoolParts(NamedTuple):
 def read_pool(module: Any) -> PoolParts:
     """Of SigLIP's map pooling: attention of learned queries, and an MLP."""
     only(module, "latent", "pos_embed", "q", "kv", "q_norm", "k_norm", "proj", "proj_drop", "norm", "mlp")
+    check_head_size(module.head_dim)
     mlp = None if module.mlp is None else read_mlp(part(module, "mlp", _classes.Mlp))
     return PoolParts(
         latent=module.latent,

@@ -19,7 +19,7 @@ from vit_triton.integrations.parts import (
     norm_of,
 )
 from vit_triton.integrations.pytorch import read_multihead_attention
-from vit_triton.integrations.replacement import Recipe, Unknown, only, part, teach
+from vit_triton.integrations.replacement import Recipe, only, part, teach
 
 _mlps: list[type[nn.Module]] = []
 
@@ -65,7 +65,5 @@ def read_block(module: Any) -> BlockParts:
 
 
 def compute_block(x: Tensor, found: BlockParts, backend: str) -> Tensor:
-    if x.ndim != 3:
-        raise Unknown("no batch of tokens")
     x = attend(x, found.attention, backend, Branch(residual=x))
     return feed_forward(x, found.mlp, backend, Branch(residual=x))

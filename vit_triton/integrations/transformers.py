@@ -137,11 +137,9 @@ def teach_all() -> None:
             teach_file(file)
 
 
-@functools.cache
 def teach_file(file: str) -> None:
-    prefix, layer, family = FILES[file]
-    module = sys.modules[f"transformers.models.{file}.modeling_{file}"]
-    classes = Classes(family, *(getattr(module, prefix + name, None) for name in Classes._fields[1:]))
+    module, prefix, layer = sys.modules[f"transformers.models.{file}.modeling_{file}"], *FILES[file][:2]
+    classes = classes_of(file)
     know(*classes[1:])
     block = ("attention", "mlp", "layer_norm")
     teach(getattr(module, prefix + layer, None), Recipe(block, classes.read_layer, compute_layer, states))
@@ -249,6 +247,13 @@ class Classes(NamedTuple):
             attention,
             read_mlp(part(module, "mlp", self.MLP))._replace(norm=norm_of(module, "layernorm", nn.LayerNorm)),
         )
+
+
+@functools.cache  # one object, so that a recipe that is taught again is the same
+def classes_of(file: str) -> Classes:
+    prefix, _, family = FILES[file]
+    module = sys.modules[f"transformers.models.{file}.modeling_{file}"]
+    return Classes(family, *(getattr(module, prefix + name, None) for name in Classes._fields[1:]))
 
 
 def stacked(module: nn.Module, *names: str) -> tuple[Tensor, Tensor | None]:

@@ -15,6 +15,7 @@ from vit_triton.integrations.parts import (
     MlpParts,
     activation_of,
     attend,
+    check_head_size,
     dropout_of,
     feed_forward,
     linear_of,
@@ -100,6 +101,7 @@ def read_attention(module: Any) -> AttentionParts:
     only(module, "norm", "attend", "dropout", "to_qkv", "to_out")
     part(module, "attend", nn.Softmax)
     qkv_weight, qkv_bias = linear_of(module, "to_qkv")
+    check_head_size(qkv_weight.shape[0] // 3 // module.heads)
     out = part(module, "to_out", nn.Sequential, nn.Linear, nn.Identity)
     projection: tuple[Tensor | None, Tensor | None] = None, None
     out_dropout_p = 0.0
