@@ -36,7 +36,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "siglip": lambda **kw: hf.SiglipVisionModel(
         hf.SiglipVisionConfig(
             **dict(hidden_size=1152, num_attention_heads=16, intermediate_size=4304, num_hidden_layers=1)
-            | dict(image_size=98, patch_size=14)
+            | dict(image_size=70, patch_size=14)
             | kw
         )
     ),
