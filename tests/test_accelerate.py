@@ -403,6 +403,16 @@ def test_exports(model, images):
     close(program.module()(images), model(images))
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 10, 8), (3, 8, 8), (0, 3, 8, 8)], ids=["ragged", "unbatched", "empty"])
+def test_images_that_are_no_batch_of_patches_are_convolved(kernels, shape):
+    model = nn.Sequential(nn.Conv2d(3, 5, 4, stride=4))
+    image = torch.randn(shape)
+    theirs = model(image)
+    assert vit_triton.accelerate(model, "triton").replaced
+    close(model(image), theirs)
+    assert not kernels and model(torch.randn(1, 3, 8, 8)).shape == (1, 5, 2, 2) and kernels == ["patch_embed"]
+
+
 # --- bad arguments -----------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,12 @@
 """timm's models, accelerated: logits and every gradient, by the rule of parity.py."""
 
+import functools
+
 import pytest
 import timm
 import torch
 from parity import assert_accelerated
-from timm.layers import SwiGLU, SwiGLUPacked
+from timm.layers import GluMlp, SwiGLU, SwiGLUPacked
 from torch import Tensor, nn
 
 import vit_triton
@@ -81,6 +83,13 @@ def test_norms_that_have_no_kernel_leave_the_block_alone():
     reasons = {entry.name: entry.what for entry in report.left}
     assert "RmsNorm" in reasons["blocks.0"] and "SiLU" in reasons["blocks.0.mlp"]
     assert "blocks.0.attn" in {entry.name for entry in report.replaced}
+
+
+def test_a_gate_behind_the_values_is_left():
+    gate_last = functools.partial(GluMlp, gate_last=True)
+    model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER, mlp_layer=gate_last, act_layer=nn.SiLU)
+    report = assert_accelerated(model, images)
+    assert "gate" in {entry.name: entry.what for entry in report.left}["blocks.0.mlp"]
 
 
 @pytest.mark.parametrize("size", [24, 40])
