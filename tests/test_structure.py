@@ -18,7 +18,9 @@ PACKAGE = ROOT / "vit_triton"
 # What each part may import from the package, besides itself. Arrows point down the list only.
 ARROWS: dict[str, set[str]] = {
     "training": {"backend", "models"},
-    "__init__": {"backend", "functional", "inspection", "models", "modules", "reference", "weights"},
+    "__init__": {
+        *("backend", "functional", "inspection", "integrations", "models", "modules", "reference", "weights"),
+    },
     "integrations": {"backend", "functional", "models", "modules"},
     "inspection": {"functional", "modules"},
     "models": {"backend", "functional", "modules", "weights"},
