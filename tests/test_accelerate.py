@@ -413,6 +413,25 @@ def test_images_that_are_no_batch_of_patches_are_convolved(kernels, shape):
     assert not kernels and model(torch.randn(1, 3, 8, 8)).shape == (1, 5, 2, 2) and kernels == ["patch_embed"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 4, "stride": 2},
+        {"kernel_size": 4, "stride": 4, "padding": 2},
+        {"kernel_size": 4, "stride": 4, "padding": 3, "padding_mode": "circular"},
+        {"kernel_size": 2, "stride": 2, "dilation": 3},
+        {"kernel_size": 4, "stride": 4, "groups": 3},
+        {"kernel_size": 1},
+    ],
+    ids=str,
+)
+def test_other_convolutions_are_left(options):
+    model, image = nn.Sequential(nn.Conv2d(3, 6, **options)), torch.randn(2, 3, 8, 8)
+    theirs = model(image)
+    (entry,) = vit_triton.accelerate(model, "triton").left
+    assert "convolution" in entry.what and torch.equal(model(image), theirs)
+
+
 # --- bad arguments -----------------------------------------------------------------------------------------
 
 
