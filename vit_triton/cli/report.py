@@ -1,0 +1,37 @@
+"""What images were refused, and files of pictures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from vit_triton.images import ImageError
+from vit_triton.training.checkpoint import write
+
+matplotlib.use("Agg")
+
+
+def exit_code(refused: dict[Path, ImageError], images: int) -> int:
+    """1 where some of ``images`` were refused, which stderr then lists."""
+    if refused:
+        print(f"vit-triton: {len(refused)} of {images} images refused", file=sys.stderr)
+        for error in refused.values():
+            print(f"  {error}", file=sys.stderr)
+    return 1 if refused else 0
+
+
+def check_picture(path: Path) -> None:
+    """Before anything is computed: that a picture can go to ``path``."""
+    if path.suffix != ".png":
+        raise ValueError(f"--out must end in .png, got {path}")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out: there is no folder {path.parent}")
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """As a PNG, whole or not at all."""
+    write(path, lambda file: figure.savefig(file, dpi=100, format="png", facecolor="white"))
+    print(f"wrote {path}")
