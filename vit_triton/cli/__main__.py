@@ -1,4 +1,4 @@
-"""``python -m vit_triton.cli``, and for several processes ``torchrun -m vit_triton.cli train``: the same as vit-triton."""
+"""``python -m vit_triton.cli`` is ``vit-triton``; so is ``torchrun -m vit_triton.cli``, for several processes."""
 
 import sys
 

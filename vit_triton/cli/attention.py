@@ -1,4 +1,4 @@
-"""``vit-triton attention``: where the class token looks, head by head (Caron et al. 2021, arXiv:2104.14294, figure 1)."""
+"""``vit-triton attention``: where the class token looks, head by head (Caron et al. 2021, arXiv:2104.14294, fig. 1)."""
 
 from __future__ import annotations
 
@@ -45,8 +45,7 @@ def draw(seen: list[tuple[Path, Image.Image]], maps: list[Tensor]) -> Figure:
     heads = len(maps[0])
     columns = min(COLUMNS, heads + 1)
     lines = -(-heads // (columns - 1))
-    side = 12 / columns
-    figure = Figure(figsize=(12, len(seen) * lines * (side + 0.25)), layout="constrained")
+    figure = Figure(figsize=(12, len(seen) * lines * (12 / columns + 0.22)), layout="constrained")
     all_axes = figure.subplots(len(seen) * lines, columns, squeeze=False)
     for axes in all_axes.flat:
         axes.set_axis_off()

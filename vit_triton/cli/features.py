@@ -20,14 +20,15 @@ from vit_triton.images import ImageError
 from vit_triton.training.checkpoint import write
 
 SUMMARY = {"features": "the principal components of the patch features as a picture, and the features as .npz"}
-COLUMNS = 3  # photographs side by side, each with its components
+COLUMNS = 3  # photographs side by side at most, each with its components
 
 
 def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     models.add_arguments(parser)
-    parser.add_argument("--out", type=Path, default=Path("features.png"), help="the picture; the .npz lies beside it")
+    parser.add_argument("--out", type=Path, default=Path("features.png"),
+                        help="the picture (default: features.png); the .npz lies beside it")  # fmt: skip
     parser.add_argument("--foreground", action="store_true",
-                        help="colours for the foreground only, told apart by the sign of the first component")  # fmt: skip
+                        help="colours for the foreground only, which the first component tells apart")  # fmt: skip
 
 
 @torch.inference_mode()
@@ -93,10 +94,9 @@ def components(features: Tensor, shown: Tensor) -> Tensor:
 
 def draw(seen: list[tuple[Path, Image.Image]], colours: Tensor, shown: Tensor) -> Figure:
     """Photographs, and the components beside each."""
-    columns = min(COLUMNS, len(seen))
-    rows = -(-len(seen) // columns)
-    side = 12 / (2 * columns)
-    figure = Figure(figsize=(12, rows * (side + 0.3)), layout="constrained")
+    rows = -(-len(seen) // COLUMNS)
+    columns = -(-len(seen) // rows)
+    figure = Figure(figsize=(12, rows * (12 / (2 * columns) + 0.18)), layout="constrained")
     all_axes = figure.subplots(rows, 2 * columns, squeeze=False)
     for axes in all_axes.flat:
         axes.set_axis_off()
@@ -105,6 +105,7 @@ def draw(seen: list[tuple[Path, Image.Image]], colours: Tensor, shown: Tensor) -
         left.imshow(photo, cmap="gray", vmin=0, vmax=255)
         left.set_title(path.name, fontsize=11)
         right.imshow(enlarged(colour, mask, photo.size))
+        right.set_title("components 1, 2, 3", fontsize=11)
     return figure
 
 

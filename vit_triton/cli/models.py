@@ -175,7 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a folder that train wrote, timm:NAME or hf:NAME")
     parser.add_argument("--weights", type=Path, help="file of weights, of any library, for a model by timm: or hf:")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
-                        help="names in the file or the model that need not fit, such as 'decoder.*'; repeatable")  # fmt: skip
+                        help="names in the file or the model that need not fit, as 'decoder.*'; repeatable")  # fmt: skip
     parser.add_argument("--image-size", type=int, help="side of what the model sees (default: as it was trained)")
     parser.add_argument("--backend", choices=BACKENDS, help="what computes the operations of this library")
     parser.add_argument("--device", help="cuda if there is one, else cpu")

@@ -14,6 +14,9 @@ from vit_triton.training.checkpoint import write
 matplotlib.use("Agg")
 
 
+FORMATS = (".png", ".jpg", ".webp")
+
+
 def exit_code(refused: dict[Path, ImageError], images: int) -> int:
     """1 where some of ``images`` were refused, which stderr then lists."""
     if refused:
@@ -25,13 +28,13 @@ def exit_code(refused: dict[Path, ImageError], images: int) -> int:
 
 def check_picture(path: Path) -> None:
     """Before anything is computed: that a picture can go to ``path``."""
-    if path.suffix != ".png":
-        raise ValueError(f"--out must end in .png, got {path}")
+    if path.suffix not in FORMATS:
+        raise ValueError(f"--out must end in {', '.join(FORMATS)}, got {path}")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out: there is no folder {path.parent}")
 
 
 def save_picture(figure: Figure, path: Path) -> None:
-    """As a PNG, whole or not at all."""
-    write(path, lambda file: figure.savefig(file, dpi=100, format="png", facecolor="white"))
+    """Whole or not at all."""
+    write(path, lambda file: figure.savefig(file, dpi=100, format=path.suffix[1:], facecolor="white"))
     print(f"wrote {path}")
