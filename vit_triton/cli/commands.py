@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 import vit_triton
@@ -40,9 +39,6 @@ def run(argv: list[str]) -> int:
             return bench.hand_over(argv[1:])
         options = parser().parse_args(argv)
         return COMMANDS[options.command].run(options)
-    except BrokenPipeError:  # as in `vit-triton predict ... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
-        return 0
     except KeyboardInterrupt:
         hint = "; --resume goes on from the last checkpoint" if argv[:1] == ["train"] else ""
         return _say(f"interrupted{hint}", INTERRUPTED)

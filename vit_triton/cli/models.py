@@ -90,7 +90,8 @@ class Named:
         """Paths, what is seen of their images, and that as a tensor; what cannot be opened is added to ``refused``."""
         starts = range(0, len(paths), BATCH)
         console = Console(stderr=True)
-        for start in track(starts, "images", console=console, transient=True, disable=len(starts) < 2):
+        quiet = len(starts) < 2 or not console.is_terminal
+        for start in track(starts, "images", console=console, transient=True, disable=quiet):
             opened: list[Path] = []
             cuts = []
             for path in paths[start : start + BATCH]:
@@ -175,7 +176,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a folder that train wrote, timm:NAME or hf:NAME")
     parser.add_argument("--weights", type=Path, help="file of weights, of any library, for a model by timm: or hf:")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
-                        help="names in the file or the model that need not fit, as 'decoder.*'; repeatable")  # fmt: skip
+                        help="names in the file or the model that need not fit, such as 'decoder.*'")  # fmt: skip
     parser.add_argument("--image-size", type=int, help="side of what the model sees (default: as it was trained)")
     parser.add_argument("--backend", choices=BACKENDS, help="what computes the operations of this library")
     parser.add_argument("--device", help="cuda if there is one, else cpu")
@@ -266,9 +267,10 @@ def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> 
                 f"{get}: --weights FILE"
             ) from error
     look = timm.data.resolve_model_data_config(model)
+    side = options.image_size or look["input_size"][-1]
     sight = Sight(
-        options.image_size or look["input_size"][-1],
-        look["crop_pct"],
+        side,
+        side / int(side / look["crop_pct"]),
         tuple(look["mean"]),
         tuple(look["std"]),
         getattr(Image.Resampling, look["interpolation"].upper()),
@@ -342,4 +344,5 @@ def _say_if_offline() -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}"

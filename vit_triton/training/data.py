@@ -161,9 +161,7 @@ def _folder(config: TrainConfig) -> Data:
     whole = [folder / "train", next((folder / name for name in ("val", "test") if (folder / name).is_dir()), folder)]
     apart = whole[0].is_dir() and whole[1] != folder
     try:
-        found = [
-            torchvision.datasets.ImageFolder(path, loader=open_image) for path in (whole if apart else [folder])
-        ]
+        found = [torchvision.datasets.ImageFolder(path, loader=open_image) for path in (whole if apart else [folder])]
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"data: {error}. {config.data} must be digits, cifar10 or a folder of images: {folder}/CLASS/*.jpg, or "
