@@ -96,7 +96,7 @@ def draw(seen: list[tuple[Path, Image.Image]], colours: Tensor, shown: Tensor) -
     """Photographs, and the components beside each."""
     rows = -(-len(seen) // COLUMNS)
     columns = -(-len(seen) // rows)
-    figure = Figure(figsize=(12, rows * (12 / (2 * columns) + 0.18)), layout="constrained")
+    figure = Figure(figsize=(12, rows * (12 / (2 * columns) + 0.28)), layout="constrained")
     all_axes = figure.subplots(rows, 2 * columns, squeeze=False)
     for axes in all_axes.flat:
         axes.set_axis_off()
@@ -112,6 +112,5 @@ def draw(seen: list[tuple[Path, Image.Image]], colours: Tensor, shown: Tensor) -
 def enlarged(colour: Tensor, mask: Tensor, size: tuple[int, int]) -> np.ndarray:
     """(rows, columns, 3) -> (height, width, 3), smoothly; the background white."""
     image = torch.cat((colour, mask[..., None]), dim=-1).permute(2, 0, 1)[None]
-    image = torch.nn.functional.interpolate(image, size=size[::-1], mode="bicubic")[0].permute(1, 2, 0).clamp(0, 1)
-    colour, share = image[..., :3], image[..., 3:]
-    return (colour * share + (1 - share)).numpy()
+    image = torch.nn.functional.interpolate(image, size=size[::-1], mode="bicubic")[0].permute(1, 2, 0)
+    return (image[..., :3] + 1 - image[..., 3:]).clamp(0, 1).numpy()  # where it is not shown, the colour is 0
