@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -36,5 +37,6 @@ def check_picture(path: Path) -> None:
 
 def save_picture(figure: Figure, path: Path) -> None:
     """Whole or not at all."""
-    write(path, lambda file: figure.savefig(file, dpi=100, format=path.suffix[1:], facecolor="white"))
+    options: dict[str, Any] = dict(dpi=100, format=path.suffix[1:], facecolor="white", pil_kwargs={"quality": 90})
+    write(path, lambda file: figure.savefig(file, **options))
     print(f"wrote {path}")
