@@ -314,6 +314,43 @@ def test_the_same_weights_in_two_libraries_give_the_same(size, theirs, hugging_f
     assert ((shares > 0.5) & (shares < 1)).all(), "the class token looks at itself a little"
 
 
+@torch.no_grad()
+def test_a_folder_of_hugging_face_is_seen_as_its_processor_says(tmp_path, capsys):
+    """DINOv2's: positions for another size, a crop, special tokens, names of classes."""
+    torch.manual_seed(0)
+    model = transformers.Dinov2WithRegistersForImageClassification(
+        transformers.Dinov2WithRegistersConfig(
+            hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=112, patch_size=14,
+            id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1},
+        )
+    ).eval()  # fmt: skip
+    model.save_pretrained(tmp_path)
+    processor = transformers.BitImageProcessor(
+        size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}, resample=3,
+        image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4],
+    )  # fmt: skip
+    processor.save_pretrained(tmp_path)
+    path = save(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (64, 80, 3), dtype=np.uint8))
+    images = processor(open_image(path), return_tensors="pt")["pixel_values"]
+    expected = model(images).logits.softmax(-1)[0].tolist()
+    code, out, _ = run(capsys, "predict", path, "--model", f"hf:{tmp_path}", "--json")
+    (answer,) = json.loads(out)
+    got = {each["name"]: each["probability"] for each in answer["predictions"]}
+    assert code == 0 and got == pytest.approx({"cat": expected[0], "dog": expected[1]}, abs=1e-5)
+
+    named = models.open_model(_options(path, "--model", f"hf:{tmp_path}"), purpose="attention")
+    model.set_attn_implementation("eager")
+    answer = model.dinov2_with_registers(images, output_attentions=True)
+    torch.testing.assert_close(named.features(images)[0, 1, 2], answer.last_hidden_state[0, 1 + 4 + 4 + 2])
+    torch.testing.assert_close(named.attention(images, 0)[0, 1, 3, 1], answer.attentions[0][0, 1, 0, 1 + 4 + 12 + 1])
+
+
+def test_another_architecture_of_hugging_face_is_refused(tmp_path, photo, capsys):
+    transformers.SwinConfig().save_pretrained(tmp_path)
+    code, _, err = run(capsys, "features", photo, "--model", f"hf:{tmp_path}", "--out", tmp_path / "a.png")
+    assert code == 2 and "expected one of vit, deit, dinov2, dinov2_with_registers" in err and "is a swin" in err
+
+
 # --- features and attention --------------------------------------------------------------------------------
 
 
@@ -462,7 +499,7 @@ def test_bench_hands_over(capfd, monkeypatch, tmp_path):
         (f"predict PHOTO --model timm:{TIMM} --weights none.pt", "--weights: none.pt: no such file"),
         (f"predict PHOTO --model timm:{TIMM} --weights PHOTO", "photo.png: expected a file that ends in one of"),
         ("predict PHOTO --model timm:vit_small_patch16_224 --weights WEIGHTS", "--ignore PATTERN names what need not"),
-        (f"predict PHOTO --model timm:{TIMM} --weights WEIGHTS --image-size 100", "--image-size must be a multiple of"),
+        (f"predict PHOTO --model timm:{TIMM} --image-size 100", "--image-size must be a multiple of"),
         (f"predict PHOTO --model timm:{TIMM} --image-size 0", "--image-size must be at least 1, got 0"),
         (f"attention PHOTO --model timm:{TIMM} --weights WEIGHTS --layer 12", "--layer must be from -12 to 11, got 12"),
         ("attention PHOTO --model TRAINED --layer -3", "--layer must be from -2 to 1, got -3"),

@@ -32,6 +32,7 @@ from vit_triton.weights import load_weights
 BATCH = 8  # images at once
 # What classifies, under every library's names: what is computed before it does not need it to fit.
 HEADS = ("head.*", "heads.*", "head_dist.*", "mlp_head.*", "*classifier.*", "*pooler.*", "pre_logits/*")
+HUGGING_FACE = ("vit", "deit", "dinov2", "dinov2_with_registers")  # whose tokens are a class token, others, patches
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,6 @@ class Named:
     """A model in eval mode on its device. The methods take images (B, C, H, W) as :class:`Sight` makes them."""
 
     def __init__(self, model: nn.Module, sight: Sight, patch: int, classes: tuple[str, ...], device: str) -> None:
-        if sight.size % patch:
-            raise ValueError(f"--image-size must be a multiple of {patch}, the side of a patch, got {sight.size}")
         self.model, self.sight, self.patch, self.classes = model, sight, patch, classes
         self.device = device
 
@@ -220,7 +219,10 @@ def open_model(options: argparse.Namespace, *, purpose: str) -> Named:
 
 
 def prepare(model: nn.Module, device: str) -> None:
-    """All that is done to a model, of whichever library, before it sees images."""
+    """All that is done to a model, of whichever library, before it sees images.
+
+    What is done must leave the blocks of a model as they are where its attention is asked for: it is read inside.
+    """
     model.eval().to(device)
 
 
@@ -249,8 +251,14 @@ def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> 
             model = timm.create_model(name, **size)
         if not isinstance(model, timm.models.VisionTransformer):
             raise TypeError
-    except TypeError:
+    except TypeError:  # of one that takes no size
         raise ValueError(f"--model: expected a VisionTransformer of timm's, {name} is none") from None
+    look, patch = timm.data.resolve_model_data_config(model), model.patch_embed.patch_size[0]
+    side = options.image_size or look["input_size"][-1]
+    resample = getattr(Image.Resampling, look["interpolation"].upper())
+    crop = side / int(side / look["crop_pct"])  # as its transforms round
+    sight = Sight(side, crop, tuple(look["mean"]), tuple(look["std"]), resample)
+    _check_size(sight, patch)
     if options.weights is not None:
         model = timm.create_model(name, **size)
         load_weights(model, options.weights, ignore=_ignored(options, purpose))
@@ -266,16 +274,7 @@ def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> 
                 f"the weights of {options.model} are not here and cannot be downloaded ({_first_line(error)}). "
                 f"{get}: --weights FILE"
             ) from error
-    look = timm.data.resolve_model_data_config(model)
-    side = options.image_size or look["input_size"][-1]
-    sight = Sight(
-        side,
-        side / int(side / look["crop_pct"]),
-        tuple(look["mean"]),
-        tuple(look["std"]),
-        getattr(Image.Resampling, look["interpolation"].upper()),
-    )
-    return Timm(model, sight, model.patch_embed.patch_size[0], _classes(model.num_classes), device)
+    return Timm(model, sight, patch, _classes(model.num_classes), device)
 
 
 def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: str) -> Named:
@@ -285,8 +284,12 @@ def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: 
     try:
         _say_if_offline()
         config = transformers.AutoConfig.from_pretrained(name)
+        if config.model_type not in HUGGING_FACE:
+            raise ValueError(f"--model: expected one of {', '.join(HUGGING_FACE)}, {name} is a {config.model_type}")
         # the processor itself might need more packages than its facts
         look, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
+        sight = _hugging_face_sight(look, options.image_size, config.image_size)
+        _check_size(sight, config.patch_size)
         if options.weights is None:
             model = auto.from_pretrained(name, **how)
     except (OSError, json.JSONDecodeError) as error:
@@ -298,18 +301,36 @@ def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: 
     if options.weights is not None:
         model = auto.from_config(config, **how)
         load_weights(model, options.weights, ignore=_ignored(options, purpose))
-    size = options.image_size or config.image_size
-    resized = look.get("size", {})
-    shorter = resized.get("shortest_edge", size) if isinstance(resized, dict) else resized
-    cut = look.get("crop_size", {}) if look.get("do_center_crop") else {}
-    crop = cut.get("height", shorter) / shorter if isinstance(cut, dict) else cut / shorter
-    sight = Sight(size, min(crop, 1.0), tuple(look["image_mean"]), tuple(look["image_std"]),
-                  look.get("resample", Image.Resampling.BILINEAR))  # fmt: skip
     classes: tuple[str, ...] = ()
     if purpose == "logits":
         named = tuple(config.id2label[i] for i in range(config.num_labels))
         classes = _classes(len(named)) if named[0] == "LABEL_0" else named
     return HuggingFace(model, sight, config.patch_size, classes, device)
+
+
+def _hugging_face_sight(look: dict[str, Any], size: int | None, default: int) -> Sight:
+    """Of the facts of an image processor. Where that would squeeze an image into a square, its middle is cut out."""
+    resized = _side(look.get("size"), default)
+    seen = _side(look.get("crop_size"), resized) if look.get("do_center_crop") else resized
+    return Sight(
+        size or seen,
+        min(seen / resized, 1.0),
+        tuple(look.get("image_mean", Sight.mean)),
+        tuple(look.get("image_std", Sight.std)),
+        look.get("resample", Sight.resample),
+    )
+
+
+def _check_size(sight: Sight, patch: int) -> None:
+    if sight.size % patch:
+        raise ValueError(f"--image-size must be a multiple of {patch}, the side of a patch, got {sight.size}")
+
+
+def _side(size: Any, default: int) -> int:
+    """Of what Hugging Face's processors were given over the years: a number, height and width, or the shorter edge."""
+    if isinstance(size, dict):
+        size = size.get("height", size.get("shortest_edge"))
+    return default if size is None else size
 
 
 def _ignored(options: argparse.Namespace, purpose: str) -> tuple[str, ...]:
