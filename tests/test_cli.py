@@ -563,6 +563,7 @@ def no_network(monkeypatch, tmp_path):
 def test_without_a_network_it_says_which_file_to_put_where(words, message, photo, no_network, capsys):
     code, _, err = run(capsys, "features", photo, "--model", words)
     assert code == 2 and message in err and err.count("\n") == 1
+    assert huggingface_hub.constants.HF_HUB_OFFLINE, "or it tries for a minute"
 
 
 def test_ctrl_c_ends_it_in_a_line(monkeypatch, capsys, tmp_path):

@@ -27,7 +27,6 @@ def open_image(path: str | Path) -> Image.Image:
             # Half of the size that is refused, and notes about metadata that nothing here reads
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                image.load()
                 return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         reason = "no such file"
