@@ -71,7 +71,8 @@ def small(monkeypatch, tmp_path):
         return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
 
     automatic = transformers.models.auto.auto_factory._BaseAutoModelClass
-    for kind in (automatic, transformers.PreTrainedModel):
+    # AutoModel too: a test that has patched it leaves it with an attribute of its own
+    for kind in (automatic, transformers.AutoModel, transformers.PreTrainedModel):
         monkeypatch.setattr(kind, "from_pretrained", classmethod(from_pretrained))
     np.savez(tmp_path / "B_16.npz", **as_jax(timm.create_model("vit_base_patch16_224")))
     monkeypatch.chdir(tmp_path)
