@@ -16,6 +16,7 @@ import sklearn.decomposition  # noqa: E402
 import timm  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
+from test_training import bright_and_dark  # noqa: E402
 
 import vit_triton  # noqa: E402
 from vit_triton import ViT, attention_maps, save_weights  # noqa: E402
@@ -30,14 +31,8 @@ TIMM = "vit_tiny_patch16_224"
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Two classes, bright and dark. Their shorter side is what training resizes to: nothing is resampled."""
-    folder, draw = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for name, light in (("bright", 200), ("dark", 50)):
-        (folder / name).mkdir()
-        for i in range(10):
-            pixels = draw.integers(light - 50, light + 50, (16, 18, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{i}.png")
-    return folder
+    """Their shorter side is what training resizes to: nothing is resampled."""
+    return bright_and_dark(tmp_path_factory.mktemp("photos"), 10, 16, 18)
 
 
 @pytest.fixture(scope="module")
