@@ -114,6 +114,16 @@ def test_twice_is_once(model, images, kernels):
     assert type(model.blocks[0]) is Block
 
 
+def test_without_a_backend_it_is_the_one_in_force(model, images):
+    vit_triton.accelerate(model, None)
+    counts = []
+    for name in ("triton", "torch"):
+        with vit_triton.use_backend(name), torch.profiler.profile() as profile:
+            model(images)
+        counts.append(sum(event.key.startswith("vit_triton::") for event in profile.key_averages()))
+    assert counts[0] > 0 == counts[1]
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "save"])
 def test_copies_are_accelerated_and_of_their_own(model, images, kernels, how):
     vit_triton.accelerate(model, "triton")

@@ -310,6 +310,29 @@ def test_the_same_weights_in_two_libraries_give_the_same(size, theirs, hugging_f
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("library", ["timm", "hf"])
+@pytest.mark.parametrize("purpose", ["logits", "features", "attention"])
+def test_other_libraries_models_run_on_the_kernels(purpose, library, theirs, hugging_face, photo):
+    seen: set[str] = set()
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(function.namespace)
+            return function(*args, **(kwargs or {}))
+
+    images, results = torch.randn(2, 3, 64, 64), []
+    name = f"timm:{TIMM}" if library == "timm" else f"hf:{hugging_face}"
+    for backend in ("torch", "triton"):
+        options = _options(photo, "--model", name, "--weights", theirs[1], "--image-size", 64, "--backend", backend)
+        named = models.open_model(options, purpose=purpose)
+        seen.clear()
+        with Watch():
+            results.append(named.attention(images, -1) if purpose == "attention" else getattr(named, purpose)(images))
+        assert ("vit_triton" in seen) == (backend == "triton")
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_folder_of_hugging_face_is_seen_as_its_processor_says(tmp_path, capsys):
     """DINOv2's: positions for another size, a crop, special tokens, names of classes."""
     torch.manual_seed(0)

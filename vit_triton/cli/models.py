@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from vit_triton.backend import BACKENDS, resolve_backend, use_backend
+from vit_triton.backend import BACKENDS, resolve_backend
 from vit_triton.images import ImageError, open_image
 from vit_triton.inspection import attention_maps
+from vit_triton.integrations import accelerate
 from vit_triton.training import load_trained
 from vit_triton.weights import load_weights
 
@@ -177,7 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
                         help="names in the file or the model that need not fit, such as 'decoder.*'")  # fmt: skip
     parser.add_argument("--image-size", type=int, help="side of what the model sees (default: as it was trained)")
-    parser.add_argument("--backend", choices=BACKENDS, help="what computes the operations of this library")
+    parser.add_argument("--backend", choices=BACKENDS, help="what computes the model")
     parser.add_argument("--device", help="cuda if there is one, else cpu")
 
 
@@ -196,9 +197,8 @@ def open_model(options: argparse.Namespace, *, purpose: str) -> Named:
     except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without CUDA
         raise ValueError(f"--device: {str(error).splitlines()[0]}") from error
     if options.backend is not None:
-        use_backend(options.backend)
         try:
-            resolve_backend(None, "linear", probe)
+            resolve_backend(options.backend, "linear", probe)
         except RuntimeError as error:
             raise ValueError(f"--backend: {error}") from error
     if options.image_size is not None and options.image_size < 1:
@@ -207,29 +207,22 @@ def open_model(options: argparse.Namespace, *, purpose: str) -> Named:
         if options.weights is not None and not options.weights.is_file():
             raise FileNotFoundError(f"--weights: {options.weights}: no such file")
         named = (_timm if kind == "timm" else _hugging_face)(name, options, device, purpose)
+        accelerate(named.model, options.backend)
     else:
         for option in ("weights", "ignore", "image_size"):
             if getattr(options, option):
                 raise ValueError(f"--{option.replace('_', '-')} is for a model by timm: or hf:, got {options.model}")
-        named = _trained(Path(options.model), device)
+        named = _trained(Path(options.model), options.backend, device)
     if purpose == "logits" and not named.classes:
         raise ValueError(f"--model: {options.model} gives features, not classes")
-    prepare(named.model, device)
+    named.model.eval().to(device)
     return named
 
 
-def prepare(model: nn.Module, device: str) -> None:
-    """All that is done to a model, of whichever library, before it sees images.
-
-    What is done must leave the blocks of a model as they are where its attention is asked for: it is read inside.
-    """
-    model.eval().to(device)
-
-
-def _trained(folder: Path, device: str) -> Named:
+def _trained(folder: Path, backend: str | None, device: str) -> Named:
     if not folder.is_dir():
         raise FileNotFoundError(f"--model: expected a folder that train wrote, timm:NAME or hf:NAME, got {folder}")
-    model, config, classes = load_trained(folder, device=device)
+    model, config, classes = load_trained(folder, backend=backend, device=device)
     size, patch = (config.sizes()[name] for name in ("image_size", "patch_size"))
     if config.data == "digits":
         sight = Sight(size, mean=(0.0,), std=(1.0,))

@@ -69,7 +69,7 @@ class MlpParts(NamedTuple):
     dropout_p: float = 0.0
 
 
-def attend(x: Tensor, parts: AttentionParts, backend: str, branch: Branch = Branch()) -> Tensor:  # noqa: B008 - a tuple
+def attend(x: Tensor, parts: AttentionParts, backend: str | None, branch: Branch = Branch()) -> Tensor:  # noqa: B008 - a tuple
     """(B, N, dim) -> (B, N, dim out)."""
     check_input(x, parts.qkv_weight, parts.out_weight, branch.layer_scale)
     if x.ndim != 3:
@@ -98,7 +98,7 @@ def attend(x: Tensor, parts: AttentionParts, backend: str, branch: Branch = Bran
     )
 
 
-def feed_forward(x: Tensor, parts: MlpParts, backend: str, branch: Branch = Branch()) -> Tensor:  # noqa: B008
+def feed_forward(x: Tensor, parts: MlpParts, backend: str | None, branch: Branch = Branch()) -> Tensor:  # noqa: B008
     """(..., dim) -> (..., dim out)."""
     check_input(x, parts.w1, parts.w2, branch.layer_scale)
     return F.mlp(x, **parts._asdict(), **branch._asdict(), backend=backend)

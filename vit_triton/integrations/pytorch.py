@@ -20,7 +20,7 @@ def teach_all() -> None:
     )
 
 
-def normalise(x: Tensor, norm: F.Norm, backend: str) -> Tensor:
+def normalise(x: Tensor, norm: F.Norm, backend: str | None) -> Tensor:
     weight, bias, eps = norm
     return cast(Tensor, F.layer_norm(x, weight, bias, eps=eps, backend=backend))
 
@@ -44,7 +44,7 @@ def read_convolution(module: nn.Conv2d) -> Convolution:
     return Convolution(module.weight, module.bias, cast(tuple[int, int], size))
 
 
-def convolve(image: Tensor, found: Convolution, backend: str) -> Tensor:
+def convolve(image: Tensor, found: Convolution, backend: str | None) -> Tensor:
     """(B, C, H, W) -> (B, dim, H/ph, W/pw), the tokens of every patch next to one another in memory."""
     patch_h, patch_w = found.patch_size
     if image.ndim != 4 or not image.is_floating_point() or 0 in image.shape:
@@ -98,5 +98,5 @@ def read_multihead_attention(module: nn.MultiheadAttention) -> AttentionParts:
     )
 
 
-def attend_and_none(x: Tensor, found: AttentionParts, backend: str) -> tuple[Tensor, None]:
+def attend_and_none(x: Tensor, found: AttentionParts, backend: str | None) -> tuple[Tensor, None]:
     return attend(x, found, backend), None

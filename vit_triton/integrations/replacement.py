@@ -62,7 +62,7 @@ class Recipe(NamedTuple):
 
     needs: tuple[str, ...]
     read: Callable[[Any], Any]
-    compute: Callable[[Tensor, Any, str], Any]
+    compute: Callable[[Tensor, Any, str | None], Any]
     find_input: Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] = plain_input
 
 
@@ -159,7 +159,7 @@ def only(module: nn.Module, *names: str) -> None:
 
 
 @functools.cache
-def _accelerated(cls: Any, recipe: Recipe, backend: str) -> Any:
+def _accelerated(cls: Any, recipe: Recipe, backend: str | None) -> Any:
     """The subclass of `cls` that computes by `recipe`."""
     known = cls.forward
 
@@ -185,7 +185,7 @@ def _accelerated(cls: Any, recipe: Recipe, backend: str) -> Any:
     return accelerated
 
 
-def _new(cls: Any, backend: str, *arguments: Any) -> nn.Module:
+def _new(cls: Any, backend: str | None, *arguments: Any) -> nn.Module:
     """An empty accelerated module of `cls`, for pickle and deepcopy to fill; a plain one where it is not known."""
     _load_recipes()
     recipe = _recipe_of(cls)
@@ -202,7 +202,7 @@ def _recipe_of(cls: type[nn.Module]) -> Recipe | None:
 
 def accelerate(
     model: nn.Module,
-    backend: str = "auto",
+    backend: str | None = "auto",
     *,
     attention: bool = True,
     mlp: bool = True,
@@ -219,7 +219,7 @@ def accelerate(
 
     Args:
         model: any module; what is not known in it is left alone.
-        backend: "triton", "torch" or "auto", as in :mod:`vit_triton.functional`.
+        backend: "triton", "torch" or "auto", or None, as in :mod:`vit_triton.functional`.
         attention, mlp, layer_norm, patch_embedding: which to replace. Blocks need attention, mlp and layer_norm.
 
     Returns:
@@ -231,7 +231,8 @@ def accelerate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}")
-    check_backend_name(backend)
+    if backend is not None:
+        check_backend_name(backend)
     chosen = dict(zip(CHOICES, (attention, mlp, layer_norm, patch_embedding), strict=True))
     for name, value in chosen.items():
         if not isinstance(value, bool):

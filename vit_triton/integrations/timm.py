@@ -178,7 +178,7 @@ def read_block(module: Any) -> BlockParts:
     )
 
 
-def compute_block(x: Tensor, found: BlockParts, backend: str) -> Tensor:
+def compute_block(x: Tensor, found: BlockParts, backend: str | None) -> Tensor:
     x = attend(x, found.attention, backend, found.branch1._replace(residual=x))
     return feed_forward(x, found.mlp, backend, found.branch2._replace(residual=x))
 
@@ -215,7 +215,7 @@ def read_pool(module: Any) -> PoolParts:
     )
 
 
-def compute_pool(x: Tensor, found: PoolParts, backend: str) -> Tensor:
+def compute_pool(x: Tensor, found: PoolParts, backend: str | None) -> Tensor:
     if found.pos_embed is not None:
         x = x + found.pos_embed.unsqueeze(0).to(x.dtype)
     q = F.linear(found.latent.expand(x.shape[0], -1, -1), *found.q, backend=backend)

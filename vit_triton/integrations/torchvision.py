@@ -64,6 +64,6 @@ def read_block(module: Any) -> BlockParts:
     )
 
 
-def compute_block(x: Tensor, found: BlockParts, backend: str) -> Tensor:
+def compute_block(x: Tensor, found: BlockParts, backend: str | None) -> Tensor:
     x = attend(x, found.attention, backend, Branch(residual=x))
     return feed_forward(x, found.mlp, backend, Branch(residual=x))

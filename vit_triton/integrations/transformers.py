@@ -279,12 +279,12 @@ def read_mlp(module: Any) -> MlpParts:
 # --- computing ---------------------------------------------------------------------------------------------
 
 
-def compute_layer(x: Tensor, found: LayerParts, backend: str) -> Tensor:
+def compute_layer(x: Tensor, found: LayerParts, backend: str | None) -> Tensor:
     x = attend(x, found.attention, backend, found.branch1._replace(residual=x))
     return feed_forward(x, found.mlp, backend, found.branch2._replace(residual=x))
 
 
-def compute_pool(x: Tensor, found: PoolParts, backend: str) -> Tensor:
+def compute_pool(x: Tensor, found: PoolParts, backend: str | None) -> Tensor:
     """(B, N, dim) -> (B, dim). The one query is projected once, not for every image."""
     probe, attention, mlp = found
     q_weight, kv_weight = attention.qkv_weight.tensor_split([x.shape[-1]])

@@ -78,7 +78,7 @@ def read_patch_embedding(module: nn.Sequential) -> PatchEmbeddingParts | None:
     )
 
 
-def embed(image: Tensor, found: PatchEmbeddingParts, backend: str) -> Tensor:
+def embed(image: Tensor, found: PatchEmbeddingParts, backend: str | None) -> Tensor:
     """(B, C, H, W) -> (B, patches, dim)."""
     height, width = image.shape[-2:]
     patch_h, patch_w = found.patch_size
@@ -156,7 +156,7 @@ def read_transformer(module: Any) -> TransformerParts:
     return TransformerParts(blocks, norm_of(module, "norm", nn.LayerNorm))
 
 
-def compute_transformer(x: Tensor, found: TransformerParts, backend: str) -> Tensor:
+def compute_transformer(x: Tensor, found: TransformerParts, backend: str | None) -> Tensor:
     for attention, mlp in found.blocks:
         x = attend(x, attention, backend, Branch(residual=x))
         x = feed_forward(x, mlp, backend, Branch(residual=x))
