@@ -143,6 +143,14 @@ def test_uint8_images_are_normalised_in_the_load(dtype, patch_order):
     check(inputs, patch_size=(4, 6), patch_order=patch_order, pre=True, post=True, mean=MEAN, std=STD)
 
 
+def test_statistics_may_be_views():
+    image, weight, *_ = make_inputs(2, 3, (3, 2), (4, 6), 40, torch.float32, layout="uint8")
+    options = dict(patch_size=(4, 6), backend="triton")
+    std = torch.tensor([[0.5, 9.0], [0.25, 9.0], [0.125, 9.0]])[:, 0]
+    expected = F.patch_embed(image, weight, mean=[0.5] * 3, std=std.tolist(), **options)
+    assert torch.equal(F.patch_embed(image, weight, mean=torch.tensor(0.5).expand(3), std=std, **options), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["uint8", "channels_last"])
 def test_several_tiles(small_tiles, layout, dtype):
