@@ -25,26 +25,30 @@ def _register(schema: str) -> Any:
         def implementation(x: Tensor, *args: Any) -> Any:
             return _no_none(function(x, *args), x)
 
-        _library.impl(name, _on_cpu(implementation), "CPU")
-        _library.impl(name, implementation, "CUDA")
-        _library.impl(name, implementation, "XPU")
+        _library.impl(name, lambda *args: _on_cpu(implementation, args), "CPU")
+        _library.impl(name, lambda *args: _on_gpu(implementation, args), "CUDA")
+        _library.impl(name, lambda *args: _on_gpu(implementation, args), "XPU")
         return function
 
     return decorate
 
 
-def _on_cpu(function: Any) -> Any:
+def _on_cpu(function: Any, args: tuple[Any, ...]) -> Any:
     """``function`` with a Triton driver active that serves CPU tensors; its launches recorded if it is ours."""
+    from vit_triton.cpu.driver import active, recording
+    from vit_triton.kernels._replay import replay
 
-    @functools.wraps(function)
-    def implementation(*args: Any) -> Any:
-        from vit_triton.cpu.driver import active
-        from vit_triton.cpu.replay import replay
+    with active() as device:
+        # one block: memory that is new to the process has pages which the system clears first
+        return function(*args) if device is None else replay(function, args, device, recording, one_block=True)
 
-        with active() as device:
-            return function(*args) if device is None else replay(function, args, device)
 
-    return implementation
+def _on_gpu(function: Any, args: tuple[Any, ...]) -> Any:
+    from vit_triton.kernels._launch import INTERPRETING, guard, recording
+    from vit_triton.kernels._replay import replay
+
+    with guard(args[0]):
+        return function(*args) if INTERPRETING else replay(function, args, args[0].device, recording)
 
 
 def _no_none(result: Any, like: Tensor) -> Any:
