@@ -1,6 +1,7 @@
 """The library as a GPU's user runs it, on CPU tensors: kernels are compiled for sm_90 if at all, and none is started.
 
-What only a CPU's user pays for is out of the way: weights laid out in panels, the question what runs a kernel on a CPU. What only a GPU's user pays for is missing: the guard of the current device.
+What only a CPU's user pays for is out of the way: weights laid out in panels, the question what runs a kernel on a CPU.
+What only a GPU's user pays for is missing: the guard of the current device.
 """
 
 import contextlib

@@ -122,7 +122,8 @@ class _Launcher:
         total = grid_x * grid_y * grid_z
         if total == 0:
             return
-        values = [args[i].data_ptr() if pointer and type(args[i]) is not int else args[i] for i, pointer in self.positions]
+        values = [args[i] for i, _ in self.positions]
+        values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in values]
         if (launches := getattr(_recorder, "launches", None)) is not None:
             tensors = [(slot, args[i]) for slot, (i, pointer) in enumerate(self.positions) if pointer]
             launches.append(Launch(self, (grid_x, grid_y, grid_z), function, values, tensors))

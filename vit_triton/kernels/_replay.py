@@ -163,7 +163,8 @@ def _record(
     for step, each in enumerate(used):
         for storage in each:
             life[storage] = life.get(storage, (step, step))[0], step
-    pieces, places = [], {}  # storage -> which of the pieces, and how far the storage starts from it
+    pieces: list[_Piece] = []
+    places: dict[int, tuple[int, int]] = {}  # storage -> which of the pieces, and how far the storage starts from it
     for x in results:
         storage = _storage(x)
         whole = x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
