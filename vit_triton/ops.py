@@ -8,6 +8,7 @@ wrapping costs more Python per call.
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -44,11 +45,19 @@ def _on_cpu(function: Any, args: tuple[Any, ...]) -> Any:
 
 
 def _on_gpu(function: Any, args: tuple[Any, ...]) -> Any:
+    interpreting, guard, replay, recording = _launching()
+    x = args[0]
+    with guard(x):
+        return function(*args) if interpreting else replay(function, args, x.device, recording)
+
+
+@functools.cache
+def _launching() -> tuple[Any, ...]:
+    """Imported once: to look an import up in every call takes longer than to read a key."""
     from vit_triton.kernels._launch import INTERPRETING, guard, recording
     from vit_triton.kernels._replay import replay
 
-    with guard(args[0]):
-        return function(*args) if INTERPRETING else replay(function, args, args[0].device, recording)
+    return INTERPRETING, guard, replay, recording
 
 
 def _no_none(result: Any, like: Tensor) -> Any:
@@ -71,8 +80,17 @@ def _like(x: Tensor, wanted: bool = True) -> Tensor | None:
     return torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None
 
 
+def _n_rows(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """What a launcher takes of x (..., D)."""
+    return x if x.ndim == 2 else x.reshape(_n_rows(x), x.shape[-1])
+
+
 def _statistics(x: Tensor, wanted: bool = True) -> Tensor | None:
-    return x.new_empty(x.shape[0], dtype=torch.float32) if wanted else None
+    return x.new_empty(_n_rows(x), dtype=torch.float32) if wanted else None
 
 
 # --- attention ---------------------------------------------------------------------------------------------
@@ -216,13 +234,15 @@ def _linear_fwd(
 ):
     from vit_triton.kernels.mlp import norm_linear_fwd
 
-    return norm_linear_fwd(
-        *(x, weight, bias, norm_weight, norm_bias, residual, seed, layer_scale, samples),
+    residual = None if residual is None else _rows(residual)
+    y, *statistics = norm_linear_fwd(
+        *(_rows(x), weight, bias, norm_weight, norm_bias, residual, seed, layer_scale, samples),
         eps=eps,
         dropout_p=dropout_p,
         panels=panels,
         save=save,
     )
+    return y.view(*x.shape[:-1], weight.shape[0]), *statistics
 
 
 @_fake("linear_fwd")
@@ -230,7 +250,7 @@ def _linear_fwd_fake(
     x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed, eps, dropout_p, panels=None,
     save=True,
 ):
-    y = x.new_empty(x.shape[0], weight.shape[0], dtype=_output_dtype(weight, residual, layer_scale))
+    y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=_output_dtype(weight, residual, layer_scale))
     saved = save and eps is not None
     return y, _statistics(x, saved), _statistics(x, saved)
 
@@ -252,9 +272,9 @@ def _linear_bwd(
 ):  # fmt: skip
     from vit_triton.kernels.mlp import norm_linear_bwd
 
-    return norm_linear_bwd(
-        dy,
-        x,
+    dx, *grads = norm_linear_bwd(
+        _rows(dy),
+        _rows(x),
         weight,
         norm_weight,
         norm_bias,
@@ -270,6 +290,7 @@ def _linear_bwd(
         needs_x=needs_x,
         needs_weight=needs_weight,
     )
+    return None if dx is None else dx.view(x.shape), *grads
 
 
 @_fake("linear_bwd")
@@ -307,15 +328,15 @@ def _mlp_fwd(
 ):  # fmt: skip
     from vit_triton.kernels.mlp import mlp_fwd
 
-    return mlp_fwd(
-        x,
+    y, *saved = mlp_fwd(
+        _rows(x),
         w1,
         b1,
         w2,
         b2,
         norm_weight,
         norm_bias,
-        residual,
+        None if residual is None else _rows(residual),
         hidden_seed,
         seed,
         layer_scale,
@@ -327,6 +348,7 @@ def _mlp_fwd(
         save=save,
         panels=(panels1, panels2),
     )
+    return y.view(*x.shape[:-1], w2.shape[0]), *saved
 
 
 @_fake("mlp_fwd")
@@ -334,8 +356,8 @@ def _mlp_fwd_fake(
     x, w1, b1, w2, b2, norm_weight, norm_bias, residual, layer_scale, samples, hidden_seed, seed,
     eps, activation, hidden_dropout_p, dropout_p, save, panels1=None, panels2=None,
 ):  # fmt: skip
-    y = x.new_empty(x.shape[0], w2.shape[0], dtype=_output_dtype(w2, residual, layer_scale))
-    pre = w1.new_empty(x.shape[0], w1.shape[0]) if save else None
+    y = x.new_empty(*x.shape[:-1], w2.shape[0], dtype=_output_dtype(w2, residual, layer_scale))
+    pre = w1.new_empty(_n_rows(x), w1.shape[0]) if save else None
     saved = save and eps is not None
     return y, pre, _statistics(x, saved), _statistics(x, saved)
 
@@ -352,9 +374,9 @@ def _mlp_bwd(
 ):  # fmt: skip
     from vit_triton.kernels.mlp import mlp_bwd
 
-    return mlp_bwd(
-        dy,
-        x,
+    dx, *grads = mlp_bwd(
+        _rows(dy),
+        _rows(x),
         w1,
         w2,
         norm_weight,
@@ -376,6 +398,7 @@ def _mlp_bwd(
         needs_x=needs_x,
         needs_weights=needs_weights,
     )
+    return None if dx is None else dx.view(x.shape), *grads
 
 
 @_fake("mlp_bwd")
@@ -432,7 +455,8 @@ def _encoder_fwd_fake(x, blocks, eps, heads, scale, activation, first_token):
 def _layer_norm_fwd(x, weight, bias, eps, save=True):
     from vit_triton.kernels.layer_norm import layer_norm_fwd
 
-    return layer_norm_fwd(x, weight, bias, eps=eps, save=save)
+    y, *statistics = layer_norm_fwd(_rows(x), weight, bias, eps=eps, save=save)
+    return y.view(x.shape), *statistics
 
 
 @_fake("layer_norm_fwd")
@@ -447,7 +471,8 @@ def _layer_norm_fwd_fake(x, weight, bias, eps, save=True):
 def _add_layer_norm_fwd(x, residual, weight, bias, eps, save=True):
     from vit_triton.kernels.layer_norm import add_layer_norm_fwd
 
-    return add_layer_norm_fwd(x, residual, weight, bias, eps=eps, save=save)
+    y, total, *statistics = add_layer_norm_fwd(_rows(x), _rows(residual), weight, bias, eps=eps, save=save)
+    return y.view(x.shape), total.view(x.shape), *statistics
 
 
 @_fake("add_layer_norm_fwd")
@@ -462,7 +487,9 @@ def _add_layer_norm_fwd_fake(x, residual, weight, bias, eps, save=True):
 def _layer_norm_bwd(dy, x, weight, mean, rstd, dsum):
     from vit_triton.kernels.layer_norm import layer_norm_bwd
 
-    return layer_norm_bwd(dy, x, weight, mean, rstd, dsum=dsum)
+    dsum = None if dsum is None else _rows(dsum)
+    dx, *dnorm = layer_norm_bwd(_rows(dy), _rows(x), weight, mean, rstd, dsum=dsum)
+    return dx.view(x.shape), *dnorm
 
 
 @_fake("layer_norm_bwd")

@@ -44,6 +44,7 @@ class _Piece(NamedTuple):
     first: int
     last: int | None
     shape: Sequence[int]
+    stride: Sequence[int]
     dtype: torch.dtype
 
 
@@ -67,8 +68,8 @@ class _Recording:
     def run(self, addresses: list[int]) -> Any:
         memory: list[Tensor | None] = []
         for fresh, launch, pointers, done in self.steps:
-            for _, _, shape, dtype in fresh:
-                x = torch.empty(shape, dtype=dtype, device=self.device)
+            for _, _, shape, stride, dtype in fresh:
+                x = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)  # half of what `empty` takes
                 memory.append(x)
                 addresses.append(x.data_ptr())
             values = list(launch.values)
@@ -171,17 +172,17 @@ def _record(
         if not whole or x.numel() and (storage in storages or storage in places):
             return None
         places[storage] = len(pieces), 0
-        pieces.append(_Piece(life.get(storage, (0, 0))[0], None, x.shape, x.dtype))
+        pieces.append(_Piece(life.get(storage, (0, 0))[0], None, x.shape, x.stride(), x.dtype))
     between = {_storage(x): x.untyped_storage().nbytes() for launch in launches for _, x in launch.tensors}
     between = {storage: size for storage, size in between.items() if storage not in places and storage not in storages}
     if one_block:
         offsets, size = _share(between, life)
         places |= {storage: (len(pieces), offset) for storage, offset in offsets.items()}
-        pieces = [piece._replace(first=0) for piece in (*pieces, _Piece(0, None, (size,), torch.uint8))]
+        pieces = [piece._replace(first=0) for piece in (*pieces, _Piece(0, None, (size,), (1,), torch.uint8))]
     else:
         for storage, size in between.items():
             places[storage] = len(pieces), 0
-            pieces.append(_Piece(*life[storage], (size,), torch.uint8))
+            pieces.append(_Piece(*life[storage], (size,), (1,), torch.uint8))
     order = sorted(range(len(pieces)), key=lambda i: pieces[i].first)
     steps = []
     for step, launch in enumerate(launches):
