@@ -536,7 +536,7 @@ def _patch_embed_fwd_fake(
 ):  # fmt: skip
     batch, _, height, width = image.shape
     patches = (height // patch_size[0]) * (width // patch_size[1])
-    rows = image.new_empty(batch * patches)
+    rows = image.new_empty(batch * patches, 1)
     n_prefix = 0 if prefix is None else prefix.shape[0]
     dtypes = (x.dtype for x in (weight, pos, prefix, post_weight) if x is not None)
     return (

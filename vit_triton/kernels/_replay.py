@@ -8,7 +8,7 @@ views and launch is run as it is, every time.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -117,13 +117,13 @@ def replay(
     return known.run(given)
 
 
-def _flat(args: Sequence[Any]) -> Iterator[Any]:
+def _flat(args: Sequence[Any]) -> Sequence[Any]:
+    if list not in map(type, args):
+        return args
+    flat: list[Any] = []
     for x in args:
-        if type(x) is list:
-            yield len(x)
-            yield from x
-        else:
-            yield x
+        flat += (len(x), *x) if type(x) is list else (x,)
+    return flat
 
 
 class _Computes(Exception):
