@@ -88,12 +88,12 @@ def cases(model: str, image: int, batch: int, dtype: torch.dtype, device: str) -
     yield case("qkv backward", backward, wide, weights[3 * width], None, None)
     yield case("projection backward", backward, dy, weights[width], None, None)
     yield case("mlp, first, backward", backward, pre, weights[hidden], None, None)
-    yield case("mlp, second, backward", backward, dy, down, pre, None, **gelu)
+    yield case("mlp, second, backward", backward, dy, down, pre, None, with_hidden=True, **gelu)
     options: dict[str, Any] = dict(weight_dtype=dtype)
-    yield case("qkv weight", weight, wide, x, None, with_bias=False, **options)
-    yield case("projection weight", weight, dy, x, None, with_bias=True, **options)
-    yield case("mlp, first, weight", weight, pre, x, None, with_bias=True, **options)
-    yield case("mlp, second, weight", weight, dy, pre, None, with_bias=True, **options, **gelu)
+    yield case("qkv weight", weight, wide, x, with_bias=False, **options)
+    yield case("projection weight", weight, dy, x, with_bias=True, **options)
+    yield case("mlp, first, weight", weight, pre, x, with_bias=True, **options)
+    yield case("mlp, second, weight", weight, dy, pre, with_bias=True, **options)
 
     images, stem, norms = rand(batch, 3, image, image), rand(width, pixels), [rand(n) for n in (pixels, pixels, width)]
     embedding: dict[str, Any] = dict(patch_size=(patch, patch), patch_order="p1 p2 c")

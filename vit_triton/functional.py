@@ -85,7 +85,7 @@ def attention(
         )
     _check_kernel_dtype("q", q)
     if q_norm is not None or k_norm is not None:
-        out, lse = _normed_attention(q, k, v, q_norm, k_norm, norm_type, scale, dropout_p)
+        out, lse = _normed_attention(q, k, v, q_norm, k_norm, norm_type, scale, dropout_p, return_lse)
         return (out, lse) if return_lse else out
     arguments = (q, k, v, _seed(q, dropout_p), _scale(scale, q), float(dropout_p))
     out, lse = _apply(autograd.AttentionFunction, "attention_fwd", arguments, (q, k, v), return_lse)
@@ -115,7 +115,7 @@ def attention_packed(
         return reference.attention_packed(qkv, **norms, scale=scale, dropout_p=dropout_p, return_lse=return_lse)
     _check_kernel_dtype("qkv", qkv)
     if q_norm is not None or k_norm is not None:
-        out, lse = _normed_attention(qkv, None, None, q_norm, k_norm, norm_type, scale, dropout_p)
+        out, lse = _normed_attention(qkv, None, None, q_norm, k_norm, norm_type, scale, dropout_p, return_lse)
         return (out, lse) if return_lse else out
     arguments = (qkv, _seed(qkv, dropout_p), _scale(scale, qkv), float(dropout_p))
     out, lse = _apply(autograd.AttentionPackedFunction, "attention_packed_fwd", arguments, (qkv,), return_lse)
@@ -131,12 +131,13 @@ def _normed_attention(
     norm_type: str,
     scale: float | None,
     dropout_p: float,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     (q_weight, q_bias, q_eps), (k_weight, k_bias, k_eps) = _norm_parts(q_norm), _norm_parts(k_norm)
     tensors = q, k, v, q_weight, q_bias, k_weight, k_bias
     scalars = q_eps, k_eps, norm_type == "rms_norm", _scale(scale, q), float(dropout_p)
     arguments = (*tensors, _seed(q, dropout_p), *scalars)
-    return _apply(autograd.NormedAttentionFunction, "normed_attention_fwd", arguments, tensors)
+    return _apply(autograd.NormedAttentionFunction, "normed_attention_fwd", arguments, tensors, return_lse)
 
 
 def linear(

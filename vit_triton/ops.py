@@ -168,22 +168,26 @@ _NORMS = (
 )
 
 
-@_register(f"normed_attention_fwd(Tensor q, Tensor? k, Tensor? v, {_NORMS}) -> (Tensor, Tensor)")
-def _normed_attention_fwd(q, k, v, q_weight, q_bias, k_weight, k_bias, seed, q_eps, k_eps, rms, scale, dropout_p):
+@_register(f"normed_attention_fwd(Tensor q, Tensor? k, Tensor? v, {_NORMS}, bool save=True) -> (Tensor, Tensor)")
+def _normed_attention_fwd(
+    q, k, v, q_weight, q_bias, k_weight, k_bias, seed, q_eps, k_eps, rms, scale, dropout_p, save=True
+):
     """Without k and v, q is the packed projection."""
     from vit_triton.kernels.qk_norm import HeadNorm, normed_attention_fwd
 
     q, k, v = q.unbind(2) if k is None else (q, k, v)
     q_norm = None if q_eps is None else HeadNorm(q_weight, q_bias, q_eps, rms)
     k_norm = None if k_eps is None else HeadNorm(k_weight, k_bias, k_eps, rms)
-    return normed_attention_fwd(q, k, v, q_norm, k_norm, seed, scale=scale, dropout_p=dropout_p)
+    return normed_attention_fwd(q, k, v, q_norm, k_norm, seed, scale=scale, dropout_p=dropout_p, save=save)
 
 
 @_fake("normed_attention_fwd")
-def _normed_attention_fwd_fake(q, k, v, q_weight, q_bias, k_weight, k_bias, seed, q_eps, k_eps, rms, scale, dropout_p):
+def _normed_attention_fwd_fake(
+    q, k, v, q_weight, q_bias, k_weight, k_bias, seed, q_eps, k_eps, rms, scale, dropout_p, save=True
+):
     if k is None:
-        return _attention_packed_fwd_fake(q, seed, scale, dropout_p)
-    return _attention_fwd_fake(q, k, v, seed, scale, dropout_p)
+        return _attention_packed_fwd_fake(q, seed, scale, dropout_p, save)
+    return _attention_fwd_fake(q, k, v, seed, scale, dropout_p, save)
 
 
 @_register(

@@ -50,6 +50,16 @@ def _layer_norm_bwd(a: Arguments) -> int:
     return each * a["n_rows"] * a["width"]
 
 
+def _qk_norm(each: int, mean: int) -> Count:
+    """``each`` for every number, ``mean`` more where the norm subtracts it, and those of weight and bias."""
+
+    def flops(a: Arguments) -> int:
+        parameters = _present(a, *(name for name in ("weight_ptr", "bias_ptr") if name in a))
+        return (each + (0 if a["RMS"] else mean) + parameters) * a["n_rows"] * a["head_dim"]
+
+    return flops
+
+
 def _steps(size: str, tile: str) -> Count:
     return lambda a: cdiv(a[size], a[tile])
 
@@ -74,6 +84,11 @@ COSTS: dict[str, tuple[Count, Count]] = {
     "linear_bwd_weight_kernel": (_linear, _part("M")),
     "layer_norm_fwd_kernel": (_layer_norm_fwd, _once),
     "layer_norm_bwd_kernel": (_layer_norm_bwd, lambda a: a["n_steps"]),
+    "layer_scale_bwd_kernel": (lambda a: (a["PARTS"] + 3) * a["N"] * a["K"], _steps("K", "BLOCK_K")),
+    "swiglu_fwd_kernel": (lambda a: 2 * a["M"] * a["H"], _once),
+    "swiglu_bwd_kernel": (lambda a: 8 * a["M"] * a["H"], _once),
+    "qk_norm_fwd_kernel": (_qk_norm(3, 2), _once),
+    "qk_norm_bwd_kernel": (_qk_norm(10, 4), lambda a: a["n_steps"]),
     "sum_parts_kernel": (lambda a: a["n_parts"] * a["size"], _steps("n_parts", "BLOCK_P")),
     "patch_embed_statistics_kernel": (lambda a: 4 * a["n_rows"] * _patch_dim(a), _once),
     "patch_embed_fwd_kernel": (_patches, lambda a: cdiv(_patch_dim(a), a["BLOCK_K"])),
@@ -85,7 +100,8 @@ COSTS: dict[str, tuple[Count, Count]] = {
     "patch_embed_bwd_image_kernel": (_patches, _steps("dim", "BLOCK_N")),
     "patch_embed_bwd_norm_kernel": (lambda a: 10 * a["n_rows"] * _patch_dim(a), _once),
 }
-IN_PLACE = {("patch_embed_bwd_norm_kernel", "dimage_ptr")}  # read and written
+# read and written
+IN_PLACE = {("patch_embed_bwd_norm_kernel", "dimage_ptr"), ("qk_norm_bwd_kernel", "dx_ptr")}
 
 
 def least_bytes(kernel: str, arguments: Arguments) -> int:

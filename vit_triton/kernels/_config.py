@@ -377,8 +377,9 @@ def pick_sum_parts(n_parts: int, arch: str) -> SumConfig:
         return SumConfig(min(1024, next_power_of_2(n_parts)), 1024, 4)
     if arch == "cpu":
         return SumConfig(min(32, next_power_of_2(n_parts)), 256, 1)
-    # narrow: a LayerNorm's 264 parts of 768 numbers must occupy more than a few multiprocessors
-    return SumConfig(min(32, next_power_of_2(n_parts)), 32, 4)
+    # a LayerNorm's 264 parts of 768 numbers must occupy more than a few multiprocessors; few parts are of a large weight
+    block_p = min(32, next_power_of_2(n_parts))
+    return SumConfig(block_p, 32 if block_p == 32 else 2048 // block_p, 4)
 
 
 # --- elementwise -------------------------------------------------------------------------------------------
@@ -413,7 +414,7 @@ def pick_swiglu(h: int, arch: str) -> TileConfig:
 class GemmConfig:
     """An output tile of ``rows`` x ``cols``, ``depth`` of the contraction per step; ``group`` rows of tiles share
     the L2 cache; ``split`` parts of the contraction are computed apart and added; the epilogue takes the tile's columns in
-    ``parts``."""
+    ``parts``; a thread gets at most ``max_registers``, of which an NVIDIA GPU has 255."""
 
     rows: int
     cols: int
@@ -423,6 +424,7 @@ class GemmConfig:
     group: int = 8
     split: int = 1
     parts: int = 1
+    max_registers: int = 255
 
 
 @dataclass(frozen=True)
@@ -510,6 +512,8 @@ def pick_linear_fwd(
         # A100 (computed): the epilogue in two parts fits 128 registers, and two blocks an SM: bound 0.96 of the tensor
         # cores where 128 x 64 has 0.85; fc2 + residual 486 against 625 us, fc1 + GELU 561 against 540
         return replace(tile, rows=128, cols=_clip(128, n), num_warps=8, parts=2)
+    if arch == "sm_90" and dtype != torch.float32 and epilogue == "elementwise":
+        return replace(tile, max_registers=128)  # of its own the compiler takes 137, and then one block fits, not two
     return tile
 
 
@@ -522,7 +526,11 @@ def pick_linear_bwd_input(
     m: int, n: int, k: int, dtype: torch.dtype, arch: str, precision: str, epilogue: str
 ) -> GemmConfig:
     """Tiles of ``linear_bwd_input_kernel`` ((m, n) -> (m, k), depth n)."""
-    return _pick_gemm(_tokens(m, arch), k, n, dtype, arch, precision, epilogue)
+    tile = _pick_gemm(_tokens(m, arch), k, n, dtype, arch, precision, epilogue)
+    if dtype != torch.float32 and epilogue != "none" and _generation(arch) in ("sm_80", "sm_90"):
+        # the activation and its derivative at once: in one part they spill on an A100 (computed)
+        return replace(tile, parts=4 if arch == "sm_90" else 2)
+    return tile
 
 
 def _in_parts(tile: GemmConfig, n: int, k: int) -> GemmConfig:

@@ -26,8 +26,8 @@ ENVIRONMENT_VARIABLE = "VIT_TRITON_TUNED"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _WORDS = {"precision": ("ieee", "tf32"), "epilogue": ("none", "elementwise", "dropout")}
 _SIDES = ("block_m", "block_n", "rows", "cols", "depth")  # of tiles that are multiplied
-_MOST = {"num_warps": 32, "num_stages": 8, "group": 64, "split": 64, "partials": 2**16}
-_ANY_NUMBER = ("num_stages", "group", "partials")  # the others are powers of two
+_MOST = {"num_warps": 32, "num_stages": 8, "group": 64, "split": 64, "partials": 2**16, "max_registers": 255}
+_ANY_NUMBER = ("num_stages", "group", "partials", "max_registers")  # the others are powers of two
 
 
 @dataclass(frozen=True)

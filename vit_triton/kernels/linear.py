@@ -17,16 +17,17 @@ the weight's gradient before gamma, whatever gamma is, 0 too: with G = (s * D * 
 
 An MLP is y = dropout(f(z)) + residual with z = x @ w1.T + b1, f(z) = dropout(act(z)) @ w2.T + b2. Only z is
 saved, in the weight's dtype: `linear_bwd_input` of the second layer applies act'(z) and the hidden dropout to the
-gradient it has just computed, `linear_bwd_weight` recomputes dropout(act(z)) where it loads z, so the
-(tokens x hidden) activation never exists in memory. The activation is of z *rounded* to that dtype in the forward
-pass too, so that the recomputed one is the same, bit for bit. The GELU is Hendrycks & Gimpel's (2016,
+gradient it has just computed, and writes dropout(act(z)) once more on the way, for the weight's gradient. (Computed
+where that gradient loads z, once for every tile of it, the activation would hold up the matrix units: 909 against 381 us
+on an H100, computed.) The activation is of z *rounded* to that dtype in the forward pass too, so that it is the same
+again, bit for bit. The GELU is Hendrycks & Gimpel's (2016,
 arXiv:1606.08415).
 
 No kernel uses atomics: the sum over tokens in `dweight` is cut into parts that are added in a fixed order.
 
 Where a tuned table says so (`VendorGemm`), the vendor's library takes the product and the same kernels do the rest, in
 one pass over it. The product is then rounded to the weight's dtype before the bias or act'(z) reach it, once more than
-without. What stands in front of a product (D of dy, act and D of the gradient's x) is a pass and memory of its own, with
+without. What stands in front of a product (s, gamma and D of dy) is a pass and memory of its own, with
 the rounding that it has in the kernels; the dropout masks are the same.
 """
 
@@ -226,6 +227,7 @@ def linear_fwd(
         MULTIPLIED=multiplied,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **({"maxnreg": config.max_registers} if config.max_registers < 255 else {}),
     )
     return y, pre
 
@@ -245,20 +247,14 @@ def _alone(
     *,
     layer_scale: torch.Tensor | None = None,
     samples: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    activation: str = "none",
+    dropout_p: float,
 ) -> torch.Tensor:
-    """s * gamma * dropout(act(x)) of x (M, N) in ``dtype``, in front of a product that a library takes: it reads what is
+    """s * gamma * dropout(x) of x (M, N) in ``dtype``, in front of a product that a library takes: it reads what is
     there. x itself where there is nothing to do."""
-    if layer_scale is None and samples is None and dropout_p == 0 and activation == "none":
+    if layer_scale is None and samples is None and dropout_p == 0:
         return x.to(dtype)
     weight = x.new_empty(x.shape[1], 0, dtype=dtype)
-    y, _ = linear_fwd(
-        *(x, weight, None, None, seed, layer_scale, samples),
-        dropout_p=dropout_p,
-        activation=activation,
-        multiplied=True,
-    )
+    y, _ = linear_fwd(x, weight, None, None, seed, layer_scale, samples, dropout_p=dropout_p, multiplied=True)
     return y.to(dtype)
 
 
@@ -280,7 +276,7 @@ def _epilogue(elementwise: bool, dropout: bool) -> str:
 
 @triton.jit(do_not_specialize=["M"])
 def linear_bwd_input_kernel(
-    dy_ptr, weight_ptr, layer_scale_ptr, samples_ptr, pre_ptr, dx_ptr, dy_seed_ptr, seed_ptr,
+    dy_ptr, weight_ptr, layer_scale_ptr, samples_ptr, pre_ptr, dx_ptr, hidden_ptr, dy_seed_ptr, seed_ptr,
     stride_dym, stride_dyn, stride_wn, stride_wk, stride_pm, stride_pk,
     M, N, K, rows_per_sample, dy_dropout_p, dy_keep_scale, dropout_p, keep_scale,
     ACTIVATION: tl.constexpr, DY_DROPOUT: tl.constexpr, DROPOUT: tl.constexpr,
@@ -324,12 +320,19 @@ def linear_bwd_input_kernel(
             dx = tl.load(dy_ptr + _offsets(offs_m, stride_dym, offs_k, stride_dyn), mask=mask, other=0.0).to(tl.float32)
         if samples_ptr is not None:
             dx *= _sample_scale(samples_ptr, offs_m, M, rows_per_sample)[:, None]
+        dx_offs = _offsets(offs_m, K, offs_k, 1)  # outputs are contiguous
         if pre_ptr is not None:
             pre_ptrs = pre_ptr + _offsets(offs_m, stride_pm, offs_k, stride_pk)
-            dx *= activate_grad(tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32), ACTIVATION, dtype == tl.float32)
+            pre = tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32)
+            dx *= activate_grad(pre, ACTIVATION, dtype == tl.float32)
+            hidden = activate(pre, ACTIVATION, dtype == tl.float32)
             if DROPOUT:
-                dx *= _dropout_scale(seed_ptr, offs_m, offs_k, dropout_p, keep_scale)
-        tl.store(dx_ptr + _offsets(offs_m, K, offs_k, 1), dx.to(dx_ptr.dtype.element_ty), mask=mask)
+                scale = _dropout_scale(seed_ptr, offs_m, offs_k, dropout_p, keep_scale)
+                dx *= scale
+                hidden *= scale
+            if hidden_ptr is not None:
+                tl.store(hidden_ptr + dx_offs, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + dx_offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def linear_bwd_input(
@@ -344,15 +347,18 @@ def linear_bwd_input(
     activation: str = "none",
     dy_dropout_p: float = 0.0,
     dy_seed: torch.Tensor | None = None,
-) -> torch.Tensor:
+    with_hidden: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dx = (s * gamma * D_y * dy) @ weight, times D * act'(pre) where ``pre``, the input before act and dropout, is given.
 
     dy (M, N) with any strides, weight (N, K), pre (M, K), ``layer_scale`` and ``samples`` as in `linear_fwd` -> dx (M, K)
-    in the weight's dtype. ``dy_dropout_p`` and ``dy_seed`` rebuild D_y, the dropout behind this layer in the forward
+    in the weight's dtype, and ``with_hidden`` D * act(pre) (M, K), which the weight's gradient wants, else None.
+    ``dy_dropout_p`` and ``dy_seed`` rebuild D_y, the dropout behind this layer in the forward
     pass; ``dropout_p`` and ``seed`` rebuild D, the one in front of it.
     """
     (m, n), k = dy.shape, weight.shape[1]
     dx = dy.new_empty(m, k, dtype=weight.dtype)
+    hidden = torch.empty_like(dx) if with_hidden else None
     precision = input_precision(weight.dtype)
     elementwise = pre is not None or layer_scale is not None or samples is not None
     epilogue = _epilogue(elementwise, dropout_p > 0 or dy_dropout_p > 0)
@@ -361,7 +367,7 @@ def linear_bwd_input(
     if multiplied:
         dy = torch.mm(_alone(dy, dy_seed, weight.dtype, layer_scale=layer_scale, dropout_p=dy_dropout_p), weight)
         if pre is None and samples is None:
-            return dy
+            return dy, None
     launch(
         linear_bwd_input_kernel,
         (cdiv(m, config.rows) * cdiv(k, config.cols),),
@@ -372,6 +378,7 @@ def linear_bwd_input(
         samples_ptr=samples,
         pre_ptr=pre,
         dx_ptr=dx,
+        hidden_ptr=hidden,
         dy_seed_ptr=dy_seed if dy_dropout_p > 0 else None,
         seed_ptr=seed if dropout_p > 0 else None,
         stride_dym=dy.stride(0),
@@ -401,8 +408,9 @@ def linear_bwd_input(
         MULTIPLIED=multiplied,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **({"maxnreg": config.max_registers} if config.max_registers < 255 else {}),
     )
-    return dx
+    return dx, hidden
 
 
 # --- backward: the weight and the bias ---------------------------------------------------------------------
@@ -418,11 +426,10 @@ class Scaled(NamedTuple):
 
 @triton.jit(do_not_specialize=["M"])
 def linear_bwd_weight_kernel(
-    dy_ptr, samples_ptr, x_ptr, dweight_ptr, dbias_ptr, dy_seed_ptr, seed_ptr,
+    dy_ptr, samples_ptr, x_ptr, dweight_ptr, dbias_ptr, dy_seed_ptr,
     stride_dym, stride_dyn, stride_xm, stride_xk,
-    M, N, K, rows_per_sample, dy_dropout_p, dy_keep_scale, dropout_p, keep_scale,
-    ACTIVATION: tl.constexpr, DY_DROPOUT: tl.constexpr, DROPOUT: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
+    M, N, K, rows_per_sample, dy_dropout_p, dy_keep_scale,
+    DY_DROPOUT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """SUM_BY_PRODUCT: the matrix units add up the bias's gradient too; summing the tile from registers, on its way to
@@ -453,10 +460,6 @@ def linear_bwd_weight_kernel(
             dy = dy.to(tl.float32) * tl.trans(_dropout_scale(dy_seed_ptr, offs_m, offs_n, dy_dropout_p, dy_keep_scale))
         if samples_ptr is not None:
             dy = dy.to(tl.float32) * _sample_scale(samples_ptr, offs_m, M, rows_per_sample)[None, :]
-        if ACTIVATION != "none":
-            x = activate(x.to(tl.float32), ACTIVATION, DTYPE == tl.float32)
-        if DROPOUT:
-            x = x.to(tl.float32) * _dropout_scale(seed_ptr, offs_m, offs_k, dropout_p, keep_scale)
         dw = tl.dot(dy.to(DTYPE), x.to(DTYPE), dw, input_precision=PRECISION)
         if dbias_ptr is not None:
             if SUM_BY_PRODUCT:
@@ -480,33 +483,29 @@ def linear_bwd_weight_kernel(
 def linear_bwd_weight(
     dy: torch.Tensor,
     x: torch.Tensor,
-    seed: torch.Tensor | None,
     samples: torch.Tensor | None = None,
     scaled: Scaled | None = None,
     *,
-    dropout_p: float = 0.0,
-    activation: str = "none",
     dy_dropout_p: float = 0.0,
     dy_seed: torch.Tensor | None = None,
     with_bias: bool,
     weight_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """dweight = (s * D_y * dy).T @ (D * act(x)) and, ``with_bias``, dbias = (s * D_y * dy).sum(0), else None. With a
+    """dweight = (s * D_y * dy).T @ x and, ``with_bias``, dbias = (s * D_y * dy).sum(0), else None. With a
     LayerScale behind the layer both times gamma, and gamma's gradient; else None. It needs ``with_bias`` where there is a
     bias.
 
     dy (M, N) with any strides, x (M, K), ``samples`` s (B,) -> dweight (N, K), dbias (N,) in ``weight_dtype``, dgamma (N,)
-    in its own. Dropout as in `linear_bwd_input`; x is the saved pre-activation where ``activation`` is not "none".
+    in its own. Dropout as in `linear_bwd_input`.
     """
     (m, n), k = dy.shape, x.shape[1]
     precision = input_precision(weight_dtype)
-    epilogue = _epilogue(activation != "none" or with_bias or samples is not None, dropout_p > 0 or dy_dropout_p > 0)
+    epilogue = _epilogue(with_bias or samples is not None, dy_dropout_p > 0)
     arch = architecture(dy.device)
     config = pick_linear_bwd_weight(m, n, k, weight_dtype, arch, precision, epilogue)
     if isinstance(config, VendorGemm):
         dy = _alone(dy, dy_seed, weight_dtype, samples=samples, dropout_p=dy_dropout_p)
-        x = _alone(x, seed, weight_dtype, dropout_p=dropout_p, activation=activation)
-        dweight, dbias = torch.mm(dy.T, x), dy.sum(0, dtype=torch.float32) if with_bias else None
+        dweight, dbias = torch.mm(dy.T, x.to(weight_dtype)), dy.sum(0, dtype=torch.float32) if with_bias else None
         if scaled is not None:
             return layer_scale_bwd(dweight.float()[None], None if dbias is None else dbias[None], scaled)
         return dweight, None if dbias is None else dbias.to(weight_dtype), None
@@ -524,7 +523,6 @@ def linear_bwd_weight(
         dweight_ptr=dweight,
         dbias_ptr=dbias,
         dy_seed_ptr=dy_seed if dy_dropout_p > 0 else None,
-        seed_ptr=seed if dropout_p > 0 else None,
         stride_dym=dy.stride(0),
         stride_dyn=dy.stride(1),
         stride_xm=x.stride(0),
@@ -535,11 +533,7 @@ def linear_bwd_weight(
         rows_per_sample=_rows_per_sample(m, samples),
         dy_dropout_p=float(dy_dropout_p),
         dy_keep_scale=keep_scale(dy_dropout_p),
-        dropout_p=float(dropout_p),
-        keep_scale=keep_scale(dropout_p),
-        ACTIVATION=activation,
         DY_DROPOUT=dy_dropout_p > 0,
-        DROPOUT=dropout_p > 0,
         DTYPE=TRITON_DTYPE[weight_dtype],
         PRECISION=precision,
         SPLIT=config.split,

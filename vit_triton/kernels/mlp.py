@@ -2,10 +2,10 @@
 
     h = x W1^T + b1        y = s * gamma * D_y * (D_h * act(h) W2^T + b2) + residual          x may be LayerNorm(x0)
 
-D are dropout masks over (1 - p), gamma is a LayerScale, s of each sample is that of stochastic depth. The GEMMs are those of :mod:`.linear`: activation, dropout and residual are their
-epilogues. Of all this the backward pass keeps x0 with the statistics of its norm, and h; norm and activation are
-computed again, the activation where the gradient of W2 reads it, so act(h) lives only between the two GEMMs of the
-forward pass. Gradients, with dz = s * gamma * D_y * dy:
+D are dropout masks over (1 - p), gamma is a LayerScale, s of each sample is that of stochastic depth. The GEMMs are those
+of :mod:`.linear`: activation, dropout and residual are their epilogues. Of all this the backward pass keeps x0 with the
+statistics of its norm, and h; norm and activation are computed again, the activation where act'(h) is, so act(h) lives
+only from one GEMM to the next. Gradients, with dz = s * gamma * D_y * dy:
 
     dW2 = dz^T (D_h * act(h))     dh = (dz W2) * D_h * act'(h)     dW1 = dh^T x     dx = dh W1
 
@@ -74,7 +74,6 @@ def norm_linear_bwd(
         dweight, dbias, dlayer_scale = linear_bwd_weight(
             dy,
             _norm_again(x, mean, rstd, norm_weight, norm_bias, weight.dtype),
-            None,
             samples,
             None if layer_scale is None else Scaled(layer_scale, weight, bias),
             dy_dropout_p=dropout_p,
@@ -84,7 +83,7 @@ def norm_linear_bwd(
         )
     if not needs_x:
         return None, dweight, dbias, None, None, dlayer_scale
-    dx = linear_bwd_input(dy, weight, None, None, layer_scale, samples, dy_dropout_p=dropout_p, dy_seed=seed)
+    dx, _ = linear_bwd_input(dy, weight, None, None, layer_scale, samples, dy_dropout_p=dropout_p, dy_seed=seed)
     dx, dnorm_weight, dnorm_bias = _norm_bwd(dx, x, norm_weight, mean, rstd, dy if residual_is_x else None)
     return dx, dweight, dbias, dnorm_weight, dnorm_bias, dlayer_scale
 
@@ -161,33 +160,29 @@ def mlp_bwd(
     dy = side_by_side(dy)
     dw1 = db1 = dw2 = db2 = dlayer_scale = None
     behind: dict[str, Any] = dict(dy_dropout_p=dropout_p, dy_seed=seed)
-    between: dict[str, Any] = dict(dropout_p=hidden_dropout_p, activation=activation)
-    hidden: Tensor | None = pre
     if activation == "swiglu":
-        dh = linear_bwd_input(dy, w2, None, None, layer_scale, samples, **behind)
+        dh, _ = linear_bwd_input(dy, w2, None, None, layer_scale, samples, **behind)
         dh, hidden = swiglu_bwd(dh, pre, hidden_seed, dropout_p=hidden_dropout_p, with_hidden=needs_weights)
-        between = {}
     else:
-        dh = linear_bwd_input(dy, w2, pre, hidden_seed, layer_scale, samples, **between, **behind)
-    if needs_weights:
-        assert hidden is not None
-        dw2, db2, dlayer_scale = linear_bwd_weight(
-            dy,
-            hidden,
-            hidden_seed,
-            samples,
-            None if layer_scale is None else Scaled(layer_scale, w2, b2),
-            **between,
+        dh, hidden = linear_bwd_input(
+            *(dy, w2, pre, hidden_seed, layer_scale, samples),
+            dropout_p=hidden_dropout_p,
+            activation=activation,
+            with_hidden=needs_weights,
             **behind,
-            with_bias=with_b2,
-            weight_dtype=w2.dtype,
         )
-    if needs_weights:
+    if hidden is not None:
+        scaled = None if layer_scale is None else Scaled(layer_scale, w2, b2)
+        dw2, db2, dlayer_scale = linear_bwd_weight(
+            *(dy, hidden, samples, scaled), with_bias=with_b2, weight_dtype=w2.dtype, **behind
+        )
+        del hidden
         normed = _norm_again(x, mean, rstd, norm_weight, norm_bias, w1.dtype)
-        dw1, db1, _ = linear_bwd_weight(dh, normed, None, with_bias=with_b1, weight_dtype=w1.dtype)
+        dw1, db1, _ = linear_bwd_weight(dh, normed, with_bias=with_b1, weight_dtype=w1.dtype)
+        del normed
     if not needs_x:
         return None, dw1, db1, dw2, db2, None, None, dlayer_scale
-    dx = linear_bwd_input(dh, w1, None, None)
+    dx, _ = linear_bwd_input(dh, w1, None, None)
     dx, dnorm_weight, dnorm_bias = _norm_bwd(dx, x, norm_weight, mean, rstd, dy if residual_is_x else None)
     return dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, dlayer_scale
 

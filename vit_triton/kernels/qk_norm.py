@@ -202,11 +202,11 @@ def normed_attention_fwd(
     *,
     scale: float,
     dropout_p: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    save: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`attention_fwd` of the normalised q and k."""
-    out, lse = attention_fwd(qk_norm_fwd(q, q_norm), qk_norm_fwd(k, k_norm), v, seed, scale=scale, dropout_p=dropout_p)
-    assert lse is not None
-    return out, lse
+    q, k = qk_norm_fwd(q, q_norm), qk_norm_fwd(k, k_norm)
+    return attention_fwd(q, k, v, seed, scale=scale, dropout_p=dropout_p, save=save)
 
 
 def normed_attention_bwd(
