@@ -67,6 +67,15 @@ def poisoned_memory(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def default_backend():
+    """The tests of a module leave no backend behind for those of others."""
+    from vit_triton import backend
+
+    yield
+    assert backend._default is None, f"use_backend({backend._default!r}) was left on"
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from vit_triton import accelerate
+
 BASE = {
     "image_size": 16,
     "patch_size": 8,
@@ -75,3 +77,41 @@ def assert_parity(theirs: nn.Module, ours: nn.Module, image: Tensor, **options) 
     assert our_grads.keys() == their_grads.keys()
     for name, grad in our_grads.items():
         assert_as_precise(grad, their_grads[name], exact[name], name)
+
+
+def assert_accelerated(model: nn.Module, *inputs: Tensor, low: bool = False, seed: int | None = None):
+    """Output and every gradient of an accelerated model, by the rule, against those of the model before, in float32
+    and, if ``low``, in bfloat16; ``seed``: of the random numbers that all draw alike. Returns the report.
+
+    The floor is that of oracle.py: a float32 sum of n terms of either sign is of terms sqrt(n) as large as it.
+    """
+    if low:  # the same numbers in every dtype
+        model, inputs = model.bfloat16().float(), tuple(x.bfloat16().float() for x in inputs)
+    exact_out, exact = seeded(copy.deepcopy(model).double(), [x.double() for x in inputs], seed)
+    # the bias of a key has no gradient but rounding: measure that by what an element of a gradient is like
+    size = torch.cat([grad.flatten() for grad in exact.values() if grad is not None]).square().mean().sqrt()
+    terms = max(n for parameter in model.parameters() for n in parameter.shape)
+    for dtype in (torch.float32, torch.bfloat16) if low else (torch.float32,):
+        here = copy.deepcopy(model).to(dtype)
+        their_out, theirs = seeded(here, [x.to(dtype) for x in inputs], seed)
+        report = accelerate(here, backend="triton")
+        our_out, ours = seeded(here, [x.to(dtype) for x in inputs], seed)
+        assert ours.keys() == theirs.keys()
+        for name, grad in {"output": our_out, **ours}.items():
+            peer, truth = (their_out, exact_out) if name == "output" else (theirs[name], exact[name])
+            if peer is None:
+                assert grad is None, name
+                continue
+            assert grad.dtype == peer.dtype and grad.shape == peer.shape, name
+            error, allowed = (grad.double() - truth).norm(), 2 * (peer.double() - truth).norm()
+            eps = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * terms**0.5
+            floor = 4 * eps * max(truth.norm(), size * truth.numel() ** 0.5)
+            assert error <= allowed + floor, f"{name}, {dtype}: error {error:.3g}, allowed {allowed:.3g} + {floor:.3g}"
+    return report
+
+
+def seeded(model: nn.Module, inputs, seed: int | None) -> tuple[Tensor, dict[str, Tensor | None]]:
+    model.zero_grad(set_to_none=True)
+    if seed is not None:
+        torch.manual_seed(seed)
+    return run(model, *inputs)

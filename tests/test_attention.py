@@ -107,6 +107,13 @@ def test_several_blocks(small_tiles, n, dtype):
     check(q, k, v, torch.randn_like(q), torch.randn(1, 2, n[0]), scale=0.4)
 
 
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+def test_a_scale_that_is_not_positive(scale):
+    """The largest score is then the smallest product, or none; 40 keys leave a masked step."""
+    q, k, v = (torch.randn(1, 40, 2, 24) for _ in range(3))
+    check(q, k, v, torch.randn_like(q), torch.randn(1, 2, 40), scale=scale)
+
+
 def test_a_block_of_minus_infinity_before_others(small_tiles):
     q, k, v = make(1, 20, 50, 2, 16, torch.float32)
     q = q.abs()

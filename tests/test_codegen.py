@@ -43,6 +43,7 @@ KERNELS = {
 # what there is one number of for each row or column; all else that kernels read and write is rows
 VECTORS = re.compile(
     r"\b(lse|delta|dlse|((pre|post)_)?(mean|rstd)|std|d?bias|pre_(weight|bias))_ptr \+"
+    r"|\b(dweights|dbiases|bias_parts|d?layer_scale|samples)_ptr \+"
     r"|\bweight_ptr \+ offs_d\b"
     r"|\blse = tl.load|seed_ptr\)"
 )
@@ -78,6 +79,8 @@ def tile_rows(found):
 
 
 def narrow_rows(found):
+    if found.kernel == "layer_scale_bwd_kernel":
+        return []  # a row of the weight lies in threads as the float32 parts beside it do
     rows = [where for where in found.narrow if not VECTORS.search(where) and not PARTS.match(where)]
     if "mean_ptr" not in found.constants and found.kernel.startswith("patch_embed"):
         rows = [where for where in rows if "a = tl.load(ptrs" not in where]  # an image of bytes
@@ -217,7 +220,8 @@ def test_what_a_launch_costs():
     assert forward.trips == 197 // 64 and forward.intensity == forward.flops / forward.bytes
     assert found["attention_bwd_dq_kernel"].flops == 3 * product
     assert found["attention_bwd_dkdv_kernel"].flops == 4 * product
-    assert found["linear_bwd_input_kernel"].flops == 2 * 8 * 197 * 768 * 3072
+    inputs = {each.flops for each in each_kernel("sm_80", "bfloat16") if each.kernel == "linear_bwd_input_kernel"}
+    assert 2 * 8 * 197 * 768 * 3072 in inputs
     image = 8 * 196 * 768 * 2  # of numbers as many as there are tokens; read, and its gradient read and written
     assert found["patch_embed_bwd_norm_kernel"].bytes == 3 * image + 2 * 8 * 196 * 4 + 768 * 2
 

@@ -17,11 +17,15 @@ PACKAGE = ROOT / "vit_triton"
 
 # What each part may import from the package, besides itself. Arrows point down the list only.
 ARROWS: dict[str, set[str]] = {
-    "training": {"backend", "models"},
-    "__init__": {"backend", "functional", "inspection", "models", "modules", "reference", "weights"},
+    "cli": {"__init__", "backend", "cpu", "images", "inspection", "kernels", "training", "weights"},
+    "training": {"backend", "images", "models"},
+    "__init__": {
+        *("backend", "functional", "inspection", "integrations", "models", "modules", "reference", "weights"),
+    },
     "integrations": {"backend", "functional", "models", "modules"},
     "inspection": {"functional", "modules"},
     "models": {"backend", "functional", "modules", "weights"},
+    "images": set(),
     "weights": set(),  # knows models by their state dicts
     "modules": {"backend", "functional", "packing"},
     "functional": {"autograd", "backend", "packing", "reference"},

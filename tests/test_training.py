@@ -34,16 +34,20 @@ SMALL = dict(image_size=8, patch_size=4, dim=16, depth=1, heads=2, mlp_dim=24, b
 FILES = {"checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", "curves.png"}
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    """A folder of two classes, bright and dark, of 14 small images each."""
-    folder, draw = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+def bright_and_dark(folder: Path, images: int, height: int, width: int) -> Path:
+    """Two classes of small images in ``folder``."""
+    draw = np.random.default_rng(0)
     for name, light in (("bright", 200), ("dark", 50)):
         (folder / name).mkdir()
-        for i in range(14):
-            pixels = draw.integers(light - 50, light + 50, (10, 12, 3), dtype=np.uint8)
+        for i in range(images):
+            pixels = draw.integers(light - 50, light + 50, (height, width, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    return bright_and_dark(tmp_path_factory.mktemp("photos"), 14, 10, 12)
 
 
 def config(photos: Path, out: Path, **changes) -> TrainConfig:

@@ -3,6 +3,7 @@
 from vit_triton import functional, reference
 from vit_triton.backend import use_backend
 from vit_triton.inspection import attention_maps
+from vit_triton.integrations import accelerate, restore
 from vit_triton.models import DistillableViT, DistillWrapper, SimpleViT, ViT
 from vit_triton.weights import load_weights, save_weights
 
@@ -13,10 +14,12 @@ __all__ = [
     "DistillableViT",
     "SimpleViT",
     "ViT",
+    "accelerate",
     "attention_maps",
     "functional",
     "load_weights",
     "reference",
+    "restore",
     "save_weights",
     "use_backend",
 ]

@@ -98,6 +98,27 @@ _CPU_SPEED = {
 }
 
 
+OPS = tuple(dict.fromkeys(op for op, _ in _CPU_SPEED))
+
+
+def auto_reason(op: str, x: torch.Tensor) -> str:
+    """Why "auto" gives ``op`` on ``x`` to whom :func:`resolve_backend` says: a few words, or how many times as fast as
+    PyTorch the kernels were, "1.24x"."""
+    if not _TRITON_INSTALLED:
+        return "triton is not installed"
+    if x.device.type != "cpu":
+        on_gpu = x.device.type in _GPU_TYPES
+        return "the kernels are made for GPUs" if on_gpu else f"the kernels do not run on {x.device.type}"
+    if not _measured_cpu():
+        from vit_triton import cpu
+
+        if _triton()[0]:
+            return "the interpreter is for checking results"
+        return cpu.why_not() or "the kernels were not timed on a CPU like this"
+    speed = _CPU_SPEED.get((op, x.dtype), (0.0, 0.0))[torch.is_grad_enabled()]
+    return f"{speed:.2f}x" if speed else "not timed"
+
+
 def _faster_on_cpu(op: str, x: torch.Tensor) -> bool:
     if x.device.type != "cpu" or (op, x.dtype) not in _CPU_SPEED:
         return False

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import networkx
 
+from vit_triton.kernels import _launch
+
+KERNELS = Path(_launch.__file__).parent
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -55,6 +59,8 @@ def narrow_accesses(code: Sequence[Instruction]) -> dict[str, int]:
     for instruction in code:
         if 0 < instruction.width < 16:
             file, number = instruction.source
-            where = f"{Path(file).name}:{number}: {linecache.getline(file, number).strip()}"
+            # Triton's cache may name the files of a checkout that is gone
+            text = linecache.getline(file, number) or linecache.getline(str(KERNELS / Path(file).name), number)
+            where = f"{Path(file).name}:{number}: {text.strip()}"
             found[where] = min(instruction.width, found.get(where, 16))
     return found

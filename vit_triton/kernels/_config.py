@@ -196,11 +196,10 @@ _ATTENTION_BWD_DQ: AttentionTable = {
     "sm_100": ((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),  # 52 us; 64 x 64: 74
     "gfx": ((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
 }
-_ATTENTION_BWD_DQ_DROPOUT: AttentionTable = {
+_ATTENTION_BWD_DQ_DROPOUT = _ATTENTION_BWD_DQ | {
     "sm_80": ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
     "sm_90": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 16, 4, 2)),
     "sm_100": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
-    "gfx": ((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
 }
 _ATTENTION_BWD_DKDV: AttentionTable = {  # query rows a step, keys a program
     "sm_80": ((32, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 3), (32, 16, 4, 2)),  # 294 us; two stages 333, 128 keys spill
@@ -208,15 +207,15 @@ _ATTENTION_BWD_DKDV: AttentionTable = {  # query rows a step, keys a program
     "sm_100": ((32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),  # 88 us; 64 keys: 112
     "gfx": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1)),
 }
-_ATTENTION_BWD_DKDV_DROPOUT: AttentionTable = {
+_ATTENTION_BWD_DKDV_DROPOUT = _ATTENTION_BWD_DKDV | {
     "sm_80": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1), (32, 16, 4, 2)),
     "sm_90": ((32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2), (32, 16, 4, 2)),
     "sm_100": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
-    "gfx": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1)),
 }
 # IEEE dots are plain FMA with both operands in registers: larger tiles spill
 _ATTENTION_FWD_FLOAT32 = (AttentionConfig(32, 32, 4, 2), AttentionConfig(16, 16, 4, 1))  # up to 128, and past it
 _ATTENTION_BWD_FLOAT32 = (AttentionConfig(32, 32, 8, 1), AttentionConfig(16, 16, 4, 1))
+
 
 def _attention_tile(table: AttentionTable, head_dim: int, arch: str) -> AttentionConfig:
     return AttentionConfig(*table[_generation(arch)][bisect.bisect_left(_HEAD_DIMS, head_dim)])
@@ -425,6 +424,12 @@ class GemmConfig:
     split: int = 1
     parts: int = 1
     max_registers: int = 255
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the compiler, as a launch takes them."""
+        limit = {"maxnreg": self.max_registers} if self.max_registers < 255 else {}  # only NVIDIA's knows it
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages, **limit)
 
 
 @dataclass(frozen=True)

@@ -265,9 +265,9 @@ def attention_fwd(
         out_ptr=out,
         lse_ptr=lse,
         seed_ptr=seed,
-        **_strides("q", q),
-        **_strides("k", k),
-        **_strides("v", v),
+        **strides("q", q),
+        **strides("k", k),
+        **strides("v", v),
         n_heads=n_heads,
         n_q=n_q,
         n_k=n_k,
@@ -290,7 +290,7 @@ def attention_fwd(
     return out, lse
 
 
-def _strides(name: str, x: torch.Tensor) -> dict[str, int]:
+def strides(name: str, x: torch.Tensor) -> dict[str, int]:
     """The strides of a (B, N, H, D) tensor as kernel arguments: stride_qb, stride_qn, stride_qh, stride_qd."""
     return {f"stride_{name}{axis}": stride for axis, stride in zip("bnhd", x.stride(), strict=True)}
 
@@ -728,7 +728,7 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, *, scale: 
         do_ptr=do,
         dlse_ptr=dlse,
         delta_ptr=delta,
-        **_strides("do", do),
+        **strides("do", do),
         stride_dlseb=0 if dlse is None else dlse.stride(0),
         stride_dlseh=0 if dlse is None else dlse.stride(1),
         stride_dlsen=0 if dlse is None else dlse.stride(2),
@@ -749,10 +749,10 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, *, scale: 
         lse_ptr=lse,
         delta_ptr=delta,
         seed_ptr=seed,
-        **_strides("q", q),
-        **_strides("k", k),
-        **_strides("v", v),
-        **_strides("do", do),
+        **strides("q", q),
+        **strides("k", k),
+        **strides("v", v),
+        **strides("do", do),
         n_heads=n_heads,
         n_q=n_q,
         n_k=n_k,

@@ -225,9 +225,7 @@ def linear_fwd(
         WORD=0 if panels is None else panels.shape[3],
         PARTS=config.parts,
         MULTIPLIED=multiplied,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **({"maxnreg": config.max_registers} if config.max_registers < 255 else {}),
+        **config.options,
     )
     return y, pre
 
@@ -406,9 +404,7 @@ def linear_bwd_input(
         GROUP=config.group,
         PARTS=config.parts,
         MULTIPLIED=multiplied,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **({"maxnreg": config.max_registers} if config.max_registers < 255 else {}),
+        **config.options,
     )
     return dx, hidden
 
@@ -542,8 +538,7 @@ def linear_bwd_weight(
         BLOCK_K=config.cols,
         BLOCK_M=config.depth,
         GROUP=config.group,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     if scaled is not None:
         return layer_scale_bwd(dweight, dbias, scaled)

@@ -263,8 +263,7 @@ def patch_embed_fwd(
         BLOCK_N=config.cols,
         BLOCK_K=config.depth,
         GROUP=config.group,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
 
     post_mean = post_rstd = None
@@ -533,8 +532,7 @@ def _bwd_weight(
         BLOCK_K=config.cols,
         BLOCK_M=config.depth,
         GROUP=config.group,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return layout.to_weight(grads.sum(0)), dbiases.sum(0)
 
@@ -573,8 +571,7 @@ def _bwd_image(
         BLOCK_K=config.cols,
         BLOCK_N=config.depth,
         GROUP=config.group,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     if pre_norm is not None:
         rows = pick_layer_norm(layout.patch_dim, arch)

@@ -19,7 +19,7 @@ import triton.language as tl
 from vit_triton.kernels._config import architecture, cdiv, layer_norm_stretch, pick_qk_norm
 from vit_triton.kernels._launch import launch
 from vit_triton.kernels._sums import sum_parts
-from vit_triton.kernels.attention import attention_bwd_into, attention_fwd
+from vit_triton.kernels.attention import attention_bwd_into, attention_fwd, strides
 
 
 class HeadNorm(NamedTuple):
@@ -90,10 +90,7 @@ def qk_norm_fwd(x: torch.Tensor, norm: HeadNorm | None) -> torch.Tensor:
         weight_ptr=None if weight is None else weight.contiguous(),
         bias_ptr=None if bias is None else bias.contiguous(),
         y_ptr=y,
-        stride_xb=x.stride(0),
-        stride_xn=x.stride(1),
-        stride_xh=x.stride(2),
-        stride_xd=x.stride(3),
+        **strides("x", x),
         n_rows=batch * n_tokens * n_heads,
         n_tokens=n_tokens,
         n_heads=n_heads,
@@ -172,10 +169,7 @@ def qk_norm_bwd_into(
         stride_dxb=dx.stride(0),
         stride_dxn=dx.stride(1),
         stride_dxh=dx.stride(2),
-        stride_xb=x.stride(0),
-        stride_xn=x.stride(1),
-        stride_xh=x.stride(2),
-        stride_xd=x.stride(3),
+        **strides("x", x),
         n_rows=n_rows,
         n_tokens=n_tokens,
         n_heads=n_heads,

@@ -156,12 +156,12 @@ def _tensor(T: Any) -> list[Any]:
 
 def _folder(config: TrainConfig) -> Data:
     """FOLDER/train/CLASS/* and FOLDER/val/CLASS/*, or FOLDER/CLASS/*, of which one image in ten is to test with."""
-    torchvision = extra("torchvision")
+    torchvision, open_image = extra("torchvision"), extra("vit_triton.images").open_image
     folder, T = Path(config.data), torchvision.transforms
     whole = [folder / "train", next((folder / name for name in ("val", "test") if (folder / name).is_dir()), folder)]
     apart = whole[0].is_dir() and whole[1] != folder
     try:
-        found = [torchvision.datasets.ImageFolder(path) for path in (whole if apart else [folder])]
+        found = [torchvision.datasets.ImageFolder(path, loader=open_image) for path in (whole if apart else [folder])]
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"data: {error}. {config.data} must be digits, cifar10 or a folder of images: {folder}/CLASS/*.jpg, or "

@@ -1,0 +1,457 @@
+"""accelerate and restore themselves: what stays as it was, what is left alone, and who still gets to see what."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+from parity import run
+from timm.layers import Mlp
+from timm.models.vision_transformer import Attention, Block
+from torch import nn
+from torch.nn.utils import parametrize
+
+import vit_triton
+from vit_triton.integrations import Report
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = dict(img_size=16, patch_size=8, embed_dim=24, num_heads=2, num_classes=5, depth=2, init_values=0.1)
+    return timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def kernels(monkeypatch) -> list[str]:
+    """The functions of vit_triton.functional that were called, by name."""
+    called: list[str] = []
+    for name in ("linear", "mlp", "attention_packed", "layer_norm", "patch_embed"):
+        original = getattr(vit_triton.functional, name)
+
+        def recorded(*args, name=name, original=original, **options):
+            called.append(name)
+            return original(*args, **options)
+
+        monkeypatch.setattr(vit_triton.functional, name, recorded)
+    return called
+
+
+NORM, ATTENTION = "layer_norm", ["linear", "attention_packed", "linear"]
+WHOLE = ["patch_embed", *[*ATTENTION, "mlp"] * 2, NORM]
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# --- what stays --------------------------------------------------------------------------------------------
+
+
+def snapshot(model: nn.Module) -> list[tuple]:
+    """Everything there is of every module: class, attributes and the identity of their values."""
+    return [
+        (name, type(module), [(key, id(value), str(value)) for key, value in vars(module).items()])
+        for name, module in model.named_modules()
+    ]
+
+
+def test_restore_gives_back_exactly_what_there_was(model, images):
+    before, theirs = snapshot(model), model(images)
+    vit_triton.accelerate(model, "triton")
+    assert type(model.blocks[0]) is not Block
+    during = snapshot(model)
+    assert vit_triton.restore(model) is model
+    assert snapshot(model) == before and torch.equal(model(images), theirs)
+    # and while accelerated nothing but classes differs
+    assert [(name, values) for name, _, values in during] == [(name, values) for name, _, values in before]
+
+
+def test_looks_like_the_model_before(model):
+    shown, state, parameters = repr(model), model.state_dict(), list(model.parameters())
+    vit_triton.accelerate(model, "triton")
+    assert repr(model) == shown
+    assert model.state_dict().keys() == state.keys()
+    assert all(now is then for now, then in zip(model.parameters(), parameters, strict=True))
+    block = model.blocks[0]
+    assert isinstance(block, Block) and isinstance(block.norm1, nn.LayerNorm) and isinstance(block.attn, Attention)
+    assert inspect.signature(block.forward) == inspect.signature(Block(24, 2).forward)
+
+
+def test_an_optimizer_made_before_trains_as_it_would(model, images):
+    losses = []
+    for accelerated in (False, True):
+        here = copy.deepcopy(model).train()
+        optimizer = torch.optim.SGD(here.parameters(), lr=0.1)
+        if accelerated:
+            vit_triton.accelerate(here, "triton")
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(here(images), torch.tensor([1, 3]))
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.detach())
+    close(*losses)
+    assert losses[0] < 1
+
+
+def test_twice_is_once(model, images, kernels):
+    vit_triton.accelerate(model, "torch")
+    again = vit_triton.accelerate(model, "triton")
+    assert {entry.name for entry in again.replaced} >= {"blocks.0", "blocks.1"}
+    model(images)
+    assert kernels == WHOLE
+    vit_triton.restore(model)
+    vit_triton.restore(model)
+    assert type(model.blocks[0]) is Block
+
+
+def test_without_a_backend_it_is_the_one_in_force(model, images):
+    vit_triton.accelerate(model, None)
+    counts = []
+    for name in ("triton", "torch"):
+        with vit_triton.use_backend(name), torch.profiler.profile() as profile:
+            model(images)
+        counts.append(sum(event.key.startswith("vit_triton::") for event in profile.key_averages()))
+    assert counts[0] > 0 == counts[1]
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "save"])
+def test_copies_are_accelerated_and_of_their_own(model, images, kernels, how):
+    vit_triton.accelerate(model, "triton")
+    theirs = model(images)
+    kernels.clear()
+    if how == "save":
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        copied = {"deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
+        other = copied[how](model)
+    assert torch.equal(other(images), theirs) and kernels == WHOLE
+    if how != "copy":  # which shares the parameters
+        with torch.no_grad():
+            other.blocks[0].norm1.weight.zero_()
+        assert not torch.equal(other(images), theirs) and torch.equal(model(images), theirs)
+    vit_triton.restore(other)
+    assert type(other.blocks[0]) is Block and (how == "copy" or type(model.blocks[0]) is not Block)
+
+
+def test_a_replica_computes_with_its_own_parameters(model):
+    vit_triton.accelerate(model, "triton")
+    replica = model.norm._replicate_for_data_parallel()  # as DataParallel makes for every device
+    replica.weight, replica.bias = torch.zeros(24), torch.full((24,), 3.0)
+    assert torch.equal(replica(torch.randn(2, 24)), torch.full((2, 24), 3.0))
+
+
+def test_functional_call_takes_its_parameters(model, images):
+    vit_triton.accelerate(model, "triton")
+    parameters = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    parameters["head.bias"] = torch.arange(5.0)
+    assert torch.equal(torch.func.functional_call(model, parameters, images), torch.arange(5.0).expand(2, 5))
+
+
+# --- what is replaced, and what is left --------------------------------------------------------------------
+
+
+def test_blocks_are_computed_as_wholes(model, images, kernels):
+    theirs = model(images)
+    vit_triton.accelerate(model, "triton")
+    close(model(images), theirs)
+    assert kernels == WHOLE
+
+
+@pytest.mark.parametrize(
+    "choices, calls",
+    [
+        ({"mlp": False}, ["patch_embed", *[NORM, *ATTENTION, NORM] * 2, NORM]),
+        ({"attention": False}, ["patch_embed", *[NORM, NORM, "mlp"] * 2, NORM]),
+        ({"layer_norm": False}, ["patch_embed", *[*ATTENTION, "mlp"] * 2]),
+        ({"patch_embedding": False}, WHOLE[1:]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_choices(model, images, kernels, choices, calls):
+    theirs = model(images)
+    report = vit_triton.accelerate(model, "triton", **choices)
+    close(model(images), theirs)
+    assert kernels == calls
+    assert f"{next(iter(choices))}=False" in {entry.what for entry in report.left}
+
+
+class OwnAttention(Attention):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return 2 * super().forward(x, attn_mask, is_causal)
+
+
+class SameAttention(Attention):
+    """Without a forward of its own: what FSDP makes is like that."""
+
+
+class Unheard(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(24, 24)
+
+    def forward(self, x):
+        return self.fc1(x)
+
+
+def test_a_subclass_with_its_own_forward_is_left(model, images):
+    model.blocks[1].attn = OwnAttention(24, 2).eval()
+    theirs = model(images)
+    report = vit_triton.accelerate(model, "triton")
+    close(model(images), theirs)
+    left = {entry.name: entry.what for entry in report.left}
+    assert type(model.blocks[1].attn) is OwnAttention and "forward" in left["blocks.1.attn"]
+    assert "attn" in left["blocks.1"] and "OwnAttention" in left["blocks.1"]
+    assert "blocks.0" in {entry.name for entry in report.replaced}
+
+
+def test_a_subclass_with_the_known_forward_is_replaced(model, images, kernels):
+    model.blocks[1].attn = SameAttention(24, 2).eval()
+    theirs = model(images)
+    vit_triton.accelerate(model, "triton")
+    close(model(images), theirs)
+    assert kernels == WHOLE
+    vit_triton.restore(model)
+    assert type(model.blocks[1].attn) is SameAttention
+
+
+def test_what_is_not_known_is_left(model, images):
+    model.blocks[0].mlp = Unheard()
+    theirs = model(images)
+    report = vit_triton.accelerate(model, "triton")
+    close(model(images), theirs)
+    left = {entry.name: entry.what for entry in report.left}
+    assert "Unheard" in left["blocks.0"] and "blocks.0.mlp.fc1" in left
+
+
+def test_a_part_that_a_later_version_adds_is_not_ignored(model, images):
+    model.blocks[0].attn.gate = nn.Linear(24, 24)  # timm computes with it
+    theirs = model(images)
+    report = vit_triton.accelerate(model, "triton")
+    close(model(images), theirs)
+    assert "gate" in {entry.name: entry.what for entry in report.left}["blocks.0.attn"]
+
+
+def test_a_class_whose_forward_was_replaced_is_left(model, images, kernels, monkeypatch):
+    vit_triton.accelerate(model, "triton")
+    monkeypatch.setattr(Mlp, "forward", lambda self, x: torch.zeros_like(x))
+    ours = model(images)
+    assert "mlp" not in kernels
+    vit_triton.restore(model)
+    close(ours, model(images))
+    report = vit_triton.accelerate(model, "triton")
+    assert "blocks.0.mlp" in {entry.name for entry in report.left}
+
+
+def test_heads_too_wide_for_the_kernels_are_left(images):
+    sizes = dict(img_size=16, patch_size=8, embed_dim=264, num_heads=1, num_classes=5, depth=1)
+    model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    theirs = model(images)
+    report = vit_triton.accelerate(model, "triton")
+    close(model(images), theirs)
+    assert "264" in {entry.name: entry.what for entry in report.left}["blocks.0.attn"]
+
+
+def test_the_report_is_a_table(model):
+    report = vit_triton.accelerate(model, "triton")
+    assert isinstance(report, Report) and len(report.replaced) + len(report.left) == len(report.entries)
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["module", "class", "what", "or", "why"]
+    assert ["blocks.*.norm*", "LayerNorm", "4", "x", "replaced", "layer", "norm"] in [line.split() for line in lines]
+    assert lines[-1].split() == "head Linear 1 x left no part of what is known here".split()
+    assert len({line.index("left" if " left " in line else "replaced") for line in lines[1:]}) == 1
+
+
+def test_a_model_of_nothing_known():
+    report = vit_triton.accelerate(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    assert not report.replaced and [entry.cls for entry in report.left] == ["Linear"]
+    assert vit_triton.accelerate(nn.ReLU()).entries == ()
+
+
+# --- who watches -------------------------------------------------------------------------------------------
+
+INNER = ["blocks.0.attn.qkv", "blocks.0.attn.attn_drop", "blocks.0.mlp.act", "blocks.0.ls1", "blocks.0.norm2"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+@pytest.mark.parametrize("where", INNER)
+def test_hooks_on_inner_modules_fire(model, images, where, kind, when):
+    model.blocks[0].attn.fused_attn = False  # with which timm calls attn_drop
+    fired: list[int] = []
+    register = getattr(model.get_submodule(where), f"register_{kind}_hook")
+    handle = register(lambda *_: fired.append(1)) if when == "before" else None
+    theirs, their_grads = run(model, images)
+    fired.clear()
+    report = vit_triton.accelerate(model, "triton")
+    if handle is None:
+        handle = register(lambda *_: fired.append(1))
+    else:
+        assert "has hooks" in {entry.name: entry.what for entry in report.left}["blocks.0"]
+    model.zero_grad()
+    ours, our_grads = run(model, images)
+    assert fired == [1]
+    close(ours, theirs)
+    close(our_grads["image"], their_grads["image"])
+    handle.remove()
+
+
+def test_the_hooks_of_a_block_see_what_they_did(model, images, kernels):
+    seen: list[torch.Tensor] = []
+    handle = model.blocks[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    model(images)
+    vit_triton.accelerate(model, "triton")
+    model(images)
+    close(*seen)
+    assert kernels == WHOLE
+    handle.remove()
+
+
+def test_global_hooks_fire(model, images):
+    vit_triton.accelerate(model, "triton")
+    seen: list[nn.Module] = []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
+        model(images)
+    assert model.blocks[0].attn.qkv in seen
+
+
+def test_a_replaced_part_is_computed(model, images):
+    class Lora(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return self.base(x) + 1
+
+    vit_triton.accelerate(model, "triton")
+    model.blocks[0].mlp.fc1 = Lora(model.blocks[0].mlp.fc1)
+    ours = model(images)
+    close(ours, vit_triton.restore(model)(images))
+
+
+def test_a_forward_replaced_on_the_instance_is_computed(model, images):
+    vit_triton.accelerate(model, "triton")
+    attention = model.blocks[0].attn
+    plain = attention.forward
+    attention.forward = lambda *args, **kwargs: 3 * plain(*args, **kwargs)  # as the wrappers of accelerate do
+    ours = model(images)
+    vit_triton.restore(model)
+    attention.forward = lambda *args, **kwargs: 3 * Attention.forward(attention, *args, **kwargs)
+    close(ours, model(images))
+
+
+def test_a_parametrization_counts_and_outlives_restore(model, images):
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    vit_triton.accelerate(model, "triton")
+    for where in ("norm1", "attn.qkv"):
+        parametrize.register_parametrization(model.blocks[0].get_submodule(where), "weight", Doubled())
+    ours = model(images)
+    vit_triton.restore(model)
+    close(ours, model(images))
+    norm = model.blocks[0].norm1
+    assert parametrize.is_parametrized(norm) and not any(hasattr(cls, "_replaced") for cls in type(norm).__mro__)
+
+
+# --- inputs of other kinds ---------------------------------------------------------------------------------
+
+
+def test_float64_is_computed_by_the_library(model, images, kernels):
+    theirs = model.double()(images.double())
+    vit_triton.accelerate(model, "triton")
+    assert torch.equal(model(images.double()), theirs) and not kernels
+
+
+def test_dtypes_mixed_by_hand_are_left_to_the_library(model, images, kernels):
+    for block in model.blocks:
+        block.ls1.double()  # the residual is float64 behind it, and the MLP's Linear refuses that
+        block.mlp.double()
+        block.norm2.double()
+    theirs = model.blocks[0](torch.ones(2, 5, 24))
+    vit_triton.accelerate(model, "triton")
+    ours = model.blocks[0](torch.ones(2, 5, 24))
+    assert ours.dtype == theirs.dtype == torch.float64
+    close(ours, theirs)
+    assert "mlp" not in kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_the_dtypes_it_gave(model, images, dtype):
+    with torch.autocast("cpu", dtype):
+        theirs, tokens = model(images), model.forward_features(images)
+        vit_triton.accelerate(model, "triton")
+        ours, our_tokens = model(images), model.forward_features(images)
+    assert ours.dtype == theirs.dtype == dtype and our_tokens.dtype == tokens.dtype
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=32 * torch.finfo(dtype).eps)
+
+
+def test_compiles_into_one_graph(model, images):
+    vit_triton.accelerate(model, "triton")
+    theirs = model(images)
+    close(torch.compile(model, backend="aot_eager", fullgraph=True)(images), theirs)
+
+
+def test_exports(model, images):
+    vit_triton.accelerate(model, "triton")
+    program = torch.export.export(model, (images,))
+    assert any("vit_triton" in str(node.target) for node in program.graph.nodes)
+    close(program.module()(images), model(images))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 10, 8), (3, 8, 8), (0, 3, 8, 8)], ids=["ragged", "unbatched", "empty"])
+def test_images_that_are_no_batch_of_patches_are_convolved(kernels, shape):
+    model = nn.Sequential(nn.Conv2d(3, 5, 4, stride=4))
+    image = torch.randn(shape)
+    theirs = model(image)
+    assert vit_triton.accelerate(model, "triton").replaced
+    close(model(image), theirs)
+    assert not kernels and model(torch.randn(1, 3, 8, 8)).shape == (1, 5, 2, 2) and kernels == ["patch_embed"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 4, "stride": 2},
+        {"kernel_size": 4, "stride": 4, "padding": 2},
+        {"kernel_size": 4, "stride": 4, "padding": 3, "padding_mode": "circular"},
+        {"kernel_size": 2, "stride": 2, "dilation": 3},
+        {"kernel_size": 4, "stride": 4, "groups": 3},
+        {"kernel_size": 1},
+    ],
+    ids=str,
+)
+def test_other_convolutions_are_left(options):
+    model, image = nn.Sequential(nn.Conv2d(3, 6, **options)), torch.randn(2, 3, 8, 8)
+    theirs = model(image)
+    (entry,) = vit_triton.accelerate(model, "triton").left
+    assert "convolution" in entry.what and torch.equal(model(image), theirs)
+
+
+# --- bad arguments -----------------------------------------------------------------------------------------
+
+
+def test_bad_arguments(model):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got builtins.str"):
+        vit_triton.accelerate("vit_b_16")
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got builtins.NoneType"):
+        vit_triton.restore(None)
+    with pytest.raises(ValueError, match="backend must be one of .*'cuda'"):
+        vit_triton.accelerate(model, "cuda")
+    with pytest.raises(TypeError, match="mlp must be True or False, got 'no'"):
+        vit_triton.accelerate(model, mlp="no")
+    assert type(model.blocks[0]) is Block

@@ -1,0 +1,535 @@
+"""Hugging Face's models with our kernels inside, against themselves untouched."""
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import vit_triton
+import vit_triton.integrations.transformers  # registers attn_implementation="vit_triton"
+from tests.parity import assert_as_precise
+from vit_triton import functional as F
+from vit_triton import reference
+
+# of the models that people have, with one or two layers, and images of few patches
+CLASSES = dict(num_labels=10)
+WIDE = dict(hidden_size=384, num_attention_heads=6)
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "vit": lambda **kw: hf.ViTForImageClassification(
+        hf.ViTConfig(**dict(num_hidden_layers=1, image_size=96) | CLASSES | kw)
+    ),
+    "deit": lambda **kw: hf.DeiTForImageClassificationWithTeacher(
+        hf.DeiTConfig(**dict(num_hidden_layers=2, intermediate_size=1536, image_size=96) | WIDE | CLASSES | kw)
+    ),
+    "dinov2": lambda **kw: hf.Dinov2ForImageClassification(
+        hf.Dinov2Config(**dict(num_hidden_layers=2, image_size=98, patch_size=14) | WIDE | CLASSES | kw)
+    ),
+    "dinov2_with_registers": lambda **kw: hf.Dinov2WithRegistersForImageClassification(
+        hf.Dinov2WithRegistersConfig(**dict(num_hidden_layers=1, image_size=98, patch_size=14) | CLASSES | kw)
+    ),
+    "siglip": lambda **kw: hf.SiglipVisionModel(
+        hf.SiglipVisionConfig(
+            **dict(hidden_size=1152, num_attention_heads=16, intermediate_size=4304, num_hidden_layers=1)
+            | dict(image_size=70, patch_size=14)
+            | kw
+        )
+    ),
+    "clip": lambda **kw: hf.CLIPVisionModelWithProjection(
+        hf.CLIPVisionConfig(**dict(num_hidden_layers=1, image_size=224, patch_size=32) | kw)
+    ),
+}
+GIANT = dict(hidden_size=1536, num_attention_heads=24, use_swiglu_ffn=True, image_size=42)
+SMALL = dict(hidden_size=48, num_attention_heads=2, num_hidden_layers=2)
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> Iterator[None]:
+    with vit_triton.use_backend("triton"):
+        yield
+
+
+def make(family: str, dtype: torch.dtype = torch.float32, **config) -> nn.Module:
+    torch.manual_seed(0)
+    model = MODELS[family](**config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms start at 1 and 0, LayerScale at 1, which would hide a swap
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+def images(model: nn.Module, batch: int = 2) -> Tensor:
+    size = getattr(model.config, "vision_config", model.config).image_size
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+    return x.to(next(model.parameters()).dtype)
+
+
+def result(output: hf.utils.ModelOutput) -> Tensor:
+    """What a model is for: logits, or the embedding of the image."""
+    for name in ("logits", "image_embeds", "pooler_output"):
+        if output.get(name) is not None:
+            return output[name]
+    raise AssertionError(f"none in {list(output)}")
+
+
+@contextmanager
+def key_sums(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The gradient of a key's bias is a sum that is 0 in exact arithmetic; of its terms, the absolute values."""
+    sums: dict[str, Tensor] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if name.endswith("k_proj"):
+
+            def add(module: nn.Module, _: object, grads: tuple[Tensor], name: str = name) -> None:
+                sums[f"{name}.bias"] = grads[0].abs().flatten(0, -2).sum(0)
+
+            hooks.append(module.register_full_backward_hook(add))
+    yield sums
+    for hook in hooks:
+        hook.remove()
+
+
+def run(model: nn.Module, image: Tensor) -> dict[str, Tensor | None]:
+    """The result and the gradients of image and parameters for a loss that weighs every number differently."""
+    image = image.clone().requires_grad_()
+    out = result(model(pixel_values=image))
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)).sum().backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"result": out.detach(), "image": image.grad, **grads}
+
+
+def assert_parity(untouched: nn.Module, models: list[nn.Module], image: Tensor, terms: int = 1) -> None:
+    """Result and every gradient, by the rule of tests/oracle.py: a float32 sum of n ``terms`` of either sign is of
+    absolute values sqrt(n) as large."""
+    exact_model = copy.deepcopy(untouched).double()
+    with key_sums(exact_model) as sums:
+        exact = run(exact_model, image.double())
+    theirs = run(untouched, image)
+    for ours in models:
+        found = run(ours, image)
+        assert found.keys() == theirs.keys()
+        for name, value in found.items():
+            if value is None or theirs[name] is None:
+                assert value is theirs[name], name
+                continue
+            error = (value.double() - exact[name]).norm()
+            allowed = 2 * (theirs[name].double() - exact[name]).norm()
+            eps = max(torch.finfo(value.dtype).eps, torch.finfo(torch.float32).eps * terms**0.5)
+            floor = 4 * eps * sums.get(name, exact[name]).norm()
+            assert error <= allowed + floor, f"{name}: error {error:.3g}, allowed {allowed:.3g} + {floor:.3g}"
+
+
+def accelerated(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    vit_triton.accelerate(model, backend="triton")
+    return model
+
+
+def with_our_attention(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("vit_triton")
+    return model
+
+
+@pytest.fixture
+def whole_layers(monkeypatch) -> list[str]:
+    """The activation of every MLP from here on that was computed in one with the residual around it."""
+    calls = []
+    mlp = F.mlp
+
+    def counted(*args, **options) -> Tensor:
+        if options.get("residual") is not None:
+            calls.append(options["activation"])
+        return mlp(*args, **options)
+
+    monkeypatch.setattr(F, "mlp", counted)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", MODELS)
+def test_parity(family: str, dtype: torch.dtype, whole_layers: list[str], attention_calls: list[dict]) -> None:
+    model = make(family, dtype)
+    assert_parity(model, [accelerated(model), with_our_attention(model)], images(model))
+    layers = model.config.num_hidden_layers
+    activation = {"clip": "quick_gelu", "siglip": "gelu_tanh"}.get(family, "gelu")
+    assert whole_layers == [activation] * (layers + (family == "siglip"))  # and its head
+    assert len(attention_calls) == layers + (family == "siglip")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parity_of_swiglu(dtype: torch.dtype, whole_layers: list[str]) -> None:
+    model = make("dinov2_with_registers", dtype, **GIANT)
+    assert_parity(model, [accelerated(model)], images(model), terms=8192)
+    assert whole_layers == ["swiglu"]
+
+
+# --- attn_implementation -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def attention_calls(monkeypatch) -> list[dict]:
+    """The options of every call of our attention from here on, with the storages of q, k and v."""
+    calls = []
+    attention = F.attention
+
+    def counted(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        calls.append({**options, "storages": [x.untyped_storage().data_ptr() for x in (q, k, v)]})
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(F, "attention", counted)
+    return calls
+
+
+def test_from_config_takes_the_name_and_the_kernel_reads_the_projections(attention_calls) -> None:
+    config = hf.ViTConfig(**WIDE, num_hidden_layers=2, image_size=32, attention_probs_dropout_prob=0.25)
+    model = hf.AutoModel.from_config(config, attn_implementation="vit_triton").eval()
+    projected: list[int] = []
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "k_proj", "v_proj")):
+            module.register_forward_hook(lambda *a: projected.append(a[2].untyped_storage().data_ptr()))
+    model(pixel_values=images(model))
+    assert [call["dropout_p"] for call in attention_calls] == [0.0, 0.0]
+    assert sum((call["storages"] for call in attention_calls), []) == projected
+    model.train()(pixel_values=images(model))
+    assert [call["dropout_p"] for call in attention_calls[2:]] == [0.25, 0.25]
+
+
+def mask() -> Tensor:
+    """For a ViT of 96 x 96: the first of two images is masked behind its twentieth token."""
+    rows = torch.ones(2, 37, dtype=torch.long)
+    rows[0, 20:] = 0
+    return rows
+
+
+def test_a_mask_gives_what_sdpa_gives(attention_calls) -> None:
+    untouched = make("vit")
+    ours = with_our_attention(untouched)
+    theirs, found = (result(m(images(m), attention_mask=mask())) for m in (untouched, ours))
+    assert torch.equal(theirs, found) and not attention_calls
+    assert not torch.equal(found, result(ours(images(ours))))
+    assert len(attention_calls) == 1
+
+
+def test_a_causal_model_gives_what_sdpa_gives(attention_calls) -> None:
+    untouched = hf.CLIPTextModel(hf.CLIPTextConfig(**SMALL)).eval()
+    ours = with_our_attention(untouched)
+    tokens = torch.arange(2 * 9).view(2, 9)
+    assert torch.equal(untouched(tokens).last_hidden_state, ours(tokens).last_hidden_state)
+    assert not attention_calls
+
+
+OTHERS = {
+    "fewer heads of keys": dict(heads=2, groups=2),
+    "a wide head": dict(size=264),
+    "one causal by its module": dict(causal=True),
+    "a position bias": dict(position_bias=True),
+    "one query for all": dict(batch=1),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_attention_that_the_kernels_lack_is_sdpas(case: str, attention_calls) -> None:
+    options = dict(heads=4, groups=1, size=16, causal=False, position_bias=False, batch=2) | OTHERS[case]
+    module = nn.Module()
+    module.is_causal, module.num_key_value_groups = options["causal"], options["groups"]
+    q = torch.randn(options["batch"], 4, 7, options["size"])
+    k, v = torch.randn(2, 2, options["heads"], 7, options["size"])
+    extra = dict(position_bias=torch.randn(1, 4, 7, 7)) if options["position_bias"] else {}
+    theirs, ours = (
+        hf.AttentionInterface()[name](module, q, k, v, None, scaling=0.3, **extra)[0] for name in ("sdpa", "vit_triton")
+    )
+    assert torch.equal(theirs, ours) and not attention_calls
+
+
+def test_cross_attention_runs_the_kernel(attention_calls) -> None:
+    inputs = torch.randn(2, 4, 3, 72), *torch.randn(2, 2, 4, 9, 72)
+
+    def attend(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        interface, module = hf.AttentionInterface()[name], nn.Module()
+        return interface(module, *(x.to(dtype) for x in inputs), None, scaling=0.3, is_causal=False)[0]
+
+    assert_as_precise(attend("vit_triton"), attend("sdpa"), attend("sdpa", torch.float64))
+    assert len(attention_calls) == 1
+
+
+def test_backend_torch_is_sdpa(attention_calls) -> None:
+    untouched = make("vit", torch.float64)
+    ours = with_our_attention(untouched)
+    with vit_triton.use_backend("auto"):
+        assert torch.equal(result(untouched(images(ours))), result(ours(images(ours))))
+    assert not attention_calls
+
+
+# --- accelerate --------------------------------------------------------------------------------------------
+
+
+def close(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal but for the order of sums, in float32."""
+    return ours.shape == theirs.shape and bool((ours - theirs).norm() <= 1e-5 * theirs.norm())
+
+
+def small(family: str, **config) -> nn.Module:
+    sizes = SMALL | (dict(intermediate_size=96) if "dino" not in family else {})
+    return make(family, **sizes | dict(patch_size=16, image_size=32) | config)
+
+
+def test_restore() -> None:
+    model = small("siglip")
+    before = [(name, id(module), type(module)) for name, module in model.named_modules()]
+    parameters = [(name, id(parameter)) for name, parameter in model.named_parameters()]
+    expected = result(model(images(model)))
+    vit_triton.accelerate(model, backend="triton")
+    assert isinstance(model.encoder.layers[0], hf.models.siglip.modeling_siglip.SiglipEncoderLayer)
+    assert not torch.equal(result(model(images(model))), expected)
+    assert [(name, id(parameter)) for name, parameter in model.named_parameters()] == parameters
+    vit_triton.restore(model)
+    assert [(name, id(module), type(module)) for name, module in model.named_modules()] == before
+    assert torch.equal(result(model(images(model))), expected)
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2", "siglip"])
+@pytest.mark.parametrize("part", ["norm", "attention", "q_proj", "mlp", "fc1", "activation_fn", "scale", "dropout"])
+def test_hooks_on_parts_fire(family: str, part: str, whole_layers: list[str]) -> None:
+    untouched = small(family)
+    ours = accelerated(untouched)
+    layers = {"vit": "vit.layers.0.", "dinov2": "dinov2.encoder.layer.0.", "siglip": "encoder.layers.0."}[family]
+    norm = {"vit": "layernorm_after", "dinov2": "norm2", "siglip": "layer_norm2"}[family]
+    attention = "self_attn" if family == "siglip" else "attention"
+    names = {"norm": norm, "attention": attention, "q_proj": f"{attention}.q_proj", "mlp": "mlp", "fc1": "mlp.fc1"}
+    names |= {"activation_fn": "mlp.activation_fn", "scale": "layer_scale2", "dropout": "dropout"}
+    if layers + names[part] not in dict(ours.named_modules()):
+        names[part] = norm  # siglip has no LayerScale, only ViT has the Dropout
+    seen: dict[str, list[Tensor]] = {"theirs": [], "ours": []}
+
+    def see(who: str) -> Callable[..., None]:
+        return lambda module, args, out: seen[who].append((out[0] if isinstance(out, tuple) else out).detach())
+
+    hooks = [
+        model.get_submodule(layers + names[part]).register_forward_hook(see(who))
+        for who, model in (("theirs", untouched), ("ours", ours))
+    ]
+    theirs, found = (result(model(images(model))) for model in (untouched, ours))
+    assert close(found, theirs)
+    assert len(seen["ours"]) == len(seen["theirs"]) == (2 if part == "dropout" and family == "vit" else 1)
+    assert all(map(close, seen["ours"], seen["theirs"]))
+    once = len(whole_layers)
+    for hook in hooks:
+        hook.remove()
+    ours(images(ours))
+    assert len(whole_layers) == 2 * once + 1  # the other layer, and now this one
+
+
+def test_hidden_states_are_recorded_and_layers_stay_whole(whole_layers: list[str]) -> None:
+    untouched = small("dinov2")
+    ours = accelerated(untouched)
+    theirs, found = (m(images(m), output_hidden_states=True).hidden_states for m in (untouched, ours))
+    assert len(found) == 3 and all(map(close, found, theirs))
+    assert len(whole_layers) == 2
+    ours(images(ours))
+    assert len(whole_layers) == 4
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2_with_registers", "siglip", "clip"])
+def test_attention_weights_are_given_where_they_were(family: str) -> None:
+    untouched = small(family, attn_implementation="eager")
+    ours = accelerated(untouched)
+    assert "eager" in str(vit_triton.accelerate(ours, backend="triton"))
+    theirs, found = (m(images(m), output_attentions=True).attentions for m in (untouched, ours))
+    assert len(found) == 2 and all(map(close, found, theirs))
+    ours.config.output_attentions = True
+    found = ours(images(ours)).attentions
+    assert len(found) == 2 and all(map(close, found, theirs))
+    for model in (untouched, ours):
+        model.config.output_attentions = False
+        model.set_attn_implementation("sdpa")
+    assert untouched(images(ours), output_attentions=True).attentions == ()
+    assert ours(images(ours), output_attentions=True).attentions == ()
+
+
+def test_eager_layers_are_whole_until_weights_are_asked_for(whole_layers: list[str]) -> None:
+    untouched = small("vit", attn_implementation="eager")
+    ours = accelerated(untouched)
+    assert close(result(ours(images(ours))), result(untouched(images(ours))))
+    assert len(whole_layers) == 2
+
+
+def test_a_mask_is_heeded(attention_calls: list[dict]) -> None:
+    untouched = small("vit", image_size=96)
+    ours = accelerated(untouched)
+    assert close(
+        result(ours(images(ours), attention_mask=mask())), result(untouched(images(ours), attention_mask=mask()))
+    )
+    assert not attention_calls
+
+
+def test_an_attention_of_the_users_own_is_used() -> None:
+    def nothing(module, query, key, value, mask, **options):
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    hf.AttentionInterface.register("nothing", nothing)
+    try:
+        untouched = small("vit", attn_implementation="nothing")
+        ours = accelerated(untouched)
+        assert close(result(ours(images(ours))), result(untouched(images(ours))))
+        assert "'nothing' is not known here" in str(vit_triton.accelerate(ours))
+    finally:
+        hf.AttentionInterface._global_mapping.pop("nothing")
+
+
+def test_two_towers() -> None:
+    text = SMALL | dict(intermediate_size=96)
+    vision = text | dict(image_size=32, patch_size=16)
+    tokens = dict(input_ids=torch.tensor([[5, 6, 7, 49407], [8, 9, 49407, 1]]))
+    for config_class, model_class in ((hf.CLIPConfig, hf.CLIPModel), (hf.SiglipConfig, hf.SiglipModel)):
+        if model_class is hf.SiglipModel:
+            tokens["input_ids"] = tokens["input_ids"] % 100
+        untouched = model_class(config_class(text_config=text, vision_config=vision)).eval()
+        tokens["pixel_values"] = images(untouched)
+        ours, theirs = accelerated(untouched)(**tokens), untouched(**tokens)
+        assert close(ours.logits_per_image, theirs.logits_per_image)
+        assert close(ours.text_embeds, theirs.text_embeds) and close(ours.image_embeds, theirs.image_embeds)
+
+
+def train_results(models: list[nn.Module]) -> list[dict[str, Tensor | None]]:
+    return [run(model.train(), images(model)) for model in models]
+
+
+def assert_close(models: list[nn.Module]) -> None:
+    theirs, ours = train_results(models)
+    for name, value in ours.items():
+        if not name.endswith("k_proj.bias"):
+            assert theirs[name] is value is None or close(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("family, dropped", [("vit", "hidden"), ("vit", "attention"), ("clip", "attention")])
+def test_dropout_in_training(family: str, dropped: str) -> None:
+    """With probability 1, there is one outcome."""
+    untouched = small(family)
+    for module in untouched.modules():
+        if dropped == "attention" and hasattr(module, "is_causal"):
+            setattr(module, "dropout" if family == "clip" else "attention_dropout", 1.0)
+        elif dropped == "hidden" and isinstance(module, hf.models.vit.modeling_vit.ViTLayer):
+            module.dropout.p = 1.0
+    ours = accelerated(untouched)
+    assert_close([untouched, ours])
+    assert not close(result(ours(images(ours))), result(ours.eval()(images(ours))))
+
+
+def test_drop_path_in_training(monkeypatch, whole_layers: list[str]) -> None:
+    untouched = small("dinov2", drop_path_rate=0.25)
+    ours = accelerated(untouched)
+    drawn = iter([[0.1, 0.9], [0.9, 0.9], [0.9, 0.1], [0.1, 0.9]])  # below 0.25 is dropped
+    monkeypatch.setattr(torch, "rand", lambda shape, **kw: torch.tensor(next(drawn), **kw).view(shape))
+    kept = iter([[0, 4 / 3], [4 / 3, 4 / 3], [4 / 3, 0], [0, 4 / 3]])
+    monkeypatch.setattr(reference, "kept_samples", lambda x, p: torch.tensor(next(kept)) if p == 0.25 else None)
+    assert_close([untouched, ours])
+    assert len(whole_layers) == 2 and next(drawn, None) is next(kept, None) is None
+
+
+def test_gradient_checkpointing() -> None:
+    untouched = small("vit")
+    ours = accelerated(untouched)
+    checkpointed = []
+    for model in (untouched, ours):
+        model.activation_checkpointing_enable()
+    layer = ours.vit.layers[0]
+    function = layer._gradient_checkpointing_func
+    layer._gradient_checkpointing_func = lambda *args: checkpointed.append(1) or function(*args)
+    assert_close([untouched, ours])
+    assert checkpointed == [1]
+
+
+def test_autocast() -> None:
+    untouched = make("vit")
+    ours = accelerated(untouched)
+    image = images(untouched)
+    exact = result(copy.deepcopy(untouched).double()(image.double()))
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, found = result(untouched(image)), result(ours(image))
+    assert_as_precise(found, theirs, exact)
+
+
+def test_a_layer_of_the_users_own_is_left_alone() -> None:
+    class Louder(hf.models.vit.modeling_vit.ViTLayer):
+        def forward(self, *args, **kwargs):
+            return 2 * super().forward(*args, **kwargs)
+
+    model = small("vit")
+    model.vit.layers[0].__class__ = Louder
+    expected = result(model(images(model)))
+    report = vit_triton.accelerate(model, backend="triton")
+    assert type(model.vit.layers[0]) is Louder
+    assert "vit.layers.0" in [entry.name for entry in report.left]
+    assert close(result(model(images(model))), expected)
+
+
+def causal(model: nn.Module) -> None:
+    for layer in model.encoder.layers:
+        layer.self_attn.is_causal = True
+
+
+def one_bias_less(model: nn.Module) -> None:
+    model.encoder.layers[0].self_attn.v_proj.bias = None
+
+
+def pooling_without_bias(model: nn.Module) -> None:
+    model.head.attention.in_proj_bias = None
+
+
+def another_gate(model: nn.Module) -> None:
+    model.dinov2.encoder.layer[0].mlp.act_fn = nn.GELU()
+
+
+@pytest.mark.parametrize(
+    "family, change, why",
+    [
+        ("siglip", causal, "is causal"),
+        ("siglip", one_bias_less, "only some of the projections have a bias"),
+        ("siglip", pooling_without_bias, "attention: has no bias"),
+        ("dinov2", another_gate, "a gate that is not SiLU"),
+    ],
+)
+def test_what_no_config_makes_is_left_alone(family: str, change: Callable[[nn.Module], None], why: str) -> None:
+    untouched = small(family, **(dict(use_swiglu_ffn=True) if family == "dinov2" else {}))
+    change(untouched)
+    ours = copy.deepcopy(untouched)
+    assert why in str(vit_triton.accelerate(ours, backend="triton"))
+    assert close(result(ours(images(ours))), result(untouched(images(ours))))
+
+
+def test_a_projection_replaced_later_is_used() -> None:
+    """As adapters do."""
+
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    untouched = small("clip")
+    ours = accelerated(untouched)
+    for model in (untouched, ours):
+        model.vision_model.encoder.layers[1].self_attn.v_proj.__class__ = Doubled
+    assert close(result(ours(images(ours))), result(untouched(images(ours))))
+
+
+def test_compiles_whole(whole_layers: list[str]) -> None:
+    ours = accelerated(small("vit"))
+    expected = result(ours(images(ours)))
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    assert close(result(compiled(images(ours))), expected)
+    assert len(whole_layers) == 4
+
+
+def test_transformers_is_not_imported_for_other_models() -> None:
+    code = """
+import sys, torch, vit_triton
+vit_triton.accelerate(torch.nn.LayerNorm(8))
+assert "transformers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,610 @@
+"""The command line: what it shows is what the models compute, and what is wrong is said in a line."""
+
+import json
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+for name in ("matplotlib", "PIL", "rich", "sklearn", "timm", "torchvision", "transformers"):
+    pytest.importorskip(name)
+import huggingface_hub  # noqa: E402
+import sklearn.decomposition  # noqa: E402
+import timm  # noqa: E402
+import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
+from test_training import bright_and_dark  # noqa: E402
+
+import vit_triton  # noqa: E402
+from vit_triton import ViT, attention_maps, save_weights  # noqa: E402
+from vit_triton.cli import attention, bench, commands, features, info, main, models, training  # noqa: E402
+from vit_triton.images import ImageError, open_image  # noqa: E402
+from vit_triton.training import evaluate, load_trained  # noqa: E402
+from vit_triton.training.data import load_data  # noqa: E402
+
+SMALL = "--image-size 14 --patch-size 7 --dim 16 --depth 2 --heads 2 --mlp-dim 24 --batch-size 4 --backend torch"
+TIMM = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Their shorter side is what training resizes to: nothing is resampled."""
+    return bright_and_dark(tmp_path_factory.mktemp("photos"), 10, 16, 18)
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("trained")
+    assert main(["train", str(photos), "--out", str(out), "--epochs", "2", *SMALL.split()]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory) -> Path:
+    """As high as timm's transform for 224 pixels makes it."""
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (248, 300, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A model of timm's, and the file of its weights."""
+    torch.manual_seed(0)
+    model = timm.create_model(TIMM).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms start at 1 and 0, which would hide a swap
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(model, path)
+    return model, path
+
+
+def run(capsys, *words) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    try:
+        code = main([str(word) for word in words])
+    except SystemExit as end:  # argparse's
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+# --- images ------------------------------------------------------------------------------------------------
+
+RAMP = np.arange(0, 65536, 1024).reshape(8, 8)
+
+
+def save(path: Path, array: np.ndarray, **options) -> Path:
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def pixels(path: Path) -> np.ndarray:
+    image = open_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def test_gray_of_16_bits_is_scaled(tmp_path):
+    for ending in ("png", "tif"):
+        path = save(tmp_path / f"gray.{ending}", RAMP.astype(np.uint16))
+        assert (pixels(path) == np.round(RAMP / 257)[..., None]).all()
+
+
+def test_gray_of_floats_and_wide_integers_must_have_a_known_range(tmp_path):
+    path = save(tmp_path / "gray.tif", (RAMP / 65536).astype(np.float32))
+    assert (pixels(path) == np.round(RAMP / 65536 * 255)[..., None]).all()
+    path = save(tmp_path / "wide.tif", RAMP.astype(np.int32))
+    assert (pixels(path) == np.round(RAMP / 257)[..., None]).all()
+    for values in (RAMP.astype(np.float32), np.full((8, 8), np.nan, np.float32), RAMP.astype(np.int32) * 2):
+        with pytest.raises(ImageError, match=r"bad.tif: cannot be read: gray values from .*, expected 0 to (1|65535)$"):
+            open_image(save(tmp_path / "bad.tif", values))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"])
+def test_modes_are_converted_as_pillow_does(mode, tmp_path):
+    colours = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 7, 3), dtype=np.uint8)).convert(mode)
+    colours.save(tmp_path / "image.tif")
+    with Image.open(tmp_path / "image.tif") as back:
+        assert (pixels(tmp_path / "image.tif") == np.asarray(back.convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_becomes_white(mode, tmp_path):
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 2, 4))
+    if mode == "P":
+        image = image.quantize(4)
+    image.convert(mode).save(tmp_path / "image.png")
+    expected = np.full((4, 4, 3), 255)
+    expected[:, :2] = 0
+    assert (pixels(tmp_path / "image.png") == expected).all()
+
+
+def test_of_an_animation_the_first_frame(tmp_path):
+    frames = [Image.new("RGB", (6, 5), colour) for colour in ("red", "blue")]
+    for ending in ("gif", "png", "webp"):
+        path = tmp_path / f"film.{ending}"
+        options = {"lossless": True} if ending == "webp" else {}
+        frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+        assert (pixels(path) == (255, 0, 0)).all()
+
+
+def test_a_photo_is_turned_as_its_camera_says(tmp_path):
+    array = np.zeros((4, 6, 3), dtype=np.uint8)
+    array[0, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter to the right shows it upright
+    path = save(tmp_path / "turned.png", array, exif=exif)
+    assert pixels(path).shape == (6, 4, 3) and (pixels(path)[0, 3] == 255).all()
+
+
+@pytest.fixture
+def bad(tmp_path, monkeypatch) -> dict[str, str]:
+    """Names of files that are refused, and why."""
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    for name in ("cut.jpg", "cut.png"):
+        data = save(tmp_path / name, noise).read_bytes()
+        (tmp_path / name).write_bytes(data[: len(data) // 2])
+    data = bytearray(save(tmp_path / "damaged.png", noise).read_bytes())
+    data[60:80] = bytes(20)
+    (tmp_path / "damaged.png").write_bytes(data)
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    save(tmp_path / "huge.png", np.zeros((50, 50), np.uint8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    cut = "cannot be read: "
+    return {
+        "cut.jpg": cut, "cut.png": cut, "damaged.png": cut, "text.jpg": "no image", "empty.jpg": "no image",
+        "folder": "a folder", "missing.jpg": "no such file", "huge.png": "more than 2,000 pixels",
+    }  # fmt: skip
+
+
+def test_bad_images_are_refused_by_name_and_the_others_go_on(bad, trained, tmp_path, capsys):
+    good = save(tmp_path / "good.png", np.full((36, 36, 3), 200, np.uint8))  # a warning of Pillow's, no error
+    names = [tmp_path / name for name in bad]
+    code, out, err = run(capsys, "predict", names[0], good, *names[1:], "--model", trained, "--json")
+    assert code == 1
+    lines = err.splitlines()
+    assert lines[0] == f"vit-triton: {len(bad)} of {len(bad) + 1} images refused" and len(lines) == len(bad) + 1
+    for (name, why), line in zip(bad.items(), lines[1:], strict=True):
+        assert line.startswith(f"  {tmp_path / name}: {why}"), line
+    answers = json.loads(out)
+    assert answers[0]["image"] == str(good) and len(answers) == len(bad) + 1
+    for answer, name, line in zip(answers[1:], bad, lines[1:], strict=True):
+        assert answer == {"image": str(tmp_path / name), "error": line.strip()}
+
+
+@pytest.mark.parametrize("command", ["predict", "features", "attention"])
+def test_nothing_but_bad_images(command, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, command, "missing.png", "--model", trained)
+    assert (code, out) == (1, "") and "missing.png: no such file" in err and not list(tmp_path.iterdir())
+
+
+def test_an_image_of_one_row(trained, tmp_path, capsys):
+    """Resizing its shorter side, as a transform would, takes gigabytes."""
+    path = save(tmp_path / "line.png", np.zeros((1, 60000, 3), np.uint8))
+    assert run(capsys, "predict", path, "--model", trained)[0] == 0
+
+
+def test_a_bad_image_among_those_to_train_with_is_named(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        save(tmp_path / "photos" / name / "1.png", np.zeros((16, 16, 3), np.uint8))
+        (tmp_path / "photos" / name / "2.png").write_text("none")
+    code, _, err = run(capsys, "train", tmp_path / "photos", "--out", tmp_path, *SMALL.split(), "--batch-size", 2)
+    assert code == 2 and err.startswith("vit-triton: ") and "2.png: no image" in err
+
+
+# --- train and eval ----------------------------------------------------------------------------------------
+
+
+def test_trains_goes_on_and_evaluates(trained, photos, tmp_path, capsys):
+    assert {path.name for path in trained.iterdir()} >= {"checkpoint.pt", "metrics.jsonl", "curves.png"}
+    again = ["train", photos, "--out", trained, "--epochs", 2, *SMALL.split()]
+    code, _, err = run(capsys, *again)
+    assert code == 2 and "has a checkpoint; resume" in err and err.count("\n") == 1
+    assert run(capsys, *again, "--resume")[0] == 0
+    expected = evaluate(trained)
+    code, out, _ = run(capsys, "eval", trained, "--json")
+    assert code == 0 and json.loads(out) == expected
+    code, out, _ = run(capsys, "eval", trained, "--data", photos, "--backend", "torch")
+    assert out == f"loss {expected['test_loss']:.3f}, {expected['test_accuracy']:.1%} of the test images right\n"
+    code, _, err = run(capsys, "eval", tmp_path)
+    assert code == 2 and "has no checkpoint.pt" in err
+
+
+# --- predict -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_predicts_what_the_model_does_on_the_images_of_its_tests(trained, photos, capsys):
+    """More than one batch of them."""
+    model, config, classes = load_trained(trained, backend="torch")
+    data = load_data(config).train.examples
+    paths = [data.dataset.samples[i][0] for i in data.indices]
+    test = load_data(config).test.change
+    images = torch.stack([test(open_image(path)) for path in paths])
+    code, out, _ = run(capsys, "predict", *paths, "--model", trained, "--json", "--backend", "torch")
+    answers = json.loads(out)
+    assert code == 0 and [answer["image"] for answer in answers] == paths and len(paths) > models.BATCH
+    for answer, expected in zip(answers, model(images).softmax(-1), strict=True):
+        got = answer["predictions"]
+        assert [each["probability"] for each in got] == sorted((e["probability"] for e in got), reverse=True)
+        assert [classes[each["class"]] for each in got] == [each["name"] for each in got]
+        for each in got:
+            assert set(each) == {"class", "name", "probability"}
+            assert each["probability"] == pytest.approx(expected[each["class"]].item(), abs=1e-6)
+
+
+def test_digits_are_seen_in_gray(tmp_path, capsys):
+    words = "--epochs 1 --batch-size 1000 --dim 16 --heads 2 --depth 1 --mlp-dim 24"
+    assert main(["train", "digits", "--out", str(tmp_path / "run"), *words.split()]) == 0
+    image, _ = load_data(load_trained(tmp_path / "run")[1]).test[0]
+    path = save(tmp_path / "digit.png", (image[0] * 255).round().byte().numpy())
+    capsys.readouterr()
+    sight = models.open_model(_options("--model", tmp_path / "run", path), purpose="logits").sight
+    torch.testing.assert_close(sight.tensor([sight.cut(open_image(path))])[0], image, rtol=0, atol=0.51 / 255)
+    code, out, _ = run(capsys, "predict", path, "--model", tmp_path / "run")
+    assert code == 0 and out.count("%") == 5
+
+
+def _options(*words):
+    return commands.parser().parse_args(["predict", *map(str, words)])
+
+
+@torch.no_grad()
+def test_a_model_of_timm_sees_what_timm_shows_it(theirs, photo, capsys):
+    model, file = theirs
+    show = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    expected = model(show(open_image(photo))[None]).softmax(-1)[0]
+    code, out, _ = run(capsys, "predict", photo, "--model", f"timm:{TIMM}", "--weights", file, "--json")
+    (answer,) = json.loads(out)
+    assert code == 0 and [each["class"] for each in answer["predictions"]] == expected.topk(5).indices.tolist()
+    for each in answer["predictions"]:
+        assert each["probability"] == pytest.approx(expected[each["class"]].item(), rel=1e-4)
+        assert each["name"] == models._classes(1000)[each["class"]]
+    assert models._classes(1000)[281] == "tabby" and models._classes(3) == ("0", "1", "2")
+
+
+@pytest.fixture
+def hugging_face(tmp_path) -> Path:
+    """A folder with the architecture of `theirs`, for its weights."""
+    config = transformers.ViTConfig(
+        hidden_size=192, num_attention_heads=3, intermediate_size=768, layer_norm_eps=1e-6, num_labels=1000
+    )
+    config.save_pretrained(tmp_path)
+    look = dict(do_resize=True, size={"height": 224, "width": 224}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(look))
+    return tmp_path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [224, 64])
+def test_the_same_weights_in_two_libraries_give_the_same(size, theirs, hugging_face, photo):
+    """logits, features, and the attention that timm does not give away."""
+    images = torch.randn(2, 3, size, size)
+    results = []
+    for name in (f"timm:{TIMM}", f"hf:{hugging_face}"):
+        options = _options(photo, "--model", name, "--weights", theirs[1], "--image-size", size)
+        with_head, without, looking = (
+            models.open_model(options, purpose=purpose) for purpose in ("logits", "features", "attention")
+        )
+        results.append(
+            (with_head.logits(images), without.features(images), *(looking.attention(images, i) for i in (0, -1)))
+        )
+    side = size // 16
+    shapes = [(2, 1000), (2, side, side, 192), (2, 3, side, side), (2, 3, side, side)]
+    # where the sizes differ, one resamples positions with antialiasing and one without
+    tolerance = 1e-4 if size == 224 else 0.1
+    for ours, other, shape in zip(*results, shapes, strict=True):
+        assert ours.shape == other.shape == shape
+        assert (ours - other).norm() <= tolerance * ours.norm()
+    shares = results[0][2].sum((-1, -2))
+    assert ((shares > 0.5) & (shares < 1)).all(), "the class token looks at itself a little"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("library", ["timm", "hf"])
+@pytest.mark.parametrize("purpose", ["logits", "features", "attention"])
+def test_other_libraries_models_run_on_the_kernels(purpose, library, theirs, hugging_face, photo):
+    seen: set[str] = set()
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(function.namespace)
+            return function(*args, **(kwargs or {}))
+
+    images, results = torch.randn(2, 3, 64, 64), []
+    name = f"timm:{TIMM}" if library == "timm" else f"hf:{hugging_face}"
+    for backend in ("torch", "triton"):
+        options = _options(photo, "--model", name, "--weights", theirs[1], "--image-size", 64, "--backend", backend)
+        named = models.open_model(options, purpose=purpose)
+        seen.clear()
+        with Watch():
+            results.append(named.attention(images, -1) if purpose == "attention" else getattr(named, purpose)(images))
+        assert ("vit_triton" in seen) == (backend == "triton")
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_folder_of_hugging_face_is_seen_as_its_processor_says(tmp_path, capsys):
+    """DINOv2's: positions for another size, a crop, special tokens, names of classes."""
+    torch.manual_seed(0)
+    model = transformers.Dinov2WithRegistersForImageClassification(
+        transformers.Dinov2WithRegistersConfig(
+            hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=112, patch_size=14,
+            id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1},
+        )
+    ).eval()  # fmt: skip
+    model.save_pretrained(tmp_path)
+    processor = transformers.BitImageProcessor(
+        size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}, resample=3,
+        image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4],
+    )  # fmt: skip
+    processor.save_pretrained(tmp_path)
+    path = save(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (64, 80, 3), dtype=np.uint8))
+    images = processor(open_image(path), return_tensors="pt")["pixel_values"]
+    expected = model(images).logits.softmax(-1)[0].tolist()
+    code, out, _ = run(capsys, "predict", path, "--model", f"hf:{tmp_path}", "--json")
+    (answer,) = json.loads(out)
+    got = {each["name"]: each["probability"] for each in answer["predictions"]}
+    assert code == 0 and got == pytest.approx({"cat": expected[0], "dog": expected[1]}, abs=1e-5)
+
+    named = models.open_model(_options(path, "--model", f"hf:{tmp_path}"), purpose="attention")
+    model.set_attn_implementation("eager")
+    answer = model.dinov2_with_registers(images, output_attentions=True)
+    torch.testing.assert_close(named.features(images)[0, 1, 2], answer.last_hidden_state[0, 1 + 4 + 4 + 2])
+    torch.testing.assert_close(named.attention(images, 0)[0, 1, 3, 1], answer.attentions[0][0, 1, 0, 1 + 4 + 12 + 1])
+
+
+def test_another_architecture_of_hugging_face_is_refused(tmp_path, photo, capsys):
+    transformers.SwinConfig().save_pretrained(tmp_path)
+    code, _, err = run(capsys, "features", photo, "--model", f"hf:{tmp_path}", "--out", tmp_path / "a.png")
+    assert code == 2 and "expected one of vit, deit, dinov2, dinov2_with_registers" in err and "is a swin" in err
+
+
+# --- features and attention --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_features_are_what_the_blocks_give(trained, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = sorted((photos / "dark").iterdir())[:2]
+    code, out, _ = run(capsys, "features", *paths, "--model", trained, "--backend", "torch")
+    assert (code, out) == (0, "wrote features.npz\nwrote features.png\n")
+    model, config, _ = load_trained(trained, backend="torch")
+    bare = ViT(**config.sizes(), num_classes=0, backend="torch").eval()
+    bare.load_state_dict({name: x for name, x in model.state_dict().items() if "mlp_head" not in name})
+    images = torch.stack([load_data(config).test.change(open_image(path)) for path in paths])
+    with np.load("features.npz") as file:
+        assert file["images"].tolist() == list(map(str, paths))
+        expected = bare(images)[:, 1:].reshape(2, 2, 2, 16).numpy()
+        np.testing.assert_allclose(file["features"], expected, rtol=0, atol=1e-5)
+        assert file["components"].shape == (2, 2, 2, 3) and file["foreground"].all()
+
+
+def test_principal_components_are_those_of_scikit_learn():
+    points = torch.randn(50, 7) * torch.arange(1, 8) + 3
+    ours = features.principal(points, 3)
+    theirs = sklearn.decomposition.PCA(3).fit_transform(points.double().numpy())
+    signs = np.sign((ours.numpy() * theirs).sum(0))
+    np.testing.assert_allclose(ours.numpy() * signs, theirs, rtol=0, atol=1e-9)
+    assert torch.equal(ours, features.principal(points, 3))
+    assert features.principal(points[:2], 3).shape == (2, 3)  # fewer points than components
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_foreground_is_what_touches_the_border_less(sign):
+    blob = torch.zeros(2, 9, 9, dtype=torch.bool)
+    blob[0, 2:6, 3:8] = blob[1, 4:, 2:5] = True
+    maps = torch.randn(2, 9, 9, 8) * 0.1
+    maps[blob] += sign * 3
+    assert torch.equal(features.foreground(maps), blob)
+    colours = features.components(maps, blob)
+    assert (colours[~blob] == 0).all() and colours[blob].amax(0).tolist() == [1, 1, 1]
+
+
+def test_colours_are_those_of_the_photo_over_white():
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[:2] = True
+    colour = 0.5 * mask[..., None].expand(4, 4, 3)
+    picture = features.enlarged(colour, mask, (40, 80))
+    assert picture.shape == (80, 40, 3)
+    np.testing.assert_allclose(picture[0], 0.5, atol=1e-6)
+    np.testing.assert_allclose(picture[-1], 1, atol=1e-6)
+    assert picture.min() > 0.4, "no dark edge between them"
+
+
+@pytest.mark.parametrize(("images", "ending", "options"), [(1, "png", []), (4, "jpg", ["--foreground"])])
+def test_pictures_of_features(images, ending, options, trained, photos, tmp_path, capsys):
+    paths, out = sorted((photos / "dark").iterdir())[:images], tmp_path / f"picture.{ending}"
+    assert run(capsys, "features", *paths, "--model", trained, "--out", out, *options)[0] == 0
+    with Image.open(out) as picture:
+        assert picture.width == 1200
+        corner = np.asarray(picture.convert("RGB"))[:3, :3]
+    assert (corner == 255).all(), "the background is white"
+    assert (tmp_path / "picture.npz").is_file()
+
+
+@torch.no_grad()
+def test_pictures_of_attention(trained, photos, tmp_path, capsys):
+    paths = sorted((photos / "dark").iterdir())[:3]
+    code, out, _ = run(capsys, "attention", *paths, "--model", trained, "--layer", 0, "--out", tmp_path / "a.png")
+    assert (code, out) == (0, f"wrote {tmp_path / 'a.png'}\n")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width == 1200
+    named = models.open_model(_options(paths[0], "--model", trained), purpose="attention")
+    images = torch.randn(2, 3, 14, 14)
+    expected = attention_maps(named.model, images)
+    for layer in (0, 1, -1):
+        got = named.attention(images, layer)
+        torch.testing.assert_close(got, expected[:, layer, :, 0, 1:].unflatten(-1, (2, 2)))
+
+
+def test_many_heads_take_more_lines():
+    photo = Image.new("RGB", (28, 28), "gray")
+    figure = attention.draw([(Path("a.png"), photo)] * 2, [torch.rand(16, 2, 2)] * 2)
+    titles = [axes.get_title() for axes in figure.axes if axes.get_images()]
+    assert titles == ["a.png", *(f"head {i}" for i in range(1, 17))] * 2
+    assert len(figure.axes) == 2 * 3 * attention.COLUMNS
+
+
+def test_attention_lights_the_photo():
+    weights = torch.zeros(4, 4)
+    weights[0, 0] = 0.1
+    picture = attention.over(Image.new("RGB", (32, 32), (90, 90, 90)), weights)
+    assert picture.shape == (32, 32, 3) and picture[0, 0].sum() > 2 * picture[-1, -1].sum()
+    assert np.isfinite(attention.over(Image.new("L", (32, 32)), torch.zeros(4, 4))).all()
+
+
+# --- info and bench ----------------------------------------------------------------------------------------
+
+
+def test_info_names_versions_and_what_runs_where(capsys, monkeypatch):
+    code, out, _ = run(capsys, "info")
+    assert code == 0 and vit_triton.__version__ in out and torch.__version__.split("+")[0] in out
+    assert 'backend by default: "auto"' in out and "cpu" in out
+    monkeypatch.setenv("VIT_TRITON_BACKEND", "torch")
+    assert 'backend by default: "torch" (VIT_TRITON_BACKEND)' in run(capsys, "info")[1]
+
+
+def test_info_says_why(monkeypatch):
+    from vit_triton import backend
+
+    monkeypatch.setattr(backend, "_measured_cpu", lambda: True)
+    table = info.choices("cpu")
+    cells = [cell for column in table.columns[1:] for cell in column.cells]
+    rows = list(table.columns[0].cells)
+    assert len(cells) == 4 * len(rows) and set(rows) == set(backend.OPS)
+    for cell in cells:  # the table is what decides
+        name, reason = cell.split(": ")
+        assert name == ("triton" if reason.endswith("x") and float(reason[:-1]) > 1 else "torch"), cell
+    monkeypatch.setattr(backend, "_TRITON_INSTALLED", False)
+    monkeypatch.setattr(backend, "_measured_cpu", lambda: False)
+    assert info.choices("cpu") == '"auto" takes on cpu torch: triton is not installed'
+
+
+def test_bench_hands_over(capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "memory", "--help"]) == 0
+    assert "usage: python -m benchmarks memory" in capfd.readouterr().out
+    assert main(["bench", "nothing"]) == 2
+    monkeypatch.setattr(bench.vit_triton, "__file__", str(tmp_path / "site-packages/vit_triton/__init__.py"))
+    capfd.readouterr()
+    assert main(["bench", "ops"]) == 2
+    err = capfd.readouterr().err
+    assert "run it in a checkout of vit_triton's repository" in err and err.count("\n") == 1
+
+
+# --- what can be wrong -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("predict PHOTO --model nowhere", "--model: expected a folder that train wrote, timm:NAME or hf:NAME"),
+        ("predict PHOTO --model FOLDER", "has no checkpoint.pt"),
+        ("predict PHOTO --model TRAINED --weights w.pt", "--weights is for a model by timm: or hf:"),
+        ("predict PHOTO --model TRAINED --image-size 8", "--image-size is for a model by timm: or hf:"),
+        ("predict PHOTO --model timm:nothing", "timm has no nothing"),
+        ("predict PHOTO --model timm:resnet18", "expected a VisionTransformer of timm's, resnet18 is none"),
+        (f"predict PHOTO --model timm:{TIMM} --weights none.pt", "--weights: none.pt: no such file"),
+        (f"predict PHOTO --model timm:{TIMM} --weights PHOTO", "photo.png: expected a file that ends in one of"),
+        ("predict PHOTO --model timm:vit_small_patch16_224 --weights WEIGHTS", "--ignore PATTERN names what need not"),
+        (f"predict PHOTO --model timm:{TIMM} --image-size 100", "--image-size must be a multiple of"),
+        (f"predict PHOTO --model timm:{TIMM} --image-size 0", "--image-size must be at least 1, got 0"),
+        (f"attention PHOTO --model timm:{TIMM} --weights WEIGHTS --layer 12", "--layer must be from -12 to 11, got 12"),
+        ("attention PHOTO --model TRAINED --layer -3", "--layer must be from -2 to 1, got -3"),
+        ("features PHOTO --model TRAINED --out picture.txt", "--out must end in .png, .jpg, .webp, got picture.txt"),
+        ("features PHOTO --model TRAINED --out nowhere/a.png", "--out: there is no folder nowhere"),
+        ("predict PHOTO --model TRAINED --device nothing", "--device: "),
+        ("train digits --epochs 0", "epochs must be at least 1, got 0"),
+        ("train nowhere", "nowhere/CLASS/"),
+        ("predict PHOTO", "--model"),
+        ("predict", "IMAGE"),
+        ("nothing", "nothing"),
+        ("", "info|predict|"),
+    ],
+)
+def test_wrong_usage_is_a_line(words, message, photo, trained, theirs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = {"PHOTO": photo, "TRAINED": trained, "FOLDER": tmp_path, "WEIGHTS": theirs[1]}
+    code, out, err = run(capsys, *(named.get(word, word) for word in words.split()))
+    assert (code, out) == (2, "") and message in err
+    assert err.startswith(("vit-triton: ", "usage: ")) and "Traceback" not in err
+    assert err.startswith("usage") or err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_simple_vit_has_no_class_token(photos, tmp_path, photo, capsys):
+    words = ["train", str(photos), "--out", str(tmp_path), "--epochs", "1", "--model", "SimpleViT", *SMALL.split()]
+    assert main(words) == 0
+    code, _, err = run(capsys, "attention", photo, "--model", tmp_path, "--out", tmp_path / "a.png")
+    assert code == 2 and "a SimpleViT without a class token" in err
+    assert run(capsys, "features", photo, "--model", tmp_path, "--out", tmp_path / "a.png")[0] == 0
+
+
+def test_a_model_without_classes_does_not_predict(photo, capsys, theirs, monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name: create(name, num_classes=0))
+    words = ("predict", photo, "--model", f"timm:{TIMM}", "--weights", theirs[1], "--ignore", "head.*")
+    code, _, err = run(capsys, *words)
+    assert (code, err) == (2, f"vit-triton: --model: timm:{TIMM} gives features, not classes\n")
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    def fail(*args, **options):
+        raise socket.gaierror("no network")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(models.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (f"timm:{TIMM}", f"Download https://huggingface.co/timm/{TIMM}.augreg_in21k_ft_in1k/resolve/main/"
+                         "model.safetensors and name the file: --weights FILE"),
+        ("hf:facebook/dinov2-small", "Put config.json and preprocessor_config.json, and model.safetensors of it "
+                                     "(https://huggingface.co/facebook/dinov2-small) in a folder: --model hf:FOLDER"),
+    ],
+)  # fmt: skip
+def test_without_a_network_it_says_which_file_to_put_where(words, message, photo, no_network, capsys):
+    code, _, err = run(capsys, "features", photo, "--model", words)
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert huggingface_hub.constants.HF_HUB_OFFLINE, "or it tries for a minute"
+
+
+def test_ctrl_c_ends_it_in_a_line(monkeypatch, capsys, tmp_path):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.training, "train", interrupt)
+    code, _, err = run(capsys, "train", "digits", "--out", tmp_path)
+    assert (code, err) == (130, "vit-triton: interrupted; --resume goes on from the last checkpoint\n")
+
+
+@pytest.mark.parametrize("package", ["rich", "matplotlib", "PIL"])
+def test_a_missing_package_names_the_extra(package, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == package or "vit_triton.cli." in name]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("images", "cli"):  # what a package remembers of its modules
+        monkeypatch.delitem(sys.modules, f"vit_triton.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    code, _, err = run(capsys, "info")
+    assert code == 2 and package in err and "pip install 'vit_triton[cli]'" in err and err.count("\n") == 1
+
+
+def test_timm_or_transformers_missing(monkeypatch, capsys, photo):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    code, _, err = run(capsys, "predict", photo, "--model", f"timm:{TIMM}")
+    assert code == 2 and "pip install timm" in err and err.count("\n") == 1

@@ -1,0 +1,71 @@
+"""``vit-triton attention``: where the class token looks, head by head (Caron et al. 2021, arXiv:2104.14294, fig. 1)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from vit_triton.cli import models, report
+from vit_triton.images import ImageError
+
+SUMMARY = {"attention": "the attention of the class token over each image, head by head"}
+COLUMNS = 7  # a photograph and six heads
+
+
+def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
+    models.add_arguments(parser)
+    parser.add_argument("--layer", type=int, default=-1, help="which block, from 0; -1 is the last (default)")
+    parser.add_argument("--out", type=Path, default=Path("attention.png"), help="the picture (default: attention.png)")
+
+
+@torch.inference_mode()
+def run(options: argparse.Namespace) -> int:
+    report.check_picture(options.out)
+    named = models.open_model(options, purpose="attention")
+    refused: dict[Path, ImageError] = {}
+    seen: list[tuple[Path, Image.Image]] = []
+    maps: list[Tensor] = []
+    for paths, cuts, images in named.batches(options.images, refused):
+        seen += zip(paths, cuts, strict=True)
+        maps += named.attention(images, options.layer).float().cpu()
+    if seen:
+        report.save_picture(draw(seen, maps), options.out)
+    return report.exit_code(refused, len(options.images))
+
+
+def draw(seen: list[tuple[Path, Image.Image]], maps: list[Tensor]) -> Figure:
+    """For each image a row (or more, of many heads): the image, then it under the map of each head."""
+    heads = len(maps[0])
+    columns = min(COLUMNS, heads + 1)
+    lines = -(-heads // (columns - 1))
+    figure = Figure(figsize=(12, len(seen) * lines * (12 / columns + 0.22)), layout="constrained")
+    all_axes = figure.subplots(len(seen) * lines, columns, squeeze=False)
+    for axes in all_axes.flat:
+        axes.set_axis_off()
+    for i, ((path, photo), heads_of) in enumerate(zip(seen, maps, strict=True)):
+        rows = all_axes[i * lines : (i + 1) * lines]
+        rows[0, 0].imshow(photo, cmap="gray", vmin=0, vmax=255)
+        rows[0, 0].set_title(path.name, fontsize=11)
+        for head, (axes, weights) in enumerate(zip(rows[:, 1:].flat, heads_of, strict=False)):
+            axes.imshow(over(photo, weights))
+            if i == 0 or lines > 1:
+                axes.set_title(f"head {head + 1}", fontsize=11)
+    return figure
+
+
+def over(photo: Image.Image, weights: Tensor) -> np.ndarray:
+    """The photo in gray and dark, lit by weights (rows, columns), (height, width, 3)."""
+    # Single patches that the model uses for other ends outshine everything else
+    light = (weights / weights.quantile(0.995).clamp_min(1e-12)).clamp(0, 1)
+    light = torch.nn.functional.interpolate(light[None, None], size=photo.size[::-1], mode="bicubic")[0, 0].clamp(0, 1)
+    heat = matplotlib.colormaps["inferno"](light.numpy())[..., :3]
+    gray = np.asarray(photo.convert("L"))[..., None] / 255
+    share = 0.25 + 0.65 * light.numpy()[..., None]
+    return np.clip(gray * (1 - share) * 0.8 + heat * share, 0, 1)

@@ -1,0 +1,116 @@
+"""``vit-triton features``: what a model makes of the patches, in three colours.
+
+The first three principal components of the features of all patches of all images, as red, green and blue (Oquab et al.
+2023, arXiv:2304.07193, section 7.5 and figure 1): parts that mean alike have like colours, across the images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from vit_triton.cli import models, report
+from vit_triton.images import ImageError
+from vit_triton.training.checkpoint import write
+
+SUMMARY = {"features": "the principal components of the patch features as a picture, and the features as .npz"}
+COLUMNS = 3  # photographs side by side at most, each with its components
+
+
+def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
+    models.add_arguments(parser)
+    parser.add_argument("--out", type=Path, default=Path("features.png"),
+                        help="the picture (default: features.png); the .npz lies beside it")  # fmt: skip
+    parser.add_argument("--foreground", action="store_true",
+                        help="colours for the foreground only, which the first component tells apart")  # fmt: skip
+
+
+@torch.inference_mode()
+def run(options: argparse.Namespace) -> int:
+    report.check_picture(options.out)
+    named = models.open_model(options, purpose="features")
+    refused: dict[Path, ImageError] = {}
+    seen: list[tuple[Path, Image.Image]] = []
+    parts = []
+    for paths, cuts, images in named.batches(options.images, refused):
+        seen += zip(paths, cuts, strict=True)
+        parts.append(named.features(images).float().cpu())
+    if seen:
+        features = torch.cat(parts)
+        shown = foreground(features) if options.foreground else torch.ones(features.shape[:-1], dtype=torch.bool)
+        colours = components(features, shown)
+        table = options.out.with_suffix(".npz")
+        write(
+            table,
+            lambda file: np.savez_compressed(
+                file,
+                images=np.array([str(path) for path, _ in seen]),
+                features=features.numpy(),
+                foreground=shown.numpy(),
+                components=colours.numpy(),
+            ),
+        )
+        print(f"wrote {table}")
+        report.save_picture(draw(seen, colours, shown), options.out)
+    return report.exit_code(refused, len(options.images))
+
+
+def principal(points: Tensor, number: int) -> Tensor:
+    """(points, dim) -> where they lie along their principal axes, (points, number); in float64, on the CPU."""
+    points = points.double()
+    centred = points - points.mean(0)
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:number]
+    # An axis has no direction of its own: the largest part of it points up.
+    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+    along = centred @ axes.T
+    return torch.nn.functional.pad(along, (0, number - along.shape[1]))  # fewer points than axes
+
+
+def foreground(features: Tensor) -> Tensor:
+    """(images, rows, columns, dim) -> which patches lie on the side of the first component's middle that has less of
+    the images' borders, (images, rows, columns)."""
+    side = principal(features.flatten(0, 2), 1)[:, 0].unflatten(0, features.shape[:3]) > 0
+    border = torch.ones(features.shape[1:3], dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    share = side[:, border].double().mean() / side.double().mean()
+    return side if share <= (~side)[:, border].double().mean() / (~side).double().mean() else ~side
+
+
+def components(features: Tensor, shown: Tensor) -> Tensor:
+    """The first three of the patches that are ``shown``, each from 0 to 1, (images, rows, columns, 3); 0 elsewhere."""
+    along = principal(features[shown], 3)
+    # a few patches far out must not take the colours of all others
+    low, high = (along.quantile(q, dim=0) for q in (0.01, 0.99))
+    colours = torch.zeros(*features.shape[:3], 3)
+    colours[shown] = ((along - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).float()
+    return colours
+
+
+def draw(seen: list[tuple[Path, Image.Image]], colours: Tensor, shown: Tensor) -> Figure:
+    """Photographs, and the components beside each."""
+    rows = -(-len(seen) // COLUMNS)
+    columns = -(-len(seen) // rows)
+    figure = Figure(figsize=(12, rows * (12 / (2 * columns) + 0.28)), layout="constrained")
+    all_axes = figure.subplots(rows, 2 * columns, squeeze=False)
+    for axes in all_axes.flat:
+        axes.set_axis_off()
+    for i, ((path, photo), colour, mask) in enumerate(zip(seen, colours, shown, strict=True)):
+        left, right = all_axes[i // columns, 2 * (i % columns) : 2 * (i % columns) + 2]
+        left.imshow(photo, cmap="gray", vmin=0, vmax=255)
+        left.set_title(path.name, fontsize=11)
+        right.imshow(enlarged(colour, mask, photo.size))
+        right.set_title("components 1, 2, 3", fontsize=11)
+    return figure
+
+
+def enlarged(colour: Tensor, mask: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """(rows, columns, 3) -> (height, width, 3), smoothly; the background white."""
+    image = torch.cat((colour, mask[..., None]), dim=-1).permute(2, 0, 1)[None]
+    image = torch.nn.functional.interpolate(image, size=size[::-1], mode="bicubic")[0].permute(1, 2, 0)
+    return (image[..., :3] + 1 - image[..., 3:]).clamp(0, 1).numpy()  # where it is not shown, the colour is 0

@@ -1,0 +1,105 @@
+"""``vit-triton info``: versions, devices, and what runs on which of them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import vit_triton
+from vit_triton.backend import ENVIRONMENT_VARIABLE, OPS, auto_reason, resolve_backend
+
+SUMMARY = {"info": "versions, devices, and which backend runs what, and why"}
+PACKAGES = ("torch", "triton", "timm", "transformers", "torchvision", "onnx", "pillow")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(options: argparse.Namespace) -> int:
+    console = Console()
+    console.print(_pairs("versions", [("vit_triton", vit_triton.__version__), *_versions()]))
+    console.print(_pairs("devices", [("cpu", cpu()), *_gpus()]))
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    console.print(f'backend by default: "{named or "auto"}"' + (f" ({ENVIRONMENT_VARIABLE})" if named else ""))
+    for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+        console.print(choices(device))
+    return 0
+
+
+def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "python", platform.python_version()
+    for name in PACKAGES:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield name, "not installed"
+
+
+def cpu() -> str:
+    """What runs kernels on CPU tensors."""
+    from vit_triton import cpu
+    from vit_triton.backend import cpu_vehicle
+    from vit_triton.cpu import features
+
+    threads = f"{torch.get_num_threads()} threads"
+    try:
+        vehicle = {
+            "compiled": f"kernels compiled for {', '.join(features.detect())}",
+            "interpreter": "kernels in Triton's interpreter, to check results",
+            "driver": "kernels on the active Triton driver",
+        }[cpu_vehicle()]
+    except (ImportError, RuntimeError) as error:
+        vehicle = f"no kernels: {cpu.why_not() if not isinstance(error, ImportError) else error}"
+    return f"{platform.machine()}, {threads}; {vehicle}"
+
+
+def _gpus() -> Iterator[tuple[str, str]]:
+    for i in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(i)
+        architecture = f"sm_{facts.major}{facts.minor}" if torch.version.cuda else facts.gcnArchName.split(":")[0]
+        try:
+            from vit_triton.kernels import _tuned
+
+            text = _tuned.describe(facts.name, architecture)
+        except ImportError:
+            text = f"{facts.name}, {architecture}; triton is not installed"
+        yield f"cuda:{i}", f"{facts.total_memory / 2**30:.0f} GiB; {text}"
+
+
+def choices(device: str) -> Table | str:
+    """What "auto" takes for each op, and why; a line where that is one answer."""
+    table = Table(title=f'what "auto" takes on {device}', title_justify="left")
+    table.add_column("op")
+    for what in ("inference", "training"):
+        for dtype in DTYPES:
+            table.add_column(f"{what}\n{str(dtype).removeprefix('torch.')}")
+    answers = set()
+    for op in OPS:
+        cells = []
+        for training in (False, True):
+            for dtype in DTYPES:
+                x = torch.empty(0, dtype=dtype, device=device)
+                with torch.set_grad_enabled(training):
+                    cells.append(f"{resolve_backend('auto', op, x)}: {auto_reason(op, x)}")
+        answers.update(cells)
+        table.add_row(op, *cells)
+    table.caption = "1.24x: so many times as fast as PyTorch, where it was timed (docs/cpu.md)"
+    return table if len(answers) > 1 else f'"auto" takes on {device} {answers.pop()}'

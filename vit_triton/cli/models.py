@@ -1,0 +1,362 @@
+"""Models by their names on the command line, and how each of them wants to be shown an image.
+
+``RUN`` is a folder that ``vit-triton train`` wrote, ``timm:NAME`` one of timm's Vision Transformers, ``hf:NAME`` one of
+Hugging Face's, by its name on the Hub or as a folder with its ``config.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import socket
+import urllib.request
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from vit_triton.backend import BACKENDS, resolve_backend
+from vit_triton.images import ImageError, open_image
+from vit_triton.inspection import attention_maps
+from vit_triton.integrations import accelerate
+from vit_triton.training import load_trained
+from vit_triton.weights import load_weights
+
+BATCH = 8  # images at once
+# What classifies, under every library's names: what is computed before it does not need it to fit.
+HEADS = ("head.*", "heads.*", "head_dist.*", "mlp_head.*", "*classifier.*", "*pooler.*", "pre_logits/*")
+HUGGING_FACE = ("vit", "deit", "dinov2", "dinov2_with_registers")  # whose tokens are a class token, others, patches
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a model sees of an image: the middle of it, so many pixels wide and high, normalised."""
+
+    size: int
+    crop: float = 1.0  # side of what it sees / shorter side of the image
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    resample: int = Image.Resampling.BILINEAR
+
+    def cut(self, image: Image.Image) -> Image.Image:
+        """RGB of any size -> RGB or gray, ``size`` x ``size``."""
+        side = min(image.size) * self.crop
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        cut = image.resize((self.size, self.size), self.resample, box=(left, top, left + side, top + side))
+        return cut if len(self.mean) == 3 else cut.convert("L")
+
+    def tensor(self, cuts: Iterable[Image.Image]) -> Tensor:
+        """(B, C, size, size)"""
+        pixels = torch.stack([torch.from_numpy(np.array(cut)).view(self.size, self.size, -1) for cut in cuts])
+        values = (pixels.float() / 255 - torch.tensor(self.mean)) / torch.tensor(self.std)
+        return values.permute(0, 3, 1, 2).contiguous()
+
+
+class Named:
+    """A model in eval mode on its device. The methods take images (B, C, H, W) as :class:`Sight` makes them."""
+
+    def __init__(self, model: nn.Module, sight: Sight, patch: int, classes: tuple[str, ...], device: str) -> None:
+        self.model, self.sight, self.patch, self.classes = model, sight, patch, classes
+        self.device = device
+
+    def grid(self, tokens: Tensor) -> Tensor:
+        """(..., special tokens + rows * columns, dim) -> (..., rows, columns, dim)."""
+        side = self.sight.size // self.patch
+        return tokens[..., -side * side :, :].unflatten(-2, (side, side))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, classes)"""
+        return self.model(images)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the last norm gives for the patches, (B, rows, columns, dim)."""
+        raise NotImplementedError
+
+    def attention(self, images: Tensor, layer: int) -> Tensor:
+        """Of the class token for the patches, (B, heads, rows, columns)."""
+        raise NotImplementedError
+
+    def batches(
+        self, paths: list[Path], refused: dict[Path, ImageError]
+    ) -> Iterator[tuple[list[Path], list[Image.Image], Tensor]]:
+        """Paths, what is seen of their images, and that as a tensor; what cannot be opened is added to ``refused``."""
+        starts = range(0, len(paths), BATCH)
+        console = Console(stderr=True)
+        quiet = len(starts) < 2 or not console.is_terminal
+        for start in track(starts, "images", console=console, transient=True, disable=quiet):
+            opened: list[Path] = []
+            cuts = []
+            for path in paths[start : start + BATCH]:
+                try:
+                    cuts.append(self.sight.cut(open_image(path)))
+                    opened.append(path)
+                except ImageError as error:
+                    refused[path] = error
+            if cuts:
+                yield opened, cuts, self.sight.tensor(cuts).to(self.device)
+
+
+class Trained(Named):
+    """A ViT or SimpleViT of this library."""
+
+    def features(self, images: Tensor) -> Tensor:
+        model: Any = self.model
+        return self.grid(model.transformer(model.embed(images)))
+
+    def attention(self, images: Tensor, layer: int) -> Tensor:
+        model: Any = self.model
+        if model.pool != "cls":
+            raise ValueError(f"--model: a {type(model).__name__} without a class token, whose attention is asked for")
+        maps = attention_maps(model, images, query=0)
+        return self.grid(maps[:, _layer(layer, maps.shape[1])].unsqueeze(-1))[..., 0]
+
+
+class Timm(Named):
+    """A VisionTransformer of timm's."""
+
+    def features(self, images: Tensor) -> Tensor:
+        model: Any = self.model
+        return self.grid(model.forward_features(images))
+
+    def attention(self, images: Tensor, layer: int) -> Tensor:
+        model: Any = self.model
+        if not model.has_class_token:
+            raise ValueError("--model: it has no class token, whose attention is asked for")
+        attention = model.blocks[_layer(layer, len(model.blocks))].attn
+        attention.fused_attn = False  # which never has them as a tensor; the other way drops some out of it
+        maps: list[Tensor] = []
+        hook = attention.attn_drop.register_forward_pre_hook(lambda module, inputs: maps.append(inputs[0]))
+        try:
+            model.forward_features(images)
+        finally:
+            hook.remove()
+        return self.grid(maps[0][:, :, 0].unsqueeze(-1))[..., 0]
+
+
+class HuggingFace(Named):
+    """A ViT, DeiT or DINOv2 of transformers'."""
+
+    def _run(self, images: Tensor, **options: Any) -> Any:
+        model: Any = self.model
+        if self.sight.size != model.config.image_size:
+            options["interpolate_pos_encoding"] = True
+        return model(images, **options)
+
+    def logits(self, images: Tensor) -> Tensor:
+        return self._run(images).logits
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.grid(self._run(images).last_hidden_state)
+
+    def attention(self, images: Tensor, layer: int) -> Tensor:
+        maps = self._run(images, output_attentions=True).attentions
+        return self.grid(maps[_layer(layer, len(maps))][:, :, 0].unsqueeze(-1))[..., 0]
+
+
+def _layer(layer: int, layers: int) -> int:
+    if not -layers <= layer < layers:
+        raise ValueError(f"--layer must be from {-layers} to {layers - 1}, got {layer}")
+    return layer
+
+
+# --- by name ----------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which images, and which model."""
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files of any kind that Pillow reads")
+    parser.add_argument("--model", required=True, help="a folder that train wrote, timm:NAME or hf:NAME")
+    parser.add_argument("--weights", type=Path, help="file of weights, of any library, for a model by timm: or hf:")
+    parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
+                        help="names in the file or the model that need not fit, such as 'decoder.*'")  # fmt: skip
+    parser.add_argument("--image-size", type=int, help="side of what the model sees (default: as it was trained)")
+    parser.add_argument("--backend", choices=BACKENDS, help="what computes the model")
+    parser.add_argument("--device", help="cuda if there is one, else cpu")
+
+
+def open_model(options: argparse.Namespace, *, purpose: str) -> Named:
+    """The model that ``options`` name, for the "logits", "features" or "attention" of it.
+
+    Raises:
+        FileNotFoundError: it, or its weights, are not there; the message says what to put where.
+        ImportError: it needs a package that is not installed.
+        ValueError: an option does not fit; the message names it.
+    """
+    kind, _, name = options.model.partition(":")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        probe = torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without CUDA
+        raise ValueError(f"--device: {str(error).splitlines()[0]}") from error
+    if options.backend is not None:
+        try:
+            resolve_backend(options.backend, "linear", probe)
+        except RuntimeError as error:
+            raise ValueError(f"--backend: {error}") from error
+    if options.image_size is not None and options.image_size < 1:
+        raise ValueError(f"--image-size must be at least 1, got {options.image_size}")
+    if name and kind in ("timm", "hf"):
+        if options.weights is not None and not options.weights.is_file():
+            raise FileNotFoundError(f"--weights: {options.weights}: no such file")
+        named = (_timm if kind == "timm" else _hugging_face)(name, options, device, purpose)
+        accelerate(named.model, options.backend)
+    else:
+        for option in ("weights", "ignore", "image_size"):
+            if getattr(options, option):
+                raise ValueError(f"--{option.replace('_', '-')} is for a model by timm: or hf:, got {options.model}")
+        named = _trained(Path(options.model), options.backend, device)
+    if purpose == "logits" and not named.classes:
+        raise ValueError(f"--model: {options.model} gives features, not classes")
+    named.model.eval().to(device)
+    return named
+
+
+def _trained(folder: Path, backend: str | None, device: str) -> Named:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--model: expected a folder that train wrote, timm:NAME or hf:NAME, got {folder}")
+    model, config, classes = load_trained(folder, backend=backend, device=device)
+    size, patch = (config.sizes()[name] for name in ("image_size", "patch_size"))
+    if config.data == "digits":
+        sight = Sight(size, mean=(0.0,), std=(1.0,))
+    elif config.data == "cifar10":
+        sight = Sight(size)
+    else:
+        sight = Sight(size, crop=size / (size * 8 // 7))
+    return Trained(model, sight, patch, classes, device)
+
+
+def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> Named:
+    timm = _package("timm")
+    if not timm.is_model(name):
+        raise ValueError(f"--model: timm has no {name}; timm.list_models('*vit*') names those that it has")
+    size = {"img_size": options.image_size} if options.image_size else {}
+    facts = timm.get_pretrained_cfg(name)
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, **size)
+        if not isinstance(model, timm.models.VisionTransformer):
+            raise TypeError
+    except TypeError:  # of one that takes no size
+        raise ValueError(f"--model: expected a VisionTransformer of timm's, {name} is none") from None
+    look, patch = timm.data.resolve_model_data_config(model), model.patch_embed.patch_size[0]
+    side = options.image_size or look["input_size"][-1]
+    resample = getattr(Image.Resampling, look["interpolation"].upper())
+    crop = side / int(side / look["crop_pct"])  # as its transforms round
+    sight = Sight(side, crop, tuple(look["mean"]), tuple(look["std"]), resample)
+    _check_size(sight, patch)
+    if options.weights is not None:
+        model = timm.create_model(name, **size)
+        load_weights(model, options.weights, ignore=_ignored(options, purpose))
+    else:
+        url = f"https://huggingface.co/{facts.hf_hub_id}/resolve/main/model.safetensors"
+        try:
+            _say_if_offline()
+            model = timm.create_model(name, pretrained=True, **size)
+        except Exception as error:  # a download fails with nearly anything
+            where = url if facts.hf_hub_id else facts.url
+            get = f"Download {where} and name the file" if where else "Name a file"
+            raise FileNotFoundError(
+                f"the weights of {options.model} are not here and cannot be downloaded ({_first_line(error)}). "
+                f"{get}: --weights FILE"
+            ) from error
+    return Timm(model, sight, patch, _classes(model.num_classes), device)
+
+
+def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: str) -> Named:
+    transformers = _package("transformers")
+    auto = transformers.AutoModelForImageClassification if purpose == "logits" else transformers.AutoModel
+    how = {"attn_implementation": "eager"} if purpose == "attention" else {}  # the others never have it as a tensor
+    try:
+        _say_if_offline()
+        config = transformers.AutoConfig.from_pretrained(name)
+        if config.model_type not in HUGGING_FACE:
+            raise ValueError(f"--model: expected one of {', '.join(HUGGING_FACE)}, {name} is a {config.model_type}")
+        # the processor itself might need more packages than its facts
+        look, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
+        sight = _hugging_face_sight(look, options.image_size, config.image_size)
+        _check_size(sight, config.patch_size)
+        if options.weights is None:
+            model = auto.from_pretrained(name, **how)
+    except (OSError, json.JSONDecodeError) as error:
+        files = "config.json and preprocessor_config.json" + ("" if options.weights else ", and model.safetensors")
+        raise FileNotFoundError(
+            f"{options.model} is not here and cannot be downloaded ({_first_line(error)}). Put {files} of it "
+            f"(https://huggingface.co/{name}) in a folder: --model hf:FOLDER"
+        ) from error
+    if options.weights is not None:
+        model = auto.from_config(config, **how)
+        load_weights(model, options.weights, ignore=_ignored(options, purpose))
+    classes: tuple[str, ...] = ()
+    if purpose == "logits":
+        named = tuple(config.id2label[i] for i in range(config.num_labels))
+        classes = _classes(len(named)) if named[0] == "LABEL_0" else named
+    return HuggingFace(model, sight, config.patch_size, classes, device)
+
+
+def _hugging_face_sight(look: dict[str, Any], size: int | None, default: int) -> Sight:
+    """Of the facts of an image processor. Where that would squeeze an image into a square, its middle is cut out."""
+    resized = _side(look.get("size"), default)
+    seen = _side(look.get("crop_size"), resized) if look.get("do_center_crop") else resized
+    return Sight(
+        size or seen,
+        min(seen / resized, 1.0),
+        tuple(look.get("image_mean", Sight.mean)),
+        tuple(look.get("image_std", Sight.std)),
+        look.get("resample", Sight.resample),
+    )
+
+
+def _check_size(sight: Sight, patch: int) -> None:
+    if sight.size % patch:
+        raise ValueError(f"--image-size must be a multiple of {patch}, the side of a patch, got {sight.size}")
+
+
+def _side(size: Any, default: int) -> int:
+    """Of what Hugging Face's processors were given over the years: a number, height and width, or the shorter edge."""
+    if isinstance(size, dict):
+        size = size.get("height", size.get("shortest_edge"))
+    return default if size is None else size
+
+
+def _ignored(options: argparse.Namespace, purpose: str) -> tuple[str, ...]:
+    return (*options.ignore, *(() if purpose == "logits" else HEADS))
+
+
+def _classes(number: int) -> tuple[str, ...]:
+    """Names: those of ImageNet if there are as many, else their numbers."""
+    if number == 1000:
+        from torchvision.models._meta import _IMAGENET_CATEGORIES
+
+        return tuple(_IMAGENET_CATEGORIES)
+    return tuple(map(str, range(number)))
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"--model: {error}: it needs the package {name}, pip install {name}") from error
+
+
+def _say_if_offline() -> None:
+    """Tell huggingface_hub, which tries for a minute before it believes that there is no network."""
+    hub = _package("huggingface_hub")
+    if urllib.request.getproxies():  # they look names up
+        return
+    try:
+        socket.getaddrinfo("huggingface.co", 443)
+    except OSError:
+        hub.constants.HF_HUB_OFFLINE = True
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}"

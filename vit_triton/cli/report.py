@@ -1,0 +1,42 @@
+"""What images were refused, and files of pictures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from vit_triton.images import ImageError
+from vit_triton.training.checkpoint import write
+
+matplotlib.use("Agg")
+
+
+FORMATS = (".png", ".jpg", ".webp")
+
+
+def exit_code(refused: dict[Path, ImageError], images: int) -> int:
+    """1 where some of ``images`` were refused, which stderr then lists."""
+    if refused:
+        print(f"vit-triton: {len(refused)} of {images} images refused", file=sys.stderr)
+        for error in refused.values():
+            print(f"  {error}", file=sys.stderr)
+    return 1 if refused else 0
+
+
+def check_picture(path: Path) -> None:
+    """Before anything is computed: that a picture can go to ``path``."""
+    if path.suffix not in FORMATS:
+        raise ValueError(f"--out must end in {', '.join(FORMATS)}, got {path}")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out: there is no folder {path.parent}")
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Whole or not at all."""
+    options: dict[str, Any] = dict(dpi=100, format=path.suffix[1:], facecolor="white", pil_kwargs={"quality": 90})
+    write(path, lambda file: figure.savefig(file, **options))
+    print(f"wrote {path}")

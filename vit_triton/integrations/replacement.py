@@ -1,0 +1,362 @@
+"""Other people's models on the kernels, in place: :func:`accelerate` and :func:`restore`.
+
+A module that is known gets a subclass of its class, made here, with a ``forward`` of its own; nothing in the module
+changes, so parameters, buffers, hooks, names, state dict and ``isinstance`` stay, and so does an optimizer's hold on
+the parameters. The new ``forward`` reads the module's parts at every call. Where it finds one that it does not know,
+that was replaced, or that somebody watches, it calls the ``forward`` it stands in for.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vit_triton.backend import check_backend_name
+
+__all__ = ["Entry", "Recipe", "Report", "Unknown", "accelerate", "restore"]
+
+NOT_KNOWN = "no part of what is known here"
+CHOICES = ("attention", "mlp", "layer_norm", "patch_embedding")
+
+
+class Unknown(Exception):
+    """Why a module, or what it was called with, cannot be computed here."""
+
+
+def plain_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The first argument of a call, if it is a tensor for the kernels and every other argument is None or False."""
+    values = (*args, *kwargs.values())
+    if not values or not for_kernels(values[0]):
+        return None
+    return values[0] if all(value is None or value is False for value in values[1:]) else None
+
+
+def for_kernels(x: object) -> bool:
+    """Whether `x` is a tensor that the kernels could take: not of float64, not nested, not sharded."""
+    return isinstance(x, Tensor) and x.dtype != torch.float64 and not x.is_nested and not sharded(x)
+
+
+def sharded(x: Tensor) -> bool:
+    """Whether `x` is a DTensor, asked without importing them."""
+    return hasattr(x, "to_local")
+
+
+class Recipe(NamedTuple):
+    """How the modules of one class are computed here.
+
+    Attributes:
+        needs: which of accelerate's choices must be on.
+        read: module -> what `compute` takes of it; raises :class:`Unknown`. None: not such a module, nothing to say.
+        compute: (input, what was read, backend) -> what the module returns; raises :class:`Unknown`, too, before it
+            draws a random number.
+        find_input: (args, kwargs) -> the input, or None where this call is for the module's own ``forward``.
+    """
+
+    needs: tuple[str, ...]
+    read: Callable[[Any], Any]
+    compute: Callable[[Tensor, Any, str | None], Any]
+    find_input: Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] = plain_input
+
+
+_recipes: dict[type[nn.Module], Recipe] = {}
+_forwards: dict[type[nn.Module], Any] = {}  # the forward of every class that is known, as it was when it was first seen
+
+
+def know(*classes: type[nn.Module] | None) -> None:
+    """Trust these classes to compute what they do today, unless somebody has replaced their forward already."""
+    for cls in classes:
+        if cls is None or _forwards.get(cls) is not None:
+            continue
+        home = next(base for base in cls.__mro__ if "forward" in vars(base))
+        forward = vars(home)["forward"]
+        named = getattr(forward, "__module__", None), getattr(forward, "__qualname__", None)
+        _forwards[cls] = forward if named == (home.__module__, f"{home.__qualname__}.forward") else None
+
+
+def teach(cls: type[nn.Module] | None, recipe: Recipe) -> None:
+    """Have modules of `cls` computed by `recipe`; nothing where a library has no such class."""
+    if cls is not None:
+        know(cls)
+        _recipes[cls] = recipe
+
+
+def _load_recipes() -> None:
+    from vit_triton.integrations import pytorch, timm, torchvision, vit_pytorch
+
+    for library in (pytorch, timm, torchvision, vit_pytorch):
+        library.teach_all()
+    if "transformers.modeling_utils" in sys.modules:  # it takes seconds to import
+        from vit_triton.integrations import transformers
+
+        transformers.teach_all()
+
+
+# --- what the recipes ask of a module ----------------------------------------------------------------------
+
+
+def intact(module: object, *classes: type[nn.Module] | None, unless: Callable[[Any], bool] | None = None) -> bool:
+    """Whether `module` computes what one of the known `classes` computes, and nobody wraps it, nor watches it with a
+    hook; a forward hook does not count if ``unless(hook)``."""
+    kind: Any = type(module)
+    for cls in classes:
+        if cls is not None and isinstance(module, cls):
+            if _forwards.get(cls) is getattr(kind, "_replaced", kind).forward:
+                return "forward" not in module.__dict__ and not hooked(module, unless)
+    return False
+
+
+def hooked(module: nn.Module, unless: Callable[[Any], bool] | None = None) -> bool:
+    """Whether a hook would be called with `module`, other than forward hooks of which ``unless(hook)``."""
+    forward_hooks: Any = module._forward_hooks
+    if forward_hooks and unless is not None:
+        forward_hooks = not all(map(unless, forward_hooks.values()))
+    return bool(forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def part(
+    module: nn.Module, name: str, *classes: type[nn.Module] | None, unless: Callable[[Any], bool] | None = None
+) -> Any:
+    """The submodule of that name, if it is intact and of one of `classes`; ``unless`` as of :func:`intact`.
+
+    Raises:
+        Unknown: it is not.
+    """
+    child = module._modules.get(name)
+    if intact(child, *classes, unless=unless):
+        return child
+    raise Unknown(f"{name}: {why_not_intact(child, classes)}")
+
+
+def why_not_intact(module: object, classes: Iterable[type[nn.Module] | None]) -> str:
+    if not isinstance(module, nn.Module):
+        return "is missing"
+    if hooked(module):
+        return "has hooks"
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    if any(cls is not None and isinstance(module, cls) for cls in classes):
+        return f"{type(module).__name__} has a forward of its own"
+    return f"a {type(module).__name__} is not known here"
+
+
+def only(module: nn.Module, *names: str) -> None:
+    """Raise Unknown if `module` has submodules or parameters besides these: then it is of a version not known here."""
+    here = [name for mapping in (module._modules, module._parameters) for name, x in mapping.items() if x is not None]
+    for name in here:
+        if name not in names and name != "parametrizations":
+            raise Unknown(f"has a part that is not known here, {name}")
+
+
+# --- replacing ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _accelerated(cls: Any, recipe: Recipe, backend: str | None) -> Any:
+    """The subclass of `cls` that computes by `recipe`."""
+    known = cls.forward
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        x = recipe.find_input(args, kwargs)
+        if x is not None and cls.forward is known and not nn.modules.module._has_any_global_hook():
+            try:
+                found = recipe.read(self)
+                if found is not None:
+                    return recipe.compute(x, found, backend)
+            except Unknown:
+                pass
+        return cls.forward(self, *args, **kwargs)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        _, (_, *arguments), *state = super(accelerated, self).__reduce_ex__(max(int(protocol), 2))
+        return _new, (cls, backend, *arguments), *state
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    parts = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_replaced": cls}
+    accelerated: Any = type(cls.__name__, (cls,), {**names, **parts})
+    return accelerated
+
+
+def _new(cls: Any, backend: str | None, *arguments: Any) -> nn.Module:
+    """An empty accelerated module of `cls`, for pickle and deepcopy to fill; a plain one where it is not known."""
+    _load_recipes()
+    recipe = _recipe_of(cls)
+    return cls.__new__(cls if recipe is None else _accelerated(cls, recipe, backend), *arguments)
+
+
+def _recipe_of(cls: type[nn.Module]) -> Recipe | None:
+    """The recipe for `cls`, or for the class whose forward it inherits, as the classes that FSDP makes do."""
+    for base in cls.__mro__:
+        if base in _recipes:
+            return _recipes[base] if cls.forward is _forwards[base] else None
+    return None
+
+
+def accelerate(
+    model: nn.Module,
+    backend: str | None = "auto",
+    *,
+    attention: bool = True,
+    mlp: bool = True,
+    layer_norm: bool = True,
+    patch_embedding: bool = True,
+) -> Report:
+    """Compute a model of timm, Hugging Face, torchvision or vit_pytorch with the functions of this package, in place.
+
+    Only ``forward`` of modules that are known is replaced: patch embeddings, attention, MLPs, LayerNorms, and blocks as
+    a whole, where residual, LayerScale and DropPath go into the matrix products. Parameters, buffers, names, hooks,
+    state dict, ``isinstance``, deepcopy and pickle stay as they were, and an optimizer made before stays valid.
+    Every call looks again: with a hook on an inner module, a replaced or wrapped part, an attention mask or a float64
+    input it is the library's own ``forward`` that runs. Dropout draws other numbers than PyTorch's, at the same rate.
+
+    Args:
+        model: any module; what is not known in it is left alone.
+        backend: "triton", "torch" or "auto", or None, as in :mod:`vit_triton.functional`.
+        attention, mlp, layer_norm, patch_embedding: which to replace. Blocks need attention, mlp and layer_norm.
+
+    Returns:
+        What was replaced, and what was left and why; ``print`` shows a table.
+
+    Raises:
+        TypeError: `model` is not a Module, or a choice is not a bool.
+        ValueError: there is no such backend.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}")
+    if backend is not None:
+        check_backend_name(backend)
+    chosen = dict(zip(CHOICES, (attention, mlp, layer_norm, patch_embedding), strict=True))
+    for name, value in chosen.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    _load_recipes()
+    restore(model)
+    entries: list[Entry] = []
+    accelerated: list[tuple[nn.Module, type[nn.Module]]] = []
+    inside: tuple[str, ...] = ()  # of modules that are replaced
+    for name, module in model.named_modules():
+        kind: Any = type(module)
+        recipe = _recipe_of(kind)
+        if recipe is None and name.startswith(inside):
+            continue
+        try:
+            what = _what(module, recipe, chosen)
+        except Unknown as reason:
+            entries.append(Entry(name, kind.__name__, False, str(reason)))
+            continue
+        if what is not None and recipe is not None:
+            accelerated.append((module, _accelerated(kind, recipe, backend)))
+            entries.append(Entry(name, kind.__name__, True, what))
+            inside += (f"{name}." if name else "",)
+    for module, cls in accelerated:
+        module.__class__ = cls
+    replaced = [entry.name for entry in entries if entry.replaced]
+    # what only holds replaced modules together says nothing
+    return Report(
+        tuple(
+            entry
+            for entry in entries
+            if entry.what != NOT_KNOWN or not any(name.startswith(f"{entry.name}.".lstrip(".")) for name in replaced)
+        )
+    )
+
+
+def _what(module: nn.Module, recipe: Recipe | None, chosen: dict[str, bool]) -> str | None:
+    """What of `module` is replaced; None if it is not one to say a word about; raises Unknown with the reason."""
+    kind = type(module)
+    if recipe is None:
+        if any(base in _recipes and base is not nn.Sequential for base in kind.__mro__):
+            raise Unknown("its forward is not the one known here")
+        if any(parameter is not None for parameter in module._parameters.values()):
+            raise Unknown(NOT_KNOWN)
+        return None
+    if "forward" in vars(module):
+        raise Unknown("its forward was replaced")
+    if recipe.read(module) is None:
+        return None
+    off = [name for name in recipe.needs if not chosen[name]]
+    if off:
+        raise Unknown(f"{off[0]}=False")
+    return ", ".join(recipe.needs).replace("_", " ")
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo :func:`accelerate`: every module gets its own class, and with it its own ``forward``, back.
+
+    Returns:
+        `model`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}")
+    for module in model.modules():
+        cls = _restored(type(module))
+        if cls is not type(module):
+            module.__class__ = cls
+    return model
+
+
+def _restored(cls: Any) -> Any:
+    """`cls` without the classes made here, also where FSDP or a parametrization has made another one on top."""
+    if "_replaced" in vars(cls):
+        return cls._replaced
+    if not hasattr(cls, "_replaced"):
+        return cls
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, tuple(map(_restored, cls.__bases__)), own)
+
+
+# --- reporting ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module.
+
+    Attributes:
+        name: its name in the model, "" for the model itself.
+        cls: the name of its class.
+        replaced: whether its forward is.
+        what: what of it is replaced, or the reason why nothing is.
+    """
+
+    name: str
+    cls: str
+    replaced: bool
+    what: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`accelerate` did, module by module; ``str`` is a table with one line for modules of a kind."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def replaced(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.replaced)
+
+    @property
+    def left(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if not entry.replaced)
+
+    def __str__(self) -> str:
+        return "\n".join("  ".join(cells).rstrip() for cells in self._aligned())
+
+    def _aligned(self) -> Iterator[list[str]]:
+        rows: Counter[tuple[str, ...]] = Counter()
+        for entry in self.entries:
+            done = "replaced" if entry.replaced else "left"
+            rows[re.sub(r"\d+", "*", entry.name) or "(model)", entry.cls, done, entry.what] += 1
+        table = [("module", "class", "", "", "what or why")]
+        table += [(name, cls, f"{n} x", done, what) for (name, cls, done, what), n in rows.items()]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            yield [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]

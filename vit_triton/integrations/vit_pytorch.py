@@ -1,0 +1,163 @@
+"""lucidrains' vit_pytorch (https://github.com/lucidrains/vit-pytorch): ViT, SimpleViT and what is built of their parts,
+as DistillableViT is."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from vit_triton import functional as F
+from vit_triton.integrations.parts import (
+    AttentionParts,
+    Branch,
+    MlpParts,
+    activation_of,
+    attend,
+    check_head_size,
+    dropout_of,
+    feed_forward,
+    linear_of,
+    norm_of,
+)
+from vit_triton.integrations.pytorch import normalise
+from vit_triton.integrations.replacement import Recipe, Unknown, know, only, part, teach
+
+
+class Classes(NamedTuple):
+    """The classes of one of their files."""
+
+    Attention: Any
+    FeedForward: Any
+    Transformer: Any
+
+
+_files: list[Classes] = []
+
+
+def teach_all() -> None:
+    if "vit_pytorch" not in sys.modules:
+        return
+    from einops.layers.torch import Rearrange
+    from vit_pytorch import simple_vit, vit
+
+    _files[:] = [Classes(*(getattr(file, name) for name in Classes._fields)) for file in (vit, simple_vit)]
+    know(Rearrange)
+    teach(nn.Sequential, Recipe(("patch_embedding", "layer_norm"), read_patch_embedding, embed))
+    for classes in _files:
+        teach(classes.Attention, Recipe(("attention", "layer_norm"), read_attention, attend))
+        teach(classes.FeedForward, Recipe(("mlp", "layer_norm"), read_feed_forward, feed_forward))
+        teach(classes.Transformer, Recipe(("attention", "mlp", "layer_norm"), read_transformer, compute_transformer))
+
+
+PATCHES = "b c (h p1) (w p2) -> b (h w) (p1 p2 c)"
+
+
+class PatchEmbeddingParts(NamedTuple):
+    patch_size: tuple[int, int]
+    pre_norm: F.Norm
+    linear: tuple[Tensor, Tensor | None]
+    post_norm: F.Norm
+
+
+def read_patch_embedding(module: nn.Sequential) -> PatchEmbeddingParts | None:
+    from einops.layers.torch import Rearrange
+
+    if [type(child).__name__ for child in module] != ["Rearrange", "LayerNorm", "Linear", "LayerNorm"]:
+        return None
+    cut = part(module, "0", Rearrange)
+    sides = dict(cut.axes_lengths)
+    if cut.pattern != PATCHES or sides.keys() != {"p1", "p2"}:
+        raise Unknown(f"cuts no patches by {PATCHES!r}")
+    return PatchEmbeddingParts(
+        (sides["p1"], sides["p2"]),
+        norm_of(module, "1", nn.LayerNorm),
+        linear_of(module, "2"),
+        norm_of(module, "3", nn.LayerNorm),
+    )
+
+
+def embed(image: Tensor, found: PatchEmbeddingParts, backend: str | None) -> Tensor:
+    """(B, C, H, W) -> (B, patches, dim)."""
+    height, width = image.shape[-2:]
+    patch_h, patch_w = found.patch_size
+    if image.ndim != 4 or not image.is_floating_point() or height % patch_h or width % patch_w or 0 in image.shape:
+        raise Unknown("no batch of images that divide into patches")
+    weight, bias = found.linear
+    return F.patch_embed(
+        image,
+        weight,
+        bias,
+        patch_size=found.patch_size,
+        patch_order="p1 p2 c",
+        pre_norm=found.pre_norm,
+        post_norm=found.post_norm,
+        backend=backend,
+    )
+
+
+def read_attention(module: Any) -> AttentionParts:
+    only(module, "norm", "attend", "dropout", "to_qkv", "to_out")
+    part(module, "attend", nn.Softmax)
+    qkv_weight, qkv_bias = linear_of(module, "to_qkv")
+    check_head_size(qkv_weight.shape[0] // 3 // module.heads)
+    out = part(module, "to_out", nn.Sequential, nn.Linear, nn.Identity)
+    projection: tuple[Tensor | None, Tensor | None] = None, None
+    out_dropout_p = 0.0
+    if isinstance(out, nn.Sequential):
+        only(out, "0", "1")
+        projection, out_dropout_p = linear_of(out, "0"), dropout_of(out, "1")
+    elif isinstance(out, nn.Linear):
+        projection = linear_of(module, "to_out")
+    return AttentionParts(
+        heads=module.heads,
+        scale=module.scale,
+        qkv_weight=qkv_weight,
+        qkv_bias=qkv_bias,
+        out_weight=projection[0],
+        out_bias=projection[1],
+        norm=norm_of(module, "norm", nn.LayerNorm),
+        dropout_p=dropout_of(module, "dropout"),
+        out_dropout_p=out_dropout_p,
+    )
+
+
+def read_feed_forward(module: Any) -> MlpParts:
+    only(module, "net")
+    net = part(module, "net", nn.Sequential)
+    only(net, "0", "1", "2", "3", "4", "5")
+    if len(net) not in (4, 6):
+        raise Unknown(f"net has {len(net)} parts")
+    last = "4" if len(net) == 6 else "3"  # SimpleViT has no Dropouts
+    return MlpParts(
+        *linear_of(net, "1"),
+        *linear_of(net, last),
+        activation=activation_of(net, "2"),
+        norm=norm_of(net, "0", nn.LayerNorm),
+        hidden_dropout_p=dropout_of(net, "3") if len(net) == 6 else 0.0,
+        dropout_p=dropout_of(net, "5"),
+    )
+
+
+class TransformerParts(NamedTuple):
+    blocks: list[tuple[AttentionParts, MlpParts]]
+    norm: F.Norm
+
+
+def read_transformer(module: Any) -> TransformerParts:
+    only(module, "norm", "layers")
+    blocks = []
+    for block in module.layers:
+        only(block, "0", "1")
+        attention = part(block, "0", *(file.Attention for file in _files))
+        mlp = part(block, "1", *(file.FeedForward for file in _files))
+        blocks.append((read_attention(attention), read_feed_forward(mlp)))
+    return TransformerParts(blocks, norm_of(module, "norm", nn.LayerNorm))
+
+
+def compute_transformer(x: Tensor, found: TransformerParts, backend: str | None) -> Tensor:
+    for attention, mlp in found.blocks:
+        x = attend(x, attention, backend, Branch(residual=x))
+        x = feed_forward(x, mlp, backend, Branch(residual=x))
+    return normalise(x, found.norm, backend)
