@@ -31,6 +31,7 @@ from benchmarks.codegen.cost import COSTS, least_bytes
 from benchmarks.codegen.driver import compiling_for
 from benchmarks.codegen.figures import DTYPES, figures
 from benchmarks.codegen.instructions import Instruction, loops
+from vit_triton import functional as F
 from vit_triton.kernels import _config, _launch
 
 every_tile = pytest.mark.skipif("VIT_TRITON_CODEGEN" not in os.environ, reason="hours of compiling: make codegen")
@@ -107,6 +108,23 @@ def test_expanded_gradients():
     for found in figures("sm_80", "bfloat16", workloads.expanded_gradients):
         if found.kernel != "layer_norm_bwd_kernel":
             hold(found)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "silu"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_instructions_of_an_activation(dtype, arch, activation):
+    """At most 12 of float32 for an element, beside the addition of the bias."""
+
+    @torch.no_grad()
+    def workload(dtype):
+        x, w1, b1, w2 = (torch.zeros(shape, dtype=dtype) for shape in ((512, 768), (3072, 768), (3072,), (768, 3072)))
+        F.mlp(x, w1, b1, w2, None, activation=activation, backend="triton")
+
+    (found,) = (each for each in figures(arch, dtype, workload) if each.constants["ACTIVATION"] == activation)
+    elements = int(found.constants["BLOCK_M"]) * int(found.constants["BLOCK_N"]) / (32 * found.warps)  # of a thread
+    float32 = found.count("F(FMA|MUL|ADD)2?|FMNMX|FSETP|FSEL|MUFU") / elements - 1
+    assert 6 < float32 <= 12.1, float32  # a few more, for the whole tile
 
 
 # --- every tile --------------------------------------------------------------------------------------------

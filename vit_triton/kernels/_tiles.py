@@ -8,6 +8,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 
 
 @triton.jit
@@ -33,14 +34,10 @@ def columns_of(x, PART: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(x):
+def sigmoid(x, FACTOR: tl.constexpr = 1.0):
+    """1 / (1 + exp(-FACTOR x))"""
     # exp2 is one instruction; for x -> -inf it reaches inf and the quotient 0, as it should
-    return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
-
-
-@triton.jit
-def tanh(x):
-    return 2.0 * sigmoid(2.0 * x) - 1.0
+    return 1.0 / (1.0 + tl.exp2(x * (-LOG2E * FACTOR)))
 
 
 @triton.jit
@@ -67,9 +64,9 @@ def gelu(x, KIND: tl.constexpr, EXACT: tl.constexpr):
     elif KIND == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif KIND == "gelu_tanh":
-        return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+        return x * sigmoid(x * (1.0 + 0.044715 * x * x), TWICE_SQRT_2_OVER_PI)  # (1 + tanh(u)) / 2 = sigmoid(2 u)
     elif KIND == "quick_gelu":
-        return x * sigmoid(1.702 * x)
+        return x * sigmoid(x, 1.702)
     else:
         tl.static_assert(KIND == "none", "unknown activation")
         return x
@@ -87,11 +84,10 @@ def gelu_grad(x, KIND: tl.constexpr, EXACT: tl.constexpr):
         pdf = 0.3989422804014327 * tl.exp2(x * x * (-0.5 * LOG2E))
         return cdf + x * pdf
     elif KIND == "gelu_tanh":
-        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
-        inner_grad = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
-        return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner_grad
+        s = sigmoid(x * (1.0 + 0.044715 * x * x), TWICE_SQRT_2_OVER_PI)
+        return s * (1.0 + (1.0 - s) * x * (1.0 + 0.134145 * x * x) * TWICE_SQRT_2_OVER_PI)
     elif KIND == "quick_gelu":
-        s = sigmoid(1.702 * x)
+        s = sigmoid(x, 1.702)
         return s * (1.0 + 1.702 * x * (1.0 - s))
     else:
         tl.static_assert(KIND == "none", "unknown activation")

@@ -1,0 +1,66 @@
+"""The bytes that kernels bound by the memory touch, as the optional PTX emulator counts them."""
+
+import pytest
+import torch
+from conftest import EMULATOR
+
+from vit_triton import functional as F
+
+if not EMULATOR:
+    pytest.skip("only the PTX emulator counts bytes", allow_module_level=True)
+
+import ptxemu
+
+pytestmark = pytest.mark.compiled
+
+WIDTH, DTYPE = 768, torch.bfloat16
+
+
+def touched(call) -> tuple[int, int]:
+    """Distinct bytes read and written by the launches of a call, which the memory has to move once; and the bytes that
+    were asked for, in sectors of 32, most of those asked for again found in a cache."""
+    with ptxemu.emulate(mem_stats=True) as emulator:
+        call()
+    distinct = sum(read + written for launch in emulator.history for _, _, read, written in launch.distinct)
+    return distinct, 32 * sum(launch.sectors_load + launch.sectors_store for launch in emulator.history)
+
+
+def rows(n: int) -> torch.Tensor:
+    return torch.randn(n, WIDTH).to(DTYPE)
+
+
+def test_layer_norm():
+    """Rows are asked for once; the weight and the bias by every program, for its rows."""
+    x, norm = rows(394), [torch.randn(WIDTH).to(DTYPE) for _ in range(2)]
+    least = 2 * x.nbytes + 2 * norm[0].nbytes
+    moved, asked = touched(lambda: F.layer_norm(x, *norm, backend="triton"))
+    assert least == moved and asked <= 1.5 * least
+
+
+def test_layer_norm_backward():
+    """Of 64 images; what is more than the least are the parts of the gradients of weight and bias, written and read."""
+    x, norm = rows(64 * 197).requires_grad_(), [torch.randn(WIDTH).to(DTYPE).requires_grad_() for _ in range(2)]
+    y = F.layer_norm(x, *norm, backend="triton")
+    dy = rows(64 * 197)
+    moved, _ = touched(lambda: y.backward(dy))
+    least = 3 * x.nbytes + 3 * norm[0].nbytes + 2 * 4 * len(x)
+    assert least < moved <= 1.1 * least
+
+
+def test_add_and_layer_norm():
+    x, residual, norm = rows(394), rows(394), [torch.randn(WIDTH).to(DTYPE) for _ in range(2)]
+    least = 4 * x.nbytes + 2 * norm[0].nbytes
+    moved, asked = touched(lambda: F.layer_norm(x, *norm, residual=residual, backend="triton"))
+    assert least == moved and asked <= 1.25 * least
+
+
+def test_patch_embedding_of_bytes():
+    """No image of floats, no patches side by side: the image, the weights and the tokens are all."""
+    image = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    weight, bias = torch.randn(WIDTH, 768).to(DTYPE), torch.randn(WIDTH).to(DTYPE)
+    pos, prefix = torch.randn(197, WIDTH).to(DTYPE), torch.randn(1, WIDTH).to(DTYPE)
+    options = dict(patch_size=16, mean=[0.5] * 3, std=[0.5] * 3, pos=pos, prefix=prefix, backend="triton")
+    moved, _ = touched(lambda: F.patch_embed(image, weight, bias, **options))
+    tokens = 2 * 197 * WIDTH * DTYPE.itemsize
+    least = sum(x.nbytes for x in (image, weight, bias, pos, prefix)) + tokens
+    assert 0.99 * least < moved <= 1.1 * least
