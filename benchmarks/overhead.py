@@ -27,6 +27,7 @@ from benchmarks import gpu_path
 from benchmarks.runner import keep_freed_memory, machine
 from benchmarks.shapes import DTYPES
 from vit_triton import functional as F
+from vit_triton import ops
 from vit_triton.kernels import _launch
 from vit_triton.models import ViT
 from vit_triton.modules import Transformer
@@ -170,7 +171,8 @@ def launches_of(call: Call) -> list[tuple[Any, Any, dict[str, Any]]]:
         seen.append((kernel, grid, arguments))
         run(kernel, grid, device, arguments)
 
-    with mock.patch.object(_launch, "_run", note):
+    replayed = mock.patch.object(ops, "_on_cpu", lambda function, args: function(*args))
+    with mock.patch.object(_launch, "_run", note), replayed:
         call()
     return seen
 

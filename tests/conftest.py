@@ -84,7 +84,7 @@ def seeded():
 def forget_recordings():
     """Of launches with other tiles."""
     if VEHICLE == "cpu":
-        from vit_triton.cpu import replay
+        from vit_triton.kernels import _replay as replay
 
         replay._recordings.clear()
 

@@ -7,13 +7,16 @@ import torch
 from conftest import EMULATOR, INTERPRETER, forget_recordings
 
 from vit_triton import functional as F
+from vit_triton import ops
 
 if INTERPRETER or EMULATOR:
     pytest.skip("another vehicle was chosen: nothing is compiled for the CPU", allow_module_level=True)
 
 from triton import knobs
 
-from vit_triton.cpu import driver, replay
+from vit_triton.cpu import driver
+from vit_triton.kernels import _launch
+from vit_triton.kernels import _replay as replay
 from vit_triton.kernels.layer_norm import layer_norm_fwd
 
 
@@ -69,9 +72,21 @@ OPS = {
 }  # fmt: skip
 
 
+@pytest.fixture(params=["CPU", "GPU"])
+def way(request, monkeypatch):
+    """Noted by the CPU's launcher, or by Triton's users as on a GPU, with memory for each piece of it alone."""
+
+    def as_on_a_gpu(function, args):
+        with driver.active() as device:
+            return replay.replay(function, args, device, _launch.recording)
+
+    if request.param == "GPU":
+        monkeypatch.setattr(ops, "_on_cpu", as_on_a_gpu)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPS)
-def test_replayed_is_the_same_bits(name, dtype):
+def test_replayed_is_the_same_bits(name, dtype, way):
     function, shapes = OPS[name]
     run(function, shapes, dtype)  # records
     assert None not in replay._recordings.values() and len(replay._recordings) == 2
@@ -105,7 +120,7 @@ def test_memory_that_lies_otherwise_is_another_function():
 
 def replayed(function, *args):
     with driver.active() as device:
-        return replay.replay(function, args, device)
+        return replay.replay(function, args, device, driver.recording)
 
 
 def test_what_pytorch_computes_is_not_replayed():
@@ -163,7 +178,7 @@ def test_a_kernel_that_was_loaded_twice_is_started_where_it_was_asked_for():
     F.layer_norm(torch.randn(5, 16), None, None, backend="triton")
     F.layer_norm(torch.randn(5, 16), None, None, backend="triton")
     (recording,) = replay._recordings.values()
-    ((launch, _),) = recording.launches
+    ((_, launch, _, _),) = recording.steps
     again, started = driver._Function(launch.function.code), []
     again.start = started.append
     launch.launcher.run(*launch.grid, again, launch.values)

@@ -27,6 +27,8 @@ NORM_TYPES = ("layer_norm", "rms_norm")
 PATCH_ORDERS = ("p1 p2 c", "c p1 p2")
 MAX_HEAD_DIM = 256
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_REFERENCE_FLOATS = (*_FLOATS, torch.float64)
+_AUTOCAST = ("cuda", "cpu", "xpu")  # known to have it: asking takes as long as a check of all tensors
 _MAX_ROWS = 2**31 - 1  # rows are counted in 32 bits by the kernels, and so are the programs of a launch
 
 
@@ -184,19 +186,14 @@ def linear(
     _check_kernel_dtype("x", x)
     norm_weight, norm_bias, eps = _norm_parts(norm)
     residual_is_x = residual is x
-    rows = _rows(x)
-    other = None if residual is None or residual_is_x else _rows(residual)
-    tensors = (rows, weight, bias, norm_weight, norm_bias, other, layer_scale)
+    tensors = (x, weight, bias, norm_weight, norm_bias, None if residual_is_x else residual, layer_scale)
     drawn = _samples(x, drop_path_p), _seed(x, dropout_p)
     panels = packing.panels(weight)
     if _differentiating(*tensors):
-        y = autograd.LinearFunction.apply(*tensors, *drawn, eps, float(dropout_p), residual_is_x)
-    else:
-        other = rows if residual_is_x else other
-        y, _, _ = torch.ops.vit_triton.linear_fwd.default(
-            *tensors[:5], other, layer_scale, *drawn, eps, float(dropout_p), panels, False
-        )
-    return _shaped(y, (*x.shape[:-1], weight.shape[0]))
+        return autograd.LinearFunction.apply(*tensors, *drawn, eps, float(dropout_p), residual_is_x)
+    return torch.ops.vit_triton.linear_fwd.default(
+        *tensors[:5], residual, layer_scale, *drawn, eps, float(dropout_p), panels, False
+    )[0]
 
 
 def mlp(
@@ -259,21 +256,15 @@ def mlp(
     _check_kernel_dtype("x", x)
     norm_weight, norm_bias, eps = _norm_parts(norm)
     residual_is_x = residual is x
-    rows = _rows(x)
-    tensors = (
-        *(rows, w1, b1, w2, b2, norm_weight, norm_bias),
-        None if residual is None or residual_is_x else _rows(residual),
-        layer_scale,
-    )
+    tensors = x, w1, b1, w2, b2, norm_weight, norm_bias, None if residual_is_x else residual, layer_scale
     drawn = _samples(x, drop_path_p), _seed(x, hidden_dropout_p), _seed(x, dropout_p)
     scalars = eps, activation, float(hidden_dropout_p), float(dropout_p)
     panels = packing.panels(w1), packing.panels(w2)
     if _differentiating(*tensors):
-        y = autograd.MlpFunction.apply(*tensors, *drawn, *scalars, residual_is_x)
-    else:
-        other = rows if residual_is_x else tensors[7]
-        y, *_ = torch.ops.vit_triton.mlp_fwd.default(*tensors[:7], other, layer_scale, *drawn, *scalars, False, *panels)
-    return _shaped(y, (*x.shape[:-1], w2.shape[0]))
+        return autograd.MlpFunction.apply(*tensors, *drawn, *scalars, residual_is_x)
+    return torch.ops.vit_triton.mlp_fwd.default(
+        *tensors[:7], residual, layer_scale, *drawn, *scalars, False, *panels
+    )[0]
 
 
 def encoder(
@@ -357,19 +348,17 @@ def layer_norm(
     _check_kernel_dtype("x", x)
     weight, bias, _ = _norm_parts((weight, bias, eps))
     if residual is None:
-        arguments = (_rows(x), weight, bias, float(eps))
-        y = _apply(autograd.LayerNormFunction, "layer_norm_fwd", arguments, (x, weight, bias))
-        return _shaped(y if isinstance(y, Tensor) else y[0], x.shape)
-    rows = _rows(x)
+        y = _apply(autograd.LayerNormFunction, "layer_norm_fwd", (x, weight, bias, float(eps)), (x, weight, bias))
+        return y if isinstance(y, Tensor) else y[0]
     # one tensor as two arguments of a Function: Dynamo needs two objects
-    other = rows.view_as(rows) if residual is x else _rows(residual)
+    other = x.view_as(x) if residual is x else residual
     y, total, *_ = _apply(
         autograd.AddLayerNormFunction,
         "add_layer_norm_fwd",
-        (rows, other, weight, bias, float(eps)),
+        (x, other, weight, bias, float(eps)),
         (x, residual, weight, bias),
     )
-    return _shaped(y, x.shape), _shaped(total, x.shape)
+    return y, total
 
 
 def patch_embed(
@@ -485,7 +474,12 @@ def _differentiating(*tensors: Tensor | None) -> bool:
     """Whether a gradient, or a forward-mode tangent (which the Function refuses), may pass through."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    for x in tensors:
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def _apply(
@@ -498,7 +492,8 @@ def _apply(
 
 
 def _autocasting(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    available = device_type in _AUTOCAST or torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(
@@ -523,15 +518,6 @@ def _samples(x: Tensor, drop_path_p: float) -> Tensor | None:
 
 def _scale(scale: float | None, x: Tensor) -> float:
     return float(x.shape[-1] ** -0.5 if scale is None else scale)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
-    """The rows of a result in their shape; to autograd no view, of which FSDP2 warns, as nobody has the rows."""
-    return torch.ops.aten._unsafe_view.default(y, shape)
 
 
 def _norm_parts(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, float | None]:
@@ -643,7 +629,7 @@ def _check_tensor(
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}")
-    if x.dtype not in (*_FLOATS, torch.float64) and not (allow_uint8 and x.dtype == torch.uint8):
+    if x.dtype not in _REFERENCE_FLOATS and not (allow_uint8 and x.dtype == torch.uint8):
         supported = "float32, float16, bfloat16 or float64" + (" or uint8" if allow_uint8 else "")
         raise TypeError(f"{name} must be {supported}, got {x.dtype}")
     if x.ndim != ndim if ndim is not None else x.ndim < 1:

@@ -8,6 +8,7 @@ wrapping costs more Python per call.
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -25,26 +26,38 @@ def _register(schema: str) -> Any:
         def implementation(x: Tensor, *args: Any) -> Any:
             return _no_none(function(x, *args), x)
 
-        _library.impl(name, _on_cpu(implementation), "CPU")
-        _library.impl(name, implementation, "CUDA")
-        _library.impl(name, implementation, "XPU")
+        _library.impl(name, lambda *args: _on_cpu(implementation, args), "CPU")
+        _library.impl(name, lambda *args: _on_gpu(implementation, args), "CUDA")
+        _library.impl(name, lambda *args: _on_gpu(implementation, args), "XPU")
         return function
 
     return decorate
 
 
-def _on_cpu(function: Any) -> Any:
+def _on_cpu(function: Any, args: tuple[Any, ...]) -> Any:
     """``function`` with a Triton driver active that serves CPU tensors; its launches recorded if it is ours."""
+    from vit_triton.cpu.driver import active, recording
+    from vit_triton.kernels._replay import replay
 
-    @functools.wraps(function)
-    def implementation(*args: Any) -> Any:
-        from vit_triton.cpu.driver import active
-        from vit_triton.cpu.replay import replay
+    with active() as device:
+        # one block: memory that is new to the process has pages which the system clears first
+        return function(*args) if device is None else replay(function, args, device, recording, one_block=True)
 
-        with active() as device:
-            return function(*args) if device is None else replay(function, args, device)
 
-    return implementation
+def _on_gpu(function: Any, args: tuple[Any, ...]) -> Any:
+    interpreting, guard, replay, recording = _launching()
+    x = args[0]
+    with guard(x):
+        return function(*args) if interpreting else replay(function, args, x.device, recording)
+
+
+@functools.cache
+def _launching() -> tuple[Any, ...]:
+    """Imported once: to look an import up in every call takes longer than to read a key."""
+    from vit_triton.kernels._launch import INTERPRETING, guard, recording
+    from vit_triton.kernels._replay import replay
+
+    return INTERPRETING, guard, replay, recording
 
 
 def _no_none(result: Any, like: Tensor) -> Any:
@@ -67,8 +80,17 @@ def _like(x: Tensor, wanted: bool = True) -> Tensor | None:
     return torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None
 
 
+def _n_rows(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """What a launcher takes of x (..., D)."""
+    return x if x.ndim == 2 else x.reshape(_n_rows(x), x.shape[-1])
+
+
 def _statistics(x: Tensor, wanted: bool = True) -> Tensor | None:
-    return x.new_empty(x.shape[0], dtype=torch.float32) if wanted else None
+    return x.new_empty(_n_rows(x), dtype=torch.float32) if wanted else None
 
 
 # --- attention ---------------------------------------------------------------------------------------------
@@ -216,13 +238,15 @@ def _linear_fwd(
 ):
     from vit_triton.kernels.mlp import norm_linear_fwd
 
-    return norm_linear_fwd(
-        *(x, weight, bias, norm_weight, norm_bias, residual, seed, layer_scale, samples),
+    residual = None if residual is None else _rows(residual)
+    y, *statistics = norm_linear_fwd(
+        *(_rows(x), weight, bias, norm_weight, norm_bias, residual, seed, layer_scale, samples),
         eps=eps,
         dropout_p=dropout_p,
         panels=panels,
         save=save,
     )
+    return y.view(*x.shape[:-1], weight.shape[0]), *statistics
 
 
 @_fake("linear_fwd")
@@ -230,7 +254,7 @@ def _linear_fwd_fake(
     x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed, eps, dropout_p, panels=None,
     save=True,
 ):
-    y = x.new_empty(x.shape[0], weight.shape[0], dtype=_output_dtype(weight, residual, layer_scale))
+    y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=_output_dtype(weight, residual, layer_scale))
     saved = save and eps is not None
     return y, _statistics(x, saved), _statistics(x, saved)
 
@@ -252,9 +276,9 @@ def _linear_bwd(
 ):  # fmt: skip
     from vit_triton.kernels.mlp import norm_linear_bwd
 
-    return norm_linear_bwd(
-        dy,
-        x,
+    dx, *grads = norm_linear_bwd(
+        _rows(dy),
+        _rows(x),
         weight,
         norm_weight,
         norm_bias,
@@ -270,6 +294,7 @@ def _linear_bwd(
         needs_x=needs_x,
         needs_weight=needs_weight,
     )
+    return None if dx is None else dx.view(x.shape), *grads
 
 
 @_fake("linear_bwd")
@@ -307,15 +332,15 @@ def _mlp_fwd(
 ):  # fmt: skip
     from vit_triton.kernels.mlp import mlp_fwd
 
-    return mlp_fwd(
-        x,
+    y, *saved = mlp_fwd(
+        _rows(x),
         w1,
         b1,
         w2,
         b2,
         norm_weight,
         norm_bias,
-        residual,
+        None if residual is None else _rows(residual),
         hidden_seed,
         seed,
         layer_scale,
@@ -327,6 +352,7 @@ def _mlp_fwd(
         save=save,
         panels=(panels1, panels2),
     )
+    return y.view(*x.shape[:-1], w2.shape[0]), *saved
 
 
 @_fake("mlp_fwd")
@@ -334,8 +360,8 @@ def _mlp_fwd_fake(
     x, w1, b1, w2, b2, norm_weight, norm_bias, residual, layer_scale, samples, hidden_seed, seed,
     eps, activation, hidden_dropout_p, dropout_p, save, panels1=None, panels2=None,
 ):  # fmt: skip
-    y = x.new_empty(x.shape[0], w2.shape[0], dtype=_output_dtype(w2, residual, layer_scale))
-    pre = w1.new_empty(x.shape[0], w1.shape[0]) if save else None
+    y = x.new_empty(*x.shape[:-1], w2.shape[0], dtype=_output_dtype(w2, residual, layer_scale))
+    pre = w1.new_empty(_n_rows(x), w1.shape[0]) if save else None
     saved = save and eps is not None
     return y, pre, _statistics(x, saved), _statistics(x, saved)
 
@@ -352,9 +378,9 @@ def _mlp_bwd(
 ):  # fmt: skip
     from vit_triton.kernels.mlp import mlp_bwd
 
-    return mlp_bwd(
-        dy,
-        x,
+    dx, *grads = mlp_bwd(
+        _rows(dy),
+        _rows(x),
         w1,
         w2,
         norm_weight,
@@ -376,6 +402,7 @@ def _mlp_bwd(
         needs_x=needs_x,
         needs_weights=needs_weights,
     )
+    return None if dx is None else dx.view(x.shape), *grads
 
 
 @_fake("mlp_bwd")
@@ -432,7 +459,8 @@ def _encoder_fwd_fake(x, blocks, eps, heads, scale, activation, first_token):
 def _layer_norm_fwd(x, weight, bias, eps, save=True):
     from vit_triton.kernels.layer_norm import layer_norm_fwd
 
-    return layer_norm_fwd(x, weight, bias, eps=eps, save=save)
+    y, *statistics = layer_norm_fwd(_rows(x), weight, bias, eps=eps, save=save)
+    return y.view(x.shape), *statistics
 
 
 @_fake("layer_norm_fwd")
@@ -447,7 +475,8 @@ def _layer_norm_fwd_fake(x, weight, bias, eps, save=True):
 def _add_layer_norm_fwd(x, residual, weight, bias, eps, save=True):
     from vit_triton.kernels.layer_norm import add_layer_norm_fwd
 
-    return add_layer_norm_fwd(x, residual, weight, bias, eps=eps, save=save)
+    y, total, *statistics = add_layer_norm_fwd(_rows(x), _rows(residual), weight, bias, eps=eps, save=save)
+    return y.view(x.shape), total.view(x.shape), *statistics
 
 
 @_fake("add_layer_norm_fwd")
@@ -462,7 +491,9 @@ def _add_layer_norm_fwd_fake(x, residual, weight, bias, eps, save=True):
 def _layer_norm_bwd(dy, x, weight, mean, rstd, dsum):
     from vit_triton.kernels.layer_norm import layer_norm_bwd
 
-    return layer_norm_bwd(dy, x, weight, mean, rstd, dsum=dsum)
+    dsum = None if dsum is None else _rows(dsum)
+    dx, *dnorm = layer_norm_bwd(_rows(dy), _rows(x), weight, mean, rstd, dsum=dsum)
+    return dx.view(x.shape), *dnorm
 
 
 @_fake("layer_norm_bwd")
@@ -509,7 +540,7 @@ def _patch_embed_fwd_fake(
 ):  # fmt: skip
     batch, _, height, width = image.shape
     patches = (height // patch_size[0]) * (width // patch_size[1])
-    rows = image.new_empty(batch * patches)
+    rows = image.new_empty(batch * patches, 1)
     n_prefix = 0 if prefix is None else prefix.shape[0]
     dtypes = (x.dtype for x in (weight, pos, prefix, post_weight) if x is not None)
     return (

@@ -122,7 +122,8 @@ class _Launcher:
         total = grid_x * grid_y * grid_z
         if total == 0:
             return
-        values = [args[i].data_ptr() if pointer else args[i] for i, pointer in self.positions]
+        values = [args[i] for i, _ in self.positions]
+        values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in values]
         if (launches := getattr(_recorder, "launches", None)) is not None:
             tensors = [(slot, args[i]) for slot, (i, pointer) in enumerate(self.positions) if pointer]
             launches.append(Launch(self, (grid_x, grid_y, grid_z), function, values, tensors))
@@ -158,6 +159,10 @@ class Launch(NamedTuple):
     function: _Function
     values: Sequence[Any]
     tensors: Sequence[tuple[int, torch.Tensor]]
+
+    def start(self, values: Sequence[Any]) -> None:
+        """The same with other values."""
+        self.launcher.run(*self.grid, self.function, values)
 
 
 _recorder = threading.local()

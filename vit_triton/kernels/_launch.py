@@ -3,7 +3,8 @@
 import contextlib
 import threading
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,11 +40,43 @@ def launch(kernel: Any, grid: tuple[int], like: torch.Tensor, **kernel_args: Any
             _interpreter.mend()
             kernel[grid](**kernel_args)
         return
-    with torch.cuda.device(like.device) if like.is_cuda else _NOTHING:
+    with guard(like):
         _run(kernel, grid, like.device, kernel_args)
 
 
 _NOTHING = contextlib.nullcontext()
+
+
+def guard(like: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Inside it the device of ``like`` is the one that Triton launches on."""
+    return torch.cuda.device(like.device) if like.is_cuda else _NOTHING
+
+
+class Launch(NamedTuple):
+    """A compiled kernel over its grid, and the values it was given; ``tensors``: those that are, by their place."""
+
+    run: Callable[..., None]
+    values: Sequence[Any]
+    tensors: Sequence[tuple[int, torch.Tensor]]
+
+    def start(self, values: Sequence[Any]) -> None:
+        """With other values; Triton takes a tensor or its address."""
+        self.run(*values)
+
+
+_recorder = threading.local()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Note the launches of this thread, compile what is new, and start none of them."""
+    _recorder.launches = []
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder.launches = None
+
+
 _compiled: dict[tuple[Any, ...], Any] = {}
 _MOST_COMPILED = 4096  # sizes vary without end
 
@@ -54,6 +87,12 @@ def _run(kernel: Any, grid: tuple[int], device: torch.device, kernel_args: dict[
 
     Tensors are the arguments whose names end in _ptr; of the others, each has the same type in every call.
     """
+    if (launches := getattr(_recorder, "launches", None)) is not None:
+        compiled = kernel.warmup(grid=grid, **kernel_args, enable_fp_fusion=True)
+        values = [kernel_args.get(name) for name in kernel.arg_names]
+        tensors = [(i, x) for i, x in enumerate(values) if isinstance(x, torch.Tensor)]
+        launches.append(Launch(compiled[grid[0], 1, 1], values, tensors))
+        return
     _, names, options = _names.get(id(kernel)) or _split_names(kernel, kernel_args)
     parts = [id(kernel), driver.active, device, *map(kernel_args.get, options)]
     aligned = True  # Triton compiles other code for tensors that are not
