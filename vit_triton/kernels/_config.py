@@ -169,8 +169,9 @@ def _pick_cpu_attention(n_rows: int, n_cols: int, block_m: int, block_n: int) ->
 AttentionTable = dict[str, tuple[tuple[int, int, int, int], ...]]  # of a generation: block_m, block_n, warps, stages
 _HEAD_DIMS = (64, 96, 128, 256)  # a row of tiles below: for head sizes up to each of these
 
-# What was weighed for bfloat16, all of it computed from the machine code: no tile spills a register (but for dk/dv at 256),
-# every product is the architecture's own matrix instruction, loads are asynchronous. us: B = 128, H = 12, 197 tokens.
+# What was weighed for bfloat16, all of it computed from the machine code. At head size 64 without dropout none spills
+# (docs/performance.md lists those that do), every product is the architecture's own matrix instruction, loads are
+# asynchronous. us: B = 128, H = 12, 197 tokens.
 _ATTENTION_FWD: AttentionTable = {
     # 128 x 64 is bound by the tensor cores alone (147 us; 64 x 64: 211); from 65 on its accumulators spill
     "sm_80": ((128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2), (32, 32, 8, 1)),
