@@ -145,10 +145,15 @@ def test_uint8_images_are_normalised_in_the_load(dtype, patch_order):
 
 def test_statistics_may_be_views():
     image, weight, *_ = make_inputs(2, 3, (3, 2), (4, 6), 40, torch.float32, layout="uint8")
-    options = dict(patch_size=(4, 6), backend="triton")
     std = torch.tensor([[0.5, 9.0], [0.25, 9.0], [0.125, 9.0]])[:, 0]
-    expected = F.patch_embed(image, weight, mean=[0.5] * 3, std=std.tolist(), **options)
-    assert torch.equal(F.patch_embed(image, weight, mean=torch.tensor(0.5).expand(3), std=std, **options), expected)
+    views, lists = dict(mean=torch.tensor(0.5).expand(3), std=std), dict(mean=[0.5] * 3, std=std.tolist())
+    weight.requires_grad_()
+    results = []
+    for statistics in (views, lists):
+        y = F.patch_embed(image, weight, **statistics, patch_size=(4, 6), backend="triton")
+        results.append([y, *torch.autograd.grad(y.square().sum(), weight)])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

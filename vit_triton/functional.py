@@ -552,7 +552,7 @@ def _channel_values(name: str, values: Tensor | Sequence[float] | None, image: T
         values = (_constant.__wrapped__ if traced else _constant)(values, image.device)
     if values.shape != image.shape[1:2]:
         raise ValueError(f"{name} must have one value for each of the {image.shape[1]} channels, got {_shape(values)}")
-    return values.to(image.device, torch.promote_types(values.dtype, torch.float32)).contiguous()
+    return values.to(image.device, torch.promote_types(values.dtype, torch.float32))
 
 
 @functools.lru_cache(maxsize=64)

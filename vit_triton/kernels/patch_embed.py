@@ -217,7 +217,8 @@ def patch_embed_fwd(
     if prefix is not None:
         tokens[:, :n_prefix] = prefix
     behind_prefix = tokens[:, n_prefix:]
-    image_args = {"image_ptr": image, "mean_ptr": mean, "std_ptr": std, **image_strides(image), **layout.constants}
+    image_args = {"image_ptr": image, **image_strides(image), **layout.constants}
+    image_args |= {"mean_ptr": _contiguous(mean), "std_ptr": _contiguous(std)}
     image_args |= {"n_rows": n_rows, "n_patches": n_patches, "grid_w": layout.grid_w}
 
     pre_weight = pre_bias = pre_mean = pre_rstd = None
@@ -512,8 +513,8 @@ def _bwd_weight(
         image_ptr=image,
         pre_mean_ptr=pre_mean,
         pre_rstd_ptr=pre_rstd,
-        mean_ptr=mean,
-        std_ptr=std,
+        mean_ptr=_contiguous(mean),
+        std_ptr=_contiguous(std),
         dweight_ptr=grads,
         dbias_ptr=dbiases,
         **image_strides(image),
