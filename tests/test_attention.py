@@ -319,7 +319,7 @@ def test_offsets_past_32_bits(axis, virtual_memory):
      (96, (64, 32)), (104, (128, 0)), (128, (128, 0)), (160, (128, 32)), (256, (256, 0))],
 )  # fmt: skip
 def test_a_head_size_is_covered_by_two_tiles(head_dim, split):
-    assert split_head_dim(head_dim) == split
+    assert split_head_dim(head_dim, torch.bfloat16, "sm_90") == split
 
 
 def test_the_last_block_of_keys_is_as_small_as_it_can_be():

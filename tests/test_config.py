@@ -80,17 +80,25 @@ def test_layer_norm_holds_a_row(arch):
         assert is_power_of_2(tile.block_m) and tile.block_m * tile.block_d <= config.INTERPRETER_TILE, tile
 
 
-@pytest.mark.parametrize("head_dim", range(1, 257))
-def test_a_split_head_covers_its_size_and_pads_less_than_the_next_power_of_two(head_dim):
-    main, tail = config.split_head_dim(head_dim)
-    whole = max(16, config.next_power_of_2(head_dim))
-    assert is_power_of_2(main) and main >= 16 and (tail == 0 or is_power_of_2(tail) and tail >= 16)
-    assert head_dim <= main + tail <= whole
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_split_head_covers_its_size_and_pads_no_more_than_the_next_power_of_two(arch, dtype):
+    for head_dim in range(1, 257):
+        main, tail = config.split_head_dim(head_dim, dtype, arch)
+        whole = max(16, config.next_power_of_2(head_dim))
+        assert is_power_of_2(main) and main >= 16 and (tail == 0 or is_power_of_2(tail) and tail >= 16)
+        assert head_dim <= main + tail <= whole
 
 
 def test_the_real_head_sizes():
-    covered = {d: sum(config.split_head_dim(d)) for d in (64, 72, 80, 88, 96, 104)}
+    covered = {d: sum(config.split_head_dim(d, torch.bfloat16, "sm_90")) for d in (64, 72, 80, 88, 96, 104)}
     assert covered == {64: 64, 72: 80, 80: 80, 88: 96, 96: 96, 104: 128}
+
+
+def test_two_tiles_of_a_float32_head_are_no_wider_than_a_gpu_has_registers_for():
+    heads = (72, 80, 88, 96, 160)
+    for arch, covered in {"sm_80": (80, 80, 128, 128, 256), "cpu": (80, 80, 96, 96, 160)}.items():
+        assert tuple(sum(config.split_head_dim(d, torch.float32, arch)) for d in heads) == covered
 
 
 @pytest.mark.parametrize("length", [1, 16, 64, 65, 196, 197, 257, 577, 1370])

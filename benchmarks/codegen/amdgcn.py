@@ -44,12 +44,12 @@ def parse(text: str) -> list[Instruction]:
         n += match["opcode"] is not None
     files: dict[str, str] = {}
     code: list[Instruction] = []
-    source = ("", 0)
+    source: tuple[tuple[str, int], ...] = ()
     for match in lines:
         if match["file"]:
             files[match["file"]] = f"{match['folder']}/{match['name']}"
         elif match["of"]:
-            source = (files[match["of"]], int(match["number"]))
+            source = ((files[match["of"]], int(match["number"])),)
         elif match["opcode"]:
             opcode, operands = match["opcode"], match["operands"] or ""
             width = re.fullmatch(r"(?:global|buffer)_(?:load|store)_(?:lds_)?([a-z]+(?:x\d)?)(?:_d16(?:_hi)?)?", opcode)

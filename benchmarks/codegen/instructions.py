@@ -16,13 +16,13 @@ KERNELS = Path(_launch.__file__).parent
 class Instruction:
     """``opcode`` without modifiers. ``target``: index of the instruction that a branch goes to. ``falls_through``: the
     next one may follow. ``width``: bytes a thread reads or writes in global memory, 0 for other instructions.
-    ``source``: file and line of the kernel."""
+    ``source``: file and line of the kernel, then those of the call that it was inlined at, and so on."""
 
     opcode: str
     target: int | None = None
     falls_through: bool = True
     width: int = 0
-    source: tuple[str, int] = ("", 0)
+    source: tuple[tuple[str, int], ...] = ()
 
 
 def loops(code: Sequence[Instruction]) -> list[set[int]]:
@@ -54,13 +54,19 @@ def loops(code: Sequence[Instruction]) -> list[set[int]]:
 
 
 def narrow_accesses(code: Sequence[Instruction]) -> dict[str, int]:
-    """The lines of the kernel that read or write global memory by less than 16 bytes a thread, and the bytes."""
+    """The lines of the kernel that read or write global memory by less than 16 bytes a thread, each with the lines that
+    it was called from, and the bytes."""
     found: dict[str, int] = {}
     for instruction in code:
         if 0 < instruction.width < 16:
-            file, number = instruction.source
-            # Triton's cache may name the files of a checkout that is gone
-            text = linecache.getline(file, number) or linecache.getline(str(KERNELS / Path(file).name), number)
-            where = f"{Path(file).name}:{number}: {text.strip()}"
+            where = " < ".join(_line(*place) for place in instruction.source)
             found[where] = min(instruction.width, found.get(where, 16))
     return found
+
+
+def _line(file: str, number: int) -> str:
+    # Triton's cache may name the files of a checkout that is gone
+    lines = linecache.getlines(file) or linecache.getlines(str(KERNELS / Path(file).name))
+    # and a load in a conditional expression is noted at the line behind it
+    text = next((text for text in reversed(lines[:number]) if text.strip()), "")
+    return f"{Path(file).name}:{number}: {text.strip()}"

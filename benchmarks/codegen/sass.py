@@ -17,7 +17,7 @@ COPIES = r"LDGSTS|UTMALDG|UBLKCP"
 BINARY, ASSEMBLY = "cubin", "ptx"
 
 _LINE = re.compile(
-    r'\s*//## File "(?P<file>[^"]+)", line (?P<number>\d+)'
+    r'\s*//## File "(?P<file>[^"]+)", line (?P<number>\d+)(?P<inlined> inlined at)?'
     r"|\s*(?P<label>\.L_\w+):"
     r"|\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(?P<guard>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>[^;]*);"
 )
@@ -35,7 +35,7 @@ def read(kernel: Any) -> tuple[int, int, list[Instruction]]:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
         usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _tool("cuobjdump", "-res-usage", str(cubin)))
-        listing = _tool("nvdisasm", "-g", "-c", str(cubin))
+        listing = _tool("nvdisasm", "-gi", "-c", str(cubin))
     assert usage is not None
     registers, stack, local = map(int, usage.groups())
     return registers, stack + local, parse(listing)
@@ -50,16 +50,18 @@ def parse(listing: str) -> list[Instruction]:
             labels[match["label"]] = n
         n += match["opcode"] is not None
     code: list[Instruction] = []
-    source = ("", 0)
+    source: tuple[tuple[str, int], ...] = ()
+    inlined = False
     for match in lines:
         if match["file"]:
-            source = (match["file"], int(match["number"]))
+            source = (*(source if inlined else ()), (match["file"], int(match["number"])))
+            inlined = match["inlined"] is not None
         elif match["opcode"]:
             code.append(_instruction(match, labels, source))
     return code
 
 
-def _instruction(match: re.Match[str], labels: dict[str, int], source: tuple[str, int]) -> Instruction:
+def _instruction(match: re.Match[str], labels: dict[str, int], source: tuple[tuple[str, int], ...]) -> Instruction:
     opcode, *modifiers = match["opcode"].split(".")
     target = re.search(r"`\((\.L_\w+)\)", match["operands"]) if opcode == "BRA" else None
     # a branch of which not all threads need to take: guarded, or with a predicate before its label

@@ -12,6 +12,8 @@ from vit_triton import functional as F
 HEAD_DIMS = (16, 32, 64, 72, 80, 88, 96, 104, 128, 192, 256)
 # (width, hidden): ViT Ti, S, B, L, H, g and SO400M
 WIDTHS = ((192, 768), (384, 1536), (768, 3072), (1024, 4096), (1280, 5120), (1408, 6144), (1152, 4304))
+# the masked step behind the full blocks is 16, 32 and 64 wide; long: other tiles
+LENGTHS = (16, 17, 26, 50, 64, 257, 577, 1370)
 BATCH = 8
 ROWS = 8  # tiles do not depend on the number of tokens, and nothing runs
 
@@ -42,8 +44,7 @@ def each_kernel(dtype: torch.dtype) -> None:
     _patches(_zeros(dtype, BATCH, 3, 224, 224), dtype, 16, WIDTH)
     qkv, normed = _zeros(dtype, BATCH, TOKENS, 3, HEADS, HEAD_DIM), _norm(dtype, HEAD_DIM)
     _differentiate(F.attention_packed(qkv, q_norm=normed, k_norm=normed, backend="triton"))
-    gated = (_zeros(dtype, 2 * HIDDEN, WIDTH), None, _zeros(dtype, WIDTH, HIDDEN), None)
-    _differentiate(F.mlp(x, *gated, activation="swiglu", backend="triton"))
+    _gated(x, HIDDEN)
     branch = dict(residual=x, layer_scale=_zeros(dtype, WIDTH), drop_path_p=0.1)
     _linear(x, WIDTH, **branch)
 
@@ -68,6 +69,11 @@ def expanded_gradients(dtype: torch.dtype) -> None:
     _differentiate(F.patch_embed(image, _zeros(dtype, WIDTH, 768), patch_size=16, backend="triton"), expanded=True)
 
 
+def attention(dtype: torch.dtype, head_dim: int, dropout_p: float, n_q: int = TOKENS) -> None:
+    q, k, v = (_zeros(dtype, 1, n, 2, head_dim) for n in (n_q, TOKENS, TOKENS))
+    _differentiate(F.attention(q, k, v, dropout_p=dropout_p, backend="triton"))
+
+
 def every_tile(dtype: torch.dtype) -> None:
     """Every tile that a ``pick_*`` function can return for ``dtype`` on the architecture that is compiled for, and
     every form of a kernel that changes what it needs registers for. tests/test_codegen.py holds that none is missing.
@@ -75,10 +81,15 @@ def every_tile(dtype: torch.dtype) -> None:
     vit_b_16(dtype)
     expanded_gradients(dtype)
     for head_dim, dropout_p, n_q in itertools.product(HEAD_DIMS, (0.0, 0.1), (TOKENS, 1)):
-        q, k, v = (_zeros(dtype, 1, n, 2, head_dim) for n in (n_q, TOKENS, TOKENS))
-        _differentiate(F.attention(q, k, v, dropout_p=dropout_p, backend="triton"))
+        attention(dtype, head_dim, dropout_p, n_q)
     q, k, v = (_zeros(dtype, 1, TOKENS, 2, HEAD_DIM) for _ in range(3))
     _differentiate(F.attention(q, k, v, return_lse=True, backend="triton"))
+    for n_tokens in LENGTHS:
+        _differentiate(F.attention_packed(_zeros(dtype, 1, n_tokens, 3, 2, HEAD_DIM), backend="triton"))
+    for power, norm_type in itertools.product(range(9), ("layer_norm", "rms_norm")):
+        head_dim, norm = 2**power, (_zeros(dtype, 2**power), None, 1e-5)
+        qkv = _zeros(dtype, 1, ROWS, 3, 2, head_dim)
+        _differentiate(F.attention_packed(qkv, q_norm=norm, k_norm=norm, norm_type=norm_type, backend="triton"))
 
     for width, hidden in WIDTHS:
         x = _zeros(dtype, ROWS, width)
@@ -86,10 +97,19 @@ def every_tile(dtype: torch.dtype) -> None:
         _linear(x, 3 * width, norm=_norm(dtype, width))
         _linear(x, width)
     x = _zeros(dtype, ROWS, WIDTH)
-    for activation in ("gelu", "gelu_tanh", "quick_gelu"):
+    for activation in ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu"):
         for hidden_dropout_p, dropout_p in itertools.product((0.0, 0.1), repeat=2):
             dropout = dict(hidden_dropout_p=hidden_dropout_p, dropout_p=dropout_p)
             _mlp(x, WIDTH, HIDDEN, residual=x, activation=activation, **dropout)
+    branch = dict(residual=x, layer_scale=_zeros(dtype, WIDTH), drop_path_p=0.1)
+    _mlp(x, WIDTH, HIDDEN, **branch)
+    for dropout_p in (0.0, 0.1):
+        _linear(x, WIDTH, **branch, dropout_p=dropout_p)
+        for power in range(12):
+            _gated(x, 2**power, hidden_dropout_p=dropout_p)
+    for power in range(11):
+        narrow = dict(residual=_zeros(dtype, ROWS, 16), layer_scale=_zeros(dtype, 16))
+        _linear(_zeros(dtype, ROWS, 2**power), 16, **narrow)
     _linear(x, WIDTH, residual=x, dropout_p=0.1)
     # tiles are clipped to small sizes; parts of a weight's gradient are as many as its tiles leave room for
     for width, hidden in itertools.product((16, 32, 64, 256), repeat=2):
@@ -119,6 +139,11 @@ def _mlp(x: Tensor, width: int, hidden: int, *, expanded: bool = False, **option
     shapes = ((hidden, width), (hidden,), (width, hidden), (width,))
     weights = (_zeros(x.dtype, *shape) for shape in shapes)
     _differentiate(F.mlp(x, *weights, **options, backend="triton"), expanded)
+
+
+def _gated(x: Tensor, hidden: int, **options: Any) -> None:
+    weights = (_zeros(x.dtype, 2 * hidden, x.shape[-1]), None, _zeros(x.dtype, x.shape[-1], hidden), None)
+    _differentiate(F.mlp(x, *weights, activation="swiglu", **options, backend="triton"))
 
 
 def _linear(x: Tensor, features: int, *, bias: bool = True, expanded: bool = False, **options: Any) -> None:

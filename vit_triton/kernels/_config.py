@@ -138,7 +138,7 @@ class AttentionConfig:
     num_stages: int
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
+def split_head_dim(head_dim: int, dtype: torch.dtype, arch: str) -> tuple[int, int]:
     """Powers of two (main, tail) that cover ``head_dim``: 72 -> (64, 16), 96 -> (64, 32), 64 -> (64, 0).
 
     A tile of tl.dot is a power of two of at least 16; the tail saves padding 72 to 128.
@@ -146,7 +146,11 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     whole = max(16, next_power_of_2(head_dim))
     main = whole // 2
     tail = max(16, next_power_of_2(head_dim - main))
-    return (main, tail) if main >= 16 and main + tail < whole else (whole, 0)
+    if main < 16 or main + tail >= whole:
+        return whole, 0
+    if dtype == torch.float32 and main + tail > 80 and arch.startswith("sm_"):
+        return whole, 0  # NVIDIA's FMAs hold both operands in registers: those of two tiles spill (computed)
+    return main, tail
 
 
 def attention_tail(length: int, block: int) -> int:
@@ -167,59 +171,71 @@ def _pick_cpu_attention(n_rows: int, n_cols: int, block_m: int, block_n: int) ->
 
 
 AttentionTable = dict[str, tuple[tuple[int, int, int, int], ...]]  # of a generation: block_m, block_n, warps, stages
-_HEAD_DIMS = (64, 96, 128, 256)  # a row of tiles below: for head sizes up to each of these
+_HEAD_DIMS = (64, 96, 128, 192, 256)  # a row of tiles below: for head sizes up to each of these
 
-# What was weighed for bfloat16, all of it computed from the machine code. At head size 64 without dropout none spills
-# (docs/performance.md lists those that do), every product is the architecture's own matrix instruction, loads are
-# asynchronous. us: B = 128, H = 12, 197 tokens.
+# What was weighed, all of it computed from the machine code: none spills at any of these head sizes, at 192 and 256 the
+# tile is what does not; products are the architecture's own matrix instruction wherever they have 64 rows; loads are
+# asynchronous. us: B = 128, H = 12, 197 tokens, bfloat16.
 _ATTENTION_FWD: AttentionTable = {
     # 128 x 64 is bound by the tensor cores alone (147 us; 64 x 64: 211); from 65 on its accumulators spill
-    "sm_80": ((128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2), (32, 32, 8, 1)),
+    "sm_80": ((128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2), (64, 16, 4, 2), (32, 32, 8, 1)),
     # wgmma wants 64 rows; four blocks on a multiprocessor (70 us; 128 x 32: 73, 128 x 64: 73). At 128 64 x 64 has two
     # blocks (257 tokens: 214 against 259)
-    "sm_90": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2)),
-    "sm_100": ((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
-    "gfx": ((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2)),
+    "sm_90": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2)),
+    # 64 keys a step spill at 104 (128: 103 us; three stages of 64: 110, 128 x 64 with eight warps: 111)
+    "sm_100": ((128, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+    "gfx": ((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    # IEEE dots are plain FMA with both operands in registers: larger tiles spill (128: 16 x 32 5734 us, 16 x 64 3818)
+    "sm_ float32": ((32, 32, 4, 2), (32, 32, 4, 2), (16, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1)),
+    "gfx float32": ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
-_ATTENTION_FWD_DROPOUT: AttentionTable = {  # Philox wants some 40 registers beside the tile
-    "sm_80": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 16, 8, 2), (16, 32, 4, 1)),
-    "sm_90": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
-    "sm_100": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
-    "gfx": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2)),
+_ATTENTION_FWD_DROPOUT = _ATTENTION_FWD | {  # Philox wants some 40 registers beside the tile
+    "sm_80": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 16, 8, 2), (64, 16, 4, 2), (16, 32, 4, 1)),
+    "sm_90": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+    "sm_100": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+    "gfx": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
 }
-# wgmma at 128 x 64 with eight warps: from some 500 keys on (577: 363 us against 390 of 64 x 64; 257: 125 against 114)
+# wgmma at 128 x 64 with eight warps: from some 500 keys on (577: 387 us against 402 of 64 x 64; 257: 125 against 114)
 _LONG_FWD = {"sm_90": (128, 64, 8, 3)}
 _ATTENTION_BWD_DQ: AttentionTable = {
-    # three blocks of 168 registers (214 us; 64 x 64: 248 with two); 64 x 64 spills from 96 on with dropout
-    "sm_80": ((64, 32, 4, 3), (64, 64, 4, 2), (32, 64, 4, 2), (16, 32, 4, 1)),
-    # five blocks of 90 registers (77 us; 64 x 64: 89, 128 x 64: 81)
-    "sm_90": ((64, 32, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
-    "sm_100": ((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),  # 52 us; 64 x 64: 74
-    "gfx": ((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
+    # three blocks of 168 registers (214 us; 64 x 64: 248 with two). At 72 64 x 64 is faster on an A100 (295 against 323)
+    # and spills on sm_86
+    "sm_80": ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+    # five blocks of 90 registers (77 us; 64 x 64: 89, 128 x 64: 81). 192: 330 (64 x 64 with eight warps: 589)
+    "sm_90": ((64, 32, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2)),
+    "sm_100": ((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),  # 52 us; 64 x 64: 74
+    "gfx": ((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+    "sm_ float32": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 64, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    "gfx float32": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 _ATTENTION_BWD_DQ_DROPOUT = _ATTENTION_BWD_DQ | {
-    "sm_80": ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
-    "sm_90": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 16, 4, 2)),
-    "sm_100": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+    "sm_80": ((64, 64, 4, 2), (64, 32, 4, 3), (32, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+    "sm_90": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2)),
+    "sm_100": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
 }
 _ATTENTION_BWD_DKDV: AttentionTable = {  # query rows a step, keys a program
-    "sm_80": ((32, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 3), (32, 16, 4, 2)),  # 294 us; two stages 333, 128 keys spill
-    "sm_90": ((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3), (32, 16, 4, 2)),  # 122 us; two stages 136, 64 x 64 156
-    "sm_100": ((32, 128, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),  # 88 us; 64 keys: 112
-    "gfx": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1)),
+    # 294 us; two stages 333, 128 keys spill. 72: 383 (16 x 64: 428)
+    "sm_80": ((32, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 3), (16, 16, 4, 2), (32, 16, 8, 2)),
+    # 122 us; two stages 136, 64 x 64 156. 192: 838 (16 x 64 with eight warps: 1348)
+    "sm_90": ((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3), (32, 16, 4, 3), (32, 16, 8, 2)),
+    # 88 us; 64 keys: 112. 96: 179 (32 x 64 with four warps spills)
+    "sm_100": ((32, 128, 4, 2), (64, 64, 8, 2), (32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
+    "gfx": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1), (32, 64, 8, 1)),
+    "sm_ float32": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+    "gfx float32": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 _ATTENTION_BWD_DKDV_DROPOUT = _ATTENTION_BWD_DKDV | {
-    "sm_80": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1), (32, 16, 4, 2)),
-    "sm_90": ((32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2), (32, 16, 4, 2)),
-    "sm_100": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
+    # 72: 534 us (32 x 64 with eight warps: 1225)
+    "sm_80": ((32, 64, 4, 2), (16, 64, 4, 3), (32, 32, 8, 1), (16, 16, 4, 2), (32, 16, 8, 2)),
+    "sm_90": ((32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2), (32, 16, 4, 3), (32, 16, 8, 2)),
+    "sm_100": ((16, 64, 4, 2), (16, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
 }
-# IEEE dots are plain FMA with both operands in registers: larger tiles spill
-_ATTENTION_FWD_FLOAT32 = (AttentionConfig(32, 32, 4, 2), AttentionConfig(16, 16, 4, 1))  # up to 128, and past it
-_ATTENTION_BWD_FLOAT32 = (AttentionConfig(32, 32, 8, 1), AttentionConfig(16, 16, 4, 1))
 
 
-def _attention_tile(table: AttentionTable, head_dim: int, arch: str) -> AttentionConfig:
-    return AttentionConfig(*table[_generation(arch)][bisect.bisect_left(_HEAD_DIMS, head_dim)])
+def _attention_tile(table: AttentionTable, head_dim: int, dtype: torch.dtype, arch: str) -> AttentionConfig:
+    covered = sum(split_head_dim(head_dim, dtype, arch))
+    rows = table[f"{arch[:3]} float32" if dtype == torch.float32 else _generation(arch)]
+    return AttentionConfig(*rows[bisect.bisect_left(_HEAD_DIMS, covered)])
 
 
 def _weighed_attention(table: AttentionTable, more: Iterable[tuple[int, int, int, int]]) -> Callable[..., Any]:
@@ -228,10 +244,9 @@ def _weighed_attention(table: AttentionTable, more: Iterable[tuple[int, int, int
     def weighed(
         n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, arch: str, dropout: bool
     ) -> Iterable[AttentionConfig]:
-        if dtype == torch.float32:
-            return [*_ATTENTION_FWD_FLOAT32, *_ATTENTION_BWD_FLOAT32, AttentionConfig(16, 32, 4, 1)]
         most_m, most_n = (max(64, next_power_of_2(n)) for n in (n_q, n_k))
-        tiles = (AttentionConfig(*tile) for tile in (*itertools.chain(*table.values()), *more))
+        own = [table[f"{arch[:3]} float32"]] if dtype == torch.float32 else [*table.values(), more]
+        tiles = (AttentionConfig(*tile) for tile in itertools.chain(*own))
         return [tile for tile in tiles if tile.block_m <= most_m and tile.block_n <= most_n]
 
     return weighed
@@ -246,16 +261,16 @@ def pick_attention_fwd(
         return _pick_interpreted_attention(n_q, n_k)
     if arch == "cpu":
         return _pick_cpu_attention(n_q, n_k, 256, 64)
-    if dtype == torch.float32:
-        return _ATTENTION_FWD_FLOAT32[head_dim > 128]
-    if n_q <= 16 and head_dim <= 128:
+    if n_q <= 16 and head_dim <= 128 and dtype != torch.float32:
         # one query row (a class token, pooling) must not compute 64
         return AttentionConfig(16, 64 if head_dim <= 64 or not dropout else 32, 4, 2)
-    if n_k > 512 and head_dim <= 64 and not dropout and _generation(arch) in _LONG_FWD:
+    long = n_k > 512 and head_dim <= 64 and dtype != torch.float32 and not dropout
+    if long and _generation(arch) in _LONG_FWD:
         return AttentionConfig(*_LONG_FWD[_generation(arch)])
-    return _attention_tile(_ATTENTION_FWD_DROPOUT if dropout else _ATTENTION_FWD, head_dim, arch)
+    return _attention_tile(_ATTENTION_FWD_DROPOUT if dropout else _ATTENTION_FWD, head_dim, dtype, arch)
 
 
+_SMALL_SHARED_MEMORY = ("sm_86", "sm_89", "sm_120")  # 99 KiB a block
 _CPU_MOST_KEYS = 512  # of a program that computes dq, dk and dv: its tiles of scores then fit the L2 cache
 
 
@@ -268,9 +283,7 @@ def pick_attention_bwd_dq(
         return _pick_interpreted_attention(n_q, n_k)
     if arch == "cpu":
         return None if n_k <= _CPU_MOST_KEYS else _pick_cpu_attention(n_q, n_k, 128, 64)
-    if dtype == torch.float32:
-        return _ATTENTION_BWD_FLOAT32[head_dim > 128]
-    return _attention_tile(_ATTENTION_BWD_DQ_DROPOUT if dropout else _ATTENTION_BWD_DQ, head_dim, arch)
+    return _attention_tile(_ATTENTION_BWD_DQ_DROPOUT if dropout else _ATTENTION_BWD_DQ, head_dim, dtype, arch)
 
 
 @tunable(AttentionConfig, weighed=_weighed_attention(_ATTENTION_BWD_DKDV, [(32, 64, 4, 2), (64, 64, 4, 2)]))
@@ -282,9 +295,9 @@ def pick_attention_bwd_dkdv(
         return _pick_interpreted_attention(n_q, n_k)
     if arch == "cpu":
         return _pick_cpu_attention(n_q, n_k, 64, _CPU_MOST_KEYS if n_k <= _CPU_MOST_KEYS else 256)
-    if dtype == torch.float32:
-        return _ATTENTION_BWD_FLOAT32[head_dim > 128]
-    return _attention_tile(_ATTENTION_BWD_DKDV_DROPOUT if dropout else _ATTENTION_BWD_DKDV, head_dim, arch)
+    if dtype == torch.float32 and head_dim > 128 and arch in _SMALL_SHARED_MEMORY:
+        return AttentionConfig(16, 16, 8, 1)  # 32 rows a step need 100 KiB; this one fits, and spills 3 KiB a thread
+    return _attention_tile(_ATTENTION_BWD_DKDV_DROPOUT if dropout else _ATTENTION_BWD_DKDV, head_dim, dtype, arch)
 
 
 # --- LayerNorm ---------------------------------------------------------------------------------------------
@@ -342,7 +355,7 @@ def pick_qk_norm(head_dim: int, arch: str) -> LayerNormConfig:
         return pick_layer_norm(head_dim, arch)
     if arch == "cpu":
         return LayerNormConfig(max(1, 1024 // block_d), block_d, 1, partials=32)
-    return LayerNormConfig(max(1, 2048 // block_d), block_d, 4)  # 16 elements a thread, as above
+    return LayerNormConfig(max(1, min(128, 2048 // block_d)), block_d, 4)  # 16 elements a thread, as above
 
 
 def layer_norm_stretch(n_rows: int, config: LayerNormConfig) -> tuple[int, int]:

@@ -253,8 +253,9 @@ def attention_fwd(
     n_k = k.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(batch, n_heads, n_q, dtype=torch.float32, device=q.device) if save else None
-    config = pick_attention_fwd(n_q, n_k, head_dim, q.dtype, architecture(q.device), dropout_p > 0)
-    d_main, d_tail = split_head_dim(head_dim)
+    arch = architecture(q.device)
+    config = pick_attention_fwd(n_q, n_k, head_dim, q.dtype, arch, dropout_p > 0)
+    d_main, d_tail = split_head_dim(head_dim, q.dtype, arch)
     launch(
         attention_fwd_kernel,
         (cdiv(n_q, config.block_m) * batch * n_heads,),
@@ -714,7 +715,7 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, *, scale: 
     batch, n_q, n_heads, head_dim = q.shape
     n_k = k.shape[1]
     arch = architecture(q.device)
-    d_main, d_tail = split_head_dim(head_dim)
+    d_main, d_tail = split_head_dim(head_dim, q.dtype, arch)
     do = side_by_side(do)
 
     delta = torch.empty_like(lse)
