@@ -214,7 +214,7 @@ def every_pick(arch, dtype):
     lengths, sizes, powers = (1, 16, 17, 197, 513), (1, 17, 33, 65, 129, 768, 1152, 4096), [2**n for n in range(17)]
     attention = list(itertools.product(lengths, lengths, range(1, 257), [torch_dtype], [arch], (False, True)))
     patches = [(8, n, k, torch_dtype, arch, precision) for n in sizes for k in sizes]
-    linear = [(*args, epilogue) for args in patches for epilogue in ("none", "elementwise", "dropout")]
+    linear = [(*args, epilogue) for args in patches for epilogue in ("none", "elementwise", "branch", "dropout")]
     # a single part in the dtype of the gradient is the gradient
     parts = range(2 if torch_dtype == torch.float32 else 1, 300)
     widths = {

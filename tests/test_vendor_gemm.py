@@ -76,15 +76,13 @@ def forward(dtype):
 def backward(dtype):
     x, weight, _, dy, *_ = test_linear.make((70,), 40, 150, dtype)
     seed, pre = torch.tensor([7]), torch.randn(40, 70).to(dtype).T
-    behind = dict(dy_dropout_p=0.2, dy_seed=torch.tensor([8]))
     for x, options in [
         (None, {}),
-        (None, behind),
-        (pre, dict(activation="gelu_tanh", dropout_p=0.3, **behind)),
+        (pre, dict(activation="gelu_tanh", dropout_p=0.3)),
     ]:
         yield from linear.linear_bwd_input(dy, weight, x, seed, with_hidden=x is not None, **options)
-    for options in [dict(with_bias=True), dict(with_bias=False), dict(with_bias=True, **behind)]:
-        yield from linear.linear_bwd_weight(dy, pre, weight_dtype=dtype, **options)
+    for with_bias in (True, False):
+        yield from linear.linear_bwd_weight(dy, pre, weight_dtype=dtype, with_bias=with_bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,7 +112,7 @@ def test_the_mask_is_the_same_bit_for_bit(vendor, dtype):
     def masks():
         with active():
             y, _ = linear.linear_fwd(zeros, eye, ones[0], None, seed, dropout_p=0.25)
-            return y, linear.linear_bwd_input(ones, eye, None, None, dy_dropout_p=0.25, dy_seed=seed)[0]
+            return y, linear.dropout_bwd(ones, seed, dtype, dropout_p=0.25)
 
     ours = masks()
     vendor()
@@ -145,7 +143,7 @@ def test_only_a_tuned_table_chooses_it():
         pick = getattr(_config, name)
         for arch in ("interpreter", "cpu", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"):
             for n, k in [(768, 768), (3072, 768), (16, 1000)]:
-                for dtype, epilogue in itertools.product(DTYPES, ("none", "elementwise", "dropout")):
+                for dtype, epilogue in itertools.product(DTYPES, ("none", "elementwise", "branch", "dropout")):
                     arguments = (1576, n, k, dtype, arch, "ieee", epilogue)
                     assert type(pick(*arguments)) is _config.GemmConfig
                     assert any(isinstance(each, _config.VendorGemm) for each in picker.candidates(arguments))

@@ -118,6 +118,8 @@ def every_tile(dtype: torch.dtype) -> None:
         _mlp(x, width, hidden, residual=x, hidden_dropout_p=0.1, dropout_p=0.1)
         _linear(x, hidden, bias=False)
         _linear(x, hidden, bias=False, dropout_p=0.1)
+        wide = _zeros(dtype, ROWS, hidden)
+        _linear(x, hidden, residual=wide, layer_scale=_zeros(dtype, hidden), drop_path_p=0.1)
 
     for power in range(17):
         x = _zeros(dtype, ROWS, 2**power)

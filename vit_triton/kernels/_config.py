@@ -205,7 +205,8 @@ _ATTENTION_BWD_DQ: AttentionTable = {
     "sm_90": ((64, 32, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2)),
     "sm_100": ((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),  # 52 us; 64 x 64: 74
     "gfx": ((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
-    "sm_ float32": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 64, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    "sm_ float32": ((64, 32, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1)),
+    "99 KiB float32": ((64, 32, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
     "gfx float32": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 _ATTENTION_BWD_DQ_DROPOUT = _ATTENTION_BWD_DQ | {
@@ -221,7 +222,9 @@ _ATTENTION_BWD_DKDV: AttentionTable = {  # query rows a step, keys a program
     # 88 us; 64 keys: 112. 96: 179 (32 x 64 with four warps spills)
     "sm_100": ((32, 128, 4, 2), (64, 64, 8, 2), (32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
     "gfx": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1), (32, 64, 8, 1)),
-    "sm_ float32": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+    "sm_ float32": ((64, 32, 8, 1), (64, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+    # past 128 what does not spill needs 100 KiB of shared memory; this spills 3 KiB a thread
+    "99 KiB float32": ((64, 32, 8, 1), (64, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     "gfx float32": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 _ATTENTION_BWD_DKDV_DROPOUT = _ATTENTION_BWD_DKDV | {
@@ -229,12 +232,21 @@ _ATTENTION_BWD_DKDV_DROPOUT = _ATTENTION_BWD_DKDV | {
     "sm_80": ((32, 64, 4, 2), (16, 64, 4, 3), (32, 32, 8, 1), (16, 16, 4, 2), (32, 16, 8, 2)),
     "sm_90": ((32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2), (32, 16, 4, 3), (32, 16, 8, 2)),
     "sm_100": ((16, 64, 4, 2), (16, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
+    "sm_ float32": ((64, 32, 8, 1), (64, 32, 8, 1), (32, 16, 8, 2), (32, 16, 8, 1), (32, 16, 8, 1)),
 }
+
+
+def _attention_rows(table: AttentionTable, dtype: torch.dtype, arch: str) -> tuple[tuple[int, int, int, int], ...]:
+    if dtype != torch.float32:
+        return table[_generation(arch)]
+    if arch in ("sm_86", "sm_89", "sm_120") and "99 KiB float32" in table:  # of shared memory for a block
+        return table["99 KiB float32"]
+    return table["gfx float32" if arch.startswith("gfx") else "sm_ float32"]
 
 
 def _attention_tile(table: AttentionTable, head_dim: int, dtype: torch.dtype, arch: str) -> AttentionConfig:
     covered = sum(split_head_dim(head_dim, dtype, arch))
-    rows = table[f"{arch[:3]} float32" if dtype == torch.float32 else _generation(arch)]
+    rows = _attention_rows(table, dtype, arch)
     return AttentionConfig(*rows[bisect.bisect_left(_HEAD_DIMS, covered)])
 
 
@@ -245,7 +257,8 @@ def _weighed_attention(table: AttentionTable, more: Iterable[tuple[int, int, int
         n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, arch: str, dropout: bool
     ) -> Iterable[AttentionConfig]:
         most_m, most_n = (max(64, next_power_of_2(n)) for n in (n_q, n_k))
-        own = [table[f"{arch[:3]} float32"]] if dtype == torch.float32 else [*table.values(), more]
+        float32 = dtype == torch.float32
+        own = [rows for name, rows in table.items() if name.endswith("float32") == float32] + ([] if float32 else [more])
         tiles = (AttentionConfig(*tile) for tile in itertools.chain(*own))
         return [tile for tile in tiles if tile.block_m <= most_m and tile.block_n <= most_n]
 
@@ -270,7 +283,6 @@ def pick_attention_fwd(
     return _attention_tile(_ATTENTION_FWD_DROPOUT if dropout else _ATTENTION_FWD, head_dim, dtype, arch)
 
 
-_SMALL_SHARED_MEMORY = ("sm_86", "sm_89", "sm_120")  # 99 KiB a block
 _CPU_MOST_KEYS = 512  # of a program that computes dq, dk and dv: its tiles of scores then fit the L2 cache
 
 
@@ -295,8 +307,6 @@ def pick_attention_bwd_dkdv(
         return _pick_interpreted_attention(n_q, n_k)
     if arch == "cpu":
         return _pick_cpu_attention(n_q, n_k, 64, _CPU_MOST_KEYS if n_k <= _CPU_MOST_KEYS else 256)
-    if dtype == torch.float32 and head_dim > 128 and arch in _SMALL_SHARED_MEMORY:
-        return AttentionConfig(16, 16, 8, 1)  # 32 rows a step need 100 KiB; this one fits, and spills 3 KiB a thread
     return _attention_tile(_ATTENTION_BWD_DKDV_DROPOUT if dropout else _ATTENTION_BWD_DKDV, head_dim, dtype, arch)
 
 
@@ -469,6 +479,12 @@ GEMM_FLOAT32_TILES = (
 )
 
 
+_WIDE = ("sm_90", "sm_100")  # wgmma and tcgen05 want tiles of 128 x 64 of depth
+# three blocks of 168 registers on a multiprocessor of those, where what stands beside the product leaves room for one of
+# 128 x 128
+_NARROW = GemmConfig(64, 128, 64, 4, 3, max_registers=168)
+
+
 def _clip(tile: int, size: int) -> int:
     return min(tile, max(16, next_power_of_2(size)))  # tl.dot wants at least 16
 
@@ -480,25 +496,25 @@ def _pick_gemm(
         tile = GemmConfig(256, 512, 256, 4, 1)  # 0.27 s where 64 x 64 x 64 takes 4.4 s
     elif arch == "cpu":
         # deep and narrow: 64 columns of the weight stay in the L2 cache for 512 rows (measured: 5 to 10 % over
-        # 256 x 256 x 128); wide where an operand is computed while it is read, once for every tile of columns
-        tile = GemmConfig(512, 64, 1024, 1, 1) if epilogue != "dropout" else GemmConfig(256, 256, 128, 1, 1)
+        # 256 x 256 x 128)
+        tile = GemmConfig(512, 64, 1024, 1, 1)
     elif dtype == torch.float32 and precision == "ieee":
         tile = GemmConfig(64, 32, 16, 8, 2)
     elif dtype == torch.float32:
         # TF32: twice the bytes of bfloat16; an activation beside the weight gradient spills at four warps
-        tile = GemmConfig(64, 64, 32, 8 if epilogue == "elementwise" else 4, 3)
+        tile = GemmConfig(64, 64, 32, 8 if epilogue in ("elementwise", "branch") else 4, 3)
     elif _generation(arch) == "gfx":
         tile = GemmConfig(128, 128, 64, 8, 2) if epilogue == "none" else GemmConfig(128, 64, 64, 8, 2)
-    elif _generation(arch) in ("sm_90", "sm_100"):
-        # wgmma and tcgen05 want 128 x 64 of depth. An epilogue in two parts keeps two blocks on a multiprocessor:
+    elif _generation(arch) in _WIDE:
+        # An epilogue in two parts keeps two blocks on a multiprocessor:
         # 137 registers or fewer instead of up to 210 (computed: fc1 + GELU 279 against 372 us on an H100, fc2 + residual
         # 187 against 264). Philox spills at 128 columns. 128 x 256 has one block: no faster (274 us)
         tile = GemmConfig(128, 64 if epilogue == "dropout" else 128, 64, 8, 3, parts=1 if epilogue == "none" else 2)
     else:
         # A100 (computed): two blocks on an SM, no spills. 128 x 128 leaves no registers beside the accumulator and
         # the operands; a Philox word per element takes more than a GELU
-        side = {"none": (128, 128), "elementwise": (128, 64), "dropout": (64, 64)}[epilogue]
-        tile = GemmConfig(*side, 32, 4, 4)
+        sides = {"none": (128, 128), "elementwise": (128, 64), "branch": (128, 64), "dropout": (64, 64)}
+        tile = GemmConfig(*sides[epilogue], 32, 4, 4)
     return _clipped(tile, rows, cols, depth)
 
 
@@ -525,13 +541,19 @@ def pick_linear_fwd(
     m: int, n: int, k: int, dtype: torch.dtype, arch: str, precision: str, epilogue: str
 ) -> GemmConfig:
     """Tiles of ``linear_fwd_kernel`` ((m, k) -> (m, n)); ``epilogue``: what is done beside the product,
-    "none", "elementwise" (more than a bias) or "dropout"."""
+    "none", "elementwise" (an activation or a residual), "branch" (LayerScale or stochastic depth too) or "dropout"."""
     tile = _pick_gemm(_tokens(m, arch), n, k, dtype, arch, precision, epilogue)
-    if _generation(arch) == "sm_80" and dtype != torch.float32 and epilogue != "none":
-        # A100 (computed): the epilogue in two parts fits 128 registers, and two blocks an SM: bound 0.96 of the tensor
-        # cores where 128 x 64 has 0.85; fc2 + residual 486 against 625 us, fc1 + GELU 561 against 540
-        return replace(tile, rows=128, cols=_clip(128, n), num_warps=8, parts=2)
-    if arch == "sm_90" and dtype != torch.float32 and epilogue == "elementwise":
+    if dtype == torch.float32 or epilogue == "none":
+        return tile
+    if _generation(arch) == "sm_80":
+        # A100 (computed), the epilogue in two parts. With eight warps it fits 128 registers, and two blocks an SM: bound
+        # 0.96 of the tensor cores where 128 x 64 has 0.85. What needs more registers does not: one block, 116 us for
+        # LayerScale and 555 for dropout where 128 x 64 takes 80 and 414
+        cols, num_warps = (128, 8) if epilogue == "elementwise" else (64, 4)
+        return replace(tile, rows=128, cols=_clip(cols, n), num_warps=num_warps, parts=2)
+    if arch == "sm_90" and epilogue == "dropout":
+        return _clipped(replace(_NARROW, parts=2), 2**30, n, k)  # 200 us (128 x 64 with eight warps: 236)
+    if arch == "sm_90":
         return replace(tile, max_registers=128)  # of its own the compiler takes 137, and then one block fits, not two
     return tile
 
@@ -546,9 +568,14 @@ def pick_linear_bwd_input(
 ) -> GemmConfig:
     """Tiles of ``linear_bwd_input_kernel`` ((m, n) -> (m, k), depth n)."""
     tile = _pick_gemm(_tokens(m, arch), k, n, dtype, arch, precision, epilogue)
-    if dtype != torch.float32 and epilogue != "none" and _generation(arch) in ("sm_80", "sm_90"):
-        # the activation and its derivative at once: in one part they spill on an A100 (computed)
-        return replace(tile, parts=4 if arch == "sm_90" else 2)
+    if dtype == torch.float32 or epilogue == "none":
+        return tile
+    # the activation and its derivative at once: in one part they spill on an A100 (computed)
+    if _generation(arch) == "sm_80":
+        return replace(tile, parts=2)
+    if arch == "sm_90":
+        # two blocks where LayerScale of its own takes 149 registers (40 us, not 57); dropout 193 (64 columns: 236)
+        return replace(tile, cols=_clip(128, k), parts=4, max_registers=128)
     return tile
 
 
@@ -570,8 +597,14 @@ def _weighed_linear_bwd_weight(m, n, k, dtype, arch, precision, epilogue):
 def pick_linear_bwd_weight(
     m: int, n: int, k: int, dtype: torch.dtype, arch: str, precision: str, epilogue: str
 ) -> GemmConfig:
-    """Tiles of ``linear_bwd_weight_kernel`` ((n, k), depth m), and in how many parts m is cut."""
-    return _pick_bwd_weight(m, n, k, dtype, arch, precision, epilogue)
+    """Tiles of ``linear_bwd_weight_kernel`` ((n, k), depth m), and in how many parts m is cut; ``epilogue``: "none",
+    "elementwise" (the gradient of a bias) or "branch" (stochastic depth)."""
+    tile = _pick_bwd_weight(m, n, k, dtype, arch, precision, epilogue)
+    if arch == "sm_90" and dtype != torch.float32 and epilogue == "elementwise":
+        return replace(tile, max_registers=128)  # two blocks: 149 us (one with 166 registers: 196)
+    if _generation(arch) in _WIDE and dtype != torch.float32 and epilogue != "none":
+        return _in_parts(_clipped(_NARROW, n, k, 2**30), n, k)  # H100: 48 us (128 x 128: 62)
+    return tile
 
 
 def _pick_bwd_weight(
@@ -597,6 +630,8 @@ def pick_patch_embed_fwd(m: int, dim: int, patch_dim: int, dtype: torch.dtype, a
     """Tiles of ``patch_embed_fwd_kernel`` ((m, patch_dim) -> (m, dim))."""
     if arch == "cpu":  # wide: the patches are gathered and normalised again for every tile of columns
         return GemmConfig(256, _clip(256, dim), _clip(256, patch_dim), 1, 1)
+    if _generation(arch) in _WIDE and dtype != torch.float32:  # H100: 43 us, of bytes 75 (128 x 128: 64, 101)
+        return _clipped(_NARROW, 2**30, dim, patch_dim)
     return _pick_gemm(_tokens(m, arch), dim, patch_dim, dtype, arch, precision, "elementwise")
 
 
@@ -617,6 +652,6 @@ def pick_patch_embed_bwd_weight(
     m: int, dim: int, patch_dim: int, dtype: torch.dtype, arch: str, precision: str
 ) -> GemmConfig:
     """Tiles of ``patch_embed_bwd_weight_kernel`` ((dim, patch_dim), depth m), and in how many parts m is cut."""
-    tile = _pick_bwd_weight(m, dim, patch_dim, dtype, arch, precision, "elementwise")
-    # with four warps 256 patches an image spill on sm_80 and sm_86 (computed)
-    return tile if arch in ("cpu", "interpreter") else replace(tile, num_warps=8)
+    if _generation(arch) in _WIDE and dtype != torch.float32:  # H100: of an image of bytes 106 us (128 x 128: 139)
+        return _in_parts(_clipped(_NARROW, dim, patch_dim, 2**30), dim, patch_dim)
+    return _pick_bwd_weight(m, dim, patch_dim, dtype, arch, precision, "elementwise")

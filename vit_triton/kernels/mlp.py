@@ -12,14 +12,12 @@ only from one GEMM to the next. Gradients, with dz = s * gamma * D_y * dy:
 With the activation "swiglu" h is twice as wide, and D_h * act(h) is a pass of its own (:mod:`.swiglu`).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from vit_triton.kernels._launch import side_by_side
 from vit_triton.kernels.layer_norm import layer_norm_apply, layer_norm_bwd, layer_norm_fwd
-from vit_triton.kernels.linear import Scaled, linear_bwd_input, linear_bwd_weight, linear_fwd
+from vit_triton.kernels.linear import Scaled, dropout_bwd, linear_bwd_input, linear_bwd_weight, linear_fwd
 from vit_triton.kernels.swiglu import swiglu_bwd, swiglu_fwd
 
 
@@ -69,21 +67,21 @@ def norm_linear_bwd(
     the residual too, and dx carries both gradients. ``bias`` is read only where there is a ``layer_scale``, whose
     gradient comes with that of the weight."""
     dy = side_by_side(dy)
+    dropped = dropout_bwd(dy, seed, weight.dtype, dropout_p=dropout_p)
     dweight = dbias = dlayer_scale = None
     if needs_weight:
         dweight, dbias, dlayer_scale = linear_bwd_weight(
-            dy,
+            dropped,
             _norm_again(x, mean, rstd, norm_weight, norm_bias, weight.dtype),
             samples,
             None if layer_scale is None else Scaled(layer_scale, weight, bias),
-            dy_dropout_p=dropout_p,
-            dy_seed=seed,
             with_bias=with_bias,
             weight_dtype=weight.dtype,
         )
     if not needs_x:
         return None, dweight, dbias, None, None, dlayer_scale
-    dx, _ = linear_bwd_input(dy, weight, None, None, layer_scale, samples, dy_dropout_p=dropout_p, dy_seed=seed)
+    dx, _ = linear_bwd_input(dropped, weight, None, None, layer_scale, samples)
+    del dropped
     dx, dnorm_weight, dnorm_bias = _norm_bwd(dx, x, norm_weight, mean, rstd, dy if residual_is_x else None)
     return dx, dweight, dbias, dnorm_weight, dnorm_bias, dlayer_scale
 
@@ -159,24 +157,23 @@ def mlp_bwd(
     :func:`norm_linear_bwd`."""
     dy = side_by_side(dy)
     dw1 = db1 = dw2 = db2 = dlayer_scale = None
-    behind: dict[str, Any] = dict(dy_dropout_p=dropout_p, dy_seed=seed)
+    dropped = dropout_bwd(dy, seed, w2.dtype, dropout_p=dropout_p)
     if activation == "swiglu":
-        dh, _ = linear_bwd_input(dy, w2, None, None, layer_scale, samples, **behind)
+        dh, _ = linear_bwd_input(dropped, w2, None, None, layer_scale, samples)
         dh, hidden = swiglu_bwd(dh, pre, hidden_seed, dropout_p=hidden_dropout_p, with_hidden=needs_weights)
     else:
         dh, hidden = linear_bwd_input(
-            *(dy, w2, pre, hidden_seed, layer_scale, samples),
+            *(dropped, w2, pre, hidden_seed, layer_scale, samples),
             dropout_p=hidden_dropout_p,
             activation=activation,
             with_hidden=needs_weights,
-            **behind,
         )
     if hidden is not None:
         scaled = None if layer_scale is None else Scaled(layer_scale, w2, b2)
         dw2, db2, dlayer_scale = linear_bwd_weight(
-            *(dy, hidden, samples, scaled), with_bias=with_b2, weight_dtype=w2.dtype, **behind
+            *(dropped, hidden, samples, scaled), with_bias=with_b2, weight_dtype=w2.dtype
         )
-        del hidden
+        del hidden, dropped
         normed = _norm_again(x, mean, rstd, norm_weight, norm_bias, w1.dtype)
         dw1, db1, _ = linear_bwd_weight(dh, normed, with_bias=with_b1, weight_dtype=w1.dtype)
         del normed
