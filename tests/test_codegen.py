@@ -103,7 +103,8 @@ def narrow_rows(found):
     return rows
 
 
-IN_FEW_FORMS = [*((arch, "bfloat16") for arch in ARCHITECTURES), ("sm_80", "float32"), ("gfx90a", "tf32")]
+FLOAT32 = [("sm_80", "float32"), ("sm_90", "float32"), ("sm_100", "float32"), ("gfx90a", "tf32")]
+IN_FEW_FORMS = [*((arch, "bfloat16") for arch in ARCHITECTURES), *FLOAT32]
 
 
 @functools.cache
@@ -138,6 +139,45 @@ def test_a_head_size_of_every_row_of_tiles(arch, dtype):
         hold(found)
         # heads of 72 and 88, whose stride 16 does not divide, too; the second tile is too small to have as much
         assert not [where for where in narrow_rows(found) if "_tail" not in where], found
+
+
+# of ViT-B/16 in bfloat16: most registers, fewest blocks on a multiprocessor, most instructions of a trip of the loop
+# (between them they bound how busy the matrix units can be)
+BARS = {
+    ("sm_80", "attention_fwd_kernel"): (255, 2, 700),
+    ("sm_80", "attention_bwd_dq_kernel"): (168, 3, 230),
+    ("sm_80", "attention_bwd_dkdv_kernel"): (255, 2, 300),
+    ("sm_80", "linear_fwd_kernel"): (255, 2, 175),
+    ("sm_80", "linear_bwd_input_kernel"): (255, 2, 190),
+    ("sm_90", "attention_fwd_kernel"): (128, 4, 330),
+    ("sm_90", "attention_bwd_dq_kernel"): (128, 4, 200),
+    ("sm_90", "attention_bwd_dkdv_kernel"): (168, 3, 250),
+    ("sm_90", "linear_fwd_kernel"): (128, 2, 125),
+    ("sm_90", "linear_bwd_input_kernel"): (128, 2, 150),
+    ("sm_100", "attention_fwd_kernel"): (255, 2, 570),
+    ("sm_100", "attention_bwd_dq_kernel"): (168, 3, 510),
+    ("sm_100", "attention_bwd_dkdv_kernel"): (168, 3, 390),
+    ("sm_100", "linear_fwd_kernel"): (128, 2, 145),
+    ("sm_100", "linear_bwd_input_kernel"): (128, 2, 170),
+}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_bars(arch):
+    products = [found for found in each_kernel(arch, "bfloat16") if "PRECISION" in found.constants]
+    assert {kernel for of, kernel in BARS if of == arch} <= {found.kernel for found in products}
+    for found in products:
+        registers, blocks, instructions = BARS.get((arch, found.kernel), (255, 2, 10**4))
+        assert found.registers <= registers and found.blocks >= blocks, found
+        assert max(found.per_trip) <= instructions, found
+
+
+def test_bars_of_long_attention():
+    (found,) = figures(
+        "sm_90", "bfloat16", lambda dtype: workloads.attention(dtype, 64, 0.0, 577, 577), only="attention_fwd"
+    )
+    hold(found)
+    assert found.constants["BLOCK_M"] == "128" and found.registers <= 128 and found.blocks >= 2, found
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "silu"])

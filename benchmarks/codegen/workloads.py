@@ -69,8 +69,8 @@ def expanded_gradients(dtype: torch.dtype) -> None:
     _differentiate(F.patch_embed(image, _zeros(dtype, WIDTH, 768), patch_size=16, backend="triton"), expanded=True)
 
 
-def attention(dtype: torch.dtype, head_dim: int, dropout_p: float, n_q: int = TOKENS) -> None:
-    q, k, v = (_zeros(dtype, 1, n, 2, head_dim) for n in (n_q, TOKENS, TOKENS))
+def attention(dtype: torch.dtype, head_dim: int, dropout_p: float, n_q: int = TOKENS, n_k: int = TOKENS) -> None:
+    q, k, v = (_zeros(dtype, 1, n, 2, head_dim) for n in (n_q, n_k, n_k))
     _differentiate(F.attention(q, k, v, dropout_p=dropout_p, backend="triton"))
 
 

@@ -479,10 +479,9 @@ GEMM_FLOAT32_TILES = (
 )
 
 
-_WIDE = ("sm_90", "sm_100")  # wgmma and tcgen05 want tiles of 128 x 64 of depth
-# three blocks of 168 registers on a multiprocessor of those, where what stands beside the product leaves room for one of
-# 128 x 128
-_NARROW = GemmConfig(64, 128, 64, 4, 3, max_registers=168)
+# wgmma and tcgen05 want tiles of 128 x 64 of depth. These make three blocks of 168 registers on a multiprocessor where
+# what stands beside the product leaves room for one of 128 x 128; on sm_100 the compiler takes fewer, and spills if it is told to
+_NARROW = {"sm_90": GemmConfig(64, 128, 64, 4, 3, max_registers=168), "sm_100": GemmConfig(64, 128, 64, 4, 3)}
 
 
 def _clip(tile: int, size: int) -> int:
@@ -505,7 +504,7 @@ def _pick_gemm(
         tile = GemmConfig(64, 64, 32, 8 if epilogue in ("elementwise", "branch") else 4, 3)
     elif _generation(arch) == "gfx":
         tile = GemmConfig(128, 128, 64, 8, 2) if epilogue == "none" else GemmConfig(128, 64, 64, 8, 2)
-    elif _generation(arch) in _WIDE:
+    elif _generation(arch) in _NARROW:
         # An epilogue in two parts keeps two blocks on a multiprocessor:
         # 137 registers or fewer instead of up to 210 (computed: fc1 + GELU 279 against 372 us on an H100, fc2 + residual
         # 187 against 264). Philox spills at 128 columns. 128 x 256 has one block: no faster (274 us)
@@ -552,7 +551,7 @@ def pick_linear_fwd(
         cols, num_warps = (128, 8) if epilogue == "elementwise" else (64, 4)
         return replace(tile, rows=128, cols=_clip(cols, n), num_warps=num_warps, parts=2)
     if arch == "sm_90" and epilogue == "dropout":
-        return _clipped(replace(_NARROW, parts=2), 2**30, n, k)  # 200 us (128 x 64 with eight warps: 236)
+        return _clipped(replace(_NARROW[arch], parts=2), 2**30, n, k)  # 200 us (128 x 64 with eight warps: 236)
     if arch == "sm_90":
         return replace(tile, max_registers=128)  # of its own the compiler takes 137, and then one block fits, not two
     return tile
@@ -602,8 +601,8 @@ def pick_linear_bwd_weight(
     tile = _pick_bwd_weight(m, n, k, dtype, arch, precision, epilogue)
     if arch == "sm_90" and dtype != torch.float32 and epilogue == "elementwise":
         return replace(tile, max_registers=128)  # two blocks: 149 us (one with 166 registers: 196)
-    if _generation(arch) in _WIDE and dtype != torch.float32 and epilogue != "none":
-        return _in_parts(_clipped(_NARROW, n, k, 2**30), n, k)  # H100: 48 us (128 x 128: 62)
+    if _generation(arch) in _NARROW and dtype != torch.float32 and epilogue != "none":
+        return _in_parts(_clipped(_NARROW[_generation(arch)], n, k, 2**30), n, k)  # H100: 48 us (128 x 128: 62)
     return tile
 
 
@@ -630,8 +629,8 @@ def pick_patch_embed_fwd(m: int, dim: int, patch_dim: int, dtype: torch.dtype, a
     """Tiles of ``patch_embed_fwd_kernel`` ((m, patch_dim) -> (m, dim))."""
     if arch == "cpu":  # wide: the patches are gathered and normalised again for every tile of columns
         return GemmConfig(256, _clip(256, dim), _clip(256, patch_dim), 1, 1)
-    if _generation(arch) in _WIDE and dtype != torch.float32:  # H100: 43 us, of bytes 75 (128 x 128: 64, 101)
-        return _clipped(_NARROW, 2**30, dim, patch_dim)
+    if _generation(arch) in _NARROW and dtype != torch.float32:  # H100: 43 us, of bytes 75 (128 x 128: 64, 101)
+        return _clipped(_NARROW[_generation(arch)], 2**30, dim, patch_dim)
     return _pick_gemm(_tokens(m, arch), dim, patch_dim, dtype, arch, precision, "elementwise")
 
 
@@ -652,6 +651,6 @@ def pick_patch_embed_bwd_weight(
     m: int, dim: int, patch_dim: int, dtype: torch.dtype, arch: str, precision: str
 ) -> GemmConfig:
     """Tiles of ``patch_embed_bwd_weight_kernel`` ((dim, patch_dim), depth m), and in how many parts m is cut."""
-    if _generation(arch) in _WIDE and dtype != torch.float32:  # H100: of an image of bytes 106 us (128 x 128: 139)
-        return _in_parts(_clipped(_NARROW, dim, patch_dim, 2**30), dim, patch_dim)
+    if _generation(arch) in _NARROW and dtype != torch.float32:  # H100: of an image of bytes 106 us (128 x 128: 139)
+        return _in_parts(_clipped(_NARROW[_generation(arch)], dim, patch_dim, 2**30), dim, patch_dim)
     return _pick_bwd_weight(m, dim, patch_dim, dtype, arch, precision, "elementwise")
