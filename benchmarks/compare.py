@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from benchmarks import attention, encoder, layer_norm, linear, mlp, models, options, patch_embed, runner
 from benchmarks.op import Op
-from benchmarks.shapes import DTYPES, SIZES, Shape
+from benchmarks.shapes import DTYPES, SIZES
 
 SUMMARY = {
     "ops": "time every operator against PyTorch's and others'",
@@ -46,10 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> None:
     if given.compile is None:
         given.compile = given.device == "cuda"
-    cases = list(CASES[given.what](given))
-    cases = [case for case in cases if given.only in str(case)]
-    report = runner.Report(given.json, given.device, command=given.what)
-    print(", ".join(f"{key} {value}" for key, value in report.machine.items()))
+    cases = options.only(CASES[given.what](given), given.only, lambda case: case.name, str)
+    report = runner.Report(given.json, given.device, **options.plain(given))
+    print(runner.said(report.machine))
     print("ratio: time of the fastest other / ours, above 1 is faster; medians; per cent of the roofline in brackets")
     complete = runner.run(cases, given.threads, given.seconds, report)
     if given.plot:
@@ -68,20 +67,13 @@ def raise_for(complete: bool, report: runner.Report) -> None:
         raise SystemExit(1)
 
 
-def _shapes(given: argparse.Namespace) -> list[Shape]:
-    for model in given.model:
-        if min(given.image) < SIZES[model].patch:
-            raise SystemExit(f"--image: {min(given.image)} pixels hold no patch of {SIZES[model].patch} ({model})")
-    return [Shape.of(model, image, batch) for model in given.model for image in given.image for batch in given.batch]
-
-
 def _ops(given: argparse.Namespace) -> Iterator[runner.Case]:
     known = dict.fromkeys(name for op in OPS for name in op.functions(given.device, given.compile))
     options.refuse_unknown(given.providers, known)
     for dtype in given.dtype:
         for op in OPS:
             functions = options.chosen(op.functions(given.device, given.compile), given.providers)
-            shapes = [shape.with_depth(BLOCKS) for shape in _shapes(given)]
+            shapes = [shape.with_depth(BLOCKS) for shape in options.shapes(given.model, given.image, given.batch)]
             yield from op.cases(shapes, given.direction or ["forward", "both"], DTYPES[dtype], given.device, functions)
 
 
@@ -91,7 +83,9 @@ def _models(given: argparse.Namespace) -> Iterator[runner.Case]:
     directions = given.direction or (["forward"] if given.device == "cpu" else ["forward", "both"])
     for dtype in given.dtype:
         wanted = options.chosen(known, given.providers)
-        yield from models.cases(_shapes(given), directions, DTYPES[dtype], given.device, wanted)
+        yield from models.cases(
+            options.shapes(given.model, given.image, given.batch), directions, DTYPES[dtype], given.device, wanted
+        )
 
 
 CASES: dict[str, Callable[[argparse.Namespace], Iterator[runner.Case]]] = {"ops": _ops, "models": _models}
