@@ -30,10 +30,10 @@ def keywords(shape: Shape) -> dict[str, Any]:
     )
 
 
-def ours(shape: Shape, backend: str = "triton") -> nn.Module:
+def ours(shape: Shape, backend: str = "triton", **more: Any) -> nn.Module:
     import vit_triton
 
-    return vit_triton.ViT(backend=backend, **keywords(shape))
+    return vit_triton.ViT(backend=backend, **keywords(shape), **more)
 
 
 def vit_pytorch(shape: Shape) -> nn.Module:
