@@ -37,8 +37,8 @@ class Slope:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add(parser, seconds=1.0, dtypes=["float32"])
-    parser.set_defaults(threads=[1])
+    options.add(parser)
+    parser.set_defaults(threads=[1], seconds=1.0, dtype=["float32"])
     parser.add_argument(
         "--model", choices=SIZES, default="Ti", metavar="SIZE", help=f"width: {', '.join(SIZES)}; default: Ti"
     )

@@ -57,9 +57,10 @@ def plot_folder(text: str) -> Path:
     return path
 
 
-def add(parser: argparse.ArgumentParser, seconds: float, dtypes: list[str]) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
+    """Those that depend on the device have no default here: see :func:`fill`."""
     parser.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=dtypes, metavar="DTYPE", help=", ".join(DTYPES))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=", ".join(DTYPES))
     parser.add_argument(
         "--threads",
         nargs="+",
@@ -67,12 +68,19 @@ def add(parser: argparse.ArgumentParser, seconds: float, dtypes: list[str]) -> N
         default=sorted({1, os.cpu_count() or 1}),
         help="of a CPU; default: one, and one per core",
     )
-    parser.add_argument("--seconds", type=duration, default=seconds, help="for each case and thread count")
+    parser.add_argument("--seconds", type=duration, help="for each case and thread count")
     add_only(parser, "cases")
     add_json(parser)
     parser.add_argument(
         "--plot", type=plot_folder, metavar="FOLDER", help="draw charts of the results into this folder"
     )
+
+
+def fill(given: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Give the options that were not given their ``defaults``."""
+    for name, value in defaults.items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
 
 
 def add_only(parser: argparse.ArgumentParser, what: str) -> None:
@@ -104,7 +112,7 @@ def shapes(models: Sequence[str], images: Sequence[int], batches: Sequence[int])
     for model in models:
         if min(images) < SIZES[model].patch:
             raise SystemExit(f"--image: {min(images)} pixels hold no patch of {SIZES[model].patch} ({model})")
-    return [Shape.of(model, image, batch) for model in models for image in images for batch in batches]
+    return [Shape.of(model, image, batch) for image in images for model in models for batch in batches]
 
 
 def chosen(available: Mapping[str, Any], wanted: Iterable[str] | None) -> dict[str, Any]:

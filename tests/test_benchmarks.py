@@ -208,6 +208,8 @@ def test_peaks_of_known_gpus_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert peaks.peak("cuda", torch.bfloat16, 1).flops == 989e12
     assert peaks.peak("cuda", torch.float32, 1).flops == 67e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "AMD Instinct MI300X")
+    assert peaks.peak("cuda", torch.float16, 1).bytes == 5300e9
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
     assert peaks.peak("cuda", torch.bfloat16, 1) is None
 
@@ -228,6 +230,37 @@ def test_costs_are_those_of_the_formulas():
     (norm,) = (op for op in layer_norm.OPS if op.name == "layer_norm")
     (case,) = norm.cases([shape], ["forward"], torch.bfloat16, "cpu", {"a": None})
     assert case.cost().flops == 0 and case.cost().bytes == 2 * x + 2 * 768 * 2
+
+
+@pytest.mark.parametrize("what", ["ops", "models"])
+def test_defaults_follow_the_device(what, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runner, "machine", lambda device: {})
+    monkeypatch.setattr(runner, "run", lambda cases, *rest: seen.append(cases) or True)
+    for arguments in (["--device", "cpu"], ["--device", "cuda"], ["--device", "cuda", "--model", "Ti", "--batch", "2"]):
+        main(monkeypatch, what, *arguments)
+    cpu, cuda, chosen = ([case.shape.removeprefix("ViT-") for case in cases] for cases in seen)
+    assert cuda[0] == "B/16 at 224, batch 64" and len(set(cpu)) < len(set(cuda))
+    assert set(chosen) == {
+        "Ti/16 at 224, batch 2",
+        *(["Ti/16 at 384, batch 2", "Ti/16 at 512, batch 2"] * (what == "ops")),
+    }
+    if what == "ops":
+        assert {name.split("/")[0] for name in cuda} == SIZES.keys() and "g/14 at 518, batch 256" in cuda
+        assert {case.dtype for case in seen[1]} == {torch.float32, torch.float16, torch.bfloat16}
+
+
+@pytest.mark.parametrize("cases", [compare.OPS[0].cases, models.cases])
+def test_every_case_is_compiled_anew(cases, monkeypatch):
+    """More than eight shapes of a function are not compiled, but computed eagerly."""
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    known = compare.OPS[0].functions("cpu", True) if cases is not models.cases else models.builds(True)
+    for case in cases([TINY], ["forward"], torch.float32, "cpu", known):
+        case.prepare()
+    assert resets == [1]
 
 
 def test_images_are_cut_to_whole_patches():
