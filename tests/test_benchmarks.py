@@ -509,6 +509,28 @@ def test_charts_are_drawn(tmp_path, what):
     for result in [point("attention forward", "tokens", n, 0.3 * n, "timm") for n in (1, 2, 3)]:
         report.add(result)
     paths = plot.compare(report, tmp_path / "new")
-    assert [path.name.split("_")[0] for path in paths] == ["ratios", "roofline" if what == "ops" else "times"]
+    second = "roofline" if what == "ops" else "times"
+    assert [path.name for path in paths] == [f"{what}_{kind}_float32_1_threads.png" for kind in ("ratios", second)]
     for path in paths:
         assert_picture(path)
+
+
+def test_operators_of_many_shapes_have_a_chart_each(tmp_path):
+    report = runner.Report(None, "cpu", command="ops")
+    for i, model in enumerate("LB"):
+        report.add(dataclasses.replace(point("mlp forward", "tokens", 1, 0.3), shape=f"{model}/16 at 224, batch {i}"))
+    names = {path.name for path in plot.compare(report, tmp_path)}
+    shapes = ("L_16_at_224_batch_0", "B_16_at_224_batch_1")
+    assert names == {f"ops_{kind}_float32_1_threads_{s}.png" for kind in ("ratios", "roofline") for s in shapes}
+
+
+def test_a_chart_needs_no_other_and_none_of_ours(tmp_path):
+    """Of a run in which one was wrong."""
+    alone = point("mlp forward", "tokens", 1, 0.3)
+    del alone.milliseconds["sdpa"], alone.ratio["sdpa"]
+    lost = point("mlp forward+backward", "tokens", 1, 0.3)
+    del lost.milliseconds["vit_triton"], lost.ratio["sdpa"]
+    for what, kinds in (("ops", ["roofline"]), ("models", ["times"])):
+        report = runner.Report(None, "cpu", command=what)
+        report.add(alone), report.add(lost)
+        assert [path.name.split("_")[1] for path in plot.compare(report, tmp_path)] == kinds
