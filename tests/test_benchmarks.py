@@ -396,6 +396,12 @@ def test_bad_options_are_refused(monkeypatch, capsys, arguments, message):
     assert message in capsys.readouterr().err + str(refused.value.code)
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(options.os, "access", lambda path, mode: (path, mode) != (tmp_path, options.os.W_OK))
+    with pytest.raises(options.argparse.ArgumentTypeError, match="must be in a folder that can be written to, got "):
+        options.new_file(str(tmp_path / "r.json"))
+
+
 def test_cuda_is_refused_without_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(options.argparse.ArgumentTypeError, match="finds no GPU"):
