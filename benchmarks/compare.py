@@ -2,10 +2,11 @@
 
 import argparse
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from benchmarks import attention, encoder, layer_norm, linear, mlp, models, options, patch_embed, runner
 from benchmarks.op import Op
-from benchmarks.shapes import DTYPES, SIZES, Shape
+from benchmarks.shapes import DTYPES, SIZES
 
 SUMMARY = {
     "ops": "time every operator against PyTorch's and others'",
@@ -15,16 +16,39 @@ OPS: list[Op] = [op for module in (mlp, linear, attention, layer_norm, patch_emb
 BLOCKS = 2  # of the encoder among the operators
 
 
+_ON_CPU = dict(image=[224], dtype=["float32", "bfloat16"], seconds=4.0)
+DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("ops", "cpu"): dict(_ON_CPU, model=["B"], batch=[8]),
+    ("models", "cpu"): dict(_ON_CPU, model=["S", "B"], batch=[1, 8]),
+    # what matters to most comes first: the run can be stopped
+    ("ops", "cuda"): dict(
+        model=["B", "L", "S", "Ti", "H", "SO400M", "g"],
+        image=[224, 384, 518],
+        batch=[64, 1, 8, 256],
+        dtype=["bfloat16", "float16", "float32"],
+        seconds=1.0,
+    ),
+    # torch.compile takes about a minute for each model and shape
+    ("models", "cuda"): dict(
+        model=["B", "L", "S"], image=[224], batch=[64, 1], dtype=["bfloat16", "float16"], seconds=2.0
+    ),
+}
+
+
+def _spelled(device: str, defaults: dict[str, Any]) -> str:
+    values = {name: " ".join(map(str, x)) if isinstance(x, list) else x for name, x in defaults.items()}
+    return f"defaults on {device}: {', '.join(f'--{name} {value}' for name, value in sorted(values.items()))}"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.prog.split()[-1]
     models_too = what == "models"
-    sizes, batches = (["S", "B"], [1, 8]) if models_too else (["B"], [8])
-    options.add(parser, seconds=4.0, dtypes=["float32", "bfloat16"])
-    parser.add_argument("--model", nargs="+", choices=SIZES, default=sizes, metavar="SIZE",
-                        help=f"{', '.join(SIZES)}; default: {' '.join(sizes)}")  # fmt: skip
-    parser.add_argument("--image", nargs="+", type=options.positive, default=[224], help="side in pixels; default: 224")
-    parser.add_argument("--batch", nargs="+", type=options.positive, default=batches,
-                        help=f"images; default: {' '.join(map(str, batches))}")  # fmt: skip
+    options.add(parser)
+    parser.add_argument("--model", nargs="+", choices=SIZES, metavar="SIZE", help=", ".join(SIZES))
+    parser.add_argument("--image", nargs="+", type=options.positive, metavar="PIXELS", help="side of the square")
+    parser.add_argument("--batch", nargs="+", type=options.positive, metavar="N", help="images")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "\n".join(_spelled(device, DEFAULTS[what, device]) for device in ("cpu", "cuda"))
     parser.add_argument(
         "--direction",
         nargs="+",
@@ -44,12 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    if given.compile is None:
-        given.compile = given.device == "cuda"
-    cases = list(CASES[given.what](given))
-    cases = [case for case in cases if given.only in str(case)]
-    report = runner.Report(given.json, given.device, command=given.what)
-    print(", ".join(f"{key} {value}" for key, value in report.machine.items()))
+    options.fill(given, {**DEFAULTS[given.what, given.device], "compile": given.device == "cuda"})
+    cases = options.only(CASES[given.what](given), given.only, lambda case: case.name, str)
+    report = runner.Report(given.json, given.device, **options.plain(given))
+    print(runner.said(report.machine))
+    least = len(cases) * given.seconds * (len(given.threads) if given.device == "cpu" else 1) / 60
+    print(f"{len(cases)} cases, at least {least:.0f} min, beside checks and compilation; what does not fit is skipped")
     print("ratio: time of the fastest other / ours, above 1 is faster; medians; per cent of the roofline in brackets")
     complete = runner.run(cases, given.threads, given.seconds, report)
     if given.plot:
@@ -68,30 +92,26 @@ def raise_for(complete: bool, report: runner.Report) -> None:
         raise SystemExit(1)
 
 
-def _shapes(given: argparse.Namespace) -> list[Shape]:
-    for model in given.model:
-        if min(given.image) < SIZES[model].patch:
-            raise SystemExit(f"--image: {min(given.image)} pixels hold no patch of {SIZES[model].patch} ({model})")
-    return [Shape.of(model, image, batch) for model in given.model for image in given.image for batch in given.batch]
-
-
 def _ops(given: argparse.Namespace) -> Iterator[runner.Case]:
     known = dict.fromkeys(name for op in OPS for name in op.functions(given.device, given.compile))
     options.refuse_unknown(given.providers, known)
-    for dtype in given.dtype:
-        for op in OPS:
-            functions = options.chosen(op.functions(given.device, given.compile), given.providers)
-            shapes = [shape.with_depth(BLOCKS) for shape in _shapes(given)]
-            yield from op.cases(shapes, given.direction or ["forward", "both"], DTYPES[dtype], given.device, functions)
+    directions = given.direction or ["forward", "both"]
+    for shape in options.shapes(given.model, given.image, given.batch):
+        for dtype in given.dtype:
+            for op in OPS:
+                functions = options.chosen(op.functions(given.device, given.compile), given.providers)
+                shapes = [shape.with_depth(BLOCKS)]
+                yield from op.cases(shapes, directions, DTYPES[dtype], given.device, functions)
 
 
 def _models(given: argparse.Namespace) -> Iterator[runner.Case]:
     known = models.builds(given.compile)
     options.refuse_unknown(given.providers, known)
     directions = given.direction or (["forward"] if given.device == "cpu" else ["forward", "both"])
+    wanted = options.chosen(known, given.providers)
+    shapes = options.shapes(given.model, given.image, given.batch)
     for dtype in given.dtype:
-        wanted = options.chosen(known, given.providers)
-        yield from models.cases(_shapes(given), directions, DTYPES[dtype], given.device, wanted)
+        yield from models.cases(shapes, directions, DTYPES[dtype], given.device, wanted)
 
 
 CASES: dict[str, Callable[[argparse.Namespace], Iterator[runner.Case]]] = {"ops": _ops, "models": _models}

@@ -1,7 +1,7 @@
 """`growth`: how the time of attention and of a stack of blocks grows with tokens, batch and depth.
 
 A slope is the exponent of a power law, time ~ size ** slope: the line of least squares through the logarithms of the
-upper half of the sizes. Below, a call's own cost hides it.
+upper half of the sizes that every provider was timed at. Below, a call's own cost hides it.
 """
 
 import argparse
@@ -37,8 +37,8 @@ class Slope:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add(parser, seconds=1.0, dtypes=["float32"])
-    parser.set_defaults(threads=[1])
+    options.add(parser)
+    parser.set_defaults(threads=[1], seconds=1.0, dtype=["float32"])
     parser.add_argument(
         "--model", choices=SIZES, default="Ti", metavar="SIZE", help=f"width: {', '.join(SIZES)}; default: Ti"
     )
@@ -49,15 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    cases = [case for case in _cases(given) if given.only in str(case)]
+    cases = options.only(_cases(given), given.only, lambda case: case.name, str)
     found: list[dict[str, Any]] = []
-    report = runner.Report(given.json, given.device, command="growth", slopes=found)
-    print(", ".join(f"{key} {value}" for key, value in report.machine.items()))
+    size = SIZES[given.model]
+    report = runner.Report(
+        given.json, given.device, **options.plain(given), width=size.width, heads=size.heads, slopes=found
+    )
+    print(runner.said(report.machine))
     complete = runner.run(cases, given.threads, given.seconds, report)
     for slope in slopes(report.results):
         found.append(vars(slope))
         law = f"time ~ {slope.axis}^{slope.slope:.2f}"
-        print(f"{slope.case:<28} {slope.dtype:<9} {slope.threads} thr  {law:<22} {slope.provider}")
+        fitted = f"from {', '.join(map(str, slope.sizes))}"
+        print(f"{slope.case:<28} {slope.dtype:<9} {slope.threads} thr  {law:<22} {slope.provider:<12} {fitted}")
     report.write()
     if given.plot:
         from benchmarks import plot
@@ -97,13 +101,15 @@ def curves(results: Sequence[runner.Result]) -> dict[tuple[str, str, int, str], 
 
 
 def slopes(results: Sequence[runner.Result]) -> list[Slope]:
-    """None of a curve with fewer than two points in its upper half."""
+    """Of a curve's providers all or, with fewer than two sizes to fit, none."""
     found = []
     for key, curve in curves(results).items():
+        shared = sorted(set.intersection(*({size for size, _ in points} for points in curve.values())))
+        upper = shared[len(shared) // 2 :]
+        if len(upper) < 2:
+            continue
         for provider, points in curve.items():
-            upper = points[len(points) // 2 :]
-            if len(upper) > 1:
-                x, y = ([math.log(p[i]) for p in upper] for i in (0, 1))
-                slope = statistics.linear_regression(x, y).slope
-                found.append(Slope(*key, provider, slope, tuple(size for size, _ in upper)))
+            x, y = zip(*((math.log(size), math.log(time)) for size, time in points if size in upper), strict=True)
+            slope = statistics.linear_regression(x, y).slope
+            found.append(Slope(*key, provider, slope, tuple(upper)))
     return found

@@ -15,11 +15,9 @@ Training is a forward and a backward pass with a given gradient, without dropout
 
 import argparse
 import contextlib
-import json
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +29,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import gpu_path
-from benchmarks.runner import OURS
+from benchmarks import gpu_path, options
+from benchmarks.runner import OURS, machine, progress, write_json
 from benchmarks.shapes import DTYPES
 
 SUMMARY = {"memory": "count the bytes a block saves for backward, its peak and its kernels, against others' blocks"}
@@ -272,17 +270,28 @@ def table(counts: list[Count]) -> Table:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=SIZES, default="B", help="the width and heads of ViT-S, ViT-B or ViT-L")
-    parser.add_argument("--image", type=int, default=224, help=f"its side in pixels, cut into patches of {PATCH}")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--json", type=Path, help="write the counts to this file")
+    parser.add_argument("--image", type=options.positive, default=224,
+                        help=f"its side in pixels, cut into patches of {PATCH}; default: 224")  # fmt: skip
+    parser.add_argument("--batch", type=options.positive, default=8, help="images; default: 8")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
+    options.add_json(parser)
 
 
-def run(options: argparse.Namespace) -> None:
-    tokens = 1 + (options.image // PATCH) ** 2
-    counts = [count(name, SIZES[options.model], options.batch, tokens, DTYPES[options.dtype]) for name in BLOCKS]
-    what = f"one block of ViT-{options.model}/{PATCH}, {options.batch} images of {options.image} x {options.image}"
-    print(f"{what}, {options.dtype}; counted, nothing ran")
-    Console(width=120).print(table(counts))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(each) for each in counts], indent=1))
+def run(given: argparse.Namespace) -> None:
+    if given.image < PATCH:
+        raise SystemExit(f"--image: {given.image} pixels hold no patch of {PATCH}")
+    size, tokens = SIZES[given.model], 1 + (given.image // PATCH) ** 2
+    head = {"machine": machine(), **options.plain(given), **asdict(size), "tokens": tokens}
+    counts: list[Count] = []
+    with progress(len(BLOCKS)) as bar:
+        for name in BLOCKS:
+            counts.append(count(name, size, given.batch, tokens, DTYPES[given.dtype]))
+            if given.json:
+                write_json(given.json, {**head, "results": [asdict(each) for each in counts]})
+            bar.advance(name)
+    what = f"one block of ViT-{given.model}/{PATCH}, {given.batch} images of {given.image} x {given.image}"
+    print(f"{what}, {given.dtype}; counted, nothing ran")
+    if counts:
+        Console(width=120).print(table(counts))
+    if not bar.complete:
+        raise SystemExit(130)

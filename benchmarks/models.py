@@ -30,10 +30,10 @@ def keywords(shape: Shape) -> dict[str, Any]:
     )
 
 
-def ours(shape: Shape, backend: str = "triton") -> nn.Module:
+def ours(shape: Shape, backend: str = "triton", **more: Any) -> nn.Module:
     import vit_triton
 
-    return vit_triton.ViT(backend=backend, **keywords(shape))
+    return vit_triton.ViT(backend=backend, **keywords(shape), **more)
 
 
 def vit_pytorch(shape: Shape) -> nn.Module:
@@ -167,6 +167,8 @@ def cases(
 def _prepare(
     shape: Shape, direction: str, dtype: torch.dtype, device: str, wanted: Mapping[str, Build]
 ) -> dict[str, Provider]:
+    if any(name.endswith(COMPILED) for name in wanted):
+        torch.compiler.reset()  # as for an operator
     with torch.device(device):
         image = torch.randn(shape.batch, 3, shape.image, shape.image).to(dtype)
         labels = torch.randint(CLASSES, (shape.batch,))

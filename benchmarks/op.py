@@ -65,6 +65,8 @@ class Op:
     def _prepare(
         self, shape: Shape, direction: str, dtype: torch.dtype, device: str, functions: Mapping[str, Function]
     ) -> dict[str, Provider]:
+        if COMPILED in functions:
+            torch.compiler.reset()  # it compiles for eight shapes, and computes eagerly from then on
         with torch.device(device):
             inputs = cast(self.inputs(shape), dtype)
             gradient = torch.randn(self._output(shape)).to(dtype)

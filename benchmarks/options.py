@@ -3,14 +3,16 @@
 import argparse
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from benchmarks.runner import OURS
-from benchmarks.shapes import DTYPES
+from benchmarks.shapes import DTYPES, SIZES, Shape
+
+T = TypeVar("T")
 
 
 def positive(text: str) -> int:
@@ -41,6 +43,8 @@ def new_file(text: str) -> Path:
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be in a folder that can be written to, got {text!r}")
     return path
 
 
@@ -53,9 +57,10 @@ def plot_folder(text: str) -> Path:
     return path
 
 
-def add(parser: argparse.ArgumentParser, seconds: float, dtypes: list[str]) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
+    """Those that depend on the device have no default here: see :func:`fill`."""
     parser.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=dtypes, metavar="DTYPE", help=", ".join(DTYPES))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=", ".join(DTYPES))
     parser.add_argument(
         "--threads",
         nargs="+",
@@ -63,12 +68,51 @@ def add(parser: argparse.ArgumentParser, seconds: float, dtypes: list[str]) -> N
         default=sorted({1, os.cpu_count() or 1}),
         help="of a CPU; default: one, and one per core",
     )
-    parser.add_argument("--seconds", type=duration, default=seconds, help="for each case and thread count")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--json", type=new_file, help="write the results to this file, after every case")
+    parser.add_argument("--seconds", type=duration, help="for each case and thread count")
+    add_only(parser, "cases")
+    add_json(parser)
     parser.add_argument(
         "--plot", type=plot_folder, metavar="FOLDER", help="draw charts of the results into this folder"
     )
+
+
+def fill(given: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Give the options that were not given their ``defaults``."""
+    for name, value in defaults.items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
+
+
+def add_only(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--only", default="", metavar="NAME", help=f"{what} whose name contains this")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the results to this file, as they come")
+
+
+def plain(given: argparse.Namespace) -> dict[str, Any]:
+    """What heads a file of results: the command, and its options as JSON has them."""
+    named = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
+    return {"command": named.pop("what"), "options": named}
+
+
+def only(items: Iterable[T], text: str, name: Callable[[T], str], label: Callable[[T], str] | None = None) -> list[T]:
+    """Those whose ``label``, by default the name, contains ``text``; an error with all names where none does."""
+    every = list(items)
+    found = [each for each in every if text in (label or name)(each)]
+    if not found:
+        known = "; ".join(dict.fromkeys(map(name, every)))
+        raise SystemExit(f"--only: nothing here contains {text!r}; there are {known}")
+    return found
+
+
+def shapes(models: Sequence[str], images: Sequence[int], batches: Sequence[int]) -> list[Shape]:
+    """Every combination; an error for images smaller than a patch."""
+    for model in models:
+        if min(images) < SIZES[model].patch:
+            raise SystemExit(f"--image: {min(images)} pixels hold no patch of {SIZES[model].patch} ({model})")
+    return [Shape.of(model, image, batch) for image in images for model in models for batch in batches]
 
 
 def chosen(available: Mapping[str, Any], wanted: Iterable[str] | None) -> dict[str, Any]:

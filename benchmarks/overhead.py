@@ -10,11 +10,9 @@ the launches, which do run, take little more than their own launch.
 
 import argparse
 import gc
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -23,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks import gpu_path
-from benchmarks.runner import keep_freed_memory, machine
+from benchmarks import gpu_path, options
+from benchmarks.runner import keep_freed_memory, machine, progress, said, write_json
 from benchmarks.shapes import DTYPES
 from vit_triton import functional as F
 from vit_triton import ops
@@ -222,22 +220,27 @@ def table(results: list[Overhead]) -> Table:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=1000, help="the lowest time of so many is shown")
-    parser.add_argument("--only", default="", help="calls whose name contains this")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--rounds", type=options.positive, default=1000, help="the lowest time of so many is shown")
+    options.add_only(parser, "calls")
+    options.add_json(parser)
 
 
-def run(options: argparse.Namespace) -> None:
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+def run(given: argparse.Namespace) -> None:
+    head = {"machine": machine(), **options.plain(given), **asdict(SHAPE)}
+    print(said(head["machine"]))
     print(f"{SHAPE}; Python alone, no kernel ran; the guard of the current device is not in it")
     torch.set_num_threads(1)
     keep_freed_memory()  # as the allocator of a GPU does
-    results = []
+    results: list[Overhead] = []
     with gpu_path.taken():
-        for name, mode, call in calls(SHAPE, DTYPES[options.dtype]):
-            if options.only in name:
-                results.append(measure(name, mode, call, options.rounds))
+        chosen = options.only(calls(SHAPE, DTYPES[given.dtype]), given.only, lambda call: call[0])
+        with progress(len(chosen)) as bar:
+            for name, mode, call in chosen:
+                results.append(measure(name, mode, call, given.rounds))
+                if given.json:
+                    shown = [{**asdict(each), "above": each.above} for each in results]
+                    write_json(given.json, {**head, "results": shown})
+                bar.advance(f"{name}, {mode}")
     Console(width=100).print(table(results))
-    if options.json:
-        shown = [{**asdict(each), "above": each.above} for each in results]
-        options.json.write_text(json.dumps({"machine": machine(), "results": shown}, indent=1))
+    if not bar.complete:
+        raise SystemExit(130)

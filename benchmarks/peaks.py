@@ -20,18 +20,31 @@ class Peak:
         return max(flops / self.flops, size / self.bytes)
 
 
-# NVIDIA's data sheets: name as CUDA reports it, TFLOP/s of float16 and bfloat16 on tensor cores (dense, float32 sums),
-# of float32 outside them, GB/s.
+# From the vendors' data sheets and white papers: name as the driver reports it; dense TFLOP/s of float16 and bfloat16
+# with float32 sums, of IEEE float32, which AMD's matrix cores compute too; GB/s.
 GPUS = {
+    "NVIDIA A10": (125, 31.2, 600),
     "NVIDIA A100-SXM4-40GB": (312, 19.5, 1555),
     "NVIDIA A100-SXM4-80GB": (312, 19.5, 2039),
     "NVIDIA A100 80GB PCIe": (312, 19.5, 1935),
     "NVIDIA H100 80GB HBM3": (989, 67, 3350),
     "NVIDIA H100 PCIe": (756, 51, 2000),
     "NVIDIA H200": (989, 67, 4800),
+    "NVIDIA B200": (2250, 75, 7700),  # an eighth of an HGX B200
     "NVIDIA L4": (121, 30.3, 300),
     "NVIDIA L40S": (362, 91.6, 864),
+    # GeForce cards multiply at half the rate when they add in float32; appendices of the white papers on GA102, AD102
+    # and RTX Blackwell
+    "NVIDIA GeForce RTX 3090": (71, 35.6, 936),
     "NVIDIA GeForce RTX 4090": (165, 82.6, 1008),
+    "NVIDIA GeForce RTX 5070": (61.7, 30.9, 672),
+    "NVIDIA GeForce RTX 5070 Ti": (87.9, 43.9, 896),
+    "NVIDIA GeForce RTX 5080": (112.6, 56.3, 960),
+    "NVIDIA GeForce RTX 5090": (209.5, 104.8, 1792),
+    "AMD Instinct MI210": (181, 45.3, 1638),
+    "AMD Instinct MI250X": (191.5, 47.9, 1638),  # one of its two dies, each a device
+    "AMD Instinct MI300X": (1307.4, 163.4, 5300),
+    "AMD Instinct MI300X OAM": (1307.4, 163.4, 5300),
 }
 
 

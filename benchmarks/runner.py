@@ -1,28 +1,42 @@
 """One runner for every benchmark: check the numbers, time the providers in turn, keep and print what was measured.
 
 A provider whose result is wrong, or that fails, is not timed. A ratio is the median over rounds of peer's time / ours.
+
+A file that ``--json`` names holds one object: "machine" (what was measured on, and the versions), "command", "options"
+(as they were given, or their defaults), what is the command's own, and the list "results".
 """
 
 import contextlib
 import ctypes
+import importlib.metadata
 import json
 import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import rich.console
+import rich.progress
 import torch
+import triton
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+import vit_triton
 from benchmarks.cost import Cost
 from benchmarks.peaks import Peak, peak
 from benchmarks.timing import METHODS, Times
+from vit_triton.kernels._config import architecture
 
 OURS = "vit_triton"
+# of others, as PyPI knows them
+PACKAGES = ("vit-pytorch", "timm", "torchvision", "transformers")
+PACKAGES += ("flash-attn", "xformers", "liger-kernel", "flash-linear-attention")
+SEED = 0  # of every case's inputs: a number that is right or wrong is so in every run
 TOLERANCE = 16.0  # relative L2 error that counts as right, in eps; and always twice that of PyTorch's own operations
 
 
@@ -113,6 +127,7 @@ def check(providers: dict[str, Provider], dtype: torch.dtype) -> dict[str, str]:
 def measure(case: Case, threads: Sequence[int], seconds: float) -> Iterator[Result]:
     """The case on every number of ``threads`` (of a CPU; a GPU's cases ignore them)."""
     cost = case.cost()
+    torch.manual_seed(SEED)
     providers = case.prepare()
     for count in threads if case.device == "cpu" else [torch.get_num_threads()]:
         torch.set_num_threads(count)
@@ -175,75 +190,85 @@ class Report:
         return self.roofs.get(_roof_of(result))
 
     def write(self) -> None:
-        """Whole or not at all: a reader never sees half a file."""
         if self.path is None:
             return
-        written = {
+        content = {
             "machine": self.machine,
             **self.also,
             "peaks": {name: asdict(roof) for name, roof in self.roofs.items()},
             "results": [asdict(r) | rates(r, self.roof(r)) for r in self.results],
             "skipped": self.skipped,
         }
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            beside.write_text(json.dumps(written, indent=1))
-            os.replace(beside, self.path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_json(self.path, content)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all: a reader never sees half a file."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(content, indent=1))
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def run(cases: Sequence[Case], threads: Sequence[int], seconds: float, report: Report) -> bool:
     """Measure the cases into the report and print them; whether it came to the end, and was not interrupted."""
     keep_freed_memory()
-    try:
-        with _progress(len(cases)) as advance:
-            for case in cases:
-                need, free = case.cost().memory, free_memory(case.device)
-                if need > free:
-                    report.skipped[str(case)] = (
-                        f"needs {need / 2**30:.1f} GiB (computed), {free / 2**30:.1f} GiB are free"
-                    )
-                    print(f"skipped {case}: {report.skipped[str(case)]}", flush=True)
-                else:
-                    for result in measure(case, threads, seconds):
-                        report.add(result)
-                        print(line(result, report.roof(result)), flush=True)
-                advance(str(case))
-    except KeyboardInterrupt:
-        print("stopped")
-        return False
-    finally:
-        report.write()
-    return True
+    with progress(len(cases)) as bar:
+        for case in cases:
+            need, free = case.cost().memory, free_memory(case.device)
+            if need > free:
+                report.skipped[str(case)] = f"needs {need / 2**30:.1f} GiB (computed), {free / 2**30:.1f} GiB are free"
+                print(f"skipped {case}: {report.skipped[str(case)]}", flush=True)
+            else:
+                for result in measure(case, threads, seconds):
+                    report.add(result)
+                    print(line(result, report.roof(result)), flush=True)
+            bar.advance(str(case))
+    report.write()
+    return bar.complete
+
+
+class Progress:
+    """Of some work: ``complete`` once it came to its end, and was not interrupted."""
+
+    complete = False
+
+    def __init__(self, draw: Callable[[str], None] = lambda done: None) -> None:
+        self.advance = draw  # to be called with what is done, after each piece of the work
 
 
 @contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr, where that is a terminal. It is drawn between cases only: a thread that draws takes time."""
+def progress(total: int) -> Iterator[Progress]:
+    """Around work in ``total`` pieces. Ctrl-C ends the work, not the program: what was done until then can be kept.
+
+    The bar is on stderr, where that is a terminal. It is drawn between pieces only: a thread that draws takes time.
+    """
+    with _bar(total) as draw:
+        made = Progress(draw)
+        try:
+            yield made
+            made.complete = True
+        except KeyboardInterrupt:
+            print("stopped", flush=True)
+
+
+@contextlib.contextmanager
+def _bar(total: int) -> Iterator[Callable[[str], None]]:
     if not sys.stderr.isatty():
-        yield lambda case: None
+        yield lambda done: None
         return
-    try:
-        from rich import console, progress
-    except ImportError:
-        yield lambda case: None
-        return
-    columns = [progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn()]
-    with progress.Progress(
+    columns = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")]
+    with rich.progress.Progress(
         *columns,
-        progress.TextColumn("{task.description}"),
-        console=console.Console(stderr=True),
+        console=rich.console.Console(stderr=True),
         auto_refresh=False,
         redirect_stdout=sys.stdout.isatty(),
     ) as bar:
         task = bar.add_task("", total=total)
         bar.refresh()
-
-        def advance(case: str) -> None:
-            bar.update(task, advance=1, description=case, refresh=True)
-
-        yield advance
+        yield lambda done: bar.update(task, advance=1, description=done, refresh=True)
 
 
 def keep_freed_memory() -> None:
@@ -282,9 +307,7 @@ def line(result: Result, roof: Peak | None = None) -> str:
 
 
 def machine(device: str = "cpu") -> dict[str, str]:
-    """What the numbers were measured on."""
-    import triton
-
+    """What the numbers were measured on, and with which versions of whose code."""
     cpuinfo = _lines("/proc/cpuinfo")
     names = [text.split(":")[1].strip() for text in cpuinfo if text.startswith("model name")]
     clocks = [text.split(":")[1].strip() for text in cpuinfo if text.startswith("cpu MHz")]
@@ -295,22 +318,33 @@ def machine(device: str = "cpu") -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "vit_triton": vit_triton.__version__,
+        **_versions(PACKAGES),
     }
     return {**_gpu(), **found} if device == "cuda" else found
 
 
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def said(found: Mapping[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in found.items())
+
+
 def _gpu() -> dict[str, str]:
-    major, minor = torch.cuda.get_device_capability()
     try:
         clock = f"{torch.cuda.clock_rate()} MHz"
-    except Exception:  # it asks NVML, through a package that need not be there
+    except Exception:  # it asks NVML or AMD SMI, through a package that need not be there
         clock = "not reported"
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "architecture": f"sm_{major}{minor}",
-        "gpu clock": clock,
-        "cuda": str(torch.version.cuda),
-    }
+    runtime = {"hip": torch.version.hip} if torch.version.hip else {"cuda": str(torch.version.cuda)}
+    device = torch.device("cuda", torch.cuda.current_device())
+    return {"gpu": torch.cuda.get_device_name(), "architecture": architecture(device), "gpu clock": clock, **runtime}
 
 
 def _lines(path: str) -> list[str]:

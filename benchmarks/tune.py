@@ -1,107 +1,126 @@
 """Times the tiles that were weighed on the GPU at hand and writes the fastest where vit_triton finds them.
 
-A case is one launcher at the sizes of a model. Whatever a case asks a picker for, each of the picker's candidates is
-given in turn, checked against the numbers of the default choice and timed; a choice that several cases share is judged
-by the sum of their times.
+A model runs once, forward and backward, and every launcher that it calls is noted with its arguments: those calls are
+the cases. Whatever a case asks a picker for, each of the picker's candidates is given in turn, checked against the
+numbers of the default choice and timed; a choice that several cases share is judged by the sum of their times.
 """
 
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from benchmarks import runner
-from benchmarks.shapes import DTYPES
-from vit_triton.kernels import _config, _launch, _sums, _tuned, attention, layer_norm, linear, patch_embed
+from benchmarks import models, options, runner
+from benchmarks.shapes import DTYPES, SIZES, Shape
+from vit_triton import ops
+from vit_triton.kernels import _config, _launch, _sums, _tuned, attention, encoder, layer_norm, linear, mlp, patch_embed
+from vit_triton.modules import Linear
 
 SUMMARY = {"tune": "time the weighed tiles on this GPU, and write those that vit_triton then uses on it"}
 
-# width, heads, edge of a patch; an MLP is 4 times as wide (Dosovitskiy et al. 2020, arXiv:2010.11929, and timm's names)
-MODELS = {
-    "ViT-Ti/16": (192, 3, 16),
-    "ViT-S/16": (384, 6, 16),
-    "ViT-B/16": (768, 12, 16),
-    "ViT-L/16": (1024, 16, 16),
-    "ViT-H/14": (1280, 16, 14),
-}
+MODELS = {f"ViT-{name}/{size.patch}": name for name, size in SIZES.items()}
+LAUNCHERS = (
+    *("attention_fwd", "attention_bwd", "attention_packed_bwd"),
+    *("layer_norm_fwd", "layer_norm_apply", "layer_norm_bwd", "add_layer_norm_fwd"),
+    *("linear_fwd", "linear_bwd_input", "linear_bwd_weight", "patch_embed_fwd", "patch_embed_bwd", "sum_parts"),
+)
 MARGIN = 0.98  # of the default's time: what is not faster by more than 2 % does not replace it
 TOLERANCE = 16.0  # relative L2 distance to the default's numbers, in eps
+
+Ask = tuple[_config.Picker, tuple[Any, ...]]  # a picker and its arguments
+Measure = Callable[[Callable[[], Any]], float]  # milliseconds of a call
 
 
 @dataclass(frozen=True)
 class Case:
-    """One launcher; ``run`` gives its results."""
+    """A call of one launcher. ``run`` makes it again and gives its results; ``asks``: what the launcher itself asks
+    for, by key, and not another one that it calls."""
 
     name: str
     dtype: torch.dtype
     run: Callable[[], list[Tensor]]
-
-
-Measure = Callable[[Callable[[], Any]], float]  # milliseconds of a call
+    asks: dict[tuple[Any, ...], Ask]
 
 
 # --- what is measured --------------------------------------------------------------------------------------
 
 
-def cases(model: str, image: int, batch: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """A block of the model, forward and backward, and its patch embedding of ``batch`` square images."""
-    width, heads, patch = MODELS[model]
-    tokens, hidden, pixels = (image // patch) ** 2 + 1, 4 * width, 3 * patch * patch
-    rows = batch * tokens
+def cases(shape: Shape, dtype: torch.dtype, device: str, dropout: float = 0.0) -> list[Case]:
+    """What a ViT of that shape calls in inference and in a training step. ``dropout``: of the training."""
+    torch.manual_seed(runner.SEED)
+    size = shape.with_depth(3)  # a block; one whose qkv projection has a bias, as in other libraries; the last
+    with torch.device(device):
+        model = models.ours(size, dropout=dropout)
+        image = torch.randn(shape.batch, 3, shape.image, shape.image).to(dtype)
+        gradient = torch.randn(shape.batch, models.CLASSES).to(dtype)
+        project = model.transformer.layers[1][0].to_qkv
+        model.transformer.layers[1][0].to_qkv = Linear(project.in_features, project.out_features, backend="triton")
+    model = model.to(dtype)
 
-    def rand(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).to(dtype)
+    def run() -> None:
+        if not dropout:
+            models.inference(model, image)()
+        model.train()(image.requires_grad_()).backward(gradient)
 
-    def case(name: str, launcher: Callable[..., Any], *args: Any, **options: Any) -> Case:
-        def run() -> list[Tensor]:
-            results = launcher(*args, **options)
-            return [x for x in (results if isinstance(results, tuple) else (results,)) if x is not None]
+    return record(run, shape.label, dtype)
 
-        return Case(f"{model} {name}", dtype, run)
 
-    scale = dict(scale=(width // heads) ** -0.5, dropout_p=0.0)
-    q, k, v = rand(batch, tokens, 3, heads, width // heads).unbind(2)
-    yield case("attention", attention.attention_fwd, q, k, v, None, **scale)
-    out, lse = (rand(batch, tokens, heads, width // heads), rand(batch, heads, tokens).float() + 8)
-    yield case("attention backward", attention.attention_bwd, rand(*out.shape), q, k, v, out, lse, None, None, **scale)
+def record(call: Callable[[], Any], label: str, dtype: torch.dtype) -> list[Case]:
+    """Every launcher's call inside a ``call``, but each form of one once."""
+    found: dict[Any, Case] = {}
+    inside: list[Case] = []
 
-    x, dy, norm = rand(rows, width), rand(rows, width), (rand(width), rand(width))
-    mean, rstd = (torch.rand(rows, device=device) for _ in range(2))
-    yield case("layer_norm", layer_norm.layer_norm_fwd, x, *norm, eps=1e-5)
-    yield case("layer_norm backward", layer_norm.layer_norm_bwd, dy, x, norm[0], mean, rstd)
+    def watched(launcher: Callable[..., Any]) -> Callable[..., Any]:
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            key = launcher, _form(args), _form(tuple(kwargs.items()))
+            if key not in found:
+                name = f"{label}: {launcher.__name__}({_spelled(args, kwargs)})"
+                found[key] = Case(name, dtype, lambda: _tensors(launcher(*args, **kwargs)), {})
+            inside.append(found[key])
+            try:
+                return launcher(*args, **kwargs)
+            finally:
+                inside.pop()
 
-    wide, pre = rand(rows, 3 * width), rand(rows, hidden)
-    weights = {n: rand(n, width) * width**-0.5 for n in (3 * width, width, hidden)}
-    down = rand(width, hidden) * hidden**-0.5
-    forward, backward, weight = linear.linear_fwd, linear.linear_bwd_input, linear.linear_bwd_weight
-    gelu = dict(activation="gelu")
-    yield case("qkv", forward, x, weights[3 * width], None, None, None)
-    yield case("projection", forward, x, weights[width], norm[0], x, None)
-    yield case("mlp, first", forward, x, weights[hidden], rand(hidden), None, None, save_pre=True, **gelu)
-    yield case("mlp, second", forward, pre, down, norm[0], x, None)
-    yield case("qkv backward", backward, wide, weights[3 * width], None, None)
-    yield case("projection backward", backward, dy, weights[width], None, None)
-    yield case("mlp, first, backward", backward, pre, weights[hidden], None, None)
-    yield case("mlp, second, backward", backward, dy, down, pre, None, with_hidden=True, **gelu)
-    options: dict[str, Any] = dict(weight_dtype=dtype)
-    yield case("qkv weight", weight, wide, x, with_bias=False, **options)
-    yield case("projection weight", weight, dy, x, with_bias=True, **options)
-    yield case("mlp, first, weight", weight, pre, x, with_bias=True, **options)
-    yield case("mlp, second, weight", weight, dy, pre, with_bias=True, **options)
+        return launch
 
-    images, stem, norms = rand(batch, 3, image, image), rand(width, pixels), [rand(n) for n in (pixels, pixels, width)]
-    embedding: dict[str, Any] = dict(patch_size=(patch, patch), patch_order="p1 p2 c")
-    pre_norm, post_norm = (*norms[:2], 1e-5), (*norm, 1e-5)
-    given = images, stem, norms[2], rand(tokens - 1, width), rand(1, width), pre_norm, post_norm, None, None
-    yield case("patch_embed", patch_embed.patch_embed_fwd, *given, **embedding)
-    given = rand(batch, tokens, width), images, stem, *[None] * 9
-    yield case("patch_embed backward", patch_embed.patch_embed_bwd, *given, needs_image=True, **embedding)
+    def note(picker: _config.Picker, args: tuple[Any, ...]) -> Any:
+        inside[-1].asks[picker.key(args)] = picker, args
+        return picker.default(*args)
+
+    functions = {name: x for module in _MODULES for name, x in vars(module).items() if name in LAUNCHERS}
+    watching = _replaced({name: watched(launcher) for name, launcher in functions.items()})
+    # no replay: a launcher is to be called every time
+    direct = (mock.patch.object(ops, name, lambda function, args: function(*args)) for name in ("_on_cpu", "_on_gpu"))
+    with contextlib.ExitStack() as stack:
+        for each in (*direct, watching, _picking(note)):
+            stack.enter_context(each)
+        call()
+    return [case for case in found.values() if case.asks]
+
+
+def _form(x: Any) -> Any:
+    """What of an argument decides the work: of tensors not the numbers."""
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype
+    return tuple(map(_form, x)) if isinstance(x, tuple) else x
+
+
+def _spelled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    shapes = ["x".join(map(str, x.shape)) for x in tree_leaves(args) if isinstance(x, Tensor)]
+    return ", ".join([*shapes, *(f"{k}={v}" for k, v in kwargs.items() if isinstance(v, bool | str | float))])
+
+
+def _tensors(results: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(results) if isinstance(x, Tensor)]
 
 
 # --- measuring ---------------------------------------------------------------------------------------------
@@ -114,28 +133,36 @@ def on_gpu(run: Callable[[], Any], seconds: float) -> float:
     return do_bench(run, warmup=int(250 * seconds), rep=int(1000 * seconds), return_mode="median")
 
 
+_MODULES = (attention, layer_norm, linear, mlp, encoder, patch_embed, _sums)
+
+
 @contextlib.contextmanager
-def _picking(choose: Callable[[_config.Picker, tuple[Any, ...]], Any]) -> Iterator[None]:
+def _replaced(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Have the launchers' modules call these in place of what they know under the same name."""
+    before = [(each, name, old) for each in _MODULES for name, old in vars(each).items() if name in functions]
+    try:
+        for module, name, _ in before:
+            setattr(module, name, functions[name])
+        yield
+    finally:
+        for module, name, old in before:
+            setattr(module, name, old)
+
+
+def _picking(choose: Callable[[_config.Picker, tuple[Any, ...]], Any]) -> contextlib.AbstractContextManager[None]:
     """Have every launcher ask ``choose`` of a picker and its arguments instead of the picker."""
-    modules = (attention, layer_norm, linear, patch_embed, _sums)
-    before = [(each, name, pick) for each in modules for name, pick in vars(each).items() if name in _config.PICKERS]
 
     def asking(picker: _config.Picker) -> Callable[..., Any]:
         return lambda *args: choose(picker, args)
 
-    try:
-        for module, name, _ in before:
-            setattr(module, name, asking(_config.PICKERS[name]))
-        yield
-    finally:
-        for module, name, pick in before:
-            setattr(module, name, pick)
+    return _replaced({name: asking(picker) for name, picker in _config.PICKERS.items()})
 
 
 class _Unfit(Exception):
     """Why a candidate is not timed."""
 
 
+@torch.no_grad()  # parameters are among the arguments
 def _run(group: list[Case]) -> tuple[list[list[Tensor]], int]:
     """The results of every case, and how many registers the compiled kernels spill."""
     _launch._compiled.clear()  # Triton keeps what it compiled: it comes back at once
@@ -143,6 +170,7 @@ def _run(group: list[Case]) -> tuple[list[list[Tensor]], int]:
     return results, sum(getattr(kernel, "n_spills", None) or 0 for kernel in _launch._compiled.values())
 
 
+@torch.no_grad()
 def _time(group: list[Case], expected: list[list[Tensor]], spills: int, measure: Measure) -> float:
     """Milliseconds of all cases under the choice in force; :class:`_Unfit` if it cannot be used."""
     try:
@@ -159,22 +187,25 @@ def _time(group: list[Case], expected: list[list[Tensor]], spills: int, measure:
     return sum(measure(case.run) for case in group)
 
 
-def tune(every: Iterable[Case], measure: Measure, say: Callable[[str], None] = print) -> Iterator[_tuned.Timed]:
-    """The measurement of each choice that the cases ask for."""
+def choices(every: Iterable[Case]) -> list[tuple[_config.Picker, tuple[Any, ...], list[Case]]]:
+    """What the cases ask for, and which of them ask for it."""
     asked: dict[tuple[Any, ...], tuple[_config.Picker, tuple[Any, ...], list[Case]]] = {}
     for case in every:
-
-        def note(picker: _config.Picker, args: tuple[Any, ...], case: Case = case) -> Any:
-            *_, group = asked.setdefault(picker.key(args), (picker, args, []))
-            if case not in group:
+        for key, ask in case.asks.items():
+            *_, group = asked.setdefault(key, (*ask, []))
+            if case.name not in {other.name for other in group}:
                 group.append(case)
-            return picker.default(*args)
+    return list(asked.values())
 
-        with _picking(note):
-            case.run()
-    for key, (picker, args, group) in asked.items():
+
+def tune(every: Iterable[Case], measure: Measure, say: Callable[[str], None] = print) -> Iterator[_tuned.Timed]:
+    """The measurement of each of the cases' choices."""
+    for picker, args, group in choices(every):
+        key = picker.key(args)
         arguments = dict(zip(picker.arguments, key[1:], strict=True))
-        say(f"{picker.name}({_tuned.spelled(arguments)}), in {', '.join(case.name for case in group)}")
+        say(f"{picker.name}({_tuned.spelled(arguments)}), in")
+        for case in group:
+            say(f"    {case.name}")
         default, *others = picker.candidates(args)
         expected: list[list[Tensor]] = []
         spills = 0
@@ -204,42 +235,52 @@ def tune(every: Iterable[Case], measure: Measure, say: Callable[[str], None] = p
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=["ViT-B/16"])
-    parser.add_argument("--image", type=int, default=224, help="height and width in pixels")
-    parser.add_argument("--batch", type=int, default=64, help="of the measurement; a choice never depends on it")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
-    parser.add_argument("--seconds", type=float, default=0.1, help="for each candidate and case")
-    parser.add_argument("--out", type=Path, help="the file; by default where vit_triton finds it by itself")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=["ViT-B/16"], metavar="SIZE",
+                        help=f"{', '.join(MODELS)}; default: ViT-B/16")  # fmt: skip
+    parser.add_argument("--image", type=options.positive, default=224, help="height and width in pixels; default: 224")
+    parser.add_argument("--batch", type=options.positive, default=64, help="images of the measurement; default: 64")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="default: bfloat16")
+    parser.add_argument("--dropout", action="store_true", help="training with dropout too, which asks for other tiles")
+    parser.add_argument(
+        "--seconds", type=options.duration, default=0.1, help="for each candidate and case; default: 0.1"
+    )
+    parser.add_argument(
+        "--out", type=options.new_file, metavar="FILE", help="by default where vit_triton finds it by itself"
+    )
 
 
-def run(options: argparse.Namespace) -> None:
+def run(given: argparse.Namespace) -> None:
+    shapes = options.shapes([MODELS[name] for name in given.model], [given.image], [given.batch])
     if _launch.INTERPRETING or not torch.cuda.is_available():
         reason = "TRITON_INTERPRET is set" if _launch.INTERPRETING else "PyTorch finds none"
         print(f"tune: needs a GPU, and {reason}; without one the computed choices are used", file=sys.stderr)
         raise SystemExit(2)
     device = torch.device("cuda", torch.cuda.current_device())
     name, arch = torch.cuda.get_device_name(device), str(_config.architecture(device))
-    path = options.out or _tuned.default_path(name)
-    every = (
+    path = given.out or _tuned.default_path(name)
+    every = [
         case
-        for model in options.model
-        for dtype in options.dtype
-        for case in cases(model, options.image, options.batch, DTYPES[dtype], "cuda")
-    )
-    write(path, name, arch, tune(every, lambda call: on_gpu(call, options.seconds)))
+        for shape in shapes
+        for dtype in given.dtype
+        for dropout in ([0.0, 0.1] if given.dropout else [0.0])
+        for case in cases(shape, DTYPES[dtype], "cuda", dropout)
+    ]
+    measured = tune(every, lambda call: on_gpu(call, given.seconds))
+    complete = write(path, name, arch, measured, len(choices(every)))
     print(_tuned.describe(name, arch))
+    if not complete:
+        raise SystemExit(130)
 
 
-def write(path: Path, device: str, arch: str, measured: Iterator[_tuned.Timed]) -> None:
-    """Write what is measured, and if it is stopped what was until then. What an older file of the same device and the
-    same versions says of other arguments is kept."""
+def write(path: Path, device: str, arch: str, measured: Iterable[_tuned.Timed], total: int) -> bool:
+    """Write what is measured, and if it is stopped what was until then; whether it was not. What an older file of the
+    same device and the same versions says of other arguments is kept."""
     new: list[_tuned.Timed] = []
     old = _tuned.read(path) if path.exists() else None
-    try:
+    with runner.progress(total) as bar:
         for each in measured:
             new.append(each)
-    except KeyboardInterrupt:
-        print("stopped")
+            bar.advance(each.picker)
     table = _tuned.new_table(device, arch, new)
     same = ("device", "architecture", "triton", "torch")
     if old is not None and all(getattr(old, name) == getattr(table, name) for name in same):
@@ -248,3 +289,4 @@ def write(path: Path, device: str, arch: str, measured: Iterator[_tuned.Timed]) 
     if new:
         _tuned.write(path, table)
         print(f"written: {path}")
+    return bar.complete

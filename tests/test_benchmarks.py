@@ -1,5 +1,6 @@
 """The benchmark runner: numbers before times, ratios of interleaved runs, nothing lost when it is stopped."""
 
+import dataclasses
 import importlib.machinery
 import json
 import os
@@ -10,10 +11,24 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import attention, compare, growth, layer_norm, models, options, peaks, plot, runner, timing
+from benchmarks import (
+    attention,
+    compare,
+    growth,
+    layer_norm,
+    memory,
+    models,
+    options,
+    overhead,
+    peaks,
+    plot,
+    runner,
+    timing,
+)
 from benchmarks.cost import Cost
 from benchmarks.derivative import DIRECTIONS
 from benchmarks.shapes import SIZES, Shape
+from vit_triton.kernels import _config
 
 TINY = Shape("tiny", 2, 32, 5, SIZES["Ti"]).with_depth(1)
 
@@ -23,11 +38,11 @@ def quick_peak(monkeypatch):
     monkeypatch.setattr(runner, "peak", lambda device, dtype, threads: peaks.Peak(1e12, 1e11, "a test"))
 
 
-def case(memory=0, **functions):
+def case(need=0, **functions):
     x = torch.randn(8)
     exact = lambda: x.double() * 2  # noqa: E731
     providers = {name: runner.Provider(lambda f=f: f(x), exact, lambda: [0.0]) for name, f in functions.items()}
-    return runner.Case("a case", "8", torch.float32, "cpu", lambda: Cost(16, 64, memory), lambda: providers)
+    return runner.Case("a case", "8", torch.float32, "cpu", lambda: Cost(16, 64, need), lambda: providers)
 
 
 def measured(case, seconds=0.0):
@@ -164,10 +179,37 @@ def test_the_method_on_a_gpu(monkeypatch, milliseconds, replay, captures, method
     assert times.rounds["b"] == pytest.approx([2 * milliseconds / 1e3] * timing.MIN_ROUNDS)
 
 
+def test_the_same_inputs_in_every_run():
+    seen = []
+
+    def prepare():
+        seen.append(torch.randn(3))
+        return {}
+
+    one = dataclasses.replace(case(), prepare=prepare)
+    measured(one), torch.randn(5), measured(one)
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize(("hip", "expected"), [(None, ("sm_90", "cuda")), ("7.1.2", ("gfx942", "hip"))])
+def test_the_machine_names_its_gpu(hip, expected, monkeypatch):
+    properties = types.SimpleNamespace(name="a GPU", major=9, minor=0, gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(runner, "architecture", _config._gpu_architecture.__wrapped__)
+    found = runner.machine("cuda")
+    assert (found["gpu"], found["architecture"]) == ("a GPU", expected[0])
+    assert {"cuda", "hip"} & found.keys() == {expected[1]} and (hip is None or found["hip"] == hip)
+
+
 def test_peaks_of_known_gpus_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert peaks.peak("cuda", torch.bfloat16, 1).flops == 989e12
     assert peaks.peak("cuda", torch.float32, 1).flops == 67e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "AMD Instinct MI300X")
+    assert peaks.peak("cuda", torch.float16, 1).bytes == 5300e9
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
     assert peaks.peak("cuda", torch.bfloat16, 1) is None
 
@@ -188,6 +230,37 @@ def test_costs_are_those_of_the_formulas():
     (norm,) = (op for op in layer_norm.OPS if op.name == "layer_norm")
     (case,) = norm.cases([shape], ["forward"], torch.bfloat16, "cpu", {"a": None})
     assert case.cost().flops == 0 and case.cost().bytes == 2 * x + 2 * 768 * 2
+
+
+@pytest.mark.parametrize("what", ["ops", "models"])
+def test_defaults_follow_the_device(what, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runner, "machine", lambda device: {})
+    monkeypatch.setattr(runner, "run", lambda cases, *rest: seen.append(cases) or True)
+    for arguments in (["--device", "cpu"], ["--device", "cuda"], ["--device", "cuda", "--model", "Ti", "--batch", "2"]):
+        main(monkeypatch, what, *arguments)
+    cpu, cuda, chosen = ([case.shape.removeprefix("ViT-") for case in cases] for cases in seen)
+    assert cuda[0] == "B/16 at 224, batch 64" and len(set(cpu)) < len(set(cuda))
+    assert set(chosen) == {
+        "Ti/16 at 224, batch 2",
+        *(["Ti/16 at 384, batch 2", "Ti/16 at 512, batch 2"] * (what == "ops")),
+    }
+    if what == "ops":
+        assert {name.split("/")[0] for name in cuda} == SIZES.keys() and "g/14 at 518, batch 256" in cuda
+        assert {case.dtype for case in seen[1]} == {torch.float32, torch.float16, torch.bfloat16}
+
+
+@pytest.mark.parametrize("cases", [compare.OPS[0].cases, models.cases])
+def test_every_case_is_compiled_anew(cases, monkeypatch):
+    """More than eight shapes of a function are not compiled, but computed eagerly."""
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    known = compare.OPS[0].functions("cpu", True) if cases is not models.cases else models.builds(True)
+    for case in cases([TINY], ["forward"], torch.float32, "cpu", known):
+        case.prepare()
+    assert resets == [1]
 
 
 def test_images_are_cut_to_whole_patches():
@@ -247,6 +320,25 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "r.json").read_text())["results"]) == 1
 
 
+@pytest.mark.parametrize("what", ["overhead", "memory"])
+def test_ctrl_c_keeps_what_was_counted(what, tmp_path, monkeypatch, capsys):
+    module, name = {"overhead": (overhead, "measure"), "memory": (memory, "count")}[what]
+    real, calls = getattr(module, name), []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(module, name, stopped)
+    with pytest.raises(SystemExit) as exit:
+        main(monkeypatch, what, "--json", tmp_path / "r.json", *(["--rounds", "2"] if what == "overhead" else []))
+    assert exit.value.code == 130 and "stopped" in capsys.readouterr().out
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert len(written["results"]) == 2 and written["command"] == what and "torch" in written["machine"]
+
+
 def test_our_wrong_numbers_fail_the_command(monkeypatch):
     monkeypatch.setitem(compare.CASES, "ops", lambda given: iter([case(vit_triton=lambda x: x * 3)]))
     with pytest.raises(SystemExit) as failed:
@@ -259,7 +351,8 @@ def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     arguments = ["ops", "--only", "add + layer_norm forward,", "--dtype", "bfloat16", "--model", "Ti", "--image", "32"]
     main(monkeypatch, *arguments, "--batch", "2", "--threads", "1", "--seconds", "0", "--json", path)
     written = json.loads(path.read_text())
-    assert {"cpu", "cores", "clock", "torch", "triton"} <= written["machine"].keys()
+    assert {"cpu", "cores", "clock", "torch", "triton", "vit_triton", "timm"} <= written["machine"].keys()
+    assert (written["command"], written["options"]["model"]) == ("ops", ["Ti"])
     (result,) = written["results"]
     assert result["case"] == "add + layer_norm forward" and not result["wrong"] and result["shape"].endswith("batch 2")
     assert set(result["milliseconds"]) == {"vit_triton", "vit_triton torch", "pytorch"} == set(result["roofline"])
@@ -278,6 +371,22 @@ def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
         (["models", "--direction", "backward"], "invalid choice: 'backward'"),
         (["ops", "--providers", "sdqa"], "--providers: no 'sdqa' here; there are vit_triton, "),
         (["ops", "--image", "8"], "--image: 8 pixels hold no patch of 16 (B)"),
+        (
+            ["ops", "--only", "zzz"],
+            "--only: nothing here contains 'zzz'; there are mlp forward; mlp forward+",
+        ),
+        (["models", "--only", "zzz"], "--only: nothing here contains 'zzz'; there are inference"),
+        (["growth", "--only", "zzz"], "--only: nothing here contains 'zzz'; there are attention forward; "),
+        (["overhead", "--only", "zzz"], "--only: nothing here contains 'zzz'; there are a Function of nothing; "),
+        (["overhead", "--rounds", "0"], "must be a whole number above 0, got '0'"),
+        (["overhead", "--json", "/nowhere/r.json"], "must be a file in a folder that exists, got '/nowhere/r.json'"),
+        (["memory", "--batch", "0"], "must be a whole number above 0, got '0'"),
+        (["memory", "--image", "8"], "--image: 8 pixels hold no patch of 16"),
+        (["memory", "--json", "/nowhere/r.json"], "must be a file in a folder that exists, got '/nowhere/r.json'"),
+        (["tune", "--batch", "0"], "must be a whole number above 0, got '0'"),
+        (["tune", "--image", "8"], "--image: 8 pixels hold no patch of 16 (B)"),
+        (["tune", "--seconds", "-1"], "must be a number of seconds, got '-1'"),
+        (["tune", "--out", "/nowhere/r.json"], "must be a file in a folder that exists, got '/nowhere/r.json'"),
     ],
 )
 def test_bad_options_are_refused(monkeypatch, capsys, arguments, message):
@@ -285,6 +394,12 @@ def test_bad_options_are_refused(monkeypatch, capsys, arguments, message):
         main(monkeypatch, *arguments)
     assert refused.value.code not in (0, None)
     assert message in capsys.readouterr().err + str(refused.value.code)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(options.os, "access", lambda path, mode: (path, mode) != (tmp_path, options.os.W_OK))
+    with pytest.raises(options.argparse.ArgumentTypeError, match="must be in a folder that can be written to, got "):
+        options.new_file(str(tmp_path / "r.json"))
 
 
 def test_cuda_is_refused_without_one(monkeypatch):
@@ -346,6 +461,17 @@ def point(case, axis, size, milliseconds, other="sdpa"):
     return runner.Result(case, "s", "float32", "cpu", 1, "interleaved", times, {other: 2.0}, {}, 64 * size, size, at)
 
 
+def test_slopes_are_of_the_same_sizes():
+    """Of two curves with a point missing each, the sizes that both have."""
+    sizes = [1, 2, 4, 8, 16, 32]
+    results = [point("a", "tokens", n, float(n)) for n in sizes]
+    del results[-1].milliseconds["vit_triton"], results[-3].milliseconds["sdpa"]
+    assert {(s.provider, s.sizes) for s in growth.slopes(results)} == {("vit_triton", (4, 16)), ("sdpa", (4, 16))}
+    for result in results[2:]:
+        result.milliseconds.pop("sdpa", None)
+    assert [s.sizes for s in growth.slopes(results)] == []  # one shared size in the upper half: nothing to fit
+
+
 def test_slopes_of_a_known_power_law():
     sizes = [1, 2, 4, 8, 16, 32]
     results = [point("a", "tokens", n, 5.0 if n < 8 else 0.1 * n**1.5) for n in reversed(sizes)]
@@ -364,6 +490,12 @@ def test_growth_writes_slopes(tmp_path, monkeypatch):
         (f"{op} forward", "tokens", provider) for op, peer in growth.PEERS.items() for provider in ("vit_triton", peer)
     }
     assert all(s["sizes"] == [17, 33] for s in written["slopes"])
+    assert (written["command"], written["options"]["model"], written["width"], written["heads"]) == (
+        "growth",
+        "Ti",
+        192,
+        3,
+    )
     assert_picture(tmp_path / "charts" / "growth_float32_1_threads.png")
 
 
@@ -383,6 +515,28 @@ def test_charts_are_drawn(tmp_path, what):
     for result in [point("attention forward", "tokens", n, 0.3 * n, "timm") for n in (1, 2, 3)]:
         report.add(result)
     paths = plot.compare(report, tmp_path / "new")
-    assert [path.name.split("_")[0] for path in paths] == ["ratios", "roofline" if what == "ops" else "times"]
+    second = "roofline" if what == "ops" else "times"
+    assert [path.name for path in paths] == [f"{what}_{kind}_float32_1_threads.png" for kind in ("ratios", second)]
     for path in paths:
         assert_picture(path)
+
+
+def test_operators_of_many_shapes_have_a_chart_each(tmp_path):
+    report = runner.Report(None, "cpu", command="ops")
+    for i, model in enumerate("LB"):
+        report.add(dataclasses.replace(point("mlp forward", "tokens", 1, 0.3), shape=f"{model}/16 at 224, batch {i}"))
+    names = {path.name for path in plot.compare(report, tmp_path)}
+    shapes = ("L_16_at_224_batch_0", "B_16_at_224_batch_1")
+    assert names == {f"ops_{kind}_float32_1_threads_{s}.png" for kind in ("ratios", "roofline") for s in shapes}
+
+
+def test_a_chart_needs_no_other_and_none_of_ours(tmp_path):
+    """Of a run in which one was wrong."""
+    alone = point("mlp forward", "tokens", 1, 0.3)
+    del alone.milliseconds["sdpa"], alone.ratio["sdpa"]
+    lost = point("mlp forward+backward", "tokens", 1, 0.3)
+    del lost.milliseconds["vit_triton"], lost.ratio["sdpa"]
+    for what, kinds in (("ops", ["roofline"]), ("models", ["times"])):
+        report = runner.Report(None, "cpu", command=what)
+        report.add(alone), report.add(lost)
+        assert [path.name.split("_")[1] for path in plot.compare(report, tmp_path)] == kinds

@@ -117,6 +117,13 @@ def test_the_table_in_the_readme(tmp_path, monkeypatch, capsys):
     shown = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(shown) == 2 + len(memory.BLOCKS)
     assert "\n".join(shown) in readme
-    counts = json.loads(path.read_text())
-    ours, *others = counts
+    written = json.loads(path.read_text())
+    assert (written["command"], written["options"]["batch"], written["tokens"], written["width"]) == (
+        "memory",
+        8,
+        197,
+        768,
+    )
+    assert "torch" in written["machine"]
+    ours, *others = written["results"]
     assert ours["block"] == OURS and all(ours["saved"] < each["saved"] for each in others)

@@ -55,6 +55,7 @@ def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     )
     command.main()
     written = json.loads(path.read_text())
+    assert (written["command"], written["options"]["rounds"], written["tokens"]) == ("overhead", 2, 197)
     assert [(each["name"], each["mode"]) for each in written["results"]] == [
         ("layer_norm", "inference"),
         ("layer_norm", "training"),

@@ -9,12 +9,15 @@ import pytest
 import torch
 from conftest import forget_recordings
 
+import vit_triton
 from benchmarks import __main__ as command
-from benchmarks import tune
+from benchmarks import gpu_path, models, tune
+from benchmarks.shapes import Shape, Size
 from vit_triton.cpu.driver import active
 from vit_triton.kernels import _config, _tuned, linear
 from vit_triton.kernels._config import AttentionConfig, GemmConfig, LayerNormConfig, VendorGemm
 
+TINY = Shape("tiny", 2, 16, 5, Size(32, 1, 2, 128, patch=8))
 H100, SM = "NVIDIA H100 80GB HBM3", "sm_90"
 GEMM = dict(n=768, k=3072, dtype=torch.bfloat16, precision="ieee", epilogue="none")
 TILE = GemmConfig(128, 256, 64, 8, 3)
@@ -217,7 +220,6 @@ def small(monkeypatch, request):
     """Cases of a tiny model, whose launchers run on the CPU; two candidates beside each default."""
     forget_recordings()
     request.addfinalizer(forget_recordings)
-    monkeypatch.setitem(tune.MODELS, "tiny", (32, 2, 8))
     tiles = {
         "pick_attention_fwd": [AttentionConfig(16, 16, 4, 1)],
         "pick_linear_fwd": [GemmConfig(32, 16, 16, 4, 1), VendorGemm()],
@@ -227,7 +229,50 @@ def small(monkeypatch, request):
         picker = dataclasses.replace(picker, weighed=lambda *args, few=few: few)
         monkeypatch.setitem(_config.PICKERS, name, picker)
     with active():
-        yield list(tune.cases("tiny", 16, 2, torch.float32, "cpu"))
+        yield tune.cases(TINY, torch.float32, "cpu")
+
+
+def asked_by(call):
+    """Every key that pickers are asked for inside."""
+    keys = set()
+    with tune._picking(lambda picker, args: keys.add(picker.key(args)) or picker.default(*args)):
+        call()
+    return keys
+
+
+def steps(model, image):
+    """Inference, and a training step."""
+    with torch.no_grad():
+        model.eval()(image)
+    model.train()(image).sum().backward()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_whatever_a_vit_asks_for_is_tuned(dropout):
+    """On the path of a GPU, in bfloat16; nothing is computed."""
+    shape = TINY.with_depth(12)
+    with gpu_path.taken(lambda *launch: None):
+        cases = [case for p in {0.0, dropout} for case in tune.cases(shape, torch.bfloat16, "cpu", p)]
+        tuned = {key for case in cases for key in case.asks}
+        image = torch.randn(2, 3, 16, 16, dtype=torch.bfloat16)
+        asked = asked_by(lambda: steps(models.ours(shape, dropout=dropout, emb_dropout=dropout).bfloat16(), image))
+        assert len(asked) > 30 and asked <= tuned
+        timm = pytest.importorskip("timm.models.vision_transformer")
+        size = dict(img_size=16, patch_size=8, num_classes=0, embed_dim=32, depth=2, num_heads=2)
+        other = timm.VisionTransformer(**size, proj_drop_rate=dropout, attn_drop_rate=dropout)
+        vit_triton.accelerate(other.bfloat16(), backend="triton")
+        asked = asked_by(lambda: steps(other, image))
+        assert len(asked) > 15 and asked <= tuned
+
+
+@pytest.mark.parametrize("model", tune.MODELS)
+def test_cases_of_every_size(model):
+    """Head sizes of 64 to 88; of a small image."""
+    shape = Shape.of(tune.MODELS[model], 32, 1)
+    with gpu_path.taken(lambda *launch: None):
+        asks = {key for case in tune.cases(shape, torch.bfloat16, "cpu") for key in case.asks}
+    attended = {key[1:4] for key in asks if key[0] == "pick_attention_fwd"}
+    assert attended == {(n, shape.tokens, shape.head_dim) for n in (1, shape.tokens)}
 
 
 def test_every_picker_is_asked_and_every_candidate_timed(small):
@@ -235,15 +280,25 @@ def test_every_picker_is_asked_and_every_candidate_timed(small):
     measured = list(tune.tune(small, lambda run: run() and 1.0 + next(timer), lines.append))
     assert {each.picker for each in measured} == set(_config.PICKERS)
     products = [each for each in measured if each.picker == "pick_linear_fwd"]
-    assert {tuple(each.arguments.values())[:2] for each in products} == {(96, 32), (32, 32), (128, 32), (32, 128)}
+    sizes = {(96, 32), (64, 32), (32, 32), (128, 32), (32, 128), (models.CLASSES, 32)}
+    assert {tuple(each.arguments.values())[:2] for each in products} == sizes
     for each in products:
         assert [config for config, _ in each.milliseconds][1:] == [GemmConfig(32, 16, 16, 4, 1), VendorGemm()]
         assert each.config == each.milliseconds[0][0]  # times grow: the default is first
     assert not any("skipped" in line for line in lines)
 
 
+QKV = "linear_fwd(10x32, 96x32, dropout_p=0.0)"
+
+
+def only(cases, *launches):
+    found = [next(case for case in cases if case.name == f"tiny: {launch}") for launch in launches]
+    assert len(found) == len(launches)
+    return found
+
+
 def test_the_fastest_is_taken_where_it_is_worth_it(small):
-    qkv = [case for case in small if case.name == "tiny qkv"]
+    qkv = only(small, QKV)
     for vendor, expected in ((0.5, VendorGemm()), (0.99, None)):
         times = iter([1.0, 1.5, vendor])
         (each,) = tune.tune(qkv, lambda run, times=times: next(times), lambda line: None)
@@ -252,18 +307,20 @@ def test_the_fastest_is_taken_where_it_is_worth_it(small):
 
 
 def test_what_several_cases_share_is_judged_by_their_sum(small):
-    both = [case for case in small if case.name in ("tiny layer_norm", "tiny layer_norm backward")]
+    both = only(
+        small, "layer_norm_fwd(10x32, 32, 32, eps=1e-05, save=True)", "layer_norm_bwd(10x32, 10x32, 32, 10, 10)"
+    )
     measured = list(tune.tune(both, lambda run: 1.0, lambda line: None))
     (rows,) = [each for each in measured if each.picker == "pick_layer_norm"]
     assert [ms for _, ms in rows.milliseconds] == [2.0]
 
 
 def test_a_candidate_that_is_wrong_or_fails_or_spills_is_named_and_not_taken(small, monkeypatch):
-    qkv = [case for case in small if case.name == "tiny qkv"]
+    qkv = only(small, QKV)
     mm = torch.mm
     for spoil, message in (
-        (lambda a, b: mm(a, b) * 1.001, "WRONG in tiny qkv: 1.0e-03 from the default's numbers"),
-        (lambda a, b: mm(a, b) * float("nan"), "WRONG in tiny qkv: nan from"),
+        (lambda a, b: mm(a, b) * 1.001, f"WRONG in tiny: {QKV}: 1.0e-03 from the default's numbers"),
+        (lambda a, b: mm(a, b) * float("nan"), f"WRONG in tiny: {QKV}: nan from"),
         (lambda a, b: mm(a, b[:1]), "does not run: RuntimeError"),
     ):
         lines = []
@@ -288,22 +345,22 @@ def test_the_launchers_ask_the_pickers_again_afterwards(small):
 
 def test_what_was_measured_before_a_stop_is_written_and_what_was_there_is_kept(tmp_path, capsys):
     path = tmp_path / "table.json"
-    tune.write(path, H100, SM, iter(TIMED[:2]))
+    tune.write(path, H100, SM, TIMED[:2], 2)
 
     def stopped():
         yield dataclasses.replace(TIMED[1], config=VendorGemm())
         yield TIMED[2]
         raise KeyboardInterrupt
 
-    tune.write(path, H100, SM, stopped())
+    assert not tune.write(path, H100, SM, stopped(), 3)
     assert "stopped" in capsys.readouterr().out
     choices = _tuned.read(path).choices
     assert choices == {TIMED[0].key: VendorGemm(), TIMED[1].key: VendorGemm(), TIMED[2].key: TIMED[2].config}
     _tuned.write(path, dataclasses.replace(_tuned.read(path), torch="1.0"))
-    tune.write(path, H100, SM, iter(TIMED[:1]))  # of another version: no longer true
+    tune.write(path, H100, SM, TIMED[:1], 1)  # of another version: no longer true
     assert list(_tuned.read(path).choices) == [TIMED[0].key]
     before = path.read_bytes()
-    tune.write(path, H100, SM, iter([]))
+    tune.write(path, H100, SM, [], 0)
     assert path.read_bytes() == before
 
 
