@@ -315,7 +315,7 @@ class Dot:
             for r in range(rows)
         ]
         zero = b.constant(0.0, "f32", LANES)
-        start = [zero if fresh else self.load_vector(p, "f32", LANES) for row in places for p in row]
+        start = [zero] * (len(places) * len(places[0]))
 
         def accumulate(carried: list[Val], position: Val, elem: str) -> list[Val]:
             word = b.binary("arith.divui", position, b.index(2)) if pairs else position
@@ -338,6 +338,8 @@ class Dot:
             results = loop.results
         flat = [p for row in places for p in row]
         for result, place in zip(results, flat, strict=True):
+            if not fresh:  # added last: the roundings are those of short sums, not of one as long as the contraction
+                result = b.binary("arith.addf", self.load_vector(place, "f32", LANES), result)
             self.store_vector(result, place)
 
     def _panel(self, pointer: Val, pairs: bool) -> Val:
