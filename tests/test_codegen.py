@@ -366,7 +366,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command.workloads, "vit_b_16", workloads.each_kernel)
     options = ("--arch", "sm_80", "--dtype", "bfloat16", "--jobs", 1)
     run(monkeypatch, *options, "--only", "sum_parts", "--json", tmp_path / "f.json", "--dump", tmp_path / "dump")
-    written = json.loads((tmp_path / "f.json").read_text())
+    content = json.loads((tmp_path / "f.json").read_text())
+    assert content["command"] == "codegen" and content["options"]["arch"] == ["sm_80"] and content["machine"]["triton"]
+    written = content["results"]
     assert {each["kernel"] for each in written} == {"sum_parts_kernel"} and written[0]["constants"]["BLOCK"]
     assert written[0]["intensity"] == written[0]["flops"] / written[0]["bytes"] and written[0]["trips"] > 0
     lines = capsys.readouterr().out.splitlines()
@@ -376,13 +378,37 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert dumped == {".cubin", ".ptx", ".json"}
 
 
+def test_only_what_was_asked_for_is_compiled():
+    with compiling_for("sm_80", "sum_parts") as found:
+        workloads.each_kernel(torch.bfloat16)
+    assert {each.kernel.name for each in found} == {"sum_parts_kernel"}
+
+
+def test_what_was_compiled_before_an_interrupt_is_kept(tmp_path, monkeypatch, capsys):
+    read = command.figures
+
+    def interrupted(arch, dtype, **options):
+        if arch == "sm_90":
+            raise KeyboardInterrupt
+        return read(arch, dtype, **options)
+
+    monkeypatch.setattr(command, "figures", interrupted)
+    monkeypatch.setattr(command.workloads, "vit_b_16", workloads.each_kernel)
+    options = ("--arch", "sm_80", "sm_90", "--dtype", "bfloat16", "--jobs", 1, "--only", "sum_parts")
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *options, "--json", tmp_path / "f.json")
+    assert stopped.value.code == 130 and "stopped" in capsys.readouterr().out
+    assert {each["arch"] for each in json.loads((tmp_path / "f.json").read_text())["results"]} == {"sm_80"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["--arch", "sm_70"], "invalid choice: 'sm_70'"),
         (["--dump", __file__], "is a file, a folder is needed"),
-        (["--json", "/nowhere/figures.json"], "cannot be written"),
-        (["--jobs", "0"], "at least 1"),
+        (["--json", "/nowhere/figures.json"], "must be a file in a folder that exists"),
+        (["--jobs", "0"], "must be a whole number above 0"),
+        (["--only", "tension"], "nothing here contains 'tension'; there are attention_fwd_kernel; "),
     ],
 )
 def test_wrong_options(arguments, complaint, monkeypatch, capsys):

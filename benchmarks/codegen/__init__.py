@@ -9,7 +9,6 @@ second run takes it.
 import argparse
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -18,10 +17,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import options
 from benchmarks.codegen import workloads
 from benchmarks.codegen.architectures import ARCHITECTURES
+from benchmarks.codegen.cost import COSTS
 from benchmarks.codegen.figures import DTYPES, HEADER, Figures, figures, line
-from benchmarks.runner import machine
+from benchmarks.runner import machine, progress, write_json
 
 SUMMARY = {"codegen": "compile every kernel for GPUs and count what comes out; needs no GPU"}
 DEFAULT = (["sm_80", "sm_90", "sm_100"], ["bfloat16", "float32"])
@@ -31,13 +32,6 @@ def _folder(name: str) -> Path:
     path = Path(name)
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{name} is a file, a folder is needed")
-    return path
-
-
-def _file(name: str) -> Path:
-    path = Path(name)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{name} cannot be written: it is a folder, or is in none")
     return path
 
 
@@ -55,45 +49,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="every tile that the library can choose, not only those of ViT-B/16; takes long the first time",
     )
-    parser.add_argument("--only", default="", metavar="NAME", help="kernels whose name contains this")
-    parser.add_argument("--json", type=_file, metavar="FILE", help="write the figures to this file")
+    options.add_only(parser, "kernels")
+    options.add_json(parser)
     parser.add_argument(
         "--dump", type=_folder, metavar="DIR", help="leave binary, assembly and figures of each kernel in this folder"
     )
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile (default: all cores)"
+        "--jobs",
+        type=options.positive,
+        default=os.cpu_count() or 1,
+        help="processes that compile (default: all cores)",
     )
 
 
-def run(options: argparse.Namespace) -> None:
-    if options.jobs < 1:
-        raise SystemExit(f"--jobs: at least 1 is needed, got {options.jobs}")
-    if options.dump:
-        options.dump.mkdir(parents=True, exist_ok=True)
-    print(f"triton {machine()['triton']}; computed by its compilers and from shapes, no GPU took part")
+def run(given: argparse.Namespace) -> None:
+    options.only(COSTS, given.only, str)
+    if given.dump:
+        given.dump.mkdir(parents=True, exist_ok=True)
+    head = {"machine": machine(), **options.plain(given)}
+    print(f"triton {head['machine']['triton']}; computed by its compilers and from shapes, no GPU took part")
     print(HEADER)
-    found = []
-    for each in _every_figure(options):
-        found.append(each)
-        print(line(each), flush=True)
-    if not found:
-        raise SystemExit(f"--only: no kernel's name contains {options.only!r}")
-    if options.json:
-        options.json.write_text(json.dumps([each.as_json() for each in found], indent=1))
+    archs = given.arch or (list(ARCHITECTURES) if given.all else DEFAULT[0])
+    dtypes = given.dtype or (list(DTYPES) if given.all else DEFAULT[1])
+    tasks = list(itertools.product(archs, dtypes))
+    found: list[Figures] = []
+    with progress(len(tasks)) as bar:
+        for (arch, dtype), each in zip(tasks, _every_figure(tasks, given), strict=True):
+            found += each
+            print("\n".join(map(line, each)), flush=True)
+            if given.json:
+                write_json(given.json, {**head, "results": [one.as_json() for one in found]})
+            bar.advance(f"{arch}, {dtype}")
+    if not bar.complete:
+        raise SystemExit(130)
 
 
-def _every_figure(options: argparse.Namespace) -> Iterator[Figures]:
-    archs = options.arch or (list(ARCHITECTURES) if options.all else DEFAULT[0])
-    dtypes = options.dtype or (list(DTYPES) if options.all else DEFAULT[1])
-    workload = workloads.every_tile if options.all else workloads.vit_b_16
-    read = functools.partial(figures, run=workload, only=options.only, dump=options.dump)
-    tasks = list(zip(*itertools.product(archs, dtypes), strict=True))
-    if options.jobs == 1:
-        for each in map(read, *tasks):
-            yield from each
+def _every_figure(tasks: list[tuple[str, str]], given: argparse.Namespace) -> Iterator[list[Figures]]:
+    workload = workloads.every_tile if given.all else workloads.vit_b_16
+    read = functools.partial(figures, run=workload, only=given.only, dump=given.dump)
+    if given.jobs == 1:
+        yield from itertools.starmap(read, tasks)
         return
     # spawned: torch and LLVM have threads, which a fork would lose
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(options.jobs, len(tasks[0])), context, torch.set_num_threads, (1,)) as pool:
-        for each in pool.map(read, *tasks):
-            yield from each
+    pool = ProcessPoolExecutor(min(given.jobs, len(tasks)), context, torch.set_num_threads, (1,))
+    try:
+        yield from pool.map(read, *zip(*tasks, strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -79,17 +80,24 @@ class _Compiler(DriverBase):
 
 
 @contextlib.contextmanager
-def compiling_for(arch: str) -> Iterator[list[Launched]]:
-    """Compile what is launched on CPU tensors for ``arch``; the list is filled when the block ends, with a kernel once.
+def compiling_for(arch: str, only: str = "") -> Iterator[list[Launched]]:
+    """Compile what is launched on CPU tensors for ``arch``, if its name contains ``only``; the list is filled when the
+    block ends, with a kernel once.
 
     A launch on tensors that do not begin at a multiple of 16 bytes, for which Triton compiles other code, is left out.
     """
-    before, kept = driver._active, dict(_launch._compiled)
+    before, kept, run = driver._active, dict(_launch._compiled), _launch._run
+
+    def run_some(kernel: Any, *launch: Any) -> None:
+        if only in kernel.fn.__name__:
+            run(kernel, *launch)
+
     compiler = _Compiler(arch)
     driver.set_active(compiler)
     found: list[Launched] = []
     try:
-        yield found
+        with mock.patch.object(_launch, "_run", run_some):
+            yield found
         kernels = {kernel.hash: Launched(kernel) for key, kernel in _launch._compiled.items() if compiler in key}
         for hash_, grid, arguments in compiler.launches:
             if hash_ in kernels:

@@ -86,9 +86,9 @@ def figures(
 ) -> list[Figures]:
     """Those of every kernel that ``run`` starts and whose name contains ``only``, compiled for ``arch``; ``dump``: a
     folder for what was compiled."""
-    with compiling_for(arch) as found, _precision("high" if dtype == "tf32" else "highest"):
+    with compiling_for(arch, only) as found, _precision("high" if dtype == "tf32" else "highest"):
         run(DTYPES[dtype])
-    return [_figures(each, arch, dtype, dump) for each in found if only in each.kernel.name]
+    return [_figures(each, arch, dtype, dump) for each in found]
 
 
 @contextlib.contextmanager
