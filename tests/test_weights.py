@@ -504,7 +504,7 @@ class TestRefusals:
         model, fuse = made(timm_model), tmp_path / "ran"
         content = wrap(Bomb(fuse), snapshot(model))
         torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
-        self.refuse(model, tmp_path / "model.pth", "no readable .pth file.*")
+        self.refuse(model, tmp_path / "model.pth", r"no readable .pth file: it holds \w+.system, and nothing but")
         assert not fuse.exists()
         pickle.loads(pickle.dumps(Bomb(fuse)))
         assert fuse.exists()  # it would have
@@ -522,6 +522,20 @@ class TestRefusals:
         self.refuse(model, tmp_path / "run.pt", "'epoch': int, 'optimizer': dict")
         torch.save({}, tmp_path / "empty.pt")
         self.refuse(model, tmp_path / "empty.pt", "which holds nothing")
+
+    @pytest.mark.filterwarnings("ignore:Validating sparse tensor")  # PyTorch says so to whoever reads one
+    @pytest.mark.parametrize(
+        "name, change, match",
+        [
+            ("norm.bias", lambda x: x.to("meta"), "'norm.bias': torch.strided on meta"),
+            ("norm.bias", Tensor.to_sparse, "'norm.bias': torch.sparse_coo on cpu"),
+            (7, Tensor.clone, "7: torch.strided on cpu"),
+        ],
+    )
+    def test_tensors_of_other_kinds(self, tmp_path, name, change, match):
+        state = snapshot(made(timm_model))
+        torch.save({**state, name: change(state["norm.bias"])}, tmp_path / "model.pt")
+        self.refuse(made(timm_model, seed=1), tmp_path / "model.pt", match)
 
     def test_missing_surplus_and_misshapen(self, tmp_path):
         state = snapshot(made(timm_model))
