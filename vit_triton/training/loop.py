@@ -315,10 +315,11 @@ def train(config: TrainConfig) -> dict[str, float]:
                 result = test(run.model, run.data, config, here)
                 metrics.flush({"step": run.step, "epoch": epoch + 1, **result})
                 run.save(result)
-                progress.console.print(
-                    f"epoch {epoch + 1} of {config.epochs}: loss {metrics.loss:.3f}, on test images "
-                    f"{result['test_loss']:.3f}, of which {result['test_accuracy']:.1%} right"
-                )
+                if here.first:
+                    progress.console.print(
+                        f"epoch {epoch + 1} of {config.epochs}: loss {metrics.loss:.3f}, on test images "
+                        f"{result['test_loss']:.3f}, of which {result['test_accuracy']:.1%} right"
+                    )
                 if time.monotonic() > drawn + DRAW_EVERY:
                     draw(config, here)
                     drawn = time.monotonic()
