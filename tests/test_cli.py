@@ -363,6 +363,20 @@ def test_a_folder_of_hugging_face_is_seen_as_its_processor_says(tmp_path, capsys
     torch.testing.assert_close(named.attention(images, 0)[0, 1, 3, 1], answer.attentions[0][0, 1, 0, 1 + 4 + 12 + 1])
 
 
+@pytest.mark.parametrize("purpose", ["predict", "features"])
+def test_hugging_face_draws_no_weights_at_random(purpose, tmp_path, photo, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+    if purpose == "features":
+        model.layernorm.weight = None
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    code, out, err = run(capsys, purpose, photo, "--model", f"hf:{tmp_path}")
+    lacking = "classifier.bias, classifier.weight" if purpose == "predict" else "layernorm.weight"
+    assert (code, out) == (2, "") and err.endswith(f"hf:{tmp_path} has no weights for {lacking}\n")
+
+
 def test_another_architecture_of_hugging_face_is_refused(tmp_path, photo, capsys):
     transformers.SwinConfig().save_pretrained(tmp_path)
     code, _, err = run(capsys, "features", photo, "--model", f"hf:{tmp_path}", "--out", tmp_path / "a.png")

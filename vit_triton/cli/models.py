@@ -13,6 +13,7 @@ import socket
 import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +285,11 @@ def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: 
         sight = _hugging_face_sight(look, options.image_size, config.image_size)
         _check_size(sight, config.patch_size)
         if options.weights is None:
-            model = auto.from_pretrained(name, **how)
+            model, loaded = auto.from_pretrained(name, output_loading_info=True, **how)
+            needless = _ignored(options, purpose)
+            lacking = [part for part in loaded["missing_keys"] if not any(fnmatchcase(part, p) for p in needless)]
+            if lacking:  # transformers draws it at random
+                raise ValueError(f"--model: {options.model} has no weights for {', '.join(sorted(lacking)[:3])}")
     except (OSError, json.JSONDecodeError) as error:
         files = "config.json and preprocessor_config.json" + ("" if options.weights else ", and model.safetensors")
         raise FileNotFoundError(
