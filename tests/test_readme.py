@@ -105,6 +105,13 @@ def test_python_runs(where, small, one_process, capsys):
         assert names["preds"].shape == (1, 1000) and torch.isfinite(names["preds"]).all()
 
 
+def test_the_table_is_what_accelerate_prints():
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_224")
+    tables = [text for language, text, _ in BLOCKS if language == "text"]
+    assert tables == [f"{vit_triton.accelerate(model)}\n"]
+
+
 class Parsed(Exception):
     """Instead of what the command would do."""
 
