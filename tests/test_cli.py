@@ -540,7 +540,9 @@ def test_bench_hands_over(capfd, monkeypatch, tmp_path):
         ("attention PHOTO --model TRAINED --layer -3", "--layer must be from -2 to 1, got -3"),
         ("features PHOTO --model TRAINED --out picture.txt", "--out must end in .png, .jpg, .webp, got picture.txt"),
         ("features PHOTO --model TRAINED --out nowhere/a.png", "--out: there is no folder nowhere"),
-        ("predict PHOTO --model TRAINED --device nothing", "--device: "),
+        ("predict PHOTO --model TRAINED --device nothing", "device: "),
+        ("train digits --device nothing", "device: "),
+        ("eval TRAINED --device nothing", "device: "),
         ("train digits --epochs 0", "epochs must be at least 1, got 0"),
         ("train nowhere", "nowhere/CLASS/"),
         ("predict PHOTO", "--model"),
@@ -557,6 +559,15 @@ def test_wrong_usage_is_a_line(words, message, photo, trained, theirs, tmp_path,
     assert err.startswith(("vit-triton: ", "usage: ")) and "Traceback" not in err
     assert err.startswith("usage") or err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", ["predict PHOTO --model TRAINED", "train digits", "eval TRAINED"])
+def test_a_backend_that_cannot_run_is_a_line(words, photo, trained, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vit_triton.backend._TRITON_INSTALLED", False)
+    named = {"PHOTO": photo, "TRAINED": trained}
+    code, _, err = run(capsys, *(named.get(word, word) for word in words.split()), "--backend", "triton")
+    assert code == 2 and err.startswith('vit-triton: backend: backend "triton" needs the package triton')
 
 
 def test_a_simple_vit_has_no_class_token(photos, tmp_path, photo, capsys):

@@ -24,11 +24,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from vit_triton.backend import BACKENDS, resolve_backend
+from vit_triton.backend import BACKENDS
 from vit_triton.images import ImageError, open_image
 from vit_triton.inspection import attention_maps
 from vit_triton.integrations import accelerate
 from vit_triton.training import load_trained
+from vit_triton.training.loop import device_for
 from vit_triton.weights import load_weights
 
 BATCH = 8  # images at once
@@ -192,16 +193,7 @@ def open_model(options: argparse.Namespace, *, purpose: str) -> Named:
         ValueError: an option does not fit; the message names it.
     """
     kind, _, name = options.model.partition(":")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        probe = torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without CUDA
-        raise ValueError(f"--device: {str(error).splitlines()[0]}") from error
-    if options.backend is not None:
-        try:
-            resolve_backend(options.backend, "linear", probe)
-        except RuntimeError as error:
-            raise ValueError(f"--backend: {error}") from error
+    device = str(device_for(options.device, options.backend))
     if options.image_size is not None and options.image_size < 1:
         raise ValueError(f"--image-size must be at least 1, got {options.image_size}")
     if name and kind in ("timm", "hf"):
