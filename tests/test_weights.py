@@ -309,6 +309,25 @@ class TestPositions:
         (loaded,) = (tensor for name, tensor in ours.state_dict().items() if "pos" in name)
         torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
 
+    @pytest.mark.parametrize("prefix", ["", "vision_model."])
+    @pytest.mark.parametrize("name", ["CLIPVisionModel", "SiglipVisionModel"])
+    def test_of_what_sees_images_beside_text(self, tmp_path, name, prefix):
+        theirs, ours = made(hf_model, name), made(hf_model, name, 48, seed=1)
+        state = snapshot(theirs)
+        torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "model.pt")
+        load_weights(ours, tmp_path / "model.pt")
+        tokens = state["embeddings.position_embedding.weight"][None]
+        expected = resample_abs_pos_embed(tokens, [6, 6], num_prefix_tokens=int("CLIP" in name))[0]
+        assert_untouched(ours, {**state, "embeddings.position_embedding.weight": expected})
+
+    @pytest.mark.parametrize("name", ["CLIPText", "SiglipText"])
+    def test_of_text_have_no_grid(self, tmp_path, name):
+        sizes = dict(hidden_size=DIM, num_hidden_layers=1, num_attention_heads=HEADS, intermediate_size=HIDDEN)
+        config, kind = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}Model")
+        theirs, ours = (kind(config(**sizes, max_position_embeddings=n)) for n in (64, 16))
+        with pytest.raises(WeightsError, match=r"position_embedding.weight \(64, 24\) in the file"):
+            load_weights(ours, write(theirs, tmp_path))
+
     def test_register_tokens_keep_theirs(self, tmp_path):
         theirs, ours = (made(timm_model, size, seed=seed, reg_tokens=2) for size, seed in ((32, 0), (48, 1)))
         load_weights(ours, write(theirs, tmp_path))

@@ -53,7 +53,7 @@ def watched() -> bool:
     """Whether a hook is called with every module, or a function is transformed in a way that no kernel knows: those of
     torch.func, and forward mode."""
     transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return transformed or nn.modules.module._has_any_global_hook()
+    return transformed or bool(nn.modules.module._has_any_global_hook())
 
 
 class Recipe(NamedTuple):
