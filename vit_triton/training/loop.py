@@ -197,8 +197,7 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
         config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in FREE | {"size"}}
-        return {**config, **self.config.sizes(), **self.data.facts(),
-                "processes": self.here.processes}
+        return {**config, **self.config.sizes(), **self.data.facts(), "processes": self.here.processes}
 
     def learn(self, images: Tensor, labels: Tensor) -> Tensor:
         """One step; the loss of this process's part of the batch."""
@@ -377,7 +376,7 @@ def load_trained(
 def evaluate(
     folder: Path, data: str | None = None, *, backend: str | None = None, device: str | None = None
 ) -> dict[str, float]:
-    """"test_loss" and "test_accuracy" of the checkpoint in ``folder``, on its own test images or those of ``data``.
+    """What :func:`train` returns, of the checkpoint in ``folder``, on its own test images or those of ``data``.
 
     Raises:
         FileNotFoundError: there is no checkpoint, or no data.
