@@ -102,7 +102,7 @@ def test_a_run_learns_and_leaves_what_it_says(whole):
 def test_evaluates_what_it_trained(whole, photos, tmp_path):
     last = json.loads((whole / METRICS).read_text().splitlines()[-1])
     state = torch.get_rng_state()
-    result = evaluate(whole)
+    result = evaluate(whole, backend="triton")
     assert torch.equal(state, torch.get_rng_state()), "drew from the caller's generator"
     assert result == {name: last[name] for name in ("test_loss", "test_accuracy")}
     torch.testing.assert_close(evaluate(whole, backend="torch")["test_loss"], result["test_loss"], rtol=1e-4, atol=1e-5)
