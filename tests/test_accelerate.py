@@ -12,6 +12,8 @@ from parity import run
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
 import vit_triton
@@ -440,6 +442,31 @@ def test_other_convolutions_are_left(options):
     theirs = model(image)
     (entry,) = vit_triton.accelerate(model, "triton").left
     assert "convolution" in entry.what and torch.equal(model(image), theirs)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own, at its first tangent
+def test_transforms_of_functions_are_left_to_the_library(model, images, kernels):
+    parameters, tangent = dict(model.named_parameters()), torch.ones_like(images)
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, image[None]).square().sum()
+
+    def results():
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():  # the others have no such transforms
+            gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+            dual = forward_ad.unpack_dual(model(forward_ad.make_dual(images, tangent)))
+        return [*gradients.values(), dual.tangent]
+
+    theirs = results()
+    vit_triton.accelerate(model, "triton")
+    assert all(map(torch.equal, results(), theirs)) and not kernels
+    assert model(images).requires_grad and kernels == WHOLE
+
+
+def test_on_the_meta_device(model, images, kernels):
+    vit_triton.accelerate(model.to("meta"), "triton")
+    model(images.to("meta")).sum().backward()
+    assert model.patch_embed.proj.weight.grad.is_meta and kernels == WHOLE
 
 
 # --- bad arguments -----------------------------------------------------------------------------------------

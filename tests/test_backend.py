@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import INTERPRETER
 
 import vit_triton
 from vit_triton import backend, cpu
@@ -13,6 +14,7 @@ from vit_triton import functional as F
 
 VARIABLE = "VIT_TRITON_BACKEND"
 X = torch.zeros(2, 4)
+measured_cpu = backend._measured_cpu  # which most tests replace
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +43,19 @@ def test_auto_takes_triton_on_a_cpu_where_it_was_measured_to_be_faster(monkeypat
     monkeypatch.setattr(backend, "_measured_cpu", lambda: False)
     with torch.no_grad():
         assert backend.resolve_backend("auto", "mlp", X) == "torch"
+
+
+@pytest.mark.skipif(INTERPRETER, reason="no CPU is measured in the interpreter")
+@pytest.mark.parametrize(
+    ("vendor", "has", "measured"),
+    [("AuthenticAMD", True, True), ("GenuineIntel", True, False), ("AuthenticAMD", False, False), ("", True, False)],
+)
+def test_auto_knows_the_kind_of_cpu_that_was_measured(monkeypatch, vendor, has, measured):
+    monkeypatch.setattr("vit_triton.cpu.features.vendor", lambda: vendor)
+    monkeypatch.setattr("vit_triton.cpu.features.detect", lambda: ("avx512_bf16",) * has)
+    monkeypatch.setattr(cpu, "why_not", lambda: None)
+    monkeypatch.setattr(backend, "cpu_vehicle", lambda: "compiled")
+    assert measured_cpu() == measured
 
 
 def test_the_measurements_are_of_ops_and_dtypes_there_are():

@@ -363,6 +363,20 @@ def test_a_folder_of_hugging_face_is_seen_as_its_processor_says(tmp_path, capsys
     torch.testing.assert_close(named.attention(images, 0)[0, 1, 3, 1], answer.attentions[0][0, 1, 0, 1 + 4 + 12 + 1])
 
 
+@pytest.mark.parametrize("purpose", ["predict", "features"])
+def test_hugging_face_draws_no_weights_at_random(purpose, tmp_path, photo, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+    if purpose == "features":
+        model.layernorm.weight = None
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    code, out, err = run(capsys, purpose, photo, "--model", f"hf:{tmp_path}")
+    lacking = "classifier.bias, classifier.weight" if purpose == "predict" else "layernorm.weight"
+    assert (code, out) == (2, "") and err.endswith(f"hf:{tmp_path} has no weights for {lacking}\n")
+
+
 def test_another_architecture_of_hugging_face_is_refused(tmp_path, photo, capsys):
     transformers.SwinConfig().save_pretrained(tmp_path)
     code, _, err = run(capsys, "features", photo, "--model", f"hf:{tmp_path}", "--out", tmp_path / "a.png")
@@ -482,7 +496,10 @@ def test_info_says_why(monkeypatch):
     cells = [cell for column in table.columns[1:] for cell in column.cells]
     rows = list(table.columns[0].cells)
     assert len(cells) == 4 * len(rows) and set(rows) == set(backend.OPS)
+    assert cells.count("by its parts") == 2  # the encoder, in training
     for cell in cells:  # the table is what decides
+        if cell == "by its parts":
+            continue
         name, reason = cell.split(": ")
         assert name == ("triton" if reason.endswith("x") and float(reason[:-1]) > 1 else "torch"), cell
     monkeypatch.setattr(backend, "_TRITON_INSTALLED", False)
@@ -523,7 +540,9 @@ def test_bench_hands_over(capfd, monkeypatch, tmp_path):
         ("attention PHOTO --model TRAINED --layer -3", "--layer must be from -2 to 1, got -3"),
         ("features PHOTO --model TRAINED --out picture.txt", "--out must end in .png, .jpg, .webp, got picture.txt"),
         ("features PHOTO --model TRAINED --out nowhere/a.png", "--out: there is no folder nowhere"),
-        ("predict PHOTO --model TRAINED --device nothing", "--device: "),
+        ("predict PHOTO --model TRAINED --device nothing", "device: "),
+        ("train digits --device nothing", "device: "),
+        ("eval TRAINED --device nothing", "device: "),
         ("train digits --epochs 0", "epochs must be at least 1, got 0"),
         ("train nowhere", "nowhere/CLASS/"),
         ("predict PHOTO", "--model"),
@@ -540,6 +559,15 @@ def test_wrong_usage_is_a_line(words, message, photo, trained, theirs, tmp_path,
     assert err.startswith(("vit-triton: ", "usage: ")) and "Traceback" not in err
     assert err.startswith("usage") or err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", ["predict PHOTO --model TRAINED", "train digits", "eval TRAINED"])
+def test_a_backend_that_cannot_run_is_a_line(words, photo, trained, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vit_triton.backend._TRITON_INSTALLED", False)
+    named = {"PHOTO": photo, "TRAINED": trained}
+    code, _, err = run(capsys, *(named.get(word, word) for word in words.split()), "--backend", "triton")
+    assert code == 2 and err.startswith('vit-triton: backend: backend "triton" needs the package triton')
 
 
 def test_a_simple_vit_has_no_class_token(photos, tmp_path, photo, capsys):

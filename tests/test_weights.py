@@ -309,6 +309,25 @@ class TestPositions:
         (loaded,) = (tensor for name, tensor in ours.state_dict().items() if "pos" in name)
         torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
 
+    @pytest.mark.parametrize("prefix", ["", "vision_model."])
+    @pytest.mark.parametrize("name", ["CLIPVisionModel", "SiglipVisionModel"])
+    def test_of_what_sees_images_beside_text(self, tmp_path, name, prefix):
+        theirs, ours = made(hf_model, name), made(hf_model, name, 48, seed=1)
+        state = snapshot(theirs)
+        torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "model.pt")
+        load_weights(ours, tmp_path / "model.pt")
+        tokens = state["embeddings.position_embedding.weight"][None]
+        expected = resample_abs_pos_embed(tokens, [6, 6], num_prefix_tokens=int("CLIP" in name))[0]
+        assert_untouched(ours, {**state, "embeddings.position_embedding.weight": expected})
+
+    @pytest.mark.parametrize("name", ["CLIPText", "SiglipText"])
+    def test_of_text_have_no_grid(self, tmp_path, name):
+        sizes = dict(hidden_size=DIM, num_hidden_layers=1, num_attention_heads=HEADS, intermediate_size=HIDDEN)
+        config, kind = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}Model")
+        theirs, ours = (kind(config(**sizes, max_position_embeddings=n)) for n in (64, 16))
+        with pytest.raises(WeightsError, match=r"position_embedding.weight \(64, 24\) in the file"):
+            load_weights(ours, write(theirs, tmp_path))
+
     def test_register_tokens_keep_theirs(self, tmp_path):
         theirs, ours = (made(timm_model, size, seed=seed, reg_tokens=2) for size, seed in ((32, 0), (48, 1)))
         load_weights(ours, write(theirs, tmp_path))
@@ -504,7 +523,7 @@ class TestRefusals:
         model, fuse = made(timm_model), tmp_path / "ran"
         content = wrap(Bomb(fuse), snapshot(model))
         torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
-        self.refuse(model, tmp_path / "model.pth", "no readable .pth file.*")
+        self.refuse(model, tmp_path / "model.pth", r"no readable .pth file: it holds \w+.system, and nothing but")
         assert not fuse.exists()
         pickle.loads(pickle.dumps(Bomb(fuse)))
         assert fuse.exists()  # it would have
@@ -522,6 +541,20 @@ class TestRefusals:
         self.refuse(model, tmp_path / "run.pt", "'epoch': int, 'optimizer': dict")
         torch.save({}, tmp_path / "empty.pt")
         self.refuse(model, tmp_path / "empty.pt", "which holds nothing")
+
+    @pytest.mark.filterwarnings("ignore:Validating sparse tensor")  # PyTorch says so to whoever reads one
+    @pytest.mark.parametrize(
+        "name, change, match",
+        [
+            ("norm.bias", lambda x: x.to("meta"), "'norm.bias': torch.strided on meta"),
+            ("norm.bias", Tensor.to_sparse, "'norm.bias': torch.sparse_coo on cpu"),
+            (7, Tensor.clone, "7: torch.strided on cpu"),
+        ],
+    )
+    def test_tensors_of_other_kinds(self, tmp_path, name, change, match):
+        state = snapshot(made(timm_model))
+        torch.save({**state, name: change(state["norm.bias"])}, tmp_path / "model.pt")
+        self.refuse(made(timm_model, seed=1), tmp_path / "model.pt", match)
 
     def test_missing_surplus_and_misshapen(self, tmp_path):
         state = snapshot(made(timm_model))

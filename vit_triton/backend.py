@@ -138,7 +138,9 @@ def _measured_cpu() -> bool:
         return False
     from vit_triton.cpu import features
 
-    return "avx512_bf16" in features.detect() and cpu_vehicle() == "compiled"
+    # Xeons have these instructions too: on one, the kernels took 1.3 times as long as MKL for float32 products
+    of_its_kind = features.vendor() == "AuthenticAMD" and "avx512_bf16" in features.detect()
+    return of_its_kind and cpu_vehicle() == "compiled"
 
 
 def _require_triton(device_type: str) -> None:

@@ -302,7 +302,7 @@ def encoder(
         _check_encoder(x, blocks, heads, scale, activation)
         _remember_encoder(form)
     apart = _differentiating(x, *(part for part in parts if isinstance(part, Tensor)))
-    if apart or torch.compiler.is_compiling() or _autocasting(x.device.type):
+    if apart or torch.compiler.is_compiling() or autocasting(x.device.type):
         functions = tuple(functools.partial(op, backend=backend) for op in (linear, attention, mlp))
         return reference.encoder_of(functions, x, blocks, heads, scale, activation, first_token)
     if resolve_backend(backend, "encoder", x) == "torch":
@@ -491,7 +491,8 @@ def _apply(
     return getattr(torch.ops.vit_triton, op).default(*arguments, save)
 
 
-def _autocasting(device_type: str) -> bool:
+def autocasting(device_type: str) -> bool:
+    """Whether autocast is on, on a device that need not have it."""
     available = device_type in _AUTOCAST or torch.amp.is_autocast_available(device_type)
     return available and torch.is_autocast_enabled(device_type)
 
@@ -501,7 +502,7 @@ def _autocast(
 ) -> tuple[Any, ...]:
     """The tensors in autocast's dtype (or ``dtype``) where autocast is on, else as they are."""
     device_type = (tensors[0].device if device is None else device).type  # type: ignore[union-attr]
-    if not _autocasting(device_type):
+    if not autocasting(device_type):
         return tensors
     dtype = dtype or torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x is not None and x.dtype in _FLOATS else x for x in tensors)
@@ -642,7 +643,7 @@ def _check_alike(first: str, x: Tensor, **others: Tensor | None) -> None:
             continue
         if other.device != x.device:
             raise ValueError(f"{first} and {name} must be on one device, got {x.device} and {other.device}")
-        if other.dtype != x.dtype and not _autocasting(x.device.type):
+        if other.dtype != x.dtype and not autocasting(x.device.type):
             raise TypeError(f"{first} and {name} must have one dtype, got {x.dtype} and {other.dtype}")
 
 

@@ -13,6 +13,7 @@ import socket
 import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from vit_triton.backend import BACKENDS, resolve_backend
+from vit_triton.backend import BACKENDS
 from vit_triton.images import ImageError, open_image
 from vit_triton.inspection import attention_maps
 from vit_triton.integrations import accelerate
 from vit_triton.training import load_trained
+from vit_triton.training.loop import device_for
 from vit_triton.weights import load_weights
 
 BATCH = 8  # images at once
@@ -191,16 +193,7 @@ def open_model(options: argparse.Namespace, *, purpose: str) -> Named:
         ValueError: an option does not fit; the message names it.
     """
     kind, _, name = options.model.partition(":")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        probe = torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without CUDA
-        raise ValueError(f"--device: {str(error).splitlines()[0]}") from error
-    if options.backend is not None:
-        try:
-            resolve_backend(options.backend, "linear", probe)
-        except RuntimeError as error:
-            raise ValueError(f"--backend: {error}") from error
+    device = str(device_for(options.device, options.backend))
     if options.image_size is not None and options.image_size < 1:
         raise ValueError(f"--image-size must be at least 1, got {options.image_size}")
     if name and kind in ("timm", "hf"):
@@ -284,7 +277,11 @@ def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: 
         sight = _hugging_face_sight(look, options.image_size, config.image_size)
         _check_size(sight, config.patch_size)
         if options.weights is None:
-            model = auto.from_pretrained(name, **how)
+            model, loaded = auto.from_pretrained(name, output_loading_info=True, **how)
+            needless = _ignored(options, purpose)
+            lacking = [part for part in loaded["missing_keys"] if not any(fnmatchcase(part, p) for p in needless)]
+            if lacking:  # transformers draws it at random
+                raise ValueError(f"--model: {options.model} has no weights for {', '.join(sorted(lacking)[:3])}")
     except (OSError, json.JSONDecodeError) as error:
         files = "config.json and preprocessor_config.json" + ("" if options.weights else ", and model.safetensors")
         raise FileNotFoundError(

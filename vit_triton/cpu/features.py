@@ -13,13 +13,21 @@ OPTIONAL = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
 @functools.cache
 def detect() -> tuple[str, ...]:
     """Names of /proc/cpuinfo of those features above that this CPU has; none where that cannot be told."""
+    has = _cpuinfo("flags").split()
+    return tuple(name for name in (*REQUIRED, *OPTIONAL) if name in has)
+
+
+def vendor() -> str:
+    """Who made this CPU, as /proc/cpuinfo says it: "AuthenticAMD", "GenuineIntel"; "" where that cannot be told."""
+    return _cpuinfo("vendor_id")
+
+
+@functools.cache
+def _cpuinfo(field: str) -> str:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return ()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            has = set(line.split(":")[1].split())
-            return tuple(name for name in (*REQUIRED, *OPTIONAL) if name in has)
-    return ()
+        return ""
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    return next((value.strip() for name, _, value in lines if name.strip() == field), "")
 
 
 @functools.cache

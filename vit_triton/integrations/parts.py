@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -106,9 +105,8 @@ def feed_forward(x: Tensor, parts: MlpParts, backend: str | None, branch: Branch
 
 def check_input(x: Tensor, *weights: Tensor | None) -> None:
     """Raise Unknown where a weight is sharded, or where dtypes are mixed by hand: PyTorch's promotion decides then."""
-    autocast = torch.is_autocast_enabled(x.device.type)
     for weight in weights:
-        if weight is not None and (sharded(weight) or (weight.dtype != x.dtype and not autocast)):
+        if weight is not None and (sharded(weight) or (weight.dtype != x.dtype and not F.autocasting(x.device.type))):
             raise Unknown("a sharded weight, or several dtypes")
 
 

@@ -49,6 +49,13 @@ def sharded(x: Tensor) -> bool:
     return hasattr(x, "to_local")
 
 
+def watched() -> bool:
+    """Whether a hook is called with every module, or a function is transformed in a way that no kernel knows: those of
+    torch.func, and forward mode."""
+    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return transformed or bool(nn.modules.module._has_any_global_hook())
+
+
 class Recipe(NamedTuple):
     """How the modules of one class are computed here.
 
@@ -166,7 +173,7 @@ def _accelerated(cls: Any, recipe: Recipe, backend: str | None) -> Any:
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x = recipe.find_input(args, kwargs)
-        if x is not None and cls.forward is known and not nn.modules.module._has_any_global_hook():
+        if x is not None and cls.forward is known and not watched():
             try:
                 found = recipe.read(self)
                 if found is not None:
@@ -215,7 +222,8 @@ def accelerate(
     a whole, where residual, LayerScale and DropPath go into the matrix products. Parameters, buffers, names, hooks,
     state dict, ``isinstance``, deepcopy and pickle stay as they were, and an optimizer made before stays valid.
     Every call looks again: with a hook on an inner module, a replaced or wrapped part, an attention mask or a float64
-    input it is the library's own ``forward`` that runs. Dropout draws other numbers than PyTorch's, at the same rate.
+    input, and inside a transform of ``torch.func``, it is the library's own ``forward`` that runs. Dropout draws other
+    numbers than PyTorch's, at the same rate.
 
     Args:
         model: any module; what is not known in it is left alone.

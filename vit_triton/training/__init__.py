@@ -1,7 +1,7 @@
 """Training of a classifier: one readable loop, for one process or many (``torchrun``), that can be killed at any moment
 and goes on where it was.
 
-``python -m vit_triton.training digits --out run`` trains; :func:`train` and :func:`evaluate` are the same from Python.
+``vit-triton train`` and ``vit-triton eval`` are :func:`train` and :func:`evaluate` on a command line.
 """
 
 from vit_triton.training.config import TrainConfig, add_arguments, config_from

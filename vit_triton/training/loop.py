@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
 
 from vit_triton import models
+from vit_triton.backend import resolve_backend
 from vit_triton.training import checkpoint, curves
 from vit_triton.training.config import TrainConfig
 from vit_triton.training.data import Data, Seeded, batches, load_data, seed_of
@@ -57,17 +58,34 @@ class Place:
         return x
 
 
+def device_for(name: str | None, backend: str | None) -> torch.device:
+    """The device of that name, else a GPU if there is one; of the processes of torchrun, each has a GPU of its own.
+
+    Raises:
+        ValueError: it is not there, or ``backend`` does not run on it; the message names which.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        probe = torch.empty(0, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without CUDA
+        raise ValueError(f"device: {str(error).splitlines()[0]}") from error
+    try:
+        resolve_backend(backend, "linear", probe)
+    except RuntimeError as error:
+        raise ValueError(f"backend: {error}") from error
+    return probe.device
+
+
 @contextlib.contextmanager
 def place(config: TrainConfig) -> Iterator[Place]:
     """Join the processes that torchrun started, if it did."""
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_for(config.device, config.backend)
     if "RANK" not in os.environ:
         if config.fsdp:
             raise ValueError("fsdp shards over the processes of torchrun: torchrun --nproc-per-node N -m ...")
         yield Place(device)
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
@@ -179,8 +197,7 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
         config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in FREE | {"size"}}
-        return {**config, **self.config.sizes(), **self.data.facts(),
-                "processes": self.here.processes}
+        return {**config, **self.config.sizes(), **self.data.facts(), "processes": self.here.processes}
 
     def learn(self, images: Tensor, labels: Tensor) -> Tensor:
         """One step; the loss of this process's part of the batch."""
@@ -315,10 +332,11 @@ def train(config: TrainConfig) -> dict[str, float]:
                 result = test(run.model, run.data, config, here)
                 metrics.flush({"step": run.step, "epoch": epoch + 1, **result})
                 run.save(result)
-                progress.console.print(
-                    f"epoch {epoch + 1} of {config.epochs}: loss {metrics.loss:.3f}, on test images "
-                    f"{result['test_loss']:.3f}, of which {result['test_accuracy']:.1%} right"
-                )
+                if here.first:
+                    progress.console.print(
+                        f"epoch {epoch + 1} of {config.epochs}: loss {metrics.loss:.3f}, on test images "
+                        f"{result['test_loss']:.3f}, of which {result['test_accuracy']:.1%} right"
+                    )
                 if time.monotonic() > drawn + DRAW_EVERY:
                     draw(config, here)
                     drawn = time.monotonic()
@@ -358,7 +376,7 @@ def load_trained(
 def evaluate(
     folder: Path, data: str | None = None, *, backend: str | None = None, device: str | None = None
 ) -> dict[str, float]:
-    """"test_loss" and "test_accuracy" of the checkpoint in ``folder``, on its own test images or those of ``data``.
+    """What :func:`train` returns, of the checkpoint in ``folder``, on its own test images or those of ``data``.
 
     Raises:
         FileNotFoundError: there is no checkpoint, or no data.

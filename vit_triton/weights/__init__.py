@@ -31,7 +31,8 @@ def load_weights(
     """Load a checkpoint into a model of the same architecture, whichever library either comes from.
 
     Known are the layouts of vit_pytorch (this library's; older ones too), timm, torchvision, Hugging Face (ViT, DeiT,
-    DINOv2), the JAX ``.npz`` files, and ONNX exports of these; a model of another kind takes files with its own names.
+    DINOv2), the JAX ``.npz`` files, and ONNX exports of these; a model of another kind, Hugging Face's CLIP and SigLIP
+    among them, takes files with its own names.
     Positions are resampled when the grid of patches differs. A bias of zeros and a mask token of pre-training that the
     model lacks are left out. What no file says is the eps of the norms: that is up to the model.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,8 @@ def read(path: Path) -> dict[str, Tensor]:
     except ImportError as error:
         raise ImportError(f"{path}: reading {path.suffix} files needs the package {error.name}") from error
     except Exception as error:  # whatever a damaged file makes its reader say
-        raise WeightsError(f"{path}: no readable {path.suffix} file: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise WeightsError(f"{path}: no readable {path.suffix} file: {reason}") from error
     return tensors
 
 
@@ -85,7 +88,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # which advises to run what the file holds
+        other = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds {other[1]}, and nothing but tensors is read" if other else "no pickle of tensors"
+        raise WeightsError(f"{path}: no readable {path.suffix} file: {reason}") from error
     for key in ("state_dict", "model", "model_state_dict"):  # what training scripts wrap it in
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -102,11 +110,21 @@ def _read_numpy(path: Path) -> dict[str, Tensor]:
 def _only_tensors(path: Path, content: Any) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: expected a state dict, got a {type(content).__name__}")
-    others = [f"{name!r}: {type(value).__name__}" for name, value in content.items() if not isinstance(value, Tensor)]
+    others = [f"{name!r}: {_kind(value)}" for name, value in content.items() if not _is_plain(name, value)]
     if others or not content:
         held = ", ".join(others[:10]) or "nothing"
         raise WeightsError(f"{path}: expected a state dict of tensors, which holds {held}")
     return dict(content)
+
+
+def _is_plain(name: Any, value: Any) -> bool:
+    """Whether this is a name, and a tensor whose numbers lie in memory one by one."""
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    return isinstance(name, str) and dense
+
+
+def _kind(value: Any) -> str:
+    return f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:

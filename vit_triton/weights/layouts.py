@@ -49,8 +49,14 @@ def places(names: Iterable[str]) -> dict[str, Place]:
     if len(set(bare.values())) < len(bare):  # what looks like a wrapper tells two parts apart
         bare = {name: name for name in names}
     found = [{name: _look_up(layout, bare[name]) for name in names} for layout in LAYOUTS]
-    best = max(found, key=lambda found: sum(place is not None for place in found.values()))
+    best = max(found, key=_known)
+    if _known(best) < 2:  # a single name is a coincidence
+        best = dict.fromkeys(names)
     return {name: place or Place((bare[name],), AS_IS) for name, place in best.items()}
+
+
+def _known(found: dict[str, Place | None]) -> int:
+    return sum(place is not None for place in found.values())
 
 
 def _look_up(layout: list[Row], name: str) -> Place | None:
@@ -61,8 +67,10 @@ def _look_up(layout: list[Row], name: str) -> Place | None:
     return None
 
 
-# Around a whole model: DistributedDataParallel, torch.compile, and Hugging Face's models with a head.
-_WRAPPERS = re.compile(r"^((module|_orig_mod|model|base_model|backbone|vit|deit|dinov2|dinov2_with_registers)\.)+")
+# Around a whole model: DistributedDataParallel, torch.compile, and Hugging Face's models with a head, or of two towers.
+_WRAPPERS = re.compile(
+    r"^((module|_orig_mod|model|base_model|backbone|vit|deit|dinov2|dinov2_with_registers|vision_model)\.)+"
+)
 
 
 # --- forms -------------------------------------------------------------------------------------------------
@@ -190,6 +198,14 @@ HUGGING_FACE = [
     Row(r"distillation_classifier\.(.*)", r"head_dist.\1", AS_IS),
 ]
 
+# What sees images in CLIP and SigLIP, as far as it depends on their size; the rest stands for itself.
+HUGGING_FACE_CLIP = [
+    Row(r"embeddings\.class_embedding", "cls_token", TOKENS),
+    Row(r"embeddings\.position_embedding\.weight", "pos_embed", TOKENS),
+    Row(r"embeddings\.patch_embedding\.(.*)", r"patch.\1", AS_IS),
+    Row(r"head\.(?:probe|attention|layernorm|mlp).*", r"\g<0>", AS_IS),  # no classifier, as other layouts would have it
+]
+
 # google-research/vision_transformer, and big_vision, which numbers the parts of a block otherwise
 _BLOCK = r"(?:.*/)?Transformer/encoderblock_(\d+)/"
 JAX = [
@@ -227,4 +243,4 @@ JAX = [
     Row(r"(?:.*/)?head/bias", "head.bias", AS_IS),
 ]
 
-LAYOUTS = (VIT_PYTORCH_BARE_PATCHES, VIT_PYTORCH, TIMM, TORCHVISION, HUGGING_FACE, JAX)
+LAYOUTS = (VIT_PYTORCH_BARE_PATCHES, VIT_PYTORCH, TIMM, TORCHVISION, HUGGING_FACE, HUGGING_FACE_CLIP, JAX)
