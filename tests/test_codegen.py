@@ -173,11 +173,17 @@ def test_bars(arch):
 
 
 def test_bars_of_long_attention():
-    (found,) = figures(
-        "sm_90", "bfloat16", lambda dtype: workloads.attention(dtype, 64, 0.0, 577, 577), only="attention_fwd"
-    )
-    hold(found)
-    assert found.constants["BLOCK_M"] == "128" and found.registers <= 128 and found.blocks >= 2, found
+    """With a masked step of 16, 64 and 32 keys at the end."""
+
+    def workload(dtype):
+        for head_dim, n_tokens in ((64, 577), (64, 570), (72, 730), (88, 730)):
+            workloads.attention(dtype, head_dim, 0.0, n_tokens, n_tokens)
+
+    long = figures("sm_90", "bfloat16", workload, only="attention_fwd")
+    assert len(long) == 4
+    for found in long:
+        hold(found)
+        assert found.constants["BLOCK_M"] == "128" and found.registers <= 128 and found.blocks >= 2, found
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "silu"])

@@ -128,14 +128,29 @@ def _generation(arch: str) -> str:
 # --- attention ---------------------------------------------------------------------------------------------
 
 
+class _Compiled:
+    """What the compiler is told, too: a thread gets at most ``max_registers``, of which an NVIDIA GPU has 255."""
+
+    num_warps: int
+    num_stages: int
+    max_registers: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the compiler, as a launch takes them."""
+        limit = {"maxnreg": self.max_registers} if self.max_registers < 255 else {}  # only NVIDIA's knows it
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages, **limit)
+
+
 @dataclass(frozen=True)
-class AttentionConfig:
-    """``block_m`` query rows, ``block_n`` keys per step, launched with ``num_warps`` and ``num_stages``."""
+class AttentionConfig(_Compiled):
+    """``block_m`` query rows, ``block_n`` keys per step."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int = 255
 
 
 def split_head_dim(head_dim: int, dtype: torch.dtype, arch: str) -> tuple[int, int]:
@@ -179,9 +194,9 @@ _HEAD_DIMS = (64, 96, 128, 192, 256)  # a row of tiles below: for head sizes up 
 _ATTENTION_FWD: AttentionTable = {
     # 128 x 64 is bound by the tensor cores alone (147 us; 64 x 64: 211); from 65 on its accumulators spill
     "sm_80": ((128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2), (64, 16, 4, 2), (32, 32, 8, 1)),
-    # wgmma wants 64 rows; four blocks on a multiprocessor (70 us; 128 x 32: 73, 128 x 64: 73). At 128 64 x 64 has two
-    # blocks (257 tokens: 214 against 259)
-    "sm_90": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2)),
+    # wgmma wants 64 rows; four blocks on a multiprocessor (70 us; 128 x 32: 73, 128 x 64: 73), from 65 on with 32 keys a
+    # step (88, 257 tokens: 156; 64 x 64: 171, 128 x 64: 165; 128, where 64 x 64 has two blocks: 214 and 259)
+    "sm_90": ((64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2)),
     # 64 keys a step spill at 104 (128: 103 us; three stages of 64: 110, 128 x 64 with eight warps: 111)
     "sm_100": ((128, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
     "gfx": ((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
@@ -195,8 +210,9 @@ _ATTENTION_FWD_DROPOUT = _ATTENTION_FWD | {  # Philox wants some 40 registers be
     "sm_100": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
     "gfx": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
 }
-# wgmma at 128 x 64 with eight warps: from some 500 keys on (577: 387 us against 402 of 64 x 64; 257: 125 against 114)
-_LONG_FWD = {"sm_90": (128, 64, 8, 3)}
+# wgmma at 128 x 64 with eight warps and two blocks: from some 500 keys on (577: 363 us against 390 of 64 x 64; 257: 125
+# against 114; SO400M's heads of 72 and 729 tokens: 590 against 799)
+_LONG_FWD = {"sm_90": AttentionConfig(128, 64, 8, 3, max_registers=128)}
 _ATTENTION_BWD_DQ: AttentionTable = {
     # three blocks of 168 registers (214 us; 64 x 64: 248 with two). At 72 64 x 64 is faster on an A100 (295 against 323)
     # and spills on sm_86
@@ -277,9 +293,9 @@ def pick_attention_fwd(
     if n_q <= 16 and head_dim <= 128 and dtype != torch.float32:
         # one query row (a class token, pooling) must not compute 64
         return AttentionConfig(16, 64 if head_dim <= 64 or not dropout else 32, 4, 2)
-    long = n_k > 512 and head_dim <= 64 and dtype != torch.float32 and not dropout
-    if long and _generation(arch) in _LONG_FWD:
-        return AttentionConfig(*_LONG_FWD[_generation(arch)])
+    fits = head_dim <= 64 or head_dim <= 96 and attention_tail(n_k, 64) < 64  # a masked step of 64 keys would spill
+    if n_k > 512 and fits and dtype != torch.float32 and not dropout and _generation(arch) in _LONG_FWD:
+        return _LONG_FWD[_generation(arch)]
     return _attention_tile(_ATTENTION_FWD_DROPOUT if dropout else _ATTENTION_FWD, head_dim, dtype, arch)
 
 
@@ -434,10 +450,10 @@ def pick_swiglu(h: int, arch: str) -> TileConfig:
 
 
 @dataclass(frozen=True)
-class GemmConfig:
+class GemmConfig(_Compiled):
     """An output tile of ``rows`` x ``cols``, ``depth`` of the contraction per step; ``group`` rows of tiles share
     the L2 cache; ``split`` parts of the contraction are computed apart and added; the epilogue takes the tile's columns in
-    ``parts``; a thread gets at most ``max_registers``, of which an NVIDIA GPU has 255."""
+    ``parts``."""
 
     rows: int
     cols: int
@@ -448,12 +464,6 @@ class GemmConfig:
     split: int = 1
     parts: int = 1
     max_registers: int = 255
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Of the compiler, as a launch takes them."""
-        limit = {"maxnreg": self.max_registers} if self.max_registers < 255 else {}  # only NVIDIA's knows it
-        return dict(num_warps=self.num_warps, num_stages=self.num_stages, **limit)
 
 
 @dataclass(frozen=True)

@@ -285,8 +285,7 @@ def attention_fwd(
         TAIL_N=attention_tail(n_k, config.block_n),
         DROPOUT=dropout_p > 0,
         PRECISION=input_precision(q.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return out, lse
 
@@ -780,8 +779,7 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, *, scale: 
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             TAIL_N=attention_tail(n_k, config.block_n),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.options,
             **shared,
         )
     with_dq = config is None
@@ -803,7 +801,6 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, *, scale: 
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         TAIL_M=attention_tail(n_q, config.block_m),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
         **shared,
     )
