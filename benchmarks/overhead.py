@@ -42,7 +42,7 @@ class Shape:
     tokens: int = 197
     width: int = 128
     heads: int = 2
-    patch: int = 16
+    patch: int = 4
 
     @property
     def image(self) -> int:

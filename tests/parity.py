@@ -46,14 +46,19 @@ def pair(their_class: type, our_class: type, backend: str, **changes) -> tuple[n
     return theirs.eval(), ours.eval(), config
 
 
+def rounding(dtype: torch.dtype, terms: int) -> float:
+    """The floor of oracle.py, relative: a float32 sum of n terms of either sign is of terms sqrt(n) as large as it."""
+    return 4 * (torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * terms**0.5)
+
+
 def assert_as_precise(ours: Tensor | None, theirs: Tensor | None, exact: Tensor | None, what: str = "output") -> None:
-    """Our error against the float64 model is at most twice vit_pytorch's in the same dtype, with a floor of 4 eps."""
+    """Our error against the float64 model is at most twice vit_pytorch's in the same dtype and what rounding can do."""
     assert (ours is None) == (theirs is None), what
     if ours is None or theirs is None or exact is None:
         return
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, what
     error = (ours.double() - exact).norm()
-    allowed = 2 * (theirs.double() - exact).norm() + 4 * torch.finfo(theirs.dtype).eps * exact.norm()
+    allowed = 2 * (theirs.double() - exact).norm() + rounding(theirs.dtype, BASE["mlp_dim"]) * exact.norm()
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -81,10 +86,7 @@ def assert_parity(theirs: nn.Module, ours: nn.Module, image: Tensor, **options) 
 
 def assert_accelerated(model: nn.Module, *inputs: Tensor, low: bool = False, seed: int | None = None):
     """Output and every gradient of an accelerated model, by the rule, against those of the model before, in float32
-    and, if ``low``, in bfloat16; ``seed``: of the random numbers that all draw alike. Returns the report.
-
-    The floor is that of oracle.py: a float32 sum of n terms of either sign is of terms sqrt(n) as large as it.
-    """
+    and, if ``low``, in bfloat16; ``seed``: of the random numbers that all draw alike. Returns the report."""
     if low:  # the same numbers in every dtype
         model, inputs = model.bfloat16().float(), tuple(x.bfloat16().float() for x in inputs)
     exact_out, exact = seeded(copy.deepcopy(model).double(), [x.double() for x in inputs], seed)
@@ -104,8 +106,7 @@ def assert_accelerated(model: nn.Module, *inputs: Tensor, low: bool = False, see
                 continue
             assert grad.dtype == peer.dtype and grad.shape == peer.shape, name
             error, allowed = (grad.double() - truth).norm(), 2 * (peer.double() - truth).norm()
-            eps = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * terms**0.5
-            floor = 4 * eps * max(truth.norm(), size * truth.numel() ** 0.5)
+            floor = rounding(dtype, terms) * max(truth.norm(), size * truth.numel() ** 0.5)
             assert error <= allowed + floor, f"{name}, {dtype}: error {error:.3g}, allowed {allowed:.3g} + {floor:.3g}"
     return report
 

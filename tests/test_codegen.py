@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from benchmarks.codegen import amdgcn, sass, workloads
 from benchmarks.codegen.architectures import ARCHITECTURES
 from benchmarks.codegen.cost import COSTS, least_bytes
 from benchmarks.codegen.driver import compiling_for
-from benchmarks.codegen.figures import DTYPES, figures
+from benchmarks.codegen.figures import DTYPES, figures, line
 from benchmarks.codegen.instructions import Instruction, loops
 from vit_triton import functional as F
 from vit_triton.kernels import _config, _launch
@@ -215,7 +216,7 @@ def test_every_tile(arch, dtype):
         try:
             hold(found)
         except AssertionError as error:
-            failed.append(str(error).splitlines()[0])
+            failed.append(f"{line(found)}  {traceback.extract_tb(error.__traceback__)[-1].line}")
     assert not failed, "\n".join(failed)
 
 

@@ -641,6 +641,9 @@ def pick_patch_embed_fwd(m: int, dim: int, patch_dim: int, dtype: torch.dtype, a
         return GemmConfig(256, _clip(256, dim), _clip(256, patch_dim), 1, 1)
     if _generation(arch) in _NARROW and dtype != torch.float32:  # H100: 43 us, of bytes 75 (128 x 128: 64, 101)
         return _clipped(_NARROW[_generation(arch)], 2**30, dim, patch_dim)
+    if _generation(arch) == "sm_80" and dtype != torch.float32:
+        # A100: 153 us, of bytes 256. 128 x 64 (146, 244) spills where patches of 14 are read, or bytes without a norm
+        return _clipped(GemmConfig(64, 64, 32, 4, 4), 2**30, dim, patch_dim)
     return _pick_gemm(_tokens(m, arch), dim, patch_dim, dtype, arch, precision, "elementwise")
 
 
@@ -663,4 +666,7 @@ def pick_patch_embed_bwd_weight(
     """Tiles of ``patch_embed_bwd_weight_kernel`` ((dim, patch_dim), depth m), and in how many parts m is cut."""
     if _generation(arch) in _NARROW and dtype != torch.float32:  # H100: of an image of bytes 106 us (128 x 128: 139)
         return _in_parts(_clipped(_NARROW[_generation(arch)], dim, patch_dim, 2**30), dim, patch_dim)
+    if _generation(arch) == "sm_80" and dtype != torch.float32:
+        # A100: 255 us, of bytes 293 (with eight warps 348, 530). Left to itself the compiler spills for a third block
+        return _in_parts(_clipped(GemmConfig(128, 64, 32, 4, 4, max_registers=248), dim, patch_dim, 2**30), dim, patch_dim)
     return _pick_bwd_weight(m, dim, patch_dim, dtype, arch, precision, "elementwise")
