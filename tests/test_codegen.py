@@ -62,7 +62,8 @@ def hold(found):
     assert found.count(code.DOUBLE) == 0, found
     assert found.per_trip or found.trips <= 3, found  # few that are known at compile time are no loop
     half = found.dtype in ("bfloat16", "float16")
-    if "PRECISION" not in found.constants:
+    product = "PRECISION" in found.constants and found.constants.get("MULTIPLIED") != "True"
+    if not product:
         assert found.count(code.MATRIX) == 0, found
     elif found.dtype == "float32" and code is sass:
         assert found.count(code.MATRIX) == 0, found  # IEEE
@@ -71,15 +72,18 @@ def hold(found):
         assert 0 < found.count(own) == found.count(code.MATRIX), found
     else:
         assert found.count(code.MATRIX) > 0, found
-    if "PRECISION" in found.constants and half and code is sass and found.stages > 1 and found.trips > 1:
+    if product and half and code is sass and found.stages > 1 and found.trips > 1:
         assert found.count(code.COPIES) > 0, found  # the next tile comes while this one is multiplied
 
 
 def may_spill(found):
-    """A row of LayerNorm lies in registers, and of more than 8192 numbers it does not. What float32 needs for heads of
-    more than 128 does not fit 99 KiB of shared memory, and smaller tiles spill."""
+    """A row of LayerNorm lies in registers, and of more than 8192 numbers it does not. Products over fewer than 16
+    numbers read them one by one. What float32 wants for heads of more than 128 does not fit 99 KiB of shared memory; what does
+    spills."""
     if found.kernel.startswith("layer_norm"):
         return int(found.constants["BLOCK_D"]) > 8192
+    if found.kernel == "linear_fwd_kernel":
+        return found.constants["BLOCK_K"] == "16" and found.constants["EVEN_K"] == "False"
     wide = found.kernel == "attention_bwd_dkdv_kernel" and int(found.constants["HEAD_DIM"]) > 128
     return wide and found.dtype in ("float32", "tf32") and found.arch in ("sm_86", "sm_89", "sm_120")
 

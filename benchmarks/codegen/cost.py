@@ -23,7 +23,8 @@ def _attention(products: int) -> Count:
 
 
 def _linear(a: Arguments) -> int:
-    return 2 * a["M"] * a["N"] * a["K"]
+    """MULTIPLIED: the product is there, and what stands behind it is one multiplication."""
+    return a["M"] * a["N"] if a.get("MULTIPLIED") else 2 * a["M"] * a["N"] * a["K"]
 
 
 def _patches(a: Arguments) -> int:
@@ -61,7 +62,7 @@ def _qk_norm(each: int, mean: int) -> Count:
 
 
 def _steps(size: str, tile: str) -> Count:
-    return lambda a: cdiv(a[size], a[tile])
+    return lambda a: 0 if a.get("MULTIPLIED") else cdiv(a[size], a[tile])
 
 
 def _part(size: str) -> Count:
