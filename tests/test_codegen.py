@@ -78,8 +78,8 @@ def hold(found):
 
 def may_spill(found):
     """A row of LayerNorm lies in registers, and of more than 8192 numbers it does not. Products over fewer than 16
-    numbers read them one by one. What float32 wants for heads of more than 128 does not fit 99 KiB of shared memory; what does
-    spills."""
+    numbers read them one by one. What float32 wants for heads of more than 128 does not fit 99 KiB of shared
+    memory; what does spills."""
     if found.kernel.startswith("layer_norm"):
         return int(found.constants["BLOCK_D"]) > 8192
     if found.kernel == "linear_fwd_kernel":
