@@ -489,9 +489,9 @@ GEMM_FLOAT32_TILES = (
 )
 
 
-# wgmma and tcgen05 want tiles of 128 x 64 of depth. These make three blocks of 168 registers on a multiprocessor where
-# what stands beside the product leaves room for one of 128 x 128; on sm_100 the compiler takes fewer, and spills if it is told to
-_NARROW = {"sm_90": GemmConfig(64, 128, 64, 4, 3, max_registers=168), "sm_100": GemmConfig(64, 128, 64, 4, 3)}
+# wgmma and tcgen05 want tiles of 128 x 64 of depth. This one makes two or three blocks on a multiprocessor where what
+# stands beside the product leaves room for one of 128 x 128
+_NARROW = GemmConfig(64, 128, 64, 4, 3)
 
 
 def _clip(tile: int, size: int) -> int:
@@ -514,7 +514,7 @@ def _pick_gemm(
         tile = GemmConfig(64, 64, 32, 8 if epilogue in ("elementwise", "branch") else 4, 3)
     elif _generation(arch) == "gfx":
         tile = GemmConfig(128, 128, 64, 8, 2) if epilogue == "none" else GemmConfig(128, 64, 64, 8, 2)
-    elif _generation(arch) in _NARROW:
+    elif _generation(arch) in ("sm_90", "sm_100"):
         # An epilogue in two parts keeps two blocks on a multiprocessor:
         # 137 registers or fewer instead of up to 210 (computed: fc1 + GELU 279 against 372 us on an H100, fc2 + residual
         # 187 against 264). Philox spills at 128 columns. 128 x 256 has one block: no faster (274 us)
@@ -528,7 +528,9 @@ def _pick_gemm(
 
 
 def _clipped(tile: GemmConfig, rows: int, cols: int, depth: int) -> GemmConfig:
-    return replace(tile, rows=_clip(tile.rows, rows), cols=_clip(tile.cols, cols), depth=_clip(tile.depth, depth))
+    sides = _clip(tile.rows, rows), _clip(tile.cols, cols)
+    most = tile.max_registers if sides == (tile.rows, tile.cols) else 255  # a cap is of the whole tile
+    return replace(tile, rows=sides[0], cols=sides[1], depth=_clip(tile.depth, depth), max_registers=most)
 
 
 def _weighed_gemm(rows: int, cols: int, depth: int, dtype: torch.dtype) -> list[GemmConfig]:
@@ -561,7 +563,7 @@ def pick_linear_fwd(
         cols, num_warps = (128, 8) if epilogue == "elementwise" else (64, 4)
         return replace(tile, rows=128, cols=_clip(cols, n), num_warps=num_warps, parts=2)
     if arch == "sm_90" and epilogue == "dropout":
-        return _clipped(replace(_NARROW[arch], parts=2), 2**30, n, k)  # 200 us (128 x 64 with eight warps: 236)
+        return _clipped(replace(_NARROW, parts=2, max_registers=168), 2**30, n, k)  # 200 us (128 x 64, eight warps: 236)
     if arch == "sm_90":
         return replace(tile, max_registers=128)  # of its own the compiler takes 137, and then one block fits, not two
     return tile
@@ -582,8 +584,9 @@ def pick_linear_bwd_input(
     # the activation and its derivative at once: in one part they spill on an A100 (computed)
     if _generation(arch) == "sm_80":
         return replace(tile, parts=2)
-    if arch == "sm_90":
-        # two blocks where LayerScale of its own takes 149 registers (40 us, not 57); dropout 193 (64 columns: 236)
+    if arch == "sm_90" and epilogue == "branch":
+        return _clipped(replace(_NARROW, parts=4, max_registers=168), 2**30, k, n)  # 39 us (one block of 128 x 128: 57)
+    if arch == "sm_90":  # two blocks; dropout 193 us (64 columns: 236)
         return replace(tile, cols=_clip(128, k), parts=4, max_registers=128)
     return tile
 
@@ -609,11 +612,13 @@ def pick_linear_bwd_weight(
     """Tiles of ``linear_bwd_weight_kernel`` ((n, k), depth m), and in how many parts m is cut; ``epilogue``: "none",
     "elementwise" (the gradient of a bias) or "branch" (stochastic depth)."""
     tile = _pick_bwd_weight(m, n, k, dtype, arch, precision, epilogue)
-    if arch == "sm_90" and dtype != torch.float32 and epilogue == "elementwise":
-        return replace(tile, max_registers=128)  # two blocks: 149 us (one with 166 registers: 196)
-    if _generation(arch) in _NARROW and dtype != torch.float32 and epilogue != "none":
-        return _in_parts(_clipped(_NARROW[_generation(arch)], n, k, 2**30), n, k)  # H100: 48 us (128 x 128: 62)
-    return tile
+    if dtype == torch.float32 or epilogue == "none" or _generation(arch) not in ("sm_90", "sm_100"):
+        return tile
+    if arch == "sm_90" and epilogue == "elementwise":  # two blocks: 149 us (one with 166 registers: 196)
+        return tile if tile.rows * tile.cols < 128 * 128 else replace(tile, max_registers=128)
+    most = 168 if arch == "sm_90" else 255  # where the compiler takes fewer, and spills if it is told to
+    # H100: 48 us (128 x 128: 62)
+    return _in_parts(_clipped(replace(_NARROW, max_registers=most), n, k, 2**30), n, k)
 
 
 def _pick_bwd_weight(
@@ -639,8 +644,8 @@ def pick_patch_embed_fwd(m: int, dim: int, patch_dim: int, dtype: torch.dtype, a
     """Tiles of ``patch_embed_fwd_kernel`` ((m, patch_dim) -> (m, dim))."""
     if arch == "cpu":  # wide: the patches are gathered and normalised again for every tile of columns
         return GemmConfig(256, _clip(256, dim), _clip(256, patch_dim), 1, 1)
-    if _generation(arch) in _NARROW and dtype != torch.float32:  # H100: 43 us, of bytes 75 (128 x 128: 64, 101)
-        return _clipped(_NARROW[_generation(arch)], 2**30, dim, patch_dim)
+    if _generation(arch) in ("sm_90", "sm_100") and dtype != torch.float32:
+        return _clipped(_NARROW, 2**30, dim, patch_dim)  # H100: 43 us, of bytes 89 (128 x 128: 64, 101)
     if _generation(arch) == "sm_80" and dtype != torch.float32:
         # A100: 153 us, of bytes 256. 128 x 64 (146, 244) spills where patches of 14 are read, or bytes without a norm
         return _clipped(GemmConfig(64, 64, 32, 4, 4), 2**30, dim, patch_dim)
@@ -664,8 +669,9 @@ def pick_patch_embed_bwd_weight(
     m: int, dim: int, patch_dim: int, dtype: torch.dtype, arch: str, precision: str
 ) -> GemmConfig:
     """Tiles of ``patch_embed_bwd_weight_kernel`` ((dim, patch_dim), depth m), and in how many parts m is cut."""
-    if _generation(arch) in _NARROW and dtype != torch.float32:  # H100: of an image of bytes 106 us (128 x 128: 139)
-        return _in_parts(_clipped(_NARROW[_generation(arch)], dim, patch_dim, 2**30), dim, patch_dim)
+    if _generation(arch) in ("sm_90", "sm_100") and dtype != torch.float32:
+        # H100, two blocks: 146 us, of bytes 134 (one of 128 x 128: 128, 139; held to 168 registers patches of 14 spill)
+        return _in_parts(_clipped(_NARROW, dim, patch_dim, 2**30), dim, patch_dim)
     if _generation(arch) == "sm_80" and dtype != torch.float32:
         # A100: 255 us, of bytes 293 (with eight warps 348, 530). Left to itself the compiler spills for a third block
         return _in_parts(_clipped(GemmConfig(128, 64, 32, 4, 4, max_registers=248), dim, patch_dim, 2**30), dim, patch_dim)
