@@ -616,9 +616,10 @@ def pick_linear_bwd_weight(
         return tile
     if arch == "sm_90" and epilogue == "elementwise":  # two blocks: 149 us (one with 166 registers: 196)
         return tile if tile.rows * tile.cols < 128 * 128 else replace(tile, max_registers=128)
-    most = 168 if arch == "sm_90" else 255  # where the compiler takes fewer, and spills if it is told to
-    # H100: 48 us (128 x 128: 62)
-    return _in_parts(_clipped(replace(_NARROW, max_registers=most), n, k, 2**30), n, k)
+    narrow = _in_parts(_clipped(_NARROW, n, k, 2**30), n, k)
+    if arch == "sm_90":  # 48 us (128 x 128: 62); what is smaller spills
+        return tile if narrow.rows * narrow.cols < 64 * 128 else replace(narrow, max_registers=168)
+    return narrow
 
 
 def _pick_bwd_weight(
