@@ -262,7 +262,7 @@ def _in_one_part(config):
 def every_pick(arch, dtype):
     """The same for all arguments that can make a difference."""
     torch_dtype, precision = DTYPES[dtype], "tf32" if dtype == "tf32" and arch != "gfx90a" else "ieee"
-    lengths, sizes, powers = (1, 16, 17, 197, 513), (1, 17, 33, 65, 129, 768, 1152, 4096), [2**n for n in range(17)]
+    lengths, sizes, powers = (1, 16, 17, 197, 513), (1, 17, 33, 64, 65, 129, 768, 1152, 4096), [2**n for n in range(17)]
     attention = list(itertools.product(lengths, lengths, range(1, 257), [torch_dtype], [arch], (False, True)))
     patches = [(8, n, k, torch_dtype, arch, precision) for n in sizes for k in sizes]
     linear = [(*args, epilogue) for args in patches for epilogue in ("none", "elementwise", "branch", "dropout")]

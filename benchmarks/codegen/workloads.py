@@ -131,8 +131,8 @@ def every_tile(dtype: torch.dtype) -> None:
 
     for patch, dim in itertools.product((2, 3, 4, 8, 14, 16, 32), (16, 32, 64, WIDTH)):
         _patches(_zeros(dtype, 1, 3, 4 * patch, 4 * patch), dtype, patch, dim)
-    for channels, patch in ((1, 4), (1, 5), (1, 8)):
-        _patches(_zeros(dtype, 1, channels, 4 * patch, 4 * patch), dtype, patch, WIDTH)
+    for patch, dim in ((4, WIDTH), (5, WIDTH), (8, WIDTH), (8, 16), (8, 32)):
+        _patches(_zeros(dtype, 1, 1, 4 * patch, 4 * patch), dtype, patch, dim)
     image = _zeros(dtype, 1, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     _patches(image, dtype, 16, WIDTH)
 

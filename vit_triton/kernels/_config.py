@@ -636,6 +636,12 @@ def _pick_bwd_weight(
 # As the GEMMs, with an epilogue always: the addresses of the gathered tile hold registers on top of the accumulator.
 
 
+def _narrow_patches(patch_dim: int, dtype: torch.dtype, arch: str) -> bool:
+    """On sm_100 patches of 14 spill in the narrow tile."""
+    fits = arch == "sm_90" or _generation(arch) == "sm_100" and patch_dim % _NARROW.depth == 0
+    return fits and dtype != torch.float32
+
+
 def _weighed_patch_embed_fwd(m, dim, patch_dim, dtype, arch, precision):
     return _weighed_gemm(_tokens(m, arch), dim, patch_dim, dtype)
 
@@ -645,7 +651,7 @@ def pick_patch_embed_fwd(m: int, dim: int, patch_dim: int, dtype: torch.dtype, a
     """Tiles of ``patch_embed_fwd_kernel`` ((m, patch_dim) -> (m, dim))."""
     if arch == "cpu":  # wide: the patches are gathered and normalised again for every tile of columns
         return GemmConfig(256, _clip(256, dim), _clip(256, patch_dim), 1, 1)
-    if _generation(arch) in ("sm_90", "sm_100") and dtype != torch.float32:
+    if _narrow_patches(patch_dim, dtype, arch):
         return _clipped(_NARROW, 2**30, dim, patch_dim)  # H100: 43 us, of bytes 89 (128 x 128: 64, 101)
     if _generation(arch) == "sm_80" and dtype != torch.float32:
         # A100: 153 us, of bytes 256. 128 x 64 (146, 244) spills where patches of 14 are read, or bytes without a norm
@@ -670,7 +676,7 @@ def pick_patch_embed_bwd_weight(
     m: int, dim: int, patch_dim: int, dtype: torch.dtype, arch: str, precision: str
 ) -> GemmConfig:
     """Tiles of ``patch_embed_bwd_weight_kernel`` ((dim, patch_dim), depth m), and in how many parts m is cut."""
-    if _generation(arch) in ("sm_90", "sm_100") and dtype != torch.float32:
+    if _narrow_patches(patch_dim, dtype, arch):
         # H100, two blocks: 146 us, of bytes 134 (one of 128 x 128: 128, 139; held to 168 registers patches of 14 spill)
         return _in_parts(_clipped(_NARROW, dim, patch_dim, 2**30), dim, patch_dim)
     if _generation(arch) == "sm_80" and dtype != torch.float32:
