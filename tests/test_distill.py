@@ -74,7 +74,8 @@ class TestStudent:
         assert all(torch.equal(ours.get_parameter(name), p) for name, p in theirs.named_parameters())
         theirs.load_state_dict(ours.state_dict(), strict=True)
         assert (ours.dim, ours.num_classes) == (theirs.dim, theirs.num_classes) == (24, 5)
-        assert inspect.signature(DistillableViT) == inspect.signature(ViT)
+        # of the class itself, Python 3.11.2 gives that of an inherited __new__
+        assert inspect.signature(DistillableViT.__init__) == inspect.signature(ViT.__init__)
 
     def test_to_vit(self, backend):
         _, ours, config = both(backend, dropout=0.1)
