@@ -29,7 +29,8 @@ VEHICLE = "interpreter" if INTERPRETER else "emulator" if EMULATOR else "cpu"
 hypothesis.settings.register_profile(
     VEHICLE, deadline=None, derandomize=True, max_examples=EXAMPLES[VEHICLE], database=None
 )
-hypothesis.settings.load_profile(VEHICLE)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=50 * EXAMPLES[VEHICLE], database=None)
+hypothesis.settings.load_profile(VEHICLE)  # --hypothesis-profile=thorough takes the larger one
 
 torch.set_num_threads(1)  # the tests run one process per core
 
