@@ -1,6 +1,6 @@
 """The library as a GPU's user runs it, on CPU tensors: kernels are compiled for sm_90 if at all, and none is started.
 
-What only a CPU's user pays for is out of the way: weights laid out in panels, the question what runs a kernel on a CPU.
+What only a CPU's user pays for is out of the way: the question what runs a kernel on a CPU.
 What only a GPU's user pays for is missing: the guard of the current device.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.codegen import driver as gpu
-from vit_triton import backend, ops, packing
+from vit_triton import backend, ops
 from vit_triton.kernels import _launch
 
 ARCH = "sm_90"
@@ -35,7 +35,6 @@ def taken(
         on_gpu = ops._on_gpu if launched is None else _launching(inside or contextlib.nullcontext())
         stack.enter_context(mock.patch.object(ops, "_on_cpu", on_gpu))
         stack.enter_context(mock.patch.object(backend, "cpu_vehicle", lambda: "driver"))
-        stack.enter_context(mock.patch.object(packing, "_keeps", lambda weight: False))
         if launched is not None:
             stack.enter_context(mock.patch.object(_launch, "_run", launched))
         yield

@@ -1,21 +1,26 @@
-"""Panels of weights: products that read them, and every way in which a weight changes under them."""
+"""Weights of a model in inference: every way to change them shows in the next call, and prepacked ones are frozen."""
 
 import copy
 import gc
-import io
+import pickle
+import subprocess
+import sys
+import weakref
 
 import pytest
+import timm
 import torch
+import torchvision
+import transformers
 from conftest import EMULATOR, INTERPRETER
 from torch import nn
+from torch.nn.utils import parametrize
 
 import vit_triton
-from vit_triton import functional as F
 from vit_triton import packing
 from vit_triton.cpu.driver import active
 from vit_triton.kernels import _launch, linear
 from vit_triton.kernels._patches import PatchLayout
-from vit_triton.modules import FeedForward, Linear
 
 compiled_only = pytest.mark.skipif(
     INTERPRETER or bool(EMULATOR), reason="weights are packed only where kernels are compiled for the CPU"
@@ -23,10 +28,9 @@ compiled_only = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def nothing_packed():
-    packing.clear()
+def nothing_frozen():
     yield
-    packing.clear()
+    packing.frozen.clear()
 
 
 @pytest.fixture
@@ -93,200 +97,269 @@ def test_panels_are_read_where_they_lie(dtype):
     assert memory[0] - memory[1] > weight.nbytes // 2
 
 
-@compiled_only
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_linear_and_mlp_use_them(dtype, packed):
-    x = torch.randn(2, 7, 72).to(dtype)
-    layer, mlp = Linear(72, 40, backend="triton").to(dtype), FeedForward(72, 100, backend="triton").to(dtype)
-    unpacked = layer(x), mlp(x, residual=x)
-    assert packed == []
-    for _ in range(2):
-        with torch.no_grad():
-            results = layer(x), mlp(x, residual=x)
-        for result, expected in zip(results, unpacked, strict=True):
-            assert torch.equal(result, expected)
-    # float16 is widened when it is packed, and would take twice the memory
-    in_panels = vit_triton.cpu.driver.dot_panel(dtype) is not None
-    assert in_panels == (dtype != torch.float16)
-    assert packed == ([(40, 72), (100, 72), (72, 100)] if in_panels else [])
-
-
-@compiled_only
-def test_only_parameters_are_packed(packed):
-    x, weight = torch.randn(3, 16), torch.randn(8, 16)
-    with torch.no_grad():
-        F.linear(x, weight, backend="triton")
-        F.linear(x, nn.Parameter(weight), backend="torch")
-        with torch.autocast("cpu", torch.bfloat16):
-            F.linear(x, nn.Parameter(weight), backend="triton")
-    assert packed == []
-
-
 # --- every way to change a weight ---------------------------------------------------------------------------
 
 
-def step(optimizer_class, **options):
-    def change(layer):
-        layer.weight.grad = torch.randn_like(layer.weight)
-        optimizer_class([layer.weight], **options).step()
+def our_vit():
+    return vit_triton.ViT(
+        image_size=32, patch_size=8, num_classes=5, dim=64, depth=2, heads=2, dim_head=32, mlp_dim=96, backend="triton"
+    )
+
+
+def timm_vit():
+    return timm.models.VisionTransformer(
+        img_size=32, patch_size=8, num_classes=5, embed_dim=64, depth=2, num_heads=2, mlp_ratio=1.5
+    )
+
+
+def torchvision_vit():
+    return torchvision.models.VisionTransformer(32, 8, 2, 2, 64, 96, num_classes=5)
+
+
+def hugging_face_vit():
+    config = transformers.ViTConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, image_size=32, patch_size=8
+    )
+    return HuggingFace(transformers.ViTModel(config, add_pooling_layer=False))
+
+
+class HuggingFace(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model(images).last_hidden_state
+
+
+WEIGHTS = {  # of each model: the weights of attention and MLP, and of the patch embedding
+    our_vit: ("layers.0.0.to_qkv", "layers.1.1.net.4", "to_patch_embedding.2"),
+    timm_vit: ("blocks.0.attn.qkv", "blocks.1.mlp.fc2", "patch_embed.proj"),
+    torchvision_vit: ("layers.encoder_layer_1.mlp.0", "conv_proj"),
+    hugging_face_vit: ("attention.k_proj", "mlp.fc1", "patch_embeddings.projection"),
+}
+
+
+def built(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # no parameter is zero or one
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    if make is not our_vit:
+        vit_triton.accelerate(model, backend="triton")
+    return model
+
+
+def weights_of(model, make):
+    """(module, its weight) of the layers under test."""
+    found = [m for name, m in model.named_modules() if name.endswith(WEIGHTS[make])]
+    assert len(found) >= len(WEIGHTS[make])
+    return found
+
+
+def silently(edit):
+    """Of every weight, through a tensor whose edits have no effect on the weight's version counter."""
+    return lambda modules: [edit(module.weight.data) for module in modules]
+
+
+def counted(edit):
+    def change(modules):
+        with torch.no_grad():
+            for module in modules:
+                edit(module.weight)
 
     return change
 
 
-def in_place(layer):
+def prune(weight):
+    weight[weight.abs() < weight.abs().median()] = 0
+
+
+def clamp(weight):
+    weight.clamp_(-weight.abs().max() / 2, weight.abs().max() / 2)
+
+
+def zero_rows(weight):
+    weight[3:7] = 0
+
+
+def one_value(weight):
+    weight.view(-1)[37] += 1
+
+
+def scale_neuron(weight):
+    weight[5] *= 3
+
+
+def step(optimizer_class, **options):
+    def change(modules):
+        weights = [module.weight for module in modules]
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        optimizer_class(weights, **options).step()
+
+    return change
+
+
+def load(modules, **options):
+    for module in modules:
+        state = {name: torch.randn_like(x) for name, x in module.state_dict().items()}
+        module.load_state_dict(state, **options)
+
+
+def numpy_write(modules):
+    for module in modules:
+        module.weight.detach().numpy().reshape(-1)[11:29] = 2
+
+
+def assign(modules):
+    for module in modules:
+        module.weight.data = torch.randn_like(module.weight)
+
+
+def replace(modules):
+    for module in modules:
+        module.weight = nn.Parameter(torch.randn_like(module.weight))
+
+
+def set_storage(modules):
     with torch.no_grad():
-        layer.weight.mul_(2)
+        for module in modules:
+            module.weight.set_(torch.randn_like(module.weight))
 
 
-def load(layer, **options):
-    layer.load_state_dict({"weight": torch.randn_like(layer.weight), "bias": layer.bias.detach()}, **options)
+def swap(modules):
+    for module in modules:
+        torch.utils.swap_tensors(module.weight, nn.Parameter(torch.randn_like(module.weight)))
 
 
-def average(layer):
-    layer.weight.data.lerp_(torch.randn_like(layer.weight), 0.5)
+def write_storage(modules):
+    for module in modules:
+        module.weight.untyped_storage().copy_(torch.randn_like(module.weight).untyped_storage())
 
 
-def assign(layer):
-    layer.weight.data = torch.randn_like(layer.weight)
+def resize_storage(modules):
+    """Sharded training frees a weight between two forward passes."""
+    for module in modules:
+        size, values = module.weight.untyped_storage().nbytes(), torch.randn_like(module.weight)
+        module.weight.untyped_storage().resize_(0)
+        module.weight.untyped_storage().resize_(size)
+        module.weight.data.copy_(values)
 
 
-def assign_transposed(layer):
-    layer.weight.data = layer.weight.data.t()
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
 
 
-def replace(layer):
-    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+def register_parametrization(modules):
+    for module in modules:
+        parametrize.register_parametrization(module, "weight", Twice())
 
 
-def one_value(layer):
-    """Not one of the sample."""
-    with torch.no_grad():
-        layer.weight[1, 1] += 1
+def write_from_another_process(modules):
+    for module in modules:
+        module.weight.data.share_memory_()
+    names = [module.weight.data.untyped_storage()._share_filename_cpu_() for module in modules]
+    code = "import sys, torch\nfor handle in eval(sys.argv[1]):\n"
+    code += "    s = torch.UntypedStorage._new_shared_filename_cpu(*handle)\n"
+    code += "    torch.tensor([], dtype=torch.float32).set_(s)[7:19] = 3\n"
+    subprocess.run([sys.executable, "-c", code, repr(names)], check=True)
 
 
 CHANGES = {
-    "in place": in_place,
-    "one value": one_value,
-    "data.copy_": lambda layer: layer.weight.data.copy_(torch.randn_like(layer.weight)),
-    "data.lerp_": average,
+    "data, rows": silently(zero_rows),
+    "data, a neuron": silently(scale_neuron),
+    "data, pruned": silently(prune),
+    "data, clamped": silently(clamp),
+    "data, one value": silently(one_value),
+    "data.copy_": silently(lambda weight: weight.copy_(torch.randn_like(weight))),
+    "numpy": numpy_write,
+    "in place": counted(lambda weight: weight.mul_(2)),
+    "in place, rows": counted(zero_rows),
     "data =": assign,
-    "data = transposed": assign_transposed,
     "a new parameter": replace,
+    "set_": set_storage,
+    "swap_tensors": swap,
+    "storage": write_storage,
+    "resized storage": resize_storage,
+    "another process": write_from_another_process,
     "SGD": step(torch.optim.SGD, lr=0.1),
-    "AdamW": step(torch.optim.AdamW, lr=0.1),
     "fused SGD": step(torch.optim.SGD, lr=0.1, fused=True),
     "fused AdamW": step(torch.optim.AdamW, lr=0.1, fused=True),
     "load_state_dict": load,
-    "load_state_dict, assign": lambda layer: load(layer, assign=True),
-    "cast and back": lambda layer: layer.to(torch.bfloat16).float(),
-    "vector_to_parameters": lambda layer: nn.utils.vector_to_parameters(torch.randn(32 * 32 + 32), layer.parameters()),
-    "storage": lambda layer: layer.weight.untyped_storage().copy_(torch.randn(32, 32).untyped_storage()),
+    "load_state_dict, assign": lambda modules: load(modules, assign=True),
+    "cast and back": lambda modules: [module.to(torch.bfloat16).float() for module in modules],
+    "parametrization": register_parametrization,
 }
 
 
 @compiled_only
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("make", WEIGHTS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_weight_is_packed_again(change, mode):
-    layer, x = Linear(32, 32, backend="triton"), torch.randn(5, 32)
-    for _ in range(3):
-        with mode():
-            y = layer(x)
-            expected = F.linear(x, layer.weight.detach().clone(), layer.bias, backend="triton")
-        assert torch.equal(y, expected)
-        CHANGES[change](layer)
+def test_a_change_shows_in_the_next_call(change, make, mode):
+    model, x = built(make), torch.randn(2, 3, 32, 32)
+    with mode():
+        before = model(x)
+        model(x)  # replayed
+    CHANGES[change](weights_of(model, make))
+    with mode():
+        after, expected = model(x), copy.deepcopy(model)(x)
+    assert torch.equal(after, expected)
+    assert not torch.equal(after, before)
 
 
 @compiled_only
-def test_parameters_made_in_inference_mode(packed):
-    """They have no version."""
+@pytest.mark.parametrize("change", ["data, rows", "in place, rows", "load_state_dict", "numpy"])
+@pytest.mark.parametrize("make", WEIGHTS)
+def test_a_change_of_inference_tensors_shows_in_the_next_call(change, make):
+    """They have no version counter."""
+    x = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
-        layer, x = Linear(32, 32, backend="triton"), torch.randn(5, 32)
-        for _ in range(2):
-            assert torch.equal(layer(x), F.linear(x, layer.weight.clone(), layer.bias, backend="triton"))
-        assert len(packed) == 1
-        layer.weight.copy_(torch.randn(32, 32))
-        assert torch.equal(layer(x), F.linear(x, layer.weight.clone(), layer.bias, backend="triton"))
-        assert len(packed) == 2
+        model = built(make)
+        before = model(x)
+        CHANGES[change](weights_of(model, make))
+        after, expected = model(x), copy.deepcopy(model)(x)
+    assert torch.equal(after, expected)
+    assert not torch.equal(after, before)
 
 
-DROPS = {
-    "gradients": lambda layer, x: layer(x),
-    "train()": lambda layer, x: layer.train(),
-    "to()": lambda layer, x: layer.to(torch.float32),
-    "load_state_dict": lambda layer, x: layer.load_state_dict(layer.state_dict()),
-    "an optimizer": lambda layer, x: torch.optim.SGD([nn.Parameter(torch.zeros(1))]).step(),
-}
+# --- prepacked models ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("make", WEIGHTS)
+def test_a_prepacked_model_gives_the_same_bits(make, mode):
+    model, x = built(make), torch.randn(2, 3, 32, 32)
+    with mode():
+        plain = model(x)
+        assert vit_triton.prepack(model) is model
+        for _ in range(3):
+            assert torch.equal(model(x), plain)
+    assert vit_triton.unpack(model) is model
+    with mode():
+        assert torch.equal(model(x), plain)
 
 
 @compiled_only
-@pytest.mark.parametrize("event", DROPS)
-def test_panels_are_dropped(event):
-    layer, x = nn.Sequential(Linear(32, 32, backend="triton")), torch.randn(5, 32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", WEIGHTS)
+def test_each_weight_is_packed_once(make, dtype, packed):
+    model, x = built(make).to(dtype), torch.randn(2, 3, 32, 32).to(dtype)
     with torch.no_grad():
-        layer(x)
-    assert id(layer[0].weight) in packing._packed
-    DROPS[event](layer, x)
-    assert id(layer[0].weight) not in packing._packed
+        model(x)
+        assert packed == []
+        vit_triton.prepack(model)
+        for _ in range(3):
+            model(x)
+    # float16, and bfloat16 on some CPUs, is widened while the product packs it
+    assert len(packed) == (8 if vit_triton.cpu.driver.dot_panel(dtype) is not None else 0)
 
 
 @compiled_only
-def test_they_stay_for_eval_and_go_with_the_model(packed):
-    layer, x = Linear(32, 32, backend="triton"), torch.randn(5, 32)
-    for _ in range(3):
-        layer.eval()
-        with torch.no_grad():
-            layer(x)
-    assert len(packed) == 1 and len(packing._packed) == 1
-    del layer
-    gc.collect()
-    assert len(packing._packed) == 0
-
-
-@compiled_only
-def test_copies_and_files_know_nothing_of_them():
-    layer, x = Linear(32, 32, backend="triton"), torch.randn(5, 32)
-    before = io.BytesIO()
-    torch.save(layer, before)
-    with torch.no_grad():
-        layer(x)
-        other = copy.deepcopy(layer)
-        other.weight.zero_()
-        assert torch.equal(other(x), layer.bias.expand(5, 32))
-    after = io.BytesIO()
-    torch.save(layer, after)
-    assert len(after.getvalue()) == len(before.getvalue())
-
-
-@compiled_only
-def test_freed_memory_is_not_read():
-    """What sharded training does between two forward passes."""
-    layer, x = Linear(32, 32, backend="triton"), torch.randn(5, 32)
-    values, size = layer.weight.detach().clone(), layer.weight.untyped_storage().nbytes()
-    with torch.no_grad():
-        layer(x)
-        layer.weight.untyped_storage().resize_(0)
-        layer.weight.untyped_storage().resize_(size)
-        layer.weight.copy_(2 * values)
-        assert torch.equal(layer(x), F.linear(x, 2 * values, layer.bias, backend="triton"))
-
-
-@compiled_only
-def test_whole_model(packed):
-    options = dict(image_size=32, patch_size=8, num_classes=5, dim=40, depth=2, heads=2, dim_head=20, mlp_dim=72)
-    model = vit_triton.ViT(**options, backend="triton").eval()
-    reference = vit_triton.ViT(**options, backend="torch").eval()
-    reference.load_state_dict(model.state_dict())
-    images = torch.randn(2, 3, 32, 32)
-    with torch.inference_mode():
-        for _ in range(2):
-            torch.testing.assert_close(model(images), reference(images), rtol=1e-5, atol=1e-5)
-    assert len(packed) == len(packing._packed) - 1  # that of the patches is in the order of the image, not in panels
-
-
-@compiled_only
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_weight_of_the_patches_is_kept_in_the_order_of_the_image(dtype, monkeypatch):
+def test_the_weight_of_the_patches_is_kept_in_the_order_of_the_image(monkeypatch):
     ordered = []
     from_weight = PatchLayout.from_weight
 
@@ -295,16 +368,162 @@ def test_the_weight_of_the_patches_is_kept_in_the_order_of_the_image(dtype, monk
         return from_weight(self, columns)
 
     monkeypatch.setattr(PatchLayout, "from_weight", noted)
-    weight = nn.Parameter(torch.randn(24, 3 * 8 * 8).to(dtype))
-    planes = torch.randn(2, 3, 16, 16).to(dtype)
+    model = vit_triton.prepack(built(our_vit))
+    planes = torch.randn(2, 3, 32, 32)
     pixels = planes.to(memory_format=torch.channels_last)
     with torch.no_grad():
-        for image in (planes, planes, pixels, pixels, planes):
-            y = F.patch_embed(image, weight, patch_size=8, backend="triton")
-            ours = len(ordered)
-            fresh = F.patch_embed(image, weight.detach().clone(), patch_size=8, backend="triton")
-            assert torch.equal(y, fresh)
-            del ordered[ours:]
-        assert ordered == ["c p1 p2", "p1 p2 c", "c p1 p2"]
-        weight.data.mul_(2)
-        assert torch.equal(F.patch_embed(planes, weight, patch_size=8, backend="triton"), 2 * y)
+        results = [model(image) for image in (planes, pixels, planes, pixels)]
+    by_model = [order for order in ordered if order]
+    assert by_model.count("c p1 p2") == 1 + 2 * by_model.count("x")
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+
+
+REFUSED = {
+    "train()": lambda model: model.train(),
+    "a cast or move": lambda model: model.to(torch.bfloat16),
+    "load_state_dict()": lambda model: model.load_state_dict(model.state_dict()),
+}
+
+
+@pytest.mark.parametrize("part", ["", "layers.0", "layers.0.0.to_qkv"])
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_prepacked_model_refuses(what, part):
+    model = vit_triton.prepack(built(our_vit))
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    inner = model.transformer.get_submodule(part) if part else model
+    with pytest.raises(RuntimeError, match=r"^" + what.replace("()", r"\(\)") + r".*vit_triton\.unpack\(model\)"):
+        REFUSED[what](inner)
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    vit_triton.unpack(model)
+    REFUSED[what](inner)
+
+
+def test_a_prepacked_model_refuses_to_be_replaced_or_loaded(tmp_path):
+    model = built(timm_vit)
+    vit_triton.save_weights(model, tmp_path / "weights.pt")
+    vit_triton.prepack(model)
+    for call in (
+        lambda: vit_triton.load_weights(model, tmp_path / "weights.pt"),
+        lambda: vit_triton.accelerate(model),
+        lambda: vit_triton.restore(model),
+    ):
+        with pytest.raises(RuntimeError, match=r"unpack\(model\)"):
+            call()
+    vit_triton.restore(vit_triton.unpack(model))
+
+
+SHOWS = ("in place", "in place, rows", "data =", "set_", "swap_tensors", "SGD", "fused SGD", "fused AdamW")
+
+
+@compiled_only
+@pytest.mark.parametrize("make", WEIGHTS)
+@pytest.mark.parametrize("change", SHOWS)
+def test_an_edit_that_shows_makes_the_next_call_raise(change, make):
+    model, x = vit_triton.prepack(built(make)), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        model(x)
+    modules = weights_of(model, make)
+    del modules[1:]
+    CHANGES[change](modules)
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode(), pytest.raises(RuntimeError, match=r"weight was changed after .*unpack\(model\)"):
+            model(x)
+    vit_triton.unpack(model)
+    with torch.no_grad():
+        after = model(x)
+        assert torch.equal(after, copy.deepcopy(model)(x))
+        assert torch.equal(vit_triton.prepack(model)(x), after)
+
+
+@compiled_only
+def test_an_edit_of_a_bias_or_a_norm_that_shows_raises_too():
+    x = torch.randn(2, 3, 32, 32)
+    for name in ("transformer.norm.weight", "transformer.layers.0.1.net.1.bias"):
+        model = vit_triton.prepack(built(our_vit))
+        with torch.no_grad():
+            model.get_parameter(name).mul_(2)
+            with pytest.raises(RuntimeError, match=f"{name} was changed"):
+                model(x)
+
+
+@compiled_only
+def test_an_edit_that_nothing_shows_is_seen_when_the_model_is_prepacked_again():
+    model, x = vit_triton.prepack(built(our_vit)), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model(x)
+        model.transformer.layers[0][0].to_qkv.weight.data[:9] = 0
+        assert torch.equal(model(x), before)  # as the docstring says
+        expected = copy.deepcopy(model)(x)
+        assert not torch.equal(expected, before)
+        assert torch.equal(vit_triton.prepack(model)(x), expected)
+
+
+@compiled_only
+def test_a_replaced_parameter_is_used():
+    model, x = vit_triton.prepack(built(our_vit)), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        model(x)
+        replace([model.transformer.layers[0][0].to_qkv])
+        assert torch.equal(model(x), copy.deepcopy(model)(x))
+
+
+def test_a_model_in_training_mode_is_not_prepacked():
+    model = built(our_vit)
+    model.transformer.layers[0].train()
+    with pytest.raises(ValueError, match=r"'transformer.layers.0' of model is in training mode: call model.eval\(\)"):
+        vit_triton.prepack(model)
+    assert not packing.frozen and type(model) is vit_triton.ViT
+    with pytest.raises(ValueError, match=r"but model is in training mode"):
+        vit_triton.prepack(model.train())
+
+
+@pytest.mark.parametrize("function", [vit_triton.prepack, vit_triton.unpack])
+def test_only_modules_are_prepacked(function):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got builtins.dict"):
+        function({})
+
+
+@pytest.mark.parametrize("make", WEIGHTS)
+def test_copies_of_a_prepacked_model_are_free(make):
+    model, x = vit_triton.prepack(built(make)), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model(x)
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(copied(x), before)
+            assert not any(hasattr(module, "_prepacked") for module in copied.modules())
+            copied.train().eval().load_state_dict(copied.state_dict())
+            weights_of(copied, make)[0].weight.mul_(2)
+            assert not torch.equal(copied(x), before)
+        assert torch.equal(model(x), before)
+
+
+def test_copies_go_with_the_model():
+    model, x = vit_triton.prepack(built(our_vit)), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        model(x)
+    copies = [weakref.ref(x) for entry in packing.frozen.values() for x in entry.copies.values()]
+    del model
+    gc.collect()
+    assert not packing.frozen and not any(copy() is not None for copy in copies)
+
+
+@compiled_only
+def test_unpack_lets_go_of_concatenated_weights():
+    model, x = vit_triton.prepack(built(hugging_face_vit)), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        model(x)
+    assert len(packing.frozen) > len(list(model.parameters()))
+    vit_triton.unpack(model)
+    assert not packing.frozen
+
+
+def test_gradients_flow_through_a_prepacked_model():
+    model, x = built(our_vit), torch.randn(2, 3, 32, 32, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    vit_triton.prepack(model)
+    with torch.inference_mode():
+        model(x)  # makes the copies
+    (grad,) = torch.autograd.grad(model(x).square().sum(), x)
+    assert torch.equal(grad, expected)

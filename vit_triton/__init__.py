@@ -5,6 +5,7 @@ from vit_triton.backend import use_backend
 from vit_triton.inspection import attention_maps
 from vit_triton.integrations import accelerate, restore
 from vit_triton.models import DistillableViT, DistillWrapper, SimpleViT, ViT
+from vit_triton.packing import prepack, unpack
 from vit_triton.weights import load_weights, save_weights
 
 __version__ = "0.1.0"
@@ -18,8 +19,10 @@ __all__ = [
     "attention_maps",
     "functional",
     "load_weights",
+    "prepack",
     "reference",
     "restore",
     "save_weights",
+    "unpack",
     "use_backend",
 ]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_triton import autograd, packing, reference
+from vit_triton import autograd, reference
 from vit_triton.backend import resolve_backend
 from vit_triton.reference import Block, Norm
 
@@ -188,11 +188,10 @@ def linear(
     residual_is_x = residual is x
     tensors = (x, weight, bias, norm_weight, norm_bias, None if residual_is_x else residual, layer_scale)
     drawn = _samples(x, drop_path_p), _seed(x, dropout_p)
-    panels = packing.panels(weight)
     if _differentiating(*tensors):
         return autograd.LinearFunction.apply(*tensors, *drawn, eps, float(dropout_p), residual_is_x)
     return torch.ops.vit_triton.linear_fwd.default(
-        *tensors[:5], residual, layer_scale, *drawn, eps, float(dropout_p), panels, False
+        *tensors[:5], residual, layer_scale, *drawn, eps, float(dropout_p), False
     )[0]
 
 
@@ -259,11 +258,10 @@ def mlp(
     tensors = x, w1, b1, w2, b2, norm_weight, norm_bias, None if residual_is_x else residual, layer_scale
     drawn = _samples(x, drop_path_p), _seed(x, hidden_dropout_p), _seed(x, dropout_p)
     scalars = eps, activation, float(hidden_dropout_p), float(dropout_p)
-    panels = packing.panels(w1), packing.panels(w2)
     if _differentiating(*tensors):
         return autograd.MlpFunction.apply(*tensors, *drawn, *scalars, residual_is_x)
     return torch.ops.vit_triton.mlp_fwd.default(
-        *tensors[:7], residual, layer_scale, *drawn, *scalars, False, *panels
+        *tensors[:7], residual, layer_scale, *drawn, *scalars, False
     )[0]
 
 
@@ -314,7 +312,6 @@ def encoder(
         (weight1, bias1, eps1), (weight2, bias2, eps2) = _norm_parts(block.norm1), _norm_parts(block.norm2)
         eps += [eps1, eps2]
         arguments += (weight1, bias1, *block[1:5], weight2, bias2, *block[6:])
-        arguments += map(packing.panels, (block.qkv_weight, block.out_weight, block.w1, block.w2))
     head_dim = blocks[0].qkv_weight.shape[0] // 3 // heads if blocks else 1
     scale = head_dim**-0.5 if scale is None else float(scale)
     return torch.ops.vit_triton.encoder_fwd.default(x, arguments, eps, heads, scale, activation, first_token)
@@ -455,14 +452,12 @@ def patch_embed(
     pre_weight, pre_bias, pre_eps = _norm_parts(pre_norm)
     post_weight, post_bias, post_eps = _norm_parts(post_norm)
     tensors = (image, weight, bias, pos, prefix, pre_weight, pre_bias, post_weight, post_bias)
-    arranged = packing.in_image_order(weight, image, (p1, p2), patch_order)
     if _differentiating(*tensors):
         return autograd.PatchEmbedFunction.apply(
             *tensors, image_mean, image_std, pre_eps, post_eps, (p1, p2), patch_order
         )
     tokens, *_ = torch.ops.vit_triton.patch_embed_fwd.default(
-        *tensors[:7], pre_eps, post_weight, post_bias, post_eps, image_mean, image_std, (p1, p2), patch_order, arranged,
-        False,
+        *tensors[:7], pre_eps, post_weight, post_bias, post_eps, image_mean, image_std, (p1, p2), patch_order, False,
     )  # fmt: skip
     return tokens
 

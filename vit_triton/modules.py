@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from vit_triton import functional as F
-from vit_triton import packing
 from vit_triton.backend import check_backend_name, resolve_backend
 
 __all__ = ["Attention", "FeedForward", "LayerNorm", "Linear", "PatchEmbedding", "PatchRows", "Transformer"]
@@ -85,21 +84,6 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         return F.linear(input, self.weight, self.bias, backend=self.backend)
-
-    # the weight is about to change, or may: what packing keeps of it goes
-
-    def train(self, mode: bool = True) -> Linear:
-        if mode:
-            packing.drop(self._parameters.get("weight"))
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Linear:
-        packing.drop(self._parameters.get("weight"))
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        packing.drop(self._parameters.get("weight"))
-        super()._load_from_state_dict(*args, **kwargs)
 
 
 class LayerNorm(nn.LayerNorm):

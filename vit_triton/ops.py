@@ -9,16 +9,23 @@ wrapping costs more Python per call.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vit_triton import packing
+
 _library = torch.library.Library("vit_triton", "DEF")
 
 
-def _register(schema: str) -> Any:
-    """Define an operator and register the decorated function, which may return None for a Tensor, for every device."""
+def _register(schema: str, copies: Callable[..., list[Tensor | None]] | None = None) -> Any:
+    """Define an operator and register the decorated function, which may return None for a Tensor, for every device.
+
+    ``copies``: of the weights among the operator's arguments, those that :func:`vit_triton.prepack` keeps for the CPU;
+    the function gets them as ``copies``.
+    """
     name = schema.split("(")[0]
     _library.define(schema)
 
@@ -26,7 +33,17 @@ def _register(schema: str) -> Any:
         def implementation(x: Tensor, *args: Any) -> Any:
             return _no_none(function(x, *args), x)
 
-        _library.impl(name, lambda *args: _on_cpu(implementation, args), "CPU")
+        def with_copies(copies: list[Tensor | None], x: Tensor, *args: Any) -> Any:
+            return _no_none(function(x, *args, copies=copies), x)
+
+        def on_cpu(*args: Any) -> Any:
+            if packing.frozen:
+                packing.check(args)
+                if copies is not None:
+                    return _on_cpu(with_copies, (copies(*args), *args))
+            return _on_cpu(implementation, args)
+
+        _library.impl(name, on_cpu, "CPU")
         _library.impl(name, lambda *args: _on_gpu(implementation, args), "CUDA")
         _library.impl(name, lambda *args: _on_gpu(implementation, args), "XPU")
         return function
@@ -229,13 +246,14 @@ def _normed_attention_bwd_fake(
 
 @_register(
     "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, "
-    "Tensor? layer_scale, Tensor? samples, Tensor? seed, float? eps, float dropout_p, Tensor? panels=None, "
-    "bool save=True) -> (Tensor, Tensor, Tensor)"
+    "Tensor? layer_scale, Tensor? samples, Tensor? seed, float? eps, float dropout_p, bool save=True) "
+    "-> (Tensor, Tensor, Tensor)",
+    copies=lambda x, weight, *_: [packing.panels(weight)],
 )
 def _linear_fwd(
-    x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed, eps, dropout_p, panels=None,
-    save=True,
-):
+    x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed, eps, dropout_p, save=True,
+    copies=(None,),
+):  # fmt: skip
     from vit_triton.kernels.mlp import norm_linear_fwd
 
     residual = None if residual is None else _rows(residual)
@@ -243,7 +261,7 @@ def _linear_fwd(
         *(_rows(x), weight, bias, norm_weight, norm_bias, residual, seed, layer_scale, samples),
         eps=eps,
         dropout_p=dropout_p,
-        panels=panels,
+        panels=copies[0],
         save=save,
     )
     return y.view(*x.shape[:-1], weight.shape[0]), *statistics
@@ -251,8 +269,7 @@ def _linear_fwd(
 
 @_fake("linear_fwd")
 def _linear_fwd_fake(
-    x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed, eps, dropout_p, panels=None,
-    save=True,
+    x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed, eps, dropout_p, save=True
 ):
     y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=_output_dtype(weight, residual, layer_scale))
     saved = save and eps is not None
@@ -323,12 +340,12 @@ def _norm_grads(weight: Tensor | None, bias: Tensor | None, wanted: bool) -> tup
 @_register(
     "mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor? residual, Tensor? layer_scale, Tensor? samples, Tensor? hidden_seed, Tensor? seed, float? eps, "
-    "str activation, float hidden_dropout_p, float dropout_p, bool save, Tensor? panels1=None, Tensor? panels2=None) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "str activation, float hidden_dropout_p, float dropout_p, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
+    copies=lambda x, w1, b1, w2, *_: [packing.panels(w1), packing.panels(w2)],
 )
 def _mlp_fwd(
     x, w1, b1, w2, b2, norm_weight, norm_bias, residual, layer_scale, samples, hidden_seed, seed,
-    eps, activation, hidden_dropout_p, dropout_p, save, panels1=None, panels2=None,
+    eps, activation, hidden_dropout_p, dropout_p, save, copies=(None, None),
 ):  # fmt: skip
     from vit_triton.kernels.mlp import mlp_fwd
 
@@ -350,7 +367,7 @@ def _mlp_fwd(
         hidden_dropout_p=hidden_dropout_p,
         dropout_p=dropout_p,
         save=save,
-        panels=(panels1, panels2),
+        panels=copies,
     )
     return y.view(*x.shape[:-1], w2.shape[0]), *saved
 
@@ -358,7 +375,7 @@ def _mlp_fwd(
 @_fake("mlp_fwd")
 def _mlp_fwd_fake(
     x, w1, b1, w2, b2, norm_weight, norm_bias, residual, layer_scale, samples, hidden_seed, seed,
-    eps, activation, hidden_dropout_p, dropout_p, save, panels1=None, panels2=None,
+    eps, activation, hidden_dropout_p, dropout_p, save,
 ):  # fmt: skip
     y = x.new_empty(*x.shape[:-1], w2.shape[0], dtype=_output_dtype(w2, residual, layer_scale))
     pre = w1.new_empty(_n_rows(x), w1.shape[0]) if save else None
@@ -425,18 +442,30 @@ def _mlp_bwd_fake(
 
 # --- encoder -----------------------------------------------------------------------------------------------
 
+_BLOCK = 14  # tensors of a block, see BlockTensors
+
+
+def _block_weights(n_tensors: int) -> list[int]:
+    """Where the weights of qkv, out, w1 and w2 of each block are."""
+    return [block + place for block in range(0, n_tensors, _BLOCK) for place in (2, 4, 8, 10)]
+
 
 @_register(
     "encoder_fwd(Tensor x, Tensor?[] blocks, float[] eps, int heads, float scale, str activation, bool first_token) "
-    "-> Tensor"
+    "-> Tensor",
+    copies=lambda x, blocks, *_: [packing.panels(blocks[i]) for i in _block_weights(len(blocks))],
 )
-def _encoder_fwd(x, blocks, eps, heads, scale, activation, first_token):
-    from vit_triton.kernels.encoder import BlockTensors, encoder_fwd
+def _encoder_fwd(x, blocks, eps, heads, scale, activation, first_token, copies=None):
+    from vit_triton.kernels.encoder import BlockPanels, BlockTensors, encoder_fwd
 
-    n = len(BlockTensors._fields)
+    tensors = [BlockTensors(*blocks[i : i + _BLOCK]) for i in range(0, len(blocks), _BLOCK)]
+    panels = [BlockPanels()] * len(tensors)
+    if copies is not None:
+        panels = [BlockPanels(*copies[i : i + 4]) for i in range(0, len(copies), 4)]
     return encoder_fwd(
         x,
-        [BlockTensors(*blocks[i : i + n]) for i in range(0, len(blocks), n)],
+        tensors,
+        panels,
         eps=eps,
         heads=heads,
         scale=scale,
@@ -507,12 +536,13 @@ def _layer_norm_bwd_fake(dy, x, weight, mean, rstd, dsum):
 @_register(
     "patch_embed_fwd(Tensor image, Tensor weight, Tensor? bias, Tensor? pos, Tensor? prefix, Tensor? pre_weight, "
     "Tensor? pre_bias, float? pre_eps, Tensor? post_weight, Tensor? post_bias, float? post_eps, Tensor? mean, "
-    "Tensor? std, SymInt[] patch_size, str patch_order, Tensor? arranged=None, bool save=True) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? std, SymInt[] patch_size, str patch_order, bool save=True) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    copies=lambda image, weight, *args: [packing.in_image_order(weight, image, tuple(args[11]), args[12])],
 )
 def _patch_embed_fwd(
     image, weight, bias, pos, prefix, pre_weight, pre_bias, pre_eps, post_weight, post_bias, post_eps, mean, std,
-    patch_size, patch_order, arranged=None, save=True,
+    patch_size, patch_order, save=True, copies=(None,),
 ):  # fmt: skip
     from vit_triton.kernels.patch_embed import patch_embed_fwd
 
@@ -528,7 +558,7 @@ def _patch_embed_fwd(
         std,
         patch_size=tuple(patch_size),
         patch_order=patch_order,
-        arranged=arranged,
+        arranged=copies[0],
         save=save,
     )
 
@@ -536,7 +566,7 @@ def _patch_embed_fwd(
 @_fake("patch_embed_fwd")
 def _patch_embed_fwd_fake(
     image, weight, bias, pos, prefix, pre_weight, pre_bias, pre_eps, post_weight, post_bias, post_eps, mean, std,
-    patch_size, patch_order, arranged=None, save=True,
+    patch_size, patch_order, save=True,
 ):  # fmt: skip
     batch, _, height, width = image.shape
     patches = (height // patch_size[0]) * (width // patch_size[1])

@@ -1,94 +1,215 @@
-"""Weights laid out once for the CPU's matrix products, for as long as they do not change.
+"""Frozen models: weights laid out once for the matrix products of the CPU target.
 
-A product on the CPU reads its weight in panels (:func:`vit_triton.kernels.linear.pack_weight`), a patch embedding with
-its columns in the order of the image's memory. While gradients are off a model's parameters seldom change, so what was
-laid out is kept, at the price of the weight's size in memory, and is
-made again whenever anything says that they may have changed: the parameter has other memory or another version, it was
-used with gradients on, its module was put into training mode, moved, cast or given a state dict, an optimizer stepped.
-In-place changes that PyTorch does not count (``p.data.copy_(x)``) show in a sample of the values that every call
-compares; what changes a few values through ``.data`` and no other way calls :func:`clear`.
+A product on the CPU reads its weight in panels (:func:`vit_triton.kernels.linear.pack_weight`), and a patch embedding
+reads its weight with the columns in the order of the image's memory. Every call lays them out anew, so it uses the
+values that the parameters have at that moment. :func:`prepack` keeps the copies instead.
 """
 
+from __future__ import annotations
+
+import functools
 import weakref
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+
+__all__ = ["prepack", "unpack"]
 
 
-class _Kept(NamedTuple):
-    weight: weakref.ref
-    arranged: Tensor
-    state: tuple[Any, ...]
-    storage: torch.UntypedStorage  # held, so that no other tensor gets its address
-    view: Tensor  # some values of the weight, where they lie
-    sample: Tensor  # and as they were
+class _Frozen:
+    """A parameter of a prepacked model, its state at that moment, and the copies made of it since.
+
+    It holds the parameter, so that no other tensor gets its id. A weak reference would not do: with one,
+    ``torch.utils.swap_tensors`` refuses the parameter.
+    """
+
+    __slots__ = ("copies", "name", "state", "tensor")
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self.name, self.tensor, self.state = name, tensor, _state(tensor)
+        self.copies: dict[object, Tensor] = {}
+
+    def copy(self, layout: object, make: Callable[[Tensor], Tensor]) -> Tensor:
+        if layout not in self.copies:
+            with torch.no_grad(), torch.inference_mode(False):  # an inference tensor could not be saved for backward
+                self.copies[layout] = make(self.tensor.detach())
+        return self.copies[layout]
 
 
-_packed: dict[int, _Kept] = {}  # by the id of the weight: looking up a weak reference takes longer
-_SAMPLES = 8  # along each axis
-_watching_optimizers = False
+frozen: dict[int, _Frozen] = {}  # by the id of the parameter
+
+
+def prepack(model: nn.Module) -> nn.Module:
+    """Freeze a model for inference on a CPU: its weights are laid out at their first use and kept.
+
+    Otherwise every call lays them out. The copies take as much memory as the weights.
+
+    **Later edits are not seen.** A write that changes neither a parameter's address nor its version counter
+    (``p.data[0] = 0``, ``p.detach().numpy()[0] = 0``, a write by another process) has no effect on the result. A write
+    that changes one of them makes the next call raise. To change a weight, call :func:`unpack`, edit, and call
+    ``prepack`` again.
+
+    Backend "torch", autocast, ``torch.compile`` and GPUs use the parameters themselves. A copy made by ``deepcopy`` or
+    ``pickle`` is not prepacked.
+
+    Args:
+        model: a model of this library or an accelerated one, in evaluation mode. Changed in place. A model that is
+            prepacked already is prepacked again, with the values that its parameters have now.
+
+    Returns:
+        `model`. Until :func:`unpack` it raises RuntimeError from ``train()``, ``load_state_dict``,
+        :func:`vit_triton.load_weights`, ``to()`` and whatever else casts or moves parameters, and from a call after an
+        edit that shows.
+
+    Raises:
+        TypeError: `model` is not a Module.
+        ValueError: a module of `model` is in training mode.
+    """
+    unpack(model)
+    training = [name for name, module in model.named_modules() if module.training]
+    if training:
+        which = f"{training[0]!r} of model" if training[0] else "model"
+        raise ValueError(f"model must be in evaluation mode, but {which} is in training mode: call model.eval() first")
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            cls: Any = type(module)
+            module.__class__ = _refusing(cls)
+        for part, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in frozen:
+                frozen[id(parameter)] = _Frozen(f"{name}.{part}".lstrip("."), parameter)
+                weakref.finalize(module, _forget, id(parameter)).atexit = False
+    return model
+
+
+def unpack(model: nn.Module) -> nn.Module:
+    """Undo :func:`prepack`; a model that is not prepacked stays as it is.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `model` is not a Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}")
+    for module in model.modules():
+        cls: Any = type(module)
+        if "_prepacked" in vars(cls):
+            module.__class__ = cls._prepacked
+        for parameter in module._parameters.values():
+            _forget(id(parameter))
+    return model
+
+
+def refuse(model: nn.Module, what: str) -> None:
+    """Raise RuntimeError if a part of `model` is prepacked; ``what`` names the call that is refused."""
+    if any(hasattr(module, "_prepacked") for module in model.modules()):
+        raise _refusal(what)
+
+
+def _refusal(what: str) -> RuntimeError:
+    return RuntimeError(f"{what}: the model is prepacked, its weights are frozen; call vit_triton.unpack(model) first")
+
+
+@functools.cache
+def _refusing(cls: Any) -> Any:
+    """The subclass of `cls` that refuses what changes weights."""
+
+    def train(self: Any, mode: bool = True) -> Any:
+        if mode:
+            raise _refusal("train()")
+        return super(prepacked, self).train(mode)
+
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise _refusal("a cast or move")
+
+    def load_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise _refusal("load_state_dict()")
+
+    def _load_from_state_dict(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise _refusal("load_state_dict()")
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        make, arguments, *rest = super(prepacked, self).__reduce_ex__(max(int(protocol), 2))
+        return _made, (make, *(cls if x is prepacked else x for x in arguments)), *rest
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    methods = (train, _apply, load_state_dict, _load_from_state_dict, __reduce_ex__)
+    prepacked: Any = type(cls.__name__, (cls,), {**names, **{f.__name__: f for f in methods}, "_prepacked": cls})
+    return prepacked
+
+
+def _made(make: Callable[..., Any], *arguments: Any) -> Any:
+    """The object itself, for pickle and deepcopy: pickle refuses ``copyreg.__newobj__`` with another class."""
+    return make(*arguments)
+
+
+def _forget(key: int) -> None:
+    entry = frozen.pop(key, None)
+    for copy in () if entry is None else entry.copies.values():
+        frozen.pop(id(copy), None)
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    version = None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype
+
+
+# --- what operators on a CPU read --------------------------------------------------------------------------
+
+
+def check(args: Sequence[Any]) -> None:
+    """Raise RuntimeError if an edit of a frozen parameter among the arguments of an operator shows."""
+    for x in _tensors(args):
+        entry = frozen.get(id(x))
+        if entry is not None and entry.state != _state(x):
+            raise RuntimeError(
+                f"the parameter {entry.name} was changed after vit_triton.prepack(model); call "
+                "vit_triton.unpack(model), and vit_triton.prepack(model) again if the model is to stay frozen"
+            )
+
+
+def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
+    for x in args:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, list):
+            yield from _tensors(x)
 
 
 def panels(weight: Tensor) -> Tensor | None:
-    """The panels of a parameter on the CPU; None where there are none to have: with gradients on, while
-    ``torch.compile`` traces, or if ``weight`` is no parameter or of a dtype that is not read in panels."""
-    if not _keeps(weight):
+    """The panels of a frozen weight; None if it is not frozen or if its dtype is not read in panels."""
+    entry = frozen.get(id(weight))
+    if entry is None:
         return None
     from vit_triton.cpu.driver import dot_panel
+    from vit_triton.kernels.linear import pack_weight
 
     layout = dot_panel(weight.dtype)
-    if layout is None:
-        return None
-    from vit_triton.kernels import linear
-
-    return _kept(weight, layout, lambda: linear.pack_weight(weight.detach(), *layout))
+    return None if layout is None else entry.copy(layout, lambda x: pack_weight(x, *layout))
 
 
 def in_image_order(weight: Tensor, image: Tensor, patch_size: tuple[int, int], patch_order: str) -> Tensor | None:
-    """The weight of a patch embedding with its columns in the order in which ``image`` lies in memory; None as for
-    :func:`panels`."""
-    if not _keeps(weight):
+    """A frozen weight of a patch embedding with its columns in the order in which ``image`` lies in memory; None if the
+    weight is not frozen."""
+    entry = frozen.get(id(weight))
+    if entry is None:
         return None
     from vit_triton.kernels._patches import patch_layout
 
     layout = patch_layout(image, patch_size, patch_order)
-    return _kept(weight, layout.order, lambda: cast(Tensor, layout.from_weight(weight.detach())))
+    return entry.copy(layout.order, layout.from_weight)  # type: ignore[arg-type] # None only for None
 
 
-def _keeps(weight: Tensor) -> bool:
-    if type(weight) is not nn.Parameter or torch.compiler.is_compiling() or weight.device.type != "cpu":
-        return False
-    if torch.is_grad_enabled():
-        drop(weight)
-        return False
-    return True
-
-
-def _kept(weight: Tensor, arrangement: object, arrange: Callable[[], Tensor]) -> Tensor:
-    version = None if weight.is_inference() else weight._version
-    state = (arrangement, weight.data_ptr(), weight.shape, weight.stride(), version)
-    known = _packed.get(id(weight))
-    if known is not None and known.state == state and torch.equal(known.view, known.sample):
-        return known.arranged
-    global _watching_optimizers
-    if not _watching_optimizers:
-        register_optimizer_step_post_hook(lambda *_: clear())
-        _watching_optimizers = True
-    view = weight.detach()[tuple(slice(None, None, max(1, size // _SAMPLES)) for size in weight.shape)]
-    key, arranged = id(weight), arrange()
-    reference = weakref.ref(weight, lambda _: _packed.pop(key, None))
-    _packed[key] = _Kept(reference, arranged, state, weight.untyped_storage(), view, view.clone())
-    return arranged
-
-
-def drop(weight: Tensor | None) -> None:
-    """Forget the panels of one weight."""
-    _packed.pop(id(weight), None)
-
-
-def clear() -> None:
-    """Forget all panels."""
-    _packed.clear()
+def concatenated(tensors: Sequence[Tensor]) -> Tensor:
+    """``torch.cat(tensors)``; kept, and frozen, while gradients are off and all of them are frozen."""
+    if not frozen or torch.is_grad_enabled() or not all(id(x) in frozen for x in tensors):
+        return torch.cat(list(tensors))
+    check(tensors)
+    layout = "concatenated", *map(id, tensors[1:])
+    whole = frozen[id(tensors[0])].copy(layout, lambda _: torch.cat([x.detach() for x in tensors]))
+    if id(whole) not in frozen:
+        frozen[id(whole)] = _Frozen(f"{frozen[id(tensors[0])].name} and others", whole)
+    return whole

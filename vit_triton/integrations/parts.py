@@ -157,9 +157,9 @@ def activation_of(module: nn.Module, name: str, others: dict[type[nn.Module], st
     if isinstance(activation, nn.GELU):
         part(module, name, nn.GELU)
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    kind = type(activation)
-    known = ACTIVATIONS.get(kind) or (others or {}).get(kind)
-    if known is None:
-        raise Unknown(f"{name}: no kernel has the activation {kind.__name__}")
-    part(module, name, kind)
-    return known
+    names = {**ACTIVATIONS, **(others or {})}
+    for kind in type(activation).__mro__:
+        if kind in names:
+            part(module, name, kind)
+            return names[kind]
+    raise Unknown(f"{name}: no kernel has the activation {type(activation).__name__}")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_triton.backend import check_backend_name
+from vit_triton.packing import refuse
 
 __all__ = ["Entry", "Recipe", "Report", "Unknown", "accelerate", "restore"]
 
@@ -245,6 +246,7 @@ def accelerate(
     for name, value in chosen.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
+    refuse(model, "accelerate()")
     _load_recipes()
     restore(model)
     entries: list[Entry] = []
@@ -304,6 +306,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}")
+    refuse(model, "restore()")
     for module in model.modules():
         cls = _restored(type(module))
         if cls is not type(module):

@@ -14,7 +14,6 @@ import functools
 import sys
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, activations
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -35,6 +34,7 @@ from vit_triton.integrations.parts import (
 )
 from vit_triton.integrations.pytorch import attend_and_none, read_multihead_attention
 from vit_triton.integrations.replacement import Recipe, Unknown, know, only, part, plain_input, teach
+from vit_triton.packing import concatenated
 
 __all__ = ["attention_forward", "teach_all"]
 
@@ -257,12 +257,12 @@ def classes_of(file: str) -> Classes:
 
 
 def stacked(module: nn.Module, *names: str) -> tuple[Tensor, Tensor | None]:
-    """Weights and biases of several Linears as those of one: a copy, in every call, of as many numbers as a row of
-    tokens has times their width, for one pass over all tokens instead of several, with the norm inside."""
+    """Weights and biases of several Linears as those of one, for one pass over all tokens instead of several, with the
+    norm inside. They are concatenated in every call of a model that is not prepacked."""
     weights, biases = zip(*(linear_of(module, name) for name in names), strict=True)
     if len({bias is None for bias in biases}) > 1:
         raise Unknown("only some of the projections have a bias")
-    return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
+    return concatenated(weights), None if biases[0] is None else concatenated(biases)
 
 
 def read_mlp(module: Any) -> MlpParts:

@@ -17,8 +17,8 @@ from vit_triton.kernels.mlp import mlp_fwd, norm_linear_fwd
 
 
 class BlockTensors(NamedTuple):
-    """What a block is made of: its norms (D,), nn.Linear's weights and biases, and the weights as `pack_weight` lays
-    them out, where they are. The rows of ``qkv`` are (3, heads, head size)."""
+    """What a block is made of: its norms (D,), nn.Linear's weights and biases. The rows of ``qkv`` are
+    (3, heads, head size)."""
 
     norm1_weight: torch.Tensor | None
     norm1_bias: torch.Tensor | None
@@ -34,15 +34,21 @@ class BlockTensors(NamedTuple):
     b2: torch.Tensor | None
     layer_scale1: torch.Tensor | None
     layer_scale2: torch.Tensor | None
-    qkv_panels: torch.Tensor | None
-    out_panels: torch.Tensor | None
-    w1_panels: torch.Tensor | None
-    w2_panels: torch.Tensor | None
+
+
+class BlockPanels(NamedTuple):
+    """The weights of a block as `pack_weight` lays them out; None: laid out by the call."""
+
+    qkv: torch.Tensor | None = None
+    out: torch.Tensor | None = None
+    w1: torch.Tensor | None = None
+    w2: torch.Tensor | None = None
 
 
 def encoder_fwd(
     x: torch.Tensor,
     blocks: list[BlockTensors],
+    panels: list[BlockPanels],
     *,
     eps: list[float],
     heads: int,
@@ -54,19 +60,19 @@ def encoder_fwd(
     only keys and values for the others. ``eps``: of both norms of each block."""
     batch, length, dim = x.shape
     rows = x.reshape(batch * length, dim)
-    for i, block in enumerate(blocks):
+    for i, (block, packed) in enumerate(zip(blocks, panels, strict=True)):
         norm1, norm2 = eps[2 * i : 2 * i + 2]
         inner = block.qkv.shape[0] // 3
         head_dim = inner // heads
         if first_token and i == len(blocks) - 1:
             first = rows.view(batch, length, dim)[:, 0]
-            q = _project(first, block, slice(0, inner), norm1).view(batch, 1, heads, head_dim)
-            kv = _project(rows, block, slice(inner, 3 * inner), norm1)
+            q = _project(first, block, packed.qkv, slice(0, inner), norm1).view(batch, 1, heads, head_dim)
+            kv = _project(rows, block, packed.qkv, slice(inner, 3 * inner), norm1)
             k, v = kv.view(batch, length, 2, heads, head_dim).unbind(2)
             del kv
             rows = first
         else:
-            qkv = _project(rows, block, slice(0, 3 * inner), norm1)
+            qkv = _project(rows, block, packed.qkv, slice(0, 3 * inner), norm1)
             q, k, v = qkv.view(batch, length, 3, heads, head_dim).unbind(2)
             del qkv
         out, _ = attention_fwd(q, k, v, None, scale=scale, dropout_p=0.0, save=False)
@@ -74,7 +80,7 @@ def encoder_fwd(
             *(out.view(len(rows), inner), block.out, block.out_bias, None, None, rows, None, block.layer_scale1),
             eps=None,
             dropout_p=0.0,
-            panels=block.out_panels,
+            panels=packed.out,
         )
         del q, k, v, out  # so much memory is free for the MLP
         rows, *_ = mlp_fwd(
@@ -85,15 +91,16 @@ def encoder_fwd(
             hidden_dropout_p=0.0,
             dropout_p=0.0,
             save=False,
-            panels=(block.w1_panels, block.w2_panels),
+            panels=(packed.w1, packed.w2),
         )
     return rows.view(batch, 1 if first_token else length, dim)
 
 
-def _project(rows: torch.Tensor, block: BlockTensors, part: slice, eps: float) -> torch.Tensor:
+def _project(
+    rows: torch.Tensor, block: BlockTensors, panels: torch.Tensor | None, part: slice, eps: float
+) -> torch.Tensor:
     """norm(rows) @ qkv[part].T + its bias."""
     bias = None if block.qkv_bias is None else block.qkv_bias[part]
-    panels = block.qkv_panels
     if panels is not None:
         width = panels.shape[2]
         whole = part.start % width == 0 and (part.stop % width == 0 or part.stop == block.qkv.shape[0])

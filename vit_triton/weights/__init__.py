@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from vit_triton.packing import refuse
 from vit_triton.weights import files
 from vit_triton.weights.files import WeightsError
 from vit_triton.weights.layouts import Place, places
@@ -44,9 +45,11 @@ def load_weights(
 
     Raises:
         FileNotFoundError: there is no such file.
+        RuntimeError: the model is prepacked (:func:`vit_triton.prepack`).
         WeightsError: the file cannot be read, or does not fit; it lists all that does not. The model is untouched.
     """
     path = Path(path)
+    refuse(model, "load_weights()")
     # An empty tensor, such as the class tokens of a model that has none, needs nothing.
     state = model.state_dict()
     into = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and tensor.numel()}
