@@ -20,7 +20,6 @@ import vit_triton
 from vit_triton import packing
 from vit_triton.cpu.driver import active
 from vit_triton.kernels import _launch, linear
-from vit_triton.kernels._patches import PatchLayout
 
 compiled_only = pytest.mark.skipif(
     INTERPRETER or bool(EMULATOR), reason="weights are packed only where kernels are compiled for the CPU"
@@ -173,7 +172,7 @@ def counted(edit):
 
 
 def prune(weight):
-    weight[weight.abs() < weight.abs().median()] = 0
+    weight[weight.abs() < weight[weight != 0].abs().median()] = 0
 
 
 def clamp(weight):
@@ -181,7 +180,7 @@ def clamp(weight):
 
 
 def zero_rows(weight):
-    weight[3:7] = 0
+    weight[torch.randperm(len(weight))[:4]] = 0
 
 
 def one_value(weight):
@@ -210,7 +209,7 @@ def load(modules, **options):
 
 def numpy_write(modules):
     for module in modules:
-        module.weight.detach().numpy().reshape(-1)[11:29] = 2
+        module.weight.detach().numpy().reshape(-1)[11:29] += 2
 
 
 def assign(modules):
@@ -264,7 +263,7 @@ def write_from_another_process(modules):
     names = [module.weight.data.untyped_storage()._share_filename_cpu_() for module in modules]
     code = "import sys, torch\nfor handle in eval(sys.argv[1]):\n"
     code += "    s = torch.UntypedStorage._new_shared_filename_cpu(*handle)\n"
-    code += "    torch.tensor([], dtype=torch.float32).set_(s)[7:19] = 3\n"
+    code += "    torch.tensor([], dtype=torch.float32).set_(s)[7:19] += 3\n"
     subprocess.run([sys.executable, "-c", code, repr(names)], check=True)
 
 
@@ -296,19 +295,21 @@ CHANGES = {
 
 
 @compiled_only
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("make", WEIGHTS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_shows_in_the_next_call(change, make, mode):
+def test_a_change_shows_in_the_next_call(change, make):
+    if change == "another process" and make is not timm_vit:
+        return  # starting one takes seconds
     model, x = built(make), torch.randn(2, 3, 32, 32)
-    with mode():
-        before = model(x)
-        model(x)  # replayed
-    CHANGES[change](weights_of(model, make))
-    with mode():
-        after, expected = model(x), copy.deepcopy(model)(x)
-    assert torch.equal(after, expected)
-    assert not torch.equal(after, before)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            before = model(x)
+            model(x)  # replayed
+        CHANGES[change](weights_of(model, make))
+        with mode():
+            after, expected = model(x), copy.deepcopy(model)(x)
+        assert torch.equal(after, expected)
+        assert not torch.equal(after, before)
 
 
 @compiled_only
@@ -354,29 +355,25 @@ def test_each_weight_is_packed_once(make, dtype, packed):
         vit_triton.prepack(model)
         for _ in range(3):
             model(x)
+    products = 8 + (make is our_vit)  # its head runs on the kernels too
     # float16, and bfloat16 on some CPUs, is widened while the product packs it
-    assert len(packed) == (8 if vit_triton.cpu.driver.dot_panel(dtype) is not None else 0)
+    assert len(packed) == (products if vit_triton.cpu.driver.dot_panel(dtype) is not None else 0)
 
 
 @compiled_only
-def test_the_weight_of_the_patches_is_kept_in_the_order_of_the_image(monkeypatch):
-    ordered = []
-    from_weight = PatchLayout.from_weight
-
-    def noted(self, columns):
-        ordered.append(self.order)
-        return from_weight(self, columns)
-
-    monkeypatch.setattr(PatchLayout, "from_weight", noted)
-    model = vit_triton.prepack(built(our_vit))
+@pytest.mark.parametrize("make", [our_vit, timm_vit])
+def test_the_weight_of_the_patches_is_kept_in_the_order_of_the_image(make):
+    model, weight = built(make), WEIGHTS[make][-1] + ".weight"
     planes = torch.randn(2, 3, 32, 32)
-    pixels = planes.to(memory_format=torch.channels_last)
+    images = planes, planes.to(memory_format=torch.channels_last)
     with torch.no_grad():
-        results = [model(image) for image in (planes, pixels, planes, pixels)]
-    by_model = [order for order in ordered if order]
-    assert by_model.count("c p1 p2") == 1 + 2 * by_model.count("x")
-    for result in results[1:]:
-        torch.testing.assert_close(result, results[0])
+        plain = [model(image) for image in images]
+        vit_triton.prepack(model)
+        for _ in range(2):
+            for image, expected in zip(images, plain, strict=True):
+                assert torch.equal(model(image), expected)
+    (entry,) = (entry for entry in packing.frozen.values() if entry.name == weight)
+    assert sorted(order for order, *_ in entry.copies) == ["c p1 p2", "p1 p2 c"]
 
 
 REFUSED = {
@@ -414,7 +411,7 @@ def test_a_prepacked_model_refuses_to_be_replaced_or_loaded(tmp_path):
     vit_triton.restore(vit_triton.unpack(model))
 
 
-SHOWS = ("in place", "in place, rows", "data =", "set_", "swap_tensors", "SGD", "fused SGD", "fused AdamW")
+SHOWS = ("in place", "in place, rows", "data =", "set_", "swap_tensors", "SGD")
 
 
 @compiled_only

@@ -31,11 +31,13 @@ class _Frozen:
         self.name, self.tensor, self.state = name, tensor, _state(tensor)
         self.copies: dict[object, Tensor] = {}
 
-    def copy(self, layout: object, make: Callable[[Tensor], Tensor]) -> Tensor:
-        if layout not in self.copies:
+    def copy(self, x: Tensor, layout: object, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """``make(x)`` of the parameter or a view of it."""
+        key = layout, x.shape, x.stride(), x.storage_offset()
+        if key not in self.copies:
             with torch.no_grad(), torch.inference_mode(False):  # an inference tensor could not be saved for backward
-                self.copies[layout] = make(self.tensor.detach())
-        return self.copies[layout]
+                self.copies[key] = make(x.detach())
+        return self.copies[key]
 
 
 frozen: dict[int, _Frozen] = {}  # by the id of the parameter
@@ -47,8 +49,8 @@ def prepack(model: nn.Module) -> nn.Module:
     Otherwise every call lays them out. The copies take as much memory as the weights.
 
     **Later edits are not seen.** A write that changes neither a parameter's address nor its version counter
-    (``p.data[0] = 0``, ``p.detach().numpy()[0] = 0``, a write by another process) has no effect on the result. A write
-    that changes one of them makes the next call raise. To change a weight, call :func:`unpack`, edit, and call
+    (``p.data[0] = 0``, ``p.detach().numpy()[0] = 0``, a fused optimizer, another process) has no effect on the result.
+    A write that changes one of them makes the next call raise. To change a weight, call :func:`unpack`, edit, and call
     ``prepack`` again.
 
     Backend "torch", autocast, ``torch.compile`` and GPUs use the parameters themselves. A copy made by ``deepcopy`` or
@@ -163,12 +165,17 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
 def check(args: Sequence[Any]) -> None:
     """Raise RuntimeError if an edit of a frozen parameter among the arguments of an operator shows."""
     for x in _tensors(args):
-        entry = frozen.get(id(x))
-        if entry is not None and entry.state != _state(x):
+        entry = _entry(x)
+        if entry is not None and entry.state != _state(entry.tensor):
             raise RuntimeError(
                 f"the parameter {entry.name} was changed after vit_triton.prepack(model); call "
                 "vit_triton.unpack(model), and vit_triton.prepack(model) again if the model is to stay frozen"
             )
+
+
+def _entry(x: Tensor) -> _Frozen | None:
+    """That of the frozen parameter that ``x`` is, or is a view of."""
+    return frozen.get(id(x)) or frozen.get(id(x._base))
 
 
 def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
@@ -181,26 +188,26 @@ def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
 
 def panels(weight: Tensor) -> Tensor | None:
     """The panels of a frozen weight; None if it is not frozen or if its dtype is not read in panels."""
-    entry = frozen.get(id(weight))
+    entry = _entry(weight)
     if entry is None:
         return None
     from vit_triton.cpu.driver import dot_panel
     from vit_triton.kernels.linear import pack_weight
 
     layout = dot_panel(weight.dtype)
-    return None if layout is None else entry.copy(layout, lambda x: pack_weight(x, *layout))
+    return None if layout is None else entry.copy(weight, layout, lambda x: pack_weight(x, *layout))
 
 
 def in_image_order(weight: Tensor, image: Tensor, patch_size: tuple[int, int], patch_order: str) -> Tensor | None:
     """A frozen weight of a patch embedding with its columns in the order in which ``image`` lies in memory; None if the
     weight is not frozen."""
-    entry = frozen.get(id(weight))
+    entry = _entry(weight)
     if entry is None:
         return None
     from vit_triton.kernels._patches import patch_layout
 
     layout = patch_layout(image, patch_size, patch_order)
-    return entry.copy(layout.order, layout.from_weight)  # type: ignore[arg-type] # None only for None
+    return entry.copy(weight, layout.order, layout.from_weight)  # type: ignore[arg-type] # None only for None
 
 
 def concatenated(tensors: Sequence[Tensor]) -> Tensor:
@@ -209,7 +216,7 @@ def concatenated(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(tensors))
     check(tensors)
     layout = "concatenated", *map(id, tensors[1:])
-    whole = frozen[id(tensors[0])].copy(layout, lambda _: torch.cat([x.detach() for x in tensors]))
+    whole = frozen[id(tensors[0])].copy(tensors[0], layout, lambda _: torch.cat([x.detach() for x in tensors]))
     if id(whole) not in frozen:
         frozen[id(whole)] = _Frozen(f"{frozen[id(tensors[0])].name} and others", whole)
     return whole
