@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import vit_triton
 from benchmarks.cost import Cost, nbytes, trace
 from benchmarks.runner import OURS, Case, Provider, errors
 from benchmarks.shapes import Shape
@@ -31,8 +32,6 @@ def keywords(shape: Shape) -> dict[str, Any]:
 
 
 def ours(shape: Shape, backend: str = "triton", **more: Any) -> nn.Module:
-    import vit_triton
-
     return vit_triton.ViT(backend=backend, **keywords(shape), **more)
 
 
@@ -82,16 +81,18 @@ def hugging_face(shape: Shape) -> nn.Module:
     return ViTForImageClassification(config)
 
 
+COMPILED = " compiled"
+PREPACKED = " prepacked"  # in inference only
 BUILDS: dict[str, Build] = {
     OURS: ours,
+    f"{OURS}{PREPACKED}": ours,
     f"{OURS} torch": functools.partial(ours, backend="torch"),
     "vit_pytorch": vit_pytorch,
     "timm": timm,
     "torchvision": torchvision,
     "Hugging Face": hugging_face,
 }
-SAME_WEIGHTS = (OURS, f"{OURS} torch", "vit_pytorch")
-COMPILED = " compiled"
+SAME_WEIGHTS = (OURS, f"{OURS}{PREPACKED}", f"{OURS} torch", "vit_pytorch")
 
 
 def builds(compiled: bool) -> dict[str, Build]:
@@ -182,6 +183,8 @@ def _prepare(
 
     providers = {}
     for name, build in wanted.items():
+        if PREPACKED in name and direction != "forward":
+            continue
         base = name.removesuffix(COMPILED)
         with torch.device(device):
             model = build(shape).to(dtype)
@@ -189,6 +192,8 @@ def _prepare(
             model.load_state_dict(reference.state_dict())
         peer = reference if base in SAME_WEIGHTS else copy.deepcopy(model)
         exact = functools.cache(functools.partial(_exact, numbers, peer, arguments))
+        if PREPACKED in name:
+            vit_triton.prepack(model.eval())
         called = torch.compile(model, dynamic=False) if name.endswith(COMPILED) else model
         if direction == "forward":
             providers[name] = Provider(inference(called, image), exact, plain)

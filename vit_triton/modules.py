@@ -433,7 +433,7 @@ class Transformer(nn.Module):
         found = as_operator(self.layers)
         if found is not None:
             blocks, options = found
-            if all(resolve_backend(options["backend"], op, x) == "triton" for op in ("linear", "attention", "mlp")):
+            if resolve_backend(options["backend"], "encoder", x) == "triton":
                 return F.encoder(x, blocks, **{**options, "backend": "triton"}, first_token=first_token)
         *before, last = self.layers if first_token else (*self.layers, None)
         for block in before:
