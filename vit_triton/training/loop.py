@@ -123,9 +123,9 @@ def spread(model: nn.Module, config: TrainConfig, here: Place) -> nn.Module:
     return model
 
 
-def read(examples: Seeded, parts: list[list[int]], config: TrainConfig, here: Place) -> DataLoader:
+def read(examples: Seeded, parts: list[list[int]], config: TrainConfig, here: Place) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of ``examples`` by their indices."""
-    return DataLoader(
+    loader = DataLoader(
         examples,
         batch_sampler=parts,
         num_workers=config.workers,
@@ -133,6 +133,14 @@ def read(examples: Seeded, parts: list[list[int]], config: TrainConfig, here: Pl
         pin_memory=here.device.type == "cuda",
         generator=torch.Generator(),  # without one, it draws from that of the dropout
     )
+    try:
+        yield from loader
+    except ValueError as error:
+        if not config.workers:
+            raise
+        # the error of a worker has the whole traceback as its message
+        name = f"{type(error).__module__}.{type(error).__qualname__}: "
+        raise type(error)(str(error).splitlines()[-1].removeprefix(name)) from error
 
 
 def _collated(examples: list[tuple[Tensor, int]], shape: torch.Size) -> Any:
