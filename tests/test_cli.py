@@ -590,6 +590,12 @@ def test_info_names_versions_and_what_runs_where(capsys, monkeypatch):
     assert 'backend by default: "torch" (VIT_TRITON_BACKEND)' in run(capsys, "info")[1]
 
 
+def test_info_refuses_a_backend_that_there_is_not(capsys, monkeypatch):
+    monkeypatch.setenv("VIT_TRITON_BACKEND", "none")
+    code, out, err = run(capsys, "info")
+    assert (code, out) == (2, "") and "VIT_TRITON_BACKEND must be one of 'triton', 'torch', 'auto', got 'none'" in err
+
+
 def test_info_says_why(monkeypatch):
     from vit_triton import backend
 
@@ -624,6 +630,15 @@ def test_bench_hands_over(capfd, monkeypatch, tmp_path):
 # --- what can be wrong -------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def odd_models(tmp_path_factory) -> dict[str, Path | str]:
+    """What looks like a run, and like a model of Hugging Face."""
+    run, model = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("model")
+    torch.save([1], run / "checkpoint.pt")
+    (model / "config.json").write_text('{"model_type": "vit", "hidden_size": "x"}')
+    return {"LIST": run, "hf:ODD": f"hf:{model}"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -646,16 +661,30 @@ def test_bench_hands_over(capfd, monkeypatch, tmp_path):
         ("train digits --device nothing", "device: "),
         ("eval TRAINED --device nothing", "device: "),
         ("train digits --epochs 0", "epochs must be at least 1, got 0"),
+        ("train digits --learning-rate inf", "learning_rate must be positive and finite, got inf"),
+        ("train digits --workers -1", "workers must be at least 0, got -1"),
+        ("train digits --epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
+        ("train digits --dim 1000000000000", "out of memory; a smaller model, image or batch needs less: "),
+        ("train digits --device meta", "device: tensors on meta have no values"),
+        ("train digits --out PHOTO", "File exists: '"),
         ("train nowhere", "nowhere/CLASS/"),
+        ("train PHOTO", "data: [Errno 20] Not a directory: '"),
+        ("train EMPTY", "data must be a folder, digits or cifar10, got ''"),
+        ("eval TRAINED --data EMPTY", "data must be a folder, digits or cifar10, got ''"),
+        ("eval PHOTO", "has no checkpoint.pt"),
+        ("eval LIST", "checkpoint.pt: ValueError: expected what train writes, "),
+        ("predict PHOTO --model LIST", "checkpoint.pt: ValueError: expected what train writes, "),
+        ("predict PHOTO --model timm:vit_tiny_patch16_224.none", "--model: Invalid pretrained tag (none)"),
+        ("predict PHOTO --model hf:ODD", "has files that do not fit: "),
         ("predict PHOTO", "--model"),
         ("predict", "IMAGE"),
         ("nothing", "nothing"),
         ("", "info|predict|"),
     ],
 )
-def test_wrong_usage_is_a_line(words, message, photo, trained, theirs, tmp_path, capsys, monkeypatch):
+def test_wrong_usage_is_a_line(words, message, photo, trained, theirs, odd_models, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    named = {"PHOTO": photo, "TRAINED": trained, "FOLDER": tmp_path, "WEIGHTS": theirs[1]}
+    named = {"PHOTO": photo, "TRAINED": trained, "FOLDER": tmp_path, "WEIGHTS": theirs[1], "EMPTY": "", **odd_models}
     code, out, err = run(capsys, *(named.get(word, word) for word in words.split()))
     assert (code, out) == (2, "") and message in err
     assert err.startswith(("vit-triton: ", "usage: ")) and "Traceback" not in err

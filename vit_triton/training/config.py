@@ -138,6 +138,8 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
         raise ValueError(f"{name} must be {RANGES[name][0]}, got {value!r}") from None
     if name in RANGES and not RANGES[name][1](value):
         raise ValueError(f"{name} must be {RANGES[name][0]}, got {value}")
+    if name == "data" and not value:
+        raise ValueError("data must be a folder, digits or cifar10, got ''")
     choices = field.metadata.get("choices")
     if choices and value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

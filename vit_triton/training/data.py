@@ -162,9 +162,9 @@ def _folder(config: TrainConfig) -> Data:
     apart = whole[0].is_dir() and whole[1] != folder
     try:
         found = [torchvision.datasets.ImageFolder(path, loader=open_image) for path in (whole if apart else [folder])]
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"data: {error}. {config.data} must be digits, cifar10 or a folder of images: {folder}/CLASS/*.jpg, or "
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise type(error)(
+            f"data: {str(error).rstrip('.')}. {config.data} must be digits, cifar10 or a folder of images: {folder}/CLASS/*.jpg, or "
             f"{folder}/train/CLASS/*.jpg and {folder}/val/CLASS/*.jpg"
         ) from error
     if apart:

@@ -70,6 +70,8 @@ def device_for(name: str | None, backend: str | None) -> torch.device:
         probe = torch.empty(0, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without CUDA
         raise ValueError(f"device: {str(error).splitlines()[0]}") from error
+    if probe.is_meta:
+        raise ValueError("device: tensors on meta have no values")
     try:
         resolve_backend(backend, "linear", probe)
     except RuntimeError as error:
@@ -416,7 +418,7 @@ def evaluate(
         ValueError: the data have other classes.
     """
     model, config, classes = load_trained(folder, backend=backend, device=device)
-    config = dataclasses.replace(config, data=data or config.data)
+    config = dataclasses.replace(config, data=config.data if data is None else data)
     examples = load_data(config)
     if examples.classes != classes:
         theirs = list(examples.classes)
