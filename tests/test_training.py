@@ -543,6 +543,18 @@ def test_folders_of_training_and_test_images(photos, tmp_path):
         assert image.shape == (3, 8, 8) and label == 0 and -1 <= image.min() and image.max() <= 1
 
 
+@pytest.mark.parametrize("links", [{"bright/loop": "."}, {"dark/a": "..", "dark/b": ".."},
+                                   {"bright/a": "../dark", "dark/b": "../bright"}])  # fmt: skip
+def test_links_that_lead_back_are_refused(links, photos, tmp_path):
+    shutil.copytree(photos, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "more").symlink_to("dark")  # which is no loop
+    assert len(load_data(TrainConfig(tmp_path)).train.examples.dataset) == 3 * 14
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target)
+    with pytest.raises(ValueError, match=r"^data: \S+ is a link to a folder that it lies in$"):
+        load_data(TrainConfig(tmp_path))
+
+
 def test_digits_are_split_the_same_whatever_the_seed():
     ours, theirs = (load_data(TrainConfig("digits", seed=seed)) for seed in (0, 1))
     assert (len(ours.train), len(ours.test)) == (1438, 359)
