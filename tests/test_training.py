@@ -433,17 +433,26 @@ def test_metrics_that_are_no_file_are_named(tmp_path):
         curves.read(tmp_path / METRICS)
 
 
+def changed_line(name, value):
+    return json.dumps(dict.fromkeys(sorted(curves.STEP), 1) | {name: value}).encode() + b"\n"
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=3),
+    flips=st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 255)), max_size=2),
     kept=st.floats(0, 1) | st.just(1.0),
-    line=st.binary(max_size=30),
+    line=st.binary(max_size=30)
+    | st.builds(
+        changed_line,
+        st.sampled_from([*sorted(curves.STEP | curves.TEST), "other"]),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.lists(st.integers()),
+    ),
 )
 def test_fuzz_damaged_metrics(whole, tmp_path, flips, kept, line):
     """Lines that a picture can be made of, or an error that names the file."""
     content = bytearray((whole / METRICS).read_bytes())
     for place, change in flips:
-        content[int(place * len(content))] ^= change
+        content[place % len(content)] ^= change
     (tmp_path / METRICS).write_bytes(content[: round(kept * len(content))] + line)
     try:
         lines = curves.read(tmp_path / METRICS)
