@@ -1,6 +1,8 @@
 """The command line: what it shows is what the models compute, and what is wrong is said in a line."""
 
+import io
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -15,11 +17,13 @@ import huggingface_hub  # noqa: E402
 import sklearn.decomposition  # noqa: E402
 import timm  # noqa: E402
 import transformers  # noqa: E402
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 from PIL import Image  # noqa: E402
 from test_training import bright_and_dark  # noqa: E402
 
 import vit_triton  # noqa: E402
-from vit_triton import ViT, attention_maps, save_weights  # noqa: E402
+from vit_triton import ViT, attention_maps, images, save_weights  # noqa: E402
 from vit_triton.cli import attention, bench, commands, features, info, main, models, training  # noqa: E402
 from vit_triton.images import ImageError, open_image  # noqa: E402
 from vit_triton.training import evaluate, load_trained  # noqa: E402
@@ -177,6 +181,104 @@ def test_bad_images_are_refused_by_name_and_the_others_go_on(bad, trained, tmp_p
     assert answers[0]["image"] == str(good) and len(answers) == len(bad) + 1
     for answer, name, line in zip(answers[1:], bad, lines[1:], strict=True):
         assert answer == {"image": str(tmp_path / name), "error": line.strip()}
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory) -> dict[str, Path]:
+    """Names in a folder that are no regular files; reading one of them waits or never ends."""
+    folder = tmp_path_factory.mktemp("odd")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "zeros.png").symlink_to("/dev/zero")
+    (folder / "loop.png").symlink_to("loop.png")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(folder / "socket.png"))  # at most 107 bytes
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("pipe.png", "not a regular file"),
+        ("zeros.png", "not a regular file"),
+        ("socket.png", "not a regular file"),
+        ("loop.png", "cannot be read: "),
+        ("nul\0.png", "cannot be read: "),
+    ],
+)
+def test_only_regular_files_are_opened(name, why, odd):
+    with pytest.raises(ImageError, match=why):
+        open_image(odd.get(name, name))
+
+
+def test_a_pipe_among_the_images_to_train_with_is_named(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        save(tmp_path / "photos" / name / "1.png", np.zeros((16, 16, 3), np.uint8))
+        os.mkfifo(tmp_path / "photos" / name / "2.png")
+    for workers in (0, 1):
+        words = (*SMALL.split(), "--batch-size", 2, "--workers", workers)
+        code, _, err = run(capsys, "train", tmp_path / "photos", "--out", tmp_path, *words)
+        assert code == 2 and err.startswith(f"vit-triton: {tmp_path}/photos/") and err.count("\n") == 1
+        assert err.endswith("/2.png: not a regular file\n")
+
+
+def test_the_size_is_limited_before_anything_is_decoded(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 255, (101, 60, 3), dtype=np.uint8)
+    monkeypatch.setattr(images, "MAX_PIXELS", 2000)
+    for ending, options in (("png", {}), ("jpg", {"progressive": True})):
+        path = save(tmp_path / f"large.{ending}", noise, **options)
+        path.write_bytes(path.read_bytes()[:-2000])  # decoding it fails
+        with pytest.raises(ImageError, match=r"large.*: 60 x 101 pixels; at most 2,000 are read$"):
+            open_image(path)
+    monkeypatch.setattr(images, "MAX_PIXELS", 60 * 101)
+    with pytest.raises(ImageError, match="cannot be read"):
+        open_image(path)
+
+
+def test_a_large_jpeg_is_halved_by_its_decoder(tmp_path, monkeypatch):
+    across = np.linspace(0, 255, 101)[:, None, None] * np.linspace(0, 1, 60)[:, None] * np.ones(3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(tmp_path / "large.jpg", across.astype(np.uint8), exif=exif)
+    whole = pixels(path)
+    monkeypatch.setattr(images, "MAX_PIXELS", 60 * 101 - 1)
+    assert whole.shape == (60, 101, 3) and pixels(path).shape == (30, 51, 3)
+    assert np.abs(pixels(path) - np.asarray(Image.fromarray(whole).reduce(2), float))[:, 1:].max() <= 4
+    monkeypatch.setattr(images, "MAX_PIXELS", 30 * 51 - 1)
+    with pytest.raises(ImageError, match=r"60 x 101 pixels; at most 1,529 are read$"):
+        open_image(path)
+
+
+ENDINGS = ("png", "jpg", "gif", "bmp", "tif", "webp", "ppm", "ico", "tga", "jp2", "pcx", "sgi")
+
+
+@given(
+    ending=st.sampled_from(ENDINGS),
+    mode=st.sampled_from(["1", "L", "P", "RGB", "RGBA", "I;16", "F"]),
+    flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=20),
+    kept=st.floats(0, 1),
+    rest=st.binary(max_size=40),
+)
+def test_fuzz_damaged_images(ending, mode, flips, kept, rest, tmp_path_factory):
+    """Bytes that are changed, cut off or added: an RGB image within the limit, or a line that names the file."""
+    stored = io.BytesIO()
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8))
+    try:
+        picture.convert(mode).save(stored, {"jpg": "jpeg", "tif": "tiff", "jp2": "jpeg2000"}.get(ending, ending))
+    except (OSError, ValueError, KeyError):  # a kind of file that has no such mode
+        return
+    data = bytearray(stored.getvalue())
+    for place, change in flips:
+        data[int(place * len(data))] ^= change
+    path = tmp_path_factory.getbasetemp() / f"fuzzed.{ending}"
+    path.write_bytes(data[: max(1, round(kept * len(data)))] + rest)
+    try:
+        image = open_image(path)
+    except ImageError as error:
+        assert str(error).startswith(f"{path}: ") and len(str(error).splitlines()) == 1
+    else:
+        assert image.mode == "RGB" and image.width * image.height <= images.MAX_PIXELS
+        np.asarray(image)
 
 
 @pytest.mark.parametrize("command", ["predict", "features", "attention"])
@@ -488,6 +590,12 @@ def test_info_names_versions_and_what_runs_where(capsys, monkeypatch):
     assert 'backend by default: "torch" (VIT_TRITON_BACKEND)' in run(capsys, "info")[1]
 
 
+def test_info_refuses_a_backend_that_there_is_not(capsys, monkeypatch):
+    monkeypatch.setenv("VIT_TRITON_BACKEND", "none")
+    code, out, err = run(capsys, "info")
+    assert (code, out) == (2, "") and "VIT_TRITON_BACKEND must be one of 'triton', 'torch', 'auto', got 'none'" in err
+
+
 def test_info_says_why(monkeypatch):
     from vit_triton import backend
 
@@ -522,6 +630,15 @@ def test_bench_hands_over(capfd, monkeypatch, tmp_path):
 # --- what can be wrong -------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def odd_models(tmp_path_factory) -> dict[str, Path | str]:
+    """What looks like a run, and like a model of Hugging Face."""
+    run, model = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("model")
+    torch.save([1], run / "checkpoint.pt")
+    (model / "config.json").write_text('{"model_type": "vit", "hidden_size": "x"}')
+    return {"LIST": run, "hf:ODD": f"hf:{model}"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -544,16 +661,30 @@ def test_bench_hands_over(capfd, monkeypatch, tmp_path):
         ("train digits --device nothing", "device: "),
         ("eval TRAINED --device nothing", "device: "),
         ("train digits --epochs 0", "epochs must be at least 1, got 0"),
+        ("train digits --learning-rate inf", "learning_rate must be positive and finite, got inf"),
+        ("train digits --workers -1", "workers must be at least 0, got -1"),
+        ("train digits --epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
+        ("train digits --dim 1000000000000", "out of memory; a smaller model, image or batch needs less: "),
+        ("train digits --device meta", "device: tensors on meta have no values"),
+        ("train digits --out PHOTO", "File exists: '"),
         ("train nowhere", "nowhere/CLASS/"),
+        ("train PHOTO", "data: [Errno 20] Not a directory: '"),
+        ("train EMPTY", "data must be a folder, digits or cifar10, got ''"),
+        ("eval TRAINED --data EMPTY", "data must be a folder, digits or cifar10, got ''"),
+        ("eval PHOTO", "has no checkpoint.pt"),
+        ("eval LIST", "checkpoint.pt: ValueError: expected what train writes, "),
+        ("predict PHOTO --model LIST", "checkpoint.pt: ValueError: expected what train writes, "),
+        ("predict PHOTO --model timm:vit_tiny_patch16_224.none", "--model: Invalid pretrained tag (none)"),
+        ("predict PHOTO --model hf:ODD", "has files that do not fit: "),
         ("predict PHOTO", "--model"),
         ("predict", "IMAGE"),
         ("nothing", "nothing"),
         ("", "info|predict|"),
     ],
 )
-def test_wrong_usage_is_a_line(words, message, photo, trained, theirs, tmp_path, capsys, monkeypatch):
+def test_wrong_usage_is_a_line(words, message, photo, trained, theirs, odd_models, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    named = {"PHOTO": photo, "TRAINED": trained, "FOLDER": tmp_path, "WEIGHTS": theirs[1]}
+    named = {"PHOTO": photo, "TRAINED": trained, "FOLDER": tmp_path, "WEIGHTS": theirs[1], "EMPTY": "", **odd_models}
     code, out, err = run(capsys, *(named.get(word, word) for word in words.split()))
     assert (code, out) == (2, "") and message in err
     assert err.startswith(("vit-triton: ", "usage: ")) and "Traceback" not in err

@@ -1,6 +1,8 @@
 """The compiler for CPUs: every operation it knows against numpy, on every kind of CPU it tells apart."""
 
 import ctypes
+import errno
+import hashlib
 import math
 import multiprocessing
 import os
@@ -8,6 +10,7 @@ import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from conftest import EMULATOR, INTERPRETER
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vit_triton import cpu, reference
@@ -24,9 +27,12 @@ from vit_triton import functional as F
 if INTERPRETER or EMULATOR:
     pytest.skip("another vehicle was chosen: nothing is compiled for the CPU", allow_module_level=True)
 
+from triton import knobs
+from triton.compiler import ASTSource
 from triton.runtime import driver as triton_driver
+from triton.runtime.cache import FileCacheManager
 
-from vit_triton.cpu import compiler, elf, features, lower, ttir, vmath
+from vit_triton.cpu import cache, compiler, elf, features, lower, ttir, vmath
 from vit_triton.cpu.driver import CPUDriver
 
 AVX2 = ",".join(features.REQUIRED)
@@ -719,3 +725,138 @@ def test_the_cache_tells_cpus_apart():
     a, b = (compiler.CPUBackend(CPUDriver(arch).get_current_target()) for arch in (AVX2, AVX512))
     assert a.hash() != b.hash()
     assert a.parse_options({}).hash() != b.parse_options({}).hash()
+
+
+# --- what lies on disk -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def doubled_kernel(x_ptr, y_ptr, n, SIZE: tl.constexpr):
+    offs = tl.arange(0, SIZE)
+    tl.store(y_ptr + offs, 2 * tl.load(x_ptr + offs, mask=offs < n, other=0.0), mask=offs < n)
+
+
+@pytest.fixture
+def kernels_on_disk(tmp_path, monkeypatch):
+    """A private cache, and a function that gets a kernel from there, runs it, and says whether it was compiled."""
+    monkeypatch.setattr(triton_driver, "_active", CPUDriver())
+    monkeypatch.setattr(cache, "_spare", None)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    compiled, make = [], compiler._make_object
+    monkeypatch.setattr(compiler, "_make_object", lambda *args: compiled.append(args) or make(*args))
+    x = torch.arange(16.0)
+
+    def run_anew() -> bool:
+        before, y = len(compiled), torch.full((16,), -1.0)
+        signature = {"x_ptr": "*fp32", "y_ptr": "*fp32", "n": "i32", "SIZE": "constexpr"}
+        source = ASTSource(doubled_kernel, signature, {"SIZE": 16})
+        triton.compile(source, target=triton_driver.active.get_current_target())[(1, 1, 1)](x, y, 11, 16)
+        assert torch.equal(y, torch.where(x < 11, 2 * x, -1.0))
+        return len(compiled) > before
+
+    return run_anew
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_kernel_is_compiled_once(kernels_on_disk, tmp_path):
+    assert kernels_on_disk() and not kernels_on_disk()
+    endings = {path.suffix for path in files_of(tmp_path)}
+    assert endings == {".source", ".ttir", ".mlir", ".llir", ".obj", ".json"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "longer", "missing", "other text"])
+def test_a_damaged_file_is_compiled_anew(damage, kernels_on_disk, tmp_path):
+    kernels_on_disk()
+    for path in files_of(tmp_path):
+        content = path.read_bytes()
+        half = len(content) // 2
+        flipped = bytes([content[half] ^ 1])
+        path.write_bytes({
+            "cut": content[:half], "empty": b"", "flipped": content[:half] + flipped + content[half + 1 :],
+            "longer": content + b" ", "missing": b"", "other text": b"[1, 2]\n[]",
+        }[damage])  # fmt: skip
+        if damage == "missing":
+            path.unlink()
+        assert kernels_on_disk() and not kernels_on_disk(), path.name
+        assert path.read_bytes() == content
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    damages=st.lists(
+        st.tuples(
+            st.integers(0, 6),
+            st.sampled_from(["cut", "flip", "swap"]),
+            st.floats(0, 1, exclude_max=True),
+            st.integers(1, 255),
+        ),
+        min_size=1,
+        max_size=3,
+    )  # fmt: skip
+)
+def test_fuzz_damaged_caches(damages, kernels_on_disk, tmp_path):
+    kernels_on_disk()
+    files = files_of(tmp_path)
+    whole = [path.read_bytes() for path in files]
+    for file, damage, place, change in damages:
+        path = files[file]
+        content = bytearray(path.read_bytes())
+        at = int(place * len(content))
+        if damage == "cut":
+            del content[at:]
+        elif damage == "flip" and content:
+            content[at] ^= change
+        elif damage == "swap":
+            content = bytearray(files[change % len(files)].read_bytes())
+        path.write_bytes(content)
+    changed = [path.read_bytes() for path in files] != whole
+    assert kernels_on_disk() == changed and not kernels_on_disk()
+    assert [path.read_bytes() for path in files] == whole
+
+
+@pytest.mark.parametrize("obstacle", ["no folder", "full", "a folder in the way"])
+def test_a_cache_that_cannot_be_written_is_one_warning(obstacle, kernels_on_disk, tmp_path, monkeypatch):
+    message = "the cache of compiled kernels in .* cannot be written .*Set TRITON_CACHE_DIR to a folder that can be"
+    if obstacle == "no folder":
+        monkeypatch.setenv("TRITON_CACHE_DIR", "/dev/null/cache")
+    elif obstacle == "full":
+        replace = os.replace
+
+        def full(source, target):
+            if str(target).startswith(str(tmp_path)):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", full)
+    else:
+        kernels_on_disk()
+        (path,) = tmp_path.rglob("*.obj")
+        path.unlink()
+        path.mkdir()
+    with pytest.warns(RuntimeWarning, match=message) as warned:
+        assert kernels_on_disk()
+        kernels_on_disk()
+    assert len(warned) == 1
+    assert not list(tmp_path.rglob("tmp.pid_*"))
+    spare = Path(cache._spare.name)
+    assert any(spare.rglob("*.obj"))
+    cache._spare.cleanup()
+
+
+def test_kernels_for_gpus_are_kept_as_triton_keeps_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    key = hashlib.sha256(b"a kernel").hexdigest()
+    for ours, theirs in ((cache.CheckedCache, FileCacheManager), (FileCacheManager, cache.CheckedCache)):
+        writer = ours(key)
+        group = {name: writer.put(text, name) for name, text in (("k.ptx", ".version 8"), ("k.json", "{}"))}
+        writer.put_group("k.json", group)
+        assert theirs(key).get_group("k.json") == group and theirs(key).get_group("other.json") is None
+
+
+def test_a_cache_manager_of_the_user_stays(monkeypatch):
+    monkeypatch.setattr(knobs.cache, "manager_class", FileCacheManager)
+    CPUDriver()
+    assert knobs.cache.manager_class is FileCacheManager

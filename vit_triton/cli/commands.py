@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+import torch
+
 import vit_triton
 from vit_triton.cli import attention, bench, features, info, predict, training
 from vit_triton.weights import WeightsError
@@ -46,6 +48,15 @@ def run(argv: list[str]) -> int:
         return _say(_misfit(error), 2)
     except (ImportError, OSError, ValueError) as error:
         return _say(" ".join(str(error).split()), 2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        return _say(f"out of memory; a smaller model, image or batch needs less: {' '.join(str(error).split())}", 2)
+
+
+def _is_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """PyTorch has a class of its own for a GPU's memory, and for that of the CPU a text only."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _say(line: str, code: int) -> int:

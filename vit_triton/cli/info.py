@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vit_triton
-from vit_triton.backend import ENVIRONMENT_VARIABLE, OPS, auto_reason, resolve_backend
+from vit_triton.backend import BACKENDS, ENVIRONMENT_VARIABLE, OPS, auto_reason, resolve_backend
 
 SUMMARY = {"info": "versions, devices, and which backend runs what, and why"}
 PACKAGES = ("torch", "triton", "timm", "transformers", "torchvision", "onnx", "pillow")
@@ -25,10 +25,12 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    if named and named not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(map(repr, BACKENDS))}, got {named!r}")
     console = Console()
     console.print(_pairs("versions", [("vit_triton", vit_triton.__version__), *_versions()]))
     console.print(_pairs("devices", [("cpu", cpu()), *_gpus()]))
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
     console.print(f'backend by default: "{named or "auto"}"' + (f" ({ENVIRONMENT_VARIABLE})" if named else ""))
     for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
         console.print(choices(device))

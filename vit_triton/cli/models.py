@@ -231,7 +231,10 @@ def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> 
     if not timm.is_model(name):
         raise ValueError(f"--model: timm has no {name}; timm.list_models('*vit*') names those that it has")
     size = {"img_size": options.image_size} if options.image_size else {}
-    facts = timm.get_pretrained_cfg(name)
+    try:
+        facts = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # of a name with a tag that there is not
+        raise ValueError(f"--model: {error}") from error
     try:
         with torch.device("meta"):
             model = timm.create_model(name, **size)
@@ -282,14 +285,21 @@ def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: 
             lacking = [part for part in loaded["missing_keys"] if not any(fnmatchcase(part, p) for p in needless)]
             if lacking:  # transformers draws it at random
                 raise ValueError(f"--model: {options.model} has no weights for {', '.join(sorted(lacking)[:3])}")
+        else:
+            model = auto.from_config(config, **how)
     except (OSError, json.JSONDecodeError) as error:
         files = "config.json and preprocessor_config.json" + ("" if options.weights else ", and model.safetensors")
         raise FileNotFoundError(
             f"{options.model} is not here and cannot be downloaded ({_first_line(error)}). Put {files} of it "
             f"(https://huggingface.co/{name}) in a folder: --model hf:FOLDER"
         ) from error
+    except ValueError:
+        raise
+    except Exception as error:  # values in the files that transformers does not expect raise nearly anything
+        raise ValueError(
+            f"--model: {options.model} has files that do not fit: {type(error).__name__}: {error}"
+        ) from error
     if options.weights is not None:
-        model = auto.from_config(config, **how)
         load_weights(model, options.weights, ignore=_ignored(options, purpose))
     classes: tuple[str, ...] = ()
     if purpose == "logits":

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton import knobs
 from triton.backends import Backend, backends
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -21,6 +22,7 @@ from triton.runtime.driver import driver
 from triton.runtime.interpreter import InterpretedFunction
 
 from vit_triton.cpu import features
+from vit_triton.cpu.cache import CheckedCache
 from vit_triton.cpu.compiler import CPUBackend
 from vit_triton.cpu.dot import PANEL
 from vit_triton.cpu.elf import Code
@@ -184,6 +186,8 @@ class CPUDriver(DriverBase):
     def __init__(self, arch: str | None = None) -> None:
         """``arch``: names of CPU features, joined by commas; by default those this CPU has."""
         backends.setdefault("cpu", Backend(CPUBackend, CPUDriver))
+        if knobs.cache.manager_class is None:  # TRITON_CACHE_MANAGER names another one
+            knobs.cache.manager_class = CheckedCache
         self.utils = _Utils()
         self.target = GPUTarget("cpu", arch or ",".join(features.detect()), 1)
         self.device = _DEVICE + zlib.crc32(str(self.target.arch).encode()) % 1000  # other features, other code

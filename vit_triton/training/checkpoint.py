@@ -2,58 +2,113 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
-from collections.abc import Callable
+import socket
+import warnings
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+from vit_triton.weights.atomic import write_atomically
+
+NAME, PREVIOUS, LOCK = "checkpoint.pt", "checkpoint.previous.pt", ".lock"
+HOLDS = {"model", "optimizer", "schedule", "step", "random", "facts", "config", "result"}
 
 
-def write(path: Path, save: Callable[[Any], object], keep: Path | None = None) -> None:
-    """What ``save`` writes to a file, at ``path`` whole or not at all; what was there before moves to ``keep``."""
-    beside = path.with_name(path.name + ".partial")
-    with open(beside, "wb") as file:
-        save(file)
-        file.flush()
-        os.fsync(file.fileno())
-    if keep is not None and path.exists():
-        os.replace(path, keep)
-    os.replace(beside, path)
-    if os.name == "posix":  # the folder's entries, too
-        folder = os.open(path.parent, os.O_RDONLY)
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in ``folder``, and remove what a killed one left half-written.
+
+    The system takes the lock from a process that ends, however it ends. Without file locks (Windows) nothing is locked.
+
+    Raises:
+        BlockingIOError: another process trains there; the message says which.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, no worker process inherits it
+        except (BlockingIOError, PermissionError):  # POSIX allows either
+            file.seek(0)
+            raise BlockingIOError(
+                f"out: {folder} is in use by {file.read() or 'another process'}; wait for it, or choose another folder"
+            ) from None
+        except OSError as error:  # a network's file system without locks
+            warnings.warn(f"out: {folder} cannot be locked ({error}): a second run in it is not noticed", stacklevel=4)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        for part in folder.glob(".*.part"):
+            part.unlink()
+        yield
 
 
-def save(folder: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint, and keep the one before it."""
-    write(folder / NAME, lambda file: torch.save(state, file), keep=folder / PREVIOUS)
+def save(folder: Path, state: dict[str, Any], *, keep: bool = True) -> None:
+    """Write a checkpoint, and ``keep`` the one before it.
+
+    Raises:
+        OSError: it cannot be written, and the one before is still there; the message says how much does not fit on the
+            disk.
+    """
+    write_atomically(folder / NAME, lambda file: torch.save(state, file), keep=folder / PREVIOUS if keep else None)
 
 
-def load(folder: Path) -> dict[str, Any] | None:
-    """The last checkpoint that is whole, on the CPU; None where there is none.
+def load(folder: Path) -> tuple[dict[str, Any], Path] | None:
+    """The last checkpoint that is whole, on the CPU, and its path; None where there is none.
+
+    A warning names a damaged one.
 
     Raises:
         ValueError: there are checkpoints, and none can be read.
     """
-    errors = []
+    errors: list[str] = []
     for path in (folder / NAME, folder / PREVIOUS):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             continue
+        try:
+            state = _read(path)
         except Exception as error:  # a damaged file raises nearly anything
-            errors.append(f"{path}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            errors.append(f"{path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            continue
+        if errors:
+            warnings.warn(f"damaged, {path.name} is taken instead: {errors[0]}", stacklevel=2)
+        return state, path
     if errors:
         raise ValueError("no checkpoint can be read: " + "; ".join(errors))
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError("not a regular file")
+    with zipfile.ZipFile(path) as file:
+        if damaged := file.testzip():  # PyTorch compares no checksums
+            raise ValueError(f"the checksum of {damaged} does not fit")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not state.keys() >= HOLDS:
+        holds = sorted(map(str, state)) if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise ValueError(f"expected what train writes, {', '.join(sorted(HOLDS))}; it holds {holds}")
+    return state
+
+
+@contextlib.contextmanager
+def taking(path: Path) -> Iterator[None]:
+    """Turn whatever unexpected contents of a checkpoint raise into a ValueError that names it."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not fit: {type(error).__name__}: {reason}") from error
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

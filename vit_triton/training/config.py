@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import numbers
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +39,10 @@ def _option(default: Any, help: str, **details: Any) -> Any:
 class TrainConfig:
     """Every choice of a run.
 
+    Paths may be strings, and every number may be one of NumPy's; they are stored as Path, int and float.
+
     Raises:
+        TypeError: a value is of another type; the message names it.
         ValueError: a value is out of its range; the message names it.
     """
 
@@ -70,21 +77,10 @@ class TrainConfig:
     fsdp: bool = _option(False, "shard the model over the processes of torchrun, instead of copying it to each")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "checkpoint_every", "dim", "depth", "heads", "mlp_dim", "image_size",
-                     "patch_size"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("warmup", "label_smoothing", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata.get("choices")
-            if value is not None and choices and value not in choices:
-                raise ValueError(f"{field.name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+            value = getattr(self, field.name)
+            if value is not None or field.default is not None:
+                object.__setattr__(self, field.name, _checked(field, value))
 
     def sizes(self) -> dict[str, int]:
         """image_size, patch_size, dim, depth, heads, mlp_dim and dim_head of the model, all of them known."""
@@ -101,6 +97,53 @@ class TrainConfig:
         if chosen["dim"] % chosen["heads"]:
             raise ValueError(f"dim must divide by heads, got {chosen['dim']} and {chosen['heads']}")
         return {**chosen, "dim_head": chosen["dim"] // chosen["heads"]}
+
+
+# of every number: what its range is called, and whether a value lies in it
+_POSITIVE = "positive and finite", lambda x: 0 < x < math.inf
+_PART = "at least 0 and below 1", lambda x: 0 <= x < 1
+_COUNT = "at least 1", lambda x: x >= 1
+RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "learning_rate": _POSITIVE,
+    "weight_decay": ("at least 0 and finite", lambda x: 0 <= x < math.inf),
+    "clip": ("positive", lambda x: x > 0),  # infinity clips nothing
+    **dict.fromkeys(("warmup", "label_smoothing", "dropout"), _PART),
+    "workers": ("at least 0", lambda x: x >= 0),
+    "seed": ("at least 0 and below 2**63", lambda x: 0 <= x < 2**63),
+    **dict.fromkeys(("epochs", "batch_size", "checkpoint_every"), _COUNT),
+    **dict.fromkeys(("dim", "depth", "heads", "mlp_dim", "image_size", "patch_size"), _COUNT),
+}
+
+
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
+    """A value of that field as a plain type, which a checkpoint may hold.
+
+    Raises:
+        TypeError: it is of another type.
+        ValueError: it is out of its range, or is no choice.
+    """
+    name, kind = field.name, field.metadata.get("type", bool if field.default is False else str)
+    taken, called = {
+        bool: (bool, "True or False"),
+        int: (numbers.Integral, "an integer"),
+        float: (numbers.Real, "a number"),
+        str: ((str, os.PathLike) if name == "data" else str, "a string"),
+        Path: ((str, os.PathLike), "a path"),
+    }[kind]
+    if not isinstance(value, taken) or isinstance(value, bool) and kind is not bool:
+        raise TypeError(f"{name} must be {called}, got {value!r}")
+    try:
+        value = kind(value)
+    except OverflowError:  # an integer that no float holds
+        raise ValueError(f"{name} must be {RANGES[name][0]}, got {value!r}") from None
+    if name in RANGES and not RANGES[name][1](value):
+        raise ValueError(f"{name} must be {RANGES[name][0]}, got {value}")
+    if name == "data" and not value:
+        raise ValueError("data must be a folder, digits or cifar10, got ''")
+    choices = field.metadata.get("choices")
+    if choices and value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,22 +3,49 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from vit_triton.training.checkpoint import write
 from vit_triton.training.extras import extra
+from vit_triton.weights.atomic import write_atomically
 
+STEP, TEST = {"step", "epoch", "learning_rate", "loss"}, {"step", "epoch", "test_loss", "test_accuracy"}
 SMOOTHED = 0.05  # part of all steps over which the training loss is averaged
 
 
 def read(metrics: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; the last one may be cut off."""
+    """The lines of a metrics file; the last one may be cut off.
+
+    Raises:
+        ValueError: a line is damaged; the message names the file and the line.
+    """
+    if not os.path.lexists(metrics):
+        return []
+    if not metrics.is_file():
+        raise ValueError(f"{metrics}: not a regular file")
+    *whole, _ = metrics.read_bytes().split(b"\n")
     lines = []
-    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []:
-        if line.endswith("\n"):
-            lines.append(json.loads(line))
+    for i, text in enumerate(whole, start=1):
+        try:
+            line = json.loads(text)
+            if not _is_line(line):
+                raise ValueError
+        except (ValueError, RecursionError):
+            start = text[:40].decode(errors="replace")
+            raise ValueError(
+                f"{metrics}, line {i}: expected what train writes of a step or a test, as JSON, got {start!r}; mend or "
+                "remove the line, or move the file away"
+            ) from None
+        lines.append(line)
     return lines
+
+
+def _is_line(line: Any) -> bool:
+    """Numbers by their names, of a step or of a test."""
+    if not isinstance(line, dict) or not all(type(value) in (int, float) for value in line.values()):
+        return False
+    return line.keys() in (STEP, TEST) and type(line["step"]) is int
 
 
 def draw(metrics: Path, picture: Path, title: str) -> None:
@@ -50,5 +77,5 @@ def draw(metrics: Path, picture: Path, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
-    write(picture, lambda file: figure.savefig(file, dpi=120, format="png"))
+    write_atomically(picture, lambda file: figure.savefig(file, dpi=120, format="png"))
     plt.close(figure)

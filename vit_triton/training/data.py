@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,11 +162,12 @@ def _folder(config: TrainConfig) -> Data:
     whole = [folder / "train", next((folder / name for name in ("val", "test") if (folder / name).is_dir()), folder)]
     apart = whole[0].is_dir() and whole[1] != folder
     try:
+        _refuse_loops(folder)
         found = [torchvision.datasets.ImageFolder(path, loader=open_image) for path in (whole if apart else [folder])]
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"data: {error}. {config.data} must be digits, cifar10 or a folder of images: {folder}/CLASS/*.jpg, or "
-            f"{folder}/train/CLASS/*.jpg and {folder}/val/CLASS/*.jpg"
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise type(error)(
+            f"data: {str(error).rstrip('.')}. {config.data} must be digits, cifar10 or a folder of images: "
+            f"{folder}/CLASS/*.jpg, or {folder}/train/CLASS/*.jpg and {folder}/val/CLASS/*.jpg"
         ) from error
     if apart:
         train, test = found
@@ -181,3 +183,14 @@ def _folder(config: TrainConfig) -> Data:
         tuple(found[0].classes),
         channels=3,
     )  # fmt: skip
+
+
+def _refuse_loops(folder: Path, above: tuple[Path, ...] = ()) -> None:
+    """Torchvision follows links to folders, and lists images in a loop again and again, or without end."""
+    real = folder.resolve()
+    if real in above:
+        raise ValueError(f"data: {folder} is a link to a folder that it lies in")
+    with os.scandir(folder) as entries:
+        folders = [Path(entry) for entry in entries if entry.is_dir()]
+    for inside in folders:
+        _refuse_loops(inside, (*above, real))

@@ -29,6 +29,7 @@ from vit_triton.training import checkpoint, curves
 from vit_triton.training.config import TrainConfig
 from vit_triton.training.data import Data, Seeded, batches, load_data, seed_of
 from vit_triton.training.extras import extra
+from vit_triton.weights.atomic import write_atomically
 
 METRICS, CURVES = "metrics.jsonl", "curves.png"
 FLUSH_EVERY = 20  # steps: telling a loss waits for the device
@@ -69,6 +70,8 @@ def device_for(name: str | None, backend: str | None) -> torch.device:
         probe = torch.empty(0, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without CUDA
         raise ValueError(f"device: {str(error).splitlines()[0]}") from error
+    if probe.is_meta:
+        raise ValueError("device: tensors on meta have no values")
     try:
         resolve_backend(backend, "linear", probe)
     except RuntimeError as error:
@@ -123,9 +126,9 @@ def spread(model: nn.Module, config: TrainConfig, here: Place) -> nn.Module:
     return model
 
 
-def read(examples: Seeded, parts: list[list[int]], config: TrainConfig, here: Place) -> DataLoader:
+def read(examples: Seeded, parts: list[list[int]], config: TrainConfig, here: Place) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of ``examples`` by their indices."""
-    return DataLoader(
+    loader = DataLoader(
         examples,
         batch_sampler=parts,
         num_workers=config.workers,
@@ -133,6 +136,14 @@ def read(examples: Seeded, parts: list[list[int]], config: TrainConfig, here: Pl
         pin_memory=here.device.type == "cuda",
         generator=torch.Generator(),  # without one, it draws from that of the dropout
     )
+    try:
+        yield from loader
+    except ValueError as error:
+        if not config.workers:
+            raise
+        # the error of a worker has the whole traceback as its message
+        name = f"{type(error).__module__}.{type(error).__qualname__}: "
+        raise type(error)(str(error).splitlines()[-1].removeprefix(name)) from error
 
 
 def _collated(examples: list[tuple[Tensor, int]], shape: torch.Size) -> Any:
@@ -185,6 +196,7 @@ class Run:
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.steps = config.epochs * self.steps_an_epoch
+        self.keep = True  # the checkpoint that the next one replaces
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.step = 0
 
@@ -226,18 +238,18 @@ class Run:
                 "model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict(),
                 "step": self.step, "random": states, "facts": self.facts(), "config": _plain(self.config),
                 "result": result,
-            })  # fmt: skip
+            }, keep=self.keep)  # fmt: skip
+            self.keep = True
+
+    def differs(self, state: dict[str, Any]) -> str:
+        """How the run of a checkpoint differs from this one; empty if it is the same."""
+        ours, theirs = self.facts(), state["facts"]
+        return "; ".join(f"{name} {theirs.get(name)!r}, not {x!r}" for name, x in ours.items() if theirs.get(name) != x)
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            ValueError: it is of another run; the message names what differs.
-        """
-        ours, theirs = self.facts(), state["facts"]
-        differs = [f"{name} {theirs.get(name)!r}, not {x!r}" for name, x in ours.items() if theirs.get(name) != x]
-        if differs:
-            raise ValueError(f"the checkpoint in {self.config.out} is of another run, with " + "; ".join(differs))
+        """Go on from a checkpoint."""
+        if type(state["step"]) is not int or not 0 <= state["step"] <= self.steps:
+            raise ValueError(f"expected a step from 0 to {self.steps}, got {state['step']!r}")
         set_state_dict(
             self.model, self.optimizer,
             model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=WHOLE,
@@ -262,7 +274,7 @@ class Metrics:
         self.loss: float | None = None  # the last one known
         if here.first:  # what came after the checkpoint comes again
             lines = "".join(json.dumps(line) + "\n" for line in curves.read(path) if line["step"] <= step)
-            checkpoint.write(path, lambda file: file.write(lines.encode()))
+            write_atomically(path, lambda file: file.write(lines.encode()))
 
     def step(self, loss: Tensor, **line: Any) -> None:
         """Remember a process's loss."""
@@ -275,10 +287,15 @@ class Metrics:
             remembered = [{**line, "loss": loss} for (line, _), loss in zip(self.waiting, losses.tolist(), strict=True)]
             self.waiting, self.loss, lines = [], remembered[-1]["loss"], (*remembered, *lines)
         if self.here.first:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
+            size = self.path.stat().st_size
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:  # a full disk
+                os.truncate(self.path, size)
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 def train(config: TrainConfig) -> dict[str, float]:
@@ -290,20 +307,33 @@ def train(config: TrainConfig) -> dict[str, float]:
     Raises:
         FileNotFoundError: the data are not there; the message says what to put where.
         FileExistsError: there is a checkpoint in ``config.out`` and ``config.resume`` is not set.
-        ValueError: the checkpoint is of another run, or an argument does not fit; the message names it.
+        BlockingIOError: another process trains in ``config.out``; the message says which.
+        OSError: a file cannot be written; the last checkpoint is still there.
+        ValueError: the checkpoint is of another run, it or the metrics are damaged, or an argument does not fit; the
+            message names it.
     """
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a TrainConfig, got {config!r}")
     progress_of, _ = extra("rich.progress"), extra("matplotlib")  # which is needed last
-    with place(config) as here:
-        state = checkpoint.load(config.out)
-        if state is not None and not config.resume:
-            raise FileExistsError(f"out: {config.out} has a checkpoint; resume, or choose another folder")
+    with place(config) as here, contextlib.ExitStack() as stack:
         run = Run(config, load_data(config), here)
-        if state is not None:
-            run.load(state)
         if here.first:
             config.out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(checkpoint.locked(config.out))
+        found, result = checkpoint.load(config.out), {}
+        if found is not None:
+            state, path = found
+            if not config.resume:
+                raise FileExistsError(f"out: {config.out} has a checkpoint; resume, or choose another folder")
+            with checkpoint.taking(path):
+                differs = run.differs(state)
+                if not differs:
+                    run.load(state)
+                    result = dict(state["result"])
+            if differs:
+                raise ValueError(f"the checkpoint in {config.out} is of another run, with {differs}")
+            run.keep = path.name == checkpoint.NAME  # else that is damaged, or not there
         metrics = Metrics(config.out / METRICS, here, run.step)
-        result = state["result"] if state is not None else {}
         progress = progress_of.Progress(
             "step {task.completed} of {task.total}", progress_of.BarColumn(), progress_of.TimeRemainingColumn(),
             "{task.description}", disable=not here.first,
@@ -360,16 +390,21 @@ def load_trained(
 
     Raises:
         FileNotFoundError: there is no checkpoint.
+        ValueError: it is damaged.
     """
-    state = checkpoint.load(folder)
-    if state is None:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"folder must be a path, got {folder!r}")
+    found = checkpoint.load(Path(folder))
+    if found is None:
         raise FileNotFoundError(f"{folder} has no {checkpoint.NAME}: train with out={folder}")
-    paths = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get("type") is Path}
-    given: dict[str, Any] = {name: Path(value) if name in paths else value for name, value in state["config"].items()}
-    config = TrainConfig(**given | {"out": folder, "backend": backend, "device": device, "fsdp": False})
-    classes = tuple(state["facts"]["classes"])
-    model = build(config, state["facts"]["channels"], len(classes))
-    model.load_state_dict(state["model"])
+    state, path = found
+    with checkpoint.taking(path):
+        config = TrainConfig(**state["config"])
+        classes, channels = tuple(map(str, state["facts"]["classes"])), state["facts"]["channels"]
+    config = dataclasses.replace(config, out=Path(folder), backend=backend, device=device, fsdp=False)
+    with checkpoint.taking(path):
+        model = build(config, channels, len(classes))
+        model.load_state_dict(state["model"])
     return model.eval(), config, classes
 
 
@@ -383,7 +418,7 @@ def evaluate(
         ValueError: the data have other classes.
     """
     model, config, classes = load_trained(folder, backend=backend, device=device)
-    config = dataclasses.replace(config, data=data or config.data)
+    config = dataclasses.replace(config, data=config.data if data is None else data)
     examples = load_data(config)
     if examples.classes != classes:
         theirs = list(examples.classes)

@@ -1,0 +1,82 @@
+"""Triton's cache on disk, with checksums for what is compiled for the CPU."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from triton import knobs
+from triton.runtime.cache import FileCacheManager
+
+_spare: tempfile.TemporaryDirectory | None = None  # for a cache that cannot be written; removed when the process ends
+
+
+class CheckedCache(FileCacheManager):
+    """A kernel whose files are cut off or changed is compiled anew: a damaged object would be executed as it is.
+
+    Kernels for other devices are kept as Triton keeps them. Where the folder cannot be written, one warning says so and
+    what is compiled serves this process only.
+    """
+
+    def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
+        self.sums: dict[str, str] = {}
+        try:
+            super().__init__(key, override, dump)
+        except OSError as error:
+            self._move(error)
+
+    def put(self, data: Any, filename: str, binary: bool = True) -> str:
+        content = data if isinstance(data, bytes) else str(data).encode()
+        try:
+            path = super().put(content, filename)
+        except OSError as error:
+            for rest in Path(self.cache_dir).glob(f"tmp.pid_{os.getpid()}_*"):  # which Triton leaves behind
+                shutil.rmtree(rest, ignore_errors=True)
+            self._move(error)
+            path = super().put(content, filename)
+        self.sums[filename] = _digest(content)
+        return path
+
+    def put_group(self, filename: str, group: dict[str, str]) -> str:
+        if not any(name.endswith(".obj") for name in group):
+            return super().put_group(filename, group)
+        sums = json.dumps(self.sums)
+        return self.put(f"{_digest(sums.encode())}\n{sums}", f"__sums__{filename}")
+
+    def get_group(self, filename: str) -> dict[str, str] | None:
+        path = self.get_file(f"__sums__{filename}")
+        if path is None:
+            return super().get_group(filename)
+        try:
+            digest, _, sums = Path(path).read_bytes().partition(b"\n")
+            if digest.decode() != _digest(sums):
+                return None
+            files = {name: (self._make_path(name), digest) for name, digest in json.loads(sums).items()}
+            if any(_digest(Path(path).read_bytes()) != digest for path, digest in files.values()):
+                return None
+        except (OSError, ValueError):  # a file that is missing, a digest that is no text
+            return None
+        return {name: path for name, (path, _) in files.items()}
+
+    def _move(self, error: OSError) -> None:
+        """To a folder of this process."""
+        global _spare
+        if _spare is None:
+            _spare = tempfile.TemporaryDirectory(prefix="vit_triton_kernels_")
+            warnings.warn(
+                f"vit_triton: the cache of compiled kernels in {knobs.cache.dir} cannot be written "
+                f"({type(error).__name__}: {error}); each process compiles its kernels anew. Set TRITON_CACHE_DIR to a "
+                "folder that can be written",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.cache_dir = os.path.join(_spare.name, self.key)
+        os.makedirs(self.cache_dir, exist_ok=True)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
