@@ -18,7 +18,7 @@ PACKAGE = ROOT / "vit_triton"
 # What each part may import from the package, besides itself. Arrows point down the list only.
 ARROWS: dict[str, set[str]] = {
     "cli": {"__init__", "backend", "cpu", "images", "inspection", "integrations", "kernels", "training", "weights"},
-    "training": {"backend", "images", "models"},
+    "training": {"backend", "images", "models", "weights"},
     "__init__": {
         *("backend", "functional", "inspection", "integrations", "models", "modules", "reference", "weights"),
     },

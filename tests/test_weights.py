@@ -1,8 +1,11 @@
 """Checkpoints made by the real timm, torchvision, transformers and vit_pytorch classes, loaded into each other."""
 
+import errno
 import os
 import pickle
 import re
+import resource
+import signal
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -708,6 +711,47 @@ class TestSaving:
             save_weights(new, path)
         assert path.read_bytes() == before
         assert [path.name for path in tmp_path.iterdir()] == [path.name]
+
+    @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+    @pytest.mark.parametrize("limit", [0, 5000])
+    def test_full_disk(self, tmp_path, suffix, limit):
+        """A limit for the size of a file acts as a full disk does: a part is written, then nothing more."""
+        path = tmp_path / f"model{suffix}"
+        model = made(lambda: ViT(**BASE))
+        save_weights(model, path)
+        size, old = path.stat().st_size, b"what was there"
+        path.write_bytes(old)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            with pytest.raises(OSError) as caught:
+                save_weights(model, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert str(caught.value) == (
+            f"[Errno 27] File too large: {size - limit:,} of {size:,} bytes are missing, and the file is as it was: "
+            f"'{path}'"
+        )
+        assert caught.value.__cause__ is None and caught.value.__suppress_context__
+        assert path.read_bytes() == old
+        assert [path.name for path in tmp_path.iterdir()] == [path.name]
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+    def test_disk_that_is_full_when_flushed(self, tmp_path, number, monkeypatch):
+        def full(_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"([\d,]+) of \1 bytes are missing"):
+            save_weights(ViT(**BASE), tmp_path / "model.pt")
+        assert not list(tmp_path.iterdir())
+
+    def test_no_folder(self, tmp_path):
+        path = tmp_path / "folder" / "model.pt"
+        with pytest.raises(FileNotFoundError, match=f"'{path}'$"):
+            save_weights(ViT(**BASE), path)
 
     def test_through_a_link(self, tmp_path):
         (tmp_path / "link.pt").symlink_to(tmp_path / "model.pt")

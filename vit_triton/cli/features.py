@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vit_triton.cli import models, report
 from vit_triton.images import ImageError
-from vit_triton.training.checkpoint import write
+from vit_triton.weights.atomic import write_atomically
 
 SUMMARY = {"features": "the principal components of the patch features as a picture, and the features as .npz"}
 COLUMNS = 3  # photographs side by side at most, each with its components
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         shown = foreground(features) if options.foreground else torch.ones(features.shape[:-1], dtype=torch.bool)
         colours = components(features, shown)
         table = options.out.with_suffix(".npz")
-        write(
+        write_atomically(
             table,
             lambda file: np.savez_compressed(
                 file,

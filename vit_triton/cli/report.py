@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from vit_triton.images import ImageError
-from vit_triton.training.checkpoint import write
+from vit_triton.weights.atomic import write_atomically
 
 matplotlib.use("Agg")
 
@@ -38,5 +38,5 @@ def check_picture(path: Path) -> None:
 def save_picture(figure: Figure, path: Path) -> None:
     """Whole or not at all."""
     options: dict[str, Any] = dict(dpi=100, format=path.suffix[1:], facecolor="white", pil_kwargs={"quality": 90})
-    write(path, lambda file: figure.savefig(file, **options))
+    write_atomically(path, lambda file: figure.savefig(file, **options))
     print(f"wrote {path}")

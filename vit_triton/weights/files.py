@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from vit_triton.weights.atomic import write_atomically
 from vit_triton.weights.onnx_graph import read_onnx
 
 __all__ = ["WeightsError", "read", "write"]
@@ -62,23 +62,16 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def write(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a .safetensors, .pt or .pth file; whatever happens, `path` is the old file or the new one, whole.
+    """Write a .safetensors, .pt or .pth file, whole or not at all.
 
     Raises:
+        OSError: the file cannot be written; a full disk says how many bytes are missing.
         WeightsError: the ending is another.
     """
     writer = _WRITERS.get(path.suffix)
     if writer is None:
         raise WeightsError(f"{path}: expected a name that ends in one of {', '.join(_WRITERS)}")
-    path = path.resolve()  # a link stays a link
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        writer({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(path, lambda file: writer(_to_save(tensors), file))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -127,10 +120,24 @@ def _kind(value: Any) -> str:
     return f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
+def _to_save(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, each with memory of its own."""
+    saved: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(storage.data_ptr())
+        saved[name] = tensor
+    return saved
 
-    save_file(tensors, str(path), metadata={"format": "pt"})
+
+def _write_safetensors(tensors: dict[str, Tensor], file: IO[bytes]) -> None:
+    from safetensors.torch import save
+
+    file.write(save(tensors, metadata={"format": "pt"}))
 
 
 _READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
@@ -142,7 +149,7 @@ _READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     ".npz": _read_numpy,
     ".onnx": read_onnx,
 }
-_WRITERS: dict[str, Callable[[dict[str, Tensor], Path], None]] = {
+_WRITERS: dict[str, Callable[[dict[str, Tensor], IO[bytes]], None]] = {
     ".safetensors": _write_safetensors,
     ".pt": torch.save,
     ".pth": torch.save,
