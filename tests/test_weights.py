@@ -290,7 +290,7 @@ class TestJax:
         np.savez(tmp_path / "model.npz", **as_jax(made(timm_model)), extra=np.array([{}], dtype=object))
         model = made(timm_model, seed=1)
         before = snapshot(model)
-        with pytest.raises(WeightsError, match="allow_pickle=False"):
+        with pytest.raises(WeightsError, match="which holds 'extra': numpy's object"):
             load_weights(model, tmp_path / "model.npz")
         assert_untouched(model, before)
 
@@ -526,7 +526,7 @@ class TestRefusals:
         model, fuse = made(timm_model), tmp_path / "ran"
         content = wrap(Bomb(fuse), snapshot(model))
         torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
-        self.refuse(model, tmp_path / "model.pth", r"no readable .pth file: it holds \w+.system, and nothing but")
+        self.refuse(model, tmp_path / "model.pth", r".pth file: it holds \w+.system, and nothing but tensors")
         assert not fuse.exists()
         pickle.loads(pickle.dumps(Bomb(fuse)))
         assert fuse.exists()  # it would have
@@ -551,7 +551,7 @@ class TestRefusals:
         [
             ("norm.bias", lambda x: x.to("meta"), "'norm.bias': torch.strided on meta"),
             ("norm.bias", Tensor.to_sparse, "'norm.bias': torch.sparse_coo on cpu"),
-            (7, Tensor.clone, "7: torch.strided on cpu"),
+            (7, Tensor.clone, "'7': under a name of type int"),
         ],
     )
     def test_tensors_of_other_kinds(self, tmp_path, name, change, match):

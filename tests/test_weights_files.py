@@ -1,0 +1,516 @@
+"""Files of weights as people have them, and as nobody should: whole training checkpoints, damaged and hostile files."""
+
+import argparse
+import io
+import pickle
+import re
+import resource
+import types
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from test_weights import DIM, assert_untouched, made, snapshot, timm_model
+from timm.utils import CheckpointSaver, ModelEmaV3
+from torch import Tensor, nn
+
+from vit_triton import load_weights, save_weights
+from vit_triton.weights import WeightsError, files
+from vit_triton.weights.fitting import converts
+
+
+@contextmanager
+def little_memory(mib: int) -> Iterator[None]:
+    """Whatever asks for more memory than that fails."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + mib * 2**20, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def refuse(model: nn.Module, path: Path, match: str, **options) -> WeightsError:
+    before, versions = snapshot(model), [p._version for p in model.parameters()]
+    with pytest.raises(WeightsError, match=match) as caught, little_memory(64):
+        load_weights(model, path, **options)
+    assert_untouched(model, before)
+    assert [p._version for p in model.parameters()] == versions
+    return caught.value
+
+
+# --- arguments ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "error", "message"),
+    [
+        ({"model": None}, TypeError, "model must be an nn.Module, got None"),
+        ({"model": {"a": 1}}, TypeError, "model must be an nn.Module, got {'a': 1}"),
+        ({"path": 3}, TypeError, "path must be a str or a path, got 3"),
+        ({"path": b"model.pt"}, TypeError, "path must be a str or a path, got b'model.pt'"),
+        ({"key": 3}, TypeError, "key must be a str or None, got 3"),
+        ({"ignore": None}, TypeError, "ignore must be a pattern such as 'head.*' or a sequence of them, got None"),
+        ({"ignore": [3]}, TypeError, "ignore must be a pattern such as 'head.*' or a sequence of them, got [3]"),
+        ({"ignore": b"head.*"}, TypeError, "got b'head.*'"),
+        ({"resample": "no"}, TypeError, "resample must be True or False, got 'no'"),
+        *(
+            ({"grid": grid}, ValueError, f"grid must be (rows, columns), two positive integers, or None, got {grid!r}")
+            for grid in [(-2, -2), "22", 2, (2,), (2, 0), (2.0, 2), (True, 2), (2, 2, 2), {2, 3}]
+        ),
+    ],
+    ids=str,
+)
+def test_an_argument_of_another_kind_is_named(tmp_path, argument, error, message):
+    model = nn.Linear(2, 2)
+    save_weights(model, tmp_path / "model.pt")
+    arguments = {"model": model, "path": tmp_path / "model.pt", **argument}
+    with pytest.raises(error, match=f"{re.escape(message)}$") as caught:
+        load_weights(arguments.pop("model"), arguments.pop("path"), **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_save_weights_names_its_arguments_and_what_is_no_tensor(tmp_path):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"a": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    with pytest.raises(TypeError, match="^model must be an nn.Module, got None$"):
+        save_weights(None, tmp_path / "model.pt")
+    with pytest.raises(TypeError, match="^path must be a str or a path, got 3$"):
+        save_weights(nn.Linear(2, 2), 3)
+    for suffix in (".pt", ".safetensors"):
+        path = tmp_path / f"model{suffix}"
+        with pytest.raises(WeightsError, match=r"holds dense tensors only, the model has _extra_state \(dict\)$"):
+            save_weights(Extra(2, 2), path)
+        sparse = nn.ParameterDict({"a": nn.Parameter(torch.eye(2).to_sparse(), requires_grad=False)})
+        with pytest.raises(WeightsError, match=r"the model has a \(torch.sparse_coo on cpu\)$"):
+            save_weights(sparse, path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ignore_may_be_one_pattern(tmp_path):
+    theirs, ours = made(timm_model), made(timm_model, seed=1, classes=9)
+    save_weights(theirs, tmp_path / "model.pt")
+    head = ours.head.weight.clone()
+    load_weights(ours, tmp_path / "model.pt", ignore="head.*")
+    assert torch.equal(ours.head.weight, head) and torch.equal(ours.norm.weight, theirs.norm.weight)
+    refuse(ours, tmp_path / "model.pt", "ignore names all tensors", ignore="*")
+
+
+# --- dtypes ------------------------------------------------------------------------------------------------
+
+REAL = torch.arange(1.0, 5)
+OF_KIND = {
+    "float32": REAL,
+    "float64": REAL.double(),
+    "bfloat16": REAL.bfloat16(),
+    "float8_e5m2": REAL.to(torch.float8_e5m2),
+    "complex64": REAL + 1j * REAL,
+    "int64": REAL.long(),
+    "uint8": REAL.byte(),
+    "uint16": REAL.to(torch.uint16),
+    "bool": REAL > 2,
+    "bits8": REAL.byte().view(torch.bits8),
+    "float4": REAL.byte().view(torch.float4_e2m1fn_x2),
+}
+KINDS = {"float": 4, "complex": 1, "int": 3, "bool": 1, "bits": 1, "float4": 1}  # so many of the above, in this order
+KIND_OF = dict(zip(OF_KIND, (kind for kind, number in KINDS.items() for _ in range(number)), strict=True))
+
+
+class Holder(nn.Module):
+    """A first parameter that always fits, and one of a dtype."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.zeros(3))
+        self.register_buffer("second", value.clone())
+
+
+@pytest.mark.usefixtures("virtual_memory")  # poison for dtypes of a few bits is not implemented
+@pytest.mark.parametrize("new", OF_KIND)
+@pytest.mark.parametrize("old", OF_KIND)
+def test_a_dtype_keeps_its_kind_or_nothing_is_written(tmp_path, old, new):
+    torch.save({"first": torch.ones(3), "second": OF_KIND[old]}, tmp_path / "model.pt")
+    model = Holder(OF_KIND[new])
+    if KIND_OF[old] == KIND_OF[new]:
+        load_weights(model, tmp_path / "model.pt")
+        assert torch.equal(model.first, torch.ones(3))
+        if old != new:
+            assert torch.equal(model.second.float(), REAL)
+    else:
+        with pytest.raises(WeightsError) as caught:
+            load_weights(model, tmp_path / "model.pt")
+        assert len(caught.value.unlike) == 1 and caught.value.unlike[0].startswith("second (4,)")
+        assert torch.equal(model.first, torch.zeros(3))
+
+
+@pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support is experimental")
+@pytest.mark.usefixtures("virtual_memory")
+def test_every_dtype_of_pytorch_converts_or_does_not():
+    dtypes = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+    ordinary = {dtype for dtype in dtypes if converts(dtype, dtype)} & {
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int16, torch.int32),
+        *(torch.int64, torch.uint8, torch.bool, torch.complex64, torch.complex128),
+    }
+    assert len(ordinary) == 12
+    for old in dtypes:
+        for new in ordinary:
+            if converts(old, new):
+                torch.empty(2, dtype=new).copy_(torch.empty(2, dtype=old))
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # one is deprecated, one is a prototype
+    NESTED = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    QUANTIZED = torch.quantize_per_tensor(REAL, 0.1, 0, torch.qint8)
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (NESTED, "'foo.bias': nested torch.strided on cpu"),
+        (QUANTIZED, "'foo.bias': torch.qint8 torch.strided on cpu"),
+        (OF_KIND["bits8"], r"not in the model:\n  foo.bias \(4,\) torch.bits8"),
+        (OF_KIND["float4"], r"not in the model:\n  foo.bias \(4,\) torch.float4_e2m1fn_x2"),
+        (OF_KIND["complex64"], r"not in the model:\n  foo.bias \(4,\) torch.complex64"),
+        (OF_KIND["uint16"], r"not in the model:\n  foo.bias \(4,\) torch.uint16"),
+        (OF_KIND["float8_e5m2"], r"not in the model:\n  foo.bias \(4,\) torch.float8_e5m2"),
+    ],
+    ids=["nested", "quantized", "bits8", "float4", "complex64", "uint16", "float8"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.usefixtures("virtual_memory")
+def test_a_surplus_bias_of_any_kind(tmp_path, value, match):
+    model = made(timm_model)
+    torch.save({**snapshot(model), "foo.bias": value}, tmp_path / "model.pt")
+    refuse(made(timm_model, seed=1), tmp_path / "model.pt", match)
+    load_weights(made(timm_model, seed=1), tmp_path / "model.pt", ignore=["foo.bias"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.float64, torch.uint8, torch.uint16])
+def test_positions_in_any_dtype(tmp_path, dtype):
+    theirs, ours = made(timm_model), made(timm_model, 48, seed=1)
+    state = snapshot(theirs)
+    state["pos_embed"] = state["pos_embed"].to(dtype)
+    torch.save(state, tmp_path / "model.pt")
+    if dtype.is_floating_point:
+        load_weights(ours, tmp_path / "model.pt")
+        theirs.pos_embed.data = state["pos_embed"].float()
+        torch.save(theirs.state_dict(), tmp_path / "model.pt")
+        again = made(timm_model, 48, seed=2)
+        load_weights(again, tmp_path / "model.pt")
+        half = torch.finfo(torch.float16)  # what is resampled is rounded to the dtype of the file
+        atol = half.smallest_normal * half.eps / 2
+        torch.testing.assert_close(ours.pos_embed, again.pos_embed, rtol=half.eps / 2, atol=atol)
+    else:
+        refuse(ours, tmp_path / "model.pt", f"pos_embed .* torch.{str(dtype)[6:]} in the file")
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.usefixtures("virtual_memory")
+def test_a_file_of_quantized_tensors(tmp_path):
+    torch.save({"weight": QUANTIZED, "bias": QUANTIZED}, tmp_path / "model.pt")
+    refuse(nn.Linear(4, 1), tmp_path / "model.pt", r"which holds 'weight': torch.qint8 torch.strided on cpu, 'bias'")
+
+
+# --- small files, large memory -------------------------------------------------------------------------------
+
+
+def deflated(path: Path) -> None:
+    """The same archive, compressed."""
+    with (
+        zipfile.ZipFile(io.BytesIO(path.read_bytes())) as old,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new,
+    ):
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+
+
+class TestSmallFilesLargeMemory:
+    def test_npz(self, tmp_path):
+        model = made(timm_model)
+        arrays = {name: tensor.numpy() for name, tensor in snapshot(model).items()}
+        for name in ("norm.bias", "foo.bias", "pos_embed", "patch_embed.proj.weight"):
+            with zipfile.ZipFile(tmp_path / "model.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+                for each, array in {k: v for k, v in arrays.items() if k != name}.items():
+                    with archive.open(f"{each}.npy", "w") as file:
+                        np.lib.format.write_array(file, array)
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    shape = (1, 2**20, DIM) if name == "pos_embed" else (DIM, 2**20)
+                    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+                    for _ in range(96):
+                        file.write(bytes(2**20))
+            assert (tmp_path / "model.npz").stat().st_size < 2**20
+            refuse(model, tmp_path / "model.npz", name, resample=True)
+
+    def test_npz_with_a_long_header(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "model.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            with archive.open("weight.npy", "w", force_zip64=True) as file:
+                file.write(np.lib.format.magic(2, 0) + (2**27).to_bytes(4, "little"))
+                for _ in range(128):
+                    file.write(b" " * 2**20)
+        refuse(nn.Linear(2, 2), tmp_path / "model.npz", r"'weight': numpy's format \(2, 0\)")
+
+    def test_a_compressed_archive(self, tmp_path):
+        torch.save({"weight": torch.zeros(2**27, dtype=torch.uint8)}, tmp_path / "model.pt")
+        deflated(tmp_path / "model.pt")
+        refuse(nn.Linear(2, 2), tmp_path / "model.pt", "the archive is compressed; torch.save stores")
+
+    @pytest.mark.parametrize("name", ["weight", "foo.bias", "bias"])
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_a_number_that_is_repeated(self, tmp_path, name, zipped):
+        model = nn.Linear(2, 2)
+        state = {**model.state_dict(), name: torch.zeros(1).expand(10**6, 10**6)}
+        torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+        refuse(model, tmp_path / "model.pt", rf"{name} \(1000000, 1000000\)")
+
+    @pytest.mark.parametrize("tokens", [6000**2, 6000**2 + 1])
+    def test_positions(self, tmp_path, tokens):
+        model = made(timm_model)
+        state = {**snapshot(model), "pos_embed": torch.zeros(1).expand(1, tokens, DIM)}
+        torch.save(state, tmp_path / "model.pt")
+        refuse(model, tmp_path / "model.pt", r"pos_embed: \(3600000\d, 24\) in the file is more than the whole model")
+
+    @pytest.mark.parametrize("shape", [(DIM, 3, 10**6, 10**6), (DIM, 3, 5000, 1), (DIM, 3 * 10**12)])
+    def test_patches(self, tmp_path, shape):
+        model = made(timm_model)
+        state = {**snapshot(model), "patch_embed.proj.weight": torch.zeros(1).expand(shape)}
+        torch.save(state, tmp_path / "model.pt")
+        match = "more than the whole model" if max(shape) > 5000 else "more than 1024 pixels a side"
+        refuse(model, tmp_path / "model.pt", f"patch_embed.proj.weight: .*{match}", resample=True)
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_bytes_of_any_number(self, tmp_path, zipped):
+        model = nn.Linear(2, 2)
+        content = {"state_dict": model.state_dict(), "x": Written("builtins", "bytearray", (2**30,))}
+        write_pickle(content, tmp_path / "model.pt", zipped)
+        refuse(model, tmp_path / "model.pt", "it holds bytearray, and nothing but tensors and plain data is read")
+
+    def test_onnx(self, tmp_path):
+        weight = TensorProto(name="weight", data_type=TensorProto.FLOAT, dims=[10**6, 10**6], raw_data=b"1234")
+        bias = numpy_helper.from_array(np.zeros(2, np.float32), "bias")
+        write_graph([], [weight, bias], tmp_path / "model.onnx")
+        refuse(nn.Linear(2, 2), tmp_path / "model.onnx", r"weight \(1000000, 1000000\) in the file")
+
+
+# --- pickles as other versions write them --------------------------------------------------------------------
+
+
+class Global:
+    def __init__(self, module: str, name: str) -> None:
+        self.module, self.name = module, name
+
+
+class Written:
+    """An object as a version that is not installed here writes it."""
+
+    def __init__(self, module: str, name: str, arguments: tuple, state: object = None) -> None:
+        self.parts = (Global(module, name), arguments, state)
+
+
+class Pickler(pickle._Pickler):
+    def save_written(self, value: Written) -> None:
+        function, arguments, state = value.parts
+        self.save(function)
+        self.save(arguments)
+        self.write(pickle.REDUCE)
+        if state is not None:
+            self.save(state)
+            self.write(pickle.BUILD)
+
+    def save_global_name(self, value: Global) -> None:
+        self.write(pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode())
+
+    dispatch = {**pickle._Pickler.dispatch, Written: save_written, Global: save_global_name}
+
+
+def write_pickle(content: object, path: Path, zipped: bool = True) -> None:
+    def dump(value: object, file: IO[bytes], protocol: int) -> None:
+        Pickler(file, protocol).dump(value)
+
+    written = types.ModuleType("written")
+    written.Pickler, written.dump = Pickler, dump
+    torch.save(content, path, pickle_module=written, _use_new_zipfile_serialization=zipped)
+
+
+def numpy_scalar(core: str) -> Written:
+    dtype = Written("numpy", "dtype", ("f8", False, True), (3, "<", None, None, None, -1, -1, 0))
+    return Written(f"numpy.{core}.multiarray", "scalar", (dtype, bytes(8)))
+
+
+PLAIN = {
+    "numpy 1": numpy_scalar("core"),
+    "numpy 2": numpy_scalar("_core"),
+    "this numpy": np.float32(0.5),
+    "this numpy's bool": np.bool_(True),
+    "Python 3.12": Written("pathlib", "PosixPath", ("/", "data", "imagenet")),
+    "Python 3.13": Written("pathlib._local", "PosixPath", ("/", "data", "imagenet")),
+    "pure": Written("pathlib", "PurePosixPath", ("data",)),
+    "Windows": Written("pathlib", "WindowsPath", ("C:\\", "data")),
+    "Windows, Python 3.13": Written("pathlib._local", "WindowsPath", ("C:\\", "data")),
+    "pure, Windows": Written("pathlib", "PureWindowsPath", ("data",)),
+    "this Python": Path("/data/imagenet"),
+    "OrderedDict": OrderedDict(a=1),
+    "Namespace": argparse.Namespace(lr=1e-3, out=Path("/data"), best=np.float64(0.5), inner=argparse.Namespace(a=1)),
+    "set and complex": {"a", 1j},
+}
+
+
+class TestTrainingCheckpoints:
+    @pytest.mark.parametrize("zipped", [True, False])
+    @pytest.mark.parametrize("kind", PLAIN)
+    def test_plain_data_beside_the_weights(self, tmp_path, kind, zipped):
+        theirs, ours = nn.Linear(3, 3), nn.Linear(3, 3)
+        args = argparse.Namespace(value=PLAIN[kind])
+        content = {"model": theirs.state_dict(), "epoch": 3, "args": args, "value": PLAIN[kind]}
+        write_pickle(content, tmp_path / "model.pth", zipped)
+        allowed = set(torch.serialization.get_safe_globals())
+        load_weights(ours, tmp_path / "model.pth")
+        assert_untouched(ours, snapshot(theirs))
+        assert set(torch.serialization.get_safe_globals()) == allowed
+
+    def test_no_other_class(self, tmp_path):
+        for module, name in (("pathlib", "Path.home"), ("numpy", "fromfile"), ("argparse", "ArgumentParser")):
+            write_pickle({"model": nn.Linear(2, 2).state_dict(), "x": Written(module, name, ())}, tmp_path / "model.pt")
+            refuse(nn.Linear(2, 2), tmp_path / "model.pt", f"it holds {module}.{name}, and nothing but tensors")
+
+    @pytest.mark.parametrize("ema", [False, True])
+    def test_as_timm_saves_it(self, tmp_path, ema):
+        model = made(timm_model)
+        other = ModelEmaV3(model)
+        nn.init.zeros_(other.module.norm.bias)
+        args = argparse.Namespace(model="vit", lr=np.float64(1e-3), output=Path("/data"))
+        optimizer = torch.optim.AdamW(model.parameters())
+        saver = CheckpointSaver(model, optimizer, args=args, model_ema=other if ema else None, checkpoint_dir=tmp_path)
+        saver.save_checkpoint(1, metric=0.5)
+        path, ours = tmp_path / "last.pth.tar", made(timm_model, seed=1)
+        if not ema:
+            load_weights(ours, path)
+            assert_untouched(ours, snapshot(model))
+            return
+        refuse(ours, path, "holds several sets of weights, key must name one of state_dict, state_dict_ema$")
+        for key, expected in (("state_dict", model), ("state_dict_ema", other.module)):
+            load_weights(ours, path, key=key)
+            assert_untouched(ours, snapshot(expected))
+
+    def test_as_dino_saves_it(self, tmp_path):
+        student, teacher = made(lambda: timm_model(classes=0)), made(lambda: timm_model(classes=0), seed=1)
+        head = {"head.mlp.0.weight": torch.ones(3, DIM), "head.last_layer.weight_g": torch.ones(3, 1)}
+
+        def named(model, prefix):
+            return {prefix + name: t for name, t in {**model.state_dict(prefix="backbone."), **head}.items()}
+
+        content = {
+            "student": named(student, "module."),
+            "teacher": named(teacher, ""),
+            "optimizer": torch.optim.AdamW(student.parameters()).state_dict(),
+            "epoch": 100,
+            "args": argparse.Namespace(arch="vit_small"),
+            "dino_loss": {"center": torch.zeros(1, 3)},
+        }
+        torch.save(content, tmp_path / "checkpoint.pth")
+        ours, path = made(lambda: timm_model(classes=0), seed=2), tmp_path / "checkpoint.pth"
+        refuse(ours, path, "key must name one of teacher, student$")
+        error = refuse(ours, path, "does not fit", key="teacher")
+        assert [name.split(" ")[0] for name in error.surplus] == list(head) and not error.missing
+        load_weights(ours, path, key="teacher", ignore="head.*")
+        assert_untouched(ours, snapshot(teacher))
+        load_weights(ours, path, key="student", ignore="module.head.*")
+        assert_untouched(ours, snapshot(student))
+        refuse(ours, path, "expected a state dict of tensors, which holds 'state': dict", key="optimizer")
+        refuse(ours, path, "holds no set of weights 'ema', .* its mappings are student, teacher, optimizer", key="ema")
+
+    def test_names_of_one_state_dict_by_key(self, tmp_path):
+        """DINOv2 writes both networks into one."""
+        student, teacher = (made(lambda: timm_model(classes=0), seed=seed) for seed in (0, 1))
+        state = {**student.state_dict(prefix="student.backbone."), **teacher.state_dict(prefix="teacher.backbone.")}
+        torch.save({"model": state, "iteration": 3}, tmp_path / "model.pth")
+        ours = made(lambda: timm_model(classes=0), seed=2)
+        refuse(ours, tmp_path / "model.pth", "does not fit")
+        load_weights(ours, tmp_path / "model.pth", key="teacher")
+        assert_untouched(ours, snapshot(teacher))
+        load_weights(ours, tmp_path / "model.pth", ignore="teacher.*")
+        assert_untouched(ours, snapshot(student))
+
+    @pytest.mark.parametrize(
+        "prefix", ["module.", "backbone.", "encoder.", "net.", "teacher.backbone.", "module.encoder.", "model.net."]
+    )
+    @pytest.mark.parametrize("suffix", [".pth.tar", ".safetensors"])
+    def test_prefixes(self, tmp_path, prefix, suffix):
+        theirs, ours = made(timm_model), made(timm_model, seed=1)
+        state = {**theirs.state_dict(prefix=prefix), "decoder.weight": torch.ones(2)}
+        path = tmp_path / f"model{suffix}"
+        files.write(state, path)
+        error = refuse(ours, path, "does not fit")
+        assert error.surplus == ("decoder.weight (2,)",) and not error.missing and not error.unlike
+        load_weights(ours, path, ignore=["decoder.*"])
+        assert_untouched(ours, snapshot(theirs))
+
+    def test_a_prefix_is_a_part_where_the_rest_does_not_fit(self, tmp_path):
+        theirs, ours = nn.Linear(3, 3), nn.Linear(3, 3)
+        theirs.encoder, ours.encoder = nn.Linear(3, 3), nn.Linear(3, 3)
+        save_weights(theirs, tmp_path / "model.pt")
+        load_weights(ours, tmp_path / "model.pt")
+        assert_untouched(ours, snapshot(theirs))
+
+    def test_a_checkpoint_that_holds_itself(self, tmp_path):
+        content: dict = {"epoch": 1}
+        content["model"] = content
+        torch.save(content, tmp_path / "model.pt")
+        refuse(nn.Linear(2, 2), tmp_path / "model.pt", "'epoch': int, 'model': dict")
+
+
+# --- ONNX --------------------------------------------------------------------------------------------------
+
+
+def write_graph(nodes: list, tensors: list, path: Path) -> None:
+    onnx.save(helper.make_model(helper.make_graph(nodes, "graph", [], [], tensors)), str(path))
+
+
+class TestOnnxGraphs:
+    TENSORS = [
+        numpy_helper.from_array(np.ones((1, 1, 2), np.float32), "cls_token"),
+        numpy_helper.from_array(np.ones((1, 3, 2), np.float32), "onnx::Add_1"),
+    ]
+
+    def test_casts_in_a_circle(self, tmp_path):
+        nodes = [
+            helper.make_node("Concat", ["cls_token", "b"], ["a"], axis=1),
+            helper.make_node("Cast", ["a"], ["b"], to=1),
+        ]
+        write_graph(nodes, self.TENSORS, tmp_path / "model.onnx")
+        refuse(nn.Linear(2, 2), tmp_path / "model.onnx", "does not fit")
+
+    def test_a_circle_of_makers(self, tmp_path):
+        nodes = [
+            helper.make_node("Add", ["cls_token", "a"], ["c"]),
+            helper.make_node("Add", ["a", "b"], ["a"]),
+            helper.make_node("Add", ["a", "onnx::Add_1"], ["b"]),
+        ]
+        write_graph(nodes, self.TENSORS, tmp_path / "model.onnx")
+        error = refuse(nn.Linear(2, 2), tmp_path / "model.onnx", "does not fit")
+        assert "position_embeddings (1, 3, 2)" in error.surplus
+
+    @pytest.mark.parametrize("length", [40, 5000])
+    def test_many_adds_in_a_row(self, tmp_path, length):
+        nodes = [helper.make_node("Add", ["cls_token", f"x{length}"], ["y"])]
+        nodes += [helper.make_node("Add", [f"x{i}", f"x{i}"], [f"x{i + 1}"]) for i in range(length)]
+        nodes += [helper.make_node("Identity", ["onnx::Add_1"], ["x0"])]
+        write_graph(nodes, self.TENSORS, tmp_path / "model.onnx")
+        error = refuse(nn.Linear(2, 2), tmp_path / "model.onnx", "does not fit")
+        assert "position_embeddings (1, 3, 2)" in error.surplus
