@@ -34,14 +34,12 @@ DIM, DEPTH, HEADS, HIDDEN, PATCH, CLASSES = 24, 2, 2, 48, 8, 5
 
 def timm_model(size=32, *, classes=CLASSES, kind=VisionTransformer, **options) -> nn.Module:
     return kind(
-        img_size=size,
-        patch_size=PATCH,
+        **{"img_size": size, "patch_size": PATCH, **options},
         embed_dim=DIM,
         depth=DEPTH,
         num_heads=HEADS,
         mlp_ratio=HIDDEN / DIM,
         num_classes=classes,
-        **options,
     )
 
 
@@ -56,9 +54,10 @@ def hf_model(name: str, size: int = 32, **options) -> nn.Module:
         "num_labels": CLASSES,
         "layer_norm_eps": 1e-6,
         **width,
+        **options,
     }
     kind = re.sub("(Model|ForImageClassification|ForImageClassificationWithTeacher)$", "", name)
-    return getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**config, **options))
+    return getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**config))
 
 
 def torchvision_model(size=32, *, classes=CLASSES) -> nn.Module:
