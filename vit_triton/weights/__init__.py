@@ -30,7 +30,7 @@ def load_weights(
     *,
     key: str | None = None,
     ignore: str | Sequence[str] = (),
-    grid: tuple[int, int] | None = None,
+    grid: Sequence[int] | None = None,
     resample: bool = False,
 ) -> None:
     """Load a checkpoint into a model of the same architecture, whichever library either comes from.
@@ -71,7 +71,8 @@ def load_weights(
     if any(tensor.is_meta for tensor in into.values()):
         raise ValueError("model is on the meta device, where it has no memory: model.to_empty(device=...) first")
     like = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in into.items()}
-    wanted = Wanted(like, places(like), grid_of(model), patch_of(model), patterns, grid, resample)
+    file_grid = None if grid is None else (grid[0], grid[1])
+    wanted = Wanted(like, places(like), grid_of(model), patch_of(model), patterns, file_grid, resample)
     with files.opened(path, key) as (tensors, others):
         odd = [f"{name!r}: {kind}" for name, kind in others.items() if not wanted.ignores(name)]
         if odd:
