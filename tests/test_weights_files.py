@@ -1,10 +1,13 @@
 """Files of weights as people have them, and as nobody should: whole training checkpoints, damaged and hostile files."""
 
 import argparse
+import fnmatch
 import io
+import os
 import pickle
 import re
 import resource
+import tempfile
 import types
 import warnings
 import zipfile
@@ -14,10 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import hypothesis
 import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from test_weights import DIM, assert_untouched, made, snapshot, timm_model
 from timm.utils import CheckpointSaver, ModelEmaV3
@@ -514,3 +519,268 @@ class TestOnnxGraphs:
         write_graph(nodes, self.TENSORS, tmp_path / "model.onnx")
         error = refuse(nn.Linear(2, 2), tmp_path / "model.onnx", "does not fit")
         assert "position_embeddings (1, 3, 2)" in error.surplus
+
+
+# --- fuzzers -----------------------------------------------------------------------------------------------
+
+STRANGE = (
+    "Detected pickle protocol",
+    "Validating sparse tensor",
+    "TypedStorage is deprecated",
+    "The PyTorch API of nested",
+)
+quiet = pytest.mark.filterwarnings(*(f"ignore:{start}" for start in STRANGE), "ignore:B?Complex(Half|32) support")
+
+
+class Tiny(nn.Module):
+    """A few tensors, one of each kind that is treated in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_token, self.pos_embed = nn.Parameter(torch.zeros(1, 1, 2)), nn.Parameter(torch.zeros(1, 5, 2))
+        self.norm = nn.BatchNorm1d(2)
+        self.head = nn.Linear(2, 2)
+
+
+def only_weights_error(model: nn.Module, path: Path, **options) -> bool:
+    """Whether the file was loaded; if not, with a WeightsError and the model as it was."""
+    before = snapshot(model)
+    with little_memory(256):
+        try:
+            load_weights(model, path, **options)
+            return True
+        except WeightsError as error:
+            assert not isinstance(error.__cause__, MemoryError)
+    assert_untouched(model, before)
+    return False
+
+
+def whole_files(folder: Path) -> dict[str, bytes]:
+    model = made(Tiny)
+    state = snapshot(model)
+    for suffix in (".safetensors", ".pt"):
+        save_weights(model, folder / f"model{suffix}")
+    torch.save(state, folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    args = argparse.Namespace(out=Path("/data"), best=np.float64(1))
+    torch.save({"model": state, "args": args, "optimizer": {"state": {}}}, folder / "training.pth.tar")
+    np.savez(folder / "model.npz", **{name: tensor.numpy() for name, tensor in state.items()})
+    np.savez_compressed(folder / "compressed.npz", **{name: tensor.numpy() for name, tensor in state.items()})
+    nodes = [helper.make_node("Add", ["cls_token", "onnx::Add_1"], ["y"])]
+    tensors = [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in state.items() if name != "pos_embed"]
+    tensors.append(numpy_helper.from_array(state["pos_embed"].numpy(), "onnx::Add_1"))
+    write_graph(nodes, tensors, folder / "model.onnx")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, bytes]:
+    return whole_files(tmp_path_factory.mktemp("whole"))
+
+
+@st.composite
+def damages(draw) -> list[tuple]:
+    place = st.floats(0, 1, exclude_max=True)
+    kinds = {
+        "cut": st.tuples(st.just("cut"), place),
+        "flip": st.tuples(st.just("flip"), place, st.integers(0, 7)),
+        "byte": st.tuples(st.just("byte"), place, st.integers(0, 255)),
+        "copy": st.tuples(st.just("copy"), place, place, st.integers(1, 64)),
+        "drop": st.tuples(st.just("drop"), place, st.integers(1, 64)),
+    }
+    return draw(st.lists(st.one_of(*kinds.values()), min_size=1, max_size=4))
+
+
+def damaged(content: bytes, steps: list[tuple]) -> bytes:
+    data = bytearray(content)
+    for kind, place, *more in steps:
+        at = int(place * len(data))
+        if kind == "cut":
+            del data[at:]
+        elif kind == "flip" and data:
+            data[at] ^= 1 << more[0]
+        elif kind == "byte" and data:
+            data[at] = more[0]
+        elif kind == "copy":
+            start = int(more[0] * len(data))
+            data[at : at + more[1]] = data[start : start + more[1]]
+        elif kind == "drop":
+            del data[at : at + more[0]]
+    return bytes(data)
+
+
+@quiet
+@hypothesis.given(st.integers(0, 6), damages(), st.booleans(), st.sampled_from(["", "head.*"]))
+def test_fuzz_damaged_files(whole, tmp_path_factory, which, steps, resample, ignore):
+    name = sorted(whole)[which]
+    path = tmp_path_factory.getbasetemp() / f"damaged-{name}"
+    path.write_bytes(damaged(whole[name], steps))
+    only_weights_error(Tiny(), path, resample=resample, ignore=ignore)
+
+
+FUSE = Path(tempfile.gettempdir()) / f"vit_triton-fuse-{os.getpid()}"  # made by what must not run
+GLOBALS = [
+    *(("builtins", name) for name in ("eval", "exec", "getattr", "bytearray", "set", "complex", "open", "print")),
+    *(("os", "system"), ("posix", "system"), ("nt", "system"), ("subprocess", "Popen"), ("collections", "Counter")),
+    *(("argparse", "Namespace"), ("pathlib", "PosixPath"), ("pathlib._local", "WindowsPath"), ("numpy", "dtype")),
+    *(("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy", "ndarray")),
+    *(("torch", name) for name in ("Size", "Tensor", "FloatTensor", "device", "FloatStorage", "float32", "qint8")),
+    *(
+        ("torch._utils", f"_rebuild_{kind}")
+        for kind in ("tensor", "tensor_v2", "parameter", "sparse_tensor", "qtensor")
+    ),
+    *(("torch._utils", "_rebuild_nested_tensor"), ("torch._tensor", "_rebuild_from_type_v2")),
+    *(("torch._utils", "_rebuild_meta_tensor_no_storage"), ("torch._utils", "_rebuild_wrapper_subclass")),
+    *(("collections", "OrderedDict"), ("_codecs", "encode"), ("torch.serialization", "_get_layout")),
+]
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**40), 2**40), st.floats(), st.binary(max_size=4),
+    st.sampled_from(["model", "weight", "bias", "f8", "detach", "dtype", "latin1", "<"]),
+    st.sampled_from([f"touch {FUSE}", f"open('{FUSE}', 'w')"]),
+    st.sampled_from(GLOBALS).map(lambda names: Global(*names)),
+    st.sampled_from([torch.zeros(2), torch.ones(2, 2), torch.zeros(1).expand(10**5, 10**5), torch.zeros(2).long()]),
+)  # fmt: skip
+NAMES = st.sampled_from(["model", "state_dict", "weight", "bias", "x.bias", "args", "teacher", "module.weight"])
+
+
+def _containers(inner: st.SearchStrategy) -> st.SearchStrategy:
+    return st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(NAMES, inner, max_size=4),
+        st.builds(
+            lambda names, arguments, state: Written(*names, arguments, state),
+            st.sampled_from(GLOBALS),
+            st.lists(inner, max_size=6).map(tuple),
+            st.one_of(st.none(), inner),
+        ),
+    )
+
+
+@quiet
+@hypothesis.given(
+    st.recursive(LEAVES, _containers, max_leaves=12),
+    st.dictionaries(NAMES, st.recursive(LEAVES, _containers, max_leaves=8), max_size=4),
+    st.booleans(),
+)
+def test_fuzz_hostile_pickles(tmp_path_factory, value, content, zipped):
+    path, model = tmp_path_factory.getbasetemp() / "hostile.pt", nn.Linear(2, 2)
+    write_pickle({**model.state_dict(), "x": value, **content}, path, zipped)
+    only_weights_error(model, path)
+    only_weights_error(model, path, ignore=["x", "x.bias", "args", "teacher"])
+    assert not FUSE.exists()
+
+
+POOL = ["cls_token", "onnx::Add_1", "onnx::MatMul_2", "fc.bias", *"abcdef"]
+NODES = st.builds(
+    lambda kind, inputs, outputs: helper.make_node(kind, inputs, outputs),
+    st.sampled_from(["Add", "Cast", "Concat", "Expand", "Tile", "MatMul", "Identity"]),
+    st.lists(st.sampled_from(POOL), max_size=3),
+    st.lists(st.sampled_from(POOL), max_size=2),
+)
+
+
+@hypothesis.given(st.lists(NODES, max_size=12), st.sampled_from([(1, 3, 2), (3, 2), (2, 1, 2), (1, 3, 4)]))
+def test_fuzz_graphs_of_onnx(tmp_path_factory, nodes, shape):
+    path = tmp_path_factory.getbasetemp() / "graph.onnx"
+    arrays = {"cls_token": np.ones((1, 1, 2)), "onnx::Add_1": np.ones(shape), "onnx::MatMul_2": np.ones((2, 2))}
+    tensors = [
+        numpy_helper.from_array(a.astype(np.float32), name) for name, a in {**arrays, "fc.bias": np.ones(2)}.items()
+    ]
+    write_graph(nodes, tensors, path)
+    only_weights_error(Tiny(), path)
+    only_weights_error(Tiny(), path, ignore=["onnx::*", "fc.*", "norm.*", "head.*", "pos_embed"])
+
+
+# --- prefixes, sets and patterns, by a rule that can be read ---------------------------------------------------
+
+SHAPES = {"stem.weight": (2, 3), "stem.bias": (2,), "top.weight": (4, 2)}
+PREFIXES = ["", "module.", "backbone.", "encoder.", "net.", "teacher.backbone.", "module.encoder.", "decoder."]
+MAPPINGS = ["state_dict", "model", "model_ema", "teacher", "student", "optimizer", "other"]
+
+
+class Stem(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in SHAPES.items():
+            part, kind = name.split(".")
+            if not hasattr(self, part):
+                self.add_module(part, nn.Module())
+            getattr(self, part).register_parameter(kind, nn.Parameter(torch.zeros(shape)))
+
+
+STATES = st.lists(st.tuples(st.sampled_from(PREFIXES), st.sets(st.sampled_from([*SHAPES, "more.weight"]))), max_size=2)
+FULL = st.lists(st.tuples(st.sampled_from(PREFIXES), st.just(set(SHAPES))), min_size=1, max_size=1)
+PATTERNS = st.lists(
+    st.sampled_from(["top.*", "more.*", "*.weight", "decoder.*", "encoder.*", "*more*", "module.*"]), max_size=2
+)
+
+
+def state_of(parts: list[tuple[str, set[str]]], number: float) -> dict[str, Tensor]:
+    names = {prefix + name: SHAPES.get(name, (1,)) for prefix, each in parts for name in sorted(each)}
+    return {name: torch.full(shape, number + i / 100) for i, (name, shape) in enumerate(names.items())}
+
+
+def chosen(content: dict, key: str | None) -> dict | None:
+    """The set that a checkpoint has, or that is named; None where that is unclear."""
+    if key is not None:
+        inside = {name.removeprefix(f"{key}."): t for name, t in content.items() if name.startswith(f"{key}.")}
+        sets = [name for name in MAPPINGS[:5] if content.get(name)]
+        if key not in content and len(sets) == 1:
+            return chosen(content[sets[0]], key)
+        return content.get(key) or inside or None
+    sets = [name for name in MAPPINGS[:5] if content.get(name)]
+    if len(sets) > 1:
+        return None
+    return content[sets[0]] if sets else content
+
+
+def fits(state: dict[str, Tensor], prefix: str, ignore: list[str]) -> dict[str, Tensor] | None:
+    """What the model gets with a prefix stripped; None if that does not fit."""
+
+    def ignored(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore)
+
+    # what wraps a whole model goes without saying, unless two names would become one
+    short = {name: name.removeprefix(prefix) for name in state}
+    bare = {name: re.sub(r"^((module|backbone|model)\.)+", "", each) for name, each in short.items()}
+    if len(set(bare.values())) < len(bare):
+        bare = short
+    if len(set(bare.values())) < len(bare):
+        return None
+    left_out = {bare[name] for name in state if ignored(name)} | {name for name in SHAPES if ignored(name)}
+    rest = {bare[name]: tensor for name, tensor in state.items() if bare[name] not in left_out}
+    wanted = {name: shape for name, shape in SHAPES.items() if name not in left_out}
+    return rest if wanted and {name: tuple(t.shape) for name, t in rest.items()} == wanted else None
+
+
+@hypothesis.given(
+    st.one_of(STATES, FULL),
+    st.dictionaries(st.sampled_from(MAPPINGS), st.one_of(STATES, FULL), max_size=3),
+    st.one_of(st.none(), st.sampled_from(MAPPINGS)),
+    PATTERNS,
+    st.booleans(),
+)
+def test_fuzz_prefixes_sets_and_patterns(tmp_path_factory, flat, sets, key, ignore, nested):
+    path, model = tmp_path_factory.getbasetemp() / "sets.pt", Stem()
+    content = {name: state_of(parts, i + 1) for i, (name, parts) in enumerate(sets.items())} if nested else {}
+    content = content or state_of(flat, 1)
+    torch.save(content, path)
+    loaded = only_weights_error(model, path, key=key, ignore=ignore)
+    state = chosen(content, key)
+    possible = []
+    if state and all(isinstance(value, Tensor) for value in state.values()):
+        chains = [
+            "",
+            *(prefix for prefix in PREFIXES if prefix not in ("", "decoder.")),
+            "teacher.",
+            "student.",
+            "module.",
+        ]
+        possible = [found for chain in chains if (found := fits(state, chain, ignore)) is not None]
+    assert loaded == bool(possible)
+    if loaded:
+        after = model.state_dict()
+        assert any(
+            all(torch.equal(after[name], found.get(name, torch.zeros(shape))) for name, shape in SHAPES.items())
+            for found in possible
+        )
