@@ -23,11 +23,12 @@ from PIL import Image  # noqa: E402
 from test_training import bright_and_dark  # noqa: E402
 
 import vit_triton  # noqa: E402
-from vit_triton import ViT, attention_maps, images, save_weights  # noqa: E402
+from vit_triton import ViT, attention_maps, images, load_weights, save_weights  # noqa: E402
 from vit_triton.cli import attention, bench, commands, features, info, main, models, training  # noqa: E402
 from vit_triton.images import ImageError, open_image  # noqa: E402
 from vit_triton.training import evaluate, load_trained  # noqa: E402
 from vit_triton.training.data import load_data  # noqa: E402
+from vit_triton.weights import WeightsError  # noqa: E402
 
 SMALL = "--image-size 14 --patch-size 7 --dim 16 --depth 2 --heads 2 --mlp-dim 24 --batch-size 4 --backend torch"
 TIMM = "vit_tiny_patch16_224"
@@ -374,6 +375,23 @@ def test_a_model_of_timm_sees_what_timm_shows_it(theirs, photo, capsys):
     assert models._classes(1000)[281] == "tabby" and models._classes(3) == ("0", "1", "2")
 
 
+def test_what_load_weights_may_do_is_an_option(theirs, photo, tmp_path):
+    state = {"backbone." + name: tensor for name, tensor in theirs[0].state_dict().items()}
+    state["backbone.patch_embed.proj.weight"] = state["backbone.patch_embed.proj.weight"][:, :, ::2, ::2].clone()
+    path = tmp_path / "checkpoint.pth.tar"
+    torch.save({"student": {}, "teacher": state, "model": theirs[0].state_dict()}, path)
+    expected = timm.create_model(TIMM, img_size=192)
+    load_weights(expected, path, key="teacher", grid=(7, 28), resample=True)
+    options = _options(photo, "--model", f"timm:{TIMM}", "--weights", path, "--image-size", 192)
+    with pytest.raises(WeightsError, match="key must name one of model, teacher$"):
+        models.open_model(options, purpose="logits")
+    words = ("--key", "teacher", "--resample", "--grid", 7, 28)
+    options = _options("--model", f"timm:{TIMM}", "--weights", path, "--image-size", 192, *words, photo)
+    opened = models.open_model(options, purpose="logits").model
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], tensor), name
+
+
 @pytest.fixture
 def hugging_face(tmp_path) -> Path:
     """A folder with the architecture of `theirs`, for its weights."""
@@ -645,6 +663,11 @@ def odd_models(tmp_path_factory) -> dict[str, Path | str]:
         ("predict PHOTO --model nowhere", "--model: expected a folder that train wrote, timm:NAME or hf:NAME"),
         ("predict PHOTO --model FOLDER", "has no checkpoint.pt"),
         ("predict PHOTO --model TRAINED --weights w.pt", "--weights is for a model by timm: or hf:"),
+        ("predict PHOTO --model TRAINED --key teacher", "--key is for a model by timm: or hf:"),
+        (f"predict PHOTO --model timm:{TIMM} --resample", "--resample is for a file of weights, and --weights"),
+        (f"predict PHOTO --model timm:{TIMM} --grid 2 3", "--grid is for a file of weights, and --weights"),
+        (f"predict PHOTO --model timm:{TIMM} --weights WEIGHTS --grid 0 3", "grid must be (rows, columns), two"),
+        (f"predict PHOTO --model timm:{TIMM} --weights WEIGHTS --key ema", "holds no set of weights 'ema'"),
         ("predict PHOTO --model TRAINED --image-size 8", "--image-size is for a model by timm: or hf:"),
         ("predict PHOTO --model timm:nothing", "timm has no nothing"),
         ("predict PHOTO --model timm:resnet18", "expected a VisionTransformer of timm's, resnet18 is none"),

@@ -34,14 +34,12 @@ DIM, DEPTH, HEADS, HIDDEN, PATCH, CLASSES = 24, 2, 2, 48, 8, 5
 
 def timm_model(size=32, *, classes=CLASSES, kind=VisionTransformer, **options) -> nn.Module:
     return kind(
-        img_size=size,
-        patch_size=PATCH,
+        **{"img_size": size, "patch_size": PATCH, **options},
         embed_dim=DIM,
         depth=DEPTH,
         num_heads=HEADS,
         mlp_ratio=HIDDEN / DIM,
         num_classes=classes,
-        **options,
     )
 
 
@@ -56,9 +54,10 @@ def hf_model(name: str, size: int = 32, **options) -> nn.Module:
         "num_labels": CLASSES,
         "layer_norm_eps": 1e-6,
         **width,
+        **options,
     }
     kind = re.sub("(Model|ForImageClassification|ForImageClassificationWithTeacher)$", "", name)
-    return getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**config, **options))
+    return getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**config))
 
 
 def torchvision_model(size=32, *, classes=CLASSES) -> nn.Module:
@@ -290,7 +289,7 @@ class TestJax:
         np.savez(tmp_path / "model.npz", **as_jax(made(timm_model)), extra=np.array([{}], dtype=object))
         model = made(timm_model, seed=1)
         before = snapshot(model)
-        with pytest.raises(WeightsError, match="allow_pickle=False"):
+        with pytest.raises(WeightsError, match="which holds 'extra': numpy's object"):
             load_weights(model, tmp_path / "model.npz")
         assert_untouched(model, before)
 
@@ -526,7 +525,7 @@ class TestRefusals:
         model, fuse = made(timm_model), tmp_path / "ran"
         content = wrap(Bomb(fuse), snapshot(model))
         torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
-        self.refuse(model, tmp_path / "model.pth", r"no readable .pth file: it holds \w+.system, and nothing but")
+        self.refuse(model, tmp_path / "model.pth", r".pth file: it holds \w+.system, and nothing but tensors")
         assert not fuse.exists()
         pickle.loads(pickle.dumps(Bomb(fuse)))
         assert fuse.exists()  # it would have
@@ -551,7 +550,7 @@ class TestRefusals:
         [
             ("norm.bias", lambda x: x.to("meta"), "'norm.bias': torch.strided on meta"),
             ("norm.bias", Tensor.to_sparse, "'norm.bias': torch.sparse_coo on cpu"),
-            (7, Tensor.clone, "7: torch.strided on cpu"),
+            (7, Tensor.clone, "'7': under a name of type int"),
         ],
     )
     def test_tensors_of_other_kinds(self, tmp_path, name, change, match):

@@ -179,6 +179,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, help="file of weights, of any library, for a model by timm: or hf:")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
                         help="names in the file or the model that need not fit, such as 'decoder.*'")  # fmt: skip
+    parser.add_argument("--key", help="set of weights in the file, such as teacher or model_ema, where it has several")
+    parser.add_argument("--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"),
+                        help="of patches that the file has positions for, where that is no square")  # fmt: skip
+    parser.add_argument("--resample", action="store_true",
+                        help="fit a patch embedding of other patch size or number of channels")  # fmt: skip
     parser.add_argument("--image-size", type=int, help="side of what the model sees (default: as it was trained)")
     parser.add_argument("--backend", choices=BACKENDS, help="what computes the model")
     parser.add_argument("--device", help="cuda if there is one, else cpu")
@@ -199,10 +204,13 @@ def open_model(options: argparse.Namespace, *, purpose: str) -> Named:
     if name and kind in ("timm", "hf"):
         if options.weights is not None and not options.weights.is_file():
             raise FileNotFoundError(f"--weights: {options.weights}: no such file")
+        for option in ("key", "grid", "resample"):
+            if getattr(options, option) and options.weights is None:
+                raise ValueError(f"--{option} is for a file of weights, and --weights names none")
         named = (_timm if kind == "timm" else _hugging_face)(name, options, device, purpose)
         accelerate(named.model, options.backend)
     else:
-        for option in ("weights", "ignore", "image_size"):
+        for option in ("weights", "ignore", "key", "grid", "resample", "image_size"):
             if getattr(options, option):
                 raise ValueError(f"--{option.replace('_', '-')} is for a model by timm: or hf:, got {options.model}")
         named = _trained(Path(options.model), options.backend, device)
@@ -250,7 +258,7 @@ def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> 
     _check_size(sight, patch)
     if options.weights is not None:
         model = timm.create_model(name, **size)
-        load_weights(model, options.weights, ignore=_ignored(options, purpose))
+        _load(model, options, purpose)
     else:
         url = f"https://huggingface.co/{facts.hf_hub_id}/resolve/main/model.safetensors"
         try:
@@ -300,7 +308,7 @@ def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: 
             f"--model: {options.model} has files that do not fit: {type(error).__name__}: {error}"
         ) from error
     if options.weights is not None:
-        load_weights(model, options.weights, ignore=_ignored(options, purpose))
+        _load(model, options, purpose)
     classes: tuple[str, ...] = ()
     if purpose == "logits":
         named = tuple(config.id2label[i] for i in range(config.num_labels))
@@ -331,6 +339,17 @@ def _side(size: Any, default: int) -> int:
     if isinstance(size, dict):
         size = size.get("height", size.get("shortest_edge"))
     return default if size is None else size
+
+
+def _load(model: nn.Module, options: argparse.Namespace, purpose: str) -> None:
+    load_weights(
+        model,
+        options.weights,
+        key=options.key,
+        ignore=_ignored(options, purpose),
+        grid=options.grid,
+        resample=options.resample,
+    )
 
 
 def _ignored(options: argparse.Namespace, purpose: str) -> tuple[str, ...]:

@@ -13,13 +13,14 @@ table knows stands for itself.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Form", "Place", "places"]
+__all__ = ["Form", "Place", "places", "prefixes"]
 
 
 class Form(NamedTuple):
@@ -43,7 +44,7 @@ class Row(NamedTuple):
 
 
 def places(names: Iterable[str]) -> dict[str, Place]:
-    """The place of every name, by the layout that knows most of them."""
+    """The place of every name, in the layout that has most of them."""
     names = list(names)
     bare = {name: _WRAPPERS.sub("", name) for name in names}
     if len(set(bare.values())) < len(bare):  # what looks like a wrapper tells two parts apart
@@ -71,6 +72,24 @@ def _look_up(layout: list[Row], name: str) -> Place | None:
 _WRAPPERS = re.compile(
     r"^((module|_orig_mod|model|base_model|backbone|vit|deit|dinov2|dinov2_with_registers|vision_model)\.)+"
 )
+
+
+# Around a part of what was trained: the encoder of an autoencoder, one of two networks that teach each other.
+_AROUND = (
+    *("module", "_orig_mod", "model", "base_model", "backbone", "encoder", "net", "network", "ema", "trunk", "visual"),
+    *("teacher", "student", "target_encoder", "base_encoder", "momentum_encoder", "image_encoder", "vision_model"),
+)
+_CHAIN = re.compile(rf"(?:(?:{'|'.join(_AROUND)})\.)+")
+
+
+def prefixes(names: Iterable[str]) -> list[str]:
+    """What may be stripped from the names of a file, those that most names begin with first; "" is the first."""
+    found: Counter[str] = Counter()
+    for name in names:
+        chain = _CHAIN.match(name)
+        parts = chain[0].split(".")[:-1] if chain else []
+        found.update(".".join(parts[: n + 1]) + "." for n in range(len(parts)))
+    return ["", *sorted(found, key=lambda prefix: (-found[prefix], len(prefix)))]
 
 
 # --- forms -------------------------------------------------------------------------------------------------
@@ -202,7 +221,8 @@ HUGGING_FACE = [
 HUGGING_FACE_CLIP = [
     Row(r"embeddings\.class_embedding", "cls_token", TOKENS),
     Row(r"embeddings\.position_embedding\.weight", "pos_embed", TOKENS),
-    Row(r"embeddings\.patch_embedding\.(.*)", r"patch.\1", AS_IS),
+    Row(r"embeddings\.patch_embedding\.weight", "patch.weight", CONV),
+    Row(r"embeddings\.patch_embedding\.bias", "patch.bias", AS_IS),
     Row(r"head\.(?:probe|attention|layernorm|mlp).*", r"\g<0>", AS_IS),  # no classifier, as other layouts would have it
 ]
 

@@ -8,23 +8,26 @@ class token are the positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vit_triton.weights.stored import Stored
+
 __all__ = ["read_onnx"]
 
 
-def read_onnx(path: Path) -> dict[str, Tensor]:
-    """The initializers of the graph, under the names and in the layout of the model's parameters."""
-    import onnx
-    from onnx import numpy_helper
+def read_onnx(path: Path) -> dict[str, Any]:
+    """The initializers of the graph, under the names and in the layout of the model's parameters.
 
-    graph = onnx.load(str(path)).graph
-    tensors = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
+    A type that PyTorch does not have from numpy, such as a string, stands as its name.
+    """
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    tensors = {tensor.name: _stored(tensor, path.parent) for tensor in graph.initializer}
     users: dict[str, list[Any]] = {}
     makers: dict[str, Any] = {}
     for node in graph.node:
@@ -33,51 +36,88 @@ def read_onnx(path: Path) -> dict[str, Tensor]:
             users.setdefault(name, []).append(node)
     found = {name: tensor for name, tensor in tensors.items() if not _anonymous(name)}
     rest = {name: tensor for name, tensor in tensors.items() if _anonymous(name)}
+    known = {name: tensor for name, tensor in rest.items() if isinstance(tensor, Stored)}
     for node in graph.node:
-        if node.op_type == "MatMul" and node.input[1] in rest:
+        if node.op_type == "MatMul" and len(node.input) == 2 and node.input[1] in known:
             for bias in _added(node.output[0], users, found):
-                found[bias.removesuffix("bias") + "weight"] = rest[node.input[1]].T
-                rest.pop(node.input[1])
+                name = node.input[1]
+                found[bias.removesuffix("bias") + "weight"] = _transposed(known.pop(name))
+                rest.pop(name)
     for cls_token in [name for name in found if name.endswith("cls_token")]:
-        parts = _positions(cls_token, users, makers, rest)
+        parts = _positions(cls_token, users, makers, known)
         if parts:
-            found[cls_token.removesuffix("cls_token") + "position_embeddings"] = torch.cat(
-                [rest.pop(part) for part in parts], dim=1
+            found[cls_token.removesuffix("cls_token") + "position_embeddings"] = _joined(
+                [known.pop(part) for part in parts]
             )
+            for part in parts:
+                rest.pop(part)
     return {**found, **rest}
+
+
+def _stored(tensor: Any, folder: Path) -> Stored | str:
+    from onnx import helper, numpy_helper
+    from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+
+    try:
+        like = torch.from_numpy(helper.tensor_dtype_to_np_dtype(tensor.data_type).type(0)[None])
+    except (KeyError, TypeError, ValueError):  # of no numpy, or of no PyTorch
+        return f"ONNX's {tensor.data_type}"
+
+    def read() -> Tensor:
+        if uses_external_data(tensor):
+            load_external_data_for_tensor(tensor, str(folder))
+        return torch.from_numpy(numpy_helper.to_array(tensor).copy())
+
+    return Stored(torch.empty(tuple(tensor.dims), dtype=like.dtype, device="meta"), read)
+
+
+def _transposed(tensor: Stored) -> Stored:
+    return Stored(tensor.like.T, lambda: tensor.read().T)
+
+
+def _joined(parts: list[Stored]) -> Stored:
+    like = torch.cat([part.like for part in parts], dim=1)
+    return Stored(like, lambda: torch.cat([part.read() for part in parts], dim=1))
 
 
 def _anonymous(name: str) -> bool:
     return name.startswith("onnx::")
 
 
-def _added(output: str, users: dict[str, list[Any]], found: dict[str, Tensor]) -> list[str]:
+def _added(output: str, users: dict[str, list[Any]], found: dict[str, Any]) -> list[str]:
     """The bias that is added to `output`."""
     sums = (node for node in users.get(output, []) if node.op_type == "Add")
     return [name for node in sums for name in node.input if name in found and name.endswith(".bias")][:1]
 
 
 def _positions(
-    cls_token: str, users: dict[str, list[Any]], makers: dict[str, Any], rest: dict[str, Tensor]
+    cls_token: str, users: dict[str, list[Any]], makers: dict[str, Any], rest: dict[str, Stored]
 ) -> list[str]:
     """Names of the parts of the position embedding: what flows into the sum with the class token, but not from it."""
-    ways = [cls_token]
+    ways, seen = [cls_token], {cls_token}
     while ways:
         name = ways.pop()
         for node in users.get(name, []):
             if node.op_type == "Add":
-                added = [part for other in node.input if other != name for part in _sources(other, makers, rest)]
-                return list(dict.fromkeys(added))  # the size of a part may be read from it too
+                return _sources([other for other in node.input if other != name], makers, rest)
             if node.op_type in ("Expand", "Tile", "Cast", "Concat"):
-                ways += node.output
+                ways += [output for output in node.output if output not in seen]
+                seen.update(node.output)
     return []
 
 
-def _sources(name: str, makers: dict[str, Any], rest: dict[str, Tensor]) -> Iterator[str]:
-    """The anonymous tokens (1, n, dim) that `name` is computed from, in the order in which they were put together."""
-    if name in rest:
-        if rest[name].dim() == 3:
-            yield name
-    elif name in makers:
-        for source in makers[name].input:
-            yield from _sources(source, makers, rest)
+def _sources(names: list[str], makers: dict[str, Any], rest: dict[str, Stored]) -> list[str]:
+    """The anonymous tokens (1, n, dim) that `names` are computed from, in the order in which they were put together."""
+    found: list[str] = []
+    ways, seen = names[::-1], set()
+    while ways:
+        name = ways.pop()
+        if name in seen:  # a part, or its size, may be read more than once
+            continue
+        seen.add(name)
+        if name in rest:
+            if rest[name].like.dim() == 3:
+                found.append(name)
+        elif name in makers:
+            ways += reversed(makers[name].input)
+    return found

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fit_positions", "grid_of", "resample"]
+__all__ = ["fit_positions", "grid_of", "pair", "resample"]
 
 SPECIAL_TOKENS = ("cls_token", "dist_token", "reg_token")  # in this order before the patches
 
@@ -29,14 +29,21 @@ def resample(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
 def grid_of(model: nn.Module) -> tuple[int, int] | None:
     """Rows and columns of the patches `model` has positions for, where it says so."""
     for module in model.modules():
-        found: Any = getattr(getattr(module, "patch_embed", None), "grid_size", None)
-        if found is not None:
-            return tuple(found)
+        grid = pair(getattr(getattr(module, "patch_embed", None), "grid_size", None))
+        if grid is not None:
+            return grid
         source = getattr(module, "config", module)
-        sizes = [getattr(source, name, None) for name in ("image_size", "patch_size")]
-        image, patch = (size if isinstance(size, (tuple, list)) else (size, size) for size in sizes)
-        if None not in (*image, *patch):
+        image, patch = (pair(getattr(source, name, None)) for name in ("image_size", "patch_size"))
+        if image is not None and patch is not None:
             return image[0] // patch[0], image[1] // patch[1]
+    return None
+
+
+def pair(size: Any) -> tuple[int, int] | None:
+    """Of a side or of two; None if it is something else."""
+    sides = size if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides):
+        return sides[0], sides[1]
     return None
 
 
@@ -54,12 +61,12 @@ def fit_positions(
         What stands in the way; None if nothing does, or what does shows in the shapes.
     """
     old, new = file.get("pos_embed"), model.get("pos_embed")
-    if old is None or new is None or old.shape[1:] != new.shape[1:]:
+    if old is None or new is None or old.shape[1:] != new.shape[1:] or not old.is_floating_point():
         return None
     if len(old) == len(new) and file_grid is None:
         return None
     special = [name for name in SPECIAL_TOKENS if name in file]
-    if any(file[name].shape[1:] != old.shape[1:] for name in special):
+    if any(file[name].shape[1:] != old.shape[1:] or not file[name].is_floating_point() for name in special):
         return None
     tokens = torch.cat([file[name] for name in special]) if special else old[:0]
     registers = len(file.get("reg_token", ()))

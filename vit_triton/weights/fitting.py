@@ -1,0 +1,192 @@
+"""Whether the tensors of a file are those of a model, and the model's put together from them.
+
+:func:`fit` runs twice: on the meta device, where it takes no memory and says all that does not fit, and then on the
+numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vit_triton.weights.layouts import Place, places, prefixes
+from vit_triton.weights.patches import fit_patches
+from vit_triton.weights.positions import fit_positions
+from vit_triton.weights.stored import Stored
+
+__all__ = ["Fit", "Wanted", "best_fit", "fit"]
+
+SMALLEST_LIMIT = 2**24  # numbers that any file may unpack to be compared or resampled
+
+
+class Wanted(NamedTuple):
+    """What a model needs, and what may be done to get it."""
+
+    tensors: dict[str, Tensor]  # on the meta device
+    places: dict[str, Place]
+    grid: tuple[int, int] | None
+    patch: tuple[int, int] | None
+    ignore: tuple[str, ...]
+    file_grid: tuple[int, int] | None
+    resample: bool
+
+    def ignores(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.ignore)
+
+    def limit(self) -> int:
+        """Numbers that a tensor of another shape than the model's may have."""
+        return max(SMALLEST_LIMIT, sum(tensor.numel() for tensor in self.tensors.values()))
+
+
+class Fit(NamedTuple):
+    """How a file fits a model, with `prefix` stripped from the file's names."""
+
+    prefix: str
+    missing: tuple[str, ...]
+    surplus: tuple[str, ...]
+    unlike: tuple[str, ...]
+    needed: tuple[str, ...]  # names in the file
+    joined: dict[str, Tensor]  # the model's tensors
+
+    def problems(self) -> int:
+        return len(self.missing) + len(self.surplus) + len(self.unlike)
+
+
+def best_fit(file: Mapping[str, Stored], wanted: Wanted) -> Fit:
+    """With the first prefix that fits; else with the prefix that has the fewest problems."""
+    like = {name: tensor.like for name, tensor in file.items()}
+    fits = []
+    for prefix in prefixes(file):
+        fits.append(fit(like, file, wanted, prefix))
+        if fits[-1].joined and not fits[-1].problems():
+            return fits[-1]
+    return min(fits, key=Fit.problems)
+
+
+def fit(tensors: Mapping[str, Tensor], file: Mapping[str, Stored], wanted: Wanted, prefix: str) -> Fit:
+    """Compare all tensors of a file with all of a model.
+
+    Args:
+        tensors: the file's, or tensors on the meta device in their place.
+        file: where to read the few whose numbers decide whether they matter.
+        wanted: what the model needs.
+        prefix: is stripped from the names in the file that begin with it.
+    """
+    short = {name: name.removeprefix(prefix) for name in tensors}
+    by_name = places(short.values())
+    named = {name: by_name[bare] for name, bare in short.items()}
+    ignored = {
+        part
+        for placed in (named, wanted.places)
+        for name, place in placed.items()
+        if wanted.ignores(name)
+        for part in place.parts
+    }
+    have, origin, twice = _parts(tensors, named, ignored)
+    want, _, _ = _parts(wanted.tensors, wanted.places, ignored)
+    unlike = [f"{name} is there twice, under another name too" for name in twice]
+
+    for part in have.keys() - want.keys():
+        if part == "mask_token" or (part.endswith(".bias") and _is_zero(part, origin[part], named, file, wanted)):
+            del have[part]
+    for part, obstacle in _resample(have, want, wanted):
+        unlike.append(f"{origin[part]}: {obstacle}")
+        have[part] = want[part]  # so that it is not found unlike once more
+    missing = []
+    joined = {}
+    for name, place in wanted.places.items():
+        parts = [part for part in place.parts if part not in ignored]
+        if any(part not in have for part in parts):
+            missing.append(f"{name} {tuple(wanted.tensors[name].shape)}")
+        elif not all(_alike(part, have[part], want[part]) for part in parts):
+            theirs = ", ".join(dict.fromkeys(_describe(origin[part], tensors) for part in parts))
+            unlike.append(f"{theirs} in the file, {_describe(name, wanted.tensors)} in the model")
+        elif len(parts) == len(place.parts):
+            joined[name] = place.form.join([have[part] for part in parts], wanted.tensors[name].shape)
+    surplus = dict.fromkeys(_describe(origin[part], tensors) for part in have if part not in want)
+    needed = dict.fromkeys(origin[part] for part in have if part in want)
+    return Fit(prefix, tuple(missing), tuple(surplus), tuple(unlike), tuple(needed), joined)
+
+
+def _parts(
+    tensors: Mapping[str, Tensor], named: dict[str, Place], ignored: set[str]
+) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """The tensors under common names, the name that each is a part of, and the names of what is there twice."""
+    found: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    twice = []
+    for name, place in named.items():
+        for part, piece in _split(tensors[name], place).items():
+            if part in origin:
+                twice.append(name)
+            elif part not in ignored:
+                found[part] = piece
+            origin[part] = name
+    return found, origin, twice
+
+
+def _split(tensor: Tensor, place: Place) -> dict[str, Tensor]:
+    if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1 and converts(tensor.dtype, torch.float32):
+        tensor = tensor.float()  # few operators take eight bits
+    pieces = place.form.split(tensor) if tensor.dim() else [tensor]
+    return dict(zip(place.parts, pieces, strict=False))
+
+
+def _is_zero(part: str, name: str, named: dict[str, Place], file: Mapping[str, Stored], wanted: Wanted) -> bool:
+    like = file[name].like
+    if like.numel() > wanted.limit() or not converts(like.dtype, torch.float32):
+        return False
+    return not _split(file[name].read(), named[name])[part].any()
+
+
+def _resample(have: dict[str, Tensor], want: dict[str, Tensor], wanted: Wanted) -> list[tuple[str, str]]:
+    """Bring positions, and patches if that is wanted, into the model's shapes; what stands in the way of which."""
+    obstacles: list[tuple[str, str]] = []
+    for part in ("pos_embed", "patch.weight"):
+        if part not in have or part not in want or not converts(have[part].dtype, want[part].dtype):
+            continue
+        obstacle = None
+        if have[part].shape != want[part].shape and have[part].numel() > wanted.limit():
+            obstacle = f"{tuple(have[part].shape)} in the file is more than the whole model, and is not resampled"
+        elif part == "pos_embed":
+            obstacle = fit_positions(have, want, wanted.file_grid, wanted.grid)
+        elif wanted.resample:
+            obstacle = fit_patches(have, want, wanted.patch)
+        if obstacle:
+            obstacles.append((part, obstacle))
+    return obstacles
+
+
+def _alike(part: str, ours: Tensor, theirs: Tensor) -> bool:
+    if part == "patch.weight" and 2 in (ours.dim(), theirs.dim()):  # one side keeps no rows and columns
+        ours, theirs = ours.flatten(1), theirs.flatten(1)
+    return ours.shape == theirs.shape and converts(ours.dtype, theirs.dtype)
+
+
+@functools.cache
+def converts(old: torch.dtype, new: torch.dtype) -> bool:
+    """Whether a dtype can be written as another of its kind: float, complex, integer or bool."""
+    if _kind(old) != _kind(new):
+        return False
+    try:
+        torch.empty(1, dtype=new, device="cpu").copy_(torch.empty(1, dtype=old, device="cpu"))
+    except RuntimeError:  # numbers of a few bits
+        return False
+    return True
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_complex:
+        return "complex"
+    return "float" if dtype.is_floating_point else "bool" if dtype is torch.bool else "integer"
+
+
+def _describe(name: str, tensors: Mapping[str, Tensor]) -> str:
+    tensor = tensors[name]
+    usual = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+    return f"{name} {tuple(tensor.shape)}{'' if usual else f' {tensor.dtype}'}"
