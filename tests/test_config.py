@@ -180,15 +180,3 @@ def test_a_grid_beyond_the_limit_is_an_error():
     with pytest.raises(ValueError, match="2147483648 programs of some_kernel, a GPU starts at most 2147483647"):
         _launch.launch(kernel, (2**31,), torch.zeros(1))
     assert kernel.grids == []
-
-
-def test_float32_products_follow_pytorchs_switch():
-    before = torch.get_float32_matmul_precision()
-    try:
-        for setting, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
-            torch.set_float32_matmul_precision(setting)
-            with active():
-                assert _launch.input_precision(torch.float32) == expected
-                assert _launch.input_precision(torch.bfloat16) == "ieee"
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -86,19 +86,20 @@ def figures(
 ) -> list[Figures]:
     """Those of every kernel that ``run`` starts and whose name contains ``only``, compiled for ``arch``; ``dump``: a
     folder for what was compiled."""
-    with compiling_for(arch, only) as found, _precision("high" if dtype == "tf32" else "highest"):
+    with compiling_for(arch, only) as found, _precision("tf32" if dtype == "tf32" else "ieee"):
         run(DTYPES[dtype])
     return [_figures(each, arch, dtype, dump) for each in found]
 
 
 @contextlib.contextmanager
 def _precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = before
 
 
 def _figures(launched: Launched, arch: str, dtype: str, dump: Path | None) -> Figures:

@@ -124,12 +124,13 @@ class _Launcher:
         total = grid_x * grid_y * grid_z
         if total == 0:
             return
+        if (note := getattr(_recorder, "note", None)) is not None:
+            tensors = [(slot, args[i]) for slot, (i, pointer) in enumerate(self.positions) if pointer]
+            values = [None if pointer else args[i] for i, pointer in self.positions]
+            note(Launch(self, (grid_x, grid_y, grid_z), function, values), tensors)
+            return
         values = [args[i] for i, _ in self.positions]
         values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in values]
-        if (launches := getattr(_recorder, "launches", None)) is not None:
-            tensors = [(slot, args[i]) for slot, (i, pointer) in enumerate(self.positions) if pointer]
-            launches.append(Launch(self, (grid_x, grid_y, grid_z), function, values, tensors))
-            return
         if enter_hook is not None:
             enter_hook(launch_metadata)
         self.run(grid_x, grid_y, grid_z, function, values)
@@ -154,13 +155,12 @@ class _Launcher:
 
 
 class Launch(NamedTuple):
-    """What a launch was given; ``tensors``: the slots of ``values`` that are addresses, and the tensors there."""
+    """What a launch was given, with None in place of each tensor's address."""
 
     launcher: _Launcher
     grid: tuple[int, int, int]
     function: _Function
     values: Sequence[Any]
-    tensors: Sequence[tuple[int, torch.Tensor]]
 
     def start(self, values: Sequence[Any]) -> None:
         """The same with other values."""
@@ -171,13 +171,13 @@ _recorder = threading.local()
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Note the launches of this thread, with their tensors, and start none of them."""
-    _recorder.launches = []
+def recording(note: Callable[[Launch, list[tuple[int, torch.Tensor]]], None]) -> Iterator[None]:
+    """``note`` gets each launch of this thread, with its tensors by their place among the values; none is started."""
+    _recorder.note = note
     try:
-        yield _recorder.launches
+        yield
     finally:
-        _recorder.launches = None
+        _recorder.note = None
 
 
 class CPUDriver(DriverBase):

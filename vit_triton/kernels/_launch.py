@@ -53,11 +53,10 @@ def guard(like: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 class Launch(NamedTuple):
-    """A compiled kernel over its grid, and the values it was given; ``tensors``: those that are, by their place."""
+    """A compiled kernel over its grid, and the values it was given, with None in place of each tensor."""
 
     run: Callable[..., None]
     values: Sequence[Any]
-    tensors: Sequence[tuple[int, torch.Tensor]]
 
     def start(self, values: Sequence[Any]) -> None:
         """With other values; Triton takes a tensor or its address."""
@@ -68,13 +67,22 @@ _recorder = threading.local()
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Note the launches of this thread, compile what is new, and start none of them."""
-    _recorder.launches = []
+def recording(note: Callable[[Launch, list[tuple[int, torch.Tensor]]], None]) -> Iterator[None]:
+    """``note`` gets each launch of this thread, and the tensors by their place among the values. The kernel is compiled
+    if it is new, and not started."""
+    _recorder.note = note
     try:
-        yield _recorder.launches
+        yield
     finally:
-        _recorder.launches = None
+        _recorder.note = None
+
+
+def remember(cache: dict[Any, Any], key: Any, value: Any, most: int) -> None:
+    """Put ``value`` into ``cache``, which then has at most ``most`` entries: the oldest make room. Threads may share the
+    cache: no step iterates over it while another thread can change it."""
+    for old in list(cache)[: max(0, len(cache) - most + 1)]:
+        cache.pop(old, None)
+    cache[key] = value
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -87,11 +95,12 @@ def _run(kernel: Any, grid: tuple[int], device: torch.device, kernel_args: dict[
 
     Tensors are the arguments whose names end in _ptr; of the others, each has the same type in every call.
     """
-    if (launches := getattr(_recorder, "launches", None)) is not None:
+    if (note := getattr(_recorder, "note", None)) is not None:
         compiled = kernel.warmup(grid=grid, **kernel_args, enable_fp_fusion=True)
         values = [kernel_args.get(name) for name in kernel.arg_names]
         tensors = [(i, x) for i, x in enumerate(values) if isinstance(x, torch.Tensor)]
-        launches.append(Launch(compiled[grid[0], 1, 1], values, tensors))
+        values = [None if isinstance(x, torch.Tensor) else x for x in values]
+        note(Launch(compiled[grid[0], 1, 1], values), tensors)
         return
     _, names, options = _names.get(id(kernel)) or _split_names(kernel, kernel_args)
     parts = [id(kernel), driver.active, device, *map(kernel_args.get, options)]
@@ -110,9 +119,7 @@ def _run(kernel: Any, grid: tuple[int], device: torch.device, kernel_args: dict[
     # said outright because Triton 3.10 changes the default: a * b + c as one instruction, rounded once
     compiled = kernel[grid](**kernel_args, enable_fp_fusion=True)
     if aligned:
-        if len(_compiled) >= _MOST_COMPILED:
-            _compiled.clear()
-        _compiled[key] = compiled
+        remember(_compiled, key, compiled, _MOST_COMPILED)
 
 
 _names: dict[int, tuple[Any, list[str], list[str]]] = {}
@@ -125,14 +132,26 @@ def _split_names(kernel: Any, kernel_args: dict[str, Any]) -> tuple[Any, list[st
     return _names[id(kernel)]
 
 
-def input_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of ``tl.dot``: float32 is IEEE unless PyTorch's own switch allows TF32 and the GPU has it."""
-    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+class _Seen(threading.local):
+    precision = ""  # of the last float32 product that this thread launched on an architecture with a choice
+
+
+seen = _Seen()
+
+
+def input_precision(dtype: torch.dtype, arch: str) -> str:
+    """``input_precision`` of ``tl.dot``: float32 is IEEE unless PyTorch's own switch allows TF32 and ``arch`` has it."""
+    # Triton refuses TF32 on other AMD GPUs
+    if dtype != torch.float32 or arch in ("cpu", "interpreter") or arch.startswith("gfx") and arch != "gfx942":
         return "ieee"
-    if INTERPRETING:
-        return "tf32"
-    target = driver.active.get_current_target()
-    return "ieee" if target.backend == "hip" and target.arch != "gfx942" else "tf32"  # Triton refuses it on others
+    seen.precision = float32_precision()
+    return seen.precision
+
+
+def float32_precision() -> str:
+    """What PyTorch allows a GPU's float32 products. Its older switches set the newer one, and reading those raises where
+    both were used."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def side_by_side(x: torch.Tensor) -> torch.Tensor:

@@ -284,7 +284,7 @@ def attention_fwd(
         BLOCK_N=config.block_n,
         TAIL_N=attention_tail(n_k, config.block_n),
         DROPOUT=dropout_p > 0,
-        PRECISION=input_precision(q.dtype),
+        PRECISION=input_precision(q.dtype, arch),
         **config.options,
     )
     return out, lse
@@ -765,7 +765,7 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, *, scale: 
         D_MAIN=d_main,
         D_TAIL=d_tail,
         DROPOUT=dropout_p > 0,
-        PRECISION=input_precision(q.dtype),
+        PRECISION=input_precision(q.dtype, arch),
     )
     dq_strides = dict(stride_dqb=dq.stride(0), stride_dqn=dq.stride(1), stride_dqh=dq.stride(2))
     config = pick_attention_bwd_dq(n_q, n_k, head_dim, q.dtype, arch, dropout_p > 0)

@@ -178,10 +178,11 @@ def linear_fwd(
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n, dtype=output_dtype(weight, residual, layer_scale))
     pre = x.new_empty(m, n, dtype=weight.dtype) if save_pre else None
-    precision = input_precision(weight.dtype)
+    arch = architecture(x.device)
+    precision = input_precision(weight.dtype, arch)
     branch = layer_scale is not None or samples is not None
     epilogue = _epilogue(activation != "none" or residual is not None, branch, dropout_p > 0)
-    config = pick_linear_fwd(m, n, k, weight.dtype, architecture(x.device), precision, epilogue)
+    config = pick_linear_fwd(m, n, k, weight.dtype, arch, precision, epilogue)
     if isinstance(config, VendorGemm) and not multiplied:
         x, multiplied = torch.mm(x.to(weight.dtype), weight.T), True
         if bias is None and pre is None and epilogue == "none" and x.dtype == y.dtype:
@@ -231,9 +232,7 @@ def linear_fwd(
     return y, pre
 
 
-def output_dtype(
-    weight: torch.Tensor, residual: torch.Tensor | None, layer_scale: torch.Tensor | None
-) -> torch.dtype:
+def output_dtype(weight: torch.Tensor, residual: torch.Tensor | None, layer_scale: torch.Tensor | None) -> torch.dtype:
     """The residual's or else the weight's; float32 where that of LayerScale, which autocast leaves as it is, differs."""
     dtype = (weight if residual is None else residual).dtype
     return dtype if layer_scale is None or layer_scale.dtype == dtype else torch.float32
@@ -358,9 +357,10 @@ def linear_bwd_input(
     (m, n), k = dy.shape, weight.shape[1]
     dx = dy.new_empty(m, k, dtype=weight.dtype)
     hidden = torch.empty_like(dx) if with_hidden else None
-    precision = input_precision(weight.dtype)
+    arch = architecture(dy.device)
+    precision = input_precision(weight.dtype, arch)
     epilogue = _epilogue(pre is not None, layer_scale is not None or samples is not None, dropout_p > 0)
-    config = pick_linear_bwd_input(m, n, k, weight.dtype, architecture(dy.device), precision, epilogue)
+    config = pick_linear_bwd_input(m, n, k, weight.dtype, arch, precision, epilogue)
     multiplied = isinstance(config, VendorGemm)
     if multiplied:
         dy = torch.mm(_alone(dy, weight.dtype, layer_scale=layer_scale), weight)
@@ -487,9 +487,9 @@ def linear_bwd_weight(
     in its own. Of dropout see `dropout_bwd`.
     """
     (m, n), k = dy.shape, x.shape[1]
-    precision = input_precision(weight_dtype)
-    epilogue = _epilogue(with_bias, samples is not None, False)
     arch = architecture(dy.device)
+    precision = input_precision(weight_dtype, arch)
+    epilogue = _epilogue(with_bias, samples is not None, False)
     config = pick_linear_bwd_weight(m, n, k, weight_dtype, arch, precision, epilogue)
     if isinstance(config, VendorGemm):
         dy = _alone(dy, weight_dtype, samples=samples)

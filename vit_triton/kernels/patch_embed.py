@@ -242,7 +242,7 @@ def patch_embed_fwd(
 
     z = None if post_norm is None else weight.new_empty((n_rows, dim))
     out = behind_prefix if z is None else z.view(batch, n_patches, dim)
-    precision = input_precision(weight.dtype)
+    precision = input_precision(weight.dtype, arch)
     config = pick_patch_embed_fwd(n_rows, dim, layout.patch_dim, weight.dtype, arch, precision)
     launch(
         patch_embed_fwd_kernel,
@@ -501,8 +501,9 @@ def _bwd_weight(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """G (dim, patch_dim), its columns in the weight's order, and the sum of dz (dim,), in float32."""
     dim, n_rows = dz.shape[2], dz.shape[0] * dz.shape[1]
-    precision = input_precision(dtype)
-    config = pick_patch_embed_bwd_weight(n_rows, dim, layout.patch_dim, dtype, architecture(image.device), precision)
+    arch = architecture(image.device)
+    precision = input_precision(dtype, arch)
+    config = pick_patch_embed_bwd_weight(n_rows, dim, layout.patch_dim, dtype, arch, precision)
     grads = image.new_empty((config.split, dim, layout.patch_dim), dtype=torch.float32)
     dbiases = image.new_empty((config.split, dim), dtype=torch.float32)
     launch(
@@ -552,7 +553,7 @@ def _bwd_image(
     layout = patch_layout(dimage, patch_size, patch_order)  # the gradient's own: an image may be channels_last
     n_rows, dim = dz.shape[0] * dz.shape[1], dz.shape[2]
     arch = architecture(image.device)
-    precision = input_precision(weight.dtype)
+    precision = input_precision(weight.dtype, arch)
     config = pick_patch_embed_bwd_image(n_rows, dim, layout.patch_dim, weight.dtype, arch, precision)
     dimage_args = {"dimage_ptr": dimage, **image_strides(dimage, "stride_d"), **layout.constants}
     dimage_args |= {"n_rows": n_rows, "n_patches": layout.n_patches, "grid_w": layout.grid_w}

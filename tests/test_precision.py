@@ -1,0 +1,135 @@
+"""PyTorch's switches for float32 products: the older ones, the newer ones, and mixtures that it refuses to read."""
+
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+from conftest import forget_recordings
+from test_ops import FUNCTIONS, first, public, sample
+
+from vit_triton.kernels import _launch
+from vit_triton.kernels import _replay as replay
+
+SWITCHES = {
+    "cuda.matmul": torch.backends.cuda.matmul,
+    "mkldnn.matmul": torch.backends.mkldnn.matmul,
+    "generic": torch.backends,
+}
+VALUES = ("none", "ieee", "tf32", "bf16")
+NEW = [(name, value) for name in SWITCHES for value in VALUES if (name, value) != ("cuda.matmul", "bf16")]
+OLD = [("old", value) for value in ("highest", "high", "medium")]
+OLD += [("allow_tf32", value) for value in (True, False)]
+
+
+def switch(name, value):
+    if name == "old":
+        torch.set_float32_matmul_precision(value)
+    elif name == "allow_tf32":
+        torch.backends.cuda.matmul.allow_tf32 = value
+    else:
+        SWITCHES[name].fp32_precision = value
+
+
+@pytest.fixture
+def switches():
+    """Calls of ``switch``, undone after the test; each call starts anew."""
+
+    def anew(*settings):
+        torch.set_float32_matmul_precision("highest")
+        for each in SWITCHES.values():
+            each.fp32_precision = "none"
+        for name, value in settings:
+            switch(name, value)
+
+    before = [each.fp32_precision for each in SWITCHES.values()], torch.get_float32_matmul_precision()
+    assert before == (["none"] * len(SWITCHES), "highest")
+    yield anew
+    anew()
+
+
+def expected(settings):
+    """The last setting of products on CUDA; where there is none, the last one for all."""
+    of_cuda, of_all = "none", "none"
+    old = {"high": "tf32", "medium": "tf32", "highest": "ieee", True: "tf32", False: "ieee"}
+    for name, value in settings:
+        if name == "generic":
+            of_all = value
+        elif name != "mkldnn.matmul":
+            of_cuda = old.get(value, value)
+    return "tf32" if (of_all if of_cuda == "none" else of_cuda) == "tf32" else "ieee"
+
+
+def test_every_pair_of_settings(switches):
+    for settings in [*itertools.product(OLD + NEW, repeat=2), *[(each,) for each in OLD + NEW], ()]:
+        switches(*settings)
+        for arch in ("sm_80", "sm_100", "gfx942"):
+            assert _launch.input_precision(torch.float32, arch) == expected(settings), settings
+        for arch in ("cpu", "interpreter", "gfx90a"):
+            assert _launch.input_precision(torch.float32, arch) == "ieee"
+        assert _launch.input_precision(torch.bfloat16, "sm_80") == "ieee"
+
+
+def test_operators_run_with_every_pair_of_an_old_and_a_new_setting(switches):
+    """On a CPU float32 stays IEEE, which every setting allows: the bits do not change. With a new
+    setting alone that PyTorch refuses to read all operators run, with others one in turn."""
+    calls = {}
+    for name, dtype in itertools.product(FUNCTIONS, (torch.float32, torch.bfloat16)):
+        torch.manual_seed(0)
+        tensors, call = sample(name, dtype)
+        grad = torch.randn_like(first(call(public(name), tensors, backend="triton")))
+
+        def run(name=name, tensors=tensors, call=call, grad=grad):
+            output = first(call(public(name), tensors, backend="triton"))
+            return output, *torch.autograd.grad(output, tensors, grad)
+
+        calls[name, dtype] = run, run()
+    refused, in_turn = 0, itertools.cycle(calls)
+    for settings in itertools.chain(
+        itertools.product(OLD, NEW), itertools.product(NEW, OLD), ((each,) for each in NEW)
+    ):
+        switches(*settings)
+        try:
+            torch.get_float32_matmul_precision()
+            names = [next(in_turn)]
+        except RuntimeError:
+            refused += 1
+            names = list(calls) if len(settings) == 1 else [next(in_turn)]
+        for name in names:
+            run, plain = calls[name]
+            assert all(map(torch.equal, run(), plain)), (name, settings)
+    assert refused > 5, "PyTorch refuses to read no such mixture: the test tests nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_switch_is_read_for_float32_products_only_and_recordings_follow_it(dtype, switches):
+    gpu_path = pytest.importorskip("benchmarks.gpu_path")
+    if _launch.INTERPRETING:
+        pytest.skip("nothing is recorded")
+    from vit_triton import functional as F
+
+    x, weight = torch.randn(8, 32, dtype=dtype), torch.randn(16, 32, dtype=dtype)
+    float32 = dtype == torch.float32
+    with gpu_path.taken(), torch.no_grad():
+        forget_recordings()
+        with mock.patch.object(_launch, "float32_precision", side_effect=AssertionError("read")):
+            F.layer_norm(x, None, None, backend="triton")
+            F.layer_norm(x, None, None, backend="triton")
+        forget_recordings()
+        for settings, count in ((("generic", "ieee"), 1), (("generic", "tf32"), 2), (("old", "highest"), 2)):
+            switches(settings)
+            for _ in range(2):
+                F.linear(x, weight, backend="triton")
+            (entry,) = replay._recordings.values()
+            assert len(entry) == (count if float32 else 1)
+        for precision, recording in entry.items():
+            (step,) = recording.steps
+            assert (precision or "ieee") in step.launch.values
+        with mock.patch.object(replay, "float32_precision", side_effect=AssertionError("read")) as read:
+            if float32:
+                with pytest.raises(AssertionError, match="read"):
+                    F.linear(x, weight, backend="triton")
+            else:
+                F.linear(x, weight, backend="triton")
+            assert read.call_count == float32
+        forget_recordings()
