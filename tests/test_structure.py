@@ -23,17 +23,18 @@ ARROWS: dict[str, set[str]] = {
         *("backend", "functional", "inspection", "integrations", "models", "modules", "reference", "weights"),
     },
     "integrations": {"backend", "functional", "models", "modules"},
-    "inspection": {"functional", "modules"},
+    "inspection": {"checks", "functional", "modules"},
     "models": {"backend", "functional", "modules", "weights"},
     "images": set(),
     "weights": set(),  # knows models by their state dicts
-    "modules": {"backend", "functional", "packing"},
-    "functional": {"autograd", "backend", "packing", "reference"},
+    "modules": {"backend", "checks", "functional", "packing"},
+    "functional": {"autograd", "backend", "checks", "packing", "reference"},
     "packing": {"cpu", "kernels"},
     "autograd": {"ops"},
     "ops": {"cpu", "kernels"},
     "reference": set(),
-    "backend": {"cpu"},
+    "backend": {"checks", "cpu"},
+    "checks": set(),
     "kernels": set(),
     "cpu": set(),  # a package that could stand alone
 }
