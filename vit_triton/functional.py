@@ -408,7 +408,8 @@ def patch_embed(
     p1, p2 = _patch_sides(patch_size)
     batch, channels, height, width = image.shape
     if height % p1 or width % p2 or height == 0 or width == 0:
-        raise ValueError(f"image of {height} x {width} does not divide into patches of {p1} x {p2}")
+        sides = f"{given(p1)} x {given(p2)}"
+        raise ValueError(f"image of {height} x {width} does not divide into patches of {sides}")
     _check_tensor("weight", weight, 2, "(dim, C * p1 * p2)")
     if weight.shape[1] != channels * p1 * p2:
         raise ValueError(
@@ -630,7 +631,8 @@ def _check_encoder(x: Any, blocks: Sequence[Block], heads: int, scale: float | N
         inner, rest = divmod(block.qkv_weight.shape[0], 3)
         if rest or inner % heads:
             raise ValueError(
-                f"{at}qkv_weight must have 3 * heads * head size rows for {heads} heads, got {_shape(block.qkv_weight)}"
+                f"{at}qkv_weight must have 3 * heads * head size rows for {given(heads)} heads, "
+                f"got {_shape(block.qkv_weight)}"
             )
         if block.qkv_weight.shape[0] != blocks[0].qkv_weight.shape[0]:
             raise ValueError(f"{at}qkv_weight must have the shape of the first block's, got {_shape(block.qkv_weight)}")

@@ -51,7 +51,7 @@ def attention(
     scale = float(scale)  # PyTorch's own operators do not take every number
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = q @ k.transpose(-1, -2) * scale
-    out = (F.dropout(scores.softmax(-1), dropout_p) @ v).transpose(1, 2)
+    out = (F.dropout(scores.softmax(-1), float(dropout_p)) @ v).transpose(1, 2)
     if not return_lse:
         return out
     return out, scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
@@ -97,7 +97,7 @@ def linear(
     dropout_p: float = 0.0,
 ) -> Tensor:
     x_normed = x if norm is None else _norm(x, norm).to(weight.dtype)
-    y = F.dropout(F.linear(x_normed, weight, bias), dropout_p)
+    y = F.dropout(F.linear(x_normed, weight, bias), float(dropout_p))
     if layer_scale is not None:
         y = y * layer_scale
     if drop_path_p > 0:
@@ -108,7 +108,7 @@ def linear(
 def kept_samples(x: Tensor, drop_path_p: float) -> Tensor:
     """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): for each sample, an index of x's first dimension, 0 with
     probability ``drop_path_p``, else 1 / (1 - drop_path_p). Drawn from torch's generator as timm's DropPath does."""
-    keep = 1.0 - drop_path_p
+    keep = 1.0 - float(drop_path_p)
     kept = torch.empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device).bernoulli_(keep)
     return kept / keep if keep > 0 else kept
 
@@ -141,7 +141,7 @@ def mlp(
     hidden_dropout_p: float = 0.0,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    hidden = F.dropout(activate(linear(x, w1, b1, norm=norm), activation), hidden_dropout_p)
+    hidden = F.dropout(activate(linear(x, w1, b1, norm=norm), activation), float(hidden_dropout_p))
     return linear(
         hidden, w2, b2, residual=residual, layer_scale=layer_scale, drop_path_p=drop_path_p, dropout_p=dropout_p
     )
