@@ -53,6 +53,15 @@ def vit(**options):
     return vit_triton.ViT(**(sizes | options))
 
 
+class Idle(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = vit_triton.modules.Attention(8, 2, 4)
+
+    def forward(self, image):
+        return image
+
+
 BYTES = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
 STATS = dict(mean=[0.5] * 3, std=[0.5] * 3)
 META = torch.empty(5, 8, device="meta")
@@ -78,8 +87,8 @@ CASES = {
     "qkv of rank 4": (lambda: packed((1, 4, 2, 16)), ValueError, ["qkv", "(B, N, 3, H, D)", "(1, 4, 2, 16)"]),
     "dropout above 1": (lambda: attention(dropout_p=1.5), ValueError, ["dropout_p", "between 0 and 1", "1.5"]),
     "dropout of NaN": (lambda: packed((1, 4, 3, 2, 16), dropout_p=NAN), ValueError, ["dropout_p", "nan"]),
-    "dropout is text": (lambda: attention(dropout_p="0.1"), TypeError, ["dropout_p", "number", "str"]),
-    "scale is text": (lambda: attention(scale="1"), TypeError, ["scale", "number", "str"]),
+    "dropout is text": (lambda: attention(dropout_p="0.1"), TypeError, ["dropout_p", "number", "'0.1'"]),
+    "scale is text": (lambda: attention(scale="1"), TypeError, ["scale", "number", "'1'"]),
     "more rows than are counted": (
         lambda: F.attention_packed(torch.empty(1, 1, device="meta").expand(2**25, 640).view(2**25, 1, 1, 40, 16)
                                    .expand(2**25, 2, 3, 40, 16), backend="triton"),
@@ -120,7 +129,7 @@ CASES = {
     "weight of the norm on another device": (
         lambda: linear(norm=(torch.empty(8, device="meta"), None, 1e-5)), ValueError, ["weight of norm", "meta"]),
     "negative eps": (lambda: linear(norm=(R(8), None, -1.0)), ValueError, ["eps of norm", "-1.0"]),
-    "eps is text": (lambda: norm(eps="small"), TypeError, ["eps", "number", "str"]),
+    "eps is text": (lambda: norm(eps="small"), TypeError, ["eps", "number", "'small'"]),
     "unknown activation": (lambda: mlp(activation="elu"), ValueError, ["activation", "'quick_gelu'", "'elu'"]),
     "w1 of an odd gate": (lambda: mlp(w1=(13, 8), activation="swiglu"), ValueError, ["w1", "2 * hidden", "(13, 8)"]),
     "w2 as wide as gate and value": (lambda: mlp(activation="swiglu"), ValueError, ["w2", "6 columns", "(8, 12)"]),
@@ -141,6 +150,10 @@ CASES = {
     "a weight in another dtype": (lambda: encoder(w1=R(12, 8).half()), TypeError, ["blocks[0].w1", "float16"]),
     "a norm that is a list": (lambda: encoder(norm2=[R(8)]), TypeError, ["blocks[0].norm2", "tuple", "list"]),
     "no heads": (lambda: encoder(heads=0), ValueError, ["heads", "positive", "0"]),
+    "blocks is None": (lambda: F.encoder(R(1, 5, 8), None, heads=2), TypeError, ["blocks", "Block", "NoneType"]),
+    "blocks is an iterator": (
+        lambda: F.encoder(R(1, 5, 8), iter([]), heads=2), TypeError, ["blocks", "sequence of Block", "list_iterator"]),
+    "heads is a float": (lambda: encoder(heads=2.0), TypeError, ["heads", "integer", "2.0"]),
     "a block that is a module": (
         lambda: F.encoder(R(1, 5, 8), [torch.nn.Identity()], heads=2), TypeError, ["Block", "Identity"]),
     # layer_norm
@@ -166,6 +179,30 @@ CASES = {
     "mean of another length": (
         lambda: embed(BYTES, mean=[0.5], std=[0.5] * 3), ValueError, ["mean", "3 channels", "(1,)"]),
     "std of zero": (lambda: embed(BYTES, mean=[0.5] * 3, std=[0.5, 0, 1]), ValueError, ["std", "0"]),
+    "mean is a number": (
+        lambda: embed(BYTES, mean=3, std=[0.5] * 3), TypeError, ["mean", "tensor or a sequence of numbers", "3"]),
+    "mean is an array": (
+        lambda: embed(BYTES, mean=np.zeros(3), std=[0.5] * 3), TypeError, ["mean", "sequence", "numpy.ndarray"]),
+    "mean of text": (lambda: embed(BYTES, mean="abc", std=[0.5] * 3), TypeError, ["mean", "sequence", "'abc'"]),
+    "std of text": (lambda: embed(BYTES, mean=[0.5] * 3, std=["a"] * 3), TypeError, ["std[0]", "number", "'a'"]),
+    # tensors that are not dense
+    "a nested x": (
+        lambda: linear(torch.nested.nested_tensor([R(2, 8), R(3, 8)])), TypeError, ["x", "dense", "nested"]),
+    "a jagged x": (
+        lambda: linear(torch.nested.nested_tensor([R(2, 8), R(3, 8)], layout=torch.jagged)),
+        TypeError, ["x", "dense", "nested"]),
+    "a sparse weight": (lambda: linear(weight=R(4, 8).to_sparse()), TypeError, ["weight", "dense", "sparse_coo"]),
+    "an mkldnn bias": (lambda: linear(bias=R(4).to_mkldnn()), TypeError, ["bias", "dense", "mkldnn"]),
+    # options
+    "activation is an array": (
+        lambda: mlp(activation=np.array(["gelu"])), ValueError, ["activation", "'gelu'", "numpy.ndarray"]),
+    "return_lse is text": (lambda: attention(return_lse="yes"), TypeError, ["return_lse", "True or False", "'yes'"]),
+    "eps is an array": (lambda: norm(eps=np.zeros((9, 9))), TypeError, ["eps", "number", "numpy.ndarray"]),
+    "scale beyond a float": (lambda: attention(scale=10**400), ValueError, ["scale", "range of a float"]),
+    "a norm in float64": (
+        lambda: linear(norm=(R(8).double(), None, 1e-5)), TypeError, ["weight of norm", "float64", "float32"]),
+    "a norm of two dtypes": (
+        lambda: linear(norm=(R(8), R(8).half(), 1e-5)), TypeError, ["weight and bias of norm", "float32", "float16"]),
     # models
     "ViT of a byte image": (lambda: vit()(BYTES), TypeError, ["uint8", "mean and std"]),
     "ViT of numpy": (lambda: vit()(np.zeros((1, 3, 8, 8))), TypeError, ["torch.Tensor", "numpy.ndarray"]),
@@ -179,9 +216,26 @@ CASES = {
     "name of a backend": (lambda: vit_triton.use_backend("cudnn"), ValueError, ["'triton'", "'cudnn'"]),
     "attention_maps of numpy": (
         lambda: vit_triton.attention_maps(vit(), np.zeros((1, 3, 8, 8))), TypeError, ["torch.Tensor"]),
+    "attention_maps of no module": (
+        lambda: vit_triton.attention_maps("vit", R(1, 3, 8, 8)), TypeError, ["model", "torch.nn.Module", "str"]),
+    **{f"attention_maps with query {query!r}": (
+        lambda query=query: vit_triton.attention_maps(vit(), R(1, 3, 8, 8), query=query),
+        TypeError, ["query", "index of a token", repr(query)]) for query in (1.5, "0", True)},
+    "attention_maps of layers that are not called": (
+        lambda: vit_triton.attention_maps(Idle(), R(1)), ValueError, ["model", "Idle", "Attention"]),
+    "attention_maps of layers of two kinds": (
+        lambda: vit_triton.attention_maps(
+            torch.nn.Sequential(vit_triton.modules.Attention(8, 2, 4), vit_triton.modules.Attention(8, 1, 4)),
+            R(1, 5, 8)),
+        ValueError, ["model", "heads", "(2, 5, 5)", "(1, 5, 5)"]),
+    "tokens that are sparse": (
+        lambda: vit_triton.modules.Attention(8, 2, 4)(R(1, 5, 8).to_sparse()), TypeError, ["x", "dense", "sparse_coo"]),
+    "images that are nested": (
+        lambda: vit()(torch.nested.nested_tensor([R(3, 8, 8)])), TypeError, ["image", "dense", "nested"]),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input(case, monkeypatch):
     def no_kernel(*args, **kwargs):
@@ -195,12 +249,13 @@ def test_bad_input(case, monkeypatch):
     for name in ("attention", "layer_norm", "linear", "patch_embed"):
         monkeypatch.setattr(getattr(vit_triton.kernels, name), "launch", no_kernel)
     call, error, words = CASES[case]
-    if case.startswith("ViT with a head size"):
-        monkeypatch.undo()  # the patches are embedded before the heads are known
+    if case.startswith("ViT with a head size") or "layers of two kinds" in case:
+        monkeypatch.undo()  # kernels run before it is seen
     with pytest.raises(error) as caught:
         call()
     for word in words:
         assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+    assert "\n" not in str(caught.value)
 
 
 def test_meta_tensors_have_a_shape_and_no_error():

@@ -24,17 +24,18 @@ ARROWS: dict[str, set[str]] = {
         *("reference", "weights"),
     },
     "integrations": {"backend", "functional", "models", "modules", "packing"},
-    "inspection": {"functional", "modules"},
+    "inspection": {"checks", "functional", "modules"},
     "models": {"backend", "functional", "modules", "weights"},
     "images": set(),
     "weights": {"packing"},  # knows models by their state dicts
-    "modules": {"backend", "functional"},
-    "functional": {"autograd", "backend", "reference"},
+    "modules": {"backend", "checks", "functional"},
+    "functional": {"autograd", "backend", "checks", "reference"},
     "autograd": {"ops"},
     "ops": {"cpu", "kernels", "packing"},
     "packing": {"cpu", "kernels"},
     "reference": set(),
-    "backend": {"cpu"},
+    "backend": {"checks", "cpu"},
+    "checks": set(),
     "kernels": set(),
     "cpu": set(),  # a package that could stand alone
 }

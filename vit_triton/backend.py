@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from vit_triton.checks import check_choice
+
 BACKENDS = ("triton", "torch", "auto")
 ENVIRONMENT_VARIABLE = "VIT_TRITON_BACKEND"
 
@@ -23,8 +25,7 @@ _GPU_TYPES = ("cuda", "xpu")
 
 def check_backend_name(name: str, argument: str = "backend") -> str:
     """Return ``name`` if it is a backend's; ValueError if not."""
-    if name not in BACKENDS:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    check_choice(argument, name, BACKENDS)
     return name
 
 

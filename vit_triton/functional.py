@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vit_triton import autograd, reference
 from vit_triton.backend import resolve_backend
+from vit_triton.checks import check_choice, check_dense, check_flag, given, kind
 from vit_triton.reference import Block, Norm
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
@@ -28,6 +29,7 @@ PATCH_ORDERS = ("p1 p2 c", "c p1 p2")
 MAX_HEAD_DIM = 256
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _REFERENCE_FLOATS = (*_FLOATS, torch.float64)
+_STRIDED = torch.strided
 _AUTOCAST = ("cuda", "cpu", "xpu")  # known to have it: asking takes as long as a check of all tensors
 _MAX_ROWS = 2**31 - 1  # rows are counted in 32 bits by the kernels, and so are the programs of a launch
 
@@ -68,7 +70,7 @@ def attention(
         raise ValueError(f"k and v must have one shape, got {_shape(k)} and {_shape(v)}")
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"q and k must agree in batch, heads and head size, got {_shape(q)} and {_shape(k)}")
-    _check_attention(q.shape, k.shape[1], scale, dropout_p)
+    _check_attention(q.shape, k.shape[1], scale, dropout_p, return_lse)
     _check_head_norms(q, q_norm, k_norm, norm_type)
     q, k, v = _autocast(q, k, v)
     if resolve_backend(backend, "attention", q) == "torch":
@@ -107,7 +109,7 @@ def attention_packed(
     _check_tensor("qkv", qkv, 5, "(B, N, 3, H, D)")
     if qkv.shape[2] != 3:
         raise ValueError(f"qkv must be (B, N, 3, H, D), got {_shape(qkv)}")
-    _check_attention((*qkv.shape[:2], *qkv.shape[3:]), qkv.shape[1], scale, dropout_p)
+    _check_attention((*qkv.shape[:2], *qkv.shape[3:]), qkv.shape[1], scale, dropout_p, return_lse)
     _check_head_norms(qkv, q_norm, k_norm, norm_type)
     (qkv,) = _autocast(qkv)
     if resolve_backend(backend, "attention", qkv) == "torch":
@@ -165,7 +167,7 @@ def linear(
     """
     _check_tensor("x", x)
     _check_linear("x", x.shape[-1:], "weight", weight, "bias", bias)
-    _check_norm("norm", norm, x.shape[-1], x.device)
+    _check_norm("norm", norm, x.shape[-1], x)
     _check_residual(residual, (*x.shape[:-1], weight.shape[0]))
     _check_branch(x, "weight", weight, residual, layer_scale, drop_path_p)
     _check_dropout("dropout_p", dropout_p)
@@ -227,9 +229,9 @@ def mlp(
     """
     _check_tensor("x", x)
     _check_linear("x", x.shape[-1:], "w1", w1, "b1", b1)
-    _check_activation(activation)
+    check_choice("activation", activation, ACTIVATIONS)
     _check_linear("w1", _hidden("w1", w1, activation), "w2", w2, "b2", b2)
-    _check_norm("norm", norm, x.shape[-1], x.device)
+    _check_norm("norm", norm, x.shape[-1], x)
     _check_residual(residual, (*x.shape[:-1], w2.shape[0]))
     _check_branch(x, "w2", w2, residual, layer_scale, drop_path_p)
     _check_dropout("hidden_dropout_p", hidden_dropout_p)
@@ -260,9 +262,7 @@ def mlp(
     scalars = eps, activation, float(hidden_dropout_p), float(dropout_p)
     if _differentiating(*tensors):
         return autograd.MlpFunction.apply(*tensors, *drawn, *scalars, residual_is_x)
-    return torch.ops.vit_triton.mlp_fwd.default(
-        *tensors[:7], residual, layer_scale, *drawn, *scalars, False
-    )[0]
+    return torch.ops.vit_triton.mlp_fwd.default(*tensors[:7], residual, layer_scale, *drawn, *scalars, False)[0]
 
 
 def encoder(
@@ -289,17 +289,23 @@ def encoder(
         (B, N, D), with ``first_token`` (B, 1, D). Without gradients it is one operator that keeps nothing; with them,
         and under autocast or ``torch.compile``, it is made of :func:`linear`, :func:`attention` and :func:`mlp`.
     """
+    check_flag("first_token", first_token)
+    if not isinstance(blocks, Sequence) or isinstance(blocks, (str, bytes, Block)):
+        raise TypeError(f"blocks must be a sequence of Block, got {kind(blocks)}")
     if first_token and not blocks:
         raise ValueError("first_token needs a block, got none")
     for i, block in enumerate(blocks):
         if not isinstance(block, Block):
-            raise TypeError(f"blocks[{i}] must be a Block, got {type(block).__module__}.{type(block).__qualname__}")
-    parts = [part for block in blocks for field in block for part in (field if type(field) is tuple else (field,))]
+            raise TypeError(f"blocks[{i}] must be a Block, got {kind(block)}")
+    parts = [part for block in blocks for field in block for part in (field if isinstance(field, tuple) else (field,))]
     form = _form(x, *parts, heads, scale, activation)
     if form is None or form not in _encoders:
         _check_encoder(x, blocks, heads, scale, activation)
         _remember_encoder(form)
-    apart = _differentiating(x, *(part for part in parts if isinstance(part, Tensor)))
+    tensors = [x, *(part for part in parts if isinstance(part, Tensor))]
+    apart = any(block.norm1 is None or block.norm2 is None for block in blocks) or _differentiating(*tensors)
+    # PyTorch resolves a lazy negation in a tensor, but not in a list of optional ones, which the operator takes
+    apart = apart or any(map(Tensor.is_neg, tensors))
     if apart or torch.compiler.is_compiling() or autocasting(x.device.type):
         functions = tuple(functools.partial(op, backend=backend) for op in (linear, attention, mlp))
         return reference.encoder_of(functions, x, blocks, heads, scale, activation, first_token)
@@ -335,7 +341,7 @@ def layer_norm(
         The shape of x; with ``residual`` the pair (norm(x + residual), x + residual), in one pass.
     """
     _check_tensor("x", x)
-    _check_norm("the norm", (weight, bias, eps), x.shape[-1], x.device)
+    _check_norm("the norm", (weight, bias, eps), x.shape[-1], x)
     _check_residual(residual, tuple(x.shape))
     _check_alike("x", x, residual=residual)
     _check_rows(x)
@@ -385,18 +391,20 @@ def patch_embed(
         pre_norm, post_norm: LayerNorm over the values of a patch, and over dim behind the projection.
         pos: (rows, dim) with at least as many rows as there are patches; the first ones are added to the patches.
         prefix: (n, dim), the class and register tokens, put first as they are.
-        mean, std: C values on the 0..1 scale: (x / 255 - mean) / std is computed where the uint8 image is read.
+        mean, std: C values on the 0..1 scale: (x / 255 - mean) / std is computed where the uint8 image is read, and
+            before the kernels where mean or std wants a gradient. The values of a tensor are never checked, since that
+            would synchronise a GPU: a 0 in a tensor ``std`` gives NaN or inf.
 
     Returns:
         (B, n + patches, dim).
     """
-    _check_tensor("image", image, 4, "(B, C, H, W)", allow_uint8=True)
-    if patch_order not in PATCH_ORDERS:
-        raise ValueError(f"patch_order must be one of {', '.join(map(repr, PATCH_ORDERS))}, got {patch_order!r}")
+    _check_tensor("image", image, 4, "(B, C, H, W)", also=(torch.uint8,))
+    check_choice("patch_order", patch_order, PATCH_ORDERS)
     p1, p2 = _patch_sides(patch_size)
     batch, channels, height, width = image.shape
     if height % p1 or width % p2 or height == 0 or width == 0:
-        raise ValueError(f"image of {height} x {width} does not divide into patches of {p1} x {p2}")
+        sides = f"{given(p1)} x {given(p2)}"
+        raise ValueError(f"image of {height} x {width} does not divide into patches of {sides}")
     _check_tensor("weight", weight, 2, "(dim, C * p1 * p2)")
     if weight.shape[1] != channels * p1 * p2:
         raise ValueError(
@@ -406,8 +414,8 @@ def patch_embed(
     _check_linear("image", weight.shape[1:], "weight", weight, "bias", bias)
     dim = weight.shape[0]
     patches = (height // p1) * (width // p2)
-    _check_norm("pre_norm", pre_norm, weight.shape[1], image.device)
-    _check_norm("post_norm", post_norm, dim, image.device)
+    _check_norm("pre_norm", pre_norm, weight.shape[1], weight)
+    _check_norm("post_norm", post_norm, dim, weight)
     for name, rows in (("pos", pos), ("prefix", prefix)):
         if rows is not None:
             _check_tensor(name, rows, 2, "(rows, dim)")
@@ -449,6 +457,10 @@ def patch_embed(
             std=image_std,
         )
     _check_kernel_dtype("weight", weight)
+    if image_mean is not None and image_std is not None and _differentiating(image_mean, image_std):
+        # the kernels give mean and std no gradient
+        image = reference.normalize_image(image, image_mean, image_std, weight.dtype)
+        image_mean = image_std = None
     pre_weight, pre_bias, pre_eps = _norm_parts(pre_norm)
     post_weight, post_bias, post_eps = _norm_parts(post_norm)
     tensors = (image, weight, bias, pos, prefix, pre_weight, pre_bias, post_weight, post_bias)
@@ -526,21 +538,31 @@ def _norm_parts(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, float 
 
 
 def _patch_sides(patch_size: int | tuple[int, int]) -> tuple[int, int]:
-    sides = (patch_size, patch_size) if isinstance(patch_size, (Integral, torch.SymInt)) else patch_size
-    if not isinstance(sides, Sequence) or not all(isinstance(side, (Integral, torch.SymInt)) for side in sides):
-        raise TypeError(f"patch_size must be an int or two of them, got {patch_size!r}")
+    sides = patch_size if isinstance(patch_size, (tuple, list)) else (patch_size, patch_size)
+    if not all(_is_integer(side) for side in sides):
+        raise TypeError(f"patch_size must be an int or two of them, got {given(patch_size)}")
     if len(sides) != 2:
-        raise ValueError(f"patch_size must be an int or two of them, got {patch_size!r}")
+        raise ValueError(f"patch_size must be an int or two of them, got {given(patch_size)}")
     if sides[0] < 1 or sides[1] < 1:
-        raise ValueError(f"patch_size must be positive, got {patch_size!r}")
+        raise ValueError(f"patch_size must be positive, got {given(patch_size)}")
     return sides[0], sides[1]
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
+
+
 def _channel_values(name: str, values: Tensor | Sequence[float] | None, image: Tensor) -> Tensor:
-    if not isinstance(values, Tensor):
-        values = tuple(values or ())
-        for value in values:
-            _check_number(name, value)
+    if isinstance(values, Tensor):
+        _check_tensor(name, values, 1, "(C,)", also=(torch.uint8, torch.int32, torch.int64))
+        if values.is_meta and not image.is_meta:
+            raise ValueError(f"image and {name} must be on one device, got {image.device} and {values.device}")
+    else:
+        if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+            raise TypeError(f"{name} must be a tensor or a sequence of numbers, one a channel, got {given(values)}")
+        values = tuple(values)
+        for i, value in enumerate(values):
+            _check_number(f"{name}[{i}]", value)
         if name == "std" and not all(values):
             raise ValueError(f"std divides and must not be 0, got {values}")
         traced = torch.compiler.is_compiling() or torch._guards.detect_fake_mode(image) is not None
@@ -559,44 +581,51 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 # --- checking ----------------------------------------------------------------------------------------------
 
-_encoders: set[tuple] = set()  # forms that have passed: of a small encoder it takes as long as to compute it
+_encoders: dict[tuple, None] = {}  # forms that have passed: of a small encoder it takes as long as to compute it
 
 
 def _form(*arguments: Any) -> tuple | None:
     """All that the checks of ``arguments`` look at; None where there is no remembering it."""
     if torch.compiler.is_compiling():
         return None
-    form = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in arguments)
     try:
+        # the types too: 2, 2.0 and np.int64(2) are equal
+        form = tuple(
+            (x.shape, x.dtype, x.device, x.layout) if isinstance(x, Tensor) else (type(x), x) for x in arguments
+        )
         hash(form)
-    except TypeError:  # a wrong argument, or sizes that are symbols
+    except (TypeError, RuntimeError):  # a wrong argument, sizes that are symbols, or a nested tensor
         return None
     return form
 
 
 def _remember_encoder(form: tuple | None) -> None:
-    if len(_encoders) >= 1024:  # sizes vary without end
-        _encoders.clear()
-    if form is not None:
-        _encoders.add(form)
+    if form is None:
+        return
+    if len(_encoders) >= 1024:  # sizes vary without end: the oldest goes
+        _encoders.pop(next(iter(_encoders)), None)
+    _encoders[form] = None
 
 
 def _check_encoder(x: Any, blocks: Sequence[Block], heads: int, scale: float | None, activation: str) -> None:
     _check_tensor("x", x, 3, "(B, N, D)")
     _check_rows(x)
-    if not isinstance(heads, Integral) or heads < 1:
-        raise ValueError(f"heads must be a positive integer, got {heads!r}")
-    _check_activation(activation)
+    if not _is_integer(heads):
+        raise TypeError(f"heads must be a positive integer, got {given(heads)}")
+    if heads < 1:
+        raise ValueError(f"heads must be a positive integer, got {given(heads)}")
+    check_choice("activation", activation, ACTIVATIONS)
     dim = x.shape[2:]
     for i, block in enumerate(blocks):
         at = f"blocks[{i}]."
-        _check_norm(at + "norm1", block.norm1, *dim, x.device)
-        _check_norm(at + "norm2", block.norm2, *dim, x.device)
+        _check_norm(at + "norm1", block.norm1, dim[0], x)
+        _check_norm(at + "norm2", block.norm2, dim[0], x)
         _check_linear("x", dim, at + "qkv_weight", block.qkv_weight, at + "qkv_bias", block.qkv_bias)
         inner, rest = divmod(block.qkv_weight.shape[0], 3)
         if rest or inner % heads:
             raise ValueError(
-                f"{at}qkv_weight must have 3 * heads * head size rows for {heads} heads, got {_shape(block.qkv_weight)}"
+                f"{at}qkv_weight must have 3 * heads * head size rows for {given(heads)} heads, "
+                f"got {_shape(block.qkv_weight)}"
             )
         if block.qkv_weight.shape[0] != blocks[0].qkv_weight.shape[0]:
             raise ValueError(f"{at}qkv_weight must have the shape of the first block's, got {_shape(block.qkv_weight)}")
@@ -613,7 +642,7 @@ def _check_encoder(x: Any, blocks: Sequence[Block], heads: int, scale: float | N
                 _check_vector(at + name, vector, at + "w2", block.w2)
         names = [name for name in Block._fields if not name.startswith("norm")]
         _check_alike("x", x, **{at + name: getattr(block, name) for name in names})
-        _check_attention((*x.shape[:2], heads, inner // heads), x.shape[1], scale, 0.0)
+        _check_attention((*x.shape[:2], heads, inner // heads), x.shape[1], scale, 0.0, False)
 
 
 def _shape(x: Tensor) -> str:
@@ -621,13 +650,15 @@ def _shape(x: Tensor) -> str:
 
 
 def _check_tensor(
-    name: str, x: Any, ndim: int | None = None, layout: str = "(..., D)", *, allow_uint8: bool = False
+    name: str, x: Any, ndim: int | None = None, layout: str = "(..., D)", *, also: tuple[torch.dtype, ...] = ()
 ) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}")
-    if x.dtype not in _REFERENCE_FLOATS and not (allow_uint8 and x.dtype == torch.uint8):
-        supported = "float32, float16, bfloat16 or float64" + (" or uint8" if allow_uint8 else "")
-        raise TypeError(f"{name} must be {supported}, got {x.dtype}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {kind(x)}")
+    if x.layout is not _STRIDED or x.is_nested:
+        check_dense(name, x)
+    if x.dtype not in _REFERENCE_FLOATS and x.dtype not in also:
+        supported = " or ".join(str(dtype).removeprefix("torch.") for dtype in (torch.float64, *also))
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or {supported}, got {x.dtype}")
     if x.ndim != ndim if ndim is not None else x.ndim < 1:
         raise ValueError(f"{name} must be {layout}, got shape {_shape(x)}")
 
@@ -638,7 +669,7 @@ def _check_alike(first: str, x: Tensor, **others: Tensor | None) -> None:
             continue
         if other.device != x.device:
             raise ValueError(f"{first} and {name} must be on one device, got {x.device} and {other.device}")
-        if other.dtype != x.dtype and not autocasting(x.device.type):
+        if other.dtype != x.dtype and (torch.float64 in (x.dtype, other.dtype) or not autocasting(x.device.type)):
             raise TypeError(f"{first} and {name} must have one dtype, got {x.dtype} and {other.dtype}")
 
 
@@ -649,7 +680,7 @@ def _check_kernel_dtype(name: str, x: Tensor) -> None:
         )
 
 
-def _check_attention(q_shape: Sequence[int], n_k: int, scale: float | None, dropout_p: float) -> None:
+def _check_attention(q_shape: Sequence[int], n_k: int, scale: float | None, dropout_p: float, return_lse: bool) -> None:
     batch, n_q, heads, head_dim = q_shape
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"the head size must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
@@ -660,18 +691,13 @@ def _check_attention(q_shape: Sequence[int], n_k: int, scale: float | None, drop
     if scale is not None:
         _check_number("scale", scale)
     _check_dropout("dropout_p", dropout_p)
+    check_flag("return_lse", return_lse)
 
 
 def _check_head_norms(q: Tensor, q_norm: Norm | None, k_norm: Norm | None, norm_type: str) -> None:
-    if norm_type not in NORM_TYPES:
-        raise ValueError(f"norm_type must be one of {', '.join(map(repr, NORM_TYPES))}, got {norm_type!r}")
-    _check_norm("q_norm", q_norm, q.shape[-1], q.device)
-    _check_norm("k_norm", k_norm, q.shape[-1], q.device)
-
-
-def _check_activation(activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    check_choice("norm_type", norm_type, NORM_TYPES)
+    _check_norm("q_norm", q_norm, q.shape[-1], q)
+    _check_norm("k_norm", k_norm, q.shape[-1], q)
 
 
 def _hidden(name: str, w1: Tensor, activation: str) -> torch.Size:
@@ -684,8 +710,14 @@ def _hidden(name: str, w1: Tensor, activation: str) -> torch.Size:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, (float, Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    if isinstance(value, (float, torch.SymFloat, torch.SymInt)):
+        return
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {given(value)}")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be within the range of a float, got a larger number") from None
 
 
 def _check_dropout(name: str, p: float) -> None:
@@ -706,7 +738,8 @@ def _check_linear(
         _check_vector(bias_name, bias, weight_name, weight)
 
 
-def _check_norm(name: str, norm: Norm | None, size: int, device: torch.device) -> None:
+def _check_norm(name: str, norm: Norm | None, size: int, beside: Tensor) -> None:
+    """``beside``: the tensor whose device the norm shares."""
     if norm is None:
         return
     if not isinstance(norm, tuple) or len(norm) != 3:
@@ -715,12 +748,16 @@ def _check_norm(name: str, norm: Norm | None, size: int, device: torch.device) -
     weight, bias, eps = norm
     for part, x in (("weight", weight), ("bias", bias)):
         if x is not None:
-            if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
+            if not isinstance(x, Tensor) or x.dtype not in _FLOATS or x.layout is not _STRIDED or x.is_nested:
                 _check_tensor(f"{part} of {name}", x)
+                if x.dtype != beside.dtype:
+                    raise TypeError(f"{part} of {name} must not be float64 beside {beside.dtype}")
             if x.shape != (size,):
                 raise ValueError(f"{part} of {name} must be ({size},), got {_shape(x)}")
-            if x.device != device:
-                raise ValueError(f"{part} of {name} must be on {device}, got {x.device}")
+            if x.device != beside.device:
+                raise ValueError(f"{part} of {name} must be on {beside.device}, got {x.device}")
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        raise TypeError(f"weight and bias of {name} must have one dtype, got {weight.dtype} and {bias.dtype}")
     if size < 1:
         raise ValueError(f"{name} normalises over the last dimension, which must not be empty")
     _check_number(f"eps of {name}", eps)

@@ -6,10 +6,13 @@ any row of it back exactly: softmax(s)_j = exp(s_j - logsumexp(s)).
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
 
 from vit_triton import functional as F
+from vit_triton.checks import given, kind
 from vit_triton.modules import Attention
 
 __all__ = ["attention_maps"]
@@ -33,8 +36,14 @@ def attention_maps(model: nn.Module, image: Tensor, *, query: int | None = None)
         (B, layers, heads, N, N) in float32, rows summing to 1; with `query`, (B, layers, heads, N). No gradient.
 
     Raises:
-        ValueError: `model` contains no such layer, or `query` is not one of the N tokens.
+        TypeError: `model` is no module, or `query` no integer.
+        ValueError: `model` contains or runs no such layer, its layers differ in heads or tokens, or `query` is not one
+            of the N tokens.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {kind(model)}")
+    if query is not None and (isinstance(query, bool) or not isinstance(query, Integral)):
+        raise TypeError(f"query must be None or the index of a token, an integer, got {given(query)}")
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     if not layers:
         raise ValueError(
@@ -52,6 +61,11 @@ def attention_maps(model: nn.Module, image: Tensor, *, query: int | None = None)
     finally:
         for hook in hooks:
             hook.remove()
+    if not maps:
+        raise ValueError(f"model, a {type(model).__name__}, called none of its vit_triton.modules.Attention layers")
+    shapes = list(dict.fromkeys(tuple(each.shape[1:]) for each in maps))
+    if len(shapes) > 1:
+        raise ValueError(f"model must have layers of as many heads and tokens, got maps of {shapes[0]} and {shapes[1]}")
     return torch.stack(maps, dim=1)
 
 

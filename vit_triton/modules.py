@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vit_triton import functional as F
 from vit_triton.backend import check_backend_name, resolve_backend
+from vit_triton.checks import check_dense, kind
 
 __all__ = ["Attention", "FeedForward", "LayerNorm", "Linear", "PatchEmbedding", "PatchRows", "Transformer"]
 
@@ -151,8 +152,8 @@ class PatchRows(nn.Module):
 def patch_grid(image: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
     """How many rows and columns of patches `image` has; TypeError or ValueError where that has no answer."""
     if not isinstance(image, Tensor):
-        came = f"{type(image).__module__}.{type(image).__qualname__}"
-        raise TypeError(f"image must be a torch.Tensor of shape (B, C, H, W), got {came}")
+        raise TypeError(f"image must be a torch.Tensor of shape (B, C, H, W), got {kind(image)}")
+    check_dense("image", image)
     if image.dim() != 4:
         hint = "; a single image needs a batch dimension: image[None]" if image.dim() == 3 else ""
         raise ValueError(f"image must be 4-D, (B, C, H, W), got shape {tuple(image.shape)}{hint}")
@@ -518,6 +519,7 @@ def add(x: Tensor, residual: Tensor | None) -> Tensor:
 
 def check_tokens(x: Tensor) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor of shape (B, N, dim), got {type(x).__name__}")
+        raise TypeError(f"x must be a torch.Tensor of shape (B, N, dim), got {kind(x)}")
+    check_dense("x", x)
     if x.dim() != 3:
         raise ValueError(f"x must be 3-D, (B, N, dim), got shape {tuple(x.shape)}")

@@ -48,9 +48,10 @@ def attention(
     q, k = _head_norm(q, q_norm, norm_type), _head_norm(k, k_norm, norm_type)
     # the explicit formula: on a CPU, scaled_dot_product_attention answers NaN queries with zeros below 16 rows
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(scale)  # PyTorch's own operators do not take every number
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = q @ k.transpose(-1, -2) * scale
-    out = (F.dropout(scores.softmax(-1), dropout_p) @ v).transpose(1, 2)
+    out = (F.dropout(scores.softmax(-1), float(dropout_p)) @ v).transpose(1, 2)
     if not return_lse:
         return out
     return out, scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
@@ -67,13 +68,21 @@ def _head_norm(x: Tensor, norm: Norm | None, norm_type: str) -> Tensor:
         return _norm(x, norm).to(x.dtype)
     weight, bias, eps = norm
     y = x.to(torch.promote_types(x.dtype, torch.float32))
-    y = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = y * (y.square().mean(-1, keepdim=True) + float(eps)).rsqrt()
     y = y if weight is None else y * weight
     return (y if bias is None else y + bias).to(x.dtype)
 
 
 def _norm(x: Tensor, norm: Norm | None) -> Tensor:
-    return x if norm is None else F.layer_norm(x, x.shape[-1:], *norm)
+    """In the widest dtype of x, weight and bias."""
+    if norm is None:
+        return x
+    weight, bias, eps = norm
+    wide = x.dtype
+    for part in (weight, bias):
+        wide = wide if part is None else torch.promote_types(wide, part.dtype)
+    weight, bias = (None if part is None else part.to(wide) for part in (weight, bias))
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, float(eps))
 
 
 def linear(
@@ -87,7 +96,8 @@ def linear(
     drop_path_p: float = 0.0,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    y = F.dropout(F.linear(_norm(x, norm), weight, bias), dropout_p)
+    x_normed = x if norm is None else _norm(x, norm).to(weight.dtype)
+    y = F.dropout(F.linear(x_normed, weight, bias), float(dropout_p))
     if layer_scale is not None:
         y = y * layer_scale
     if drop_path_p > 0:
@@ -98,7 +108,7 @@ def linear(
 def kept_samples(x: Tensor, drop_path_p: float) -> Tensor:
     """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): for each sample, an index of x's first dimension, 0 with
     probability ``drop_path_p``, else 1 / (1 - drop_path_p). Drawn from torch's generator as timm's DropPath does."""
-    keep = 1.0 - drop_path_p
+    keep = 1.0 - float(drop_path_p)
     kept = torch.empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device).bernoulli_(keep)
     return kept / keep if keep > 0 else kept
 
@@ -131,7 +141,7 @@ def mlp(
     hidden_dropout_p: float = 0.0,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    hidden = F.dropout(activate(linear(x, w1, b1, norm=norm), activation), hidden_dropout_p)
+    hidden = F.dropout(activate(linear(x, w1, b1, norm=norm), activation), float(hidden_dropout_p))
     return linear(
         hidden, w2, b2, residual=residual, layer_scale=layer_scale, drop_path_p=drop_path_p, dropout_p=dropout_p
     )
@@ -175,10 +185,9 @@ def encoder_of(
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if residual is None:
-        return _norm(x, (weight, bias, eps))
-    total = x + residual
-    return _norm(total, (weight, bias, eps)), total
+    total = x if residual is None else x + residual
+    y = _norm(total, (weight, bias, eps)).to(x.dtype)
+    return y if residual is None else (y, total)
 
 
 def unfold_patches(image: Tensor, patch_size: tuple[int, int], patch_order: str = "p1 p2 c") -> Tensor:
@@ -188,6 +197,11 @@ def unfold_patches(image: Tensor, patch_size: tuple[int, int], patch_order: str 
     grid = image.reshape(batch, channels, height // p1, p1, width // p2, p2)
     axes = (0, 2, 4, 3, 5, 1) if patch_order == "p1 p2 c" else (0, 2, 4, 1, 3, 5)
     return grid.permute(axes).reshape(batch, (height // p1) * (width // p2), channels * p1 * p2)
+
+
+def normalize_image(image: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    per_channel = (-1, 1, 1)
+    return ((image.to(mean.dtype) / 255 - mean.view(per_channel)) / std.view(per_channel)).to(dtype)
 
 
 def patch_embed(
@@ -206,10 +220,9 @@ def patch_embed(
 ) -> Tensor:
     p1, p2 = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     if mean is not None and std is not None:
-        per_channel = (-1, 1, 1)
-        image = ((image.to(mean.dtype) / 255 - mean.view(per_channel)) / std.view(per_channel)).to(weight.dtype)
-    patches = _norm(unfold_patches(image, (p1, p2), patch_order), pre_norm)
-    tokens = _norm(F.linear(patches, weight, bias), post_norm)
+        image = normalize_image(image, mean, std, weight.dtype)
+    tokens = linear(unfold_patches(image, (p1, p2), patch_order), weight, bias, norm=pre_norm)
+    tokens = _norm(tokens, post_norm)
     if pos is not None:
         tokens = tokens + pos[: tokens.shape[1]]
     if prefix is not None:
