@@ -50,7 +50,7 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = q @ k.transpose(-1, -2) * scale
-    out = (F.dropout(scores.softmax(-1), dropout_p) @ v).transpose(1, 2)
+    out = (_dropout(scores.softmax(-1), dropout_p) @ v).transpose(1, 2)
     if not return_lse:
         return out
     return out, scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
@@ -73,7 +73,14 @@ def _head_norm(x: Tensor, norm: Norm | None, norm_type: str) -> Tensor:
 
 
 def _norm(x: Tensor, norm: Norm | None) -> Tensor:
-    return x if norm is None else F.layer_norm(x, x.shape[-1:], *norm)
+    if norm is None:
+        return x
+    width = x.shape[-1]  # a tensor in torch.jit.trace; ONNX has a LayerNorm of constant sizes only
+    return F.layer_norm(x, (int(width) if torch.jit.is_tracing() else width,), *norm)
+
+
+def _dropout(x: Tensor, p: float) -> Tensor:
+    return F.dropout(x, p) if p > 0 else x  # what is traced or exported holds no Dropout of nothing
 
 
 def linear(
@@ -87,7 +94,7 @@ def linear(
     drop_path_p: float = 0.0,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    y = F.dropout(F.linear(_norm(x, norm), weight, bias), dropout_p)
+    y = _dropout(F.linear(_norm(x, norm), weight, bias), dropout_p)
     if layer_scale is not None:
         y = y * layer_scale
     if drop_path_p > 0:
@@ -131,7 +138,7 @@ def mlp(
     hidden_dropout_p: float = 0.0,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    hidden = F.dropout(activate(linear(x, w1, b1, norm=norm), activation), hidden_dropout_p)
+    hidden = _dropout(activate(linear(x, w1, b1, norm=norm), activation), hidden_dropout_p)
     return linear(
         hidden, w2, b2, residual=residual, layer_scale=layer_scale, drop_path_p=drop_path_p, dropout_p=dropout_p
     )
