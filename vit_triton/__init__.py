@@ -1,7 +1,7 @@
 """Vision Transformers on hand-written Triton kernels."""
 
 from vit_triton import functional, reference
-from vit_triton.backend import use_backend
+from vit_triton.backend import portable_operators, use_backend
 from vit_triton.inspection import attention_maps
 from vit_triton.integrations import accelerate, restore
 from vit_triton.models import DistillableViT, DistillWrapper, SimpleViT, ViT
@@ -19,6 +19,7 @@ __all__ = [
     "attention_maps",
     "functional",
     "load_weights",
+    "portable_operators",
     "prepack",
     "reference",
     "restore",

@@ -1,7 +1,8 @@
 """Which implementation runs: the Triton kernels or the PyTorch reference.
 
 A ``backend`` argument decides; without one, :func:`use_backend`; without that, the environment variable
-``VIT_TRITON_BACKEND``; without that, "auto".
+``VIT_TRITON_BACKEND``; without that, "auto". Before all of them comes :func:`is_portable`: a call that is traced or
+exported for another runtime uses PyTorch's operators.
 """
 
 import functools
@@ -19,6 +20,7 @@ BACKENDS = ("triton", "torch", "auto")
 ENVIRONMENT_VARIABLE = "VIT_TRITON_BACKEND"
 
 _default: str | None = None  # what use_backend set
+_portable = 0  # how many contexts of portable_operators are open
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _GPU_TYPES = ("cuda", "xpu")
 
@@ -55,12 +57,58 @@ class use_backend:  # lower case: used like a function, as torch.set_grad_enable
         _default = self._previous
 
 
+class portable_operators:  # lower case as use_backend is
+    """A context manager in which every function and model of this package, and every model that
+    :func:`vit_triton.accelerate` has changed, computes with PyTorch's operators only, whatever its backend.
+
+    A program that ``torch.export.export`` captures inside it runs where this package is not installed, and
+    ``torch.onnx.export`` converts it. ``torch.jit.trace`` and ``torch.onnx.export`` of a module need no such context:
+    they use PyTorch's operators always. The setting is one for all threads; contexts may be nested.
+    """
+
+    def __enter__(self) -> "portable_operators":
+        global _portable
+        _portable += 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _portable
+        _portable -= 1
+
+
+def is_portable() -> bool:
+    """Whether this call must use PyTorch's operators only: inside :class:`portable_operators`, ``torch.jit.trace`` and
+    ``torch.onnx.export``."""
+    # ONNX's former exporter runs torch.jit.trace; its other one runs torch.export: is_in_onnx_export takes 20 times as
+    # long as the rest, so it is read only there
+    if _portable or _tracing_state() is not None:
+        return True
+    return torch.compiler.is_exporting() and _in_onnx_export()
+
+
+_tracing_state = torch._C._get_tracing_state  # torch.jit.is_tracing() takes three times as long
+
+
+def _in_onnx_export() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+def ignore_warnings_of_shape_checks() -> None:
+    """As PyTorch does for its own modules: each check of a shape would warn in ``torch.jit.trace``."""
+    warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"vit_triton\.")
+
+
+ignore_warnings_of_shape_checks()
+
+
 def resolve_backend(backend: str | None, op: str, x: torch.Tensor) -> str:
     """ "triton" or "torch" for ``op``, named as its public function is, on ``x``.
 
-    "auto" takes "triton" for float32, float16, bfloat16 and uint8 tensors on a GPU where Triton is installed, on a CPU
-    where the compiled kernels of ``op`` were measured to be faster, else "torch". An explicit "triton" runs or raises,
-    it never falls back.
+    "torch" where :func:`is_portable` is true. "auto" takes "triton" for float32, float16, bfloat16 and uint8 tensors on
+    a GPU where Triton is installed, on a CPU where the compiled kernels of ``op`` were measured to be faster, else
+    "torch". An explicit "triton" runs or raises.
 
     Raises:
         ValueError: if the name is unknown.
@@ -72,6 +120,8 @@ def resolve_backend(backend: str | None, op: str, x: torch.Tensor) -> str:
         name = _default
     else:
         name = check_backend_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+    if is_portable():
+        return "torch"
     if name == "auto":
         runs = _TRITON_INSTALLED and x.device.type in _GPU_TYPES and x.dtype != torch.float64
         return "triton" if runs or _faster_on_cpu(op, x) else "torch"
@@ -213,6 +263,7 @@ def _triton() -> tuple[bool, Any, Any]:
 
 _cpu_vehicle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _measured_cpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo takes it for False
 
 _warned = False
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vit_triton import autograd, reference
-from vit_triton.backend import resolve_backend
+from vit_triton.backend import is_portable, resolve_backend
 from vit_triton.checks import check_choice, check_dense, check_flag, given, kind
 from vit_triton.reference import Block, Norm
 
@@ -437,7 +437,7 @@ def patch_embed(
             raise ValueError(f"image and weight must be on one device, got {image.device} and {weight.device}")
     else:
         _check_alike("image", image, weight=weight, bias=bias, pos=pos, prefix=prefix)
-    if batch * patches > _MAX_ROWS:
+    if _too_many(batch * patches):
         raise ValueError(f"image has {batch * patches} patches in all, more than {_MAX_ROWS}")
     weight, bias = _autocast(weight, bias, device=image.device)
     if pos is not None:
@@ -586,7 +586,7 @@ _encoders: dict[tuple, None] = {}  # forms that have passed: of a small encoder 
 
 def _form(*arguments: Any) -> tuple | None:
     """All that the checks of ``arguments`` look at; None where there is no remembering it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_portable():  # sizes may be symbols or tensors
         return None
     try:
         # the types too: 2, 2.0 and np.int64(2) are equal
@@ -621,8 +621,8 @@ def _check_encoder(x: Any, blocks: Sequence[Block], heads: int, scale: float | N
         _check_norm(at + "norm1", block.norm1, dim[0], x)
         _check_norm(at + "norm2", block.norm2, dim[0], x)
         _check_linear("x", dim, at + "qkv_weight", block.qkv_weight, at + "qkv_bias", block.qkv_bias)
-        inner, rest = divmod(block.qkv_weight.shape[0], 3)
-        if rest or inner % heads:
+        inner = block.qkv_weight.shape[0] // 3  # no divmod: in torch.jit.trace sizes are tensors
+        if block.qkv_weight.shape[0] % 3 or inner % heads:
             raise ValueError(
                 f"{at}qkv_weight must have 3 * heads * head size rows for {given(heads)} heads, "
                 f"got {_shape(block.qkv_weight)}"
@@ -686,7 +686,7 @@ def _check_attention(q_shape: Sequence[int], n_k: int, scale: float | None, drop
         raise ValueError(f"the head size must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
     if n_k < 1:
         raise ValueError("k and v must have at least one row, got 0")
-    if batch * heads * max(n_q, n_k) > _MAX_ROWS:
+    if _too_many(batch * heads * max(n_q, n_k)):
         raise ValueError(f"batch * heads * rows must be at most {_MAX_ROWS}, got {batch * heads * max(n_q, n_k)}")
     if scale is not None:
         _check_number("scale", scale)
@@ -791,6 +791,11 @@ def _check_vector(name: str, x: Tensor, weight_name: str, weight: Tensor) -> Non
         raise ValueError(f"{name} must be ({weight.shape[0]},) as {weight_name} has rows, got {_shape(x)}")
 
 
+def _too_many(rows: int) -> bool:
+    """Whether the kernels cannot count so many; of a symbol that is not compared where PyTorch's operators run."""
+    return not (torch.compiler.is_compiling() and is_portable()) and rows > _MAX_ROWS
+
+
 def _check_rows(x: Tensor) -> None:
-    if math.prod(x.shape[:-1]) > _MAX_ROWS:
+    if _too_many(math.prod(x.shape[:-1])):
         raise ValueError(f"x must have at most {_MAX_ROWS} rows, got {math.prod(x.shape[:-1])}")

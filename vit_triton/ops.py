@@ -85,9 +85,16 @@ def _no_none(result: Any, like: Tensor) -> Any:
 
 def _fake(name: str) -> Any:
     def decorate(function: Any) -> Any:
-        torch.library.register_fake(
-            f"vit_triton::{name}", lambda x, *args: _no_none(function(x, *args), x), lib=_library
-        )
+        def fake(x: Tensor, *args: Any) -> Any:
+            # functions use PyTorch's operators there: the program was captured before
+            if torch.onnx.is_in_onnx_export():
+                raise RuntimeError(
+                    f"the program holds the operator vit_triton::{name}, which ONNX has not: capture it with "
+                    "torch.export.export inside `with vit_triton.portable_operators():`, or export the module itself"
+                )
+            return _no_none(function(x, *args), x)
+
+        torch.library.register_fake(f"vit_triton::{name}", fake, lib=_library)
         return function
 
     return decorate

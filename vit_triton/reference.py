@@ -51,7 +51,7 @@ def attention(
     scale = float(scale)  # PyTorch's own operators do not take every number
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = q @ k.transpose(-1, -2) * scale
-    out = (F.dropout(scores.softmax(-1), float(dropout_p)) @ v).transpose(1, 2)
+    out = (_dropout(scores.softmax(-1), dropout_p) @ v).transpose(1, 2)
     if not return_lse:
         return out
     return out, scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
@@ -82,7 +82,13 @@ def _norm(x: Tensor, norm: Norm | None) -> Tensor:
     for part in (weight, bias):
         wide = wide if part is None else torch.promote_types(wide, part.dtype)
     weight, bias = (None if part is None else part.to(wide) for part in (weight, bias))
-    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, float(eps))
+    width = x.shape[-1]  # a tensor in torch.jit.trace; ONNX has a LayerNorm of constant sizes only
+    width = int(width) if torch.jit.is_tracing() else width
+    return F.layer_norm(x.to(wide), (width,), weight, bias, float(eps))
+
+
+def _dropout(x: Tensor, p: float) -> Tensor:
+    return F.dropout(x, float(p)) if p > 0 else x  # what is traced or exported holds no Dropout of nothing
 
 
 def linear(
@@ -97,7 +103,7 @@ def linear(
     dropout_p: float = 0.0,
 ) -> Tensor:
     x_normed = x if norm is None else _norm(x, norm).to(weight.dtype)
-    y = F.dropout(F.linear(x_normed, weight, bias), float(dropout_p))
+    y = _dropout(F.linear(x_normed, weight, bias), dropout_p)
     if layer_scale is not None:
         y = y * layer_scale
     if drop_path_p > 0:
@@ -141,7 +147,7 @@ def mlp(
     hidden_dropout_p: float = 0.0,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    hidden = F.dropout(activate(linear(x, w1, b1, norm=norm), activation), float(hidden_dropout_p))
+    hidden = _dropout(activate(linear(x, w1, b1, norm=norm), activation), hidden_dropout_p)
     return linear(
         hidden, w2, b2, residual=residual, layer_scale=layer_scale, drop_path_p=drop_path_p, dropout_p=dropout_p
     )

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vit_triton.backend import check_backend_name
+from vit_triton.backend import check_backend_name, is_portable
 from vit_triton.packing import refuse
 
 __all__ = ["Entry", "Recipe", "Report", "Unknown", "accelerate", "restore"]
@@ -173,6 +173,8 @@ def _accelerated(cls: Any, recipe: Recipe, backend: str | None) -> Any:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_portable():
+            return cls.forward(self, *args, **kwargs)
         x = recipe.find_input(args, kwargs)
         if x is not None and cls.forward is known and not watched():
             try:
