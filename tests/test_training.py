@@ -386,10 +386,11 @@ def hold(folder: Path) -> tuple[int, int]:
 
 
 def test_a_folder_is_trained_in_by_one_process(photos, tmp_path):
-    (tmp_path / ".checkpoint.pt.0123.part").write_text("of a killed process")
+    for name in (".checkpoint.pt.0123.part", ".metrics.jsonl.4567.part", ".of somebody.0123.part"):
+        (tmp_path / name).write_text("of a killed process")
     holder, worker = hold(tmp_path)
     try:
-        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", ".of somebody.0123.part"}
         with pytest.raises(BlockingIOError, match=f"out: {tmp_path} is in use by process {holder} on [^ ]+; wait"):
             train(config(photos, tmp_path))
         os.kill(holder, signal.SIGKILL)

@@ -17,7 +17,8 @@ import torch
 
 from vit_triton.weights.atomic import write_atomically
 
-NAME, PREVIOUS, LOCK = "checkpoint.pt", "checkpoint.previous.pt", ".lock"
+NAME, PREVIOUS, METRICS, CURVES = "checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", "curves.png"
+LOCK = ".lock"
 HOLDS = {"model", "optimizer", "schedule", "step", "random", "facts", "config", "result"}
 
 
@@ -48,8 +49,9 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        for part in folder.glob(".*.part"):
-            part.unlink()
+        for name in (NAME, METRICS, CURVES):
+            for part in folder.glob(f".{name}.*.part"):
+                part.unlink()
         yield
 
 

@@ -103,7 +103,7 @@ class TrainConfig:
 _POSITIVE = "positive and finite", lambda x: 0 < x < math.inf
 _PART = "at least 0 and below 1", lambda x: 0 <= x < 1
 _COUNT = "at least 1", lambda x: x >= 1
-RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "learning_rate": _POSITIVE,
     "weight_decay": ("at least 0 and finite", lambda x: 0 <= x < math.inf),
     "clip": ("positive", lambda x: x > 0),  # infinity clips nothing
@@ -135,9 +135,9 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     try:
         value = kind(value)
     except OverflowError:  # an integer that no float holds
-        raise ValueError(f"{name} must be {RANGES[name][0]}, got {value!r}") from None
-    if name in RANGES and not RANGES[name][1](value):
-        raise ValueError(f"{name} must be {RANGES[name][0]}, got {value}")
+        raise ValueError(f"{name} must be {_RANGES[name][0]}, got {value!r}") from None
+    if name in _RANGES and not _RANGES[name][1](value):
+        raise ValueError(f"{name} must be {_RANGES[name][0]}, got {value}")
     if name == "data" and not value:
         raise ValueError("data must be a folder, digits or cifar10, got ''")
     choices = field.metadata.get("choices")

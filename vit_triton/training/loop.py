@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader, default_collate
 from vit_triton import models
 from vit_triton.backend import resolve_backend
 from vit_triton.training import checkpoint, curves
+from vit_triton.training.checkpoint import CURVES, METRICS
 from vit_triton.training.config import TrainConfig
 from vit_triton.training.data import Data, Seeded, batches, load_data, seed_of
 from vit_triton.training.extras import extra
 from vit_triton.weights.atomic import write_atomically
 
-METRICS, CURVES = "metrics.jsonl", "curves.png"
 FLUSH_EVERY = 20  # steps: telling a loss waits for the device
 DRAW_EVERY = 30  # seconds
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
