@@ -241,18 +241,25 @@ def test_rows_of_very_negative_scores_only():
     check(q, k, v, torch.randn_like(q), torch.zeros(1, 1, 21), scale=100.0)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("which", ["q", "k", "v", "do"])
 @pytest.mark.parametrize("n", [7, 33])
-def test_nan_and_inf_spread_as_in_the_formula(value, which, n):
+def test_nan_and_inf_spread_as_in_the_formula(value, which, n, dropout_p):
+    """At a weight that was dropped too: 0 times NaN is NaN."""
     q, k, v = make(1, n, n, 2, 16, torch.float32)
-    {"q": q, "k": k, "v": v}[which][0, n // 2, 1, 3] = value
-    grads = [torch.randn_like(q), None]
-    ours = run(lambda *x: F.attention(*x, return_lse=True, backend="triton"), [q, k, v], grads)
-    theirs = run(lambda *x: formula(*x, 0.25), [q, k, v], grads)
-    assert torch.equal(ours[0].isnan(), theirs[0].isnan())
+    do = torch.randn_like(q)
+    {"q": q, "k": k, "v": v, "do": do}[which][0, n // 2, 1, 3] = value
+    keep = None if dropout_p == 0 else dropped(n, n, 2, dropout_p, seed=5).round(decimals=5)
+    torch.manual_seed(5)
+    ours = run(
+        lambda *x: F.attention(*x, dropout_p=dropout_p, return_lse=True, backend="triton"), [q, k, v], [do, None]
+    )
+    theirs = run(lambda *x: formula(*x, 0.25, keep), [q, k, v], [do, None])
     for name, a, b in zip(NAMES, ours, theirs, strict=True):
         assert torch.equal(a.isfinite(), b.isfinite()), name
+        # an infinite gradient that comes in gives inf - inf in some orders of the sums only
+        assert torch.equal(a.isnan(), b.isnan()) or name == "lse" or which == "do", name
     assert ours[0][:, :, 0].isfinite().all()
 
 

@@ -111,13 +111,61 @@ def recorded():
 
 def test_opcheck_of_every_op():
     calls = recorded()
-    names = {
-        s.split("(")[0].split("::")[1] for s in map(str, torch._C._dispatch_get_all_op_names()) if "vit_triton::" in s
-    }
-    assert {str(f).split(".")[1] for f in calls} == names
+    assert {str(f).split(".")[1] for f in calls} == operator_names()
     for function, all_args in calls.items():
         for args in all_args:
             torch.library.opcheck(function, args)
+
+
+class Storages(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails where a result of an operator of the library shares a storage with another one or with an argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        if function.namespace == "vit_triton":
+            self.names.add(function._schema.name.removeprefix("vit_triton::"))
+            results_ = results if isinstance(results, tuple) else (results,)
+            given = [x for arg in args for x in (arg if isinstance(arg, list) else [arg])]
+            tensors = [x for x in (*results_, *given) if isinstance(x, torch.Tensor)]
+            storages = [x.untyped_storage()._cdata for x in tensors]
+            for i in range(len(results_)):
+                assert storages[i] not in storages[:i] + storages[len(results_) :], f"result {i} of {function}"
+        return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 0, 5])
+def test_no_result_shares_its_storage(rows, dtype):
+    with Storages() as seen:
+        for name in FUNCTIONS:
+            tensors, call = sample(name, dtype)
+            ndim = {"patch_embed": 4}.get(name, 3)
+            batch = [x.detach()[: min(rows, 1)] if x.ndim >= ndim else x.detach() for x in tensors]
+            if ndim == 3 and rows == 1:
+                batch = [x[:, :1] if x.ndim >= ndim else x for x in batch]
+            for options in ({}, *random(name)):
+                leaves = [x.requires_grad_() for x in batch]
+                output = first(call(public(name), leaves, backend="triton", **options))
+                torch.autograd.grad(output, leaves, torch.randn_like(output))
+        x, weight = torch.randn(rows, 16, dtype=dtype), torch.randn(16, 16, dtype=dtype)
+        norm = torch.randn(16, dtype=dtype), torch.randn(16, dtype=dtype), 1e-5
+        with torch.no_grad():
+            F.linear(x, weight, residual=x, backend="triton")
+            F.mlp(x, weight, None, weight, None, residual=x, norm=norm, backend="triton")
+            qkv = torch.randn(48, 16, dtype=dtype)
+            block = F.Block(norm, qkv, None, weight, None, norm, weight, None, weight, None)
+            for blocks in ([], [block]):
+                F.encoder(x[:, None], blocks, heads=2, backend="triton")
+    assert seen.names == operator_names()
+
+
+def operator_names():
+    names = map(str, torch._C._dispatch_get_all_op_names())
+    return {name.split("(")[0].split("::")[1] for name in names if "vit_triton::" in name}
 
 
 # --- torch.compile -----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import DTYPES, assert_as_precise, double, run
 from test_attention import absolute as absolute_attention
+from test_attention import dropped, formula
 from test_linear import EPS
 
 from vit_triton import functional as F
@@ -196,6 +197,31 @@ def test_the_same_bits_every_time():
     copies = [[x.clone() for x in inputs] for _ in range(2)]
     first, second = (run(call(F.attention, backend="triton"), x, [do, None]) for x in copies)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("norm_type", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1, 2, 3, 6])
+def test_nan_and_inf_spread_as_in_pytorch(which, value, dropout_p, norm_type):
+    inputs = make(1, 9, 9, 2, 16, torch.float32)
+    inputs[which].view(-1)[35 % inputs[which].numel()] = value
+    do = torch.randn(1, 9, 2, 16)
+    keep = None if dropout_p == 0 else dropped(9, 9, 2, dropout_p, seed=5).round(decimals=5)
+
+    def norm(x, weight, bias):
+        if norm_type == "rms_norm":
+            return torch.nn.functional.rms_norm(x, (16,), weight, EPS) + bias
+        return torch.nn.functional.layer_norm(x, (16,), weight, bias, EPS)
+
+    def theirs(q, k, v, q_weight, q_bias, k_weight, k_bias):
+        return formula(norm(q, q_weight, q_bias), norm(k, k_weight, k_bias), v, 0.25, keep)
+
+    torch.manual_seed(5)
+    ours = run(call(F.attention, norm_type, dropout_p=dropout_p, backend="triton"), inputs, [do, None])
+    for name, a, b in zip(NAMES, ours, run(theirs, inputs, [do, None]), strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite()), name
+        assert torch.equal(a.isnan(), b.isnan()) or name == "lse", name
 
 
 def test_nan_stays_in_its_row():

@@ -22,7 +22,8 @@ def sum_parts_kernel(parts_ptr, total_ptr, n_parts, stride_p, size, BLOCK_P: tl.
 
 
 def sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The sum of float32 parts (P, ...), each of them contiguous, over P -> (...) in ``dtype``."""
+    """The sum of float32 parts (P, ...), each of them contiguous, over P -> (...) in ``dtype``; of one part in that dtype
+    a view of it, so that nothing else may lie in its storage."""
     if len(parts) == 1 and parts.dtype == dtype:
         return parts[0]
     total = parts.new_empty(parts.shape[1:], dtype=dtype)

@@ -384,7 +384,7 @@ def attention_bwd_dq_step(
         p = tl.where((offs_n < n_k)[None, :], p, 0.0)  # exp(0 - L) of a column that is not there may be inf
     if DROPOUT:
         keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], plane, dropout_p)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)  # NaN in dp is NaN in delta too
     ds = (p * (dp - delta[:, None])).to(k.dtype)  # [BLOCK_M, BLOCK_N]
     dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     if D_TAIL > 0:
@@ -535,8 +535,9 @@ def attention_bwd_dkdv_step(
     p_dropped = p
     if DROPOUT:
         keep = dropout_keep(seed, offs_m[None, :], offs_n[:, None], plane, dropout_p)
-        p_dropped = tl.where(keep, p * keep_scale, 0.0)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
+        dropped = tl.where(keep, keep_scale, 0.0)  # a factor: NaN stays NaN where it is dropped
+        p_dropped = p * dropped
+        dp *= dropped
     p_dropped = p_dropped.to(do.dtype)
     ds = (p * (dp - delta[None, :])).to(q.dtype)  # [BLOCK_N, BLOCK_M]
     dv = tl.dot(p_dropped, do, dv, input_precision=PRECISION)

@@ -59,6 +59,8 @@ def encoder_fwd(
     """Tokens (B, N, D) -> (B, N, D) behind the last block; with ``first_token`` (B, 1, D), and the last block computes
     only keys and values for the others. ``eps``: of both norms of each block."""
     batch, length, dim = x.shape
+    if not blocks:  # a copy: a result is no argument
+        return (x[:, :1] if first_token else x).clone(memory_format=torch.contiguous_format)
     rows = x.reshape(batch * length, dim)
     for i, (block, packed) in enumerate(zip(blocks, panels, strict=True)):
         norm1, norm2 = eps[2 * i : 2 * i + 2]

@@ -170,12 +170,12 @@ def layer_norm_apply(
 
 @triton.jit(do_not_specialize=["n_rows", "rows_per_batch", "n_steps"])
 def layer_norm_bwd_kernel(
-    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dsum_ptr, dx_ptr, partials_ptr,
+    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dsum_ptr, dx_ptr, dweights_ptr, dbiases_ptr,
     stride_dyb, stride_dym, stride_dyd, stride_xm, stride_xd, stride_sm, stride_sd,
     rows_per_batch, n_rows, width, n_steps,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """n_steps * BLOCK_M rows of dx, and their sum of dy * xhat and dy: row pid of partials (2, programs, D)."""
+    """n_steps * BLOCK_M rows of dx, and their sum of dy * xhat and dy: row pid of dweights and dbiases (programs, D)."""
     pid = tl.program_id(0)
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     mask_d = offs_d < width
@@ -212,8 +212,8 @@ def layer_norm_bwd_kernel(
         tl.store(dx_ptr + rows * width + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
     if weight_ptr is not None:
-        tl.store(partials_ptr + pid.to(tl.int64) * width + offs_d, dweight, mask=mask_d)
-        tl.store(partials_ptr + (tl.num_programs(0) + pid).to(tl.int64) * width + offs_d, dbias, mask=mask_d)
+        tl.store(dweights_ptr + pid.to(tl.int64) * width + offs_d, dweight, mask=mask_d)
+        tl.store(dbiases_ptr + pid.to(tl.int64) * width + offs_d, dbias, mask=mask_d)
 
 
 def layer_norm_bwd(
@@ -238,7 +238,10 @@ def layer_norm_bwd(
     config = pick_layer_norm(width, architecture(x.device))
     n_programs, n_steps = layer_norm_stretch(n_rows, config)
     dx = x.new_empty((n_rows, width))
-    partials = None if weight is None else x.new_empty((2, n_programs, width), dtype=torch.float32)
+    # apart, since what one program leaves is the result: two results must not share a storage
+    dweights, dbiases = (
+        None if weight is None else x.new_empty((n_programs, width), dtype=torch.float32) for _ in range(2)
+    )
     launch(
         layer_norm_bwd_kernel,
         (n_programs,),
@@ -250,7 +253,8 @@ def layer_norm_bwd(
         rstd_ptr=rstd,
         dsum_ptr=dsum,
         dx_ptr=dx,
-        partials_ptr=partials,
+        dweights_ptr=dweights,
+        dbiases_ptr=dbiases,
         stride_dyb=dy.stride(0),
         stride_dym=dy.stride(1),
         stride_dyd=dy.stride(2),
@@ -266,6 +270,6 @@ def layer_norm_bwd(
         BLOCK_D=config.block_d,
         num_warps=config.num_warps,
     )
-    if weight is None or partials is None:
+    if weight is None or dweights is None or dbiases is None:
         return dx, None, None
-    return dx, sum_parts(partials[0], weight.dtype), sum_parts(partials[1], weight.dtype)
+    return dx, sum_parts(dweights, weight.dtype), sum_parts(dbiases, weight.dtype)
