@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "integrations": {"backend", "functional", "models", "modules"},
     "inspection": {"checks", "functional", "modules"},
-    "models": {"backend", "functional", "modules", "weights"},
+    "models": {"backend", "checks", "functional", "modules", "weights"},
     "images": set(),
     "weights": set(),  # knows models by their state dicts
     "modules": {"backend", "checks", "functional", "packing"},
