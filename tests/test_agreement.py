@@ -318,9 +318,9 @@ def assert_agree(call, changes, mode):
         return  # drawn by another generator
     exact = outcome(call, changes, mode, "torch", double=True)
     assert not isinstance(exact, Exception), repr(exact)
-    # a constant row of a norm has the gradient 0 but for rounding: measure it by what gradients are like
-    size = max((float(exact[i].abs().max()) for i in pairs if exact[i].numel()), default=0.0)
     plain = [[x[i].detach().as_subclass(torch.Tensor) for i in pairs] for x in (ours, theirs, exact)]
+    # a constant row of a norm has the gradient 0 but for rounding: measure it by what gradients are like
+    size = max((float(x.abs().max()) for x in plain[2] if x.numel()), default=0.0)
     assert_as_precise(
         *(plain[0], [plain[1]], plain[2]),
         [x.abs() + size for x in plain[2]],

@@ -212,7 +212,17 @@ CASES = {
     "ViT with a head size beyond the limit": (lambda: vit(dim_head=300)(R(1, 3, 8, 8)), ValueError, ["256", "300"]),
     "image_size of three": (lambda: vit(image_size=(8, 8, 8)), ValueError, ["image_size", "(8, 8, 8)"]),
     "image_size is text": (lambda: vit(image_size="8"), TypeError, ["image_size", "'8'"]),
-    "dropout of a ViT is text": (lambda: vit(dropout="0.1"), TypeError, ["dropout", "number", "str"]),
+    "dropout of a ViT is text": (lambda: vit(dropout="0.1"), TypeError, ["dropout", "number", "'0.1'"]),
+    **{f"{name} of an Attention is {value!r}": (
+        lambda name=name, value=value: vit_triton.modules.Attention(**{"dim": 8, name: value}), error, [name, word])
+        for name, value, error, word in (
+            ("heads", 0, ValueError, "at least 1, got 0"), ("heads", "2", TypeError, "integer, got '2'"),
+            ("dim_head", -1, ValueError, "-1"), ("dim", 8.0, TypeError, "8.0"), ("dropout", "1", TypeError, "'1'"))},
+    "hidden_dim is an array": (
+        lambda: vit_triton.modules.FeedForward(8, np.array([8])), TypeError, ["hidden_dim", "numpy.ndarray"]),
+    "depth below 0": (lambda: vit_triton.modules.Transformer(8, -1, 2, 4, 8), ValueError, ["depth", "-1"]),
+    "patch_size of rows is a number": (
+        lambda: vit_triton.modules.PatchRows(4), TypeError, ["patch_size", "(height, width)", "4"]),
     "name of a backend": (lambda: vit_triton.use_backend("cudnn"), ValueError, ["'triton'", "'cudnn'"]),
     "attention_maps of numpy": (
         lambda: vit_triton.attention_maps(vit(), np.zeros((1, 3, 8, 8))), TypeError, ["torch.Tensor"]),

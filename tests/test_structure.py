@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "integrations": {"backend", "functional", "models", "modules", "packing"},
     "inspection": {"checks", "functional", "modules"},
-    "models": {"backend", "functional", "modules", "weights"},
+    "models": {"backend", "checks", "functional", "modules", "weights"},
     "images": set(),
     "weights": {"packing"},  # knows models by their state dicts
     "modules": {"backend", "checks", "functional"},

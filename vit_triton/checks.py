@@ -1,6 +1,7 @@
 """What came in place of an argument, said on one line, and the checks that several parts share."""
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 from torch import Tensor, strided
 
@@ -38,3 +39,17 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 def check_flag(name: str, value: object) -> None:
     if value is not True and value is not False:
         raise TypeError(f"{name} must be True or False, got {given(value)}")
+
+
+def check_count(name: str, value: object, *, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):  # NumPy's integers are welcome
+        raise TypeError(f"{name} must be an integer, got {given(value)}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {given(value)}")
+
+
+def check_probability(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {given(value)}")
+    if value < 0 or not value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {given(value)}")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vit_triton import functional as F
 from vit_triton.backend import check_backend_name, resolve_backend
-from vit_triton.checks import check_dense, kind
+from vit_triton.checks import check_count, check_dense, check_probability, given, kind
 
 __all__ = ["Attention", "FeedForward", "LayerNorm", "Linear", "PatchEmbedding", "PatchRows", "Transformer"]
 
@@ -131,6 +131,10 @@ class PatchRows(nn.Module):
 
     def __init__(self, patch_size: tuple[int, int]) -> None:
         super().__init__()
+        if not isinstance(patch_size, (tuple, list)) or len(patch_size) != 2:
+            raise TypeError(f"patch_size must be (height, width), got {given(patch_size)}")
+        for side in patch_size:
+            check_count("patch_size", side, at_least=1)
         self.patch_size = patch_size
 
     def forward(self, image: Tensor) -> Tensor:
@@ -224,6 +228,10 @@ class Attention(nn.Module):
         self, dim: int, heads: int = 8, dim_head: int = 64, dropout: float | None = 0.0, *, backend: str | None = None
     ) -> None:
         super().__init__()
+        for name, value in dict(dim=dim, heads=heads, dim_head=dim_head).items():
+            check_count(name, value, at_least=1)
+        if dropout is not None:
+            check_probability("dropout", dropout)
         inner_dim = heads * dim_head
         self.heads = heads
         self.dim_head = dim_head
@@ -332,6 +340,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float | None = 0.0, *, backend: str | None = None) -> None:
         super().__init__()
+        check_count("dim", dim, at_least=1)
+        check_count("hidden_dim", hidden_dim, at_least=1)
+        if dropout is not None:
+            check_probability("dropout", dropout)
         self.backend = checked_backend(backend)
         norm, widen = LayerNorm(dim, backend=backend), Linear(dim, hidden_dim, backend=backend)
         narrow = Linear(hidden_dim, dim, backend=backend)
@@ -413,6 +425,9 @@ class Transformer(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        check_count("dim", dim, at_least=1)
+        check_count("depth", depth, at_least=0)
+        check_count("mlp_dim", mlp_dim, at_least=1)
         self.norm = LayerNorm(dim, backend=backend)
         self.layers = nn.ModuleList(
             nn.ModuleList(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+from vit_triton.checks import check_count
 
-__all__ = ["check_count", "check_probability", "check_patches", "pair"]
+__all__ = ["check_patches", "pair"]
 
 
 def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
@@ -15,20 +15,6 @@ def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     check_count(name, height, at_least=1)
     check_count(name, width, at_least=1)
     return height, width
-
-
-def check_count(name: str, value: object, *, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):  # NumPy's integers are welcome
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if int(value) < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
-
-
-def check_probability(name: str, value: object) -> None:
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    if not 0.0 <= float(value) <= 1.0:
-        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
 
 
 def check_patches(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:

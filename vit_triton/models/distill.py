@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
-from vit_triton.models.arguments import check_probability
+from vit_triton.checks import check_probability
 from vit_triton.models.vit import ViT
 from vit_triton.modules import LayerNorm, Linear
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vit_triton.models.arguments import check_count, check_patches, check_probability, pair
+from vit_triton.checks import check_count, check_probability
+from vit_triton.models.arguments import check_patches, pair
 from vit_triton.models.base import VisionModel
 from vit_triton.modules import (
     LayerNorm,
