@@ -233,6 +233,17 @@ def test_a_file_of_quantized_tensors(tmp_path):
     refuse(nn.Linear(4, 1), tmp_path / "model.pt", r"which holds 'weight': torch.qint8 torch.strided on cpu, 'bias'")
 
 
+@pytest.mark.parametrize("odd", [torch.eye(3).to_sparse(), torch.zeros(1).expand(3), QUANTIZED, NESTED], ids=str)
+@pytest.mark.usefixtures("virtual_memory")
+def test_a_model_of_tensors_that_cannot_be_written(tmp_path, odd):
+    torch.save({"first": torch.ones(3), "second": torch.ones(3)}, tmp_path / "model.pt")
+    model = Holder(torch.zeros(3))
+    model.second = odd
+    with pytest.raises(ValueError, match="^model: second is no dense tensor with memory of its own; ignore leaves it"):
+        load_weights(model, tmp_path / "model.pt")
+    assert torch.equal(model.first, torch.zeros(3))
+
+
 # --- small files, large memory -------------------------------------------------------------------------------
 
 
@@ -549,14 +560,16 @@ def only_weights_error(model: nn.Module, path: Path, **options) -> bool:
         try:
             load_weights(model, path, **options)
             return True
-        except WeightsError as error:
-            assert not isinstance(error.__cause__, MemoryError)
+        except WeightsError:
+            pass
     assert_untouched(model, before)
     return False
 
 
-def whole_files(folder: Path) -> dict[str, bytes]:
-    model = made(Tiny)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A folder of files of every kind."""
+    model, folder = made(Tiny), tmp_path_factory.mktemp("whole")
     state = snapshot(model)
     for suffix in (".safetensors", ".pt"):
         save_weights(model, folder / f"model{suffix}")
@@ -569,25 +582,17 @@ def whole_files(folder: Path) -> dict[str, bytes]:
     tensors = [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in state.items() if name != "pos_embed"]
     tensors.append(numpy_helper.from_array(state["pos_embed"].numpy(), "onnx::Add_1"))
     write_graph(nodes, tensors, folder / "model.onnx")
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return folder
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> dict[str, bytes]:
-    return whole_files(tmp_path_factory.mktemp("whole"))
-
-
-@st.composite
-def damages(draw) -> list[tuple]:
-    place = st.floats(0, 1, exclude_max=True)
-    kinds = {
-        "cut": st.tuples(st.just("cut"), place),
-        "flip": st.tuples(st.just("flip"), place, st.integers(0, 7)),
-        "byte": st.tuples(st.just("byte"), place, st.integers(0, 255)),
-        "copy": st.tuples(st.just("copy"), place, place, st.integers(1, 64)),
-        "drop": st.tuples(st.just("drop"), place, st.integers(1, 64)),
-    }
-    return draw(st.lists(st.one_of(*kinds.values()), min_size=1, max_size=4))
+PLACE = st.floats(0, 1, exclude_max=True)
+DAMAGES = st.one_of(
+    st.tuples(st.just("cut"), PLACE),
+    st.tuples(st.just("flip"), PLACE, st.integers(0, 7)),
+    st.tuples(st.just("byte"), PLACE, st.integers(0, 255)),
+    st.tuples(st.just("copy"), PLACE, PLACE, st.integers(1, 64)),
+    st.tuples(st.just("drop"), PLACE, st.integers(1, 64)),
+)
 
 
 def damaged(content: bytes, steps: list[tuple]) -> bytes:
@@ -609,11 +614,13 @@ def damaged(content: bytes, steps: list[tuple]) -> bytes:
 
 
 @quiet
-@hypothesis.given(st.integers(0, 6), damages(), st.booleans(), st.sampled_from(["", "head.*"]))
-def test_fuzz_damaged_files(whole, tmp_path_factory, which, steps, resample, ignore):
-    name = sorted(whole)[which]
-    path = tmp_path_factory.getbasetemp() / f"damaged-{name}"
-    path.write_bytes(damaged(whole[name], steps))
+@hypothesis.given(
+    st.integers(0, 6), st.lists(DAMAGES, min_size=1, max_size=4), st.booleans(), st.sampled_from(["", "head.*"])
+)
+def test_fuzz_damaged_files(whole, which, steps, resample, ignore):
+    good = sorted(whole.iterdir())[which]
+    path = whole.parent / f"damaged-{good.name}"
+    path.write_bytes(damaged(good.read_bytes(), steps))
     only_weights_error(Tiny(), path, resample=resample, ignore=ignore)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vit_triton.packing import refuse
 from vit_triton.weights import files
 from vit_triton.weights.files import WeightsError
-from vit_triton.weights.fitting import Fit, Wanted, best_fit, fit
+from vit_triton.weights.fitting import Fit, Wanted, best_fit, fit, matches
 from vit_triton.weights.layouts import places
 from vit_triton.weights.patches import patch_of
 from vit_triton.weights.positions import grid_of
@@ -73,6 +73,11 @@ def load_weights(
     into = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and tensor.numel()}
     if any(tensor.is_meta for tensor in into.values()):
         raise ValueError("model is on the meta device, where it has no memory: model.to_empty(device=...) first")
+    for name, tensor in list(into.items()):
+        if not _is_writable(tensor):
+            if not matches(name, patterns):
+                raise ValueError(f"model: {name} is no dense tensor with memory of its own; ignore leaves it")
+            del into[name]
     like = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in into.items()}
     file_grid = None if grid is None else (grid[0], grid[1])
     wanted = Wanted(like, places(like), grid_of(model), patch_of(model), patterns, file_grid, resample)
@@ -105,6 +110,13 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     _check(model, path)
     files.write(model.state_dict(), Path(path))
+
+
+def _is_writable(tensor: Tensor) -> bool:
+    """Whether numbers can be written to it one by one; an expanded tensor, for one, has fewer than it shows."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        return False
+    return all(stride or size == 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _check(model: Any, path: Any, key: Any = None, grid: Any = None, resample: Any = False) -> None:

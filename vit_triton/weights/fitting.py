@@ -19,9 +19,14 @@ from vit_triton.weights.patches import fit_patches
 from vit_triton.weights.positions import fit_positions
 from vit_triton.weights.stored import Stored
 
-__all__ = ["Fit", "Wanted", "best_fit", "fit"]
+__all__ = ["Fit", "Wanted", "best_fit", "fit", "matches"]
 
 SMALLEST_LIMIT = 2**24  # numbers that any file may unpack to be compared or resampled
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a name is one that a pattern such as ``head.*`` stands for."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class Wanted(NamedTuple):
@@ -36,7 +41,7 @@ class Wanted(NamedTuple):
     resample: bool
 
     def ignores(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self.ignore)
+        return matches(name, self.ignore)
 
     def limit(self) -> int:
         """Numbers that a tensor of another shape than the model's may have."""
