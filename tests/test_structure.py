@@ -20,20 +20,22 @@ ARROWS: dict[str, set[str]] = {
     "cli": {"__init__", "backend", "cpu", "images", "inspection", "integrations", "kernels", "training", "weights"},
     "training": {"backend", "images", "models"},
     "__init__": {
-        *("backend", "functional", "inspection", "integrations", "models", "modules", "reference", "weights"),
+        *("backend", "fallback", "functional", "inspection", "integrations", "models", "modules", "reference"),
+        "weights",
     },
-    "integrations": {"backend", "functional", "models", "modules"},
+    "integrations": {"backend", "fallback", "functional", "models", "modules"},
     "inspection": {"functional", "modules"},
     "models": {"backend", "functional", "modules", "weights"},
     "images": set(),
     "weights": set(),  # knows models by their state dicts
-    "modules": {"backend", "functional", "packing"},
+    "modules": {"backend", "fallback", "functional", "packing"},
     "functional": {"autograd", "backend", "packing", "reference"},
     "packing": {"cpu", "kernels"},
     "autograd": {"ops"},
     "ops": {"cpu", "kernels"},
     "reference": set(),
     "backend": {"cpu"},
+    "fallback": set(),
     "kernels": set(),
     "cpu": set(),  # a package that could stand alone
 }
