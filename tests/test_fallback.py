@@ -13,8 +13,10 @@ import timm
 import torch
 import transformers
 from hypothesis import given, settings
+from parity import BASE
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import get_graph_node_names
 
 import vit_triton
@@ -315,6 +317,28 @@ def test_the_attention_of_transformers_is_counted():
         model.double()(images().double())
     (reasons,) = vit_triton.fallbacks(model).values()
     assert reasons == {"torch.float64 input": 1}
+
+
+# --- counters of others ------------------------------------------------------------------------------------
+
+
+def test_flops_are_those_of_the_model_before():
+    def flops(model: nn.Module) -> tuple[int, int]:
+        with torch.no_grad(), FlopCounterMode(display=False) as counted:
+            model(images())
+        with torch.no_grad(), vit_triton.portable_operators(), torch.profiler.profile(with_flops=True) as profile:
+            model(images())
+        return counted.get_total_flops(), sum(event.flops for event in profile.key_averages())
+
+    model = make()
+    theirs = flops(model)
+    vit_triton.accelerate(model, "triton")
+    assert flops(model) == theirs and min(theirs) > 0
+    ours = vit_triton.ViT(**BASE, backend="triton")
+    with vit_triton.portable_operators():
+        counted = flops(ours)
+    ours.backend = "torch"
+    assert counted == flops(ours) and min(counted) > 0
 
 
 # --- fuzzing -----------------------------------------------------------------------------------------------
