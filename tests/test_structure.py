@@ -20,15 +20,15 @@ ARROWS: dict[str, set[str]] = {
     "cli": {"__init__", "backend", "cpu", "images", "inspection", "integrations", "kernels", "training", "weights"},
     "training": {"backend", "images", "models", "weights"},
     "__init__": {
-        *("backend", "functional", "inspection", "integrations", "models", "modules", "packing"),
+        *("backend", "fallback", "functional", "inspection", "integrations", "models", "modules", "packing"),
         *("reference", "weights"),
     },
-    "integrations": {"backend", "functional", "models", "modules", "packing"},
+    "integrations": {"backend", "fallback", "functional", "models", "modules", "packing"},
     "inspection": {"checks", "functional", "modules"},
     "models": {"backend", "checks", "functional", "modules", "weights"},
     "images": set(),
     "weights": {"packing"},  # knows models by their state dicts
-    "modules": {"backend", "checks", "functional"},
+    "modules": {"backend", "checks", "fallback", "functional"},
     "functional": {"autograd", "backend", "checks", "reference"},
     "autograd": {"ops"},
     "ops": {"cpu", "kernels", "packing"},
@@ -36,6 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "reference": set(),
     "backend": {"checks", "cpu"},
     "checks": set(),
+    "fallback": set(),
     "kernels": set(),
     "cpu": set(),  # a package that could stand alone
 }

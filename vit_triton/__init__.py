@@ -2,6 +2,7 @@
 
 from vit_triton import functional, reference
 from vit_triton.backend import portable_operators, use_backend
+from vit_triton.fallback import fallbacks
 from vit_triton.inspection import attention_maps
 from vit_triton.integrations import accelerate, restore
 from vit_triton.models import DistillableViT, DistillWrapper, SimpleViT, ViT
@@ -17,6 +18,7 @@ __all__ = [
     "ViT",
     "accelerate",
     "attention_maps",
+    "fallbacks",
     "functional",
     "load_weights",
     "portable_operators",

@@ -19,6 +19,8 @@ from vit_triton.checks import check_choice
 BACKENDS = ("triton", "torch", "auto")
 ENVIRONMENT_VARIABLE = "VIT_TRITON_BACKEND"
 
+MAX_NORM_WIDTH = 2**16  # of a LayerNorm: the kernels hold a row in the registers of one program
+
 _default: str | None = None  # what use_backend set
 _portable = 0  # how many contexts of portable_operators are open
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -103,12 +105,12 @@ def ignore_warnings_of_shape_checks() -> None:
 ignore_warnings_of_shape_checks()
 
 
-def resolve_backend(backend: str | None, op: str, x: torch.Tensor) -> str:
-    """ "triton" or "torch" for ``op``, named as its public function is, on ``x``.
+def resolve_backend(backend: str | None, op: str, x: torch.Tensor, norm_width: int = 0) -> str:
+    """ "triton" or "torch" for ``op``, named as its public function is, on ``x``, with a LayerNorm of ``norm_width``.
 
     "torch" where :func:`is_portable` is true. "auto" takes "triton" for float32, float16, bfloat16 and uint8 tensors on
     a GPU where Triton is installed, on a CPU where the compiled kernels of ``op`` were measured to be faster, else
-    "torch". An explicit "triton" runs or raises.
+    "torch", as for a LayerNorm wider than ``MAX_NORM_WIDTH``. An explicit "triton" runs or raises.
 
     Raises:
         ValueError: if the name is unknown.
@@ -123,6 +125,8 @@ def resolve_backend(backend: str | None, op: str, x: torch.Tensor) -> str:
     if is_portable():
         return "torch"
     if name == "auto":
+        if norm_width > MAX_NORM_WIDTH:
+            return "torch"
         runs = _TRITON_INSTALLED and x.device.type in _GPU_TYPES and x.dtype != torch.float64
         return "triton" if runs or _faster_on_cpu(op, x) else "torch"
     if name == "triton":

@@ -27,11 +27,11 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
 NORM_TYPES = ("layer_norm", "rms_norm")
 PATCH_ORDERS = ("p1 p2 c", "c p1 p2")
 MAX_HEAD_DIM = 256
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _REFERENCE_FLOATS = (*_FLOATS, torch.float64)
 _STRIDED = torch.strided
 _AUTOCAST = ("cuda", "cpu", "xpu")  # known to have it: asking takes as long as a check of all tensors
-_MAX_ROWS = 2**31 - 1  # rows are counted in 32 bits by the kernels, and so are the programs of a launch
+MAX_ROWS = 2**31 - 1  # rows are counted in 32 bits by the kernels, and so are the programs of a launch
 
 
 def attention(
@@ -174,7 +174,7 @@ def linear(
     _check_alike("x", x, weight=weight, bias=bias, residual=residual, layer_scale=layer_scale)
     _check_rows(x)
     weight, bias = _autocast(weight, bias, device=x.device)
-    if resolve_backend(backend, "linear", x) == "torch":
+    if resolve_backend(backend, "linear", x, _width(norm, x)) == "torch":
         return reference.linear(
             x,
             weight,
@@ -239,7 +239,7 @@ def mlp(
     _check_alike("x", x, w1=w1, b1=b1, w2=w2, b2=b2, residual=residual, layer_scale=layer_scale)
     _check_rows(x)
     w1, b1, w2, b2 = _autocast(w1, b1, w2, b2, device=x.device)
-    if resolve_backend(backend, "mlp", x) == "torch":
+    if resolve_backend(backend, "mlp", x, _width(norm, x)) == "torch":
         return reference.mlp(
             x,
             w1,
@@ -309,7 +309,7 @@ def encoder(
     if apart or torch.compiler.is_compiling() or autocasting(x.device.type):
         functions = tuple(functools.partial(op, backend=backend) for op in (linear, attention, mlp))
         return reference.encoder_of(functions, x, blocks, heads, scale, activation, first_token)
-    if resolve_backend(backend, "encoder", x) == "torch":
+    if resolve_backend(backend, "encoder", x, x.shape[-1]) == "torch":
         return reference.encoder(x, blocks, heads=heads, scale=scale, activation=activation, first_token=first_token)
     _check_kernel_dtype("x", x)
     arguments: list[Tensor | None] = []
@@ -346,7 +346,7 @@ def layer_norm(
     _check_alike("x", x, residual=residual)
     _check_rows(x)
     x, weight, bias, residual = _autocast(x, weight, bias, residual, dtype=torch.float32)
-    if resolve_backend(backend, "layer_norm", x) == "torch":
+    if resolve_backend(backend, "layer_norm", x, x.shape[-1]) == "torch":
         return reference.layer_norm(x, weight, bias, eps=eps, residual=residual)
     _check_kernel_dtype("x", x)
     weight, bias, _ = _norm_parts((weight, bias, eps))
@@ -438,11 +438,12 @@ def patch_embed(
     else:
         _check_alike("image", image, weight=weight, bias=bias, pos=pos, prefix=prefix)
     if _too_many(batch * patches):
-        raise ValueError(f"image has {batch * patches} patches in all, more than {_MAX_ROWS}")
+        raise ValueError(f"image has {batch * patches} patches in all, more than {MAX_ROWS}")
     weight, bias = _autocast(weight, bias, device=image.device)
     if pos is not None:
         pos = pos[:patches]
-    if resolve_backend(backend, "patch_embed", weight) == "torch":
+    widest = max(_width(pre_norm, weight), 0 if post_norm is None else dim)
+    if resolve_backend(backend, "patch_embed", weight, widest) == "torch":
         return reference.patch_embed(
             image,
             weight,
@@ -522,6 +523,11 @@ def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
 
 def _samples(x: Tensor, drop_path_p: float) -> Tensor | None:
     return reference.kept_samples(x, drop_path_p) if drop_path_p > 0 else None
+
+
+def _width(norm: Norm | None, x: Tensor) -> int:
+    """How wide a norm over the last dimension of ``x`` is; 0 where there is none."""
+    return 0 if norm is None else x.shape[-1]
 
 
 def _scale(scale: float | None, x: Tensor) -> float:
@@ -687,7 +693,7 @@ def _check_attention(q_shape: Sequence[int], n_k: int, scale: float | None, drop
     if n_k < 1:
         raise ValueError("k and v must have at least one row, got 0")
     if _too_many(batch * heads * max(n_q, n_k)):
-        raise ValueError(f"batch * heads * rows must be at most {_MAX_ROWS}, got {batch * heads * max(n_q, n_k)}")
+        raise ValueError(f"batch * heads * rows must be at most {MAX_ROWS}, got {batch * heads * max(n_q, n_k)}")
     if scale is not None:
         _check_number("scale", scale)
     _check_dropout("dropout_p", dropout_p)
@@ -793,9 +799,9 @@ def _check_vector(name: str, x: Tensor, weight_name: str, weight: Tensor) -> Non
 
 def _too_many(rows: int) -> bool:
     """Whether the kernels cannot count so many; of a symbol that is not compared where PyTorch's operators run."""
-    return not (torch.compiler.is_compiling() and is_portable()) and rows > _MAX_ROWS
+    return not (torch.compiler.is_compiling() and is_portable()) and rows > MAX_ROWS
 
 
 def _check_rows(x: Tensor) -> None:
     if _too_many(math.prod(x.shape[:-1])):
-        raise ValueError(f"x must have at most {_MAX_ROWS} rows, got {math.prod(x.shape[:-1])}")
+        raise ValueError(f"x must have at most {MAX_ROWS} rows, got {math.prod(x.shape[:-1])}")

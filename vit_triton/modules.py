@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from vit_triton import functional as F
-from vit_triton.backend import check_backend_name, resolve_backend
+from vit_triton.backend import MAX_NORM_WIDTH, check_backend_name, resolve_backend
 from vit_triton.checks import check_count, check_dense, check_probability, given, kind
+from vit_triton.fallback import count
 
 __all__ = ["Attention", "FeedForward", "LayerNorm", "Linear", "PatchEmbedding", "PatchRows", "Transformer"]
 
@@ -37,6 +38,7 @@ def untouched(module: object, cls: type[nn.Module]) -> bool:
     """Whether `module` still computes what `cls` computes and nobody watches it: then it may be fused."""
     return (
         isinstance(module, cls)
+        and (cls is not LayerNorm or cast(LayerNorm, module).normalized_shape[0] <= MAX_NORM_WIDTH)
         and type(module).forward is cls.forward
         and "forward" not in vars(module)  # wrappers such as accelerate's replace it on the instance
         and not module._forward_hooks
@@ -90,6 +92,9 @@ class Linear(nn.Linear):
 class LayerNorm(nn.LayerNorm):
     """:class:`torch.nn.LayerNorm` over the last dimension (Ba et al. 2016, arXiv:1607.06450).
 
+    One that is wider than the kernels take, 65,536, is computed by the reference whatever the backend; on backend
+    "triton" :func:`vit_triton.fallbacks` counts it.
+
     Args:
         dim: size of the last dimension.
         eps: added to the variance.
@@ -112,7 +117,12 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
-        return cast(Tensor, F.layer_norm(input, self.weight, self.bias, eps=self.eps, backend=self.backend))
+        backend = self.backend
+        if self.normalized_shape[0] > MAX_NORM_WIDTH and isinstance(input, Tensor):
+            if resolve_backend(backend, "layer_norm", input, self.normalized_shape[0]) == "triton":
+                count(self, f"a LayerNorm wider than {MAX_NORM_WIDTH}")
+            backend = "torch"
+        return cast(Tensor, F.layer_norm(input, self.weight, self.bias, eps=self.eps, backend=backend))
 
     def arguments(self) -> F.Norm:
         """(weight, bias, eps), the form in which the fused functions take a norm."""

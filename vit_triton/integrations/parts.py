@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vit_triton import functional as F
+from vit_triton.backend import MAX_NORM_WIDTH
 from vit_triton.integrations.replacement import Unknown, only, part, sharded
 from vit_triton.modules import dropout_now
 
@@ -18,6 +20,10 @@ __all__ = [
     "activation_of",
     "attend",
     "check_head_size",
+    "check_input",
+    "check_rows",
+    "check_tokens",
+    "check_weight",
     "dropout_of",
     "feed_forward",
     "layer_norm_of",
@@ -71,8 +77,8 @@ class MlpParts(NamedTuple):
 def attend(x: Tensor, parts: AttentionParts, backend: str | None, branch: Branch = Branch()) -> Tensor:  # noqa: B008 - a tuple
     """(B, N, dim) -> (B, N, dim out)."""
     check_input(x, parts.qkv_weight, parts.out_weight, branch.layer_scale)
-    if x.ndim != 3:
-        raise Unknown("no batch of tokens")
+    check_tokens(x)
+    check_rows(x.shape[0] * x.shape[1] * parts.heads)
     qkv = F.linear(x, parts.qkv_weight, parts.qkv_bias, norm=parts.norm, backend=backend)
     out = F.attention_packed(
         qkv.unflatten(-1, (3, parts.heads, -1)),
@@ -104,10 +110,40 @@ def feed_forward(x: Tensor, parts: MlpParts, backend: str | None, branch: Branch
 
 
 def check_input(x: Tensor, *weights: Tensor | None) -> None:
-    """Raise Unknown where a weight is sharded, or where dtypes are mixed by hand: PyTorch's promotion decides then."""
+    """Raise Unknown where there are more rows than the kernels count, where a weight is sharded or of a dtype that they
+    do not take, or where dtypes are mixed by hand: PyTorch's promotion decides then."""
     for weight in weights:
-        if weight is not None and (sharded(weight) or (weight.dtype != x.dtype and not F.autocasting(x.device.type))):
-            raise Unknown("a sharded weight, or several dtypes")
+        if weight is None:
+            continue
+        if sharded(weight):
+            raise Unknown("a sharded weight")
+        if weight.dtype != x.dtype:
+            if not F.autocasting(x.device.type):
+                raise Unknown("several dtypes")
+            if weight.dtype not in F.KERNEL_DTYPES:
+                raise Unknown(f"a weight of {weight.dtype}")
+    check_rows(math.prod(x.shape[:-1]))
+
+
+def check_rows(rows: int) -> None:
+    """Raise Unknown if the kernels cannot count so many rows."""
+    if rows > F.MAX_ROWS:
+        raise Unknown("more rows than the kernels count")
+
+
+def check_tokens(x: Tensor) -> None:
+    """Raise Unknown if `x` is not (B, N, dim), N at least 1."""
+    if x.ndim != 3 or x.shape[1] == 0:
+        raise Unknown("no batch of tokens")
+
+
+def check_weight(name: str, weight: Any) -> None:
+    """Raise Unknown if `weight` is a tensor of a kind of its own, a quantized one for example, or has no elements.
+    FSDP's are whole again when the module is called, see :func:`check_input`."""
+    if type(weight) not in (nn.Parameter, Tensor) and not isinstance(weight, FakeTensor) and not sharded(weight):
+        raise Unknown(f"{name}: its weight is a {type(weight).__name__}")
+    if 0 in weight.shape:
+        raise Unknown(f"{name}: its weight is empty")
 
 
 def check_head_size(size: int) -> None:
@@ -121,6 +157,9 @@ def layer_norm_of(norm: Any) -> F.Norm:
     only(norm, "weight", "bias")
     if len(norm.normalized_shape) != 1:
         raise Unknown(f"normalises over {len(norm.normalized_shape)} dimensions")
+    (width,) = norm.normalized_shape
+    if not 0 < width <= MAX_NORM_WIDTH:
+        raise Unknown(f"normalises {width} numbers, the kernels at most {MAX_NORM_WIDTH}")
     if getattr(norm, "_fast_norm", False):  # timm's
         raise Unknown("fast_norm is on, which autocast does not raise to float32")
     return norm.weight, norm.bias, norm.eps
@@ -132,12 +171,10 @@ def norm_of(module: nn.Module, name: str, *classes: type[nn.Module] | None) -> F
 
 
 def linear_of(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the Linear of that name; Unknown if they are tensors of a kind of their own, quantized ones
-    for example. FSDP's are whole again when the module is called, see :func:`check_input`."""
+    """Weight and bias of the Linear of that name; Unknown as of :func:`check_weight`."""
     linear = part(module, name, nn.Linear)
     weight = linear.weight
-    if type(weight) not in (nn.Parameter, Tensor) and not isinstance(weight, FakeTensor) and not sharded(weight):
-        raise Unknown(f"{name}: its weight is a {type(weight).__name__}")
+    check_weight(name, weight)
     return weight, linear.bias
 
 

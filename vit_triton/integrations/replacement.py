@@ -13,13 +13,18 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from vit_triton.backend import check_backend_name, is_portable
+from vit_triton.fallback import count, counter, for_a_graph, forget
+from vit_triton.functional import KERNEL_DTYPES
 from vit_triton.packing import refuse
 
 __all__ = ["Entry", "Recipe", "Report", "Unknown", "accelerate", "restore"]
@@ -32,17 +37,39 @@ class Unknown(Exception):
     """Why a module, or what it was called with, cannot be computed here."""
 
 
-def plain_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The first argument of a call, if it is a tensor for the kernels and every other argument is None or False."""
+def plain_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The first argument of a call, if it is a tensor for the kernels and every other argument is None or False.
+
+    Raises:
+        Unknown: it is not.
+    """
     values = (*args, *kwargs.values())
-    if not values or not for_kernels(values[0]):
-        return None
-    return values[0] if all(value is None or value is False for value in values[1:]) else None
+    for i, value in enumerate(values[1:], 1):
+        if value is not None and value is not False:
+            name = f"argument {i + 1}" if i < len(args) else list(kwargs)[i - len(args)]
+            raise Unknown(f"called with {name}")
+    return kernel_input(values[0] if values else None)
 
 
-def for_kernels(x: object) -> bool:
-    """Whether `x` is a tensor that the kernels could take: not of float64, not nested, not sharded."""
-    return isinstance(x, Tensor) and x.dtype != torch.float64 and not x.is_nested and not sharded(x)
+def kernel_input(x: Any) -> Tensor:
+    """`x`, if the kernels take such a tensor: of a dtype of theirs, dense, not sharded, and no kind of its own.
+
+    Raises:
+        Unknown: they do not.
+    """
+    if type(x) is not Tensor and not isinstance(x, _KINDS):
+        raise Unknown(f"its input is a {type(x).__name__}")
+    if x.dtype not in KERNEL_DTYPES:
+        raise Unknown(f"{x.dtype} input")
+    if x.is_nested or x.layout is not torch.strided:
+        raise Unknown("a nested or sparse input")
+    if sharded(x):
+        raise Unknown("a sharded input")
+    return x
+
+
+# nn.Buffer and nn.Parameter have no instances of their own class; FunctionalTensors come from torch.compile
+_KINDS = (nn.Parameter, nn.Buffer, FakeTensor, FunctionalTensor)
 
 
 def sharded(x: Tensor) -> bool:
@@ -50,11 +77,15 @@ def sharded(x: Tensor) -> bool:
     return hasattr(x, "to_local")
 
 
-def watched() -> bool:
-    """Whether a hook is called with every module, or a function is transformed in a way that no kernel knows: those of
-    torch.func, and forward mode."""
-    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return transformed or bool(nn.modules.module._has_any_global_hook())
+def check_unwatched() -> None:
+    """Raise Unknown if a hook is called with every module, or a function is transformed in a way that no kernel has:
+    those of torch.func, and forward mode."""
+    if torch._C._are_functorch_transforms_active():
+        raise Unknown("inside a transform of torch.func")
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise Unknown("inside forward-mode differentiation")
+    if nn.modules.module._has_any_global_hook():
+        raise Unknown("a hook on every module")
 
 
 class Recipe(NamedTuple):
@@ -65,13 +96,14 @@ class Recipe(NamedTuple):
         read: module -> what `compute` takes of it; raises :class:`Unknown`. None: not such a module, nothing to say.
         compute: (input, what was read, backend) -> what the module returns; raises :class:`Unknown`, too, before it
             draws a random number.
-        find_input: (args, kwargs) -> the input, or None where this call is for the module's own ``forward``.
+        find_input: (args, kwargs) -> the input; raises :class:`Unknown` where this call is for the module's own
+            ``forward``.
     """
 
     needs: tuple[str, ...]
     read: Callable[[Any], Any]
     compute: Callable[[Tensor, Any, str | None], Any]
-    find_input: Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] = plain_input
+    find_input: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] = plain_input
 
 
 _recipes: dict[type[nn.Module], Recipe] = {}
@@ -167,7 +199,7 @@ def only(module: nn.Module, *names: str) -> None:
 
 
 @functools.cache
-def _accelerated(cls: Any, recipe: Recipe, backend: str | None) -> Any:
+def _accelerated(cls: Any, recipe: Recipe, backend: str | None, strict: bool) -> Any:
     """The subclass of `cls` that computes by `recipe`."""
     known = cls.forward
 
@@ -175,19 +207,23 @@ def _accelerated(cls: Any, recipe: Recipe, backend: str | None) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_portable():
             return cls.forward(self, *args, **kwargs)
-        x = recipe.find_input(args, kwargs)
-        if x is not None and cls.forward is known and not watched():
-            try:
-                found = recipe.read(self)
-                if found is not None:
-                    return recipe.compute(x, found, backend)
-            except Unknown:
-                pass
+        try:
+            if cls.forward is not known:
+                raise Unknown("the forward of its class was replaced")
+            check_unwatched()
+            x = recipe.find_input(args, kwargs)
+            found = recipe.read(self)
+            if found is None:
+                raise Unknown(NOT_KNOWN)
+            return recipe.compute(x, found, backend)
+        except Unknown as unknown:
+            if strict or not torch.compiler.is_compiling():
+                _fall_back(self, unknown, strict)
         return cls.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         _, (_, *arguments), *state = super(accelerated, self).__reduce_ex__(max(int(protocol), 2))
-        return _new, (cls, backend, *arguments), *state
+        return _new, (cls, (backend, strict), _names.get(self, ""), *arguments), *state
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     parts = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_replaced": cls}
@@ -195,11 +231,28 @@ def _accelerated(cls: Any, recipe: Recipe, backend: str | None) -> Any:
     return accelerated
 
 
-def _new(cls: Any, backend: str | None, *arguments: Any) -> nn.Module:
+_names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # of accelerated modules, for messages
+
+
+def _fall_back(module: nn.Module, reason: Unknown, strict: bool) -> None:
+    """Before the library computes a call of `module`: count it, or raise if the model is to be strict."""
+    if strict and not for_a_graph():
+        name = _names.get(module)
+        named = f"{name} ({type(module).__name__})" if name else f"the {type(module).__name__}"
+        raise RuntimeError(
+            f"{named} would fall back to its library's forward, and strict=True was given to accelerate: {reason}"
+        )
+    count(module, str(reason))
+
+
+def _new(cls: Any, options: tuple[str | None, bool], name: str, *arguments: Any) -> nn.Module:
     """An empty accelerated module of `cls`, for pickle and deepcopy to fill; a plain one where it is not known."""
     _load_recipes()
     recipe = _recipe_of(cls)
-    return cls.__new__(cls if recipe is None else _accelerated(cls, recipe, backend), *arguments)
+    module = cls.__new__(cls if recipe is None else _accelerated(cls, recipe, *options), *arguments)
+    if recipe is not None:
+        _names[module] = name
+    return module
 
 
 def _recipe_of(cls: type[nn.Module]) -> Recipe | None:
@@ -218,20 +271,24 @@ def accelerate(
     mlp: bool = True,
     layer_norm: bool = True,
     patch_embedding: bool = True,
+    strict: bool = False,
 ) -> Report:
     """Compute a model of timm, Hugging Face, torchvision or vit_pytorch with the functions of this package, in place.
 
     Only ``forward`` of modules that are known is replaced: patch embeddings, attention, MLPs, LayerNorms, and blocks as
     a whole, where residual, LayerScale and DropPath go into the matrix products. Parameters, buffers, names, hooks,
     state dict, ``isinstance``, deepcopy and pickle stay as they were, and an optimizer made before stays valid.
-    Every call looks again: with a hook on an inner module, a replaced or wrapped part, an attention mask or a float64
-    input, and inside a transform of ``torch.func``, it is the library's own ``forward`` that runs. Dropout draws other
-    numbers than PyTorch's, at the same rate.
+    Every call reads the module again and falls back to the library's own ``forward`` where the kernels cannot compute
+    it: with a hook on an inner module, a replaced or wrapped part, an attention mask or a float64 input, and inside a
+    transform of ``torch.func``. :meth:`Report.fallbacks` and :func:`vit_triton.fallbacks` count these calls; nothing is
+    counted in ``torch.compile``. ``torch.jit.trace``, ONNX export and :class:`vit_triton.portable_operators` take the
+    library's ``forward`` always and count nothing. Dropout draws other numbers than PyTorch's, at the same rate.
 
     Args:
         model: any module; what is not known in it is left alone.
         backend: "triton", "torch" or "auto", or None, as in :mod:`vit_triton.functional`.
         attention, mlp, layer_norm, patch_embedding: which to replace. Blocks need attention, mlp and layer_norm.
+        strict: a call that would fall back raises RuntimeError, which names module and reason.
 
     Returns:
         What was replaced, and what was left and why; ``print`` shows a table.
@@ -245,14 +302,14 @@ def accelerate(
     if backend is not None:
         check_backend_name(backend)
     chosen = dict(zip(CHOICES, (attention, mlp, layer_norm, patch_embedding), strict=True))
-    for name, value in chosen.items():
+    for name, value in {**chosen, "strict": strict}.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
     refuse(model, "accelerate()")
     _load_recipes()
     restore(model)
     entries: list[Entry] = []
-    accelerated: list[tuple[nn.Module, type[nn.Module]]] = []
+    accelerated: list[tuple[str, nn.Module, type[nn.Module]]] = []
     inside: tuple[str, ...] = ()  # of modules that are replaced
     for name, module in model.named_modules():
         kind: Any = type(module)
@@ -265,11 +322,12 @@ def accelerate(
             entries.append(Entry(name, kind.__name__, False, str(reason)))
             continue
         if what is not None and recipe is not None:
-            accelerated.append((module, _accelerated(kind, recipe, backend)))
+            accelerated.append((name, module, _accelerated(kind, recipe, backend, strict)))
             entries.append(Entry(name, kind.__name__, True, what))
             inside += (f"{name}." if name else "",)
-    for module, cls in accelerated:
+    for name, module, cls in accelerated:
         module.__class__ = cls
+        _names[module] = name
     replaced = [entry.name for entry in entries if entry.replaced]
     # what only holds replaced modules together says nothing
     return Report(
@@ -277,7 +335,8 @@ def accelerate(
             entry
             for entry in entries
             if entry.what != NOT_KNOWN or not any(name.startswith(f"{entry.name}.".lstrip(".")) for name in replaced)
-        )
+        ),
+        tuple((name, counter(module)) for name, module, _ in accelerated),
     )
 
 
@@ -313,6 +372,8 @@ def restore(model: nn.Module) -> nn.Module:
         cls = _restored(type(module))
         if cls is not type(module):
             module.__class__ = cls
+            _names.pop(module, None)
+            forget(module)
     return model
 
 
@@ -351,6 +412,12 @@ class Report:
     """What :func:`accelerate` did, module by module; ``str`` is a table with one line for modules of a kind."""
 
     entries: tuple[Entry, ...]
+    _calls: tuple[tuple[str, Counter[str]], ...] = field(default=(), repr=False, compare=False)
+
+    def fallbacks(self) -> dict[str, dict[str, int]]:
+        """For each module that the library has computed since, how many calls each reason had, as
+        :func:`vit_triton.fallbacks` gives them. They end with the next :func:`accelerate` or :func:`restore`."""
+        return {name: dict(calls) for name, calls in self._calls if calls}
 
     @property
     def replaced(self) -> tuple[Entry, ...]:

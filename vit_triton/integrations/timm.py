@@ -16,6 +16,8 @@ from vit_triton.integrations.parts import (
     activation_of,
     attend,
     check_head_size,
+    check_input,
+    check_tokens,
     dropout_of,
     feed_forward,
     layer_norm_of,
@@ -216,6 +218,8 @@ def read_pool(module: Any) -> PoolParts:
 
 
 def compute_pool(x: Tensor, found: PoolParts, backend: str | None) -> Tensor:
+    check_input(x, found.latent, found.q[0], found.kv[0], found.proj[0], found.pos_embed)
+    check_tokens(x)
     if found.pos_embed is not None:
         x = x + found.pos_embed.unsqueeze(0).to(x.dtype)
     q = F.linear(found.latent.expand(x.shape[0], -1, -1), *found.q, backend=backend)

@@ -21,12 +21,16 @@ from transformers.masking_utils import sdpa_mask
 
 from vit_triton import functional as F
 from vit_triton.backend import resolve_backend
+from vit_triton.fallback import count
 from vit_triton.integrations.parts import (
     AttentionParts,
     Branch,
     MlpParts,
     activation_of,
     attend,
+    check_head_size,
+    check_input,
+    check_tokens,
     dropout_of,
     feed_forward,
     linear_of,
@@ -53,8 +57,8 @@ def attention_forward(
     """An attention function of transformers' AttentionInterface, on :func:`vit_triton.functional.attention`.
 
     Attention that the kernels do not have is transformers' own "sdpa": with a mask, a position bias or a softcap,
-    causal, with fewer heads of keys than of queries, with heads above 256; and where the backend of this call is
-    "torch".
+    causal, with fewer heads of keys than of queries, with heads above 256, without keys, in float64; and where the
+    backend of this call is "torch". :func:`vit_triton.fallbacks` counts these calls unless the backend is "torch".
 
     Args:
         module: the attention module; what it says of ``is_causal`` holds where the argument is None, True if nothing.
@@ -67,16 +71,23 @@ def attention_forward(
         (B, N_q, H, D), and None: the attention weights never exist.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = (
-        attention_mask is None
-        and not (causal and query.shape[2] > 1)
-        and not any(kwargs.get(name) for name in ("softcap", "output_attentions"))
-        and kwargs.get("position_bias") is None
-        and key.shape == value.shape
-        and query.shape[:2] == key.shape[:2]
-        and query.shape[3] == key.shape[3] <= F.MAX_HEAD_DIM
-    )
-    if not plain or resolve_backend(None, "attention", query) == "torch":
+    other_heads = key.shape != value.shape or query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]
+    reasons = {
+        "an attention mask": attention_mask is not None,
+        "causal attention": causal and query.shape[2] > 1,
+        "a softcap": bool(kwargs.get("softcap")),
+        "output_attentions": bool(kwargs.get("output_attentions")),
+        "a position bias": kwargs.get("position_bias") is not None,
+        "keys or values of another shape": other_heads,
+        f"heads wider than {F.MAX_HEAD_DIM}": query.shape[3] > F.MAX_HEAD_DIM,
+        f"{query.dtype} input": query.dtype not in F.KERNEL_DTYPES,
+        "no keys": key.shape[2] == 0,
+    }
+    on_kernels = resolve_backend(None, "attention", query) == "triton"
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if on_kernels and reason is not None:
+        count(module, reason)
+    if not on_kernels or reason is not None:
         options = dict(dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -150,7 +161,7 @@ def teach_file(file: str) -> None:
     teach(head, Recipe(block, classes.read_pool, compute_pool))
 
 
-def states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden states of a call without a mask, or anything else that could change what attention does."""
     return plain_input(args, {name: value for name, value in kwargs.items() if name not in IRRELEVANT})
 
@@ -198,6 +209,7 @@ class Classes(NamedTuple):
             raise Unknown(f"attn_implementation={implementation!r} is not known here")
         if module.is_causal:
             raise Unknown("is causal")
+        check_head_size(module.head_dim)
         only(module, "q_proj", "k_proj", "v_proj", self.family.out)
         weight, bias = stacked(module, "q_proj", "k_proj", "v_proj")
         out_weight, out_bias = linear_of(module, self.family.out)
@@ -233,7 +245,8 @@ class Classes(NamedTuple):
         if self.LayerScale is None:
             return Branch()
         drop = part(module, "drop_path", self.DropPath, nn.Identity)
-        drop_path_p = drop.drop_prob if drop.training and not isinstance(drop, nn.Identity) else 0.0
+        dropping = drop.training and not isinstance(drop, nn.Identity)
+        drop_path_p = float(drop.drop_prob or 0.0) if dropping else 0.0
         return Branch(None, part(module, scale, self.LayerScale).lambda1, drop_path_p)
 
     def read_pool(self, module: Any) -> PoolParts:
@@ -287,6 +300,8 @@ def compute_layer(x: Tensor, found: LayerParts, backend: str | None) -> Tensor:
 def compute_pool(x: Tensor, found: PoolParts, backend: str | None) -> Tensor:
     """(B, N, dim) -> (B, dim). The one query is projected once, not for every image."""
     probe, attention, mlp = found
+    check_input(x, attention.qkv_weight, attention.out_weight, probe)
+    check_tokens(x)
     q_weight, kv_weight = attention.qkv_weight.tensor_split([x.shape[-1]])
     q_bias, kv_bias = cast(Tensor, attention.qkv_bias).tensor_split([x.shape[-1]])
     q = F.linear(probe, q_weight, q_bias, backend=backend).unflatten(-1, (attention.heads, -1))

@@ -16,6 +16,8 @@ from vit_triton.integrations.parts import (
     activation_of,
     attend,
     check_head_size,
+    check_input,
+    check_rows,
     dropout_of,
     feed_forward,
     linear_of,
@@ -82,9 +84,11 @@ def embed(image: Tensor, found: PatchEmbeddingParts, backend: str | None) -> Ten
     """(B, C, H, W) -> (B, patches, dim)."""
     height, width = image.shape[-2:]
     patch_h, patch_w = found.patch_size
-    if image.ndim != 4 or not image.is_floating_point() or height % patch_h or width % patch_w or 0 in image.shape:
-        raise Unknown("no batch of images that divide into patches")
     weight, bias = found.linear
+    check_input(image, weight)
+    if image.ndim != 4 or height % patch_h or width % patch_w or 0 in image.shape:
+        raise Unknown("no batch of images that divide into patches")
+    check_rows(image.shape[0] * (height // patch_h) * (width // patch_w))
     return F.patch_embed(
         image,
         weight,
