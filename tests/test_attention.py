@@ -234,6 +234,24 @@ def test_extreme_logits(dtype, size):
     assert_as_precise(ours, [peer], exact, [size[0], *size[2:]], ("out", "dq", "dk", "dv"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [3e3, 3e5, 1e8, 1e9])
+def test_the_documented_limits_of_large_scores(size, dtype):
+    if dtype == torch.float16 and size > 1e8:
+        pytest.skip("beyond the limit")
+    q, k, v = make(1, 40, 40, 1, 16, torch.float32)
+    size_now = float((q.squeeze() @ k.squeeze().T).abs().max())
+    q, k, v = (x.to(dtype) for x in (q * (size / size_now) ** 0.5, k * (size / size_now) ** 0.5, v))
+    do = torch.randn_like(q)
+    out, _, _, dv = run(lambda *x: F.attention(*x, scale=1.0, backend="triton"), [q, k, v], [do])
+    exact, _, _, exact_dv = run(lambda *x: formula(*x, 1.0)[0], double([q, k, v]), double([do]))
+    rounding = 4 * torch.finfo(dtype).eps
+    close = 2e-7 * size if size < 1e6 else 0  # of the scores; where they are larger one key takes all of the weight
+    assert (out - exact).norm() <= (close + rounding) * exact.norm()
+    if size < 1e6:
+        assert (dv - exact_dv).norm() <= (close + rounding) * exact_dv.norm()
+
+
 def test_rows_of_very_negative_scores_only():
     # the log-sum-exp is so small that exp(0 - it) overflows: lanes past the last key or query must not count
     q, k, v = make(1, 21, 37, 1, 16, torch.float32)
