@@ -36,6 +36,8 @@ def test_layer_norm_samples(dtype):
         inputs = [sample.input.flatten(sample.input.ndim - len(shape))]
         inputs += [None if part is None else part.flatten() for part in (*sample.args[1:], None, None)[:2]]
         inputs = [None if part is None else part.to(dtype) for part in inputs]
+        if inputs[0].shape[-1] == 0:
+            continue
         if eps < 0:
             with pytest.raises(ValueError, match="eps of the norm must not be negative"):
                 F.layer_norm(*inputs, eps=eps, backend="triton")
