@@ -598,7 +598,12 @@ def _form(*arguments: Any) -> tuple | None:
     try:
         # the types too: 2, 2.0 and np.int64(2) are equal
         form = tuple(
-            (x.shape, x.dtype, x.device, x.layout) if isinstance(x, Tensor) else (type(x), x) for x in arguments
+            (x.shape, x.dtype, x.device, x.layout)
+            if isinstance(x, Tensor)
+            else x
+            if x is None or type(x) is float
+            else (type(x), x)
+            for x in arguments
         )
         hash(form)
     except (TypeError, RuntimeError):  # a wrong argument, sizes that are symbols, or a nested tensor
