@@ -308,9 +308,9 @@ def encoder(
         _remember_encoder(form)
     tensors = [x, *(part for part in parts if isinstance(part, Tensor))]
     apart = any(block.norm1 is None or block.norm2 is None for block in blocks) or _differentiating(*tensors)
+    apart = apart or torch.compiler.is_compiling() or autocasting(x.device.type)
     # PyTorch resolves a lazy negation in a tensor, but not in a list of optional ones, which the operator takes
-    apart = apart or any(map(Tensor.is_neg, tensors))
-    if apart or torch.compiler.is_compiling() or autocasting(x.device.type):
+    if apart or any(map(Tensor.is_neg, tensors)):
         functions = tuple(functools.partial(op, backend=backend) for op in (linear, attention, mlp))
         return reference.encoder_of(functions, x, blocks, heads, scale, activation, first_token)
     if resolve_backend(backend, "encoder", x) == "torch":
