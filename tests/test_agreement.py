@@ -143,7 +143,7 @@ TENSORS = {  # in place of a tensor
     "expanded": lambda x: x[:1].expand_as(x),
     "strided": lambda x: torch.stack((x, x), -1)[..., 0],
     "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
-    "wants a gradient": lambda x: x.detach().clone().requires_grad_(),
+    "wants a gradient": lambda x: x.detach().clone().requires_grad_(x.is_floating_point()),
     "a Parameter": lambda x: nn.Parameter(x, x.is_floating_point()),
     "of a subclass": lambda x: x.as_subclass(Subclass),
     "of a subclass of Parameter": lambda x: SubclassOfParameter(x, x.is_floating_point()),

@@ -308,9 +308,9 @@ def encoder(
         _remember_encoder(form)
     tensors = [x, *(part for part in parts if isinstance(part, Tensor))]
     apart = any(block.norm1 is None or block.norm2 is None for block in blocks) or _differentiating(*tensors)
+    apart = apart or torch.compiler.is_compiling() or autocasting(x.device.type)
     # PyTorch resolves a lazy negation in a tensor, but not in a list of optional ones, which the operator takes
-    apart = apart or any(map(Tensor.is_neg, tensors))
-    if apart or torch.compiler.is_compiling() or autocasting(x.device.type):
+    if apart or any(map(Tensor.is_neg, tensors)):
         functions = tuple(functools.partial(op, backend=backend) for op in (linear, attention, mlp))
         return reference.encoder_of(functions, x, blocks, heads, scale, activation, first_token)
     if resolve_backend(backend, "encoder", x, x.shape[-1]) == "torch":
@@ -601,7 +601,12 @@ def _form(*arguments: Any) -> tuple | None:
     try:
         # the types too: 2, 2.0 and np.int64(2) are equal
         form = tuple(
-            (x.shape, x.dtype, x.device, x.layout) if isinstance(x, Tensor) else (type(x), x) for x in arguments
+            (x.shape, x.dtype, x.device, x.layout)
+            if isinstance(x, Tensor)
+            else x
+            if x is None or type(x) is float
+            else (type(x), x)
+            for x in arguments
         )
         hash(form)
     except (TypeError, RuntimeError):  # a wrong argument, sizes that are symbols, or a nested tensor
