@@ -33,7 +33,7 @@ HEADER = (
 
 
 def header(*, programs: int, chunk: int, grid_x: int, grid_y: int, scratch: int, scratch_size: int) -> tuple[int, ...]:
-    """The slots of HEADER before the launch starts; a tuple, since a launch cannot afford a class."""
+    """The slots of HEADER before the launch starts; a plain tuple, since every launch makes one."""
     return 0, 0, programs, chunk, -(-programs // chunk), grid_x, grid_y, scratch, scratch_size
 
 

@@ -71,7 +71,7 @@ class State:
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Around code between which and other code memory changes: it reuses no values that were read outside."""
+        """Reads of memory are not hoisted out of it, and their values are not reused inside and outside."""
         self.generation += 1
         with self.b.pinned_here():
             yield
