@@ -60,9 +60,9 @@ def run(text, arrays, arch, scalars=()):
     scratch = ctypes.create_string_buffer(program.scratch_bytes + 4096)
     address = -(-ctypes.addressof(scratch) // 64) * 64
     values = [a.ctypes.data for a in arrays] + list(scalars)
-    header = entry.header(programs=1, chunk=1, grid_x=1, grid_y=1, scratch=address, scratch_size=1)
-    block = entry.block_struct(["i64"] * len(values)).pack(*header, *values)
-    data = ctypes.create_string_buffer(block, len(block))
+    block = entry.LaunchBlock(["i64"] * len(values))
+    data = ctypes.create_string_buffer(block.size)
+    block.fill(data, values, programs=1, chunk=1, grid_x=1, grid_y=1, scratch=address, scratch_size=1)
     ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.symbol("entry"))(data)
 
 

@@ -24,7 +24,7 @@ from vit_triton.cpu import features
 from vit_triton.cpu.cache import CheckedCache
 from vit_triton.cpu.compiler import CPUBackend
 from vit_triton.cpu.elf import Code
-from vit_triton.cpu.entry import block_struct, header
+from vit_triton.cpu.entry import LaunchBlock
 from vit_triton.cpu.panels import PANEL
 
 _CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ class _Launcher:
         ]
         self.share = metadata.scratch_bytes + _PAGE
         self.positions = [(i, kind.startswith("*")) for i, kind in kinds]
-        self.block = block_struct([kind for _, kind in kinds])
+        self.block = LaunchBlock([kind for _, kind in kinds])
         self.room = -(-self.block.size // _PAGE) * _PAGE  # the launch block lies before the scratch memory
         if _Launcher.gomp is None and not _Launcher.forked:
             _Launcher.gomp = _libgomp()
@@ -137,15 +137,9 @@ class _Launcher:
         chunk = max(1, total // (threads * 16)) if threads > 1 else total
         scratch = _scratch.take(self.room + self.share * threads)
         _, block, memory = scratch
-        slots = header(
-            programs=total,
-            chunk=chunk,
-            grid_x=grid_x,
-            grid_y=grid_y,
-            scratch=block + self.room,
-            scratch_size=self.share,
+        self.block.fill(
+            memory, values, total, chunk, grid_x, grid_y, scratch=block + self.room, scratch_size=self.share
         )
-        self.block.pack_into(memory, 0, *slots, *values)
         if threads == 1:
             function.start(block)
         else:

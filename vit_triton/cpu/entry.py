@@ -7,6 +7,7 @@ launch block is a sequence of 64-bit slots: those of ``HEADER``, then one for ea
 
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 from vit_triton.cpu.builder import mlir_type
 from vit_triton.cpu.ttir import Function
@@ -16,7 +17,6 @@ _FORMATS = {
     "i1": "?7x", "u1": "?7x", "i8": "b7x", "i16": "h6x", "i32": "i4x", "i64": "q", "u8": "B7x", "u16": "H6x",
     "u32": "I4x", "u64": "Q", "fp32": "f4x", "f32": "f4x", "fp64": "d", "f64": "d",
 }  # fmt: skip
-
 
 # the first slots; the threads change the first two while they run
 HEADER = (
@@ -32,14 +32,21 @@ HEADER = (
 )
 
 
-def header(*, programs: int, chunk: int, grid_x: int, grid_y: int, scratch: int, scratch_size: int) -> tuple[int, ...]:
-    """The slots of HEADER before the launch starts; a plain tuple, since every launch makes one."""
-    return 0, 0, programs, chunk, -(-programs // chunk), grid_x, grid_y, scratch, scratch_size
+class LaunchBlock:
+    """The format of a launch block; ``kinds`` are the arguments' types as in a signature: "i32", "fp32", "*fp32"."""
 
+    def __init__(self, kinds: Sequence[str]) -> None:
+        formats = ("Q" if kind[0] == "*" else _FORMATS[kind] for kind in kinds)
+        packer = struct.Struct(f"={len(HEADER)}q" + "".join(formats))
+        self.size, self.pack_into = packer.size, packer.pack_into
 
-def block_struct(kinds: Sequence[str]) -> struct.Struct:
-    """Packs a header, then arguments of these types, written as in a signature: "i32", "fp32", "*fp32"."""
-    return struct.Struct(f"={len(HEADER)}q" + "".join("Q" if kind[0] == "*" else _FORMATS[kind] for kind in kinds))
+    def fill(
+        self, memory: Any, arguments: Sequence[Any], programs: int, chunk: int, grid_x: int, grid_y: int,
+        scratch: int, scratch_size: int,
+    ) -> None:  # fmt: skip
+        """Write the block of a launch that has not started; the slots of HEADER in their order."""
+        chunks = -(-programs // chunk)
+        self.pack_into(memory, 0, 0, 0, programs, chunk, chunks, grid_x, grid_y, scratch, scratch_size, *arguments)
 
 
 def entry(function: Function) -> list[str]:
