@@ -41,6 +41,8 @@ SCALAR = Position()  # of what is no tile
 
 @dataclass
 class State:
+    """The analyses of a kernel, the writer of MLIR, and what is known where it writes."""
+
     axes: Axes
     masks: Masks
     demand: Demand
@@ -51,9 +53,7 @@ class State:
     scratch: Scratch
     scalars: dict[Value, Val] = field(default_factory=dict)
     buffers: dict[Value, Buffer] = field(default_factory=dict)
-    offsets: dict[Value, Val] = field(
-        default_factory=dict
-    )  # of the inductions of open loops, from their initial values
+    offsets: dict[Value, Val] = field(default_factory=dict)  # of open loops' inductions, from their initial values
     defined: set[Value] = field(default_factory=set)
     deferred: list[Value] = field(default_factory=list)  # loaded tiles; each sink loads what it needs of them
     # conditions that hold at an index, by its name: in every lane (None) or in the lanes of a mask
