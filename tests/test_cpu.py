@@ -6,7 +6,6 @@ import hashlib
 import math
 import multiprocessing
 import os
-import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from triton.compiler import ASTSource
 from triton.runtime import driver as triton_driver
 from triton.runtime.cache import FileCacheManager
 
-from vit_triton.cpu import cache, compiler, elf, features, lower, ttir, vmath
+from vit_triton.cpu import cache, compiler, elf, entry, features, lower, ttir, vmath
 from vit_triton.cpu.driver import CPUDriver
 
 AVX2 = ",".join(features.REQUIRED)
@@ -61,8 +60,9 @@ def run(text, arrays, arch, scalars=()):
     scratch = ctypes.create_string_buffer(program.scratch_bytes + 4096)
     address = -(-ctypes.addressof(scratch) // 64) * 64
     values = [a.ctypes.data for a in arrays] + list(scalars)
-    block = struct.pack(f"={lower.HEADER_SLOTS + len(values)}q", 0, 0, 1, 1, 1, 1, 1, address, 1, *values)
-    data = ctypes.create_string_buffer(block, len(block))
+    block = entry.LaunchBlock(["i64"] * len(values))
+    data = ctypes.create_string_buffer(block.size)
+    block.fill(data, values, programs=1, chunk=1, grid_x=1, grid_y=1, scratch=address, scratch_size=1)
     ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.symbol("entry"))(data)
 
 

@@ -5,7 +5,7 @@ may ask for an address or a row's statistic at every element, and it is computed
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 
@@ -32,7 +32,7 @@ def mlir_type(elem: str, lanes: int = 0) -> str:
 @dataclass
 class _Region:
     lines: list[str] = field(default_factory=list)
-    known: dict[str, Val] = field(default_factory=dict)
+    known: dict[Hashable, Val] = field(default_factory=dict)
 
 
 class Builder:
@@ -67,6 +67,14 @@ class Builder:
         value = Val(self.name(), elem, lanes, level)
         self.regions[level].lines.append(f"{value.name} = {text}")
         return value
+
+    def recall(self, key: Hashable) -> Val | None:
+        """The value that was remembered under ``key``, in a loop that is still open."""
+        return next((region.known[key] for region in reversed(self.regions) if key in region.known), None)
+
+    def remember(self, key: Hashable, value: Val) -> None:
+        """For as long as the loop is open that ``value`` was written in."""
+        self.regions[value.level].known[key] = value
 
     def effect(self, text: str, operands: Sequence[Val] = ()) -> None:
         self.regions[-1].lines.append(text.format(*(v.name for v in operands)))

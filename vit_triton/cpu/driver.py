@@ -5,7 +5,6 @@ import ctypes
 import functools
 import mmap
 import os
-import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,18 +23,13 @@ from triton.runtime.interpreter import InterpretedFunction
 from vit_triton.cpu import features
 from vit_triton.cpu.cache import CheckedCache
 from vit_triton.cpu.compiler import CPUBackend
-from vit_triton.cpu.dot import PANEL
 from vit_triton.cpu.elf import Code
-from vit_triton.cpu.lower import HEADER_SLOTS
+from vit_triton.cpu.entry import LaunchBlock
+from vit_triton.cpu.panels import PANEL
 
 _CPU = torch.device("cpu")
 _PAGE = 4096
 _DEVICE = 9000  # Triton keeps what it compiled by device number: far from any GPU's
-
-_FORMATS = {
-    "i1": "?7x", "u1": "?7x", "i8": "b7x", "i16": "h6x", "i32": "i4x", "i64": "q", "u8": "B7x", "u16": "H6x",
-    "u32": "I4x", "u64": "Q", "fp32": "f4x", "f32": "f4x", "fp64": "d", "f64": "d",
-}  # fmt: skip
 
 
 def _libgomp() -> Any:
@@ -97,7 +91,7 @@ class _Utils:
 
 
 class _Launcher:
-    """Called by Triton for every launch: fills the launch block (see ``lower._worker``) and starts the threads."""
+    """Called by Triton for every launch: fills the launch block of :mod:`vit_triton.cpu.entry`, starts the threads."""
 
     gomp: Any = None
     forked = False
@@ -111,8 +105,7 @@ class _Launcher:
         ]
         self.share = metadata.scratch_bytes + _PAGE
         self.positions = [(i, kind.startswith("*")) for i, kind in kinds]
-        formats = ["Q" if kind.startswith("*") else _FORMATS[kind] for _, kind in kinds]
-        self.block = struct.Struct(f"={HEADER_SLOTS}q" + "".join(formats))
+        self.block = LaunchBlock([kind for _, kind in kinds])
         self.room = -(-self.block.size // _PAGE) * _PAGE  # the launch block lies before the scratch memory
         if _Launcher.gomp is None and not _Launcher.forked:
             _Launcher.gomp = _libgomp()
@@ -144,8 +137,8 @@ class _Launcher:
         chunk = max(1, total // (threads * 16)) if threads > 1 else total
         scratch = _scratch.take(self.room + self.share * threads)
         _, block, memory = scratch
-        self.block.pack_into(
-            memory, 0, *(0, 0, total, chunk, -(-total // chunk), grid_x, grid_y, block + self.room, self.share), *values
+        self.block.fill(
+            memory, values, total, chunk, grid_x, grid_y, scratch=block + self.room, scratch_size=self.share
         )
         if threads == 1:
             function.start(block)
@@ -224,7 +217,7 @@ class CPUDriver(DriverBase):
 
 def dot_panel(dtype: torch.dtype) -> tuple[int, int] | None:
     """(columns, values of a word) of the panels in which ``tl.dot`` reads its second operand where it lies, see
-    :mod:`vit_triton.cpu.dot`; None if it packs that dtype itself, or if kernels are not compiled for the CPU."""
+    :mod:`vit_triton.cpu.panels`; None if it packs that dtype itself, or if kernels are not compiled for the CPU."""
     serving = _serving()
     return serving.panels.get(dtype) if isinstance(serving, CPUDriver) else None
 

@@ -5,6 +5,7 @@ lines of their own between braces.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 
@@ -62,6 +63,14 @@ class Region:
     def yielded(self) -> list[Value]:
         """What the region hands out at its end; a region that hands out nothing may do without the operation."""
         return self.ops[-1].operands if self.ops and self.ops[-1].name == "scf.yield" else []
+
+
+def walk(region: Region) -> Iterator[Op]:
+    """Every operation, nested ones after the one that holds them."""
+    for op in region.ops:
+        yield op
+        for nested in op.regions:
+            yield from walk(nested)
 
 
 @dataclass

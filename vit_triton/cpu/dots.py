@@ -1,0 +1,148 @@
+"""Pass: products. A tt.dot is computed in blocks of 8 x 32 results in registers.
+
+    for each panel of B                     packed once, 4 bytes wide: float32, or pairs of bfloat16 along K;
+                                            or read where it lies, if it is loaded from memory laid out so
+        for each 8 rows of A
+            for each k                      2 vectors of B, 8 elements of A, 16 multiply-adds
+
+bfloat16 takes vdpbf16ps where the CPU has it. :mod:`vit_triton.cpu.panels` has the operands.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vit_triton.cpu.bounds import bound_value, loop_bound
+from vit_triton.cpu.buffers import is_in_place, leaves, write
+from vit_triton.cpu.builder import Val, mlir_type
+from vit_triton.cpu.memory import Buffer, address, load_vector, store_vector
+from vit_triton.cpu.panels import Product, Rows, loaded_panel, pack_panel, product_of, reserve_panel, rows_of_a
+from vit_triton.cpu.state import LANES, State
+from vit_triton.cpu.ttir import Op, Unsupported
+
+ROWS = 8  # of a block
+
+
+class Accumulator(NamedTuple):
+    """Where the result goes; ``fresh``: the addend is 0, else it is there already."""
+
+    buffer: Buffer
+    fresh: bool
+
+
+def dot(s: State, op: Op) -> None:
+    a, b_, c = op.operands[:3]
+    (rows, depth), cols = a.type.shape, b_.type.shape[1]
+    if a.type.elem not in ("f32", "f16", "bf16") or b_.type.elem != a.type.elem or c.type.elem != "f32":
+        raise Unsupported(f"tt.dot of {a.type.elem} and {b_.type.elem} into {c.type.elem}")
+    b = s.b
+    target = _accumulator(s, op)
+    product = product_of(s, op)
+    with s.scope(), s.evaluation():
+        a_rows = rows_of_a(s, product)
+        m = bound_value(s, loop_bound(s, product.rows, rows))
+        n = bound_value(s, loop_bound(s, product.cols, cols))
+        k = bound_value(s, loop_bound(s, product.depth, depth))
+        in_memory = loaded_panel(s, product)
+        panel = in_memory or reserve_panel(s, product)
+        with b.loop(b.index(0), n, b.index(product.width)) as columns, b.pinned_here():
+            if in_memory is None:
+                pack_panel(s, product, panel, columns.index, n, k)
+            with b.loop(b.index(0), m, b.index(min(ROWS, rows))) as block, b.pinned_here():
+                count = min(ROWS, rows)
+                words = _row_addresses(s, a_rows, block.index, m, count)
+                places = _result_addresses(s, target.buffer, block.index, columns.index, count, product.width)
+                results = _multiply(s, product, words, a_rows.step, panel, k)
+                for result, place in zip(results, places, strict=True):
+                    if not target.fresh:  # added last, for the roundings of short sums
+                        result = b.binary("arith.addf", load_vector(b, place, "f32", LANES), result)
+                    store_vector(b, result, place)
+    s.buffers[op.results[0]] = target.buffer
+
+
+def _accumulator(s: State, op: Op) -> Accumulator:
+    """The addend's buffer, if nothing else reads that, or a copy."""
+    c = op.operands[2]
+    if s.masks.uniform_number(c) == 0:
+        return Accumulator(s.scratch.allocate(c.type), True)
+    for value in leaves(s, c):
+        buffer = s.buffers[value]
+        if value.type == c.type and s.sinks.only(value, op) and is_in_place(s, c, buffer):
+            if value is not c:
+                write(s, c, buffer)
+            return Accumulator(buffer, False)
+    buffer = s.scratch.allocate(c.type)
+    write(s, c, buffer)
+    return Accumulator(buffer, False)
+
+
+# --- the block in registers
+
+
+def _row_addresses(s: State, a: Rows, first_row: Val, m: Val, count: int) -> list[Val]:
+    """Of the words of A; rows past the end repeat the last one: the results from them are not read."""
+    b = s.b
+    last = b.binary("arith.subi", m, b.index(1))
+    numbers = [b.binary("arith.minsi", b.add(first_row, b.index(r)), last) for r in range(count)]
+    return [a.row(number) for number in numbers]
+
+
+def _result_addresses(s: State, buffer: Buffer, first_row: Val, column: Val, count: int, width: int) -> list[Val]:
+    """Of each vector of results, row by row."""
+    b = s.b
+    return [
+        b.gep(address(b, buffer, (0, 0), (b.add(first_row, b.index(r)), column)), b.index(c), "f32")
+        for r in range(count)
+        for c in range(0, width, LANES)
+    ]
+
+
+def _multiply(s: State, p: Product, rows: Sequence[Val], step: Val, panel: Val, k: Val) -> list[Val]:
+    """Rows of A, from these addresses on, times a panel of B; ``k`` elements each."""
+    b = s.b
+    starts = range(0, p.width, LANES)
+
+    def accumulate(carried: Sequence[Val], position: Val, elem: str) -> list[Val]:
+        word = b.binary("arith.divui", position, b.index(2)) if p.pairs else position
+        base = b.gep(panel, b.mul(word, b.index(p.width)), "f32")
+        columns = [_load_panel(s, b.gep(base, b.index(c), "f32"), p.pairs) for c in starts]
+        offset = b.mul(word, step)
+        words = [_broadcast_word(s, b.gep(row, offset, "f32"), elem) for row in rows]
+        factors = ((x, y) for x in words for y in columns)
+        return [_multiply_add(s, total, x, y, p.pairs) for total, (x, y) in zip(carried, factors, strict=True)]
+
+    totals = [b.constant(0.0, "f32", LANES)] * (len(rows) * len(starts))
+    even = b.binary("arith.andi", k, b.index(-2)) if p.pairs else k
+    with b.loop(b.index(0), even, b.index(p.word), totals) as loop:
+        loop.next = accumulate(loop.carried, loop.index, "i32" if p.pairs else "f32")
+    if not p.pairs:
+        return loop.results
+    # an odd k: its partner is not there, and in memory may be anything
+    with b.loop(even, k, b.index(2), loop.results) as rest:
+        rest.next = accumulate(rest.carried, rest.index, "i16")
+    return rest.results
+
+
+def _load_panel(s: State, pointer: Val, pairs: bool) -> Val:
+    elem, lanes = ("bf16", 2 * LANES) if pairs else ("f32", LANES)
+    text = f"llvm.load {{0}} {{{{alignment = 4 : i64}}}} : !llvm.ptr -> {mlir_type(elem, lanes)}"
+    return s.b.read(text, (pointer,), elem, lanes)
+
+
+def _broadcast_word(s: State, pointer: Val, elem: str) -> Val:
+    """A word of A in every lane; of type i16 half of one, where its other half lies beyond the end."""
+    b = s.b
+    word = b.read(f"llvm.load {{0}} {{{{alignment = 2 : i64}}}} : !llvm.ptr -> {elem}", (pointer,), elem)
+    if elem == "f32":
+        return b.splat(word, LANES)
+    word = b.splat(b.convert("arith.extui", word, "i32") if elem == "i16" else word, LANES)
+    return b.op(f"llvm.bitcast {{0}} : {word.type} to {mlir_type('bf16', 2 * LANES)}", (word,), "bf16", 2 * LANES)
+
+
+def _multiply_add(s: State, total: Val, x: Val, y: Val, pairs: bool) -> Val:
+    if not pairs:
+        return s.math.fma(x, y, total)
+    native = f"vector<{2 * LANES}xbf16>"
+    x, y = (s.b.op(f"llvm.bitcast {{0}} : {v.type} to {native}", (v,), "bf16", 2 * LANES) for v in (x, y))
+    types = f"({total.type}, {native}, {native}) -> {total.type}"
+    text = f'llvm.call_intrinsic "llvm.x86.avx512bf16.dpbf16ps.512"({{0}}, {{1}}, {{2}}) : {types}'
+    return s.b.op(text, (total, x, y), "f32", LANES)

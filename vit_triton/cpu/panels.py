@@ -1,0 +1,245 @@
+"""Pass: the operands of tt.dot. A in rows, B in panels of 32 columns, read where they lie in memory or packed.
+
+A word is what one multiplication takes: a float32, or, where the CPU multiplies bfloat16, two of them that follow each
+other along K. A row of A is a sequence of words at equal distances; a panel of B is, for each word along K, 32 columns
+of it side by side. float16, and bfloat16 elsewhere, are widened to float32 while they are packed.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vit_triton.cpu.bounds import available, bound_value, demanded, loop_bound
+from vit_triton.cpu.builder import Val, mlir_type
+from vit_triton.cpu.expressions import evaluate, vector
+from vit_triton.cpu.loops import for_each_vector, vector_axis
+from vit_triton.cpu.masks import Condition
+from vit_triton.cpu.memory import Buffer, address, store_vector
+from vit_triton.cpu.state import LANES, Position, State
+from vit_triton.cpu.ttir import Op, Type, Value
+
+PANEL = 2 * LANES  # columns
+
+
+@dataclass(frozen=True)
+class Product:
+    """A (M, K) times B (K, N); ``pairs``: words are pairs of bfloat16. The conditions on an index hold where a result
+    is read, or along K where an element of A or B is not 0."""
+
+    a: Value
+    b: Value
+    pairs: bool
+    rows: Sequence[Condition]
+    cols: Sequence[Condition]
+    depth: Sequence[Condition]
+
+    @property
+    def word(self) -> int:
+        return 2 if self.pairs else 1
+
+    @property
+    def elem(self) -> str:
+        return "bf16" if self.pairs else "f32"
+
+    @property
+    def width(self) -> int:
+        """Columns of a panel."""
+        return min(PANEL, self.b.type.shape[1])
+
+
+def product_of(s: State, op: Op) -> Product:
+    a, b = op.operands[:2]
+    rows, cols = demanded(s, op.results[0])
+    pairs = a.type.elem == "bf16" and s.bf16_dot
+    return Product(a, b, pairs, rows, cols, available(s, s.masks.contracted(op)))
+
+
+@dataclass
+class Rows:
+    """Where the words of A lie: ``row(i)`` is the address of row i's first, ``step`` words are from one to the next."""
+
+    row: Callable[[Val], Val]
+    step: Val
+
+
+def _before_transposes(s: State, value: Value) -> tuple[Value, bool]:
+    """What a tile is the transpose of, or itself; and whether it is transposed."""
+    transposed = False
+    while value.op is not None and value.op.name == "tt.trans" and value not in s.buffers:
+        value, transposed = value.op.operands[0], not transposed
+    return value, transposed
+
+
+# --- A
+
+
+def rows_of_a(s: State, p: Product) -> Rows:
+    b, a = s.b, p.a
+    source, transposed = _before_transposes(s, a)
+
+    def first(row: Val) -> tuple[Val, Val]:
+        return (b.index(0), row) if transposed else (row, b.index(0))
+
+    if source.type.elem == p.elem and source in s.buffers and not (transposed and p.pairs):
+        buffer = s.buffers[source]
+        step = b.index(buffer.stride if transposed else 1)
+        return Rows(lambda i: address(b, buffer, source.type.shape, first(i)), step)
+    if source.type.elem == p.elem and source not in s.buffers and _is_loaded_in_rows(s, p, source, transposed):
+        assert source.op is not None
+        pointers = source.op.operands[0]
+        return Rows(lambda i: evaluate(s, pointers, Position(first(i))), b.index(1))
+    if vector_axis(s, a) == 0 and a.type.shape[0] >= LANES:
+        return _pack_transposed_a(s, p)
+    buffer = s.scratch.allocate(Type(a.type.shape, p.elem))
+    _write_a(s, p, buffer)
+    return Rows(lambda i: address(b, buffer, a.type.shape, (i, b.index(0))), b.index(1))
+
+
+def _is_loaded_in_rows(s: State, p: Product, source: Value, transposed: bool) -> bool:
+    """Whether A is loaded from memory in which rows are contiguous, with no mask but the conditions of the product."""
+    op, k_axis = source.op, 0 if transposed else 1
+    if op is None or op.name != "tt.load" or not s.axes.along(op.operands[0], k_axis, whole=True).contiguous:
+        return False
+    conditions = s.masks.conditions(op.operands[1] if len(op.operands) > 1 else None)
+    allowed = {1 - k_axis: p.rows, k_axis: p.depth}
+    return conditions.complete and all(c in allowed[axis] for axis, c in conditions.by_axis)
+
+
+def _write_a(s: State, p: Product, buffer: Buffer) -> None:
+    """Evaluate A into rows, along K."""
+    b = s.b
+
+    def body(at: Position, mask: Val | None) -> None:
+        elements = vector(s, p.a, at)
+        elements = elements if elements.elem == p.elem else b.convert("arith.extf", elements, p.elem)
+        if mask is not None:
+            elements = b.select(mask, elements, b.constant(0.0, p.elem, at.lanes))
+        store_vector(b, elements, address(b, buffer, p.a.type.shape, at.index))
+
+    for_each_vector(s, p.a.type.shape, [p.rows, p.depth], 1, body)
+
+
+def _pack_transposed_a(s: State, p: Product) -> Rows:
+    """A lies with rows running fastest: for each word along K, that of all rows side by side."""
+    b = s.b
+    rows, depth = p.a.type.shape
+    stride = b.index(rows + LANES)  # rows a power of two apart fall into the same cache sets
+    base = s.scratch.reserve((depth // p.word or 1) * (rows + LANES) * 4)
+    k = bound_value(s, loop_bound(s, p.depth, depth))
+    with b.loop(b.index(0), k, b.index(p.word)) as loop:
+        start = b.mul(b.binary("arith.divui", loop.index, b.index(p.word)), stride)
+
+        def body(at: Position, mask: Val | None) -> None:
+            here = Position((at.index[0], loop.index), 0, at.lanes)
+            words = vector(s, p.a, here)
+            if p.pairs:
+                words = _interleave(s, words, vector(s, p.a, here.moved(1, b.add(loop.index, b.index(1)))))
+            elif words.elem != "f32":
+                words = b.convert("arith.extf", words, "f32")
+            store_vector(b, words, b.gep(base, b.add(start, at.index[0]), "f32"))
+
+        with s.assuming(p.depth, loop.index):
+            for_each_vector(s, [rows], [p.rows], 0, body)
+    return Rows(lambda i: b.gep(base, i, "f32"), stride)
+
+
+def _interleave(s: State, low: Val, high: Val) -> Val:
+    """Pairs of the elements of two vectors."""
+    return s.b.shuffle(low, high, [i // 2 + i % 2 * low.lanes for i in range(2 * low.lanes)])
+
+
+# --- B
+
+
+def loaded_panel(s: State, p: Product) -> Val | None:
+    """The address B is loaded from, if B is one panel there."""
+    source, transposed = _before_transposes(s, p.b)
+    op, k_axis = source.op, 1 if transposed else 0
+    depth, cols = p.b.type.shape
+    if op is None or op.name != "tt.load" or source in s.buffers or cols != PANEL:
+        return None
+    conditions = s.masks.conditions(op.operands[1] if len(op.operands) > 1 else None)
+    if not conditions.complete or any(axis != k_axis or c not in p.depth for axis, c in conditions.by_axis):
+        return None  # a panel is read as a whole
+    pointers = op.operands[0]
+    along_k = [k // p.word * cols * p.word + k % p.word for k in range(depth)]
+    along_n = [n * p.word for n in range(cols)]
+    if source.type.elem != p.elem or s.axes.offsets(pointers, k_axis) != along_k:
+        return None
+    if s.axes.offsets(pointers, 1 - k_axis) != along_n:
+        return None
+    return evaluate(s, pointers, Position(s.origin(2)))
+
+
+def reserve_panel(s: State, p: Product) -> Val:
+    return s.scratch.reserve(max(p.b.type.shape[0], 32) * p.width * (2 if p.pairs else 4) + 4 * p.width)
+
+
+def pack_panel(s: State, p: Product, panel: Val, column: Val, n: Val, k: Val) -> None:
+    """The columns of B from ``column`` on, into ``panel``; B has ``n`` columns of ``k`` elements."""
+    b = s.b
+    if vector_axis(s, p.b) == 0 and p.b.type.shape[0] >= LANES:
+        last = b.binary("arith.subi", n, b.index(1))
+        # columns past the end repeat the last one: the results from them are not read
+        columns = [b.binary("arith.minsi", b.add(column, b.index(c)), last) for c in range(p.width)]
+        with contextlib.ExitStack() as stack:
+            for number in columns:
+                stack.enter_context(s.assuming(p.cols, number))
+            _pack_transposed_b(s, p, panel, columns, k)
+        return
+    with b.loop(b.index(0), k, b.index(p.word)) as loop:
+        for c in range(0, p.width, LANES):
+            here = Position((loop.index, b.add(column, b.index(c))), 1, LANES)
+            words = vector(s, p.b, here)
+            if p.pairs:
+                below = b.constant(0.0, "bf16", LANES)
+                if p.b.type.shape[0] > 1:
+                    # past an odd end there may be anything, and 0 * NaN is NaN
+                    next_k = b.add(loop.index, b.index(1))
+                    there = b.compare("arith.cmpi slt", next_k, k)
+                    below = b.select(there, vector(s, p.b, here.moved(0, next_k)), below)
+                words = _interleave(s, words, below)
+            elif words.elem != "f32":
+                words = b.convert("arith.extf", words, "f32")
+            offset = b.add(b.mul(loop.index, b.index(p.width)), b.index(c * p.word))
+            store_vector(b, words, b.gep(panel, offset, p.elem))
+
+
+def _pack_transposed_b(s: State, p: Product, panel: Val, columns: Sequence[Val], k: Val) -> None:
+    """B lies with K running fastest: transpose 16 columns x 16 words at a time."""
+    b = s.b
+    span = 2 * LANES if p.pairs and p.b.type.shape[0] >= 2 * LANES else LANES
+    with b.loop(b.index(0), k, b.index(span)) as loop:
+        for c in range(0, p.width, LANES):
+            vectors = []
+            for column in columns[c : c + LANES]:
+                here = Position((loop.index, column), 0, LANES)
+                words = vector(s, p.b, here)
+                if p.pairs:
+                    high = b.constant(0.0, "bf16", LANES)
+                    if span > LANES:
+                        high = vector(s, p.b, here.moved(0, b.add(loop.index, b.index(LANES))))
+                    both = b.shuffle(words, high, range(2 * LANES))
+                    text = f"llvm.bitcast {{0}} : {both.type} to {mlir_type('i32', LANES)}"
+                    words = b.op(text, (both,), "i32", LANES)
+                elif words.elem != "f32":
+                    words = b.convert("arith.extf", words, "f32")
+                vectors.append(words)
+            start = b.mul(loop.index, b.index(p.width // p.word))
+            for i, words in enumerate(_transpose(s, vectors)[: span // p.word]):
+                offset = b.add(start, b.index(i * p.width + c))
+                store_vector(b, words, b.gep(panel, offset, words.elem))
+
+
+def _transpose(s: State, rows: Sequence[Val]) -> list[Val]:
+    """16 vectors of 16 elements, in four rounds that swap halves, quarters, pairs and neighbours."""
+    rows = list(rows)
+    for distance in (8, 4, 2, 1):
+        for i in range(LANES):
+            if i & distance:
+                continue
+            low, high = rows[i], rows[i + distance]
+            first = [lane if not lane & distance else LANES + lane - distance for lane in range(LANES)]
+            second = [lane + distance if not lane & distance else LANES + lane for lane in range(LANES)]
+            rows[i], rows[i + distance] = s.b.shuffle(low, high, first), s.b.shuffle(low, high, second)
+    return rows
