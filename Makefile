@@ -2,7 +2,6 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-PTXEMU ?=
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
@@ -24,19 +23,15 @@ demo: $(STAMP) ## Train a small ViT on handwritten digits, then classify with bo
 
 # TRITON_INTERPRET is set or absent from the start: Triton reads it once, when it is imported.
 test: $(STAMP) ## Run every test on code compiled for this CPU, and those of the ops in Triton's interpreter too
-	env -u TRITON_INTERPRET -u PTXEMU $(TEST_ENV) $(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
-	env -u PTXEMU $(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/pytest -n $(WORKERS) -m compiled $(PYTEST_ARGS)
+	env -u TRITON_INTERPRET -u VIT_TRITON_EMULATE $(TEST_ENV) $(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
+	env -u VIT_TRITON_EMULATE $(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/pytest -n $(WORKERS) -m compiled $(PYTEST_ARGS)
 
-test-compiled: $(STAMP) ## Run the op tests on code compiled for sm_80, in the optional PTX emulator at PTXEMU=folder
-	@if env -u TRITON_INTERPRET PYTHONPATH="$(PTXEMU)" $(BIN)/python -c 'import ptxemu' 2>/dev/null; then \
-	    env -u TRITON_INTERPRET PTXEMU="$(PTXEMU)" $(TEST_ENV) $(BIN)/pytest -n $(WORKERS) -m compiled $(PYTEST_ARGS); \
-	else \
-	    echo "test-compiled: skipped, no PTX emulator is importable; name its folder: make test-compiled PTXEMU=folder"; \
-	fi
+test-compiled: $(STAMP) ## Run the tests of the ops on code compiled for sm_80, in the emulator of tests/ptxemu
+	env -u TRITON_INTERPRET VIT_TRITON_EMULATE=1 $(TEST_ENV) $(BIN)/pytest -n $(WORKERS) -m compiled $(PYTEST_ARGS)
 
 # What was compiled stays in Triton's cache: a second run only disassembles.
 codegen: $(STAMP) ## Compile every tile for every GPU and dtype, and check what comes out; takes hours, needs no GPU
-	env -u TRITON_INTERPRET -u PTXEMU $(TEST_ENV) VIT_TRITON_CODEGEN=1 \
+	env -u TRITON_INTERPRET -u VIT_TRITON_EMULATE $(TEST_ENV) VIT_TRITON_CODEGEN=1 \
 	    $(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) tests/test_codegen.py
 
 lint: $(STAMP) ## Check style, imports and types

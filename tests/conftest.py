@@ -1,22 +1,19 @@
 """What executes the kernels in the tests.
 
 Code compiled for this CPU; with TRITON_INTERPRET=1 in the environment, or on another CPU, Triton's interpreter; with
-PTXEMU=folder of an optional PTX emulator, the code Triton compiles for sm_80, with race and bounds checks.
+VIT_TRITON_EMULATE=1 the code that Triton compiles for sm_80, in the emulator ``ptxemu``, with race and bounds checks.
 Triton decides while it is imported, so this comes before any other import.
 """
 
 import ctypes
 import dataclasses
 import os
-import sys
 
 from vit_triton.cpu import features  # imports no Triton
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-EMULATOR = None if INTERPRETER else os.environ.get("PTXEMU")
-if EMULATOR:
-    sys.path.insert(0, EMULATOR)
-elif not INTERPRETER and not set(features.REQUIRED) <= set(features.detect()):
+EMULATOR = not INTERPRETER and os.environ.get("VIT_TRITON_EMULATE") == "1"
+if not (INTERPRETER or EMULATOR) and not set(features.REQUIRED) <= set(features.detect()):
     os.environ["TRITON_INTERPRET"], INTERPRETER = "1", True
 
 import hypothesis  # noqa: E402

@@ -160,7 +160,7 @@ def error_of(call):
 
 
 def python(code, **environment):
-    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PTXEMU", VARIABLE)}
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "VIT_TRITON_EMULATE", VARIABLE)}
     result = subprocess.run(
         [sys.executable, "-c", START + code], env=kept | environment, capture_output=True, text=True, timeout=300
     )

@@ -160,8 +160,8 @@ BARS = {
     ("sm_90", "linear_fwd_kernel"): (128, 2, 125),
     ("sm_90", "linear_bwd_input_kernel"): (168, 2, 230),
     ("sm_100", "attention_fwd_kernel"): (255, 2, 570),
-    ("sm_100", "attention_bwd_dq_kernel"): (168, 3, 510),
-    ("sm_100", "attention_bwd_dkdv_kernel"): (168, 3, 390),
+    ("sm_100", "attention_bwd_dq_kernel"): (168, 2, 510),
+    ("sm_100", "attention_bwd_dkdv_kernel"): (168, 2, 390),
     ("sm_100", "linear_fwd_kernel"): (128, 2, 145),
     ("sm_100", "linear_bwd_input_kernel"): (128, 2, 170),
 }

@@ -22,7 +22,7 @@ from vit_triton.cpu.driver import active
 from vit_triton.kernels import _launch, linear
 
 compiled_only = pytest.mark.skipif(
-    INTERPRETER or bool(EMULATOR), reason="weights are packed only where kernels are compiled for the CPU"
+    INTERPRETER or EMULATOR, reason="weights are packed only where kernels are compiled for the CPU"
 )
 
 

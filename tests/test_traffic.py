@@ -1,4 +1,4 @@
-"""The bytes that kernels bound by the memory touch, as the optional PTX emulator counts them."""
+"""The bytes that kernels bound by the memory touch, as the PTX emulator counts them."""
 
 import pytest
 import torch

@@ -2,8 +2,12 @@
 
 The library runs on CPU tensors, forward and backward, while a driver is active that compiles for another architecture
 and starts nothing; what was compiled is then disassembled with the tools in Triton's wheel. All figures are computed
-by compilers or from shapes; none is a time. Triton keeps what it compiled in its cache (TRITON_CACHE_DIR), from which a
-second run takes it.
+by compilers or from shapes. Triton keeps what it compiled in its cache (TRITON_CACHE_DIR), from which a second run
+takes it.
+
+--time computes times instead: a bound that cannot be beaten, a replay of the machine code, and the limit that FLOPs and
+bytes set, in microseconds, for the cases that docs/performance.md lists. None of them is measured. The replays take
+minutes.
 """
 
 import argparse
@@ -11,21 +15,24 @@ import functools
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import options
-from benchmarks.codegen import workloads
+from benchmarks.codegen import times, workloads
 from benchmarks.codegen.architectures import ARCHITECTURES
 from benchmarks.codegen.cost import COSTS
-from benchmarks.codegen.figures import DTYPES, HEADER, Figures, figures, line
+from benchmarks.codegen.figures import DTYPES, HEADER, figures, line
+from benchmarks.codegen.gpus import GPUS
 from benchmarks.runner import machine, progress, write_json
 
 SUMMARY = {"codegen": "compile every kernel for GPUs and count what comes out; needs no GPU"}
 DEFAULT = (["sm_80", "sm_90", "sm_100"], ["bfloat16", "float32"])
+DEFAULT_TIMED = (["A100", "H100", "B200"], ["bfloat16"])
 
 
 def _folder(name: str) -> Path:
@@ -49,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="every tile that the library can choose, not only those of ViT-B/16; takes long the first time",
     )
-    options.add_only(parser, "kernels")
+    parser.add_argument("--time", action="store_true", help="compute times on GPUs; slow")
+    parser.add_argument("--gpu", nargs="+", choices=GPUS, help="of --time; default: " + " ".join(DEFAULT_TIMED[0]))
+    options.add_only(parser, "kernels (with --time, cases too)")
     options.add_json(parser)
     parser.add_argument(
         "--dump", type=_folder, metavar="DIR", help="leave binary, assembly and figures of each kernel in this folder"
@@ -63,36 +72,68 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
+    if given.time:
+        _time(given)
+    else:
+        _count(given)
+
+
+def _count(given: argparse.Namespace) -> None:
+    if given.gpu:
+        raise SystemExit("--gpu: only --time computes for a GPU; without it, choose an architecture with --arch")
     options.only(COSTS, given.only, str)
     if given.dump:
         given.dump.mkdir(parents=True, exist_ok=True)
-    head = {"machine": machine(), **options.plain(given)}
-    print(f"triton {head['machine']['triton']}; computed by its compilers and from shapes, no GPU took part")
-    print(HEADER)
     archs = given.arch or (list(ARCHITECTURES) if given.all else DEFAULT[0])
     dtypes = given.dtype or (list(DTYPES) if given.all else DEFAULT[1])
-    tasks = list(itertools.product(archs, dtypes))
-    found: list[Figures] = []
+    workload = workloads.every_tile if given.all else workloads.vit_b_16
+    read = functools.partial(figures, run=workload, only=given.only, dump=given.dump)
+    _show(given, HEADER, line, read, list(itertools.product(archs, dtypes)))
+
+
+def _time(given: argparse.Namespace) -> None:
+    for name in ("arch", "all", "dump"):
+        if getattr(given, name):
+            raise SystemExit(f"--{name}: not with --time, which takes --gpu and --dtype")
+    cases = options.only(times.CASES, given.only, lambda case: case.name, lambda case: f"{case.name} {case.kernel}")
+    tasks = list(itertools.product(given.gpu or DEFAULT_TIMED[0], given.dtype or DEFAULT_TIMED[1], cases))
+    _show(given, times.HEADER, times.line, _row, tasks)
+
+
+def _row(gpu: str, dtype: str, case: times.Case) -> list[times.Row]:
+    return [times.row(gpu, dtype, case)]
+
+
+def _show(
+    given: argparse.Namespace,
+    header: str,
+    line: Callable[[Any], str],
+    read: Callable[..., list[Any]],
+    tasks: Sequence[tuple[Any, ...]],
+) -> None:
+    """Print a line for each of what ``read`` finds for the tasks, as it comes, and write it to the file of --json."""
+    head = {"machine": machine(), **options.plain(given)}
+    print(f"triton {head['machine']['triton']}; computed by its compilers and from shapes, no GPU took part")
+    print(header)
+    found: list[Any] = []
     with progress(len(tasks)) as bar:
-        for (arch, dtype), each in zip(tasks, _every_figure(tasks, given), strict=True):
+        for task, each in zip(tasks, _in_processes(read, tasks, given.jobs), strict=True):
             found += each
             print("\n".join(map(line, each)), flush=True)
             if given.json:
                 write_json(given.json, {**head, "results": [one.as_json() for one in found]})
-            bar.advance(f"{arch}, {dtype}")
+            bar.advance(", ".join(map(str, task)))
     if not bar.complete:
         raise SystemExit(130)
 
 
-def _every_figure(tasks: list[tuple[str, str]], given: argparse.Namespace) -> Iterator[list[Figures]]:
-    workload = workloads.every_tile if given.all else workloads.vit_b_16
-    read = functools.partial(figures, run=workload, only=given.only, dump=given.dump)
-    if given.jobs == 1:
+def _in_processes(read: Callable[..., list[Any]], tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[list[Any]]:
+    if jobs == 1:
         yield from itertools.starmap(read, tasks)
         return
     # spawned: torch and LLVM have threads, which a fork would lose
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(given.jobs, len(tasks)), context, torch.set_num_threads, (1,))
+    pool = ProcessPoolExecutor(min(jobs, len(tasks)), context, torch.set_num_threads, (1,))
     try:
         yield from pool.map(read, *zip(*tasks, strict=True))
     finally:

@@ -11,7 +11,8 @@ class Architecture:
     which the system takes ``shared_system`` for each.
 
     ``registers`` 32-bit ones for each of ``schedulers`` parts, given out to a warp by ``granule``; a part holds
-    ``warps`` warps. ``matrix``: the opcodes of its own matrix instructions.
+    ``warps`` warps. ``columns``: of tensor memory, which tcgen05 has. ``matrix``: the opcodes of its own matrix
+    instructions.
 
     NVIDIA: CUDA C++ Programming Guide, table of compute capabilities. AMD: CDNA 2 and 3 instruction set guides, and
     LLVM's AMDGPU usage guide; a vector register and an accumulation register come out of the same 512.
@@ -27,16 +28,18 @@ class Architecture:
     registers: int = 16384
     granule: int = 256
     schedulers: int = 4
+    columns: int = 512
 
-    def resident(self, registers: int, warps: int, shared: int) -> tuple[int, str]:
-        """How many blocks of ``warps`` warps, ``registers`` registers a thread and ``shared`` bytes a multiprocessor
-        holds at once, and what there is no more of."""
+    def resident(self, registers: int, warps: int, shared: int, columns: int = 0) -> tuple[int, str]:
+        """How many blocks of ``warps`` warps, ``registers`` registers a thread, ``shared`` bytes and ``columns`` of
+        tensor memory a multiprocessor holds at once, and what there is no more of."""
         of_a_warp = max(1, -(-registers * self.target.warp_size // self.granule)) * self.granule
         room = {
             "registers": self.registers // of_a_warp * self.schedulers // warps,
             "shared memory": self.shared_all // max(1, shared + self.shared_system),
             "warps": self.warps * self.schedulers // warps,
             "blocks": self.blocks,
+            "tensor memory": self.columns // columns if columns else self.blocks,
         }
         limit = min(room, key=lambda name: room[name])
         return room[limit], limit

@@ -15,7 +15,7 @@ from benchmarks.codegen import amdgcn, sass
 from benchmarks.codegen.architectures import ARCHITECTURES
 from benchmarks.codegen.cost import COSTS, least_bytes
 from benchmarks.codegen.driver import Launched, compiling_for
-from benchmarks.codegen.instructions import Instruction, loops, narrow_accesses
+from benchmarks.codegen.instructions import Instruction, loops, narrow_accesses, waits
 from benchmarks.shapes import DTYPES as TORCH_DTYPES
 
 # float32 products are IEEE; "tf32" is float32 with products of that precision
@@ -86,16 +86,32 @@ def figures(
 ) -> list[Figures]:
     """Those of every kernel that ``run`` starts and whose name contains ``only``, compiled for ``arch``; ``dump``: a
     folder for what was compiled."""
+<<<<<<< HEAD
     with compiling_for(arch, only) as found, _precision("tf32" if dtype == "tf32" else "ieee"):
+=======
+    with compiling_for(arch, only) as found, precision(dtype):
+>>>>>>> verify
         run(DTYPES[dtype])
     return [_figures(each, arch, dtype, dump) for each in found]
 
 
+def tensor_columns(kernel: Any) -> int:
+    """Of tensor memory, that a block of a compiled kernel takes."""
+    return getattr(kernel.metadata, "tmem_size", 0) or 0
+
+
 @contextlib.contextmanager
+<<<<<<< HEAD
 def _precision(precision: str) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = precision
+=======
+def precision(dtype: str) -> Iterator[None]:
+    """Allow TF32 where ``dtype`` is "tf32"."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+>>>>>>> verify
     try:
         yield
     finally:
@@ -106,7 +122,7 @@ def _figures(launched: Launched, arch: str, dtype: str, dump: Path | None) -> Fi
     kernel, limits = launched.kernel, ARCHITECTURES[arch]
     registers, local_bytes, code = _code(arch).read(kernel)
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
-    blocks, limit = limits.resident(registers, warps, shared)
+    blocks, limit = limits.resident(registers, warps, shared, tensor_columns(kernel))
     names = kernel.src.fn.arg_names
     constants = {names[path[0]]: str(value) for path, value in kernel.src.constants.items() if len(path) == 1}
     flops_of, trips_of = COSTS[kernel.name]
@@ -142,10 +158,8 @@ def _figures(launched: Launched, arch: str, dtype: str, dump: Path | None) -> Fi
 
 
 def _per_trip(code: list[Instruction]) -> list[int]:
-    """Instructions of each loop. A loop of a few of them that asks a barrier is one of waiting."""
-    bodies = loops(code)
-    waiting = [body for body in bodies if len(body) <= 8 and any(code[i].opcode == "SYNCS" for i in body)]
-    return sorted((len(body) for body in bodies if body not in waiting), reverse=True)
+    """Instructions of each loop that does more than wait."""
+    return sorted((len(body) for body in loops(code) if not waits(code, body)), reverse=True)
 
 
 HEADER = (

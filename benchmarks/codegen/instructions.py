@@ -53,6 +53,14 @@ def loops(code: Sequence[Instruction]) -> list[set[int]]:
     return list(found.values())
 
 
+_WAITS = {"SYNCS", "NANOSLEEP", "UTCATOMSWS", "LD", "ATOMS", "YIELD", "USETMAXREG"}
+
+
+def waits(code: Sequence[Instruction], body: set[int]) -> bool:
+    """Whether a loop only waits for something: one of a few instructions, with a barrier or a lock among them."""
+    return len(body) <= 2 or len(body) <= 12 and any(code[i].opcode in _WAITS for i in body)
+
+
 def narrow_accesses(code: Sequence[Instruction]) -> dict[str, int]:
     """The lines of the kernel that read or write global memory by less than 16 bytes a thread, each with the lines that
     it was called from, and the bytes."""

@@ -29,6 +29,8 @@ def _norm(dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor, float]:
 def _differentiate(y: Any, expanded: bool = False) -> None:
     """With a contiguous gradient, or an ``expanded`` one, which is what .sum().backward() gives."""
     outputs = [y] if isinstance(y, Tensor) else list(y)
+    if not outputs[0].requires_grad:
+        return
     one = torch.ones(1, dtype=outputs[0].dtype)
     torch.autograd.backward(
         outputs,
@@ -72,6 +74,30 @@ def expanded_gradients(dtype: torch.dtype) -> None:
 def attention(dtype: torch.dtype, head_dim: int, dropout_p: float, n_q: int = TOKENS, n_k: int = TOKENS) -> None:
     q, k, v = (_zeros(dtype, 1, n, 2, head_dim) for n in (n_q, n_k, n_k))
     _differentiate(F.attention(q, k, v, dropout_p=dropout_p, backend="triton"))
+
+
+def packed_attention(dtype: torch.dtype, batch: int, n_tokens: int, head_dim: int) -> None:
+    _differentiate(F.attention_packed(_zeros(dtype, batch, n_tokens, 3, HEADS, head_dim), backend="triton"))
+
+
+def linear_alone(dtype: torch.dtype, batch: int) -> None:
+    """The first layer of an MLP as a layer of its own."""
+    _linear(_zeros(dtype, batch, TOKENS, WIDTH), HIDDEN)
+
+
+def residual_mlp(dtype: torch.dtype, batch: int, training: bool = True, **dropout: float) -> None:
+    x = _zeros(dtype, batch, TOKENS, WIDTH)
+    with torch.set_grad_enabled(training):
+        _mlp(x, WIDTH, HIDDEN, residual=x, **dropout)
+
+
+def patches_of_images(dtype: torch.dtype, batch: int, from_bytes: bool) -> None:
+    """16 x 16 of images of 224 x 224."""
+    if from_bytes:
+        image = torch.zeros(batch, 3, 224, 224, dtype=torch.uint8)
+        _patches(image, dtype, 16, WIDTH, mean=[0.5] * 3, std=[0.5] * 3)
+    else:
+        _patches(_zeros(dtype, batch, 3, 224, 224), dtype, 16, WIDTH)
 
 
 def every_tile(dtype: torch.dtype) -> None:

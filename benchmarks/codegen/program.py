@@ -1,0 +1,89 @@
+"""A kernel's machine code with its loops, and what they occupy of a GPU."""
+
+import collections
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.codegen.gpus import GPU, PARTS
+from benchmarks.codegen.instructions import loops, waits
+from benchmarks.codegen.pipes import OF_ALL, Work, work_of
+from benchmarks.codegen.sass import SassInstruction
+
+
+@dataclass
+class Loop:
+    """``body``: all of its instructions; ``own``: those in no loop inside of it, in the order of addresses."""
+
+    body: set[int]
+    own: list[int]
+    inner: list["Loop"]
+
+
+class Kernel:
+    """The instructions of a kernel of ``warps`` warps a block, and what they occupy of ``gpu``."""
+
+    def __init__(self, code: Sequence[SassInstruction], warps: int, gpu: GPU) -> None:
+        self.code, self.warps, self.gpu = code, warps, gpu
+        self.work: list[Work] = work_of(code, gpu.rates)
+        bodies = sorted(loops(code), key=min)
+        waiting = [body for body in bodies if waits(code, body)]
+        self.loops = _nested([body for body in bodies if body not in waiting], waiting)
+        exits = [i for i, x in enumerate(code) if x.opcode == "EXIT" and not x.guard]
+        end = exits[-1] + 1 if exits else len(code)  # what stands behind is called, if ever
+        self.once = sorted(set(range(end)).difference(*bodies))
+
+    @property
+    def replays(self) -> bool:
+        return not any(x.opcode.startswith("UTC") and x.opcode.endswith("MMA") for x in self.code)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it multiplies matrices."""
+        return any(work.flops for work in self.work)
+
+    def flops(self, part: Iterable[int]) -> int:
+        """Of matrix products, of a block."""
+        return sum(self.work[i].flops * (1 if self.work[i].of_a_block else self.warps) for i in part)
+
+    def cycles(self, part: Iterable[int], blocks: int) -> collections.Counter[str]:
+        """Of each pipe, where ``blocks`` blocks of a multiprocessor run the instructions of ``part`` once."""
+        total: collections.Counter[str] = collections.Counter()
+        for i in part:
+            for pipe, cycles in self.work[i].cycles.items():
+                if self.work[i].of_a_block and pipe != "issue":
+                    total[pipe] += cycles * blocks
+                elif pipe in OF_ALL and pipe != "tensor memory":
+                    total[pipe] += cycles * blocks * self.warps
+                else:
+                    total[pipe] += cycles * blocks * self.warps / PARTS
+        return total
+
+    def trips(self, main: int) -> list[int]:
+        """Of each loop: of those that multiply matrices ``main``, but for trips that the compiler moved in front of the
+        loop (sm_100); where none does, ``main`` of the longest; 1 of others."""
+        if self.multiplies and any(self.flops(loop.own) for loop in self.loops):
+            moved = self.flops(self.once)  # with what stands behind the loop, which is less than a trip
+            each = [self.flops(loop.own) for loop in self.loops]
+            return [max(0, main - moved // flops) if flops else 1 for flops in each]
+        longest = max((len(loop.body) for loop in self.loops), default=0)
+        return [main if len(loop.body) == longest else 1 for loop in self.loops]
+
+    def tensor_share(self) -> float | None:
+        """Of the tensor cores' rate, what the loop with most products could reach at most."""
+        loop = max(self.loops, key=lambda loop: self.flops(loop.own), default=None)
+        if loop is None or not self.flops(loop.own):
+            return None
+        cycles = self.cycles(loop.own, 1)
+        return cycles["tensor"] / max(cycles.values())
+
+
+def _nested(bodies: list[set[int]], waiting: list[set[int]]) -> list[Loop]:
+    """``waiting``: the loops that are left out."""
+    found = []
+    for body in bodies:
+        inside = [other for other in (*bodies, *waiting) if other < body]
+        found.append(Loop(body, sorted(body.difference(*inside)), []))
+    for loop in found:
+        within = [other for other in found if other.body < loop.body]
+        loop.inner = [a for a in within if not any(a.body < b.body for b in within)]
+    return found
