@@ -86,11 +86,7 @@ def figures(
 ) -> list[Figures]:
     """Those of every kernel that ``run`` starts and whose name contains ``only``, compiled for ``arch``; ``dump``: a
     folder for what was compiled."""
-<<<<<<< HEAD
-    with compiling_for(arch, only) as found, _precision("tf32" if dtype == "tf32" else "ieee"):
-=======
     with compiling_for(arch, only) as found, precision(dtype):
->>>>>>> verify
         run(DTYPES[dtype])
     return [_figures(each, arch, dtype, dump) for each in found]
 
@@ -101,17 +97,11 @@ def tensor_columns(kernel: Any) -> int:
 
 
 @contextlib.contextmanager
-<<<<<<< HEAD
-def _precision(precision: str) -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = precision
-=======
 def precision(dtype: str) -> Iterator[None]:
     """Allow TF32 where ``dtype`` is "tf32"."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
->>>>>>> verify
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     try:
         yield
     finally:
