@@ -13,6 +13,8 @@ import torch
 import torchvision
 import transformers
 from conftest import EMULATOR, INTERPRETER
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -20,6 +22,7 @@ import vit_triton
 from vit_triton import packing
 from vit_triton.cpu.driver import active
 from vit_triton.kernels import _launch, linear
+from vit_triton.modules import FeedForward
 
 compiled_only = pytest.mark.skipif(
     INTERPRETER or EMULATOR, reason="weights are packed only where kernels are compiled for the CPU"
@@ -533,3 +536,45 @@ def test_gradients_flow_through_a_prepacked_model():
         model(x)  # makes the copies
     (grad,) = torch.autograd.grad(model(x).square().sum(), x)
     assert torch.equal(grad, expected)
+
+
+# how an edit shows: by nothing, by the version counter or the address, or because the parameter is another one
+VISIBLE = {"in place": True, "in place, rows": True, "data =": True, "set_": True, "swap_tensors": True, "SGD": True}
+SILENT = dict.fromkeys(("data, rows", "data, one value", "data.copy_", "numpy", "storage", "fused SGD"), False)
+
+
+@compiled_only
+@given(
+    steps=st.lists(
+        st.one_of(
+            st.sampled_from(["call", "call without gradients", "prepack", "unpack"]),
+            st.tuples(st.sampled_from(sorted({**VISIBLE, **SILENT})), st.sampled_from(["net.1", "net.4"])),
+        ),
+        max_size=12,
+    )
+)
+def test_fuzz_edits_and_prepacking(steps):
+    """A call gives the numbers of the parameters as they are, or as they were when the model was frozen, or raises."""
+    model, x = FeedForward(32, 40, backend="triton").eval(), torch.randn(3, 5, 32)
+    frozen_model, changed = None, False
+    for step in steps:
+        if step == "prepack":
+            vit_triton.prepack(model)(x)  # lays the weights out
+            frozen_model, changed = copy.deepcopy(model), False
+        elif step == "unpack":
+            vit_triton.unpack(model)
+            frozen_model, changed = None, False
+        elif isinstance(step, tuple):
+            edit, part = step
+            CHANGES[edit]([model.get_submodule(part)])
+            changed = changed or (frozen_model is not None and VISIBLE.get(edit, False))
+        else:
+            with torch.set_grad_enabled(step == "call"):
+                if changed:
+                    with pytest.raises(RuntimeError, match="was changed after"):
+                        model(x)
+                else:
+                    truth = copy.deepcopy(model) if frozen_model is None else frozen_model
+                    assert torch.equal(model(x), truth(x))
+    vit_triton.unpack(model)
+    assert torch.equal(model(x), copy.deepcopy(model)(x))
