@@ -1,26 +1,41 @@
 """The samples with which PyTorch tests its own operators, on the kernels."""
 
+import subprocess
+import sys
+
 import pytest
 import test_attention
 import test_layer_norm
 import test_linear
 import torch
 from oracle import DTYPES
-from torch.testing._internal.common_methods_invocations import op_db
 
 from vit_triton import functional as F
 
-SAMPLES = {op.name: op for op in op_db if op.name.startswith("nn.functional.") and not op.variant_test_name}
+# in a process of its own: the import changes settings of PyTorch for the whole process
+WRITE = """
+import sys, torch
+from torch.testing._internal.common_methods_invocations import op_db
+names = ["linear", "layer_norm", "scaled_dot_product_attention"]
+ops = {name: next(op for op in op_db if op.name == f"nn.functional.{name}") for name in names}
+samples = {name: op.sample_inputs("cpu", torch.float32, requires_grad=False) for name, op in ops.items()}
+plain = {name: [(each.input, each.args, each.kwargs) for each in found] for name, found in samples.items()}
+torch.save(plain, sys.argv[1])
+"""
 
 
-def samples(name):
-    return list(SAMPLES[f"nn.functional.{name}"].sample_inputs("cpu", torch.float32, requires_grad=False))
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """For each operator its (input, args, kwargs)."""
+    path = tmp_path_factory.mktemp("opinfo") / "samples.pt"
+    subprocess.run([sys.executable, "-c", WRITE, str(path)], check=True, capture_output=True)
+    return torch.load(path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_samples(dtype):
-    for sample in samples("linear"):
-        x, weight, bias = sample.input, sample.args[0], sample.args[1] if len(sample.args) > 1 else None
+def test_linear_samples(samples, dtype):
+    for x, (weight, *rest), _ in samples["linear"]:
+        bias = rest[0] if rest else None
         if weight.ndim != 2 or 0 in weight.shape or x.ndim < 2:
             continue  # no nn.Linear has such a weight; check() has inputs of rows
         inputs = [None if part is None else part.to(dtype) for part in (x, weight, bias)]
@@ -29,14 +44,14 @@ def test_linear_samples(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layer_norm_samples(dtype):
+def test_layer_norm_samples(samples, dtype):
     """A norm over several dimensions is one over the last of a flattened input."""
-    for sample in samples("layer_norm"):
-        shape, eps = sample.args[0], sample.kwargs.get("eps", 1e-5)
-        inputs = [sample.input.flatten(sample.input.ndim - len(shape))]
-        inputs += [None if part is None else part.flatten() for part in (*sample.args[1:], None, None)[:2]]
+    for x, (shape, *affine), options in samples["layer_norm"]:
+        eps = options.get("eps", 1e-5)
+        inputs = [x.flatten(x.ndim - len(shape))]
+        inputs += [None if part is None else part.flatten() for part in (*affine, None, None)[:2]]
         inputs = [None if part is None else part.to(dtype) for part in inputs]
-        if inputs[0].shape[-1] == 0:
+        if x.numel() == 0:
             continue
         if eps < 0:
             with pytest.raises(ValueError, match="eps of the norm must not be negative"):
@@ -46,11 +61,11 @@ def test_layer_norm_samples(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_samples(dtype):
+def test_attention_samples(samples, dtype):
     tried = 0
-    for sample in samples("scaled_dot_product_attention"):
-        tensors = sample.input, *sample.args
-        plain = not any(isinstance(x, torch.Tensor) or x for x in (*tensors[3:], *sample.kwargs.values()))
+    for *first, options in samples["scaled_dot_product_attention"]:
+        tensors = first[0], *first[1]
+        plain = not any(isinstance(x, torch.Tensor) or x for x in (*tensors[3:], *options.values()))
         if not plain or tensors[1].shape != tensors[2].shape or any(x.ndim not in (3, 4) for x in tensors):
             continue  # masks, dropout, which draws other numbers, and values that are wider than keys
         q, k, v = ((x if x.ndim == 4 else x[None]).transpose(1, 2).to(dtype) for x in tensors)
