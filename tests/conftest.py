@@ -8,6 +8,7 @@ Triton decides while it is imported, so this comes before any other import.
 import ctypes
 import dataclasses
 import os
+import tempfile
 
 from vit_triton.cpu import features  # imports no Triton
 
@@ -15,6 +16,10 @@ INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATOR = not INTERPRETER and os.environ.get("VIT_TRITON_EMULATE") == "1"
 if not (INTERPRETER or EMULATOR) and not set(features.REQUIRED) <= set(features.detect()):
     os.environ["TRITON_INTERPRET"], INTERPRETER = "1", True
+
+# a folder of this process: what Inductor keeps on disk is not keyed by the schemas of operators, and outlives a change
+_inductor = tempfile.TemporaryDirectory(prefix="vit_triton_inductor_", ignore_cleanup_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor.name
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
