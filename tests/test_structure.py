@@ -23,7 +23,7 @@ ARROWS: dict[str, set[str]] = {
         *("backend", "fallback", "functional", "inspection", "integrations", "models", "modules", "packing"),
         *("reference", "weights"),
     },
-    "integrations": {"backend", "fallback", "functional", "models", "modules", "packing"},
+    "integrations": {"backend", "checks", "fallback", "functional", "models", "modules", "packing"},
     "inspection": {"checks", "functional", "modules"},
     "models": {"backend", "checks", "functional", "modules", "weights"},
     "images": set(),
@@ -32,11 +32,11 @@ ARROWS: dict[str, set[str]] = {
     "functional": {"autograd", "backend", "checks", "reference"},
     "autograd": {"ops"},
     "ops": {"cpu", "kernels", "packing"},
-    "packing": {"cpu", "kernels"},
+    "packing": {"checks", "cpu", "kernels"},
     "reference": set(),
     "backend": {"checks", "cpu"},
+    "fallback": {"checks"},
     "checks": set(),
-    "fallback": set(),
     "kernels": set(),
     "cpu": set(),  # a package that could stand alone
 }

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from numbers import Integral, Real
 
-from torch import Tensor, strided
+from torch import Tensor, nn, strided
 
 _PLAIN = (str, bytes, bool, int, float, complex, type(None))
 
@@ -23,6 +23,11 @@ def given(value: object) -> str:
 
 def kind(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def check_module(name: str, value: object) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {kind(value)}")
 
 
 def check_dense(name: str, x: Tensor) -> None:

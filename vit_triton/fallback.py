@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
+from vit_triton.checks import check_module
+
 __all__ = ["count", "counter", "fallbacks", "for_a_graph", "forget"]
 
 _counters: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
@@ -71,7 +73,6 @@ def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
     Raises:
         TypeError: ``model`` is not a Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}")
+    check_module("model", model)
     named = ((name, _counters.get(module)) for name, module in model.named_modules())
     return {name: dict(calls) for name, calls in named if calls}

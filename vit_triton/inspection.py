@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_triton import functional as F
-from vit_triton.checks import given, kind
+from vit_triton.checks import check_module, given
 from vit_triton.modules import Attention
 
 __all__ = ["attention_maps"]
@@ -40,8 +40,7 @@ def attention_maps(model: nn.Module, image: Tensor, *, query: int | None = None)
         ValueError: `model` contains or runs no such layer, its layers differ in heads or tokens, or `query` is not one
             of the N tokens.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {kind(model)}")
+    check_module("model", model)
     if query is not None and (isinstance(query, bool) or not isinstance(query, Integral)):
         raise TypeError(f"query must be None or the index of a token, an integer, got {given(query)}")
     layers = [module for module in model.modules() if isinstance(module, Attention)]

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vit_triton.checks import check_module
+
 __all__ = ["prepack", "unpack"]
 
 
@@ -94,8 +96,7 @@ def unpack(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: `model` is not a Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}")
+    check_module("model", model)
     for module in model.modules():
         cls: Any = type(module)
         if "_prepacked" in vars(cls):

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from vit_triton.backend import check_backend_name, is_portable
+from vit_triton.checks import check_module
 from vit_triton.fallback import count, counter, for_a_graph, forget
 from vit_triton.functional import KERNEL_DTYPES
 from vit_triton.packing import refuse
@@ -297,8 +298,7 @@ def accelerate(
         TypeError: `model` is not a Module, or a choice is not a bool.
         ValueError: there is no such backend.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}")
+    check_module("model", model)
     if backend is not None:
         check_backend_name(backend)
     chosen = dict(zip(CHOICES, (attention, mlp, layer_norm, patch_embedding), strict=True))
@@ -365,8 +365,7 @@ def restore(model: nn.Module) -> nn.Module:
     Returns:
         `model`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__module__}.{type(model).__qualname__}")
+    check_module("model", model)
     refuse(model, "restore()")
     for module in model.modules():
         cls = _restored(type(module))
