@@ -36,6 +36,7 @@ codegen: $(STAMP) ## Compile every tile for every GPU and dtype, and check what 
 
 lint: $(STAMP) ## Check style, imports and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean: ## Remove the environment and everything generated

@@ -11,7 +11,7 @@ from unittest import mock
 
 from benchmarks.codegen import driver as gpu
 from vit_triton import backend, ops
-from vit_triton.kernels import _launch
+from vit_triton.kernels import launch
 
 ARCH = "sm_90"
 
@@ -36,7 +36,7 @@ def taken(
         stack.enter_context(mock.patch.object(ops, "_on_cpu", on_gpu))
         stack.enter_context(mock.patch.object(backend, "cpu_vehicle", lambda: "driver"))
         if launched is not None:
-            stack.enter_context(mock.patch.object(_launch, "_run", launched))
+            stack.enter_context(mock.patch.object(launch, "_run", launched))
         yield
 
 

@@ -26,7 +26,7 @@ from benchmarks.runner import keep_freed_memory, machine, progress, said, write_
 from benchmarks.shapes import DTYPES
 from vit_triton import functional as F
 from vit_triton import ops
-from vit_triton.kernels import _launch
+from vit_triton.kernels import launch
 from vit_triton.models import ViT
 from vit_triton.modules import Transformer
 
@@ -163,14 +163,14 @@ def _both(name: str, function: Callable[..., Any], x: Tensor, tensors: list[Tens
 def launches_of(call: Call) -> list[tuple[Any, Any, dict[str, Any]]]:
     """(kernel, grid, arguments) of each launch of a call, which is made inside ``gpu_path.taken()``."""
     seen: list[tuple[Any, Any, dict[str, Any]]] = []
-    run = _launch._run
+    run = launch._run
 
     def note(kernel: Any, grid: Any, device: Any, arguments: dict[str, Any]) -> None:
         seen.append((kernel, grid, arguments))
         run(kernel, grid, device, arguments)
 
     replayed = mock.patch.object(ops, "_on_cpu", lambda function, args: function(*args))
-    with mock.patch.object(_launch, "_run", note), replayed:
+    with mock.patch.object(launch, "_run", note), replayed:
         call()
     return seen
 

@@ -30,7 +30,7 @@ import vit_triton
 from benchmarks.cost import Cost
 from benchmarks.peaks import Peak, peak
 from benchmarks.timing import METHODS, Times
-from vit_triton.kernels._config import architecture
+from vit_triton.kernels.device import target_of
 
 OURS = "vit_triton"
 # of others, as PyPI knows them
@@ -344,7 +344,7 @@ def _gpu() -> dict[str, str]:
         clock = "not reported"
     runtime = {"hip": torch.version.hip} if torch.version.hip else {"cuda": str(torch.version.cuda)}
     device = torch.device("cuda", torch.cuda.current_device())
-    return {"gpu": torch.cuda.get_device_name(), "architecture": architecture(device), "gpu clock": clock, **runtime}
+    return {"gpu": torch.cuda.get_device_name(), "architecture": target_of(device).name, "gpu clock": clock, **runtime}
 
 
 def _lines(path: str) -> list[str]:

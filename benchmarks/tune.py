@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import models, options, runner
 from benchmarks.shapes import DTYPES, SIZES, Shape
 from vit_triton import ops
-from vit_triton.kernels import _config, _launch, _sums, _tuned, attention, encoder, layer_norm, linear, mlp, patch_embed
+from vit_triton.kernels import _config, _sums, _tuned, attention, encoder, launch, layer_norm, linear, mlp, patch_embed
 from vit_triton.modules import Linear
 
 SUMMARY = {"tune": "time the weighed tiles on this GPU, and write those that vit_triton then uses on it"}
@@ -165,9 +165,9 @@ class _Unfit(Exception):
 @torch.no_grad()  # parameters are among the arguments
 def _run(group: list[Case]) -> tuple[list[list[Tensor]], int]:
     """The results of every case, and how many registers the compiled kernels spill."""
-    _launch._compiled.clear()  # Triton keeps what it compiled: it comes back at once
+    launch._compiled.clear()  # Triton keeps what it compiled: it comes back at once
     results = [case.run() for case in group]
-    return results, sum(getattr(kernel, "n_spills", None) or 0 for kernel in _launch._compiled.values())
+    return results, sum(getattr(kernel, "n_spills", None) or 0 for kernel in launch._compiled.values())
 
 
 @torch.no_grad()
@@ -251,8 +251,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     shapes = options.shapes([MODELS[name] for name in given.model], [given.image], [given.batch])
-    if _launch.INTERPRETING or not torch.cuda.is_available():
-        reason = "TRITON_INTERPRET is set" if _launch.INTERPRETING else "PyTorch finds none"
+    if launch.INTERPRETING or not torch.cuda.is_available():
+        reason = "TRITON_INTERPRET is set" if launch.INTERPRETING else "PyTorch finds none"
         print(f"tune: needs a GPU, and {reason}; without one the computed choices are used", file=sys.stderr)
         raise SystemExit(2)
     device = torch.device("cuda", torch.cuda.current_device())

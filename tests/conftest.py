@@ -7,8 +7,10 @@ Triton decides while it is imported, so this comes before any other import.
 
 import ctypes
 import dataclasses
+import importlib
 import os
 import tempfile
+from pathlib import Path
 
 from vit_triton.cpu import features  # imports no Triton
 
@@ -87,24 +89,36 @@ def seeded():
 def forget_recordings():
     """Of launches with other tiles."""
     if VEHICLE == "cpu":
-        from vit_triton.kernels import _replay as replay
+        from vit_triton.kernels import replay
 
         replay._recordings.clear()
+
+
+def launcher_modules():
+    """The modules of kernels and their launchers, which import pickers from the modules that define them."""
+    from vit_triton.kernels import launch
+
+    folder = Path(launch.__file__).parent
+    names = [path.relative_to(folder).with_suffix("").parts for path in sorted(folder.rglob("*.py"))]
+    return [importlib.import_module(".".join(("vit_triton.kernels", *name))) for name in names if name[-1] != "config"]
 
 
 @pytest.fixture
 def small_tiles(monkeypatch, request):
     """Many tiles in every direction: those the interpreter is given hold the inputs of most tests whole."""
-    from vit_triton.kernels import _config, attention, layer_norm, linear, patch_embed, qk_norm, swiglu
+    from vit_triton.kernels.attention.config import AttentionConfig
+    from vit_triton.kernels.linear.config import GemmConfig
 
     forget_recordings()
     request.addfinalizer(forget_recordings)
-    for module in (attention, linear, patch_embed, layer_norm, swiglu, qk_norm):
+    for module in launcher_modules():
+        if module.__name__.endswith("sum_parts"):
+            continue
         for name in [name for name in vars(module) if name.startswith("pick_")]:
             if "attention" in name:
-                config = _config.AttentionConfig(32, 16, 4, 1)
+                config = AttentionConfig(32, 16, 4, 1)
             else:
-                config = _config.GemmConfig(32, 16, 16, 4, 1, group=2, split=4 if "weight" in name else 1)
+                config = GemmConfig(32, 16, 16, 4, 1, group=2, split=4 if "weight" in name else 1)
             if "norm" not in name:
                 monkeypatch.setattr(module, name, lambda *args, config=config: config)
                 continue

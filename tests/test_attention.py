@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import DTYPES, assert_as_precise, double, run
 
 from vit_triton import functional as F
-from vit_triton.kernels._config import AttentionConfig, attention_tail, split_head_dim
+from vit_triton.kernels.attention.config import AttentionConfig, attention_tail, split_head_dim
 
 pytestmark = pytest.mark.compiled
 
@@ -138,7 +138,7 @@ def test_vit_b_16_at_224(dtype):
 @pytest.mark.parametrize("head_dim", [64, 72])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_program_that_holds_all_keys_gives_every_gradient(dtype, head_dim, small_tiles, monkeypatch):
-    from vit_triton.kernels import attention as kernels
+    from vit_triton.kernels.attention import backward as kernels
 
     monkeypatch.setattr(kernels, "pick_attention_bwd_dq", lambda *args: None)
     monkeypatch.setattr(kernels, "pick_attention_bwd_dkdv", lambda *args: AttentionConfig(16, 32, 4, 1))

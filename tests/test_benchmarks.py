@@ -28,7 +28,7 @@ from benchmarks import (
 from benchmarks.cost import Cost
 from benchmarks.derivative import DIRECTIONS
 from benchmarks.shapes import SIZES, Shape
-from vit_triton.kernels import _config
+from vit_triton.kernels import device
 
 TINY = Shape("tiny", 2, 32, 5, SIZES["Ti"]).with_depth(1)
 
@@ -198,7 +198,7 @@ def test_the_machine_names_its_gpu(hip, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(runner, "architecture", _config._gpu_architecture.__wrapped__)
+    monkeypatch.setattr(runner, "target_of", device._gpu.__wrapped__)
     found = runner.machine("cuda")
     assert (found["gpu"], found["architecture"]) == ("a GPU", expected[0])
     assert {"cuda", "hip"} & found.keys() == {expected[1]} and (hip is None or found["hip"] == hip)

@@ -7,18 +7,16 @@ VIT_TRITON_CODEGEN, every tile in every dtype.
 import collections
 import dataclasses
 import functools
-import importlib
 import itertools
 import json
 import os
 import re
 import sys
 import traceback
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMULATOR, INTERPRETER
+from conftest import EMULATOR, INTERPRETER, launcher_modules
 
 if INTERPRETER or EMULATOR:
     pytest.skip("another vehicle was chosen: it takes the place of the driver", allow_module_level=True)
@@ -34,13 +32,21 @@ from benchmarks.codegen.driver import compiling_for
 from benchmarks.codegen.figures import DTYPES, figures, line
 from benchmarks.codegen.instructions import Instruction, loops
 from vit_triton import functional as F
-from vit_triton.kernels import _config, _launch
+from vit_triton.kernels import launch
+from vit_triton.kernels.attention import config as attention_config
+from vit_triton.kernels.device import target_of
+from vit_triton.kernels.linear import config as linear_config
+from vit_triton.kernels.linear.config import Epilogue, GemmConfig
+from vit_triton.kernels.norm import config as norm_config
+from vit_triton.kernels.patch_embed import config as patch_embed_config
+from vit_triton.kernels.sums import config as sums_config
+from vit_triton.kernels.target import target_named
 
 every_tile = pytest.mark.skipif("VIT_TRITON_CODEGEN" not in os.environ, reason="hours of compiling: make codegen")
 KERNELS = {
     name
-    for path in sorted(Path(_launch.__file__).parent.glob("*.py"))
-    for name, value in vars(importlib.import_module(f"vit_triton.kernels.{path.stem}")).items()
+    for module in launcher_modules()
+    for name, value in vars(module).items()
     if isinstance(value, JITFunction) and name.endswith("_kernel")
 }
 # what there is one number of for each row or column; all else that kernels read and write is rows
@@ -50,7 +56,7 @@ VECTORS = re.compile(
     r"|\bweight_ptr \+ offs_d\b"
     r"|\blse = tl.load|seed_ptr\)"
 )
-PARTS = re.compile(r"_sums\.py")  # parts are narrow on purpose: pick_sum_parts says why
+PARTS = re.compile(r"sum_parts\.py")  # parts are narrow on purpose: pick_sum_parts says why
 
 
 def hold(found):
@@ -228,7 +234,7 @@ def test_every_tile(arch, dtype):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_tile_is_compiled(arch, dtype, monkeypatch):
     picked = record_picks(monkeypatch)
-    monkeypatch.setattr(_launch, "_run", lambda *launch: None)
+    monkeypatch.setattr(launch, "_run", lambda *launch: None)
     figures(arch, dtype, workloads.every_tile)
     for name, configs in every_pick(arch, dtype).items():
         assert picked.pop(name) == configs, name
@@ -246,26 +252,25 @@ def record_picks(monkeypatch):
 
         return wrapper
 
-    for path in Path(_launch.__file__).parent.glob("*.py"):
-        module = importlib.import_module(f"vit_triton.kernels.{path.stem}")
-        if module is not _config:
-            for name in [name for name in vars(module) if name.startswith("pick_")]:
-                monkeypatch.setattr(module, name, recording(name, getattr(module, name)))
+    for module in launcher_modules():
+        for name in [name for name in vars(module) if name.startswith("pick_")]:
+            monkeypatch.setattr(module, name, recording(name, getattr(module, name)))
     return picked
 
 
 def _in_one_part(config):
     """In how many parts a weight's gradient is made changes nothing in the loop."""
-    return dataclasses.replace(config, split=1) if isinstance(config, _config.GemmConfig) else config
+    return dataclasses.replace(config, split=1) if isinstance(config, GemmConfig) else config
 
 
 def every_pick(arch, dtype):
     """The same for all arguments that can make a difference."""
     torch_dtype, precision = DTYPES[dtype], "tf32" if dtype == "tf32" and arch != "gfx90a" else "ieee"
     lengths, sizes, powers = (1, 16, 17, 197, 513), (1, 17, 33, 64, 65, 129, 768, 1152, 4096), [2**n for n in range(17)]
-    attention = list(itertools.product(lengths, lengths, range(1, 257), [torch_dtype], [arch], (False, True)))
-    patches = [(8, n, k, torch_dtype, arch, precision) for n in sizes for k in sizes]
-    linear = [(*args, epilogue) for args in patches for epilogue in ("none", "elementwise", "branch", "dropout")]
+    target = target_named(arch)
+    attention = list(itertools.product(lengths, lengths, range(1, 257), [torch_dtype], [target], (False, True)))
+    patches = [(8, n, k, torch_dtype, target, precision) for n in sizes for k in sizes]
+    linear = [(*args, epilogue) for args in patches for epilogue in Epilogue]
     # a single part in the dtype of the gradient is the gradient
     parts = range(2 if torch_dtype == torch.float32 else 1, 300)
     widths = {
@@ -275,15 +280,21 @@ def every_pick(arch, dtype):
         "pick_swiglu": powers,
         "pick_sum_parts": parts,
     }
-    arguments = {name: [(width, arch) for width in sizes] for name, sizes in widths.items()}
-    for name in vars(_config):
+    arguments = {name: [(width, target) for width in sizes] for name, sizes in widths.items()}
+    pickers = {
+        name: pick
+        for module in (attention_config, linear_config, norm_config, patch_embed_config, sums_config)
+        for name, pick in vars(module).items()
+        if name.startswith("pick_") and name not in ("pick_gemm", "pick_bwd_weight")
+    }
+    for name in pickers:
         if name.startswith("pick_attention"):
             arguments[name] = attention
         elif name.startswith("pick_linear"):
             arguments[name] = linear
         elif name.startswith("pick_patch"):
             arguments[name] = patches
-    return {name: {_in_one_part(getattr(_config, name)(*args)) for args in calls} for name, calls in arguments.items()}
+    return {name: {_in_one_part(pickers[name](*args)) for args in calls} for name, calls in arguments.items()}
 
 
 # --- how the figures are made ------------------------------------------------------------------------------
@@ -292,7 +303,7 @@ def every_pick(arch, dtype):
 def test_architectures_are_named_as_those_of_gpus():
     for arch in ARCHITECTURES:
         with compiling_for(arch):
-            assert _config.architecture(torch.device("cpu")) == arch
+            assert target_of(torch.device("cpu")).name == arch
 
 
 def test_resident_blocks():

@@ -17,7 +17,7 @@ from benchmarks.codegen.cost import COSTS
 from benchmarks.codegen.driver import compiling_for
 from benchmarks.codegen.gpus import GPUS
 from benchmarks.codegen.program import Kernel
-from vit_triton.kernels import _launch
+from vit_triton.kernels import launch
 
 
 def listing(*lines, stall=1):
@@ -175,7 +175,7 @@ def test_the_command(tmp_path, monkeypatch, capsys, virtual_memory):
 
 def test_every_case_names_one_launch(monkeypatch, virtual_memory):
     launched = []
-    monkeypatch.setattr(_launch, "_run", lambda kernel, grid, device, arguments: launched.append((kernel, arguments)))
+    monkeypatch.setattr(launch, "_run", lambda kernel, grid, device, arguments: launched.append((kernel, arguments)))
     for case in times.CASES:
         launched.clear()
         with compiling_for("sm_80", case.kernel):

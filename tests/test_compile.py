@@ -202,12 +202,13 @@ class Captured(TorchDispatchMode):
 @pytest.fixture
 def launches(monkeypatch):
     """The kernels and grids that are launched, on a GPU that is not there."""
-    from vit_triton.kernels import _config, _launch
+    from vit_triton.kernels import device, launch, target
 
     recorded = []
-    monkeypatch.setattr(_launch, "INTERPRETING", False)
-    monkeypatch.setattr(_launch, "_run", lambda kernel, grid, *_: recorded.append((kernel.__name__, grid)))
-    monkeypatch.setattr(_config, "_gpu_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(launch, "INTERPRETING", False)
+    monkeypatch.setattr(device, "INTERPRETING", False)
+    monkeypatch.setattr(launch, "_run", lambda kernel, grid, *_: recorded.append((kernel.__name__, grid)))
+    monkeypatch.setattr(device, "_gpu", lambda device: target.target_named("sm_90"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return recorded
 

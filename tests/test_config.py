@@ -8,111 +8,124 @@ import triton
 import triton.language as tl
 
 from vit_triton.cpu.driver import active
-from vit_triton.kernels import _config as config
-from vit_triton.kernels import _launch
+from vit_triton.kernels import launch
+from vit_triton.kernels.attention import config as attention
+from vit_triton.kernels.linear import config as linear
+from vit_triton.kernels.linear.config import Epilogue
+from vit_triton.kernels.norm.config import MAX_LAYER_NORM_WIDTH, pick_layer_norm
+from vit_triton.kernels.patch_embed import config as patch_embed
+from vit_triton.kernels.picker import INTERPRETER_TILE, next_power_of_2
+from vit_triton.kernels.target import target_named
 
-ARCHITECTURES = ("interpreter", "cpu", "sm_75", "sm_80", "sm_90", "sm_100", "gfx942")
+NAMES = ("interpreter", "cpu", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+TARGETS = tuple(map(target_named, NAMES))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDTHS = (1, 10, 48, 192, 384, 768, 1000, 3072)
 GEMMS = [
-    config.pick_linear_fwd,
-    config.pick_linear_bwd_input,
-    config.pick_linear_bwd_weight,
-    config.pick_patch_embed_fwd,
-    config.pick_patch_embed_bwd_image,
-    config.pick_patch_embed_bwd_weight,
+    linear.pick_linear_fwd,
+    linear.pick_linear_bwd_input,
+    linear.pick_linear_bwd_weight,
+    patch_embed.pick_patch_embed_fwd,
+    patch_embed.pick_patch_embed_bwd_image,
+    patch_embed.pick_patch_embed_bwd_weight,
 ]
-ATTENTIONS = [config.pick_attention_fwd, config.pick_attention_bwd_dq, config.pick_attention_bwd_dkdv]
+ATTENTIONS = [attention.pick_attention_fwd, attention.pick_attention_bwd_dq, attention.pick_attention_bwd_dkdv]
+
+
+def str_of(target):
+    return target.name
 
 
 def is_power_of_2(n):
     return n > 0 and n & (n - 1) == 0
 
 
-def gemms(pick, arch, m):
-    epilogues = ["none", "elementwise", "dropout"] if "linear" in pick.__name__ else [None]
+def gemms(pick, target, m):
+    epilogues = list(Epilogue) if "linear" in pick.__name__ else [None]
     for n in WIDTHS:
         for k in WIDTHS:
             for dtype in DTYPES:
                 for precision in ("ieee", "tf32"):
                     for epilogue in epilogues:
-                        yield pick(m, n, k, dtype, arch, precision, *filter(None, [epilogue]))
+                        yield pick(m, n, k, dtype, target, precision, *filter(None, [epilogue]))
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("target", TARGETS, ids=str_of)
 @pytest.mark.parametrize("pick", GEMMS, ids=lambda pick: pick.__name__)
-def test_gemm_tiles(pick, arch):
-    for tile in gemms(pick, arch, 1576):
-        sides = (tile.rows, tile.cols, tile.depth)
+def test_gemm_tiles(pick, target):
+    for tile in gemms(pick, target, 1576):
+        sides = (tile.block_m, tile.block_n, tile.block_k)
         assert all(is_power_of_2(side) and side >= 16 for side in sides), tile
-        assert max(sides[0] * sides[1], sides[0] * sides[2], sides[1] * sides[2]) <= config.INTERPRETER_TILE, tile
+        assert max(sides[0] * sides[1], sides[0] * sides[2], sides[1] * sides[2]) <= INTERPRETER_TILE, tile
         assert is_power_of_2(tile.split) and tile.group >= 1, tile
 
 
-@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "interpreter"])
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.is_gpu or target.name == "cpu"], ids=str_of)
 @pytest.mark.parametrize("pick", GEMMS, ids=lambda pick: pick.__name__)
-def test_a_sample_does_not_depend_on_its_neighbours(pick, arch):
-    assert list(gemms(pick, arch, 197)) == list(gemms(pick, arch, 64 * 197))
+def test_a_sample_does_not_depend_on_its_neighbours(pick, target):
+    assert list(gemms(pick, target, 197)) == list(gemms(pick, target, 64 * 197))
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("target", TARGETS, ids=str_of)
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("pick", ATTENTIONS, ids=lambda pick: pick.__name__)
-def test_attention_tiles(pick, arch, dropout):
+def test_attention_tiles(pick, target, dropout):
     for n_q, n_k in [(1, 1), (1, 197), (197, 197), (577, 64), (1370, 1370)]:
         for head_dim in (1, 16, 40, 64, 72, 80, 88, 128, 256):
             for dtype in DTYPES:
-                tile = pick(n_q, n_k, head_dim, dtype, arch, dropout)
+                tile = pick(n_q, n_k, head_dim, dtype, target, dropout)
                 if tile is None:  # the other kernel of the backward pass holds all keys, and gives dq too
-                    assert pick is config.pick_attention_bwd_dq
-                    assert config.pick_attention_bwd_dkdv(n_q, n_k, head_dim, dtype, arch, dropout).block_n >= n_k
+                    assert pick is attention.pick_attention_bwd_dq
+                    assert attention.pick_attention_bwd_dkdv(n_q, n_k, head_dim, dtype, target, dropout).block_n >= n_k
                     continue
                 assert is_power_of_2(tile.block_m) and is_power_of_2(tile.block_n), tile
                 assert min(tile.block_m, tile.block_n) >= 16, tile
-                assert tile.block_m * tile.block_n <= config.INTERPRETER_TILE, tile
+                assert tile.block_m * tile.block_n <= INTERPRETER_TILE, tile
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_layer_norm_holds_a_row(arch):
-    for width in (*WIDTHS, config.MAX_LAYER_NORM_WIDTH):
-        tile = config.pick_layer_norm(width, arch)
+@pytest.mark.parametrize("target", TARGETS, ids=str_of)
+def test_layer_norm_holds_a_row(target):
+    for width in (*WIDTHS, MAX_LAYER_NORM_WIDTH):
+        tile = pick_layer_norm(width, target)
         assert is_power_of_2(tile.block_d) and width <= tile.block_d < 2 * width or width == 1, tile
-        assert is_power_of_2(tile.block_m) and tile.block_m * tile.block_d <= config.INTERPRETER_TILE, tile
+        assert is_power_of_2(tile.block_m) and tile.block_m * tile.block_d <= INTERPRETER_TILE, tile
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_split_head_covers_its_size_and_pads_no_more_than_the_next_power_of_two(arch, dtype):
+@pytest.mark.parametrize("target", TARGETS, ids=str_of)
+def test_a_split_head_covers_its_size_and_pads_no_more_than_the_next_power_of_two(target, dtype):
     for head_dim in range(1, 257):
-        main, tail = config.split_head_dim(head_dim, dtype, arch)
-        whole = max(16, config.next_power_of_2(head_dim))
+        main, tail = attention.split_head_dim(head_dim, dtype, target)
+        whole = max(16, next_power_of_2(head_dim))
         assert is_power_of_2(main) and main >= 16 and (tail == 0 or is_power_of_2(tail) and tail >= 16)
         assert head_dim <= main + tail <= whole
 
 
 def test_the_real_head_sizes():
-    covered = {d: sum(config.split_head_dim(d, torch.bfloat16, "sm_90")) for d in (64, 72, 80, 88, 96, 104)}
+    sizes, sm_90 = (64, 72, 80, 88, 96, 104), target_named("sm_90")
+    covered = {d: sum(attention.split_head_dim(d, torch.bfloat16, sm_90)) for d in sizes}
     assert covered == {64: 64, 72: 80, 80: 80, 88: 96, 96: 96, 104: 128}
 
 
 def test_two_tiles_of_a_float32_head_are_no_wider_than_a_gpu_has_registers_for():
     heads = (72, 80, 88, 96, 160)
-    for arch, covered in {"sm_80": (80, 80, 128, 128, 256), "cpu": (80, 80, 96, 96, 160)}.items():
-        assert tuple(sum(config.split_head_dim(d, torch.float32, arch)) for d in heads) == covered
+    for name, covered in {"sm_80": (80, 80, 128, 128, 256), "cpu": (80, 80, 96, 96, 160)}.items():
+        sums = tuple(sum(attention.split_head_dim(d, torch.float32, target_named(name))) for d in heads)
+        assert sums == covered
 
 
 @pytest.mark.parametrize("length", [1, 16, 64, 65, 196, 197, 257, 577, 1370])
 def test_the_tail_of_a_sequence_covers_what_the_full_blocks_leave(length):
     for block in (16, 32, 64, 128):
-        tail = config.attention_tail(length, block)
+        tail = attention.attention_tail(length, block)
         assert length % block <= tail < max(32, 2 * (length % block)) if length % block else tail == 0
 
 
 def test_configurations_are_frozen_and_can_be_keys():
     for tile in (
-        config.pick_layer_norm(768, "sm_80"),
-        config.pick_attention_fwd(197, 197, 64, torch.float16, "sm_80", False),
-        config.pick_linear_fwd(197, 768, 768, torch.float16, "sm_80", "ieee", "none"),
+        pick_layer_norm(768, target_named("sm_80")),
+        attention.pick_attention_fwd(197, 197, 64, torch.float16, target_named("sm_80"), False),
+        linear.pick_linear_fwd(197, 768, 768, torch.float16, target_named("sm_80"), "ieee", Epilogue.NONE),
     ):
         hash(tile)
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -135,7 +148,7 @@ class Kernel:
 def test_launch(programs, launched):
     kernel = Kernel()
     with active():
-        _launch.launch(kernel, (programs,), torch.zeros(1))
+        launch.launch(kernel, (programs,), torch.zeros(1))
     assert kernel.grids == launched
 
 
@@ -155,13 +168,13 @@ def test_launched_again_with_other_arguments():
                 y = torch.zeros_like(x)
                 arguments = dict(x_ptr=x, y_ptr=y, n=len(x), factor=factor, BLOCK=block)
                 with active():
-                    _launch.launch(scale_kernel, (-(-len(x) // block),), x, **arguments)
+                    launch.launch(scale_kernel, (-(-len(x) // block),), x, **arguments)
                 assert torch.equal(y, x * factor), (x.dtype, len(x), factor, block)
 
 
 @pytest.mark.compiled
 def test_a_second_launch_does_not_search(monkeypatch):
-    if _launch.INTERPRETING:
+    if launch.INTERPRETING:
         return  # nothing is compiled
     x = torch.arange(64.0)
     calls = []
@@ -170,7 +183,7 @@ def test_a_second_launch_does_not_search(monkeypatch):
     for factor, searches in ((7.0, 1), (7.0, 1), (9.0, 2), (7.0, 2)):
         y = torch.empty_like(x)
         with active():
-            _launch.launch(scale_kernel, (1,), x, x_ptr=x, y_ptr=y, n=64, factor=factor, BLOCK=64)
+            launch.launch(scale_kernel, (1,), x, x_ptr=x, y_ptr=y, n=64, factor=factor, BLOCK=64)
         assert torch.equal(y, x * factor) and len(calls) == searches
 
 
@@ -178,5 +191,5 @@ def test_a_grid_beyond_the_limit_is_an_error():
     kernel = Kernel()
     kernel.__name__ = "some_kernel"
     with pytest.raises(ValueError, match="2147483648 programs of some_kernel, a GPU starts at most 2147483647"):
-        _launch.launch(kernel, (2**31,), torch.zeros(1))
+        launch.launch(kernel, (2**31,), torch.zeros(1))
     assert kernel.grids == []

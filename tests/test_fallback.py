@@ -23,7 +23,7 @@ import vit_triton
 import vit_triton.integrations.transformers  # registers attn_implementation="vit_triton"
 from vit_triton import backend as backends
 from vit_triton import functional as F
-from vit_triton.kernels import _config
+from vit_triton.kernels.norm.config import MAX_LAYER_NORM_WIDTH
 
 
 def make(**changes) -> nn.Module:
@@ -196,7 +196,7 @@ def test_features_of_an_accelerated_model_by_torch_fx():
 
 
 def test_the_limits_are_those_of_the_kernels():
-    assert backends.MAX_NORM_WIDTH == _config.MAX_LAYER_NORM_WIDTH
+    assert backends.MAX_NORM_WIDTH == MAX_LAYER_NORM_WIDTH
 
 
 WIDE = backends.MAX_NORM_WIDTH + 4

@@ -285,7 +285,7 @@ def verdict(got: torch.Tensor, expected: torch.Tensor) -> str:
 def report(mended: bool) -> dict[str, str]:
     """Compute every case in this process: name -> verdict."""
     if mended:
-        from vit_triton.kernels._interpreter import mend
+        from vit_triton.kernels.interpreter import mend
 
         mend()
         once = methods()
@@ -333,7 +333,7 @@ def mended() -> dict[str, str]:
 def test_defect_is_still_there(name: str, unmended: dict[str, str]) -> None:
     assert unmended[name] != RIGHT, (
         f"Good news: the interpreter of Triton {triton.__version__} computes {name!r} correctly by itself. Move it to "
-        "SOUND; once every case is there in the oldest Triton supported, delete vit_triton/kernels/_interpreter.py, "
+        "SOUND; once every case is there in the oldest Triton supported, delete vit_triton/kernels/interpreter.py, "
         "its call in the launcher, and this file."
     )
 
@@ -355,7 +355,7 @@ def test_nothing_is_touched_where_kernels_are_compiled() -> None:
 def main(state: str) -> dict[str, str]:
     if state != "compiled":
         return report(mended=state == "mended")
-    from vit_triton.kernels._interpreter import mend
+    from vit_triton.kernels.interpreter import mend
 
     before = methods()
     mend()

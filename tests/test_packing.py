@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 import vit_triton
 from vit_triton import packing
 from vit_triton.cpu.driver import active
-from vit_triton.kernels import _launch, linear
+from vit_triton.kernels import launch, linear
 from vit_triton.modules import FeedForward
 
 compiled_only = pytest.mark.skipif(
@@ -91,10 +91,10 @@ def test_panels_are_read_where_they_lie(dtype):
     x, weight = torch.randn(16, 256).to(dtype), torch.randn(32, 256).to(dtype)
     memory = []
     for panels in (None, linear.pack_weight(weight, *layout)):
-        _launch._compiled.clear()
+        launch._compiled.clear()
         with active():
             linear.linear_fwd(x, weight, None, None, None, panels=panels)
-        (kernel,) = _launch._compiled.values()
+        (kernel,) = launch._compiled.values()
         memory.append(kernel.metadata.scratch_bytes)
     assert memory[0] - memory[1] > weight.nbytes // 2
 

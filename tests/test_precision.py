@@ -8,8 +8,8 @@ import torch
 from conftest import forget_recordings
 from test_ops import FUNCTIONS, first, public, sample
 
-from vit_triton.kernels import _launch
-from vit_triton.kernels import _replay as replay
+from vit_triton.kernels import launch, replay
+from vit_triton.kernels.target import target_named
 
 SWITCHES = {
     "cuda.matmul": torch.backends.cuda.matmul,
@@ -63,11 +63,11 @@ def expected(settings):
 def test_every_pair_of_settings(switches):
     for settings in [*itertools.product(OLD + NEW, repeat=2), *[(each,) for each in OLD + NEW], ()]:
         switches(*settings)
-        for arch in ("sm_80", "sm_100", "gfx942"):
-            assert _launch.input_precision(torch.float32, arch) == expected(settings), settings
-        for arch in ("cpu", "interpreter", "gfx90a"):
-            assert _launch.input_precision(torch.float32, arch) == "ieee"
-        assert _launch.input_precision(torch.bfloat16, "sm_80") == "ieee"
+        for name in ("sm_80", "sm_100", "gfx942"):
+            assert launch.input_precision(torch.float32, target_named(name)) == expected(settings), settings
+        for name in ("cpu", "interpreter", "gfx90a"):
+            assert launch.input_precision(torch.float32, target_named(name)) == "ieee"
+        assert launch.input_precision(torch.bfloat16, target_named("sm_80")) == "ieee"
 
 
 def test_operators_run_with_every_pair_of_an_old_and_a_new_setting(switches):
@@ -104,7 +104,7 @@ def test_operators_run_with_every_pair_of_an_old_and_a_new_setting(switches):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_switch_is_read_for_float32_products_only_and_recordings_follow_it(dtype, switches):
     gpu_path = pytest.importorskip("benchmarks.gpu_path")
-    if _launch.INTERPRETING:
+    if launch.INTERPRETING:
         pytest.skip("nothing is recorded")
     from vit_triton import functional as F
 
@@ -112,7 +112,7 @@ def test_the_switch_is_read_for_float32_products_only_and_recordings_follow_it(d
     float32 = dtype == torch.float32
     with gpu_path.taken(), torch.no_grad():
         forget_recordings()
-        with mock.patch.object(_launch, "float32_precision", side_effect=AssertionError("read")):
+        with mock.patch.object(launch, "float32_precision", side_effect=AssertionError("read")):
             F.layer_norm(x, None, None, backend="triton")
             F.layer_norm(x, None, None, backend="triton")
         forget_recordings()

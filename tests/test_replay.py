@@ -22,9 +22,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from triton import knobs
 
 from vit_triton.cpu import driver
-from vit_triton.kernels import _launch
-from vit_triton.kernels import _replay as replay
-from vit_triton.kernels.layer_norm import layer_norm_fwd
+from vit_triton.kernels import launch, replay
+from vit_triton.kernels.norm.layer_norm import layer_norm_fwd
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +84,7 @@ def way(request, monkeypatch):
 
     def as_on_a_gpu(function, args):
         with driver.active() as device:
-            return replay.replay(function, args, device, _launch.recording)
+            return replay.replay(function, args, device, launch.recording)
 
     if request.param == "GPU":
         monkeypatch.setattr(ops, "_on_cpu", as_on_a_gpu)
@@ -219,22 +218,22 @@ def test_the_oldest_recordings_make_room(monkeypatch):
 
 
 def test_the_oldest_compiled_kernels_make_room(monkeypatch):
-    monkeypatch.setattr(_launch, "_compiled", {})
-    monkeypatch.setattr(_launch, "_MOST_COMPILED", 3)
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_MOST_COMPILED", 3)
     monkeypatch.setattr(ops, "_on_cpu", lambda function, args: run_plainly(function, *args))
     keys = []
     for width in (16, 32, 48, 64, 80):
         F.layer_norm(torch.randn(5, width), None, None, backend="triton")
-        keys.append(list(_launch._compiled)[-1])
-    assert list(_launch._compiled) == keys[-3:]
+        keys.append(list(launch._compiled)[-1])
+    assert list(launch._compiled) == keys[-3:]
 
 
 def test_threads_share_a_bounded_cache():
     cache = {}
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: _launch.remember(cache, i, i, 50), range(5000)))
+        list(pool.map(lambda i: launch.remember(cache, i, i, 50), range(5000)))
     assert len(cache) <= 50 + 8, "each thread may add one after it made room"
-    _launch.remember(cache, "new", 0, 50)
+    launch.remember(cache, "new", 0, 50)
     assert len(cache) == 50 and "new" in cache
 
 
@@ -276,10 +275,10 @@ def mix_kernel(a_ptr, b_ptr, y_ptr, n, factor, BLOCK: tl.constexpr):
 
 def mix(a, b, y, factor):
     n = min(len(a), len(b), len(y))
-    _launch.launch(mix_kernel, (1,), a, a_ptr=a, b_ptr=b, y_ptr=y, n=n, factor=factor, BLOCK=512)
+    launch.launch(mix_kernel, (1,), a, a_ptr=a, b_ptr=b, y_ptr=y, n=n, factor=factor, BLOCK=512)
 
 
-RECORDERS = {"CPU": driver.recording, "GPU": _launch.recording}
+RECORDERS = {"CPU": driver.recording, "GPU": launch.recording}
 
 
 @pytest.mark.parametrize("one_block", [False, True])

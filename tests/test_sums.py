@@ -5,8 +5,8 @@ import torch
 from oracle import DTYPES
 
 from vit_triton.cpu.driver import active
-from vit_triton.kernels import _config
-from vit_triton.kernels import _sums as kernels
+from vit_triton.kernels.sums import sum_parts as kernels
+from vit_triton.kernels.sums.config import SumConfig
 
 pytestmark = pytest.mark.compiled
 
@@ -32,7 +32,7 @@ def test_parts_may_lie_apart():
 
 @pytest.mark.parametrize("block_p", [1, 4])
 def test_tiles_do_not_matter(block_p, monkeypatch):
-    monkeypatch.setattr(kernels, "pick_sum_parts", lambda *args: _config.SumConfig(block_p, 16, 1))
+    monkeypatch.setattr(kernels, "pick_sum_parts", lambda *args: SumConfig(block_p, 16, 1))
     parts = torch.randn(10, 37)
     with active():
         total = kernels.sum_parts(parts, torch.float32)

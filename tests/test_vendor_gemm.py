@@ -11,7 +11,12 @@ from oracle import DTYPES
 
 from vit_triton import functional as F
 from vit_triton.cpu.driver import active
-from vit_triton.kernels import _config, linear
+from vit_triton.kernels.linear import backward as linear_backward
+from vit_triton.kernels.linear import config
+from vit_triton.kernels.linear import forward as linear_forward
+from vit_triton.kernels.linear.config import Epilogue, GemmConfig, VendorGemm
+from vit_triton.kernels.picker import PICKERS
+from vit_triton.kernels.target import target_named
 
 pytestmark = pytest.mark.compiled
 
@@ -23,8 +28,9 @@ def vendor(monkeypatch, request):
     def switch():
         forget_recordings()
         request.addfinalizer(forget_recordings)
-        for name in ("pick_linear_fwd", "pick_linear_bwd_input", "pick_linear_bwd_weight"):
-            monkeypatch.setattr(linear, name, lambda *args: _config.VendorGemm())
+        monkeypatch.setattr(linear_forward, "pick_linear_fwd", lambda *args: VendorGemm())
+        for name in ("pick_linear_bwd_input", "pick_linear_bwd_weight"):
+            monkeypatch.setattr(linear_backward, name, lambda *args: VendorGemm())
 
     return switch
 
@@ -70,7 +76,7 @@ def forward(dtype):
         ((bias, None), dict(dropout_p=0.3, activation="gelu_tanh", save_pre=True)),
         ((bias, residual.float()), dict(dropout_p=0.3)),
     ]:
-        yield from linear.linear_fwd(x, weight, *tensors, seed, **options)
+        yield from linear_forward.linear_fwd(x, weight, *tensors, seed, **options)
 
 
 def backward(dtype):
@@ -80,9 +86,9 @@ def backward(dtype):
         (None, {}),
         (pre, dict(activation="gelu_tanh", dropout_p=0.3)),
     ]:
-        yield from linear.linear_bwd_input(dy, weight, x, seed, with_hidden=x is not None, **options)
+        yield from linear_backward.linear_bwd_input(dy, weight, x, seed, with_hidden=x is not None, **options)
     for with_bias in (True, False):
-        yield from linear.linear_bwd_weight(dy, pre, weight_dtype=dtype, with_bias=with_bias)
+        yield from linear_backward.linear_bwd_weight(dy, pre, weight_dtype=dtype, with_bias=with_bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,8 +117,8 @@ def test_the_mask_is_the_same_bit_for_bit(vendor, dtype):
 
     def masks():
         with active():
-            y, _ = linear.linear_fwd(zeros, eye, ones[0], None, seed, dropout_p=0.25)
-            return y, linear.dropout_bwd(ones, seed, dtype, dropout_p=0.25)
+            y, _ = linear_forward.linear_fwd(zeros, eye, ones[0], None, seed, dropout_p=0.25)
+            return y, linear_backward.dropout_bwd(ones, seed, dtype, dropout_p=0.25)
 
     ours = masks()
     vendor()
@@ -137,13 +143,13 @@ def test_the_library_does_multiply(vendor, monkeypatch):
 
 
 def test_only_a_tuned_table_chooses_it():
-    for name, picker in _config.PICKERS.items():
-        if _config.VendorGemm not in picker.kinds:
+    for name, picker in PICKERS.items():
+        if VendorGemm not in picker.kinds:
             continue
-        pick = getattr(_config, name)
-        for arch in ("interpreter", "cpu", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"):
+        pick = getattr(config, name)
+        for target in ("interpreter", "cpu", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"):
             for n, k in [(768, 768), (3072, 768), (16, 1000)]:
-                for dtype, epilogue in itertools.product(DTYPES, ("none", "elementwise", "branch", "dropout")):
-                    arguments = (1576, n, k, dtype, arch, "ieee", epilogue)
-                    assert type(pick(*arguments)) is _config.GemmConfig
-                    assert any(isinstance(each, _config.VendorGemm) for each in picker.candidates(arguments))
+                for dtype, epilogue in itertools.product(DTYPES, Epilogue):
+                    arguments = (1576, n, k, dtype, target_named(target), "ieee", epilogue)
+                    assert type(pick(*arguments)) is GemmConfig
+                    assert any(isinstance(each, VendorGemm) for each in picker.candidates(arguments))

@@ -54,7 +54,7 @@ def _register(schema: str, copies: Callable[..., list[Tensor | None]] | None = N
 def _on_cpu(function: Any, args: tuple[Any, ...]) -> Any:
     """``function`` with a Triton driver active that serves CPU tensors; its launches recorded if it is ours."""
     from vit_triton.cpu.driver import active, recording
-    from vit_triton.kernels._replay import replay
+    from vit_triton.kernels.replay import replay
 
     with active() as device:
         # one block: memory that is new to the process has pages which the system clears first
@@ -71,8 +71,8 @@ def _on_gpu(function: Any, args: tuple[Any, ...]) -> Any:
 @functools.cache
 def _launching() -> tuple[Any, ...]:
     """Imported once: to look an import up in every call takes longer than to read a key."""
-    from vit_triton.kernels._launch import INTERPRETING, guard, recording
-    from vit_triton.kernels._replay import replay
+    from vit_triton.kernels.launch import INTERPRETING, guard, recording
+    from vit_triton.kernels.replay import replay
 
     return INTERPRETING, guard, replay, recording
 
@@ -125,7 +125,7 @@ def _statistics(x: Tensor, wanted: bool = True) -> Tensor | None:
     "-> (Tensor, Tensor)"
 )
 def _attention_fwd(q, k, v, seed, scale, dropout_p, save=True):
-    from vit_triton.kernels.attention import attention_fwd
+    from vit_triton.kernels.attention.forward import attention_fwd
 
     return attention_fwd(q, k, v, seed, scale=scale, dropout_p=dropout_p, save=save)
 
@@ -141,7 +141,7 @@ def _attention_fwd_fake(q, k, v, seed, scale, dropout_p, save=True):
     "float scale, float dropout_p) -> (Tensor, Tensor, Tensor)"
 )
 def _attention_bwd(do, q, k, v, out, lse, dlse, seed, scale, dropout_p):
-    from vit_triton.kernels.attention import attention_bwd
+    from vit_triton.kernels.attention.backward import attention_bwd
 
     return attention_bwd(do, q, k, v, out, lse, dlse, seed, scale=scale, dropout_p=dropout_p)
 
@@ -155,7 +155,7 @@ def _attention_bwd_fake(do, q, k, v, out, lse, dlse, seed, scale, dropout_p):
     "attention_packed_fwd(Tensor qkv, Tensor? seed, float scale, float dropout_p, bool save=True) -> (Tensor, Tensor)"
 )
 def _attention_packed_fwd(qkv, seed, scale, dropout_p, save=True):
-    from vit_triton.kernels.attention import attention_fwd
+    from vit_triton.kernels.attention.forward import attention_fwd
 
     q, k, v = qkv.unbind(2)
     return attention_fwd(q, k, v, seed, scale=scale, dropout_p=dropout_p, save=save)
@@ -173,7 +173,7 @@ def _attention_packed_fwd_fake(qkv, seed, scale, dropout_p, save=True):
     "float dropout_p) -> Tensor"
 )
 def _attention_packed_bwd(do, qkv, out, lse, dlse, seed, scale, dropout_p):
-    from vit_triton.kernels.attention import attention_packed_bwd
+    from vit_triton.kernels.attention.backward import attention_packed_bwd
 
     return attention_packed_bwd(do, qkv, out, lse, dlse, seed, scale=scale, dropout_p=dropout_p)
 
@@ -197,7 +197,7 @@ def _normed_attention_fwd(
     q, k, v, q_weight, q_bias, k_weight, k_bias, seed, q_eps, k_eps, rms, scale, dropout_p, save=True
 ):
     """Without k and v, q is the packed projection."""
-    from vit_triton.kernels.qk_norm import HeadNorm, normed_attention_fwd
+    from vit_triton.kernels.attention.qk_norm import HeadNorm, normed_attention_fwd
 
     q, k, v = q.unbind(2) if k is None else (q, k, v)
     q_norm = None if q_eps is None else HeadNorm(q_weight, q_bias, q_eps, rms)
@@ -221,7 +221,7 @@ def _normed_attention_fwd_fake(
 def _normed_attention_bwd(
     do, dlse, q, k, v, out, lse, q_weight, q_bias, k_weight, k_bias, seed, q_eps, k_eps, rms, scale, dropout_p
 ):
-    from vit_triton.kernels.qk_norm import HeadNorm, normed_attention_bwd
+    from vit_triton.kernels.attention.qk_norm import HeadNorm, normed_attention_bwd
 
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = None if k is None else _like(k), None if v is None else _like(v)
@@ -261,7 +261,7 @@ def _linear_fwd(
     x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed, eps, dropout_p, save=True,
     copies=(None,),
 ):  # fmt: skip
-    from vit_triton.kernels.mlp import norm_linear_fwd
+    from vit_triton.kernels.linear.mlp import norm_linear_fwd
 
     residual = None if residual is None else _rows(residual)
     y, *statistics = norm_linear_fwd(
@@ -298,7 +298,7 @@ def _linear_bwd(
     dy, x, weight, norm_weight, norm_bias, mean, rstd, seed, layer_scale, samples, bias,
     dropout_p, residual_is_x, with_bias, needs_x, needs_weight,
 ):  # fmt: skip
-    from vit_triton.kernels.mlp import norm_linear_bwd
+    from vit_triton.kernels.linear.mlp import norm_linear_bwd
 
     dx, *grads = norm_linear_bwd(
         _rows(dy),
@@ -354,7 +354,7 @@ def _mlp_fwd(
     x, w1, b1, w2, b2, norm_weight, norm_bias, residual, layer_scale, samples, hidden_seed, seed,
     eps, activation, hidden_dropout_p, dropout_p, save, copies=(None, None),
 ):  # fmt: skip
-    from vit_triton.kernels.mlp import mlp_fwd
+    from vit_triton.kernels.linear.mlp import mlp_fwd
 
     y, *saved = mlp_fwd(
         _rows(x),
@@ -400,7 +400,7 @@ def _mlp_bwd(
     dy, x, w1, w2, norm_weight, norm_bias, pre, mean, rstd, hidden_seed, seed, layer_scale, samples, b2,
     activation, hidden_dropout_p, dropout_p, residual_is_x, with_b1, with_b2, needs_x, needs_weights,
 ):  # fmt: skip
-    from vit_triton.kernels.mlp import mlp_bwd
+    from vit_triton.kernels.linear.mlp import mlp_bwd
 
     dx, *grads = mlp_bwd(
         _rows(dy),
@@ -493,7 +493,7 @@ def _encoder_fwd_fake(x, blocks, eps, heads, scale, activation, first_token):
     "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, bool save=True) -> (Tensor, Tensor, Tensor)"
 )
 def _layer_norm_fwd(x, weight, bias, eps, save=True):
-    from vit_triton.kernels.layer_norm import layer_norm_fwd
+    from vit_triton.kernels.norm.layer_norm import layer_norm_fwd
 
     y, *statistics = layer_norm_fwd(_rows(x), weight, bias, eps=eps, save=save)
     return y.view(x.shape), *statistics
@@ -509,7 +509,7 @@ def _layer_norm_fwd_fake(x, weight, bias, eps, save=True):
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _add_layer_norm_fwd(x, residual, weight, bias, eps, save=True):
-    from vit_triton.kernels.layer_norm import add_layer_norm_fwd
+    from vit_triton.kernels.norm.layer_norm import add_layer_norm_fwd
 
     y, total, *statistics = add_layer_norm_fwd(_rows(x), _rows(residual), weight, bias, eps=eps, save=save)
     return y.view(x.shape), total.view(x.shape), *statistics
@@ -525,7 +525,7 @@ def _add_layer_norm_fwd_fake(x, residual, weight, bias, eps, save=True):
     "-> (Tensor, Tensor, Tensor)"
 )
 def _layer_norm_bwd(dy, x, weight, mean, rstd, dsum):
-    from vit_triton.kernels.layer_norm import layer_norm_bwd
+    from vit_triton.kernels.norm.layer_norm import layer_norm_bwd
 
     dsum = None if dsum is None else _rows(dsum)
     dx, *dnorm = layer_norm_bwd(_rows(dy), _rows(x), weight, mean, rstd, dsum=dsum)
@@ -551,7 +551,7 @@ def _patch_embed_fwd(
     image, weight, bias, pos, prefix, pre_weight, pre_bias, pre_eps, post_weight, post_bias, post_eps, mean, std,
     patch_size, patch_order, save=True, copies=(None,),
 ):  # fmt: skip
-    from vit_triton.kernels.patch_embed import patch_embed_fwd
+    from vit_triton.kernels.patch_embed.forward import patch_embed_fwd
 
     return patch_embed_fwd(
         image,
@@ -603,7 +603,7 @@ def _patch_embed_bwd(
     dtokens, image, weight, z, pre_mean, pre_rstd, post_mean, post_rstd, pre_weight, pre_bias, pre_eps, post_weight,
     post_bias, post_eps, mean, std, patch_size, patch_order, n_prefix, needs_image,
 ):  # fmt: skip
-    from vit_triton.kernels.patch_embed import patch_embed_bwd
+    from vit_triton.kernels.patch_embed.backward import patch_embed_bwd
 
     return patch_embed_bwd(
         dtokens,

@@ -1,6 +1,6 @@
 """Frozen models: weights laid out once for the matrix products of the CPU target.
 
-A product on the CPU reads its weight in panels (:func:`vit_triton.kernels.linear.pack_weight`), and a patch embedding
+A product on the CPU reads its weight in panels (:func:`.kernels.linear.forward.pack_weight`), and a patch embedding
 reads its weight with the columns in the order of the image's memory. Every call lays them out anew, so it uses the
 values that the parameters have at that moment. :func:`prepack` keeps the copies instead.
 """
@@ -193,7 +193,7 @@ def panels(weight: Tensor) -> Tensor | None:
     if entry is None:
         return None
     from vit_triton.cpu.driver import dot_panel
-    from vit_triton.kernels.linear import pack_weight
+    from vit_triton.kernels.linear.forward import pack_weight
 
     layout = dot_panel(weight.dtype)
     return None if layout is None else entry.copy(weight, layout, lambda x: pack_weight(x, *layout))
@@ -205,7 +205,7 @@ def in_image_order(weight: Tensor, image: Tensor, patch_size: tuple[int, int], p
     entry = _entry(weight)
     if entry is None:
         return None
-    from vit_triton.kernels._patches import patch_layout
+    from vit_triton.kernels.patch_embed.patches import patch_layout
 
     layout = patch_layout(image, patch_size, patch_order)
     return entry.copy(weight, layout.order, layout.from_weight)  # type: ignore[arg-type] # None only for None

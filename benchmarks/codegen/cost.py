@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vit_triton.kernels._config import cdiv
+from vit_triton.kernels.picker import cdiv
 
 Arguments = dict[str, Any]
 Count = Callable[[Arguments], int]

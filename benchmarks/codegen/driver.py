@@ -12,7 +12,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 
 from benchmarks.codegen.architectures import ARCHITECTURES
-from vit_triton.kernels import _launch
+from vit_triton.kernels import launch
 
 
 @dataclass
@@ -86,7 +86,7 @@ def compiling_for(arch: str, only: str = "") -> Iterator[list[Launched]]:
 
     A launch on tensors that do not begin at a multiple of 16 bytes, for which Triton compiles other code, is left out.
     """
-    before, kept, run = driver._active, dict(_launch._compiled), _launch._run
+    before, kept, run = driver._active, dict(launch._compiled), launch._run
 
     def run_some(kernel: Any, *launch: Any) -> None:
         if only in kernel.fn.__name__:
@@ -96,14 +96,14 @@ def compiling_for(arch: str, only: str = "") -> Iterator[list[Launched]]:
     driver.set_active(compiler)
     found: list[Launched] = []
     try:
-        with mock.patch.object(_launch, "_run", run_some):
+        with mock.patch.object(launch, "_run", run_some):
             yield found
-        kernels = {kernel.hash: Launched(kernel) for key, kernel in _launch._compiled.items() if compiler in key}
+        kernels = {kernel.hash: Launched(kernel) for key, kernel in launch._compiled.items() if compiler in key}
         for hash_, grid, arguments in compiler.launches:
             if hash_ in kernels:
                 kernels[hash_].launches.append((grid, arguments))
         found.extend(kernels.values())
     finally:
         driver._active = before
-        _launch._compiled.clear()
-        _launch._compiled.update(kept)
+        launch._compiled.clear()
+        launch._compiled.update(kept)

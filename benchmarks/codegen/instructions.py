@@ -7,9 +7,9 @@ from pathlib import Path
 
 import networkx
 
-from vit_triton.kernels import _launch
+from vit_triton.kernels import launch
 
-KERNELS = Path(_launch.__file__).parent
+KERNELS = Path(launch.__file__).parent
 
 
 @dataclass(frozen=True)

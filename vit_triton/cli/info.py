@@ -78,9 +78,9 @@ def _gpus() -> Iterator[tuple[str, str]]:
         facts = torch.cuda.get_device_properties(i)
         architecture = f"sm_{facts.major}{facts.minor}" if torch.version.cuda else facts.gcnArchName.split(":")[0]
         try:
-            from vit_triton.kernels import _tuned
+            from vit_triton.kernels import tuned
 
-            text = _tuned.describe(facts.name, architecture)
+            text = tuned.describe(facts.name, architecture)
         except ImportError:
             text = f"{facts.name}, {architecture}; triton is not installed"
         yield f"cuda:{i}", f"{facts.total_memory / 2**30:.0f} GiB; {text}"

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from vit_triton.kernels.attention import attention_fwd
-from vit_triton.kernels.mlp import mlp_fwd, norm_linear_fwd
+from vit_triton.kernels.attention.forward import attention_fwd
+from vit_triton.kernels.linear.mlp import mlp_fwd, norm_linear_fwd
 
 
 class BlockTensors(NamedTuple):

@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
-from vit_triton.kernels._launch import float32_precision, remember, seen
+from vit_triton.kernels.launch import float32_precision, remember, seen
 
 _ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
 _MOST_RECORDED = 4096  # sizes vary without end
@@ -92,9 +92,9 @@ def replay(
 ) -> Any:
     """``function(*args)``, a tensor or a tuple of tensors; ``where`` says which driver launches, and on which device.
 
-    The function must depend on nothing but its arguments, which may be lists, and on the switch for float32 products, and
-    must return what it allocates. What it needs between its launches is allocated as late as can be and let go of behind
-    the last, or in ``one_block``.
+    The function must depend on nothing but its arguments, which may be lists, and on the switch for float32 products,
+    and must return what it allocates. What it needs between its launches is allocated as late as can be and let go of
+    behind the last, or in ``one_block``.
     """
     first: dict[int, int] = {}  # which argument is the first at an address
     given: list[int] = []

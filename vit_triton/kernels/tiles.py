@@ -23,14 +23,14 @@ def grouped_tile(pid, num_rows, num_cols, GROUP: tl.constexpr):
 
 
 @triton.jit
-def columns_of(x, PART: tl.constexpr, PARTS: tl.constexpr):
-    """Columns ``PART / PARTS ... (PART + 1) / PARTS`` of a tile; PARTS is a power of two."""
-    if PARTS == 1:
+def columns_of(x, SUBTILE: tl.constexpr, SUBTILES: tl.constexpr):
+    """Columns ``SUBTILE / SUBTILES ... (SUBTILE + 1) / SUBTILES`` of a tile; SUBTILES is a power of two."""
+    if SUBTILES == 1:
         return x
     else:
-        HALF: tl.constexpr = PARTS // 2
+        HALF: tl.constexpr = SUBTILES // 2
         left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-        return columns_of(left if PART < HALF else right, PART % HALF, HALF)
+        return columns_of(left if SUBTILE < HALF else right, SUBTILE % HALF, HALF)
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def gelu_grad(x, KIND: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def activate(x, KIND: tl.constexpr, EXACT: tl.constexpr):
-    """"silu" (Elfwing et al. 2017, arXiv:1702.03118), "relu", or what :func:`gelu` has."""
+    """SiLU (Elfwing et al. 2017, arXiv:1702.03118), "relu", or a ``KIND`` of :func:`gelu`."""
     if KIND == "silu":
         return x * sigmoid(x)
     elif KIND == "relu":

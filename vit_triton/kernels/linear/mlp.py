@@ -2,10 +2,10 @@
 
     h = x W1^T + b1        y = s * gamma * D_y * (D_h * act(h) W2^T + b2) + residual          x may be LayerNorm(x0)
 
-D are dropout masks over (1 - p), gamma is a LayerScale, s of each sample is that of stochastic depth. The GEMMs are those
-of :mod:`.linear`: activation, dropout and residual are their epilogues. Of all this the backward pass keeps x0 with the
-statistics of its norm, and h; norm and activation are computed again, the activation where act'(h) is, so act(h) lives
-only from one GEMM to the next. Gradients, with dz = s * gamma * D_y * dy:
+D are dropout masks over (1 - p), gamma is a LayerScale, s of each sample is that of stochastic depth. The GEMMs are
+those of :mod:`.linear`: activation, dropout and residual are their epilogues. Of all this the backward pass keeps x0
+with the statistics of its norm, and h; norm and activation are computed again, the activation where act'(h) is, so
+act(h) lives only from one GEMM to the next. Gradients, with dz = s * gamma * D_y * dy:
 
     dW2 = dz^T (D_h * act(h))     dh = (dz W2) * D_h * act'(h)     dW1 = dh^T x     dx = dh W1
 
@@ -15,10 +15,11 @@ With the activation "swiglu" h is twice as wide, and D_h * act(h) is a pass of i
 import torch
 from torch import Tensor
 
-from vit_triton.kernels._launch import side_by_side
-from vit_triton.kernels.layer_norm import layer_norm_apply, layer_norm_bwd, layer_norm_fwd
-from vit_triton.kernels.linear import Scaled, dropout_bwd, linear_bwd_input, linear_bwd_weight, linear_fwd
-from vit_triton.kernels.swiglu import swiglu_bwd, swiglu_fwd
+from vit_triton.kernels.launch import side_by_side
+from vit_triton.kernels.linear.backward import Scaled, dropout_bwd, linear_bwd_input, linear_bwd_weight
+from vit_triton.kernels.linear.forward import linear_fwd
+from vit_triton.kernels.linear.swiglu import swiglu_bwd, swiglu_fwd
+from vit_triton.kernels.norm.layer_norm import layer_norm_apply, layer_norm_bwd, layer_norm_fwd
 
 
 def norm_linear_fwd(
@@ -37,8 +38,8 @@ def norm_linear_fwd(
     panels: Tensor | None = None,
     save: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """s * gamma * dropout(norm(x) @ weight.T + bias) + residual -> y (M, N), and with ``save`` mean and rstd (M,) of the
-    norm; no norm where ``eps`` is None. ``panels``: the weight as `pack_weight` lays it out."""
+    """s * gamma * dropout(norm(x) @ weight.T + bias) + residual -> y (M, N), and with ``save`` mean and rstd (M,) of
+    the norm; no norm where ``eps`` is None. ``panels``: the weight as `pack_weight` lays it out."""
     x, mean, rstd = _norm(x, norm_weight, norm_bias, eps, weight.dtype, save)
     y, _ = linear_fwd(x, weight, bias, residual, seed, layer_scale, samples, dropout_p=dropout_p, panels=panels)
     return y, mean, rstd
@@ -153,8 +154,8 @@ def mlp_bwd(
     needs_x: bool,
     needs_weights: bool,
 ) -> tuple[Tensor | None, ...]:
-    """dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, dlayer_scale; None for what is not needed. ``b2`` as ``bias`` in
-    :func:`norm_linear_bwd`."""
+    """dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, dlayer_scale; None for what is not needed. ``b2`` as ``bias``
+    in :func:`norm_linear_bwd`."""
     dy = side_by_side(dy)
     dw1 = db1 = dw2 = db2 = dlayer_scale = None
     dropped = dropout_bwd(dy, seed, w2.dtype, dropout_p=dropout_p)

@@ -1,9 +1,10 @@
 """SwiGLU (Shazeer 2020, arXiv:2002.05202), the gated activation of an MLP.
 
-    h = silu(g) * u * D              g and u are the two halves of the columns of the first product, D is dropout's scale
+    h = silu(g) * u * D              g and u are the two halves of the columns of the first product, D is dropout's
+    scale
 
-It stands between the two products as a kernel of its own: an epilogue would hold two accumulators, one of g and one of u,
-in the registers of one program. What that costs is reading g and u once, 2 of every 5 numbers moved here and in the
+It stands between the two products as a kernel of its own: an epilogue would hold two accumulators, one of g and one of
+u, in the registers of one program. What that costs is reading g and u once, 2 of every 5 numbers moved here and in the
 products beside it. Backward, g and u are kept and h is computed again, with s = sigmoid(g):
 
     du = dh * D * g * s              dg = dh * D * u * s * (1 + g * (1 - s))
@@ -13,9 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from vit_triton.kernels._config import architecture, cdiv, pick_swiglu
-from vit_triton.kernels._launch import keep_scale, launch
-from vit_triton.kernels._tiles import activate, activate_grad, dropout_keep
+from vit_triton.kernels.device import target_of
+from vit_triton.kernels.launch import keep_scale, launch
+from vit_triton.kernels.linear.config import pick_swiglu
+from vit_triton.kernels.picker import cdiv
+from vit_triton.kernels.tiles import activate, activate_grad, dropout_keep
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -88,10 +91,10 @@ def swiglu_bwd(
 
 
 def _launch(kernel, pre: torch.Tensor, h: int, dropout_p: float, **tensors: torch.Tensor | None) -> None:
-    config = pick_swiglu(h, architecture(pre.device))
+    config = pick_swiglu(h, target_of(pre.device))
     launch(
         kernel,
-        (cdiv(len(pre), config.rows) * cdiv(h, config.cols),),
+        (cdiv(len(pre), config.block_m) * cdiv(h, config.block_n),),
         pre,
         **tensors,
         M=len(pre),
@@ -99,7 +102,7 @@ def _launch(kernel, pre: torch.Tensor, h: int, dropout_p: float, **tensors: torc
         dropout_p=float(dropout_p),
         keep_scale=keep_scale(dropout_p),
         DROPOUT=dropout_p > 0,
-        BLOCK_M=config.rows,
-        BLOCK_H=config.cols,
+        BLOCK_M=config.block_m,
+        BLOCK_H=config.block_n,
         num_warps=config.num_warps,
     )

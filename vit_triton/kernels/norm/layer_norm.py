@@ -17,9 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-from vit_triton.kernels._config import cdiv, architecture, check_layer_norm_width, layer_norm_stretch, pick_layer_norm
-from vit_triton.kernels._launch import launch
-from vit_triton.kernels._sums import sum_parts
+from vit_triton.kernels.device import target_of
+from vit_triton.kernels.launch import launch
+from vit_triton.kernels.norm.config import check_layer_norm_width, layer_norm_stretch, pick_layer_norm
+from vit_triton.kernels.picker import cdiv
+from vit_triton.kernels.sums.sum_parts import sum_parts
 
 # --- forward -----------------------------------------------------------------------------------------------
 
@@ -89,7 +91,7 @@ def _layer_norm(
     mean, rstd = statistics or (None, None)
     if save:
         mean, rstd = (x.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
-    config = pick_layer_norm(width, architecture(x.device))
+    config = pick_layer_norm(width, target_of(x.device))
     launch(
         layer_norm_fwd_kernel,
         (cdiv(n_rows, config.block_m),),
@@ -175,7 +177,8 @@ def layer_norm_bwd_kernel(
     rows_per_batch, n_rows, width, n_steps,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """n_steps * BLOCK_M rows of dx, and their sum of dy * xhat and dy: row pid of dweights and dbiases (programs, D)."""
+    """n_steps * BLOCK_M rows of dx, and their sum of dy * xhat and dy: row pid of dweights and dbiases (programs,
+    D)."""
     pid = tl.program_id(0)
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     mask_d = offs_d < width
@@ -235,7 +238,7 @@ def layer_norm_bwd(
     check_layer_norm_width(width)
     if dy.dim() == 2:
         dy = dy.unsqueeze(0)
-    config = pick_layer_norm(width, architecture(x.device))
+    config = pick_layer_norm(width, target_of(x.device))
     n_programs, n_steps = layer_norm_stretch(n_rows, config)
     dx = x.new_empty((n_rows, width))
     # apart, since what one program leaves is the result: two results must not share a storage

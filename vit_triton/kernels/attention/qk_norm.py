@@ -3,11 +3,11 @@ arXiv:2010.04245).
 
     q' = norm(q) * weight + bias over the head size, k' likewise      out = softmax(scale * q' k'^T) v
 
-norm is LayerNorm's or, without the mean, RMSNorm's (Zhang & Sennrich 2019, arXiv:1910.07467). A kernel of its own reads q
-and k where the projection wrote them: attention reads keys once for every tile of queries, and would normalise them as
-often. Kept for the backward pass is what attention keeps, of q and k as they came; q' and k' are computed again, and the
-statistics, of a row that sits in registers, with them. The backward kernel is that of :mod:`.layer_norm` for short rows:
-it writes over the gradients of q' and k', and leaves partial sums of those of weight and bias.
+norm is LayerNorm's or, without the mean, RMSNorm's (Zhang & Sennrich 2019, arXiv:1910.07467). A kernel of its own reads
+q and k where the projection wrote them: attention reads keys once for every tile of queries, and would normalise them
+as often. Kept for the backward pass is what attention keeps, of q and k as they came; q' and k' are computed again, and
+the statistics, of a row that sits in registers, with them. The backward kernel is that of :mod:`.layer_norm` for short
+rows: it writes over the gradients of q' and k', and leaves partial sums of those of weight and bias.
 """
 
 from typing import NamedTuple
@@ -16,10 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from vit_triton.kernels._config import architecture, cdiv, layer_norm_stretch, pick_qk_norm
-from vit_triton.kernels._launch import launch
-from vit_triton.kernels._sums import sum_parts
-from vit_triton.kernels.attention import attention_bwd_into, attention_fwd, strides
+from vit_triton.kernels.attention.backward import attention_bwd_into
+from vit_triton.kernels.attention.forward import attention_fwd
+from vit_triton.kernels.attention.rows import strides
+from vit_triton.kernels.device import target_of
+from vit_triton.kernels.launch import launch
+from vit_triton.kernels.norm.config import layer_norm_stretch, pick_qk_norm
+from vit_triton.kernels.picker import cdiv
+from vit_triton.kernels.sums.sum_parts import sum_parts
 
 
 class HeadNorm(NamedTuple):
@@ -81,7 +85,7 @@ def qk_norm_fwd(x: torch.Tensor, norm: HeadNorm | None) -> torch.Tensor:
     weight, bias, eps, rms = norm
     batch, n_tokens, n_heads, head_dim = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    config = pick_qk_norm(head_dim, architecture(x.device))
+    config = pick_qk_norm(head_dim, target_of(x.device))
     launch(
         qk_norm_fwd_kernel,
         (cdiv(batch * n_tokens * n_heads, config.block_m),),
@@ -152,7 +156,7 @@ def qk_norm_bwd_into(
     weight, _, eps, rms = norm
     batch, n_tokens, n_heads, head_dim = x.shape
     n_rows = batch * n_tokens * n_heads
-    config = pick_qk_norm(head_dim, architecture(x.device))
+    config = pick_qk_norm(head_dim, target_of(x.device))
     n_programs, n_steps = layer_norm_stretch(n_rows, config)
     dweights, dbiases = (
         None if weight is None else x.new_empty((n_programs, head_dim), dtype=torch.float32) for _ in range(2)
@@ -219,8 +223,8 @@ def normed_attention_bwd(
     scale: float,
     dropout_p: float,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Write the gradients of q, k and v into ``grads``, whose last strides are 1 -> those of q_norm's weight and bias, and
-    of k_norm's; None where there is none."""
+    """Write the gradients of q, k and v into ``grads``, whose last strides are 1 -> those of q_norm's weight and bias,
+    and of k_norm's; None where there is none."""
     normed = qk_norm_fwd(q, q_norm), qk_norm_fwd(k, k_norm)
     attention_bwd_into(*grads, do, *normed, v, out, lse, dlse, seed, scale=scale, dropout_p=dropout_p)
     return *qk_norm_bwd_into(grads[0], q, q_norm), *qk_norm_bwd_into(grads[1], k, k_norm)

@@ -1,4 +1,4 @@
-"""Choices of tiles that were timed on a user's own GPU, in a JSON file that `python -m benchmarks tune` writes.
+"""Choices of tiles that were timed on a user's own GPU, in a JSON file that `vit-triton tune` writes.
 
 The file is the one that the environment variable ``VIT_TRITON_TUNED`` names, none if that is empty, or else
 ``vit_triton/tuned/DEVICE.json`` in the user's folder of configurations (``XDG_CONFIG_HOME``, or ``~/.config``). It is
@@ -8,6 +8,7 @@ interpreter and on CPU tensors. A file that cannot be understood is an error, wh
 
 import dataclasses
 import datetime
+import enum
 import json
 import os
 import re
@@ -19,13 +20,21 @@ from typing import Any
 import torch
 import triton
 
-from vit_triton.kernels._config import PICKERS, AttentionConfig, Choices, GemmConfig, Picker, VendorGemm
+from vit_triton.kernels.attention.config import AttentionConfig
+from vit_triton.kernels.linear.config import GemmConfig, VendorGemm
+from vit_triton.kernels.norm import config as _norm  # noqa: F401 - registers its picker, as the next two do
+from vit_triton.kernels.patch_embed import config as _patch_embed  # noqa: F401
+from vit_triton.kernels.picker import PICKERS, Picker
+from vit_triton.kernels.sums import config as _sums  # noqa: F401
 
 ENVIRONMENT_VARIABLE = "VIT_TRITON_TUNED"
+FORMAT = 2
+# names of format 1, which has no "format"
+_FORMER_NAMES = {"rows": "block_m", "cols": "block_n", "depth": "block_k", "parts": "subtiles"}
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_WORDS = {"precision": ("ieee", "tf32"), "epilogue": ("none", "elementwise", "dropout")}
-_SIDES = ("block_m", "block_n", "rows", "cols", "depth")  # of tiles that are multiplied
+_PRECISIONS = ("ieee", "tf32")
+_SIDES = ("block_m", "block_n", "block_k")  # of tiles that are multiplied
 _MOST = {"num_warps": 32, "num_stages": 8, "group": 64, "split": 64, "partials": 2**16, "max_registers": 255}
 _ANY_NUMBER = ("num_stages", "group", "partials", "max_registers")  # the others are powers of two
 
@@ -58,7 +67,7 @@ class Table:
     timed: list[Timed]
 
     @property
-    def choices(self) -> Choices:
+    def choices(self) -> dict[tuple[Any, ...], Any]:
         return {each.key: each.config for each in self.timed}
 
 
@@ -109,7 +118,7 @@ def describe(device: str, architecture: str) -> str:
     """
     path = found(device)
     if path is None:
-        return f"{device}, {architecture}: no tuned tiles; the default ones are computed (python -m benchmarks tune)"
+        return f"{device}, {architecture}: no tuned tiles; the default ones are computed (vit-triton tune)"
     content = read(path)
     if (content.device, content.architecture) != (device, architecture):
         return f"{device}, {architecture}: {path} is of another device ({content.device}, {content.architecture})"
@@ -127,7 +136,7 @@ def describe(device: str, architecture: str) -> str:
 
 
 def spelled(arguments: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {str(value).removeprefix('torch.')}" for name, value in arguments.items())
+    return ", ".join(f"{name} {_plain(value)}" for name, value in arguments.items())
 
 
 # --- writing -----------------------------------------------------------------------------------------------
@@ -148,7 +157,7 @@ def write(path: Path, content: Table) -> None:
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({**header, "pickers": pickers}, file, indent=1)
+            json.dump({"format": FORMAT, **header, "pickers": pickers}, file, indent=1)
         os.replace(partial, path)
     except BaseException:
         os.unlink(partial)
@@ -156,6 +165,8 @@ def write(path: Path, content: Table) -> None:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
@@ -183,6 +194,11 @@ def read(path: Path) -> Table:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        written = content.pop("format", 1) if isinstance(content, dict) else FORMAT
+        if written not in (1, FORMAT):
+            raise _Wrong("format", f"1 or {FORMAT}", written)
+        if written == 1:
+            content = _renamed(content)
         _expect_names("the file", content, (*_HEADER, "pickers"))
         for name in _HEADER:
             if not isinstance(content[name], str):
@@ -192,9 +208,19 @@ def read(path: Path) -> Table:
         timed = [each for name, entries in content["pickers"].items() for each in _entries(name, entries)]
         return Table(**{name: content[name] for name in _HEADER}, timed=timed)
     except (_Wrong, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path}: {error}; write the file again with python -m benchmarks tune, or remove it"
-        ) from error
+        raise ValueError(f"{path}: {error}; write the file again with vit-triton tune, or remove it") from error
+
+
+def _renamed(content: Any) -> Any:
+    """``content`` of format 1 with the names of tiles that are in use since."""
+    if isinstance(content, list):
+        return [_renamed(each) for each in content]
+    if not isinstance(content, dict):
+        return content
+    renamed = {name: _renamed(value) for name, value in content.items()}
+    if isinstance(content.get("kind"), str):
+        renamed = {_FORMER_NAMES.get(name, name): value for name, value in renamed.items()}
+    return renamed
 
 
 def _entries(name: str, entries: Any) -> list[Timed]:
@@ -232,10 +258,14 @@ def _argument(where: str, name: str, kind: type, value: Any) -> Any:
         if not isinstance(value, str) or value not in _DTYPES:
             raise _Wrong(where, f"one of {', '.join(_DTYPES)}", value)
         return _DTYPES[value]
-    if kind is str:
-        if value not in _WORDS[name]:
-            raise _Wrong(where, f"one of {', '.join(_WORDS[name])}", value)
-    elif kind is bool:
+    if issubclass(kind, (str, enum.Enum)):
+        words: dict[str, Any] = {word: word for word in _PRECISIONS}
+        if issubclass(kind, enum.Enum):
+            words = {each.value: each for each in kind}
+        if not isinstance(value, str) or value not in words:
+            raise _Wrong(where, f"one of {', '.join(words)}", value)
+        return words[value]
+    if kind is bool:
         if type(value) is not bool:
             raise _Wrong(where, "true or false", value)
     elif type(value) is not int or value < 1:

@@ -1,303 +1,20 @@
-"""Multi-head attention in one pass over the keys, after FlashAttention-2 (Dao 2023, arXiv:2307.08691).
-
-Forward, for one tile of query rows (algorithm 1): ``S = scale * Q K^T`` is made a block of keys at a time; the
-running maximum ``m`` and sum ``l`` of each row rescale what was accumulated, so that ``O = softmax(S) V`` needs no
-N x N matrix. Saved for the backward pass: ``O`` and ``L = m + log l``, nothing else.
-
-Backward (algorithm 2): ``P = exp(S - L)`` is recomputed; with ``D = rowsum(dO * O)``
-
-    dV = P^T dO        dP = dO V^T        dS = P * (dP - D)        dQ = scale * dS K        dK = scale * dS^T Q
-
-One kernel owns rows of dQ, another rows of dK and dV, so nothing is accumulated by two programs and the result is
-the same bit for bit every time. A gradient of ``L`` itself (it is a public output) enters as ``D - dL``.
-
-Dropout zeroes elements of ``P`` after the row sums: ``O = (mask * P / keep) V`` and ``dP = mask / keep * (dO V^T)``;
-``D`` is the same expression.
-
-Head sizes between powers of two are covered by two tiles, 72 = 64 + 8 (padded to 16), so that a second product of
-width 16 replaces padding to 128.
-"""
-
-import math
+"""The backward pass of attention; the maths is in :mod:`.forward`."""
 
 import torch
 import triton
 import triton.language as tl
 
-from vit_triton.kernels._config import (
-    cdiv,
+from vit_triton.kernels.attention.config import (
     attention_tail,
-    architecture,
     pick_attention_bwd_dkdv,
     pick_attention_bwd_dq,
-    pick_attention_fwd,
     split_head_dim,
 )
-from vit_triton.kernels._launch import input_precision, keep_scale, launch, side_by_side
-from vit_triton.kernels._tiles import LN2, LOG2E, dropout_keep
-
-
-@triton.jit
-def load_rows(
-    ptr,
-    offs_row,
-    n_rows,
-    stride_row,
-    stride_d,
-    FIRST_D: tl.constexpr,
-    N_D: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Columns ``FIRST_D ... FIRST_D + N_D`` of rows of one head, zero past ``HEAD_DIM`` and, if MASKED, past ``n_rows``."""
-    offs_d = FIRST_D + tl.arange(0, N_D)
-    ptrs = ptr + offs_row.to(tl.int64)[:, None] * stride_row + offs_d.to(tl.int64)[None, :] * stride_d
-    if FIRST_D + N_D > HEAD_DIM:
-        mask_d = (offs_d < HEAD_DIM)[None, :]
-        tile = tl.load(ptrs, mask=(offs_row < n_rows)[:, None] & mask_d if MASKED else mask_d, other=0.0)
-    elif MASKED:
-        tile = tl.load(ptrs, mask=(offs_row < n_rows)[:, None], other=0.0)
-    else:
-        tile = tl.load(ptrs)
-    return tile
-
-
-@triton.jit
-def store_rows(
-    ptr,
-    tile,
-    offs_row,
-    n_rows,
-    stride_row,
-    FIRST_D: tl.constexpr,
-    N_D: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    offs_d = FIRST_D + tl.arange(0, N_D)
-    ptrs = ptr + offs_row.to(tl.int64)[:, None] * stride_row + offs_d[None, :]
-    mask = (offs_row < n_rows)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def head_of_program(n_heads, n_blocks):
-    """(block, batch, head, plane) of this program; blocks of one head are neighbours and share its keys in L2."""
-    pid = tl.program_id(0)
-    plane = pid // n_blocks
-    return pid % n_blocks, (plane // n_heads).to(tl.int64), (plane % n_heads).to(tl.int64), plane
-
-
-@triton.jit
-def head_ptr(ptr, batch, stride_b, head, stride_h, HEAD_ALIGN: tl.constexpr):
-    """Where a head starts. Triton knows strides that 16 divides; a head of 72 or 88 is a multiple of 8, and 8 numbers
-    are one access of 16 bytes."""
-    return ptr + batch * stride_b + tl.multiple_of(head * stride_h, HEAD_ALIGN)
-
-
-@triton.jit
-def attention_fwd_step(
-    acc,
-    acc_tail,
-    row_max,
-    row_sum,
-    q,
-    q_tail,
-    k_ptr,
-    v_ptr,
-    stride_kn,
-    stride_kd,
-    stride_vn,
-    stride_vd,
-    start_n,
-    n_k,
-    scale_log2e,
-    seed,
-    offs_m,
-    plane,
-    dropout_p,
-    HEAD_DIM: tl.constexpr,
-    D_MAIN: tl.constexpr,
-    D_TAIL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    NEGATIVE_SCALE: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Take keys ``start_n ... start_n + BLOCK_N`` into the running softmax; ``scale_log2e`` >= 0."""
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, offs_n, n_k, stride_kn, stride_kd, 0, D_MAIN, HEAD_DIM, MASKED)  # [BLOCK_N, D_MAIN]
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    if D_TAIL > 0:
-        k_tail = load_rows(k_ptr, offs_n, n_k, stride_kn, stride_kd, D_MAIN, D_TAIL, HEAD_DIM, MASKED)
-        scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
-    if NEGATIVE_SCALE:
-        scores = -scores
-    if MASKED:
-        scores = tl.where((offs_n < n_k)[None, :], scores, float("-inf"))
-
-    # the maximum is scaled once a row, the scores inside of the exponent, where it costs a fused multiply-add
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2e)  # [BLOCK_M]
-    # a row of -inf so far has no maximum to subtract: -inf - -inf would be NaN where PyTorch goes on
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    p = tl.exp2(scores * scale_log2e - shift[:, None])  # [BLOCK_M, BLOCK_N]
-    if MASKED:
-        p = tl.where((offs_n < n_k)[None, :], p, 0.0)  # -inf times a scale of 0 is NaN
-    rescale = tl.exp2(row_max - shift)
-    row_sum = row_sum * rescale + tl.sum(p, 1)
-    if DROPOUT:
-        p = tl.where(dropout_keep(seed, offs_m[:, None], offs_n[None, :], plane, dropout_p), p, 0.0)
-
-    v = load_rows(v_ptr, offs_n, n_k, stride_vn, stride_vd, 0, D_MAIN, HEAD_DIM, MASKED)  # [BLOCK_N, D_MAIN]
-    p = p.to(v.dtype)
-    acc = tl.dot(p, v, acc * rescale[:, None], input_precision=PRECISION)
-    if D_TAIL > 0:
-        v_tail = load_rows(v_ptr, offs_n, n_k, stride_vn, stride_vd, D_MAIN, D_TAIL, HEAD_DIM, MASKED)
-        acc_tail = tl.dot(p, v_tail, acc_tail * rescale[:, None], input_precision=PRECISION)
-    return acc, acc_tail, new_max, row_sum
-
-
-@triton.jit
-def attention_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    seed_ptr,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_qd,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_kd,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_vd,
-    n_heads,
-    n_q,
-    n_k,
-    scale_log2e,
-    dropout_p,
-    keep_scale,
-    HEAD_ALIGN: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D_MAIN: tl.constexpr,
-    D_TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL_N: tl.constexpr,
-    NEGATIVE_SCALE: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    pid_m, batch, head, plane = head_of_program(n_heads, tl.cdiv(n_q, BLOCK_M))
-    q_ptr = head_ptr(q_ptr, batch, stride_qb, head, stride_qh, HEAD_ALIGN)
-    k_ptr = head_ptr(k_ptr, batch, stride_kb, head, stride_kh, HEAD_ALIGN)
-    v_ptr = head_ptr(v_ptr, batch, stride_vb, head, stride_vh, HEAD_ALIGN)
-    out_ptr += (batch * n_q * n_heads + head) * HEAD_DIM
-    seed = tl.load(seed_ptr) if DROPOUT else 0
-
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr, offs_m, n_q, stride_qn, stride_qd, 0, D_MAIN, HEAD_DIM, True)  # [BLOCK_M, D_MAIN]
-    q_tail = q
-    if D_TAIL > 0:
-        q_tail = load_rows(q_ptr, offs_m, n_q, stride_qn, stride_qd, D_MAIN, D_TAIL, HEAD_DIM, True)
-
-    acc = tl.zeros([BLOCK_M, D_MAIN], tl.float32)
-    acc_tail = tl.zeros([BLOCK_M, D_TAIL if D_TAIL > 0 else 16], tl.float32)  # without a tail dead, and removed
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    n_full = n_k // BLOCK_N * BLOCK_N
-    for start_n in tl.range(0, n_full, BLOCK_N):
-        acc, acc_tail, row_max, row_sum = attention_fwd_step(
-            acc, acc_tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd,
-            start_n, n_k, scale_log2e, seed, offs_m, plane, dropout_p,
-            HEAD_DIM, D_MAIN, D_TAIL, BLOCK_N, False, NEGATIVE_SCALE, DROPOUT, PRECISION,
-        )  # fmt: skip
-    if TAIL_N > 0:
-        acc, acc_tail, row_max, row_sum = attention_fwd_step(
-            acc, acc_tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd,
-            n_full, n_k, scale_log2e, seed, offs_m, plane, dropout_p,
-            HEAD_DIM, D_MAIN, D_TAIL, TAIL_N, True, NEGATIVE_SCALE, DROPOUT, PRECISION,
-        )  # fmt: skip
-
-    # one reciprocal a row: a division per element is some hundred instructions more
-    norm = 1.0 / row_sum
-    if DROPOUT:
-        norm *= keep_scale
-    store_rows(out_ptr, acc * norm[:, None], offs_m, n_q, n_heads * HEAD_DIM, 0, D_MAIN, HEAD_DIM)
-    if D_TAIL > 0:
-        store_rows(out_ptr, acc_tail * norm[:, None], offs_m, n_q, n_heads * HEAD_DIM, D_MAIN, D_TAIL, HEAD_DIM)
-    if lse_ptr is not None:
-        lse = (row_max + tl.log2(row_sum)) * LN2
-        tl.store(lse_ptr + plane.to(tl.int64) * n_q + offs_m, lse, mask=offs_m < n_q)
-
-
-def attention_fwd(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    seed: torch.Tensor | None,
-    *,
-    scale: float,
-    dropout_p: float,
-    save: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(B, N_q, H, D), (B, N_k, H, D), (B, N_k, H, D), any strides -> out (B, N_q, H, D) contiguous, and with ``save``
-    the log-sum-exp of the scaled scores, float32 (B, H, N_q)."""
-    batch, n_q, n_heads, head_dim = q.shape
-    n_k = k.shape[1]
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(batch, n_heads, n_q, dtype=torch.float32, device=q.device) if save else None
-    arch = architecture(q.device)
-    config = pick_attention_fwd(n_q, n_k, head_dim, q.dtype, arch, dropout_p > 0)
-    d_main, d_tail = split_head_dim(head_dim, q.dtype, arch)
-    launch(
-        attention_fwd_kernel,
-        (cdiv(n_q, config.block_m) * batch * n_heads,),
-        q,
-        q_ptr=q,
-        k_ptr=k,
-        v_ptr=v,
-        out_ptr=out,
-        lse_ptr=lse,
-        seed_ptr=seed,
-        **strides("q", q),
-        **strides("k", k),
-        **strides("v", v),
-        n_heads=n_heads,
-        n_q=n_q,
-        n_k=n_k,
-        scale_log2e=abs(scale) * LOG2E.value,
-        dropout_p=dropout_p,
-        keep_scale=keep_scale(dropout_p),
-        HEAD_ALIGN=_head_align(q, k, v),
-        HEAD_DIM=head_dim,
-        D_MAIN=d_main,
-        D_TAIL=d_tail,
-        NEGATIVE_SCALE=scale < 0,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        TAIL_N=attention_tail(n_k, config.block_n),
-        DROPOUT=dropout_p > 0,
-        PRECISION=input_precision(q.dtype, arch),
-        **config.options,
-    )
-    return out, lse
-
-
-def strides(name: str, x: torch.Tensor) -> dict[str, int]:
-    """The strides of a (B, N, H, D) tensor as kernel arguments: stride_qb, stride_qn, stride_qh, stride_qd."""
-    return {f"stride_{name}{axis}": stride for axis, stride in zip("bnhd", x.stride(), strict=True)}
-
-
-def _head_align(*tensors: torch.Tensor) -> int:
-    """The power of two up to 16 that divides the stride from head to head of every (B, N, H, D) tensor."""
-    return math.gcd(16, *(x.stride(2) for x in tensors))
+from vit_triton.kernels.attention.rows import head_align, head_of_program, head_ptr, load_rows, store_rows, strides
+from vit_triton.kernels.device import target_of
+from vit_triton.kernels.launch import input_precision, keep_scale, launch, side_by_side
+from vit_triton.kernels.picker import cdiv
+from vit_triton.kernels.tiles import LOG2E, dropout_keep
 
 
 @triton.jit
@@ -513,8 +230,8 @@ def attention_bwd_dkdv_step(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add what query rows ``start_m ... start_m + BLOCK_M`` give to dK (without ``scale``) and dV; tiles are transposed,
-    dS, which is returned too, among them."""
+    """Add what query rows ``start_m ... start_m + BLOCK_M`` give to dK (without ``scale``) and dV; tiles are
+    transposed, dS, which is returned too, among them."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     if MASKED:
         lse = tl.load(lse_ptr + offs_m, mask=offs_m < n_q, other=float("inf"))  # a row that is not there has P = 0
@@ -714,13 +431,13 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, *, scale: 
     """The same, written into dq, dk and dv, whose last strides are 1."""
     batch, n_q, n_heads, head_dim = q.shape
     n_k = k.shape[1]
-    arch = architecture(q.device)
-    d_main, d_tail = split_head_dim(head_dim, q.dtype, arch)
+    target = target_of(q.device)
+    d_main, d_tail = split_head_dim(head_dim, q.dtype, target)
     do = side_by_side(do)
 
     delta = torch.empty_like(lse)
     block_d = d_main if d_tail == 0 else 2 * d_main
-    block_m = max(1, 2048 // block_d) if arch != "interpreter" else 256
+    block_m = max(1, 2048 // block_d) if target.family != "interpreter" else 256
     launch(
         attention_bwd_delta_kernel,
         (cdiv(n_q, block_m) * batch * n_heads,),
@@ -735,7 +452,7 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, *, scale: 
         stride_dlsen=0 if dlse is None else dlse.stride(2),
         n_heads=n_heads,
         n_q=n_q,
-        HEAD_ALIGN=_head_align(do),
+        HEAD_ALIGN=head_align(do),
         HEAD_DIM=head_dim,
         BLOCK_M=block_m,
         BLOCK_D=block_d,
@@ -761,15 +478,15 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, *, scale: 
         scale_log2e=scale * LOG2E.value,
         dropout_p=dropout_p,
         keep_scale=keep_scale(dropout_p),
-        HEAD_ALIGN=_head_align(q, k, v, do, dq, dk, dv),
+        HEAD_ALIGN=head_align(q, k, v, do, dq, dk, dv),
         HEAD_DIM=head_dim,
         D_MAIN=d_main,
         D_TAIL=d_tail,
         DROPOUT=dropout_p > 0,
-        PRECISION=input_precision(q.dtype, arch),
+        PRECISION=input_precision(q.dtype, target),
     )
     dq_strides = dict(stride_dqb=dq.stride(0), stride_dqn=dq.stride(1), stride_dqh=dq.stride(2))
-    config = pick_attention_bwd_dq(n_q, n_k, head_dim, q.dtype, arch, dropout_p > 0)
+    config = pick_attention_bwd_dq(n_q, n_k, head_dim, q.dtype, target, dropout_p > 0)
     if config is not None:
         launch(
             attention_bwd_dq_kernel,
@@ -784,7 +501,7 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, *, scale: 
             **shared,
         )
     with_dq = config is None
-    config = pick_attention_bwd_dkdv(n_q, n_k, head_dim, q.dtype, arch, dropout_p > 0)
+    config = pick_attention_bwd_dkdv(n_q, n_k, head_dim, q.dtype, target, dropout_p > 0)
     launch(
         attention_bwd_dkdv_kernel,
         (cdiv(n_k, config.block_n) * batch * n_heads,),

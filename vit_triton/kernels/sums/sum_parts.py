@@ -1,11 +1,14 @@
-"""Sums of partial results: kernels leave one part per program, and these are added in a fixed order, without atomics."""
+"""Sums of partial results: kernels leave one part per program, and these are added in a fixed order, without
+atomics."""
 
 import torch
 import triton
 import triton.language as tl
 
-from vit_triton.kernels._config import architecture, cdiv, pick_sum_parts
-from vit_triton.kernels._launch import launch
+from vit_triton.kernels.device import target_of
+from vit_triton.kernels.launch import launch
+from vit_triton.kernels.picker import cdiv
+from vit_triton.kernels.sums.config import pick_sum_parts
 
 
 @triton.jit(do_not_specialize=["n_parts"])
@@ -22,12 +25,12 @@ def sum_parts_kernel(parts_ptr, total_ptr, n_parts, stride_p, size, BLOCK_P: tl.
 
 
 def sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The sum of float32 parts (P, ...), each of them contiguous, over P -> (...) in ``dtype``; of one part in that dtype
-    a view of it, so that nothing else may lie in its storage."""
+    """The sum of float32 parts (P, ...), each of them contiguous, over P -> (...) in ``dtype``; of one part in that
+    dtype a view of it, so that nothing else may lie in its storage."""
     if len(parts) == 1 and parts.dtype == dtype:
         return parts[0]
     total = parts.new_empty(parts.shape[1:], dtype=dtype)
-    config = pick_sum_parts(len(parts), architecture(parts.device))
+    config = pick_sum_parts(len(parts), target_of(parts.device))
     launch(
         sum_parts_kernel,
         (cdiv(total.numel(), config.block),),

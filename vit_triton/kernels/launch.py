@@ -8,13 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 from triton.runtime.driver import driver
-from triton.runtime.interpreter import InterpretedFunction
 
-# Triton decides while it is imported whether its kernels are interpreted; its own functions tell what it decided
-INTERPRETING = isinstance(triton.language.cdiv, InterpretedFunction)
+from vit_triton.kernels.target import INTERPRETING, Target
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -32,12 +29,12 @@ def launch(kernel: Any, grid: tuple[int], like: torch.Tensor, **kernel_args: Any
     if grid[0] >= 2**31:
         raise ValueError(f"the input needs {grid[0]} programs of {kernel.__name__}, a GPU starts at most {2**31 - 1}")
     if INTERPRETING:
-        from vit_triton.kernels import _interpreter
+        from vit_triton.kernels import interpreter
 
         # the interpreter computes with numpy, whose warnings about inf - inf and rows of NaN are not news to a kernel
         with _interpreter_lock, np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            _interpreter.mend()
+            interpreter.mend()
             kernel[grid](**kernel_args)
         return
     with guard(like):
@@ -78,8 +75,8 @@ def recording(note: Callable[[Launch, list[tuple[int, torch.Tensor]]], None]) ->
 
 
 def remember(cache: dict[Any, Any], key: Any, value: Any, most: int) -> None:
-    """Put ``value`` into ``cache``, which then has at most ``most`` entries: the oldest make room. Threads may share the
-    cache: no step iterates over it while another thread can change it."""
+    """Put ``value`` into ``cache``, which then has at most ``most`` entries: the oldest make room. Threads may share
+    the cache: no step iterates over it while another thread can change it."""
     for old in list(cache)[: max(0, len(cache) - most + 1)]:
         cache.pop(old, None)
     cache[key] = value
@@ -139,18 +136,18 @@ class _Seen(threading.local):
 seen = _Seen()
 
 
-def input_precision(dtype: torch.dtype, arch: str) -> str:
-    """``input_precision`` of ``tl.dot``: float32 is IEEE unless PyTorch's own switch allows TF32 and ``arch`` has it."""
-    # Triton refuses TF32 on other AMD GPUs
-    if dtype != torch.float32 or arch in ("cpu", "interpreter") or arch.startswith("gfx") and arch != "gfx942":
+def input_precision(dtype: torch.dtype, target: Target) -> str:
+    """``input_precision`` of ``tl.dot``: float32 is IEEE unless PyTorch's own switch allows TF32 and ``target`` has
+    it."""
+    if dtype != torch.float32 or not target.has_tf32:
         return "ieee"
     seen.precision = float32_precision()
     return seen.precision
 
 
 def float32_precision() -> str:
-    """What PyTorch allows a GPU's float32 products. Its older switches set the newer one, and reading those raises where
-    both were used."""
+    """What PyTorch allows a GPU's float32 products. Its older switches set the newer one, and reading those raises
+    where both were used."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

@@ -1,0 +1,214 @@
+"""Tiles of the attention kernels."""
+
+import bisect
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from vit_triton.kernels.picker import Compiled, clip, next_power_of_2, tunable
+from vit_triton.kernels.target import Target
+
+
+@dataclass(frozen=True)
+class AttentionConfig(Compiled):
+    """``block_m`` query rows, ``block_n`` keys per step."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    max_registers: int = 255
+
+
+def split_head_dim(head_dim: int, dtype: torch.dtype, target: Target) -> tuple[int, int]:
+    """Powers of two (main, tail) that cover ``head_dim``: 72 -> (64, 16), 96 -> (64, 32), 64 -> (64, 0).
+
+    A tile of tl.dot is a power of two of at least 16; the tail saves padding 72 to 128.
+    """
+    whole = max(16, next_power_of_2(head_dim))
+    main = whole // 2
+    tail = max(16, next_power_of_2(head_dim - main))
+    if main < 16 or main + tail >= whole:
+        return whole, 0
+    if dtype == torch.float32 and main + tail > 80 and target.is_gpu and not target.is_amd:
+        return whole, 0  # NVIDIA's FMAs hold both operands in registers: those of two tiles spill (computed)
+    return main, tail
+
+
+def attention_tail(length: int, block: int) -> int:
+    """Width of the one masked step after the full blocks of ``block``: 0 or a power of two of at least 16."""
+    rest = length % block
+    return max(16, next_power_of_2(rest)) if rest else 0
+
+
+def _pick_interpreted_attention(n_rows: int, n_cols: int) -> AttentionConfig:
+    block_m = min(256, max(16, next_power_of_2(n_rows)))
+    block_n = min(256, max(16, next_power_of_2(n_cols)))
+    return AttentionConfig(block_m, block_n, 4, 1)
+
+
+def _pick_cpu_attention(n_rows: int, n_cols: int, block_m: int, block_n: int) -> AttentionConfig:
+    """The sizes are the fastest measured at 197 x 64: a tile of scores beside its keys and values in the L2 cache."""
+    return AttentionConfig(clip(block_m, n_rows), clip(block_n, n_cols), 1, 1)
+
+
+Tile = tuple[int, int, int, int]  # block_m, block_n, num_warps, num_stages
+Row = tuple[Tile, Tile, Tile, Tile, Tile]  # a tile for head sizes up to each of _HEAD_DIMS
+_HEAD_DIMS = (64, 96, 128, 192, 256)
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """The tiles of one kernel: for 16-bit dtypes by the target's family, for float32 by its vendor; those of GPUs with
+    99 KiB of shared memory for a block, or less, where they differ."""
+
+    sm_80: Row
+    sm_90: Row
+    sm_100: Row
+    gfx: Row
+    nvidia_float32: Row
+    amd_float32: Row
+    small_float32: Row | None = None
+
+    def row(self, dtype: torch.dtype, target: Target) -> Row:
+        if dtype != torch.float32:
+            row: Row = getattr(self, target.family)
+            return row
+        if target.is_amd:
+            return self.amd_float32
+        small = target.shared_memory <= 99 * 1024
+        return self.small_float32 if small and self.small_float32 is not None else self.nvidia_float32
+
+    def tile(self, head_dim: int, dtype: torch.dtype, target: Target) -> "AttentionConfig":
+        covered = sum(split_head_dim(head_dim, dtype, target))
+        return AttentionConfig(*self.row(dtype, target)[bisect.bisect_left(_HEAD_DIMS, covered)])
+
+    def all(self, float32: bool) -> Iterable[Tile]:
+        rows = (self.nvidia_float32, self.amd_float32, self.small_float32 or ()) if float32 else ()
+        return itertools.chain(*(rows or (self.sm_80, self.sm_90, self.sm_100, self.gfx)))
+
+
+# Chosen by what is computed from the machine code (python -m benchmarks codegen, with --time for ViT-B/16's): in
+# bfloat16 none spills at any of these head sizes, and at 192 and 256 the tile is the one that does not; products are
+# the architecture's own matrix instruction wherever they have 64 rows; loads are asynchronous.
+_FWD = AttentionTiles(
+    # 128 x 64 is bound by the tensor cores alone; from a head size of 65 on its accumulators spill
+    sm_80=((128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2), (64, 16, 4, 2), (32, 32, 8, 1)),
+    # wgmma wants 64 rows; four blocks on a multiprocessor, from a head size of 65 on with 32 keys a step
+    sm_90=((64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2)),
+    # 64 keys a step spill at 104
+    sm_100=((128, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+    gfx=((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    # IEEE dots are plain FMA with both operands in registers: larger tiles spill
+    nvidia_float32=((32, 32, 4, 2), (32, 32, 4, 2), (16, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1)),
+    amd_float32=((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
+)
+_FWD_DROPOUT = replace(  # Philox wants some 40 registers beside the tile
+    _FWD,
+    sm_80=((64, 64, 4, 2), (64, 64, 4, 2), (64, 16, 8, 2), (64, 16, 4, 2), (16, 32, 4, 1)),
+    sm_90=((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+    sm_100=((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+    gfx=((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+)
+# wgmma at 128 x 64 with eight warps and two blocks is faster from some 500 keys on
+_LONG_FWD = {"sm_90": AttentionConfig(128, 64, 8, 3, max_registers=128)}
+_BWD_DQ = AttentionTiles(
+    # three blocks of 168 registers. At 72 64 x 64 is faster on an A100, and spills on sm_86
+    sm_80=((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+    # five blocks of 90 registers
+    sm_90=((64, 32, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2)),
+    sm_100=((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+    gfx=((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+    nvidia_float32=((64, 32, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1)),
+    amd_float32=((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    small_float32=((64, 32, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+)
+_BWD_DQ_DROPOUT = replace(
+    _BWD_DQ,
+    sm_80=((64, 64, 4, 2), (64, 32, 4, 3), (32, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+    sm_90=((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2)),
+    sm_100=((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+)
+_BWD_DKDV = AttentionTiles(  # query rows a step, keys a program
+    # 128 keys spill
+    sm_80=((32, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 3), (16, 16, 4, 2), (32, 16, 8, 2)),
+    sm_90=((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3), (32, 16, 4, 3), (32, 16, 8, 2)),
+    # 96: 32 x 64 with four warps spills
+    sm_100=((32, 128, 4, 2), (64, 64, 8, 2), (32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
+    gfx=((32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1), (32, 64, 8, 1)),
+    nvidia_float32=((64, 32, 8, 1), (64, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+    amd_float32=((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    # past 128 the tile that does not spill needs 100 KiB of shared memory; this one spills 3 KiB a thread
+    small_float32=((64, 32, 8, 1), (64, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+)
+_BWD_DKDV_DROPOUT = replace(
+    _BWD_DKDV,
+    sm_80=((32, 64, 4, 2), (16, 64, 4, 3), (32, 32, 8, 1), (16, 16, 4, 2), (32, 16, 8, 2)),
+    sm_90=((32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2), (32, 16, 4, 3), (32, 16, 8, 2)),
+    # 192: 32 x 64 spills
+    sm_100=((16, 64, 4, 2), (16, 64, 4, 2), (32, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+    nvidia_float32=((64, 32, 8, 1), (64, 32, 8, 1), (32, 16, 8, 2), (32, 16, 8, 1), (32, 16, 8, 1)),
+)
+
+
+def _candidates(tiles: AttentionTiles, more: Iterable[Tile]) -> Callable[..., Any]:
+    """The tiles of every architecture and head size, and ``more``."""
+
+    def candidates(
+        n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
+    ) -> Iterable[AttentionConfig]:
+        most_m, most_n = (max(64, next_power_of_2(n)) for n in (n_q, n_k))
+        float32 = dtype == torch.float32
+        every = (AttentionConfig(*tile) for tile in (*tiles.all(float32), *(() if float32 else more)))
+        return [tile for tile in every if tile.block_m <= most_m and tile.block_n <= most_n]
+
+    return candidates
+
+
+@tunable(AttentionConfig, candidates=_candidates(_FWD, [(128, 64, 8, 3), (128, 32, 4, 3), (16, 64, 4, 2)]))
+def pick_attention_fwd(
+    n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
+) -> AttentionConfig:
+    """Tiles of ``attention_fwd_kernel``."""
+    if target.family == "interpreter":
+        return _pick_interpreted_attention(n_q, n_k)
+    if target.family == "cpu":
+        return _pick_cpu_attention(n_q, n_k, 256, 64)
+    if n_q <= 16 and head_dim <= 128 and dtype != torch.float32:
+        # one query row (a class token, pooling) must not compute 64
+        return AttentionConfig(16, 64 if head_dim <= 64 or not dropout else 32, 4, 2)
+    fits = head_dim <= 64 or head_dim <= 96 and attention_tail(n_k, 64) < 64  # a masked step of 64 keys would spill
+    if n_k > 512 and fits and dtype != torch.float32 and not dropout and target.family in _LONG_FWD:
+        return _LONG_FWD[target.family]
+    return (_FWD_DROPOUT if dropout else _FWD).tile(head_dim, dtype, target)
+
+
+_CPU_MOST_KEYS = 512  # of a program that computes dq, dk and dv: its tiles of scores then fit the L2 cache
+
+
+@tunable(AttentionConfig, candidates=_candidates(_BWD_DQ, [(64, 64, 4, 2), (128, 64, 8, 2)]))
+def pick_attention_bwd_dq(
+    n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
+) -> AttentionConfig | None:
+    """Tiles of ``attention_bwd_dq_kernel``; None where ``attention_bwd_dkdv_kernel`` holds all keys and gives dq
+    too."""
+    if target.family == "interpreter":
+        return _pick_interpreted_attention(n_q, n_k)
+    if target.family == "cpu":
+        return None if n_k <= _CPU_MOST_KEYS else _pick_cpu_attention(n_q, n_k, 128, 64)
+    return (_BWD_DQ_DROPOUT if dropout else _BWD_DQ).tile(head_dim, dtype, target)
+
+
+@tunable(AttentionConfig, candidates=_candidates(_BWD_DKDV, [(32, 64, 4, 2), (64, 64, 4, 2)]))
+def pick_attention_bwd_dkdv(
+    n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
+) -> AttentionConfig:
+    """Tiles of ``attention_bwd_dkdv_kernel``: ``block_n`` keys per program, ``block_m`` query rows per step."""
+    if target.family == "interpreter":
+        return _pick_interpreted_attention(n_q, n_k)
+    if target.family == "cpu":
+        return _pick_cpu_attention(n_q, n_k, 64, _CPU_MOST_KEYS if n_k <= _CPU_MOST_KEYS else 256)
+    return (_BWD_DKDV_DROPOUT if dropout else _BWD_DKDV).tile(head_dim, dtype, target)

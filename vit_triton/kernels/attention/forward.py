@@ -1,0 +1,226 @@
+"""Multi-head attention in one pass over the keys, after FlashAttention-2 (Dao 2023, arXiv:2307.08691).
+
+Forward, for one tile of query rows (algorithm 1): ``S = scale * Q K^T`` is made a block of keys at a time; the
+running maximum ``m`` and sum ``l`` of each row rescale what was accumulated, so that ``O = softmax(S) V`` needs no
+N x N matrix. Saved for the backward pass: ``O`` and ``L = m + log l``, nothing else.
+
+Backward (algorithm 2): ``P = exp(S - L)`` is recomputed; with ``D = rowsum(dO * O)``
+
+    dV = P^T dO        dP = dO V^T        dS = P * (dP - D)        dQ = scale * dS K        dK = scale * dS^T Q
+
+One kernel owns rows of dQ, another rows of dK and dV, so nothing is accumulated by two programs and the result is
+the same bit for bit every time. A gradient of ``L`` itself (it is a public output) enters as ``D - dL``.
+
+Dropout zeroes elements of ``P`` after the row sums: ``O = (mask * P / keep) V`` and ``dP = mask / keep * (dO V^T)``;
+``D`` is the same expression.
+
+Head sizes between powers of two are covered by two tiles, 72 = 64 + 8 (padded to 16), so that a second product of
+width 16 replaces padding to 128.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vit_triton.kernels.attention.config import attention_tail, pick_attention_fwd, split_head_dim
+from vit_triton.kernels.attention.rows import head_align, head_of_program, head_ptr, load_rows, store_rows, strides
+from vit_triton.kernels.device import target_of
+from vit_triton.kernels.launch import input_precision, keep_scale, launch
+from vit_triton.kernels.picker import cdiv
+from vit_triton.kernels.tiles import LN2, LOG2E, dropout_keep
+
+
+@triton.jit
+def attention_fwd_step(
+    acc,
+    acc_tail,
+    row_max,
+    row_sum,
+    q,
+    q_tail,
+    k_ptr,
+    v_ptr,
+    stride_kn,
+    stride_kd,
+    stride_vn,
+    stride_vd,
+    start_n,
+    n_k,
+    scale_log2e,
+    seed,
+    offs_m,
+    plane,
+    dropout_p,
+    HEAD_DIM: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_TAIL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Take keys ``start_n ... start_n + BLOCK_N`` into the running softmax; ``scale_log2e`` >= 0."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    k = load_rows(k_ptr, offs_n, n_k, stride_kn, stride_kd, 0, D_MAIN, HEAD_DIM, MASKED)  # [BLOCK_N, D_MAIN]
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if D_TAIL > 0:
+        k_tail = load_rows(k_ptr, offs_n, n_k, stride_kn, stride_kd, D_MAIN, D_TAIL, HEAD_DIM, MASKED)
+        scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
+    if NEGATIVE_SCALE:
+        scores = -scores
+    if MASKED:
+        scores = tl.where((offs_n < n_k)[None, :], scores, float("-inf"))
+
+    # the maximum is scaled once a row, the scores inside of the exponent, where it costs a fused multiply-add
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2e)  # [BLOCK_M]
+    # a row of -inf so far has no maximum to subtract: -inf - -inf would be NaN where PyTorch goes on
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    p = tl.exp2(scores * scale_log2e - shift[:, None])  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        p = tl.where((offs_n < n_k)[None, :], p, 0.0)  # -inf times a scale of 0 is NaN
+    rescale = tl.exp2(row_max - shift)
+    row_sum = row_sum * rescale + tl.sum(p, 1)
+    if DROPOUT:
+        p = tl.where(dropout_keep(seed, offs_m[:, None], offs_n[None, :], plane, dropout_p), p, 0.0)
+
+    v = load_rows(v_ptr, offs_n, n_k, stride_vn, stride_vd, 0, D_MAIN, HEAD_DIM, MASKED)  # [BLOCK_N, D_MAIN]
+    p = p.to(v.dtype)
+    acc = tl.dot(p, v, acc * rescale[:, None], input_precision=PRECISION)
+    if D_TAIL > 0:
+        v_tail = load_rows(v_ptr, offs_n, n_k, stride_vn, stride_vd, D_MAIN, D_TAIL, HEAD_DIM, MASKED)
+        acc_tail = tl.dot(p, v_tail, acc_tail * rescale[:, None], input_precision=PRECISION)
+    return acc, acc_tail, new_max, row_sum
+
+
+@triton.jit
+def attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    seed_ptr,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_qd,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_kd,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_vd,
+    n_heads,
+    n_q,
+    n_k,
+    scale_log2e,
+    dropout_p,
+    keep_scale,
+    HEAD_ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL_N: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pid_m, batch, head, plane = head_of_program(n_heads, tl.cdiv(n_q, BLOCK_M))
+    q_ptr = head_ptr(q_ptr, batch, stride_qb, head, stride_qh, HEAD_ALIGN)
+    k_ptr = head_ptr(k_ptr, batch, stride_kb, head, stride_kh, HEAD_ALIGN)
+    v_ptr = head_ptr(v_ptr, batch, stride_vb, head, stride_vh, HEAD_ALIGN)
+    out_ptr += (batch * n_q * n_heads + head) * HEAD_DIM
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = load_rows(q_ptr, offs_m, n_q, stride_qn, stride_qd, 0, D_MAIN, HEAD_DIM, True)  # [BLOCK_M, D_MAIN]
+    q_tail = q
+    if D_TAIL > 0:
+        q_tail = load_rows(q_ptr, offs_m, n_q, stride_qn, stride_qd, D_MAIN, D_TAIL, HEAD_DIM, True)
+
+    acc = tl.zeros([BLOCK_M, D_MAIN], tl.float32)
+    acc_tail = tl.zeros([BLOCK_M, D_TAIL if D_TAIL > 0 else 16], tl.float32)  # without a tail dead, and removed
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    n_full = n_k // BLOCK_N * BLOCK_N
+    for start_n in tl.range(0, n_full, BLOCK_N):
+        acc, acc_tail, row_max, row_sum = attention_fwd_step(
+            acc, acc_tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd,
+            start_n, n_k, scale_log2e, seed, offs_m, plane, dropout_p,
+            HEAD_DIM, D_MAIN, D_TAIL, BLOCK_N, False, NEGATIVE_SCALE, DROPOUT, PRECISION,
+        )  # fmt: skip
+    if TAIL_N > 0:
+        acc, acc_tail, row_max, row_sum = attention_fwd_step(
+            acc, acc_tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd,
+            n_full, n_k, scale_log2e, seed, offs_m, plane, dropout_p,
+            HEAD_DIM, D_MAIN, D_TAIL, TAIL_N, True, NEGATIVE_SCALE, DROPOUT, PRECISION,
+        )  # fmt: skip
+
+    # one reciprocal a row: a division per element is some hundred instructions more
+    norm = 1.0 / row_sum
+    if DROPOUT:
+        norm *= keep_scale
+    store_rows(out_ptr, acc * norm[:, None], offs_m, n_q, n_heads * HEAD_DIM, 0, D_MAIN, HEAD_DIM)
+    if D_TAIL > 0:
+        store_rows(out_ptr, acc_tail * norm[:, None], offs_m, n_q, n_heads * HEAD_DIM, D_MAIN, D_TAIL, HEAD_DIM)
+    if lse_ptr is not None:
+        lse = (row_max + tl.log2(row_sum)) * LN2
+        tl.store(lse_ptr + plane.to(tl.int64) * n_q + offs_m, lse, mask=offs_m < n_q)
+
+
+def attention_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seed: torch.Tensor | None,
+    *,
+    scale: float,
+    dropout_p: float,
+    save: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(B, N_q, H, D), (B, N_k, H, D), (B, N_k, H, D), any strides -> out (B, N_q, H, D) contiguous, and with ``save``
+    the log-sum-exp of the scaled scores, float32 (B, H, N_q)."""
+    batch, n_q, n_heads, head_dim = q.shape
+    n_k = k.shape[1]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(batch, n_heads, n_q, dtype=torch.float32, device=q.device) if save else None
+    target = target_of(q.device)
+    config = pick_attention_fwd(n_q, n_k, head_dim, q.dtype, target, dropout_p > 0)
+    d_main, d_tail = split_head_dim(head_dim, q.dtype, target)
+    launch(
+        attention_fwd_kernel,
+        (cdiv(n_q, config.block_m) * batch * n_heads,),
+        q,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        out_ptr=out,
+        lse_ptr=lse,
+        seed_ptr=seed,
+        **strides("q", q),
+        **strides("k", k),
+        **strides("v", v),
+        n_heads=n_heads,
+        n_q=n_q,
+        n_k=n_k,
+        scale_log2e=abs(scale) * LOG2E.value,
+        dropout_p=dropout_p,
+        keep_scale=keep_scale(dropout_p),
+        HEAD_ALIGN=head_align(q, k, v),
+        HEAD_DIM=head_dim,
+        D_MAIN=d_main,
+        D_TAIL=d_tail,
+        NEGATIVE_SCALE=scale < 0,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        TAIL_N=attention_tail(n_k, config.block_n),
+        DROPOUT=dropout_p > 0,
+        PRECISION=input_precision(q.dtype, target),
+        **config.options,
+    )
+    return out, lse

@@ -1,0 +1,34 @@
+"""The target of a device."""
+
+import functools
+from dataclasses import replace
+
+import torch
+from triton.runtime import driver
+
+from vit_triton.kernels import tuned
+from vit_triton.kernels.target import INTERPRETING, Target, Tuned, target_named
+
+
+def target_of(device: torch.device) -> Target:
+    """What a kernel on tensors of ``device`` is compiled for: for a CPU the active driver says it, which may be an
+    emulated GPU's.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`.tuned.table`, the first time for each GPU.
+    """
+    if INTERPRETING:
+        return target_named("interpreter")
+    if device.type != "cpu":
+        return _gpu(device)
+    target = driver.active.get_current_target()
+    return target_named({"cpu": "cpu", "cuda": f"sm_{target.arch}"}.get(target.backend, target.arch))
+
+
+@functools.cache
+def _gpu(device: torch.device) -> Target:
+    properties = torch.cuda.get_device_properties(device)
+    hip, sm = torch.version.hip, f"sm_{properties.major}{properties.minor}"
+    name = properties.gcnArchName.split(":")[0] if hip else sm
+    table = tuned.table(properties.name, name)
+    return replace(target_named(name), device=properties.name, tuned=None if table is None else Tuned(table.choices))

@@ -1,0 +1,366 @@
+"""The backward pass of a linear layer; the maths is in :mod:`.forward`."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from vit_triton.kernels.device import target_of
+from vit_triton.kernels.launch import TRITON_DTYPE, input_precision, keep_scale, launch
+from vit_triton.kernels.linear.config import (
+    Epilogue,
+    VendorGemm,
+    pick_layer_scale_bwd,
+    pick_linear_bwd_input,
+    pick_linear_bwd_weight,
+)
+from vit_triton.kernels.linear.elements import dropout_scale, offsets, rows_per_sample_of, sample_scale, within
+from vit_triton.kernels.linear.forward import linear_fwd
+from vit_triton.kernels.picker import cdiv
+from vit_triton.kernels.sums.sum_parts import sum_parts
+from vit_triton.kernels.tiles import activate, activate_grad, columns_of, grouped_tile
+
+# --- backward: the input -----------------------------------------------------------------------------------
+
+
+def _alone(
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    seed: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    layer_scale: torch.Tensor | None = None,
+    samples: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """s * gamma * dropout(x) of x (M, N) in ``dtype``; x itself where there is nothing to do."""
+    if layer_scale is None and samples is None and dropout_p == 0:
+        return x.to(dtype)
+    weight = x.new_empty(x.shape[1], 0, dtype=dtype)
+    y, _ = linear_fwd(x, weight, None, None, seed, layer_scale, samples, dropout_p=dropout_p, multiplied=True)
+    return y.to(dtype)
+
+
+def dropout_bwd(dy: torch.Tensor, seed: torch.Tensor | None, dtype: torch.dtype, *, dropout_p: float) -> torch.Tensor:
+    """D * dy (M, N) in ``dtype`` for the dropout behind a layer, dy itself without one. It is a pass of its own: the
+    products of the backward pass read dy once for every tile of the other side, and would draw D as often."""
+    return dy if dropout_p == 0 else _alone(dy, dtype, seed=seed, dropout_p=dropout_p)
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_bwd_input_kernel(
+    dy_ptr, weight_ptr, layer_scale_ptr, samples_ptr, pre_ptr, dx_ptr, hidden_ptr, seed_ptr,
+    stride_dym, stride_dyn, stride_wn, stride_wk, stride_pm, stride_pk,
+    M, N, K, rows_per_sample, dropout_p, keep_scale,
+    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SUBTILES: tl.constexpr,
+    MULTIPLIED: tl.constexpr = False,
+):  # fmt: skip
+    """MULTIPLIED: dy_ptr holds the product, and of the weight only the dtype counts."""
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    pid_m, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_n = tl.arange(0, BLOCK_N)
+    dy_ptrs = dy_ptr + offsets(offs_m, stride_dym, offs_n, stride_dyn)  # [BLOCK_M, BLOCK_N]
+    w_ptrs = weight_ptr + offsets(offs_n, stride_wn, offs_k, stride_wk)  # [BLOCK_N, BLOCK_K]
+    step_dy = tl.full([], BLOCK_N, tl.int64) * stride_dyn
+    step_w = tl.full([], BLOCK_N, tl.int64) * stride_wn
+
+    product = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for n in range(0, 0 if MULTIPLIED else N, BLOCK_N):
+        dy = tl.load(dy_ptrs, mask=within(offs_m, M, offs_n, N - n, EVEN_N), other=0.0)  # [BLOCK_M, BLOCK_N]
+        if EVEN_N:
+            w = tl.load(w_ptrs, mask=(offs_k < K)[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
+        else:
+            w = tl.load(w_ptrs, mask=within(offs_n, N - n, offs_k, K, False), other=0.0)  # [BLOCK_N, BLOCK_K]
+        if layer_scale_ptr is not None:
+            gamma = tl.load(layer_scale_ptr + n + offs_n, mask=offs_n < N - n, other=0.0)  # [BLOCK_N]
+            dy = dy.to(tl.float32) * gamma.to(tl.float32)[None, :]
+        product = tl.dot(dy.to(dtype), w, product, input_precision=PRECISION)
+        dy_ptrs += step_dy
+        w_ptrs += step_w
+
+    WIDTH: tl.constexpr = BLOCK_K // SUBTILES
+    for subtile in tl.static_range(SUBTILES):
+        offs_k = pid_k * BLOCK_K + subtile * WIDTH + tl.arange(0, WIDTH)
+        dx = columns_of(product, subtile, SUBTILES)  # [BLOCK_M, WIDTH]
+        mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
+        if MULTIPLIED:
+            dx = tl.load(dy_ptr + offsets(offs_m, stride_dym, offs_k, stride_dyn), mask=mask, other=0.0).to(tl.float32)
+        if samples_ptr is not None:
+            dx *= sample_scale(samples_ptr, offs_m, M, rows_per_sample)[:, None]
+        dx_offs = offsets(offs_m, K, offs_k, 1)  # outputs are contiguous
+        if pre_ptr is not None:
+            pre_ptrs = pre_ptr + offsets(offs_m, stride_pm, offs_k, stride_pk)
+            pre = tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32)
+            dx *= activate_grad(pre, ACTIVATION, dtype == tl.float32)
+            hidden = activate(pre, ACTIVATION, dtype == tl.float32)
+            if DROPOUT:
+                scale = dropout_scale(seed_ptr, offs_m, offs_k, dropout_p, keep_scale)
+                dx *= scale
+                hidden *= scale
+            if hidden_ptr is not None:
+                tl.store(hidden_ptr + dx_offs, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + dx_offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_bwd_input(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    pre: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    layer_scale: torch.Tensor | None = None,
+    samples: torch.Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    activation: str = "none",
+    with_hidden: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dx = (s * gamma * dy) @ weight, times D * act'(pre) where ``pre``, the input before act and dropout, is given.
+
+    dy (M, N) with any strides, weight (N, K), pre (M, K), ``layer_scale`` and ``samples`` as in `linear_fwd` -> dx (M,
+    K) in the weight's dtype, and ``with_hidden`` D * act(pre) (M, K), which the weight's gradient wants, else None.
+    ``dropout_p`` and ``seed`` rebuild D, the dropout in front of this layer; of the one behind it see `dropout_bwd`.
+    """
+    (m, n), k = dy.shape, weight.shape[1]
+    dx = dy.new_empty(m, k, dtype=weight.dtype)
+    hidden = torch.empty_like(dx) if with_hidden else None
+    target = target_of(dy.device)
+    precision = input_precision(weight.dtype, target)
+    epilogue = Epilogue.of(
+        elementwise=pre is not None, branch=layer_scale is not None or samples is not None, dropout=dropout_p > 0
+    )
+    config = pick_linear_bwd_input(m, n, k, weight.dtype, target, precision, epilogue)
+    multiplied = isinstance(config, VendorGemm)
+    if multiplied:
+        dy = torch.mm(_alone(dy, weight.dtype, layer_scale=layer_scale), weight)
+        if pre is None and samples is None:
+            return dy, None
+    launch(
+        linear_bwd_input_kernel,
+        (cdiv(m, config.block_m) * cdiv(k, config.block_n),),
+        dy,
+        dy_ptr=dy,
+        weight_ptr=weight,
+        layer_scale_ptr=None if layer_scale is None else layer_scale.contiguous(),
+        samples_ptr=samples,
+        pre_ptr=pre,
+        dx_ptr=dx,
+        hidden_ptr=hidden,
+        seed_ptr=seed if dropout_p > 0 else None,
+        stride_dym=dy.stride(0),
+        stride_dyn=dy.stride(1),
+        stride_wn=weight.stride(0),
+        stride_wk=weight.stride(1),
+        stride_pm=0 if pre is None else pre.stride(0),
+        stride_pk=0 if pre is None else pre.stride(1),
+        M=m,
+        N=n,
+        K=k,
+        rows_per_sample=rows_per_sample_of(m, samples),
+        dropout_p=float(dropout_p),
+        keep_scale=keep_scale(dropout_p),
+        ACTIVATION=activation,
+        DROPOUT=dropout_p > 0,
+        EVEN_N=n % config.block_k == 0,
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_n,
+        BLOCK_N=config.block_k,
+        GROUP=config.group,
+        SUBTILES=config.subtiles,
+        MULTIPLIED=multiplied,
+        **config.options,
+    )
+    return dx, hidden
+
+
+# --- backward: the weight and the bias ---------------------------------------------------------------------
+
+
+class Scaled(NamedTuple):
+    """A layer with a LayerScale behind it: gamma (N,), weight (N, K), bias (N,)."""
+
+    layer_scale: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_bwd_weight_kernel(
+    dy_ptr, samples_ptr, x_ptr, dweight_ptr, dbias_ptr,
+    stride_dym, stride_dyn, stride_xm, stride_xk,
+    M, N, K, rows_per_sample,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """SUM_BY_PRODUCT: the matrix units add up the bias's gradient too; summing the tile from registers, on its way to
+    them, holds them up."""
+    num_n = tl.cdiv(N, BLOCK_N)
+    num_k = tl.cdiv(K, BLOCK_K)
+    split = tl.program_id(0) // (num_n * num_k)
+    pid_n, pid_k = grouped_tile(tl.program_id(0) % (num_n * num_k), num_n, num_k, GROUP)
+    rows = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT) * BLOCK_M  # tokens of each part
+    start = split * rows
+    stop = min(start + rows, M)
+    offs_m = start + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    dy_ptrs = dy_ptr + offsets(offs_n, stride_dyn, offs_m, stride_dym)  # [BLOCK_N, BLOCK_M]: dy transposed
+    x_ptrs = x_ptr + offsets(offs_m, stride_xm, offs_k, stride_xk)  # [BLOCK_M, BLOCK_K]
+    step_dy = tl.full([], BLOCK_M, tl.int64) * stride_dym
+    step_x = tl.full([], BLOCK_M, tl.int64) * stride_xm
+
+    dw = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    db = tl.zeros([BLOCK_N, 16] if SUM_BY_PRODUCT else [BLOCK_N], tl.float32)
+    sixteenth = tl.full([BLOCK_M, 16], 0.0625, DTYPE)  # exact, as the 16 columns' sum then is
+    for m in range(start, stop, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        dy = tl.load(dy_ptrs, mask=within(offs_n, N, offs_m, M, False), other=0.0)  # [BLOCK_N, BLOCK_M]
+        x = tl.load(x_ptrs, mask=within(offs_m, M, offs_k, K, False), other=0.0)  # [BLOCK_M, BLOCK_K]
+        if samples_ptr is not None:
+            dy = dy.to(tl.float32) * sample_scale(samples_ptr, offs_m, M, rows_per_sample)[None, :]
+        dw = tl.dot(dy.to(DTYPE), x.to(DTYPE), dw, input_precision=PRECISION)
+        if dbias_ptr is not None:
+            if SUM_BY_PRODUCT:
+                db = tl.dot(dy.to(DTYPE), sixteenth, db)
+            elif pid_k == 0:
+                db += tl.sum(dy.to(tl.float32), 1)
+        dy_ptrs += step_dy
+        x_ptrs += step_x
+
+    part = split.to(tl.int64) * N  # row 0 of this part; parts are stacked along N
+    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+    dw_ptrs = dweight_ptr + part * K + offsets(offs_n, K, offs_k, 1)
+    tl.store(dw_ptrs, dw.to(dweight_ptr.dtype.element_ty), mask=mask)
+    if dbias_ptr is not None:
+        if SUM_BY_PRODUCT:
+            db = tl.sum(db, 1)
+        if pid_k == 0:
+            tl.store(dbias_ptr + part + offs_n, db.to(dbias_ptr.dtype.element_ty), mask=offs_n < N)
+
+
+def linear_bwd_weight(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    samples: torch.Tensor | None = None,
+    scaled: Scaled | None = None,
+    *,
+    with_bias: bool,
+    weight_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """dweight = (s * dy).T @ x and, ``with_bias``, dbias = (s * dy).sum(0), else None. With a LayerScale behind the
+    layer both times gamma, and gamma's gradient; else None. It needs ``with_bias`` where there is a bias.
+
+    dy (M, N) with any strides, x (M, K), ``samples`` s (B,) -> dweight (N, K), dbias (N,) in ``weight_dtype``, dgamma
+    (N,) in its own. Of dropout see `dropout_bwd`.
+    """
+    (m, n), k = dy.shape, x.shape[1]
+    target = target_of(dy.device)
+    precision = input_precision(weight_dtype, target)
+    epilogue = Epilogue.of(elementwise=with_bias, branch=samples is not None)
+    config = pick_linear_bwd_weight(m, n, k, weight_dtype, target, precision, epilogue)
+    if isinstance(config, VendorGemm):
+        dy = _alone(dy, weight_dtype, samples=samples)
+        dweight, dbias = torch.mm(dy.T, x.to(weight_dtype)), dy.sum(0, dtype=torch.float32) if with_bias else None
+        if scaled is not None:
+            return layer_scale_bwd(dweight.float()[None], None if dbias is None else dbias[None], scaled)
+        return dweight, None if dbias is None else dbias.to(weight_dtype), None
+    # one part is the result; what is summed or scaled is so in float32
+    parts_dtype = weight_dtype if config.split == 1 and scaled is None else torch.float32
+    dweight = dy.new_empty(config.split, n, k, dtype=parts_dtype)
+    dbias = dy.new_empty(config.split, n, dtype=parts_dtype) if with_bias else None
+    launch(
+        linear_bwd_weight_kernel,
+        (cdiv(n, config.block_m) * cdiv(k, config.block_n) * config.split,),
+        dy,
+        dy_ptr=dy,
+        samples_ptr=samples,
+        x_ptr=x,
+        dweight_ptr=dweight,
+        dbias_ptr=dbias,
+        stride_dym=dy.stride(0),
+        stride_dyn=dy.stride(1),
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        M=m,
+        N=n,
+        K=k,
+        rows_per_sample=rows_per_sample_of(m, samples),
+        DTYPE=TRITON_DTYPE[weight_dtype],
+        PRECISION=precision,
+        SPLIT=config.split,
+        SUM_BY_PRODUCT=weight_dtype != torch.float32 and target.is_gpu,
+        BLOCK_N=config.block_m,
+        BLOCK_K=config.block_n,
+        BLOCK_M=config.block_k,
+        GROUP=config.group,
+        **config.options,
+    )
+    if scaled is not None:
+        return layer_scale_bwd(dweight, dbias, scaled)
+    return sum_parts(dweight, weight_dtype), None if dbias is None else sum_parts(dbias, weight_dtype), None
+
+
+# --- backward: LayerScale ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def layer_scale_bwd_kernel(
+    parts_ptr, bias_parts_ptr, layer_scale_ptr, weight_ptr, bias_ptr, dweight_ptr, dbias_ptr, dlayer_scale_ptr,
+    stride_wn, stride_wk, N, K,
+    PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One row of the weight."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_p = tl.arange(0, PARTS).to(tl.int64)
+    gamma = tl.load(layer_scale_ptr + row).to(tl.float32)
+    dgamma = tl.full([], 0.0, tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask = offs_k < K
+        part_ptrs = parts_ptr + row * K + (offs_p * N * K)[:, None] + offs_k[None, :]  # [PARTS, BLOCK_K]
+        grad = tl.sum(tl.load(part_ptrs, mask=mask[None, :], other=0.0), 0)  # [BLOCK_K]
+        weight = tl.load(weight_ptr + row * stride_wn + offs_k.to(tl.int64) * stride_wk, mask=mask, other=0.0)
+        dgamma += tl.sum(grad * weight.to(tl.float32), 0)
+        tl.store(dweight_ptr + row * K + offs_k, (grad * gamma).to(dweight_ptr.dtype.element_ty), mask=mask)
+    if bias_ptr is not None:
+        grad_bias = tl.sum(tl.load(bias_parts_ptr + row + offs_p * N), 0)
+        dgamma += grad_bias * tl.load(bias_ptr + row).to(tl.float32)
+        tl.store(dbias_ptr + row, (grad_bias * gamma).to(dbias_ptr.dtype.element_ty))
+    tl.store(dlayer_scale_ptr + row, dgamma.to(dlayer_scale_ptr.dtype.element_ty))
+
+
+def layer_scale_bwd(
+    parts: torch.Tensor, bias_parts: torch.Tensor | None, scaled: Scaled
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """dweight (N, K), dbias (N,) and dgamma (N,) of float32 parts (P, N, K) and (P, N) that add up to G and g, P a
+    power of two."""
+    layer_scale, weight, bias = scaled
+    n_parts, n, k = parts.shape
+    dweight = weight.new_empty(n, k)
+    dbias = None if bias is None else bias.new_empty(n)
+    dlayer_scale = layer_scale.new_empty(n)
+    config = pick_layer_scale_bwd(k, target_of(parts.device))
+    launch(
+        layer_scale_bwd_kernel,
+        (n,),
+        parts,
+        parts_ptr=parts,
+        bias_parts_ptr=bias_parts,
+        layer_scale_ptr=layer_scale.contiguous(),
+        weight_ptr=weight,
+        bias_ptr=None if bias is None else bias.contiguous(),
+        dweight_ptr=dweight,
+        dbias_ptr=dbias,
+        dlayer_scale_ptr=dlayer_scale,
+        stride_wn=weight.stride(0),
+        stride_wk=weight.stride(1),
+        N=n,
+        K=k,
+        PARTS=n_parts,
+        BLOCK_K=config.block_n,
+        num_warps=config.num_warps,
+    )
+    return dweight, dbias, dlayer_scale

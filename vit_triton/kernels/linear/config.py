@@ -1,0 +1,223 @@
+"""Tiles of the matrix products, and of the elementwise kernels beside them."""
+
+import enum
+from dataclasses import dataclass, replace
+
+import torch
+
+from vit_triton.kernels.picker import Compiled, cdiv, clip, next_power_of_2, tunable
+from vit_triton.kernels.target import Target
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """``block_m`` x ``block_n`` elements at a time."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+def pick_layer_scale_bwd(k: int, target: Target) -> TileConfig:
+    """Tiles of ``layer_scale_bwd_kernel``: a program walks along one row of k weights."""
+    return TileConfig(1, min(1024, next_power_of_2(k)), 1 if target.family == "cpu" else 4)
+
+
+def pick_swiglu(h: int, target: Target) -> TileConfig:
+    """Tiles of both SwiGLU kernels, of a hidden width h."""
+    cols = min(256, next_power_of_2(h))
+    if target.family == "interpreter":
+        return TileConfig(256, cols, 4)
+    return TileConfig(1024 // cols, cols, 1 if target.family == "cpu" else 4)  # 16 bytes of bfloat16 a thread
+
+
+class Epilogue(enum.Enum):
+    """The costliest step beside a product, for which its tile must leave registers."""
+
+    NONE = "none"
+    ELEMENTWISE = "elementwise"  # an activation or a residual
+    BRANCH = "branch"  # LayerScale or stochastic depth
+    DROPOUT = "dropout"
+
+    @staticmethod
+    def of(*, elementwise: bool, branch: bool = False, dropout: bool = False) -> "Epilogue":
+        if dropout:
+            return Epilogue.DROPOUT
+        return Epilogue.BRANCH if branch else Epilogue.ELEMENTWISE if elementwise else Epilogue.NONE
+
+
+@dataclass(frozen=True)
+class GemmConfig(Compiled):
+    """An output tile of ``block_m`` x ``block_n``, ``block_k`` of the contraction per step; ``group`` rows of tiles
+    share the L2 cache; with split-K, ``split`` parts of the contraction are computed apart and added; the epilogue runs
+    over the columns of the tile in ``subtiles``, one after the other."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group: int = 8
+    split: int = 1
+    subtiles: int = 1
+    max_registers: int = 255
+
+
+@dataclass(frozen=True)
+class VendorGemm(GemmConfig):
+    """The library of the GPU's vendor multiplies; the epilogue is one pass over the product by the same kernel, in
+    tiles of ``block_m`` x ``block_n``. Only a tuned table chooses it."""
+
+    block_m: int = 32
+    block_n: int = 128
+    block_k: int = 16
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+GEMM_TILES = (
+    *(GemmConfig(128, 128, 32, 4, 4), GemmConfig(128, 64, 32, 4, 4), GemmConfig(64, 64, 32, 4, 4)),
+    *(GemmConfig(128, 128, 64, 8, 3), GemmConfig(128, 256, 64, 8, 3), GemmConfig(128, 64, 64, 8, 3)),
+    *(GemmConfig(128, 64, 64, 4, 3), GemmConfig(64, 64, 64, 4, 3), GemmConfig(64, 128, 64, 4, 3)),
+)
+GEMM_FLOAT32_TILES = (
+    *(GemmConfig(64, 32, 16, 8, 2), GemmConfig(64, 64, 32, 4, 3), GemmConfig(64, 64, 32, 8, 3)),
+    *(GemmConfig(128, 64, 16, 8, 2), GemmConfig(32, 32, 16, 4, 2)),
+)
+
+
+# wgmma and tcgen05 want tiles of 128 x 64 of depth. This one makes two or three blocks on a multiprocessor where what
+# stands beside the product leaves room for one of 128 x 128
+NARROW = GemmConfig(64, 128, 64, 4, 3)
+
+
+def pick_gemm(
+    rows: int, cols: int, depth: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
+) -> GemmConfig:
+    if target.family == "interpreter":
+        tile = GemmConfig(256, 512, 256, 4, 1)  # small tiles take it as long as large ones
+    elif target.family == "cpu":
+        # deep and narrow: 64 columns of the weight stay in the L2 cache for 512 rows
+        tile = GemmConfig(512, 64, 1024, 1, 1)
+    elif dtype == torch.float32 and precision == "ieee":
+        tile = GemmConfig(64, 32, 16, 8, 2)
+    elif dtype == torch.float32:
+        # TF32: twice the bytes of bfloat16; an activation beside the weight gradient spills at four warps
+        tile = GemmConfig(64, 64, 32, 8 if epilogue in (Epilogue.ELEMENTWISE, Epilogue.BRANCH) else 4, 3)
+    elif target.family == "gfx":
+        tile = GemmConfig(128, 128, 64, 8, 2) if epilogue is Epilogue.NONE else GemmConfig(128, 64, 64, 8, 2)
+    elif target.family in ("sm_90", "sm_100"):
+        # An epilogue in two subtiles keeps two blocks on a multiprocessor: 137 registers or fewer instead of up to 210.
+        # Philox spills at 128 columns. 128 x 256 has one block, and is no faster
+        block_n, subtiles = 64 if epilogue is Epilogue.DROPOUT else 128, 1 if epilogue is Epilogue.NONE else 2
+        tile = GemmConfig(128, block_n, 64, 8, 3, subtiles=subtiles)
+    else:
+        # A100: two blocks on a multiprocessor, no spills. 128 x 128 leaves no registers beside the accumulator and the
+        # operands; a Philox word per element takes more than a GELU
+        sides = {Epilogue.NONE: (128, 128), Epilogue.DROPOUT: (64, 64)}.get(epilogue, (128, 64))
+        tile = GemmConfig(*sides, 32, 4, 4)
+    return clipped(tile, rows, cols, depth)
+
+
+def clipped(tile: GemmConfig, rows: int, cols: int, depth: int) -> GemmConfig:
+    block_m, block_n = clip(tile.block_m, rows), clip(tile.block_n, cols)
+    # a cap is for the whole tile
+    most = tile.max_registers if (block_m, block_n) == (tile.block_m, tile.block_n) else 255
+    return replace(tile, block_m=block_m, block_n=block_n, block_k=clip(tile.block_k, depth), max_registers=most)
+
+
+def candidates_gemm(rows: int, cols: int, depth: int, dtype: torch.dtype) -> list[GemmConfig]:
+    tiles = GEMM_FLOAT32_TILES if dtype == torch.float32 else GEMM_TILES
+    return [clipped(tile, rows, cols, depth) for tile in tiles]
+
+
+def tokens(m: int, target: Target) -> int:
+    """``m`` for the interpreter only: on a GPU the tile must not depend on the batch."""
+    return m if target.family == "interpreter" else 2**30
+
+
+def _candidates_linear_fwd(m, n, k, dtype, target, precision, epilogue):
+    return [*candidates_gemm(tokens(m, target), n, k, dtype), VendorGemm()]
+
+
+@tunable(GemmConfig, VendorGemm, candidates=_candidates_linear_fwd)
+def pick_linear_fwd(
+    m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
+) -> GemmConfig:
+    """Tiles of ``linear_fwd_kernel`` ((m, k) -> (m, n))."""
+    tile = pick_gemm(tokens(m, target), n, k, dtype, target, precision, epilogue)
+    if dtype == torch.float32 or epilogue is Epilogue.NONE:
+        return tile
+    if target.family == "sm_80":
+        # A100: with eight warps an elementwise epilogue in two subtiles fits 128 registers, and two blocks a
+        # multiprocessor. The others need more registers: at 128 columns one block would fit
+        block_n, num_warps = (128, 8) if epilogue is Epilogue.ELEMENTWISE else (64, 4)
+        return replace(tile, block_m=128, block_n=clip(block_n, n), num_warps=num_warps, subtiles=2)
+    if target.family == "sm_90" and epilogue is Epilogue.DROPOUT:
+        return clipped(replace(NARROW, subtiles=2, max_registers=168), 2**30, n, k)
+    if target.family == "sm_90":
+        return replace(tile, max_registers=128)  # of its own the compiler takes 137, and then one block fits, not two
+    return tile
+
+
+def _candidates_linear_bwd_input(m, n, k, dtype, target, precision, epilogue):
+    return [*candidates_gemm(tokens(m, target), k, n, dtype), VendorGemm()]
+
+
+@tunable(GemmConfig, VendorGemm, candidates=_candidates_linear_bwd_input)
+def pick_linear_bwd_input(
+    m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
+) -> GemmConfig:
+    """Tiles of ``linear_bwd_input_kernel`` ((m, n) -> (m, k), depth n)."""
+    tile = pick_gemm(tokens(m, target), k, n, dtype, target, precision, epilogue)
+    if dtype == torch.float32 or epilogue is Epilogue.NONE:
+        return tile
+    # the activation and its derivative at once: in one subtile they spill on an A100
+    if target.family == "sm_80":
+        return replace(tile, subtiles=2)
+    if target.family == "sm_90" and epilogue is Epilogue.BRANCH:
+        return clipped(replace(NARROW, subtiles=4, max_registers=168), 2**30, k, n)
+    if target.family == "sm_90":  # two blocks
+        return replace(tile, block_n=clip(128, k), subtiles=4, max_registers=128)
+    return tile
+
+
+def split_k(tile: GemmConfig, n: int, k: int) -> GemmConfig:
+    """``tile`` with split-K: a weight has few tiles (768 x 768: 36) and the contraction is long, so that parts fill the
+    GPU."""
+    tiles = cdiv(n, tile.block_m) * cdiv(k, tile.block_n)
+    return replace(tile, split=min(16, next_power_of_2(cdiv(216, max(tiles, 1)))))  # two per multiprocessor of an A100
+
+
+def candidates_bwd_weight(m, n, k, dtype, target, precision):
+    return [split_k(tile, n, k) for tile in candidates_gemm(n, k, tokens(m, target), dtype)]
+
+
+def _candidates_linear_bwd_weight(m, n, k, dtype, target, precision, epilogue):
+    return [*candidates_bwd_weight(m, n, k, dtype, target, precision), VendorGemm()]
+
+
+@tunable(GemmConfig, VendorGemm, candidates=_candidates_linear_bwd_weight)
+def pick_linear_bwd_weight(
+    m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
+) -> GemmConfig:
+    """Tiles of ``linear_bwd_weight_kernel`` ((n, k), depth m), and in how many parts m is cut; an elementwise
+    ``epilogue`` is the gradient of a bias."""
+    tile = pick_bwd_weight(m, n, k, dtype, target, precision, epilogue)
+    if dtype == torch.float32 or epilogue is Epilogue.NONE or target.family not in ("sm_90", "sm_100"):
+        return tile
+    if target.family == "sm_90" and epilogue is Epilogue.ELEMENTWISE:  # two blocks instead of one with 166 registers
+        return tile if tile.block_m * tile.block_n < 128 * 128 else replace(tile, max_registers=128)
+    narrow = split_k(clipped(NARROW, n, k, 2**30), n, k)
+    if target.family == "sm_90":  # smaller tiles spill
+        return tile if narrow.block_m * narrow.block_n < 64 * 128 else replace(narrow, max_registers=168)
+    return narrow
+
+
+def pick_bwd_weight(
+    m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
+) -> GemmConfig:
+    if target.family == "cpu":
+        return GemmConfig(clip(256, n), clip(256, k), clip(128, tokens(m, target)), 1, 1)
+    tile = pick_gemm(n, k, tokens(m, target), dtype, target, precision, epilogue)
+    return tile if target.family == "interpreter" else split_k(tile, n, k)

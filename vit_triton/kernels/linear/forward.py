@@ -1,0 +1,209 @@
+"""The matrix products of a Vision Transformer: linear layers with everything around them fused in.
+
+Forward, of tokens x (M, K) and nn.Linear's weight (N, K):
+
+    z = x @ weight.T + bias                    y = s * gamma * dropout(act(z)) + residual
+
+with LayerScale's gamma of each column (Touvron et al. 2021, arXiv:2103.17239) and stochastic depth's s of each sample
+(Huang et al. 2016, arXiv:1603.09382), which stand beside a residual and not beside an activation. Backward, with D the
+dropout scale (0 or 1 / (1 - p)) of each element and `*` elementwise:
+
+    dz = s * gamma * D * dy * act'(z)     dx = dz @ weight     dweight = dz.T @ x     dbias = dz.sum(0)
+
+gamma's own gradient sums s * D * dy * z over the tokens, and z is not kept. As z is linear in x, the same sum is had
+from the weight's gradient before gamma, whatever gamma is, 0 too: with G = (s * D * dy).T @ x and g = (s * D *
+dy).sum(0),
+
+    dweight = gamma * G     dbias = gamma * g     dgamma = (weight * G).sum(1) + bias * g
+
+An MLP is y = dropout(f(z)) + residual with z = x @ w1.T + b1, f(z) = dropout(act(z)) @ w2.T + b2. Only z is
+saved, in the weight's dtype: `linear_bwd_input` of the second layer applies act'(z) and the hidden dropout to the
+gradient it has just computed, and writes dropout(act(z)) once more on the way, for the weight's gradient. (Computed
+where that gradient loads z, once for every tile of it, the activation would hold up the matrix units.) The activation
+is of z *rounded* to that dtype in the forward pass too, so that it is the same again, bit for bit. The GELU is
+Hendrycks & Gimpel's (2016, arXiv:1606.08415).
+
+No kernel uses atomics: the sum over tokens in `dweight` is cut into parts that are added in a fixed order.
+
+Where a tuned table says so (`VendorGemm`), the vendor's library takes the product and the same kernels do the rest, in
+one pass over it. The product is then rounded to the weight's dtype before the bias or act'(z) reach it, once more than
+without. What stands in front of a product (s and gamma of dy) is a pass and memory of its own, with
+the rounding that it has in the kernels; the dropout masks are the same.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+
+from vit_triton.kernels.device import target_of
+from vit_triton.kernels.launch import input_precision, keep_scale, launch
+from vit_triton.kernels.linear.config import Epilogue, VendorGemm, pick_linear_fwd
+from vit_triton.kernels.linear.elements import dropout_scale, offsets, rows_per_sample_of, sample_scale, within
+from vit_triton.kernels.picker import cdiv
+from vit_triton.kernels.tiles import activate, columns_of, grouped_tile
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_fwd_kernel(
+    x_ptr, weight_ptr, bias_ptr, layer_scale_ptr, samples_ptr, residual_ptr, y_ptr, pre_ptr, seed_ptr,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_rm, stride_rn,
+    M, N, K, rows_per_sample, dropout_p, keep_scale,
+    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WORD: tl.constexpr,
+    SUBTILES: tl.constexpr, MULTIPLIED: tl.constexpr = False,
+):  # fmt: skip
+    """WORD: 0, or weight_ptr holds the panels of `pack_weight`, BLOCK_N columns of WORD values along K each.
+    MULTIPLIED: x_ptr holds the product, and of the weight only the dtype counts."""
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + offsets(offs_m, stride_xm, offs_k, stride_xk)  # [BLOCK_M, BLOCK_K]
+    step_x = tl.full([], BLOCK_K, tl.int64) * stride_xk
+    if WORD:
+        along_k = offs_k // WORD * (BLOCK_N * WORD) + offs_k % WORD
+        panel_ptr = weight_ptr + pid_n.to(tl.int64) * stride_wn
+        w_ptrs = panel_ptr + tl.arange(0, BLOCK_N)[:, None] * WORD + along_k[None, :]  # [BLOCK_N, BLOCK_K]
+        step_w = tl.full([], BLOCK_K * BLOCK_N, tl.int64)
+    else:
+        w_ptrs = weight_ptr + offsets(offs_n, stride_wn, offs_k, stride_wk)  # [BLOCK_N, BLOCK_K]
+        step_w = tl.full([], BLOCK_K, tl.int64) * stride_wk
+
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, 0 if MULTIPLIED else K, BLOCK_K):
+        x = tl.load(x_ptrs, mask=within(offs_m, M, offs_k, K - k, EVEN_K), other=0.0)  # [BLOCK_M, BLOCK_K]
+        if not WORD:
+            w = tl.load(w_ptrs, mask=within(offs_n, N, offs_k, K - k, EVEN_K), other=0.0)  # [BLOCK_N, BLOCK_K]
+        elif EVEN_K:
+            w = tl.load(w_ptrs)
+        else:
+            w = tl.load(w_ptrs, mask=(offs_k < K - k)[None, :], other=0.0)
+        product = tl.dot(x.to(dtype), tl.trans(w), product, input_precision=PRECISION)
+        x_ptrs += step_x
+        w_ptrs += step_w
+
+    WIDTH: tl.constexpr = BLOCK_N // SUBTILES
+    for subtile in tl.static_range(SUBTILES):  # what the epilogue loads then takes the registers of a subtile only
+        offs_n = pid_n * BLOCK_N + subtile * WIDTH + tl.arange(0, WIDTH)
+        z = columns_of(product, subtile, SUBTILES)  # [BLOCK_M, WIDTH]
+        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        if MULTIPLIED:
+            z = tl.load(x_ptr + offsets(offs_m, stride_xm, offs_n, stride_xk), mask=mask, other=0.0).to(tl.float32)
+        y_offs = offsets(offs_m, N, offs_n, 1)  # outputs are contiguous
+        if bias_ptr is not None:
+            z += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+        if pre_ptr is not None:
+            tl.store(pre_ptr + y_offs, z.to(dtype), mask=mask)
+        if ACTIVATION != "none":
+            z = activate(z.to(dtype).to(tl.float32), ACTIVATION, dtype == tl.float32)
+        if DROPOUT:
+            z *= dropout_scale(seed_ptr, offs_m, offs_n, dropout_p, keep_scale)
+        if layer_scale_ptr is not None:
+            z *= tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+        if samples_ptr is not None:
+            z *= sample_scale(samples_ptr, offs_m, M, rows_per_sample)[:, None]
+        if residual_ptr is not None:
+            residual_ptrs = residual_ptr + offsets(offs_m, stride_rm, offs_n, stride_rn)
+            z += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + y_offs, z.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    layer_scale: torch.Tensor | None = None,
+    samples: torch.Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    activation: str = "none",
+    save_pre: bool = False,
+    panels: torch.Tensor | None = None,
+    multiplied: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y = s * gamma * dropout(act(x @ weight.T + bias)) + residual, and z = x @ weight.T + bias if ``save_pre``, else
+    None.
+
+    x (M, K), weight (N, K), bias (N,), residual (M, N), ``layer_scale`` gamma (N,), ``samples`` s (B,) float32, each
+    for M / B rows -> y (M, N) in :func:`output_dtype`; z (M, N) in the weight's. ``seed``: one int64, needed with
+    dropout. ``panels``: the weight once more, as `pack_weight` gives it, and then that is read. ``multiplied``: x (M,
+    N) is the product, and of the weight only shape and dtype count.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    y = x.new_empty(m, n, dtype=output_dtype(weight, residual, layer_scale))
+    pre = x.new_empty(m, n, dtype=weight.dtype) if save_pre else None
+    target = target_of(x.device)
+    precision = input_precision(weight.dtype, target)
+    epilogue = Epilogue.of(
+        elementwise=activation != "none" or residual is not None,
+        branch=layer_scale is not None or samples is not None,
+        dropout=dropout_p > 0,
+    )
+    config = pick_linear_fwd(m, n, k, weight.dtype, target, precision, epilogue)
+    if isinstance(config, VendorGemm) and not multiplied:
+        x, multiplied = torch.mm(x.to(weight.dtype), weight.T), True
+        if bias is None and pre is None and epilogue is Epilogue.NONE and x.dtype == y.dtype:
+            return x, None
+    if multiplied:
+        config, panels = VendorGemm(), None
+    elif panels is not None:
+        config = replace(config, block_n=panels.shape[2])
+    launch(
+        linear_fwd_kernel,
+        (cdiv(m, config.block_m) * cdiv(n, config.block_n),),
+        x,
+        x_ptr=x,
+        weight_ptr=weight if panels is None else panels,
+        bias_ptr=None if bias is None else bias.contiguous(),
+        layer_scale_ptr=None if layer_scale is None else layer_scale.contiguous(),
+        samples_ptr=samples,
+        residual_ptr=residual,
+        y_ptr=y,
+        pre_ptr=pre,
+        seed_ptr=seed if dropout_p > 0 else None,
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        stride_wn=weight.stride(0) if panels is None else panels.stride(0),
+        stride_wk=weight.stride(1),
+        stride_rm=0 if residual is None else residual.stride(0),
+        stride_rn=0 if residual is None else residual.stride(1),
+        M=m,
+        N=n,
+        K=k,
+        rows_per_sample=rows_per_sample_of(m, samples),
+        dropout_p=float(dropout_p),
+        keep_scale=keep_scale(dropout_p),
+        ACTIVATION=activation,
+        DROPOUT=dropout_p > 0,
+        EVEN_K=k % config.block_k == 0,
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP=config.group,
+        WORD=0 if panels is None else panels.shape[3],
+        SUBTILES=config.subtiles,
+        MULTIPLIED=multiplied,
+        **config.options,
+    )
+    return y, pre
+
+
+def output_dtype(weight: torch.Tensor, residual: torch.Tensor | None, layer_scale: torch.Tensor | None) -> torch.dtype:
+    """The residual's or else the weight's; float32 where that of LayerScale, which autocast leaves as it is,
+    differs."""
+    dtype = (weight if residual is None else residual).dtype
+    return dtype if layer_scale is None or layer_scale.dtype == dtype else torch.float32
+
+
+def pack_weight(weight: torch.Tensor, panel: int, word: int) -> torch.Tensor:
+    """A weight (N, K) as panels of ``panel`` of its rows, (N / panel, K / word, panel, word): what a CPU multiplies
+    with lies in the order in which it is read. Zeros where N or K does not divide."""
+    n, k = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -k % word, 0, -n % panel))
+    return padded.unflatten(1, (-1, word)).unflatten(0, (-1, panel)).transpose(1, 2).contiguous()

@@ -1,0 +1,69 @@
+"""Tiles of the kernels that normalise rows."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vit_triton.kernels.picker import next_power_of_2, tunable
+from vit_triton.kernels.target import Target
+
+MAX_LAYER_NORM_WIDTH = 2**16
+# 2 programs for each of the 132 multiprocessors of an H100; fixed, so that every card adds the same partial sums
+LAYER_NORM_PARTIALS = 264
+
+
+@dataclass(frozen=True)
+class LayerNormConfig:
+    """``block_m`` rows at a time, each held whole in ``block_d`` >= width lanes of ``num_warps`` warps; the backward
+    kernel leaves at most ``partials`` partial sums."""
+
+    block_m: int
+    block_d: int
+    num_warps: int
+    partials: int = LAYER_NORM_PARTIALS
+
+
+def check_layer_norm_width(width: int) -> None:
+    """A row lives in the registers of one program, which bounds its width."""
+    if not 0 < width <= MAX_LAYER_NORM_WIDTH:
+        raise ValueError(f"layer_norm: width must be 1 to {MAX_LAYER_NORM_WIDTH}, got {width}")
+
+
+def _candidates_layer_norm(width: int, target: Target) -> Iterable[LayerNormConfig]:
+    block_d = next_power_of_2(width)
+    for num_warps in (1, 2, 4, 8, 16, 32):
+        for per_thread in (8, 16, 32):
+            rows = num_warps * 32 * per_thread // block_d
+            if 1 <= rows <= 16:
+                yield LayerNormConfig(rows, block_d, num_warps)
+
+
+@tunable(LayerNormConfig, candidates=_candidates_layer_norm)
+def pick_layer_norm(width: int, target: Target) -> LayerNormConfig:
+    """Tiles of both LayerNorm kernels."""
+    block_d = next_power_of_2(width)
+    if target.family == "interpreter":
+        # 2**17: one more row is then cheaper than one more program, and tiny inputs do not pay for 2**20 elements
+        return LayerNormConfig(max(1, 2**17 // block_d), block_d, 4)
+    if target.family == "cpu":
+        # a row, and backward the sums of the columns, stay in the L1 cache from one pass over them to the next
+        return LayerNormConfig(1, block_d, 1, partials=32)
+    # 16 elements a thread: two 16-byte loads of bfloat16 in flight, and the backward kernel fits its registers
+    num_warps = 4 if block_d <= 1024 else min(16, block_d // 256) if block_d <= 8192 else 32
+    return LayerNormConfig(max(1, min(16, num_warps * 512 // block_d)), block_d, num_warps)
+
+
+def pick_qk_norm(head_dim: int, target: Target) -> LayerNormConfig:
+    """Tiles of both kernels that normalise queries and keys: the rows are a head long, and many."""
+    block_d = next_power_of_2(head_dim)
+    if target.family == "interpreter":
+        return pick_layer_norm(head_dim, target)
+    if target.family == "cpu":
+        return LayerNormConfig(max(1, 1024 // block_d), block_d, 1, partials=32)
+    return LayerNormConfig(max(1, min(128, 2048 // block_d)), block_d, 4)  # 16 elements a thread, as above
+
+
+def layer_norm_stretch(n_rows: int, config: LayerNormConfig) -> tuple[int, int]:
+    """(programs, steps of ``block_m`` rows each takes) of the backward kernel: at most ``partials`` programs."""
+    n_blocks = -(-n_rows // config.block_m)
+    n_steps = max(1, -(-n_blocks // config.partials))
+    return -(-n_blocks // n_steps), n_steps

@@ -1,0 +1,35 @@
+"""Tiles of ``sum_parts_kernel``."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vit_triton.kernels.picker import next_power_of_2, tunable
+from vit_triton.kernels.target import Target
+
+
+@dataclass(frozen=True)
+class SumConfig:
+    """``block_p`` parts at a time of ``block`` elements each."""
+
+    block_p: int
+    block: int
+    num_warps: int
+
+
+def _candidates_sum_parts(n_parts: int, target: Target) -> Iterable[SumConfig]:
+    for block in (32, 64, 128, 256):
+        for most in (8, 32, 64):
+            yield SumConfig(min(most, next_power_of_2(n_parts)), block, 4)
+
+
+@tunable(SumConfig, candidates=_candidates_sum_parts)
+def pick_sum_parts(n_parts: int, target: Target) -> SumConfig:
+    """Tiles of ``sum_parts_kernel``."""
+    if target.family == "interpreter":
+        return SumConfig(min(1024, next_power_of_2(n_parts)), 1024, 4)
+    if target.family == "cpu":
+        return SumConfig(min(32, next_power_of_2(n_parts)), 256, 1)
+    # a LayerNorm's 264 parts of 768 numbers must occupy more than a few multiprocessors; few parts are of a large
+    # weight
+    block_p = min(32, next_power_of_2(n_parts))
+    return SumConfig(block_p, 32 if block_p == 32 else 2048 // block_p, 4)
