@@ -4,7 +4,7 @@ A pick depends on sequence length, head size, width, dtype and architecture, nev
 sample's result does not depend on its neighbours.
 
 The choices for GPUs (sm_*, gfx*) are computed only, from registers, shared memory and instructions: none was timed on
-one. Beside each picker stand the tiles that were weighed; `python -m benchmarks tune` times them, and what it writes
+one. Beside each picker stand the tiles that were weighed; `vit-triton tune` times them, and what it writes
 (:mod:`._tuned`) takes the place of the choices made here, on the device that it names.
 """
 

@@ -1,4 +1,4 @@
-"""Choices of tiles that were timed on a user's own GPU, in a JSON file that `python -m benchmarks tune` writes.
+"""Choices of tiles that were timed on a user's own GPU, in a JSON file that `vit-triton tune` writes.
 
 The file is the one that the environment variable ``VIT_TRITON_TUNED`` names, none if that is empty, or else
 ``vit_triton/tuned/DEVICE.json`` in the user's folder of configurations (``XDG_CONFIG_HOME``, or ``~/.config``). It is
@@ -109,7 +109,7 @@ def describe(device: str, architecture: str) -> str:
     """
     path = found(device)
     if path is None:
-        return f"{device}, {architecture}: no tuned tiles; the default ones are computed (python -m benchmarks tune)"
+        return f"{device}, {architecture}: no tuned tiles; the default ones are computed (vit-triton tune)"
     content = read(path)
     if (content.device, content.architecture) != (device, architecture):
         return f"{device}, {architecture}: {path} is of another device ({content.device}, {content.architecture})"
@@ -193,7 +193,7 @@ def read(path: Path) -> Table:
         return Table(**{name: content[name] for name in _HEADER}, timed=timed)
     except (_Wrong, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{path}: {error}; write the file again with python -m benchmarks tune, or remove it"
+            f"{path}: {error}; write the file again with vit-triton tune, or remove it"
         ) from error
 
 

@@ -5,28 +5,24 @@ the cases. Whatever a case asks a picker for, each of the picker's candidates is
 numbers of the default choice and timed; a choice that several cases share is judged by the sum of their times.
 """
 
-import argparse
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import models, options, runner
-from benchmarks.shapes import DTYPES, SIZES, Shape
 from vit_triton import ops
 from vit_triton.kernels import _config, _launch, _sums, _tuned, attention, encoder, layer_norm, linear, mlp, patch_embed
+from vit_triton.models import ViT
 from vit_triton.modules import Linear
+from vit_triton.tuning.measure import errors
+from vit_triton.tuning.progress import progress
+from vit_triton.tuning.shapes import CLASSES, Shape
 
-SUMMARY = {"tune": "time the weighed tiles on this GPU, and write those that vit_triton then uses on it"}
-
-MODELS = {f"ViT-{name}/{size.patch}": name for name, size in SIZES.items()}
 LAUNCHERS = (
     *("attention_fwd", "attention_bwd", "attention_packed_bwd"),
     *("layer_norm_fwd", "layer_norm_apply", "layer_norm_bwd", "add_layer_norm_fwd"),
@@ -55,19 +51,20 @@ class Case:
 
 def cases(shape: Shape, dtype: torch.dtype, device: str, dropout: float = 0.0) -> list[Case]:
     """What a ViT of that shape calls in inference and in a training step. ``dropout``: of the training."""
-    torch.manual_seed(runner.SEED)
+    torch.manual_seed(0)
     size = shape.with_depth(3)  # a block; one whose qkv projection has a bias, as in other libraries; the last
     with torch.device(device):
-        model = models.ours(size, dropout=dropout)
+        model: Any = ViT(**size.vit(), dropout=dropout, backend="triton")
         image = torch.randn(shape.batch, 3, shape.image, shape.image).to(dtype)
-        gradient = torch.randn(shape.batch, models.CLASSES).to(dtype)
+        gradient = torch.randn(shape.batch, CLASSES).to(dtype)
         project = model.transformer.layers[1][0].to_qkv
         model.transformer.layers[1][0].to_qkv = Linear(project.in_features, project.out_features, backend="triton")
     model = model.to(dtype)
 
     def run() -> None:
         if not dropout:
-            models.inference(model, image)()
+            with torch.inference_mode():
+                model.eval()(image)
         model.train()(image.requires_grad_()).backward(gradient)
 
     return record(run, shape.label, dtype)
@@ -98,11 +95,7 @@ def record(call: Callable[[], Any], label: str, dtype: torch.dtype) -> list[Case
 
     functions = {name: x for module in _MODULES for name, x in vars(module).items() if name in LAUNCHERS}
     watching = _replaced({name: watched(launcher) for name, launcher in functions.items()})
-    # no replay: a launcher is to be called every time
-    direct = (mock.patch.object(ops, name, lambda function, args: function(*args)) for name in ("_on_cpu", "_on_gpu"))
-    with contextlib.ExitStack() as stack:
-        for each in (*direct, watching, _picking(note)):
-            stack.enter_context(each)
+    with ops.running(ops.run_directly), watching, _picking(note):  # no replay: a launcher is to be called every time
         call()
     return [case for case in found.values() if case.asks]
 
@@ -124,13 +117,6 @@ def _tensors(results: Any) -> list[Tensor]:
 
 
 # --- measuring ---------------------------------------------------------------------------------------------
-
-
-def on_gpu(run: Callable[[], Any], seconds: float) -> float:
-    """Milliseconds of a call, the median of about ``seconds`` of calls with an emptied L2 cache."""
-    from triton.testing import do_bench
-
-    return do_bench(run, warmup=int(250 * seconds), rep=int(1000 * seconds), return_mode="median")
 
 
 _MODULES = (attention, layer_norm, linear, mlp, encoder, patch_embed, _sums)
@@ -180,10 +166,10 @@ def _time(group: list[Case], expected: list[list[Tensor]], spills: int, measure:
     if spilled > spills:
         raise _Unfit(f"spills {spilled} registers")
     for case, ours, default in zip(group, results, expected, strict=True):
-        error = max(runner.errors(ours, default))
+        largest = max(errors(ours, default))
         allowed = TOLERANCE * torch.finfo(case.dtype).eps
-        if not error <= allowed:
-            raise _Unfit(f"WRONG in {case.name}: {error:.1e} from the default's numbers, allowed {allowed:.1e}")
+        if not largest <= allowed:
+            raise _Unfit(f"WRONG in {case.name}: {largest:.1e} from the default's numbers, allowed {allowed:.1e}")
     return sum(measure(case.run) for case in group)
 
 
@@ -231,45 +217,7 @@ def tune(every: Iterable[Case], measure: Measure, say: Callable[[str], None] = p
         yield _tuned.Timed(picker.name, arguments, fastest if ms < MARGIN * times[0][1] else default, times)
 
 
-# --- the command -------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=["ViT-B/16"], metavar="SIZE",
-                        help=f"{', '.join(MODELS)}; default: ViT-B/16")  # fmt: skip
-    parser.add_argument("--image", type=options.positive, default=224, help="height and width in pixels; default: 224")
-    parser.add_argument("--batch", type=options.positive, default=64, help="images of the measurement; default: 64")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="default: bfloat16")
-    parser.add_argument("--dropout", action="store_true", help="training with dropout too, which asks for other tiles")
-    parser.add_argument(
-        "--seconds", type=options.duration, default=0.1, help="for each candidate and case; default: 0.1"
-    )
-    parser.add_argument(
-        "--out", type=options.new_file, metavar="FILE", help="by default where vit_triton finds it by itself"
-    )
-
-
-def run(given: argparse.Namespace) -> None:
-    shapes = options.shapes([MODELS[name] for name in given.model], [given.image], [given.batch])
-    if _launch.INTERPRETING or not torch.cuda.is_available():
-        reason = "TRITON_INTERPRET is set" if _launch.INTERPRETING else "PyTorch finds none"
-        print(f"tune: needs a GPU, and {reason}; without one the computed choices are used", file=sys.stderr)
-        raise SystemExit(2)
-    device = torch.device("cuda", torch.cuda.current_device())
-    name, arch = torch.cuda.get_device_name(device), str(_config.architecture(device))
-    path = given.out or _tuned.default_path(name)
-    every = [
-        case
-        for shape in shapes
-        for dtype in given.dtype
-        for dropout in ([0.0, 0.1] if given.dropout else [0.0])
-        for case in cases(shape, DTYPES[dtype], "cuda", dropout)
-    ]
-    measured = tune(every, lambda call: on_gpu(call, given.seconds))
-    complete = write(path, name, arch, measured, len(choices(every)))
-    print(_tuned.describe(name, arch))
-    if not complete:
-        raise SystemExit(130)
+# --- writing -----------------------------------------------------------------------------------------------
 
 
 def write(path: Path, device: str, arch: str, measured: Iterable[_tuned.Timed], total: int) -> bool:
@@ -277,7 +225,7 @@ def write(path: Path, device: str, arch: str, measured: Iterable[_tuned.Timed], 
     same device and the same versions says of other arguments is kept."""
     new: list[_tuned.Timed] = []
     old = _tuned.read(path) if path.exists() else None
-    with runner.progress(total) as bar:
+    with progress(total) as bar:
         for each in measured:
             new.append(each)
             bar.advance(each.picker)
