@@ -1,8 +1,8 @@
-"""vit_triton against PyTorch and others in speed and memory, what GPU compilers make of its kernels, and tuning."""
+"""vit_triton against PyTorch and others in speed and memory, and what GPU compilers make of its kernels."""
 
 import argparse
 
-from benchmarks import codegen, compare, growth, memory, overhead, tune
+from benchmarks import codegen, compare, growth, memory, overhead
 
 COMMANDS = {
     "ops": compare,
@@ -11,7 +11,6 @@ COMMANDS = {
     "memory": memory,
     "overhead": overhead,
     "codegen": codegen,
-    "tune": tune,
 }
 
 

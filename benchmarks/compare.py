@@ -4,9 +4,11 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import attention, encoder, layer_norm, linear, mlp, models, options, patch_embed, runner
-from benchmarks.op import Op
-from benchmarks.shapes import DTYPES, SIZES
+from benchmarks import models, options, runner
+from benchmarks.ops import attention, encoder, layer_norm, linear, mlp, patch_embed
+from benchmarks.ops.op import Op
+from vit_triton.cli.arguments import positive
+from vit_triton.tuning.shapes import DTYPES, SIZES
 
 SUMMARY = {
     "ops": "time every operator against PyTorch's and others'",
@@ -45,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models_too = what == "models"
     options.add(parser)
     parser.add_argument("--model", nargs="+", choices=SIZES, metavar="SIZE", help=", ".join(SIZES))
-    parser.add_argument("--image", nargs="+", type=options.positive, metavar="PIXELS", help="side of the square")
-    parser.add_argument("--batch", nargs="+", type=options.positive, metavar="N", help="images")
+    parser.add_argument("--image", nargs="+", type=positive, metavar="PIXELS", help="side of the square")
+    parser.add_argument("--batch", nargs="+", type=positive, metavar="N", help="images")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "\n".join(_spelled(device, DEFAULTS[what, device]) for device in ("cpu", "cuda"))
     parser.add_argument(
@@ -81,15 +83,7 @@ def run(given: argparse.Namespace) -> None:
 
         for path in plot.compare(report, given.plot):
             print(path)
-    raise_for(complete, report)
-
-
-def raise_for(complete: bool, report: runner.Report) -> None:
-    """Exit as a shell expects after Ctrl-C, or with 1 if any of our numbers was wrong."""
-    if not complete:
-        raise SystemExit(130)
-    if any(runner.OURS in result.wrong for result in report.results):
-        raise SystemExit(1)
+    runner.raise_for(complete, report)
 
 
 def _ops(given: argparse.Namespace) -> Iterator[runner.Case]:

@@ -7,37 +7,12 @@ What only a GPU's user pays for is missing: the guard of the current device.
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
-from benchmarks.codegen import driver as gpu
+from benchmarks.codegen import driver
 from vit_triton import backend, ops
 from vit_triton.kernels import launch
 
 ARCH = "sm_90"
-
-
-@contextlib.contextmanager
-def taken(
-    launched: Callable[..., None] | None = None,
-    inside: contextlib.AbstractContextManager[Any] | None = None,
-) -> Iterator[None]:
-    """``launched(kernel, grid, device, arguments)`` in place of each launch, and before anything is compiled; without
-    it a launch goes all the way, but for the last call. ``inside``: entered within every operator of the library, where
-    a mode that is active around the operator is not."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(gpu.compiling_for(ARCH))
-        # a module that is not None: else Triton loads the kernel in every launch
-        stack.enter_context(mock.patch.object(gpu._Compiler, "launcher_cls", _Launcher))
-        stack.enter_context(mock.patch.object(gpu._Utils, "load_binary", lambda *args: (0, 0, 0, 0, 1024)))
-        target = gpu._Compiler(ARCH).get_current_target()
-        # the architecture of a GPU is remembered, and what a CPU's user asks first is not asked
-        stack.enter_context(mock.patch.object(gpu._Compiler, "get_current_target", lambda self: target))
-        on_gpu = ops._on_gpu if launched is None else _launching(inside or contextlib.nullcontext())
-        stack.enter_context(mock.patch.object(ops, "_on_cpu", on_gpu))
-        stack.enter_context(mock.patch.object(backend, "cpu_vehicle", lambda: "driver"))
-        if launched is not None:
-            stack.enter_context(mock.patch.object(launch, "_run", launched))
-        yield
 
 
 class _Launcher:
@@ -48,6 +23,32 @@ class _Launcher:
 
     def __call__(self, *args: Any) -> None:
         pass
+
+
+class _Utils(driver.Utils):
+    @staticmethod
+    def load_binary(*args: Any) -> tuple[int, int, int, int, int]:
+        return 0, 0, 0, 0, 1024  # a module that is not None: else Triton loads the kernel in every launch
+
+
+class _GPU(driver.Compiler):
+    launcher_cls = _Launcher
+    utils = _Utils()
+    first_device = 8100
+
+
+@contextlib.contextmanager
+def taken(
+    launched: Callable[..., None] | None = None,
+    inside: contextlib.AbstractContextManager[Any] | None = None,
+) -> Iterator[None]:
+    """``launched(kernel, grid, device, arguments)`` in place of each launch, and before anything is compiled; without
+    it a launch goes all the way, but for the last call. ``inside``: entered within every operator of the library, where
+    a mode that is active around the operator is not."""
+    run = ops.run_on_gpu if launched is None else _launching(inside or contextlib.nullcontext())
+    with driver.compiling_for(ARCH, by=_GPU), ops.running(run), backend.assume_cpu_vehicle("driver"):
+        with contextlib.nullcontext() if launched is None else launch.starting(launched):
+            yield
 
 
 def _launching(inside: contextlib.AbstractContextManager[Any]) -> Callable[..., Any]:

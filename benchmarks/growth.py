@@ -1,39 +1,23 @@
-"""`growth`: how the time of attention and of a stack of blocks grows with tokens, batch and depth.
-
-A slope is the exponent of a power law, time ~ size ** slope: the line of least squares through the logarithms of the
-upper half of the sizes that every provider was timed at. Below, a call's own cost hides it.
-"""
+"""`growth`: how the time of attention and of a stack of blocks grows with tokens, batch and depth."""
 
 import argparse
-import math
-import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from benchmarks import attention, encoder, options, runner
-from benchmarks.compare import raise_for
-from benchmarks.op import Op
-from benchmarks.shapes import DTYPES, SIZES, Shape
+from benchmarks import options, runner
+from benchmarks.ops import attention, encoder
+from benchmarks.ops.op import Op
+from benchmarks.slopes import AXES, slopes
+from vit_triton.cli.arguments import positive
+from vit_triton.tuning.shapes import DTYPES, SIZES, Shape
 
 SUMMARY = {"growth": "time attention and blocks as tokens, batch and depth grow, and fit the slopes"}
 PEERS = {"attention": "sdpa", "encoder": "pytorch"}
 OPS: list[Op] = [*attention.OPS, *encoder.OPS]
-AXES = ("tokens", "batch", "depth")
 TOKENS = [50, 128, 256, 512, 1024, 2048, 4096]
 BATCHES = [1, 2, 4, 8, 16, 32]
 DEPTHS = [1, 2, 4, 8, 12]
-
-
-@dataclass(frozen=True)
-class Slope:
-    case: str
-    dtype: str
-    threads: int
-    axis: str
-    provider: str
-    slope: float
-    sizes: tuple[int, ...]  # that were fitted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", choices=SIZES, default="Ti", metavar="SIZE", help=f"width: {', '.join(SIZES)}; default: Ti"
     )
-    parser.add_argument("--tokens", nargs="+", type=options.positive, default=TOKENS, help="at batch 1, depth 1")
-    parser.add_argument("--batch", nargs="+", type=options.positive, default=BATCHES, help="at 197 tokens, depth 1")
-    parser.add_argument("--depth", nargs="+", type=options.positive, default=DEPTHS, help="at 197 tokens, batch 1")
+    parser.add_argument("--tokens", nargs="+", type=positive, default=TOKENS, help="at batch 1, depth 1")
+    parser.add_argument("--batch", nargs="+", type=positive, default=BATCHES, help="at 197 tokens, depth 1")
+    parser.add_argument("--depth", nargs="+", type=positive, default=DEPTHS, help="at 197 tokens, batch 1")
     parser.add_argument("--direction", nargs="+", choices=["forward", "backward", "both"], default=["forward", "both"])
 
 
@@ -68,7 +52,7 @@ def run(given: argparse.Namespace) -> None:
 
         for path in plot.growth(report, slopes(report.results), given.plot):
             print(path)
-    raise_for(complete, report)
+    runner.raise_for(complete, report)
 
 
 def _cases(given: argparse.Namespace) -> Iterator[runner.Case]:
@@ -88,28 +72,3 @@ def _cases(given: argparse.Namespace) -> Iterator[runner.Case]:
 def _shape(model: str, tokens: int = 197, batch: int = 1, depth: int = 1) -> Shape:
     label = f"{tokens} tokens, batch {batch}, depth {depth}"
     return Shape(label, batch, 0, tokens, SIZES[model]).with_depth(depth)
-
-
-def curves(results: Sequence[runner.Result]) -> dict[tuple[str, str, int, str], dict[str, list[tuple[int, float]]]]:
-    """Of every case, dtype, thread count and axis: {provider: [(size, milliseconds), ...]}, sizes ascending."""
-    found: dict[tuple[str, str, int, str], dict[str, list[tuple[int, float]]]] = {}
-    for r in sorted(results, key=lambda r: r.at["size"]):
-        curve = found.setdefault((r.case, r.dtype, r.threads, r.at["axis"]), {})
-        for provider, milliseconds in r.milliseconds.items():
-            curve.setdefault(provider, []).append((r.at["size"], milliseconds))
-    return found
-
-
-def slopes(results: Sequence[runner.Result]) -> list[Slope]:
-    """Of a curve's providers all or, with fewer than two sizes to fit, none."""
-    found = []
-    for key, curve in curves(results).items():
-        shared = sorted(set.intersection(*({size for size, _ in points} for points in curve.values())))
-        upper = shared[len(shared) // 2 :]
-        if len(upper) < 2:
-            continue
-        for provider, points in curve.items():
-            x, y = zip(*((math.log(size), math.log(time)) for size, time in points if size in upper), strict=True)
-            slope = statistics.linear_regression(x, y).slope
-            found.append(Slope(*key, provider, slope, tuple(upper)))
-    return found

@@ -30,8 +30,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import gpu_path, options
-from benchmarks.runner import OURS, machine, progress, write_json
-from benchmarks.shapes import DTYPES
+from benchmarks.runner import OURS, machine, write_json
+from vit_triton.cli.arguments import positive
+from vit_triton.tuning.progress import progress
+from vit_triton.tuning.shapes import DTYPES
 
 SUMMARY = {"memory": "count the bytes a block saves for backward, its peak and its kernels, against others' blocks"}
 
@@ -270,9 +272,9 @@ def table(counts: list[Count]) -> Table:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=SIZES, default="B", help="the width and heads of ViT-S, ViT-B or ViT-L")
-    parser.add_argument("--image", type=options.positive, default=224,
+    parser.add_argument("--image", type=positive, default=224,
                         help=f"its side in pixels, cut into patches of {PATCH}; default: 224")  # fmt: skip
-    parser.add_argument("--batch", type=options.positive, default=8, help="images; default: 8")
+    parser.add_argument("--batch", type=positive, default=8, help="images; default: 8")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     options.add_json(parser)
 

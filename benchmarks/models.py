@@ -10,35 +10,21 @@ from torch import Tensor, nn
 
 import vit_triton
 from benchmarks.cost import Cost, nbytes, trace
-from benchmarks.runner import OURS, Case, Provider, errors
-from benchmarks.shapes import Shape
+from benchmarks.runner import OURS, Case, Provider
+from vit_triton.tuning.measure import errors
+from vit_triton.tuning.shapes import CLASSES, Shape
 
-CLASSES = 1000
 Build = Callable[[Shape], nn.Module]
 
 
-def keywords(shape: Shape) -> dict[str, Any]:
-    size = shape.size
-    return dict(
-        image_size=shape.image,
-        patch_size=size.patch,
-        num_classes=CLASSES,
-        dim=size.width,
-        depth=size.depth,
-        heads=size.heads,
-        dim_head=shape.head_dim,
-        mlp_dim=size.hidden,
-    )
-
-
 def ours(shape: Shape, backend: str = "triton", **more: Any) -> nn.Module:
-    return vit_triton.ViT(backend=backend, **keywords(shape), **more)
+    return vit_triton.ViT(backend=backend, **shape.vit(), **more)
 
 
 def vit_pytorch(shape: Shape) -> nn.Module:
     import vit_pytorch
 
-    return vit_pytorch.ViT(**keywords(shape))
+    return vit_pytorch.ViT(**shape.vit())
 
 
 def timm(shape: Shape) -> nn.Module:

@@ -10,25 +10,10 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.runner import OURS
-from benchmarks.shapes import DTYPES, SIZES, Shape
+from vit_triton.cli.arguments import duration, new_file, positive
+from vit_triton.tuning.shapes import DTYPES, Shape
 
 T = TypeVar("T")
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
-    return int(text)
-
-
-def duration(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text!r}")
-    return seconds
 
 
 def device(text: str) -> str:
@@ -37,15 +22,6 @@ def device(text: str) -> str:
     if text == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("cuda was asked for, and PyTorch finds no GPU")
     return text
-
-
-def new_file(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
-    if not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"must be in a folder that can be written to, got {text!r}")
-    return path
 
 
 def plot_folder(text: str) -> Path:
@@ -109,10 +85,10 @@ def only(items: Iterable[T], text: str, name: Callable[[T], str], label: Callabl
 
 def shapes(models: Sequence[str], images: Sequence[int], batches: Sequence[int]) -> list[Shape]:
     """Every combination; an error for images smaller than a patch."""
-    for model in models:
-        if min(images) < SIZES[model].patch:
-            raise SystemExit(f"--image: {min(images)} pixels hold no patch of {SIZES[model].patch} ({model})")
-    return [Shape.of(model, image, batch) for image in images for model in models for batch in batches]
+    try:
+        return [Shape.of(model, image, batch) for image in images for model in models for batch in batches]
+    except ValueError as error:
+        raise SystemExit(f"--image: {error}") from None
 
 
 def chosen(available: Mapping[str, Any], wanted: Iterable[str] | None) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.console import Console
@@ -22,13 +21,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import gpu_path, options
-from benchmarks.runner import keep_freed_memory, machine, progress, said, write_json
-from benchmarks.shapes import DTYPES
+from benchmarks.runner import keep_freed_memory, machine, said, write_json
 from vit_triton import functional as F
 from vit_triton import ops
+from vit_triton.cli.arguments import positive
 from vit_triton.kernels import launch
 from vit_triton.models import ViT
 from vit_triton.modules import Transformer
+from vit_triton.tuning.progress import progress
+from vit_triton.tuning.shapes import DTYPES
 
 SUMMARY = {"overhead": "time the Python between a call and its launches, against Triton's own launcher"}
 
@@ -163,14 +164,13 @@ def _both(name: str, function: Callable[..., Any], x: Tensor, tensors: list[Tens
 def launches_of(call: Call) -> list[tuple[Any, Any, dict[str, Any]]]:
     """(kernel, grid, arguments) of each launch of a call, which is made inside ``gpu_path.taken()``."""
     seen: list[tuple[Any, Any, dict[str, Any]]] = []
-    run = launch._run
+    start = launch.start
 
     def note(kernel: Any, grid: Any, device: Any, arguments: dict[str, Any]) -> None:
         seen.append((kernel, grid, arguments))
-        run(kernel, grid, device, arguments)
+        start(kernel, grid, device, arguments)
 
-    replayed = mock.patch.object(ops, "_on_cpu", lambda function, args: function(*args))
-    with mock.patch.object(launch, "_run", note), replayed:
+    with launch.starting(note), ops.running(ops.run_directly):
         call()
     return seen
 
@@ -220,7 +220,7 @@ def table(results: list[Overhead]) -> Table:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--rounds", type=options.positive, default=1000, help="the lowest time of so many is shown")
+    parser.add_argument("--rounds", type=positive, default=1000, help="the lowest time of so many is shown")
     options.add_only(parser, "calls")
     options.add_json(parser)
 

@@ -13,8 +13,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from benchmarks.growth import AXES, Slope, curves
 from benchmarks.runner import OURS, Report, Result
+from benchmarks.slopes import AXES, Slope, curves
 
 HIGHLIGHT, SLOWER, LINE, GREY, GRID = "#d9480f", "#f4a582", "#343a40", "#868e96", "#e9ecef"
 OTHERS = ("#495057", "#1c7ed6", "#2f9e44", "#9c36b5", "#868e96", "#74c0fc")  # ours stands out by colour and width

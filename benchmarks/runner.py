@@ -13,24 +13,21 @@ import json
 import os
 import platform
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import rich.console
-import rich.progress
 import torch
 import triton
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 import vit_triton
 from benchmarks.cost import Cost
 from benchmarks.peaks import Peak, peak
 from benchmarks.timing import METHODS, Times
 from vit_triton.kernels.device import target_of
+from vit_triton.tuning.measure import errors
+from vit_triton.tuning.progress import progress
 
 OURS = "vit_triton"
 # of others, as PyPI knows them
@@ -92,18 +89,6 @@ class Result:
     def against_the_fastest(self) -> float | None:
         """Of others: our own other backend is none."""
         return min((ratio for name, ratio in self.ratio.items() if not name.startswith(OURS)), default=None)
-
-
-def flat(results: Any) -> list[Tensor]:
-    if isinstance(results, Tensor):
-        return [results.detach()]
-    return [tensor for result in results for tensor in flat(result)]
-
-
-def errors(results: Any, exact: Any) -> list[float]:
-    """Relative L2 error of every result."""
-    pairs = zip(flat(results), flat(exact), strict=True)
-    return [float((a.double() - b).norm() / b.norm().clamp_min(1e-300)) for a, b in pairs]
 
 
 def check(providers: dict[str, Provider], dtype: torch.dtype) -> dict[str, str]:
@@ -230,45 +215,12 @@ def run(cases: Sequence[Case], threads: Sequence[int], seconds: float, report: R
     return bar.complete
 
 
-class Progress:
-    """Of some work: ``complete`` once it came to its end, and was not interrupted."""
-
-    complete = False
-
-    def __init__(self, draw: Callable[[str], None] = lambda done: None) -> None:
-        self.advance = draw  # to be called with what is done, after each piece of the work
-
-
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Progress]:
-    """Around work in ``total`` pieces. Ctrl-C ends the work, not the program: what was done until then can be kept.
-
-    The bar is on stderr, where that is a terminal. It is drawn between pieces only: a thread that draws takes time.
-    """
-    with _bar(total) as draw:
-        made = Progress(draw)
-        try:
-            yield made
-            made.complete = True
-        except KeyboardInterrupt:
-            print("stopped", flush=True)
-
-
-@contextlib.contextmanager
-def _bar(total: int) -> Iterator[Callable[[str], None]]:
-    if not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    columns = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")]
-    with rich.progress.Progress(
-        *columns,
-        console=rich.console.Console(stderr=True),
-        auto_refresh=False,
-        redirect_stdout=sys.stdout.isatty(),
-    ) as bar:
-        task = bar.add_task("", total=total)
-        bar.refresh()
-        yield lambda done: bar.update(task, advance=1, description=done, refresh=True)
+def raise_for(complete: bool, report: Report) -> None:
+    """Exit as a shell expects after Ctrl-C, or with 1 if any of our numbers was wrong."""
+    if not complete:
+        raise SystemExit(130)
+    if any(OURS in result.wrong for result in report.results):
+        raise SystemExit(1)
 
 
 def keep_freed_memory() -> None:

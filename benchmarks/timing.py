@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vit_triton.tuning.measure import on_gpu
+
 Calls = Mapping[str, Callable[[], Any]]
 Rounds = dict[str, list[float]]
 
@@ -47,11 +49,8 @@ def interleaved(calls: Calls, seconds: float) -> Rounds:
 
 
 def cuda_events(calls: Calls, seconds: float) -> Rounds:
-    """Medians of ``triton.testing.do_bench``, which flushes the L2 cache before each call."""
-    from triton.testing import do_bench
-
-    rep = 1e3 * seconds / MIN_ROUNDS / len(calls)
-    return _rounds(calls, lambda call: do_bench(call, warmup=rep / 4, rep=rep, return_mode="median"))
+    """Medians of calls, with the L2 cache flushed before each."""
+    return _rounds(calls, lambda call: on_gpu(call, seconds / MIN_ROUNDS / len(calls)))
 
 
 def cuda_graph(calls: Calls, seconds: float) -> Rounds:

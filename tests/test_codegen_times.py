@@ -175,7 +175,7 @@ def test_the_command(tmp_path, monkeypatch, capsys, virtual_memory):
 
 def test_every_case_names_one_launch(monkeypatch, virtual_memory):
     launched = []
-    monkeypatch.setattr(launch, "_run", lambda kernel, grid, device, arguments: launched.append((kernel, arguments)))
+    monkeypatch.setattr(launch, "start", lambda kernel, grid, device, arguments: launched.append((kernel, arguments)))
     for case in times.CASES:
         launched.clear()
         with compiling_for("sm_80", case.kernel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import shutil
 import subprocess
@@ -17,7 +18,11 @@ PACKAGE = ROOT / "vit_triton"
 
 # What each part may import from the package, besides itself. Arrows point down the list only.
 ARROWS: dict[str, set[str]] = {
-    "cli": {"__init__", "backend", "cpu", "images", "inspection", "integrations", "kernels", "training", "weights"},
+    "cli": {
+        *("__init__", "backend", "cpu", "images", "inspection", "integrations", "kernels", "training", "tuning"),
+        "weights",
+    },
+    "tuning": {"kernels", "models", "modules", "ops"},
     "training": {"backend", "images", "models", "weights"},
     "__init__": {
         *("backend", "fallback", "functional", "inspection", "integrations", "models", "modules", "packing"),
@@ -95,9 +100,25 @@ def test_imports_point_downwards(path: Path) -> None:
         assert target == part or target in ARROWS[part], f"line {node.lineno}: {part} must not import {target}"
 
 
+def module_name(path: Path) -> str:
+    """ "benchmarks.ops" for benchmarks/ops/__init__.py."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_import_circle_between_files_of_the_benchmarks() -> None:
+    """Counting imports inside functions; that of a name of a package is one of its file ``__init__.py``."""
+    files = {module_name(path): path for path in sources(ROOT / "benchmarks")}
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        names = [name for _, name in imported_modules(parse(path), path)]
+        found = {name if name in files else name.rpartition(".")[0] for name in names}
+        graph[module] = (found & files.keys()) - {module}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
+
+
 @pytest.mark.parametrize(
     "path",
-    [path for path in sources(PACKAGE) if part_of(path) not in ("kernels", "cpu")],
+    [path for path in sources(PACKAGE) if part_of(path) not in ("kernels", "cpu", "tuning")],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_triton_and_the_kernels_are_imported_lazily(path: Path) -> None:

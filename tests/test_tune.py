@@ -1,8 +1,10 @@
 """Tuned tables: which file counts, for which device, what a wrong one says, and what measures and writes one."""
 
 import dataclasses
+import io
 import itertools
 import json
+import subprocess
 import sys
 
 import pytest
@@ -10,9 +12,9 @@ import torch
 from conftest import forget_recordings
 
 import vit_triton
-from benchmarks import __main__ as command
-from benchmarks import gpu_path, models, tune
-from benchmarks.shapes import Shape, Size
+from benchmarks import gpu_path
+from vit_triton.cli import main
+from vit_triton.cli.tune import MODELS
 from vit_triton.cpu.driver import active
 from vit_triton.kernels import device, tuned
 from vit_triton.kernels.attention.config import AttentionConfig
@@ -22,6 +24,9 @@ from vit_triton.kernels.linear.config import Epilogue, GemmConfig, VendorGemm, p
 from vit_triton.kernels.norm.config import LayerNormConfig, pick_layer_norm
 from vit_triton.kernels.picker import PICKERS
 from vit_triton.kernels.target import target_named
+from vit_triton.tuning import tune
+from vit_triton.tuning.progress import progress
+from vit_triton.tuning.shapes import CLASSES, Shape, Size
 
 TINY = Shape("tiny", 2, 16, 5, Size(32, 1, 2, 128, patch=8))
 H100, SM = "NVIDIA H100 80GB HBM3", "sm_90"
@@ -62,8 +67,9 @@ def picked(name, epilogue=Epilogue.NONE, m=197):
     return pick_linear_fwd(m, 768, 3072, torch.bfloat16, target_of(torch.device(name)), "ieee", epilogue)
 
 
-def computed(arch, epilogue=Epilogue.NONE):
-    return PICKERS["pick_linear_fwd"].default(197, 768, 3072, torch.bfloat16, arch, "ieee", epilogue)
+def computed(name, epilogue=Epilogue.NONE):
+    target = target_named(name)
+    return PICKERS["pick_linear_fwd"].default(197, 768, 3072, torch.bfloat16, target, "ieee", epilogue)
 
 
 def test_written_and_read_again(tmp_path):
@@ -281,7 +287,8 @@ def test_whatever_a_vit_asks_for_is_tuned(dropout):
         cases = [case for p in {0.0, dropout} for case in tune.cases(shape, torch.bfloat16, "cpu", p)]
         tuned = {key for case in cases for key in case.asks}
         image = torch.randn(2, 3, 16, 16, dtype=torch.bfloat16)
-        asked = asked_by(lambda: steps(models.ours(shape, dropout=dropout, emb_dropout=dropout).bfloat16(), image))
+        ours = vit_triton.ViT(**shape.vit(), dropout=dropout, emb_dropout=dropout, backend="triton")
+        asked = asked_by(lambda: steps(ours.bfloat16(), image))
         assert len(asked) > 30 and asked <= tuned
         timm = pytest.importorskip("timm.models.vision_transformer")
         size = dict(img_size=16, patch_size=8, num_classes=0, embed_dim=32, depth=2, num_heads=2)
@@ -291,10 +298,10 @@ def test_whatever_a_vit_asks_for_is_tuned(dropout):
         assert len(asked) > 15 and asked <= tuned
 
 
-@pytest.mark.parametrize("model", tune.MODELS)
+@pytest.mark.parametrize("model", MODELS)
 def test_cases_of_every_size(model):
     """Head sizes of 64 to 88; of a small image."""
-    shape = Shape.of(tune.MODELS[model], 32, 1)
+    shape = Shape.of(MODELS[model], 32, 1)
     with gpu_path.taken(lambda *launch: None):
         asks = {key for case in tune.cases(shape, torch.bfloat16, "cpu") for key in case.asks}
     attended = {key[1:4] for key in asks if key[0] == "pick_attention_fwd"}
@@ -306,7 +313,7 @@ def test_every_picker_is_asked_and_every_candidate_timed(small):
     measured = list(tune.tune(small, lambda run: run() and 1.0 + next(timer), lines.append))
     assert {each.picker for each in measured} == set(PICKERS)
     products = [each for each in measured if each.picker == "pick_linear_fwd"]
-    sizes = {(96, 32), (64, 32), (32, 32), (128, 32), (32, 128), (models.CLASSES, 32)}
+    sizes = {(96, 32), (64, 32), (32, 32), (128, 32), (32, 128), (CLASSES, 32)}
     assert {tuple(each.arguments.values())[:2] for each in products} == sizes
     for each in products:
         assert [config for config, _ in each.milliseconds][1:] == [GemmConfig(32, 16, 16, 4, 1), VendorGemm()]
@@ -390,10 +397,80 @@ def test_what_was_measured_before_a_stop_is_written_and_what_was_there_is_kept(t
     assert path.read_bytes() == before
 
 
+# --- the command -------------------------------------------------------------------------------------------
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_command_says_so(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "tune", "--out", str(tmp_path / "x.json")])
-    with pytest.raises(SystemExit) as stop:
-        command.main()
-    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+def test_without_a_gpu_the_command_says_so(capsys, tmp_path):
+    assert main(["tune", "--out", str(tmp_path / "x.json")]) == 2 and not list(tmp_path.iterdir())
     assert "tune: needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--batch 0", "must be a whole number above 0, got '0'"),
+        ("--image 8", "--image: 8 pixels hold no patch of 16 (B)"),
+        ("--seconds -1", "must be a number of seconds, got '-1'"),
+        ("--out /nowhere/r.json", "must be a file in a folder that exists, got '/nowhere/r.json'"),
+    ],
+)
+def test_bad_options_are_refused(words, message, capsys):
+    try:
+        code = main(["tune", *words.split()])
+    except SystemExit as end:  # argparse's
+        code = end.code
+    assert code == 2 and message in capsys.readouterr().err
+
+
+NO_EXTRAS = """
+import sys
+
+for name in ("matplotlib", "PIL", "rich", "sklearn", "timm", "torchvision", "transformers", "benchmarks"):
+    sys.modules[name] = None  # an import of it fails
+
+from vit_triton.cli import main
+from vit_triton.tuning import tune
+
+assert tune.LAUNCHERS
+try:
+    main(["tune", "--help"])
+except SystemExit as end:
+    assert end.code == 0
+else:
+    raise AssertionError("no help")
+assert main(["info"]) == 2
+"""
+
+
+def test_the_command_needs_none_of_the_extras():
+    result = subprocess.run([sys.executable, "-c", NO_EXTRAS], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "usage: vit-triton tune" in result.stdout and "--seconds" in result.stdout
+    assert "pip install 'vit_triton[cli]'" in result.stderr  # of info
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_stays_below_what_is_printed(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    with progress(2) as bar:
+        print("one", "line")
+        bar.advance("first")
+    assert bar.complete and sys.stdout is terminal
+    drawn = [line.split("\r\x1b[2K")[-1] for line in terminal.getvalue().split("\n")]
+    empty, half = "-" * 40, "#" * 20 + "-" * 20
+    assert drawn == ["one line", f"{half} 1/2 0:00:00 first", ""]
+    assert f"{empty} 0/2 -:--:--" in terminal.getvalue()
+
+
+def test_there_is_no_bar_where_stderr_is_no_terminal(capsys):
+    with progress(2) as bar:
+        bar.advance("first")
+    assert bar.complete and capsys.readouterr().err == ""

@@ -7,9 +7,10 @@ no Optional outputs, so what is absent comes back with no elements. The kernels 
 wrapping costs more Python per call.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def _register(schema: str, copies: Callable[..., list[Tensor | None]] | None = N
     return decorate
 
 
-def _on_cpu(function: Any, args: tuple[Any, ...]) -> Any:
+def run_on_cpu(function: Any, args: tuple[Any, ...]) -> Any:
     """``function`` with a Triton driver active that serves CPU tensors; its launches recorded if it is ours."""
     from vit_triton.cpu.driver import active, recording
     from vit_triton.kernels.replay import replay
@@ -61,11 +62,34 @@ def _on_cpu(function: Any, args: tuple[Any, ...]) -> Any:
         return function(*args) if device is None else replay(function, args, device, recording, one_block=True)
 
 
-def _on_gpu(function: Any, args: tuple[Any, ...]) -> Any:
+def run_on_gpu(function: Any, args: tuple[Any, ...]) -> Any:
+    """``function`` under the guard of the device of its first argument; its launches recorded."""
     interpreting, guard, replay, recording = _launching()
     x = args[0]
     with guard(x):
         return function(*args) if interpreting else replay(function, args, x.device, recording)
+
+
+def run_directly(function: Any, args: tuple[Any, ...]) -> Any:
+    """``function`` as it is; nothing is recorded."""
+    return function(*args)
+
+
+_on_cpu: Callable[[Any, tuple[Any, ...]], Any] = run_on_cpu
+_on_gpu: Callable[[Any, tuple[Any, ...]], Any] = run_on_gpu
+
+
+@contextlib.contextmanager
+def running(run: Callable[[Any, tuple[Any, ...]], Any]) -> Iterator[None]:
+    """A hook for measurements: inside it ``run(function, args)`` runs every operator, on tensors of every device and in
+    all threads. :func:`run_on_cpu` and :func:`run_on_gpu` do so otherwise."""
+    global _on_cpu, _on_gpu
+    before = _on_cpu, _on_gpu
+    _on_cpu = _on_gpu = run
+    try:
+        yield
+    finally:
+        _on_cpu, _on_gpu = before
 
 
 @functools.cache

@@ -28,7 +28,9 @@ from benchmarks.codegen.architectures import ARCHITECTURES
 from benchmarks.codegen.cost import COSTS
 from benchmarks.codegen.figures import DTYPES, HEADER, figures, line
 from benchmarks.codegen.gpus import GPUS
-from benchmarks.runner import machine, progress, write_json
+from benchmarks.runner import machine, write_json
+from vit_triton.cli.arguments import positive
+from vit_triton.tuning.progress import progress
 
 SUMMARY = {"codegen": "compile every kernel for GPUs and count what comes out; needs no GPU"}
 DEFAULT = (["sm_80", "sm_90", "sm_100"], ["bfloat16", "float32"])
@@ -65,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--jobs",
-        type=options.positive,
+        type=positive,
         default=os.cpu_count() or 1,
         help="processes that compile (default: all cores)",
     )

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -23,7 +22,9 @@ class Launched:
     launches: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
 
-class _Launcher:
+class Launcher:
+    """Notes what is launched with the active driver."""
+
     def __init__(self, src: Any, metadata: Any) -> None:
         self.names, self.hash = src.fn.arg_names, metadata.hash
 
@@ -32,7 +33,7 @@ class _Launcher:
         driver.active.launches.append((self.hash, grid, dict(zip(self.names, values, strict=True))))
 
 
-class _Utils:
+class Utils:
     @staticmethod
     def load_binary(*args: Any) -> tuple[None, int, int, int, int]:
         return None, 0, 0, 0, 1024
@@ -46,11 +47,13 @@ class _Utils:
         return {"max_shared_mem": 2**31, "multiprocessor_count": 1, "warpSize": 32}
 
 
-class _Compiler(DriverBase):
-    launcher_cls = _Launcher
+class Compiler(DriverBase):
+    launcher_cls: type = Launcher
+    utils: Utils = Utils()
+    first_device = 8000  # Triton keeps what it compiled, with its launcher, by device number
 
     def __init__(self, arch: str) -> None:
-        self.arch, self.utils = arch, _Utils()
+        self.arch, self.target = arch, ARCHITECTURES[arch].target
         self.launches: list[tuple[str, int, dict[str, Any]]] = []
 
     @classmethod
@@ -58,7 +61,7 @@ class _Compiler(DriverBase):
         return False
 
     def get_current_device(self) -> int:
-        return 8000 + list(ARCHITECTURES).index(self.arch)  # Triton keeps what it compiled by device number
+        return self.first_device + list(ARCHITECTURES).index(self.arch)
 
     def set_current_device(self, device: int) -> None:
         pass
@@ -67,7 +70,7 @@ class _Compiler(DriverBase):
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return ARCHITECTURES[self.arch].target
+        return self.target
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -80,23 +83,23 @@ class _Compiler(DriverBase):
 
 
 @contextlib.contextmanager
-def compiling_for(arch: str, only: str = "") -> Iterator[list[Launched]]:
+def compiling_for(arch: str, only: str = "", by: type[Compiler] = Compiler) -> Iterator[list[Launched]]:
     """Compile what is launched on CPU tensors for ``arch``, if its name contains ``only``; the list is filled when the
-    block ends, with a kernel once.
+    block ends, with a kernel once. ``by``: the class of the driver that is active inside.
 
     A launch on tensors that do not begin at a multiple of 16 bytes, for which Triton compiles other code, is left out.
     """
-    before, kept, run = driver._active, dict(launch._compiled), launch._run
+    before, kept, start = driver._active, dict(launch._compiled), launch.start
 
-    def run_some(kernel: Any, *launch: Any) -> None:
+    def start_some(kernel: Any, *launch: Any) -> None:
         if only in kernel.fn.__name__:
-            run(kernel, *launch)
+            start(kernel, *launch)
 
-    compiler = _Compiler(arch)
+    compiler = by(arch)
     driver.set_active(compiler)
     found: list[Launched] = []
     try:
-        with mock.patch.object(launch, "_run", run_some):
+        with launch.starting(start_some):
             yield found
         kernels = {kernel.hash: Launched(kernel) for key, kernel in launch._compiled.items() if compiler in key}
         for hash_, grid, arguments in compiler.launches:

@@ -16,7 +16,7 @@ from benchmarks.codegen.architectures import ARCHITECTURES
 from benchmarks.codegen.cost import COSTS, least_bytes
 from benchmarks.codegen.driver import Launched, compiling_for
 from benchmarks.codegen.instructions import Instruction, loops, narrow_accesses, waits
-from benchmarks.shapes import DTYPES as TORCH_DTYPES
+from vit_triton.tuning.shapes import DTYPES as TORCH_DTYPES
 
 # float32 products are IEEE; "tf32" is float32 with products of that precision
 DTYPES = {**TORCH_DTYPES, "tf32": torch.float32}

@@ -14,7 +14,7 @@ from benchmarks.codegen.figures import DTYPES, precision, tensor_columns
 from benchmarks.codegen.gpus import GPUS
 from benchmarks.codegen.model import Times, times
 from benchmarks.codegen.program import Kernel
-from benchmarks.shapes import HIDDEN, TOKENS, WIDTH
+from benchmarks.codegen.workloads import HIDDEN, TOKENS, WIDTH
 
 BATCH = 128
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import HEAD_DIM, HEADS, HIDDEN, TOKENS, WIDTH
 from vit_triton import functional as F
 
+TOKENS, WIDTH, HIDDEN, HEADS, HEAD_DIM = 197, 768, 3072, 12, 64  # ViT-B/16 at 224 x 224
 HEAD_DIMS = (16, 32, 64, 72, 80, 88, 96, 104, 128, 192, 256)
 # (width, hidden): ViT Ti, S, B, L, H, g and SO400M
 WIDTHS = ((192, 768), (384, 1536), (768, 3072), (1024, 4096), (1280, 5120), (1408, 6144), (1152, 4304))

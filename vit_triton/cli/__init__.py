@@ -1,7 +1,7 @@
 """The command ``vit-triton``: what a model sees in pictures, training, and what runs where.
 
-A module per command or two. Each has ``SUMMARY`` and ``add_arguments`` for its commands and a ``run`` that returns the
-exit code: 0, or 1 where an image was refused. What is wrong with the command itself is one line and exit code 2.
+A module per command or two, imported when its command is given. Each has ``add_arguments``, and a ``run`` that returns
+the exit code: 0, or 1 where an image was refused. What is wrong with the command itself is one line and exit code 2.
 """
 
 import sys
@@ -12,9 +12,6 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, that of the process where none is given; the exit code."""
-    try:
-        from vit_triton.cli.commands import run
-    except ImportError as error:
-        print(f"vit-triton: {error}: it needs the extra [cli], pip install 'vit_triton[cli]'", file=sys.stderr)
-        return 2
+    from vit_triton.cli.commands import run
+
     return run(sys.argv[1:] if argv is None else list(argv))

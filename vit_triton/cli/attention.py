@@ -15,7 +15,6 @@ from torch import Tensor
 from vit_triton.cli import models, report
 from vit_triton.images import ImageError
 
-SUMMARY = {"attention": "the attention of the class token over each image, head by head"}
 COLUMNS = 7  # a photograph and six heads
 
 

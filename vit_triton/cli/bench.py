@@ -10,8 +10,6 @@ from pathlib import Path
 
 import vit_triton
 
-SUMMARY = {"bench": "speed, memory and generated code, against PyTorch and others: python -m benchmarks"}
-
 
 def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     """For the help only: see :func:`hand_over`."""

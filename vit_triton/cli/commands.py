@@ -3,35 +3,53 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+from typing import Any
 
 import torch
 
 import vit_triton
-from vit_triton.cli import attention, bench, features, info, predict, training
+from vit_triton.cli import bench
 from vit_triton.weights import WeightsError
 
+# the module of each command, imported when the command is given: `tune` needs none of the packages of the others
 COMMANDS = {
-    "info": info,
-    "predict": predict,
-    "features": features,
-    "attention": attention,
-    "train": training,
-    "eval": training,
-    "bench": bench,
+    "info": ("info", "versions, devices, and which backend runs what, and why"),
+    "predict": ("predict", "the five most likely classes of each image"),
+    "features": (
+        "features",
+        "the principal components of the patch features as a picture, and the features as .npz",
+    ),
+    "attention": ("attention", "the attention of the class token over each image, head by head"),
+    "train": (
+        "training",
+        "train a model on a folder of images, digits or cifar10; under torchrun on many GPUs",
+    ),
+    "eval": ("training", "loss and accuracy of a trained model on test images"),
+    "tune": ("tune", "time the candidate tiles on this GPU, and write those that vit_triton then uses on it"),
+    "bench": ("bench", "speed, memory and generated code, against PyTorch and others: python -m benchmarks"),
 }
 INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
 
 
-def parser() -> argparse.ArgumentParser:
-    """Of the whole command line."""
+def parser(command: str) -> argparse.ArgumentParser:
+    """Of the whole command line; of the commands, ``command`` alone has its options."""
     whole = argparse.ArgumentParser(prog="vit-triton", description=vit_triton.__doc__)
     whole.add_argument("--version", action="version", version=f"vit_triton {vit_triton.__version__}")
     commands = whole.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    for name, module in COMMANDS.items():
-        summary = module.SUMMARY[name]
-        module.add_arguments(name, commands.add_parser(name, help=summary, description=summary))
+    for name, (_, summary) in COMMANDS.items():
+        one = commands.add_parser(name, help=summary, description=summary)
+        if name == command:
+            _module(name).add_arguments(name, one)
     return whole
+
+
+def _module(command: str) -> Any:
+    try:
+        return importlib.import_module(f"vit_triton.cli.{COMMANDS[command][0]}")
+    except ImportError as error:
+        raise ImportError(f"{error}: it needs the extra [cli], pip install 'vit_triton[cli]'") from error
 
 
 def run(argv: list[str]) -> int:
@@ -39,8 +57,8 @@ def run(argv: list[str]) -> int:
     try:
         if argv[:1] == ["bench"]:  # all that follows is for another parser
             return bench.hand_over(argv[1:])
-        options = parser().parse_args(argv)
-        return COMMANDS[options.command].run(options)
+        options = parser(argv[0] if argv else "").parse_args(argv)
+        return _module(options.command).run(options)
     except KeyboardInterrupt:
         hint = "; --resume goes on from the last checkpoint" if argv[:1] == ["train"] else ""
         return _say(f"interrupted{hint}", INTERRUPTED)

@@ -19,7 +19,6 @@ from vit_triton.cli import models, report
 from vit_triton.images import ImageError
 from vit_triton.weights.atomic import write_atomically
 
-SUMMARY = {"features": "the principal components of the patch features as a picture, and the features as .npz"}
 COLUMNS = 3  # photographs side by side at most, each with its components
 
 

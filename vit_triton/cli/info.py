@@ -15,7 +15,6 @@ from rich.table import Table
 import vit_triton
 from vit_triton.backend import BACKENDS, ENVIRONMENT_VARIABLE, OPS, auto_reason, resolve_backend
 
-SUMMARY = {"info": "versions, devices, and which backend runs what, and why"}
 PACKAGES = ("torch", "triton", "timm", "transformers", "torchvision", "onnx", "pillow")
 DTYPES = (torch.float32, torch.bfloat16)
 

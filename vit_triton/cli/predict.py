@@ -14,8 +14,6 @@ from rich.table import Table
 from vit_triton.cli import models, report
 from vit_triton.images import ImageError
 
-SUMMARY = {"predict": "the five most likely classes of each image"}
-
 
 def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     models.add_arguments(parser)

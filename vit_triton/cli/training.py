@@ -9,11 +9,6 @@ from pathlib import Path
 from vit_triton import training
 from vit_triton.backend import BACKENDS
 
-SUMMARY = {
-    "train": "train a model on a folder of images, digits or cifar10; under torchrun on many GPUs",
-    "eval": "loss and accuracy of a trained model on test images",
-}
-
 
 def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     if command == "train":

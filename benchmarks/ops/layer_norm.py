@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.op import Op, installed
+from benchmarks.ops.op import Op, installed
 from vit_triton import functional as F
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from benchmarks.op import Op
+from benchmarks.ops.op import Op
 from vit_triton import functional as F
 
 

@@ -1,10 +1,12 @@
 """The sizes of published Vision Transformers as data, and the shapes their operators see."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,15 @@ class Shape:
 
     @classmethod
     def of(cls, model: str, image: int, batch: int) -> "Shape":
-        """An image whose side is no multiple of the patch is cut to one: 384 is 378 for a patch of 14."""
+        """An image whose side is no multiple of the patch is cut to one: 384 is 378 for a patch of 14.
+
+        Raises:
+            ValueError: if the image is smaller than a patch.
+        """
         size = SIZES[model]
         side = image // size.patch
+        if side < 1:
+            raise ValueError(f"{image} pixels hold no patch of {size.patch} ({model})")
         image = side * size.patch
         return cls(f"{model}/{size.patch} at {image}, batch {batch}", batch, image, side * side + 1, size)
 
@@ -56,6 +64,15 @@ class Shape:
     def head_dim(self) -> int:
         return self.size.width // self.size.heads
 
-
-# ViT-B/16 at 224 x 224
-TOKENS, WIDTH, HIDDEN, HEADS, HEAD_DIM = 197, 768, 3072, 12, 64
+    def vit(self) -> dict[str, Any]:
+        """The arguments of :class:`vit_triton.ViT`, and of vit_pytorch's, for a model of this shape."""
+        return dict(
+            image_size=self.image,
+            patch_size=self.size.patch,
+            num_classes=CLASSES,
+            dim=self.size.width,
+            depth=self.size.depth,
+            heads=self.size.heads,
+            dim_head=self.head_dim,
+            mlp_dim=self.size.hidden,
+        )

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.cost import Cost, nbytes, trace
-from benchmarks.derivative import DIRECTIONS, LABELS, Function, cast
-from benchmarks.runner import OURS, Case, Provider, errors
-from benchmarks.shapes import Shape
+from benchmarks.ops.derivative import DIRECTIONS, LABELS, Function, cast
+from benchmarks.runner import OURS, Case, Provider
+from vit_triton.tuning.measure import errors
+from vit_triton.tuning.shapes import Shape
 
 COMPILED = "torch.compile"
 

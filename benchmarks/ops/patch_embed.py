@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.op import Op
+from benchmarks.ops.op import Op
 from vit_triton import functional as F
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -1,32 +1,38 @@
-"""Times the tiles that were weighed on the GPU at hand and writes the fastest where vit_triton finds them.
+"""Times the candidates of every tile on the GPU at hand and writes the fastest where vit_triton finds them.
 
 A model runs once, forward and backward, and every launcher that it calls is noted with its arguments: those calls are
 the cases. Whatever a case asks a picker for, each of the picker's candidates is given in turn, checked against the
 numbers of the default choice and timed; a choice that several cases share is judged by the sum of their times.
 """
 
-import argparse
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import models, options, runner
-from benchmarks.shapes import DTYPES, SIZES, Shape
 from vit_triton import ops
-from vit_triton.kernels import _config, _sums, _tuned, attention, encoder, launch, layer_norm, linear, mlp, patch_embed
+from vit_triton.kernels import encoder, launch, tuned
+from vit_triton.kernels.attention import backward as attention_backward
+from vit_triton.kernels.attention import forward as attention_forward
+from vit_triton.kernels.linear import backward as linear_backward
+from vit_triton.kernels.linear import forward as linear_forward
+from vit_triton.kernels.linear import mlp
+from vit_triton.kernels.norm import layer_norm
+from vit_triton.kernels.patch_embed import backward as patch_embed_backward
+from vit_triton.kernels.patch_embed import forward as patch_embed_forward
+from vit_triton.kernels.picker import PICKERS, Picker
+from vit_triton.kernels.sums import sum_parts
+from vit_triton.models import ViT
 from vit_triton.modules import Linear
+from vit_triton.tuning.measure import errors
+from vit_triton.tuning.progress import progress
+from vit_triton.tuning.shapes import CLASSES, Shape
 
-SUMMARY = {"tune": "time the weighed tiles on this GPU, and write those that vit_triton then uses on it"}
-
-MODELS = {f"ViT-{name}/{size.patch}": name for name, size in SIZES.items()}
 LAUNCHERS = (
     *("attention_fwd", "attention_bwd", "attention_packed_bwd"),
     *("layer_norm_fwd", "layer_norm_apply", "layer_norm_bwd", "add_layer_norm_fwd"),
@@ -35,7 +41,7 @@ LAUNCHERS = (
 MARGIN = 0.98  # of the default's time: what is not faster by more than 2 % does not replace it
 TOLERANCE = 16.0  # relative L2 distance to the default's numbers, in eps
 
-Ask = tuple[_config.Picker, tuple[Any, ...]]  # a picker and its arguments
+Ask = tuple[Picker, tuple[Any, ...]]  # a picker and its arguments
 Measure = Callable[[Callable[[], Any]], float]  # milliseconds of a call
 
 
@@ -55,19 +61,20 @@ class Case:
 
 def cases(shape: Shape, dtype: torch.dtype, device: str, dropout: float = 0.0) -> list[Case]:
     """What a ViT of that shape calls in inference and in a training step. ``dropout``: of the training."""
-    torch.manual_seed(runner.SEED)
+    torch.manual_seed(0)
     size = shape.with_depth(3)  # a block; one whose qkv projection has a bias, as in other libraries; the last
     with torch.device(device):
-        model = models.ours(size, dropout=dropout)
+        model: Any = ViT(**size.vit(), dropout=dropout, backend="triton")
         image = torch.randn(shape.batch, 3, shape.image, shape.image).to(dtype)
-        gradient = torch.randn(shape.batch, models.CLASSES).to(dtype)
+        gradient = torch.randn(shape.batch, CLASSES).to(dtype)
         project = model.transformer.layers[1][0].to_qkv
         model.transformer.layers[1][0].to_qkv = Linear(project.in_features, project.out_features, backend="triton")
     model = model.to(dtype)
 
     def run() -> None:
         if not dropout:
-            models.inference(model, image)()
+            with torch.inference_mode():
+                model.eval()(image)
         model.train()(image.requires_grad_()).backward(gradient)
 
     return record(run, shape.label, dtype)
@@ -92,17 +99,13 @@ def record(call: Callable[[], Any], label: str, dtype: torch.dtype) -> list[Case
 
         return launch
 
-    def note(picker: _config.Picker, args: tuple[Any, ...]) -> Any:
+    def note(picker: Picker, args: tuple[Any, ...]) -> Any:
         inside[-1].asks[picker.key(args)] = picker, args
         return picker.default(*args)
 
     functions = {name: x for module in _MODULES for name, x in vars(module).items() if name in LAUNCHERS}
     watching = _replaced({name: watched(launcher) for name, launcher in functions.items()})
-    # no replay: a launcher is to be called every time
-    direct = (mock.patch.object(ops, name, lambda function, args: function(*args)) for name in ("_on_cpu", "_on_gpu"))
-    with contextlib.ExitStack() as stack:
-        for each in (*direct, watching, _picking(note)):
-            stack.enter_context(each)
+    with ops.running(ops.run_directly), watching, _picking(note):  # no replay: a launcher is to be called every time
         call()
     return [case for case in found.values() if case.asks]
 
@@ -126,14 +129,10 @@ def _tensors(results: Any) -> list[Tensor]:
 # --- measuring ---------------------------------------------------------------------------------------------
 
 
-def on_gpu(run: Callable[[], Any], seconds: float) -> float:
-    """Milliseconds of a call, the median of about ``seconds`` of calls with an emptied L2 cache."""
-    from triton.testing import do_bench
-
-    return do_bench(run, warmup=int(250 * seconds), rep=int(1000 * seconds), return_mode="median")
-
-
-_MODULES = (attention, layer_norm, linear, mlp, encoder, patch_embed, _sums)
+_MODULES = (
+    *(attention_forward, attention_backward, layer_norm, linear_forward, linear_backward, mlp, encoder),
+    *(patch_embed_forward, patch_embed_backward, sum_parts),
+)
 
 
 @contextlib.contextmanager
@@ -149,13 +148,13 @@ def _replaced(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
             setattr(module, name, old)
 
 
-def _picking(choose: Callable[[_config.Picker, tuple[Any, ...]], Any]) -> contextlib.AbstractContextManager[None]:
+def _picking(choose: Callable[[Picker, tuple[Any, ...]], Any]) -> contextlib.AbstractContextManager[None]:
     """Have every launcher ask ``choose`` of a picker and its arguments instead of the picker."""
 
-    def asking(picker: _config.Picker) -> Callable[..., Any]:
+    def asking(picker: Picker) -> Callable[..., Any]:
         return lambda *args: choose(picker, args)
 
-    return _replaced({name: asking(picker) for name, picker in _config.PICKERS.items()})
+    return _replaced({name: asking(picker) for name, picker in PICKERS.items()})
 
 
 class _Unfit(Exception):
@@ -180,16 +179,16 @@ def _time(group: list[Case], expected: list[list[Tensor]], spills: int, measure:
     if spilled > spills:
         raise _Unfit(f"spills {spilled} registers")
     for case, ours, default in zip(group, results, expected, strict=True):
-        error = max(runner.errors(ours, default))
+        largest = max(errors(ours, default))
         allowed = TOLERANCE * torch.finfo(case.dtype).eps
-        if not error <= allowed:
-            raise _Unfit(f"WRONG in {case.name}: {error:.1e} from the default's numbers, allowed {allowed:.1e}")
+        if not largest <= allowed:
+            raise _Unfit(f"WRONG in {case.name}: {largest:.1e} from the default's numbers, allowed {allowed:.1e}")
     return sum(measure(case.run) for case in group)
 
 
-def choices(every: Iterable[Case]) -> list[tuple[_config.Picker, tuple[Any, ...], list[Case]]]:
+def choices(every: Iterable[Case]) -> list[tuple[Picker, tuple[Any, ...], list[Case]]]:
     """What the cases ask for, and which of them ask for it."""
-    asked: dict[tuple[Any, ...], tuple[_config.Picker, tuple[Any, ...], list[Case]]] = {}
+    asked: dict[tuple[Any, ...], tuple[Picker, tuple[Any, ...], list[Case]]] = {}
     for case in every:
         for key, ask in case.asks.items():
             *_, group = asked.setdefault(key, (*ask, []))
@@ -198,12 +197,12 @@ def choices(every: Iterable[Case]) -> list[tuple[_config.Picker, tuple[Any, ...]
     return list(asked.values())
 
 
-def tune(every: Iterable[Case], measure: Measure, say: Callable[[str], None] = print) -> Iterator[_tuned.Timed]:
+def tune(every: Iterable[Case], measure: Measure, say: Callable[[str], None] = print) -> Iterator[tuned.Timed]:
     """The measurement of each of the cases' choices."""
     for picker, args, group in choices(every):
         key = picker.key(args)
         arguments = dict(zip(picker.arguments, key[1:], strict=True))
-        say(f"{picker.name}({_tuned.spelled(arguments)}), in")
+        say(f"{picker.name}({tuned.spelled(arguments)}), in")
         for case in group:
             say(f"    {case.name}")
         default, *others = picker.candidates(args)
@@ -212,7 +211,7 @@ def tune(every: Iterable[Case], measure: Measure, say: Callable[[str], None] = p
         times: list[tuple[Any, float]] = []
         for candidate in (default, *others):
 
-            def choose(asker: _config.Picker, its: tuple[Any, ...], key: Any = key, candidate: Any = candidate) -> Any:
+            def choose(asker: Picker, its: tuple[Any, ...], key: Any = key, candidate: Any = candidate) -> Any:
                 return candidate if asker.key(its) == key else asker.default(*its)
 
             with _picking(choose):
@@ -228,65 +227,27 @@ def tune(every: Iterable[Case], measure: Measure, say: Callable[[str], None] = p
         if not times or times[0][0] != default:
             raise RuntimeError(f"{picker.name}: the default choice {default} must give the same numbers twice")
         fastest, ms = min(times, key=lambda each: each[1])
-        yield _tuned.Timed(picker.name, arguments, fastest if ms < MARGIN * times[0][1] else default, times)
+        yield tuned.Timed(picker.name, arguments, fastest if ms < MARGIN * times[0][1] else default, times)
 
 
-# --- the command -------------------------------------------------------------------------------------------
+# --- writing -----------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=["ViT-B/16"], metavar="SIZE",
-                        help=f"{', '.join(MODELS)}; default: ViT-B/16")  # fmt: skip
-    parser.add_argument("--image", type=options.positive, default=224, help="height and width in pixels; default: 224")
-    parser.add_argument("--batch", type=options.positive, default=64, help="images of the measurement; default: 64")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="default: bfloat16")
-    parser.add_argument("--dropout", action="store_true", help="training with dropout too, which asks for other tiles")
-    parser.add_argument(
-        "--seconds", type=options.duration, default=0.1, help="for each candidate and case; default: 0.1"
-    )
-    parser.add_argument(
-        "--out", type=options.new_file, metavar="FILE", help="by default where vit_triton finds it by itself"
-    )
-
-
-def run(given: argparse.Namespace) -> None:
-    shapes = options.shapes([MODELS[name] for name in given.model], [given.image], [given.batch])
-    if launch.INTERPRETING or not torch.cuda.is_available():
-        reason = "TRITON_INTERPRET is set" if launch.INTERPRETING else "PyTorch finds none"
-        print(f"tune: needs a GPU, and {reason}; without one the computed choices are used", file=sys.stderr)
-        raise SystemExit(2)
-    device = torch.device("cuda", torch.cuda.current_device())
-    name, arch = torch.cuda.get_device_name(device), str(_config.architecture(device))
-    path = given.out or _tuned.default_path(name)
-    every = [
-        case
-        for shape in shapes
-        for dtype in given.dtype
-        for dropout in ([0.0, 0.1] if given.dropout else [0.0])
-        for case in cases(shape, DTYPES[dtype], "cuda", dropout)
-    ]
-    measured = tune(every, lambda call: on_gpu(call, given.seconds))
-    complete = write(path, name, arch, measured, len(choices(every)))
-    print(_tuned.describe(name, arch))
-    if not complete:
-        raise SystemExit(130)
-
-
-def write(path: Path, device: str, arch: str, measured: Iterable[_tuned.Timed], total: int) -> bool:
+def write(path: Path, device: str, arch: str, measured: Iterable[tuned.Timed], total: int) -> bool:
     """Write what is measured, and if it is stopped what was until then; whether it was not. What an older file of the
     same device and the same versions says of other arguments is kept."""
-    new: list[_tuned.Timed] = []
-    old = _tuned.read(path) if path.exists() else None
-    with runner.progress(total) as bar:
+    new: list[tuned.Timed] = []
+    old = tuned.read(path) if path.exists() else None
+    with progress(total) as bar:
         for each in measured:
             new.append(each)
             bar.advance(each.picker)
-    table = _tuned.new_table(device, arch, new)
+    table = tuned.new_table(device, arch, new)
     same = ("device", "architecture", "triton", "torch")
     if old is not None and all(getattr(old, name) == getattr(table, name) for name in same):
         keys = {each.key for each in new}
         table.timed.extend(each for each in old.timed if each.key not in keys)
     if new:
-        _tuned.write(path, table)
+        tuned.write(path, table)
         print(f"written: {path}")
     return bar.complete

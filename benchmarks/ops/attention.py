@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.derivative import Function
-from benchmarks.op import Op, installed
+from benchmarks.ops.derivative import Function
+from benchmarks.ops.op import Op, installed
 from vit_triton import functional as F
 
 KERNELS = {

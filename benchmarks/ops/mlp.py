@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.op import Op
+from benchmarks.ops.op import Op
 from vit_triton import functional as F
 
 

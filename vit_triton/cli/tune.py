@@ -1,0 +1,53 @@
+"""``vit-triton tune``: the fastest tiles for the GPU at hand, in a file that vit_triton then reads."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from vit_triton.cli.arguments import duration, new_file, positive
+from vit_triton.tuning.shapes import DTYPES, SIZES, Shape
+
+MODELS = {f"ViT-{name}/{size.patch}": name for name, size in SIZES.items()}
+
+
+def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=["ViT-B/16"], metavar="SIZE",
+                        help=f"{', '.join(MODELS)}; default: ViT-B/16")  # fmt: skip
+    parser.add_argument("--image", type=positive, default=224, help="height and width in pixels; default: 224")
+    parser.add_argument("--batch", type=positive, default=64, help="images of the measurement; default: 64")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="default: bfloat16")
+    parser.add_argument("--dropout", action="store_true", help="training with dropout too, which asks for other tiles")
+    parser.add_argument("--seconds", type=duration, default=0.1, help="for each candidate and case; default: 0.1")
+    parser.add_argument("--out", type=new_file, metavar="FILE", help="by default where vit_triton finds it by itself")
+
+
+def run(options: argparse.Namespace) -> int:
+    from vit_triton.kernels import tuned
+    from vit_triton.kernels.device import target_of
+    from vit_triton.kernels.target import INTERPRETING
+    from vit_triton.tuning import tune
+    from vit_triton.tuning.measure import on_gpu
+
+    try:
+        shapes = [Shape.of(MODELS[name], options.image, options.batch) for name in options.model]
+    except ValueError as error:
+        raise ValueError(f"--image: {error}") from None
+    if INTERPRETING or not torch.cuda.is_available():
+        reason = "TRITON_INTERPRET is set" if INTERPRETING else "PyTorch finds none"
+        raise ValueError(f"tune: needs a GPU, and {reason}; without one the computed choices are used")
+    device = torch.device("cuda", torch.cuda.current_device())
+    name, arch = torch.cuda.get_device_name(device), target_of(device).name
+    every = [
+        case
+        for shape in shapes
+        for dtype in options.dtype
+        for dropout in ([0.0, 0.1] if options.dropout else [0.0])
+        for case in tune.cases(shape, DTYPES[dtype], "cuda", dropout)
+    ]
+    measured = tune.tune(every, lambda call: on_gpu(call, options.seconds))
+    path = options.out or tuned.default_path(name)
+    complete = tune.write(path, name, arch, measured, len(tune.choices(every)))
+    print(tuned.describe(name, arch))
+    return 0 if complete else 130
