@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 import transformers as hf
+from parity import assert_as_precise
 from torch import Tensor, nn
 
 import vit_triton
 import vit_triton.integrations.transformers  # registers attn_implementation="vit_triton"
-from tests.parity import assert_as_precise
 from vit_triton import functional as F
 from vit_triton import reference
 
