@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from precision import assert_model_as_precise, longest_sum
 from torch import Tensor, nn
 
 from vit_triton import accelerate
@@ -17,6 +18,7 @@ BASE = {
     "mlp_dim": 40,
     "dim_head": 8,
 }
+TERMS = BASE["mlp_dim"]  # of the longest sum
 
 
 def sizes(config: dict) -> tuple[int, int, int]:
@@ -46,22 +48,6 @@ def pair(their_class: type, our_class: type, backend: str, **changes) -> tuple[n
     return theirs.eval(), ours.eval(), config
 
 
-def rounding(dtype: torch.dtype, terms: int) -> float:
-    """The floor of oracle.py, relative: a float32 sum of n terms of either sign is of terms sqrt(n) as large as it."""
-    return 4 * (torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * terms**0.5)
-
-
-def assert_as_precise(ours: Tensor | None, theirs: Tensor | None, exact: Tensor | None, what: str = "output") -> None:
-    """Our error against the float64 model is at most twice vit_pytorch's in the same dtype and what rounding can do."""
-    assert (ours is None) == (theirs is None), what
-    if ours is None or theirs is None or exact is None:
-        return
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, what
-    error = (ours.double() - exact).norm()
-    allowed = 2 * (theirs.double() - exact).norm() + rounding(theirs.dtype, BASE["mlp_dim"]) * exact.norm()
-    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
-
-
 def run(model: nn.Module, image: Tensor, **options) -> tuple[Tensor, dict[str, Tensor | None]]:
     """The output, and the gradients of image and parameters for a loss that weighs every output differently."""
     image = image.clone().requires_grad_()
@@ -78,10 +64,9 @@ def assert_parity(theirs: nn.Module, ours: nn.Module, image: Tensor, **options) 
     exact_out, exact = run(copy.deepcopy(theirs).double(), image.double(), **exact_options)
     their_out, their_grads = run(theirs, image, **options)
     our_out, our_grads = run(ours, image, **options)
-    assert_as_precise(our_out, their_out, exact_out)
-    assert our_grads.keys() == their_grads.keys()
-    for name, grad in our_grads.items():
-        assert_as_precise(grad, their_grads[name], exact[name], name)
+    terms = longest_sum(theirs)
+    assert_model_as_precise(our_out, their_out, exact_out, terms)
+    assert_model_as_precise(our_grads, their_grads, exact, terms)
 
 
 def assert_accelerated(model: nn.Module, *inputs: Tensor, low: bool = False, seed: int | None = None):
@@ -90,24 +75,13 @@ def assert_accelerated(model: nn.Module, *inputs: Tensor, low: bool = False, see
     if low:  # the same numbers in every dtype
         model, inputs = model.bfloat16().float(), tuple(x.bfloat16().float() for x in inputs)
     exact_out, exact = seeded(copy.deepcopy(model).double(), [x.double() for x in inputs], seed)
-    # the bias of a key has no gradient but rounding: measure that by what an element of a gradient is like
-    size = torch.cat([grad.flatten() for grad in exact.values() if grad is not None]).square().mean().sqrt()
-    terms = max(n for parameter in model.parameters() for n in parameter.shape)
     for dtype in (torch.float32, torch.bfloat16) if low else (torch.float32,):
         here = copy.deepcopy(model).to(dtype)
         their_out, theirs = seeded(here, [x.to(dtype) for x in inputs], seed)
         report = accelerate(here, backend="triton")
         our_out, ours = seeded(here, [x.to(dtype) for x in inputs], seed)
-        assert ours.keys() == theirs.keys()
-        for name, grad in {"output": our_out, **ours}.items():
-            peer, truth = (their_out, exact_out) if name == "output" else (theirs[name], exact[name])
-            if peer is None:
-                assert grad is None, name
-                continue
-            assert grad.dtype == peer.dtype and grad.shape == peer.shape, name
-            error, allowed = (grad.double() - truth).norm(), 2 * (peer.double() - truth).norm()
-            floor = rounding(dtype, terms) * max(truth.norm(), size * truth.numel() ** 0.5)
-            assert error <= allowed + floor, f"{name}, {dtype}: error {error:.3g}, allowed {allowed:.3g} + {floor:.3g}"
+        assert_model_as_precise(our_out, their_out, exact_out, longest_sum(model))
+        assert_model_as_precise(ours, theirs, exact, longest_sum(model))
     return report
 
 

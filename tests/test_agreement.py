@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, reject
 from hypothesis import strategies as st
-from oracle import assert_as_precise
+from precision import assert_as_precise
 from torch import nn
 
 from vit_triton import functional as F

@@ -9,7 +9,8 @@ import pytest
 import timm
 import torch
 import vit_pytorch
-from parity import BASE, assert_as_precise, assert_parity, images, pair, shake
+from parity import BASE, TERMS, assert_parity, images, pair, shake
+from precision import assert_model_as_precise, assert_same
 from torch import Tensor, nn
 from vit_pytorch.distill import DistillableViT as TheirDistillableViT
 from vit_pytorch.distill import DistillWrapper as TheirDistillWrapper
@@ -61,9 +62,7 @@ class TestStudent:
     def test_no_image_and_one(self, backend, batch):
         theirs, ours, config = both(backend)
         image = images(config, batch)
-        torch.testing.assert_close(
-            ours(image, distill_token=token()), theirs(image, distill_token=token()), rtol=1e-5, atol=1e-5
-        )
+        assert_same(ours(image, distill_token=token()), theirs(image, distill_token=token()), TERMS)
 
     def test_state_dicts_and_seeds_are_shared(self):
         torch.manual_seed(3)
@@ -145,13 +144,12 @@ class TestWrapper:
         losses = [model(image.to(model.distillation_token.dtype), LABELS) for model in (theirs, ours, exact)]
         for loss in losses:
             loss.backward()
-        assert_as_precise(losses[1].detach(), losses[0].detach(), losses[2].detach(), "loss")
-        expected, doubles = dict(theirs.named_parameters()), dict(exact.named_parameters())
-        for name, parameter in ours.named_parameters():
-            if parameter.grad is not None and not doubles[name].grad.any():
-                assert not parameter.grad.any(), name  # by alpha=1, the labels teach nothing
-            else:
-                assert_as_precise(parameter.grad, expected[name].grad, doubles[name].grad, name)
+        assert_model_as_precise(losses[1], losses[0], losses[2], TERMS)
+        grads = [{name: p.grad for name, p in model.named_parameters()} for model in (ours, theirs, exact)]
+        assert_model_as_precise(*grads, TERMS)
+        for name, grad in grads[2].items():
+            if grad is not None and not grad.any():
+                assert not grads[0][name].any(), name  # by alpha=1, the labels teach nothing
 
     def test_of_one_call(self, backend):
         theirs, ours, image = wrappers(backend, temperature=2.0, alpha=0.3)

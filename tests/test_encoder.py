@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import DTYPES, assert_as_precise
+from precision import DTYPES, assert_as_precise
 from torch import nn
 
 import vit_triton

@@ -21,7 +21,8 @@ import torch.onnx._internal.exporter._flags as onnx_flags
 import transformers
 import vit_pytorch
 from hypothesis import given, settings
-from parity import BASE, rounding, shake
+from parity import BASE, shake
+from precision import assert_model_as_precise, assert_same, longest_sum
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
@@ -112,12 +113,6 @@ def images(batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, 16, 16)
 
 
-def assert_same(ours: Tensor, plain: Tensor) -> None:
-    """Up to rounding: the same operators may run on other views."""
-    error, allowed = (ours - plain).double().norm(), rounding(plain.dtype, BASE["mlp_dim"]) * plain.double().norm()
-    assert ours.shape == plain.shape and error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
-
-
 # --- torch.jit.trace ---------------------------------------------------------------------------------------
 
 
@@ -145,15 +140,11 @@ def test_traces_follow_the_parameters_and_outlive_a_file(models, gradients):
         loaded = torch.jit.load(file)
         assert_same(loaded(image), plain(image))
     if gradients:
-        for each in (traced, plain):
-            each(image).square().sum().backward()
-        theirs = dict(plain.named_parameters())
-        for name, parameter in traced.named_parameters():
-            if parameter.grad is not None or theirs[name].grad is not None:
-                scale = torch.cat([p.grad.flatten() for p in theirs.values() if p.grad is not None]).square().mean()
-                error = (parameter.grad - theirs[name].grad).norm()
-                norm = max(theirs[name].grad.norm(), scale.sqrt() * parameter.numel() ** 0.5)
-                assert error <= rounding(torch.float32, 128) * norm, name
+        grads = []
+        for each in (traced, plain, copy.deepcopy(plain).double()):
+            each(image.to(next(each.parameters()).dtype)).square().sum().backward()
+            grads.append({name: parameter.grad for name, parameter in each.named_parameters()})
+        assert_model_as_precise(*grads, longest_sum(plain))
 
 
 def test_a_trace_takes_smaller_images():

@@ -5,7 +5,7 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import DTYPES, assert_as_precise, double, run
+from precision import DTYPES, assert_as_precise, double, run
 
 from vit_triton import functional as F
 from vit_triton import reference

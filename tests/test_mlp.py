@@ -6,7 +6,7 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import DTYPES, assert_as_precise, double, run
+from precision import DTYPES, assert_as_precise, double, run
 from test_linear import EPS, absolute_norm, absolute_norm_backward
 
 from vit_triton import functional as F

@@ -8,7 +8,7 @@ import test_attention
 import test_layer_norm
 import test_linear
 import torch
-from oracle import DTYPES
+from precision import DTYPES
 
 from vit_triton import functional as F
 

@@ -15,6 +15,7 @@ import transformers
 from conftest import EMULATOR, INTERPRETER
 from hypothesis import given
 from hypothesis import strategies as st
+from precision import assert_same
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -66,9 +67,7 @@ def test_the_product_is_the_same_bit_for_bit(m, n, k, dtype, word):
             panels=panels,
         )
     if INTERPRETER or EMULATOR:  # they add in the order of the tile
-        torch.testing.assert_close(
-            y, expected, rtol=8 * torch.finfo(dtype).eps, atol=8 * k**0.5 * torch.finfo(dtype).eps
-        )
+        assert_same(y, expected, k)
     else:
         assert torch.equal(y, expected) and torch.equal(pre, packed_pre)
 

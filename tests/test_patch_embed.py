@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as torch_F
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import DTYPES, assert_as_precise, double, run
+from precision import DTYPES, assert_as_precise, double, run
 
 from vit_triton import functional as F
 from vit_triton import reference

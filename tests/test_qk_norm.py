@@ -5,7 +5,7 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import DTYPES, assert_as_precise, double, run
+from precision import DTYPES, assert_as_precise, double, run
 from test_attention import absolute as absolute_attention
 from test_attention import dropped, formula
 from test_linear import EPS

@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 import torch
-from parity import BASE, assert_as_precise, assert_parity, images, pair
+from parity import BASE, TERMS, assert_parity, images, pair
+from precision import assert_model_as_precise, assert_same
 from torch import Tensor, nn
 from vit_pytorch import SimpleViT as TheirSimpleViT
 from vit_pytorch.extractor import Extractor
@@ -61,14 +62,14 @@ def test_autocast(backend):
     exact = copy.deepcopy(theirs).double()(image.double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours_out, theirs_out = ours(image), theirs(image)
-    assert_as_precise(ours_out, theirs_out, exact)
+    assert_model_as_precise(ours_out, theirs_out, exact, TERMS)
 
 
 @pytest.mark.parametrize("batch", [0, 1])
 def test_no_image_and_one(backend, batch):
     theirs, ours, config = both(backend)
     image = images(config, batch)
-    torch.testing.assert_close(ours(image), theirs(image), rtol=1e-5, atol=1e-5)
+    assert_same(ours(image), theirs(image), TERMS)
     ours(image).sum().backward()
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None and bool(parameter.grad.any()) == bool(batch), name
@@ -107,7 +108,7 @@ def test_inference_is_one_operator(backend, monkeypatch):
     encoder = modules.F.encoder
     monkeypatch.setattr(modules.F, "encoder", lambda *args, **kw: calls.append(kw["heads"]) or encoder(*args, **kw))
     with torch.no_grad():
-        torch.testing.assert_close(ours(image), expected, rtol=1e-5, atol=1e-5)
+        assert_same(ours(image), expected, TERMS)
     assert calls == ([2] if backend == "triton" else [])
 
 
@@ -128,7 +129,7 @@ class TestHooks:
             results.append([model(images(config).to(dtype)), *seen])
         assert [len(result) for result in results] == [3, 3, 3]
         for their, our, exact in zip(*results, strict=True):
-            assert_as_precise(our.detach(), their.detach(), exact.detach(), name)
+            assert_model_as_precise(our, their, exact, TERMS)
 
     @pytest.mark.parametrize(
         ("name", "make"),
@@ -146,20 +147,20 @@ class TestHooks:
         for model in (theirs, ours):
             model.set_submodule(name, part)
         image = images(config)
-        torch.testing.assert_close(ours(image), theirs(image), rtol=1e-4, atol=1e-5)
+        assert_same(ours(image), theirs(image), TERMS)
 
     @pytest.mark.parametrize("layer_name", ["transformer", "to_latent"])
     def test_extractor(self, backend, layer_name):
         theirs, ours, config = both(backend)
         results = [Extractor(model, layer_name=layer_name)(images(config)) for model in (ours, theirs)]
-        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+        assert_same(*results, TERMS)
 
 
 def test_attention_maps(backend):
     _, ours, config = both(backend)
     maps = vit_triton.attention_maps(ours, images(config))
     assert maps.shape == (2, 2, 2, 4, 4)
-    torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]), rtol=1e-5, atol=0)
+    assert_same(maps.sum(-1), torch.ones(maps.shape[:-1]))
 
 
 def test_copies(backend):
@@ -188,7 +189,7 @@ def test_compiles_into_one_graph(backend):
     image = images(config)
     torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(image), ours(image), rtol=1e-5, atol=1e-5)
+    assert_same(compiled(image), ours(image), TERMS)
     ours.train()
     compiled(image).sum().backward()
     torch._dynamo.reset()

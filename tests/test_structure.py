@@ -46,14 +46,27 @@ ARROWS: dict[str, set[str]] = {
     "cpu": set(),  # a package that could stand alone
 }
 
+# The same for the folders of the project.
+FOLDERS: dict[str, set[str]] = {
+    "tests": {"benchmarks", "vit_triton"},
+    "benchmarks": {"vit_triton"},
+    "examples": {"vit_triton"},
+    "vit_triton": set(),
+}
+
+# TEMPORARY, to be removed with the circle that each of these imports closes: (file, what it imports).
+CIRCLES = {
+    ("vit_triton/kernels/_tuned.py", "vit_triton/kernels/_config.py"),
+    ("benchmarks/plot.py", "benchmarks/growth.py"),
+}
+
 
 def sources(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
 
 
 def project_sources() -> list[Path]:
-    folders = (PACKAGE, ROOT / "tests", ROOT / "examples", ROOT / "benchmarks")
-    return [path for folder in folders if folder.is_dir() for path in sources(folder)]
+    return [path for folder in FOLDERS for path in sources(ROOT / folder)]
 
 
 def part_of(path: Path) -> str:
@@ -78,12 +91,46 @@ def imported_modules(tree: ast.AST, path: Path) -> Iterator[tuple[ast.stmt, str]
                 yield node, ".".join((*above, *filter(None, [node.module]), alias.name))
 
 
+def project_modules() -> dict[str, Path]:
+    """The project's files by the names that they are imported under; the folder of the tests is on the path."""
+    modules = {}
+    for path in project_sources():
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        modules[name.removeprefix("tests.")] = path
+    return modules
+
+
 def parts_imported(tree: ast.AST, path: Path) -> Iterator[tuple[ast.stmt, str]]:
     """Those that come from the package, as the part they name; `from vit_triton import __version__` is __init__."""
     for node, name in imported_modules(tree, path):
         root, *rest = name.split(".")
         if root == "vit_triton":
             yield node, rest[0] if rest and rest[0] in ARROWS else "__init__"
+
+
+def files_imported(path: Path, modules: dict[str, Path]) -> set[str]:
+    """The files of the project that `path` imports anywhere, by their names below the root."""
+    names = [name.removeprefix("tests.") for _, name in imported_modules(parse(path), path)]
+    found = [modules.get(name) or modules.get(name.rpartition(".")[0]) for name in names]
+    return {str(file.relative_to(ROOT)) for file in found if file is not None and file != path}
+
+
+def test_no_circle_of_files() -> None:
+    modules = project_modules()
+    graph = {str(path.relative_to(ROOT)): files_imported(path, modules) for path in modules.values()}
+    for path, target in CIRCLES:
+        graph.get(path, set()).discard(target)
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the files of a circle
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_import_downwards(folder: str) -> None:
+    modules = project_modules()
+    for path in sources(ROOT / folder):
+        for target in files_imported(path, modules):
+            root = target.split("/")[0]
+            assert root == folder or root in FOLDERS[folder], f"{path.relative_to(ROOT)} must not import {target}"
 
 
 def test_the_arrows_have_no_cycle() -> None:

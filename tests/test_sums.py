@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import DTYPES
+from precision import DTYPES
 
 from vit_triton.cpu.driver import active
 from vit_triton.kernels.sums import sum_parts as kernels

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import vit_pytorch
-from parity import BASE, assert_as_precise, assert_parity, images, pair, run
+from parity import BASE, TERMS, assert_parity, images, pair, run
+from precision import assert_model_as_precise, assert_same
 from torch import Tensor, nn
 from vit_pytorch.recorder import Recorder
 
@@ -104,7 +105,7 @@ def test_images_of_any_layout(backend):
     crop = torch.nn.functional.pad(image, (3, 2, 1, 5))[..., 1:17, 3:19]
     for other in (image.contiguous(memory_format=torch.channels_last), crop):
         assert not other.is_contiguous()
-        torch.testing.assert_close(ours(other), expected, rtol=1e-5, atol=1e-6)
+        assert_same(ours(other), expected, TERMS)
 
 
 def test_empty_batch(backend):
@@ -122,7 +123,7 @@ def test_autocast(backend):
     exact = copy.deepcopy(theirs).double()(image.double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours_out, theirs_out = ours(image), theirs(image)
-    assert_as_precise(ours_out, theirs_out, exact)
+    assert_model_as_precise(ours_out, theirs_out, exact, TERMS)
 
 
 @pytest.mark.compiled
@@ -130,7 +131,7 @@ def test_half_precision_model(backend):
     theirs, ours, config = both(backend)
     image = images(config).bfloat16()
     exact = copy.deepcopy(theirs).double()(image.double())
-    assert_as_precise(ours.bfloat16()(image), theirs.bfloat16()(image), exact)
+    assert_model_as_precise(ours.bfloat16()(image), theirs.bfloat16()(image), exact, TERMS)
 
 
 def test_training_follows_vit_pytorch(backend):
@@ -269,8 +270,7 @@ class TestHooks:
         exact = self.seen(copy.deepcopy(theirs).double(), image.double(), names)
         their, our = self.seen(theirs, image, names), self.seen(ours, image, names)
         assert our.keys() == their.keys() == exact.keys()
-        for what, value in our.items():
-            assert_as_precise(value, their[what], exact[what], what)
+        assert_model_as_precise(our, their, exact, TERMS)
 
     def test_backward_hooks(self, backend):
         theirs, ours, config = both(backend, depth=1)
@@ -286,7 +286,7 @@ class TestHooks:
             grads.append(seen)
         assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 3
         for name, grad in grads[0].items():
-            torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
+            assert_same(grads[1][name], grad, TERMS)
 
 
 class TestReplacedParts:
@@ -315,7 +315,7 @@ class TestReplacedParts:
             model.set_submodule(name, part)
         image = images(config)
         double = copy.deepcopy(theirs).double()
-        assert_as_precise(ours(image).detach(), theirs(image).detach(), double(image.double()).detach())
+        assert_model_as_precise(ours(image), theirs(image), double(image.double()), TERMS)
 
     def test_parametrised_weights_stay_fused(self, backend):
         theirs, ours, config = both(backend, depth=1)
@@ -323,7 +323,7 @@ class TestReplacedParts:
             nn.utils.parametrizations.weight_norm(model.transformer.layers[0][1].net[1])
             torch.nn.init.constant_(model.transformer.layers[0][1].net[1].parametrizations.weight.original0, 2.0)
         image = images(config)
-        torch.testing.assert_close(ours(image), theirs(image), rtol=1e-4, atol=1e-5)
+        assert_same(ours(image), theirs(image), TERMS)
 
     def test_forward_replaced_on_the_instance(self, backend):
         _, ours, config = both(backend, depth=1)
@@ -347,15 +347,15 @@ def test_parts_of_the_patch_embedding_work_alone(backend):
         ours.to_patch_embedding[:2](image),
     ):
         expected = whole if tokens.shape == whole.shape else theirs.to_patch_embedding[:2](image)
-        torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
+        assert_same(tokens, expected, 192)
     chained = nn.Sequential(*ours.to_patch_embedding[1:])(rows)
-    torch.testing.assert_close(chained, whole, rtol=1e-5, atol=1e-5)
+    assert_same(chained, whole, 192)
 
 
 def test_transformer_takes_tokens_from_others(backend):
     theirs, ours, _ = both(backend)
     tokens = torch.randn(3, 7, 24)
-    torch.testing.assert_close(ours.transformer(tokens), theirs.transformer(tokens), rtol=1e-5, atol=1e-5)
+    assert_same(ours.transformer(tokens), theirs.transformer(tokens), TERMS)
     with pytest.raises(ValueError, match=r"x must be 3-D.*\(7, 24\)"):
         ours.transformer(tokens[0])
 
@@ -396,7 +396,7 @@ class TestBackend:
         image = images(config)
         out = model(image)
         model.backend = "torch"
-        torch.testing.assert_close(out, model(image), rtol=1e-5, atol=1e-5)
+        assert_same(out, model(image), TERMS)
 
     def test_none_follows_the_context(self, backend):
         _, model, config = both(backend)
@@ -412,7 +412,7 @@ def test_compiles_into_one_graph(backend):
     image = images(config)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(image), model(image), rtol=1e-5, atol=1e-5)
+    assert_same(compiled(image), model(image), TERMS)
     model.train()
     compiled(image).sum().backward()
     torch._dynamo.reset()
@@ -489,8 +489,8 @@ class TestAttentionMaps:
             recorder.eject()
         maps = vit_triton.attention_maps(ours, image)
         assert maps.shape == expected.shape and maps.dtype == torch.float32 and not maps.requires_grad
-        torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]), rtol=1e-5, atol=0)
+        assert_same(maps, expected, TERMS)
+        assert_same(maps.sum(-1), torch.ones(maps.shape[:-1]))
         assert not any(module._forward_pre_hooks for module in ours.modules())
 
     @pytest.mark.compiled
@@ -500,7 +500,7 @@ class TestAttentionMaps:
         maps = vit_triton.attention_maps(ours, image)
         for query in (0, 3, -1):
             row = vit_triton.attention_maps(ours, image, query=query)
-            torch.testing.assert_close(row, maps[..., query, :], rtol=1e-5, atol=1e-7)
+            assert_same(row, maps[..., query, :])
         with pytest.raises(ValueError, match="query must be one of the model's 5 tokens, got 5"):
             vit_triton.attention_maps(ours, image, query=5)
         assert not any(module._forward_pre_hooks for module in ours.modules())
@@ -508,7 +508,7 @@ class TestAttentionMaps:
     def test_half_precision_rows_still_sum_to_one(self, backend):
         _, ours, config = both(backend)
         maps = vit_triton.attention_maps(ours.bfloat16(), images(config).bfloat16())
-        torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]), rtol=1e-4, atol=0)
+        assert_same(maps.sum(-1), torch.ones(maps.shape[:-1]))
 
     def test_refuses_a_model_without_attention(self):
         with pytest.raises(ValueError, match="model must contain .*got a Linear"):

@@ -4,6 +4,7 @@ Each library has a file that says which of its classes are known and how they ar
 when it has been imported already.
 """
 
-from vit_triton.integrations.replacement import Report, accelerate, restore
+from vit_triton.integrations.replacement import accelerate, restore
+from vit_triton.integrations.report import Report
 
 __all__ = ["Report", "accelerate", "restore"]

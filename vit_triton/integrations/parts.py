@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from vit_triton import functional as F
 from vit_triton.backend import MAX_NORM_WIDTH
-from vit_triton.integrations.replacement import Unknown, only, part, sharded
+from vit_triton.integrations.recipes import Unknown, only, part, sharded
 from vit_triton.modules import dropout_now
 
 __all__ = [

@@ -16,7 +16,7 @@ from vit_triton.integrations.parts import (
     check_weight,
     layer_norm_of,
 )
-from vit_triton.integrations.replacement import Recipe, Unknown, kernel_input, know, only, teach
+from vit_triton.integrations.recipes import Recipe, Unknown, kernel_input, know, only, teach
 
 
 def teach_all() -> None:

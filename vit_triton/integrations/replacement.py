@@ -9,194 +9,35 @@ that was replaced, or that somebody watches, it calls the ``forward`` it stands 
 from __future__ import annotations
 
 import functools
-import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch import nn
 
 from vit_triton.backend import check_backend_name, is_portable
 from vit_triton.checks import check_module
 from vit_triton.fallback import count, counter, for_a_graph, forget
-from vit_triton.functional import KERNEL_DTYPES
+from vit_triton.integrations import pytorch, timm, torchvision, vit_pytorch
+from vit_triton.integrations.recipes import Recipe, Unknown, check_unwatched, recipe_of, resembles_known
+from vit_triton.integrations.report import Entry, Report
 from vit_triton.packing import refuse
 
-__all__ = ["Entry", "Recipe", "Report", "Unknown", "accelerate", "restore"]
+__all__ = ["accelerate", "restore"]
 
 NOT_KNOWN = "no part of what is known here"
 CHOICES = ("attention", "mlp", "layer_norm", "patch_embedding")
 
 
-class Unknown(Exception):
-    """Why a module, or what it was called with, cannot be computed here."""
-
-
-def plain_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The first argument of a call, if it is a tensor for the kernels and every other argument is None or False.
-
-    Raises:
-        Unknown: it is not.
-    """
-    values = (*args, *kwargs.values())
-    for i, value in enumerate(values[1:], 1):
-        if value is not None and value is not False:
-            name = f"argument {i + 1}" if i < len(args) else list(kwargs)[i - len(args)]
-            raise Unknown(f"called with {name}")
-    return kernel_input(values[0] if values else None)
-
-
-def kernel_input(x: Any) -> Tensor:
-    """`x`, if the kernels take such a tensor: of a dtype of theirs, dense, not sharded, and no kind of its own.
-
-    Raises:
-        Unknown: they do not.
-    """
-    if type(x) is not Tensor and not isinstance(x, _KINDS):
-        raise Unknown(f"its input is a {type(x).__name__}")
-    if x.dtype not in KERNEL_DTYPES:
-        raise Unknown(f"{x.dtype} input")
-    if x.is_nested or x.layout is not torch.strided:
-        raise Unknown("a nested or sparse input")
-    if sharded(x):
-        raise Unknown("a sharded input")
-    return x
-
-
-# nn.Buffer and nn.Parameter have no instances of their own class; FunctionalTensors come from torch.compile
-_KINDS = (nn.Parameter, nn.Buffer, FakeTensor, FunctionalTensor)
-
-
-def sharded(x: Tensor) -> bool:
-    """Whether `x` is a DTensor, asked without importing them."""
-    return hasattr(x, "to_local")
-
-
-def check_unwatched() -> None:
-    """Raise Unknown if a hook is called with every module, or a function is transformed in a way that no kernel has:
-    those of torch.func, and forward mode."""
-    if torch._C._are_functorch_transforms_active():
-        raise Unknown("inside a transform of torch.func")
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise Unknown("inside forward-mode differentiation")
-    if nn.modules.module._has_any_global_hook():
-        raise Unknown("a hook on every module")
-
-
-class Recipe(NamedTuple):
-    """How the modules of one class are computed here.
-
-    Attributes:
-        needs: which of accelerate's choices must be on.
-        read: module -> what `compute` takes of it; raises :class:`Unknown`. None: not such a module, nothing to say.
-        compute: (input, what was read, backend) -> what the module returns; raises :class:`Unknown`, too, before it
-            draws a random number.
-        find_input: (args, kwargs) -> the input; raises :class:`Unknown` where this call is for the module's own
-            ``forward``.
-    """
-
-    needs: tuple[str, ...]
-    read: Callable[[Any], Any]
-    compute: Callable[[Tensor, Any, str | None], Any]
-    find_input: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] = plain_input
-
-
-_recipes: dict[type[nn.Module], Recipe] = {}
-_forwards: dict[type[nn.Module], Any] = {}  # the forward of every class that is known, as it was when it was first seen
-
-
-def know(*classes: type[nn.Module] | None) -> None:
-    """Trust these classes to compute what they do today, unless somebody has replaced their forward already."""
-    for cls in classes:
-        if cls is None or _forwards.get(cls) is not None:
-            continue
-        home = next(base for base in cls.__mro__ if "forward" in vars(base))
-        forward = vars(home)["forward"]
-        named = getattr(forward, "__module__", None), getattr(forward, "__qualname__", None)
-        _forwards[cls] = forward if named == (home.__module__, f"{home.__qualname__}.forward") else None
-
-
-def teach(cls: type[nn.Module] | None, recipe: Recipe) -> None:
-    """Have modules of `cls` computed by `recipe`; nothing where a library has no such class."""
-    if cls is not None:
-        know(cls)
-        _recipes[cls] = recipe
-
-
 def _load_recipes() -> None:
-    from vit_triton.integrations import pytorch, timm, torchvision, vit_pytorch
-
+    """Of every library that has been imported; one that is imported later adds its own at the next call."""
     for library in (pytorch, timm, torchvision, vit_pytorch):
         library.teach_all()
     if "transformers.modeling_utils" in sys.modules:  # it takes seconds to import
         from vit_triton.integrations import transformers
 
         transformers.teach_all()
-
-
-# --- what the recipes ask of a module ----------------------------------------------------------------------
-
-
-def intact(module: object, *classes: type[nn.Module] | None, unless: Callable[[Any], bool] | None = None) -> bool:
-    """Whether `module` computes what one of the known `classes` computes, and nobody wraps it, nor watches it with a
-    hook; a forward hook does not count if ``unless(hook)``."""
-    kind: Any = type(module)
-    for cls in classes:
-        if cls is not None and isinstance(module, cls):
-            if _forwards.get(cls) is getattr(kind, "_replaced", kind).forward:
-                return "forward" not in module.__dict__ and not hooked(module, unless)
-    return False
-
-
-def hooked(module: nn.Module, unless: Callable[[Any], bool] | None = None) -> bool:
-    """Whether a hook would be called with `module`, other than forward hooks of which ``unless(hook)``."""
-    forward_hooks: Any = module._forward_hooks
-    if forward_hooks and unless is not None:
-        forward_hooks = not all(map(unless, forward_hooks.values()))
-    return bool(forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
-def part(
-    module: nn.Module, name: str, *classes: type[nn.Module] | None, unless: Callable[[Any], bool] | None = None
-) -> Any:
-    """The submodule of that name, if it is intact and of one of `classes`; ``unless`` as of :func:`intact`.
-
-    Raises:
-        Unknown: it is not.
-    """
-    child = module._modules.get(name)
-    if intact(child, *classes, unless=unless):
-        return child
-    raise Unknown(f"{name}: {why_not_intact(child, classes)}")
-
-
-def why_not_intact(module: object, classes: Iterable[type[nn.Module] | None]) -> str:
-    if not isinstance(module, nn.Module):
-        return "is missing"
-    if hooked(module):
-        return "has hooks"
-    if "forward" in vars(module):
-        return "its forward was replaced"
-    if any(cls is not None and isinstance(module, cls) for cls in classes):
-        return f"{type(module).__name__} has a forward of its own"
-    return f"a {type(module).__name__} is not known here"
-
-
-def only(module: nn.Module, *names: str) -> None:
-    """Raise Unknown if `module` has submodules or parameters besides these: then it is of a version not known here."""
-    here = [name for mapping in (module._modules, module._parameters) for name, x in mapping.items() if x is not None]
-    for name in here:
-        if name not in names and name != "parametrizations":
-            raise Unknown(f"has a part that is not known here, {name}")
-
-
-# --- replacing ---------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -249,19 +90,11 @@ def _fall_back(module: nn.Module, reason: Unknown, strict: bool) -> None:
 def _new(cls: Any, options: tuple[str | None, bool], name: str, *arguments: Any) -> nn.Module:
     """An empty accelerated module of `cls`, for pickle and deepcopy to fill; a plain one where it is not known."""
     _load_recipes()
-    recipe = _recipe_of(cls)
+    recipe = recipe_of(cls)
     module = cls.__new__(cls if recipe is None else _accelerated(cls, recipe, *options), *arguments)
     if recipe is not None:
         _names[module] = name
     return module
-
-
-def _recipe_of(cls: type[nn.Module]) -> Recipe | None:
-    """The recipe for `cls`, or for the class whose forward it inherits, as the classes that FSDP makes do."""
-    for base in cls.__mro__:
-        if base in _recipes:
-            return _recipes[base] if cls.forward is _forwards[base] else None
-    return None
 
 
 def accelerate(
@@ -313,7 +146,7 @@ def accelerate(
     inside: tuple[str, ...] = ()  # of modules that are replaced
     for name, module in model.named_modules():
         kind: Any = type(module)
-        recipe = _recipe_of(kind)
+        recipe = recipe_of(kind)
         if recipe is None and name.startswith(inside):
             continue
         try:
@@ -344,7 +177,7 @@ def _what(module: nn.Module, recipe: Recipe | None, chosen: dict[str, bool]) -> 
     """What of `module` is replaced; None if it is not one to say a word about; raises Unknown with the reason."""
     kind = type(module)
     if recipe is None:
-        if any(base in _recipes and base is not nn.Sequential for base in kind.__mro__):
+        if resembles_known(kind):
             raise Unknown("its forward is not the one known here")
         if any(parameter is not None for parameter in module._parameters.values()):
             raise Unknown(NOT_KNOWN)
@@ -384,58 +217,3 @@ def _restored(cls: Any) -> Any:
         return cls
     own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
     return type(cls)(cls.__name__, tuple(map(_restored, cls.__bases__)), own)
-
-
-# --- reporting ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One module.
-
-    Attributes:
-        name: its name in the model, "" for the model itself.
-        cls: the name of its class.
-        replaced: whether its forward is.
-        what: what of it is replaced, or the reason why nothing is.
-    """
-
-    name: str
-    cls: str
-    replaced: bool
-    what: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What :func:`accelerate` did, module by module; ``str`` is a table with one line for modules of a kind."""
-
-    entries: tuple[Entry, ...]
-    _calls: tuple[tuple[str, Counter[str]], ...] = field(default=(), repr=False, compare=False)
-
-    def fallbacks(self) -> dict[str, dict[str, int]]:
-        """For each module that the library has computed since, how many calls each reason had, as
-        :func:`vit_triton.fallbacks` gives them. They end with the next :func:`accelerate` or :func:`restore`."""
-        return {name: dict(calls) for name, calls in self._calls if calls}
-
-    @property
-    def replaced(self) -> tuple[Entry, ...]:
-        return tuple(entry for entry in self.entries if entry.replaced)
-
-    @property
-    def left(self) -> tuple[Entry, ...]:
-        return tuple(entry for entry in self.entries if not entry.replaced)
-
-    def __str__(self) -> str:
-        return "\n".join("  ".join(cells).rstrip() for cells in self._aligned())
-
-    def _aligned(self) -> Iterator[list[str]]:
-        rows: Counter[tuple[str, ...]] = Counter()
-        for entry in self.entries:
-            done = "replaced" if entry.replaced else "left"
-            rows[re.sub(r"\d+", "*", entry.name) or "(model)", entry.cls, done, entry.what] += 1
-        table = [("module", "class", "", "", "what or why")]
-        table += [(name, cls, f"{n} x", done, what) for (name, cls, done, what), n in rows.items()]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for row in table:
-            yield [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]

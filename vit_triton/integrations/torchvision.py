@@ -19,7 +19,7 @@ from vit_triton.integrations.parts import (
     norm_of,
 )
 from vit_triton.integrations.pytorch import read_multihead_attention
-from vit_triton.integrations.replacement import Recipe, only, part, teach
+from vit_triton.integrations.recipes import Recipe, only, part, teach
 
 _mlps: list[type[nn.Module]] = []
 

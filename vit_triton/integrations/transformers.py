@@ -37,7 +37,7 @@ from vit_triton.integrations.parts import (
     norm_of,
 )
 from vit_triton.integrations.pytorch import attend_and_none, read_multihead_attention
-from vit_triton.integrations.replacement import Recipe, Unknown, know, only, part, plain_input, teach
+from vit_triton.integrations.recipes import Recipe, Unknown, know, only, part, plain_input, teach
 from vit_triton.packing import concatenated
 
 __all__ = ["attention_forward", "teach_all"]

@@ -24,7 +24,7 @@ from vit_triton.integrations.parts import (
     norm_of,
 )
 from vit_triton.integrations.pytorch import normalise
-from vit_triton.integrations.replacement import Recipe, Unknown, know, only, part, teach
+from vit_triton.integrations.recipes import Recipe, Unknown, know, only, part, teach
 
 
 class Classes(NamedTuple):

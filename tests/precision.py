@@ -1,0 +1,114 @@
+"""The precision rule of the tests.
+
+The error of a result is the L2 norm of its difference to the float64 reference. It may be twice that of PyTorch's own
+ops in the same dtype, the worse of several where PyTorch has several, and may always be the floor, 4 eps(dtype) times
+the norm of the same quantity computed with absolute values: what rounding every operand of every sum once or twice can
+do. :func:`assert_as_precise` is the rule for ops, whose tests compute that quantity; :func:`assert_model_as_precise`
+for models, where it is estimated; :func:`assert_same` compares two results where float64 has none.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def run(function: Callable[..., Any], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Outputs of ``function`` and the gradients of all inputs that require one, given the outputs' gradients."""
+    leaves = [x if x is None else x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
+    torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
+    return [*(y.detach() for y in outputs), *(x.grad for x in leaves if x is not None and x.requires_grad)]
+
+
+def double(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [x.double() if x is not None and x.is_floating_point() else x for x in tensors]
+
+
+def magnitude(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if x is None else x.abs() for x in double(tensors)]
+
+
+def floor(absolute: Tensor, dtype: torch.dtype) -> Tensor:
+    return 4 * torch.finfo(dtype).eps * absolute.double().norm()
+
+
+def estimate(exact: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
+    """About the size of what is computed with absolute values: that of a sum of ``terms`` numbers of either sign is
+    sqrt(terms) as large. Sums are of float32; in lower dtypes the rounding of the results outweighs theirs."""
+    ratio = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+    return exact.double() * max(1.0, ratio * terms**0.5)
+
+
+def hold(ours: Tensor, peers: Sequence[Tensor], exact: Tensor, floor: Tensor, name: str) -> None:
+    """The rule, for one result."""
+    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
+    error = (ours.double() - exact).norm()
+    theirs = max((peer.double() - exact).norm() for peer in peers)
+    # a comparison with a peer's NaN is false: it excuses nothing
+    assert error <= 2 * theirs or error <= floor, (
+        f"{name} ({ours.dtype}): error {error:.3e}, PyTorch's {theirs:.3e}, floor {floor:.3e}"
+    )
+
+
+def assert_as_precise(
+    ours: Sequence[Tensor],
+    peers: Sequence[Sequence[Tensor]],
+    exact: Sequence[Tensor],
+    absolute: Sequence[Tensor],
+    names: Sequence[str],
+) -> None:
+    """Hold each of ``ours`` to the rule; ``peers`` are the results of PyTorch's ops, ``absolute`` those with absolute
+    values."""
+    for i, name in enumerate(names):
+        hold(ours[i], [peer[i] for peer in peers], exact[i], floor(absolute[i], ours[i].dtype), name)
+
+
+Results = Tensor | Mapping[str, Tensor | None]
+
+
+def assert_model_as_precise(
+    ours: Results, theirs: Results, exact: Results, terms: int, dtype: torch.dtype | None = None
+) -> None:
+    """Hold a model's output, or its gradients by name, to the rule; None where ``theirs`` is.
+
+    Args:
+        terms: of the model's longest sum, see :func:`estimate`.
+        dtype: that it is computed in, where results are not of that dtype.
+    """
+    if isinstance(ours, Tensor):
+        ours, theirs, exact = ({"output": x} for x in (ours, theirs, exact))
+    assert ours.keys() == theirs.keys()
+    # a sum that is 0 in exact arithmetic, as the gradient of a key's bias, is of terms like other gradients' elements
+    size = torch.cat([x.detach().flatten() for x in exact.values() if x is not None]).square().mean().sqrt()
+    for name, result in ours.items():
+        peer, truth = theirs[name], exact[name]
+        assert (result is None) == (peer is None), name
+        if result is None:
+            continue
+        assert result.dtype == peer.dtype and result.shape == peer.shape, name
+        terms_of = truth.detach() if truth.norm() > 1e-9 * size * truth.numel() ** 0.5 else size.expand_as(truth)
+        allowed = floor(estimate(terms_of, dtype or peer.dtype, terms), dtype or peer.dtype)
+        hold(result.detach(), [peer.detach()], truth.detach(), allowed, name)
+
+
+def longest_sum(model: nn.Module) -> int:
+    """Of a model's products: the longest side of a weight."""
+    return max(n for parameter in model.parameters() for n in parameter.shape)
+
+
+def assert_same(ours: Tensor | Sequence[Tensor], theirs: Tensor | Sequence[Tensor], terms: int = 1) -> None:
+    """Two results of the same formula, or several, with the floor for their difference."""
+    if not isinstance(ours, Tensor):
+        for a, b in zip(ours, theirs, strict=True):
+            assert_same(a, b, terms)
+        return
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    error = (ours.double() - theirs.double()).norm()
+    allowed = floor(estimate(theirs, theirs.dtype, terms), theirs.dtype)
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
