@@ -124,8 +124,8 @@ start: Callable[[Any, tuple[int], torch.device, dict[str, Any]], None] = _run
 
 @contextlib.contextmanager
 def starting(by: Callable[[Any, tuple[int], torch.device, dict[str, Any]], None]) -> Iterator[None]:
-    """A hook for measurements: inside it ``by(kernel, grid, device, arguments)`` takes the place of :data:`start`, which
-    it may call, in all threads. It has no effect in the interpreter."""
+    """A hook for measurements: inside it ``by(kernel, grid, device, arguments)`` takes the place of :data:`start`, and
+    may call it, in all threads. It has no effect in the interpreter."""
     global start
     before, start = start, by
     try:
