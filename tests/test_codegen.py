@@ -228,7 +228,7 @@ def test_every_tile(arch, dtype):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_tile_is_compiled(arch, dtype, monkeypatch):
     picked = record_picks(monkeypatch)
-    monkeypatch.setattr(_launch, "_run", lambda *launch: None)
+    monkeypatch.setattr(_launch, "start", lambda *launch: None)
     figures(arch, dtype, workloads.every_tile)
     for name, configs in every_pick(arch, dtype).items():
         assert picked.pop(name) == configs, name

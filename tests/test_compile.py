@@ -206,7 +206,7 @@ def launches(monkeypatch):
 
     recorded = []
     monkeypatch.setattr(_launch, "INTERPRETING", False)
-    monkeypatch.setattr(_launch, "_run", lambda kernel, grid, *_: recorded.append((kernel.__name__, grid)))
+    monkeypatch.setattr(_launch, "start", lambda kernel, grid, *_: recorded.append((kernel.__name__, grid)))
     monkeypatch.setattr(_config, "_gpu_architecture", lambda device: "sm_90")
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return recorded
