@@ -782,7 +782,7 @@ def test_a_missing_package_names_the_extra(package, monkeypatch, capsys):
     for name in ("images", "cli"):  # what a package remembers of its modules
         monkeypatch.delitem(sys.modules, f"vit_triton.{name}", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
-    code, _, err = run(capsys, "info")
+    code, _, err = run(capsys, "features")
     assert code == 2 and package in err and "pip install 'vit_triton[cli]'" in err and err.count("\n") == 1
 
 
