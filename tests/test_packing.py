@@ -54,14 +54,13 @@ def packed(monkeypatch):
 def test_the_product_is_the_same_bit_for_bit(m, n, k, dtype, word):
     x, weight, bias, residual = (torch.randn(*s).to(dtype) for s in ((m, k), (n, k), (n,), (m, n)))
     with active():
-        expected, pre = linear.linear_fwd(x, weight, bias, residual, None, activation="gelu", save_pre=True)
+        expected, pre = linear.linear_fwd(x, weight, bias, residual, activation="gelu", save_pre=True)
         panels = linear.pack_weight(weight, 32, word)
         y, packed_pre = linear.linear_fwd(
             x,
             weight.new_full(weight.shape, torch.nan),
             bias,
             residual,
-            None,
             activation="gelu",
             save_pre=True,
             panels=panels,
@@ -92,7 +91,7 @@ def test_panels_are_read_where_they_lie(dtype):
     for panels in (None, linear.pack_weight(weight, *layout)):
         launch._compiled.clear()
         with active():
-            linear.linear_fwd(x, weight, None, None, None, panels=panels)
+            linear.linear_fwd(x, weight, None, panels=panels)
         (kernel,) = launch._compiled.values()
         memory.append(kernel.metadata.scratch_bytes)
     assert memory[0] - memory[1] > weight.nbytes // 2

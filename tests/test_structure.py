@@ -34,15 +34,16 @@ ARROWS: dict[str, set[str]] = {
     "images": set(),
     "weights": {"packing"},  # knows models by their state dicts
     "modules": {"backend", "checks", "fallback", "functional"},
-    "functional": {"autograd", "backend", "checks", "reference"},
+    "functional": {"arguments", "autograd", "backend", "checks", "reference"},
     "autograd": {"ops"},
-    "ops": {"cpu", "kernels", "packing"},
+    "ops": {"arguments", "cpu", "kernels", "packing"},
     "packing": {"checks", "cpu", "kernels"},
-    "reference": set(),
+    "reference": {"arguments"},
     "backend": {"checks", "cpu"},
     "fallback": {"checks"},
     "checks": set(),
-    "kernels": set(),
+    "kernels": {"arguments"},
+    "arguments": set(),
     "cpu": set(),  # a package that could stand alone
 }
 

@@ -321,7 +321,7 @@ def test_every_picker_is_asked_and_every_candidate_timed(small):
     assert not any("skipped" in line for line in lines)
 
 
-QKV = "linear_fwd(10x32, 96x32, dropout_p=0.0)"
+QKV = "linear_fwd(10x32, 96x32)"
 
 
 def only(cases, *launches):

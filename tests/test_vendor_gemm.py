@@ -10,6 +10,7 @@ from conftest import forget_recordings
 from precision import DTYPES, assert_same
 
 from vit_triton import functional as F
+from vit_triton.arguments import Dropout
 from vit_triton.cpu.driver import active
 from vit_triton.kernels.linear import backward as linear_backward
 from vit_triton.kernels.linear import config
@@ -69,26 +70,26 @@ def test_of_none(vendor):
 def forward(dtype):
     """What linear_fwd gives with several epilogues."""
     x, weight, bias, residual, *_ = test_linear.make((70,), 40, 150, dtype)
-    seed = torch.tensor([7])
+    dropout = Dropout(0.3, torch.tensor([7]))
     for tensors, options in [
         ((None, None), {}),
         ((None, None), dict(save_pre=True)),
-        ((bias, None), dict(dropout_p=0.3, activation="gelu_tanh", save_pre=True)),
-        ((bias, residual.float()), dict(dropout_p=0.3)),
+        ((bias, None), dict(dropout=dropout, activation="gelu_tanh", save_pre=True)),
+        ((bias, residual.float()), dict(dropout=dropout)),
     ]:
-        yield from linear_forward.linear_fwd(x, weight, *tensors, seed, **options)
+        yield from linear_forward.linear_fwd(x, weight, *tensors, **options)
 
 
 def backward(dtype):
     x, weight, _, dy, *_ = test_linear.make((70,), 40, 150, dtype)
-    seed, pre = torch.tensor([7]), torch.randn(40, 70).to(dtype).T
+    dropout, pre = Dropout(0.3, torch.tensor([7])), torch.randn(40, 70).to(dtype).T
     for x, options in [
         (None, {}),
-        (pre, dict(activation="gelu_tanh", dropout_p=0.3)),
+        (pre, dict(activation="gelu_tanh", dropout=dropout)),
     ]:
-        yield from linear_backward.linear_bwd_input(dy, weight, x, seed, with_hidden=x is not None, **options)
+        yield from linear_backward.linear_bwd_input(dy, weight, x, with_hidden=x is not None, **options)
     for with_bias in (True, False):
-        yield from linear_backward.linear_bwd_weight(dy, pre, weight_dtype=dtype, with_bias=with_bias)
+        yield from linear_backward.linear_bwd_weight(dy, pre, weight, with_bias=with_bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,13 +112,14 @@ def test_the_same_numbers_and_masks(vendor, launcher, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_mask_is_the_same_bit_for_bit(vendor, dtype):
-    ones, zeros, seed = torch.ones(70, 50, dtype=dtype), torch.zeros(70, 50, dtype=dtype), torch.tensor([3])
+    ones, zeros = torch.ones(70, 50, dtype=dtype), torch.zeros(70, 50, dtype=dtype)
+    dropout = Dropout(0.25, torch.tensor([3]))
     eye = torch.eye(50, dtype=dtype)
 
     def masks():
         with active():
-            y, _ = linear_forward.linear_fwd(zeros, eye, ones[0], None, seed, dropout_p=0.25)
-            return y, linear_backward.dropout_bwd(ones, seed, dtype, dropout_p=0.25)
+            y, _ = linear_forward.linear_fwd(zeros, eye, ones[0], dropout=dropout)
+            return y, linear_backward.dropout_bwd(ones, dtype, dropout)
 
     ours = masks()
     vendor()

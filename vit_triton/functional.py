@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from vit_triton import autograd, reference
+from vit_triton.arguments import Block, Norm
 from vit_triton.backend import is_portable, resolve_backend
 from vit_triton.checks import check_choice, check_dense, check_flag, given, kind
-from vit_triton.reference import Block, Norm
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
 NORM_TYPES = ("layer_norm", "rms_norm")

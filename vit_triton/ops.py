@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vit_triton import packing
+from vit_triton.arguments import Block, Branch, Dropout, Norm, SavedNorm
 
 _library = torch.library.Library("vit_triton", "DEF")
 
@@ -141,6 +142,16 @@ def _statistics(x: Tensor, wanted: bool = True) -> Tensor | None:
     return x.new_empty(_n_rows(x), dtype=torch.float32) if wanted else None
 
 
+def _norm(weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Norm | None:
+    return None if eps is None else (weight, bias, eps)
+
+
+def _saved_norm(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, rstd: Tensor | None
+) -> SavedNorm | None:
+    return None if mean is None or rstd is None else SavedNorm(weight, bias, mean, rstd)
+
+
 # --- attention ---------------------------------------------------------------------------------------------
 
 
@@ -221,12 +232,11 @@ def _normed_attention_fwd(
     q, k, v, q_weight, q_bias, k_weight, k_bias, seed, q_eps, k_eps, rms, scale, dropout_p, save=True
 ):
     """Without k and v, q is the packed projection."""
-    from vit_triton.kernels.attention.qk_norm import HeadNorm, normed_attention_fwd
+    from vit_triton.kernels.attention.qk_norm import normed_attention_fwd
 
     q, k, v = q.unbind(2) if k is None else (q, k, v)
-    q_norm = None if q_eps is None else HeadNorm(q_weight, q_bias, q_eps, rms)
-    k_norm = None if k_eps is None else HeadNorm(k_weight, k_bias, k_eps, rms)
-    return normed_attention_fwd(q, k, v, q_norm, k_norm, seed, scale=scale, dropout_p=dropout_p, save=save)
+    norms = _norm(q_weight, q_bias, q_eps), _norm(k_weight, k_bias, k_eps)
+    return normed_attention_fwd(q, k, v, *norms, seed, rms=rms, scale=scale, dropout_p=dropout_p, save=save)
 
 
 @_fake("normed_attention_fwd")
@@ -245,7 +255,7 @@ def _normed_attention_fwd_fake(
 def _normed_attention_bwd(
     do, dlse, q, k, v, out, lse, q_weight, q_bias, k_weight, k_bias, seed, q_eps, k_eps, rms, scale, dropout_p
 ):
-    from vit_triton.kernels.attention.qk_norm import HeadNorm, normed_attention_bwd
+    from vit_triton.kernels.attention.qk_norm import normed_attention_bwd
 
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = None if k is None else _like(k), None if v is None else _like(v)
@@ -253,11 +263,8 @@ def _normed_attention_bwd(
     if k is None:
         (q, k, v), grads = q.unbind(2), dq.unbind(2)
     norm_grads = normed_attention_bwd(
-        *(do, q, k, v),
-        None if q_eps is None else HeadNorm(q_weight, q_bias, q_eps, rms),
-        None if k_eps is None else HeadNorm(k_weight, k_bias, k_eps, rms),
-        *(out, lse, dlse, seed),
-        grads,
+        *(do, q, k, v, _norm(q_weight, q_bias, q_eps), _norm(k_weight, k_bias, k_eps), out, lse, dlse, seed, grads),
+        rms=rms,
         scale=scale,
         dropout_p=dropout_p,
     )
@@ -289,9 +296,9 @@ def _linear_fwd(
 
     residual = None if residual is None else _rows(residual)
     y, *statistics = norm_linear_fwd(
-        *(_rows(x), weight, bias, norm_weight, norm_bias, residual, seed, layer_scale, samples),
-        eps=eps,
-        dropout_p=dropout_p,
+        *(_rows(x), weight, bias, _norm(norm_weight, norm_bias, eps), residual),
+        branch=Branch(layer_scale, samples),
+        dropout=Dropout(dropout_p, seed),
         panels=copies[0],
         save=save,
     )
@@ -325,18 +332,9 @@ def _linear_bwd(
     from vit_triton.kernels.linear.mlp import norm_linear_bwd
 
     dx, *grads = norm_linear_bwd(
-        _rows(dy),
-        _rows(x),
-        weight,
-        norm_weight,
-        norm_bias,
-        mean,
-        rstd,
-        seed,
-        layer_scale,
-        samples,
-        bias,
-        dropout_p=dropout_p,
+        *(_rows(dy), _rows(x), weight, bias, _saved_norm(norm_weight, norm_bias, mean, rstd)),
+        branch=Branch(layer_scale, samples),
+        dropout=Dropout(dropout_p, seed),
         residual_is_x=residual_is_x,
         with_bias=with_bias,
         needs_x=needs_x,
@@ -381,24 +379,13 @@ def _mlp_fwd(
     from vit_triton.kernels.linear.mlp import mlp_fwd
 
     y, *saved = mlp_fwd(
-        _rows(x),
-        w1,
-        b1,
-        w2,
-        b2,
-        norm_weight,
-        norm_bias,
-        None if residual is None else _rows(residual),
-        hidden_seed,
-        seed,
-        layer_scale,
-        samples,
-        eps=eps,
+        *(_rows(x), w1, b1, w2, b2, _norm(norm_weight, norm_bias, eps), None if residual is None else _rows(residual)),
         activation=activation,
-        hidden_dropout_p=hidden_dropout_p,
-        dropout_p=dropout_p,
-        save=save,
+        hidden_dropout=Dropout(hidden_dropout_p, hidden_seed),
+        branch=Branch(layer_scale, samples),
+        dropout=Dropout(dropout_p, seed),
         panels=copies,
+        save=save,
     )
     return y.view(*x.shape[:-1], w2.shape[0]), *saved
 
@@ -427,23 +414,11 @@ def _mlp_bwd(
     from vit_triton.kernels.linear.mlp import mlp_bwd
 
     dx, *grads = mlp_bwd(
-        _rows(dy),
-        _rows(x),
-        w1,
-        w2,
-        norm_weight,
-        norm_bias,
-        pre,
-        mean,
-        rstd,
-        hidden_seed,
-        seed,
-        layer_scale,
-        samples,
-        b2,
+        *(_rows(dy), _rows(x), w1, w2, b2, _saved_norm(norm_weight, norm_bias, mean, rstd), pre),
         activation=activation,
-        hidden_dropout_p=hidden_dropout_p,
-        dropout_p=dropout_p,
+        hidden_dropout=Dropout(hidden_dropout_p, hidden_seed),
+        branch=Branch(layer_scale, samples),
+        dropout=Dropout(dropout_p, seed),
         residual_is_x=residual_is_x,
         with_b1=with_b1,
         with_b2=with_b2,
@@ -473,7 +448,12 @@ def _mlp_bwd_fake(
 
 # --- encoder -----------------------------------------------------------------------------------------------
 
-_BLOCK = 14  # tensors of a block, see BlockTensors
+_BLOCK = 14  # tensors of a Block, those of its norms among them
+
+
+def _block(tensors: list[Any], eps: list[float]) -> Block:
+    weight1, bias1, qkv, qkv_bias, out, out_bias, weight2, bias2, *rest = tensors
+    return Block((weight1, bias1, eps[0]), qkv, qkv_bias, out, out_bias, (weight2, bias2, eps[1]), *rest)
 
 
 def _block_weights(n_tensors: int) -> list[int]:
@@ -487,17 +467,16 @@ def _block_weights(n_tensors: int) -> list[int]:
     copies=lambda x, blocks, *_: [packing.panels(blocks[i]) for i in _block_weights(len(blocks))],
 )
 def _encoder_fwd(x, blocks, eps, heads, scale, activation, first_token, copies=None):
-    from vit_triton.kernels.encoder import BlockPanels, BlockTensors, encoder_fwd
+    from vit_triton.kernels.encoder import BlockPanels, encoder_fwd
 
-    tensors = [BlockTensors(*blocks[i : i + _BLOCK]) for i in range(0, len(blocks), _BLOCK)]
-    panels = [BlockPanels()] * len(tensors)
+    blocks = [_block(blocks[_BLOCK * i : _BLOCK * (i + 1)], eps[2 * i :]) for i in range(len(blocks) // _BLOCK)]
+    panels = [BlockPanels()] * len(blocks)
     if copies is not None:
         panels = [BlockPanels(*copies[i : i + 4]) for i in range(0, len(copies), 4)]
     return encoder_fwd(
         x,
-        tensors,
+        blocks,
         panels,
-        eps=eps,
         heads=heads,
         scale=scale,
         activation=activation,

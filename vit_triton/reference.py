@@ -5,32 +5,13 @@ functions check nothing. They differentiate any number of times and in every mod
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Norm = tuple[Tensor | None, Tensor | None, float]
-
-
-class Block(NamedTuple):
-    """A pre-norm block of a Transformer encoder on tokens of width D: x + out(attention(qkv(norm1(x)))), and then
-    x + mlp(norm2(x)); each branch times its LayerScale (D,), where it has one. The weight of qkv is (3 * I, D), its
-    rows in the order (3, heads, head size); that of out is (D, I), w1 (hidden, D), w2 (D, hidden)."""
-
-    norm1: Norm
-    qkv_weight: Tensor
-    qkv_bias: Tensor | None
-    out_weight: Tensor
-    out_bias: Tensor | None
-    norm2: Norm
-    w1: Tensor
-    b1: Tensor | None
-    w2: Tensor
-    b2: Tensor | None
-    layer_scale1: Tensor | None = None
-    layer_scale2: Tensor | None = None
+from vit_triton.arguments import Block, Norm
 
 
 def attention(

@@ -12,28 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from vit_triton.arguments import Block, Branch
 from vit_triton.kernels.attention.forward import attention_fwd
 from vit_triton.kernels.linear.mlp import mlp_fwd, norm_linear_fwd
-
-
-class BlockTensors(NamedTuple):
-    """What a block is made of: its norms (D,), nn.Linear's weights and biases. The rows of ``qkv`` are
-    (3, heads, head size)."""
-
-    norm1_weight: torch.Tensor | None
-    norm1_bias: torch.Tensor | None
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    out: torch.Tensor
-    out_bias: torch.Tensor | None
-    norm2_weight: torch.Tensor | None
-    norm2_bias: torch.Tensor | None
-    w1: torch.Tensor
-    b1: torch.Tensor | None
-    w2: torch.Tensor
-    b2: torch.Tensor | None
-    layer_scale1: torch.Tensor | None
-    layer_scale2: torch.Tensor | None
 
 
 class BlockPanels(NamedTuple):
@@ -47,71 +28,56 @@ class BlockPanels(NamedTuple):
 
 def encoder_fwd(
     x: torch.Tensor,
-    blocks: list[BlockTensors],
+    blocks: list[Block],
     panels: list[BlockPanels],
     *,
-    eps: list[float],
     heads: int,
     scale: float,
     activation: str,
     first_token: bool,
 ) -> torch.Tensor:
     """Tokens (B, N, D) -> (B, N, D) behind the last block; with ``first_token`` (B, 1, D), and the last block computes
-    only keys and values for the others. ``eps``: of both norms of each block."""
+    only keys and values for the others."""
     batch, length, dim = x.shape
     if not blocks:  # a copy: a result is no argument
         return (x[:, :1] if first_token else x).clone(memory_format=torch.contiguous_format)
     rows = x.reshape(batch * length, dim)
     for i, (block, packed) in enumerate(zip(blocks, panels, strict=True)):
-        norm1, norm2 = eps[2 * i : 2 * i + 2]
-        inner = block.qkv.shape[0] // 3
+        inner = block.qkv_weight.shape[0] // 3
         head_dim = inner // heads
         if first_token and i == len(blocks) - 1:
             first = rows.view(batch, length, dim)[:, 0]
-            q = _project(first, block, packed.qkv, slice(0, inner), norm1).view(batch, 1, heads, head_dim)
-            kv = _project(rows, block, packed.qkv, slice(inner, 3 * inner), norm1)
+            q = _project(first, block, packed.qkv, slice(0, inner)).view(batch, 1, heads, head_dim)
+            kv = _project(rows, block, packed.qkv, slice(inner, 3 * inner))
             k, v = kv.view(batch, length, 2, heads, head_dim).unbind(2)
             del kv
             rows = first
         else:
-            qkv = _project(rows, block, packed.qkv, slice(0, 3 * inner), norm1)
+            qkv = _project(rows, block, packed.qkv, slice(0, 3 * inner))
             q, k, v = qkv.view(batch, length, 3, heads, head_dim).unbind(2)
             del qkv
         out, _ = attention_fwd(q, k, v, None, scale=scale, dropout_p=0.0, save=False)
         rows, _, _ = norm_linear_fwd(
-            *(out.view(len(rows), inner), block.out, block.out_bias, None, None, rows, None, block.layer_scale1),
-            eps=None,
-            dropout_p=0.0,
+            *(out.view(len(rows), inner), block.out_weight, block.out_bias, None, rows),
+            branch=Branch(block.layer_scale1),
             panels=packed.out,
         )
         del q, k, v, out  # so much memory is free for the MLP
         rows, *_ = mlp_fwd(
-            *(rows, block.w1, block.b1, block.w2, block.b2, block.norm2_weight, block.norm2_bias, rows, None, None),
-            block.layer_scale2,
-            eps=norm2,
+            *(rows, block.w1, block.b1, block.w2, block.b2, block.norm2, rows),
             activation=activation,
-            hidden_dropout_p=0.0,
-            dropout_p=0.0,
+            branch=Branch(block.layer_scale2),
             save=False,
             panels=(packed.w1, packed.w2),
         )
     return rows.view(batch, 1 if first_token else length, dim)
 
 
-def _project(
-    rows: torch.Tensor, block: BlockTensors, panels: torch.Tensor | None, part: slice, eps: float
-) -> torch.Tensor:
+def _project(rows: torch.Tensor, block: Block, panels: torch.Tensor | None, part: slice) -> torch.Tensor:
     """norm(rows) @ qkv[part].T + its bias."""
     bias = None if block.qkv_bias is None else block.qkv_bias[part]
     if panels is not None:
         width = panels.shape[2]
-        whole = part.start % width == 0 and (part.stop % width == 0 or part.stop == block.qkv.shape[0])
+        whole = part.start % width == 0 and (part.stop % width == 0 or part.stop == block.qkv_weight.shape[0])
         panels = panels[part.start // width : -(-part.stop // width)] if whole else None
-    y, _, _ = norm_linear_fwd(
-        *(rows, block.qkv[part], bias, block.norm1_weight, block.norm1_bias, None, None),
-        eps=eps,
-        dropout_p=0.0,
-        panels=panels,
-        save=False,
-    )
-    return y
+    return norm_linear_fwd(rows, block.qkv_weight[part], bias, block.norm1, panels=panels, save=False)[0]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from vit_triton import ops
+from vit_triton.arguments import Dropout
 from vit_triton.kernels import encoder, launch, tuned
 from vit_triton.kernels.attention import backward as attention_backward
 from vit_triton.kernels.attention import forward as attention_forward
@@ -119,7 +120,8 @@ def _form(x: Any) -> Any:
 
 def _spelled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     shapes = ["x".join(map(str, x.shape)) for x in tree_leaves(args) if isinstance(x, Tensor)]
-    return ", ".join([*shapes, *(f"{k}={v}" for k, v in kwargs.items() if isinstance(v, bool | str | float))])
+    scalars = {k: v.p if isinstance(v, Dropout) else v for k, v in kwargs.items()}
+    return ", ".join([*shapes, *(f"{k}={v}" for k, v in scalars.items() if isinstance(v, bool | str | float) and v)])
 
 
 def _tensors(results: Any) -> list[Tensor]:

@@ -10,12 +10,11 @@ the statistics, of a row that sits in registers, with them. The backward kernel 
 rows: it writes over the gradients of q' and k', and leaves partial sums of those of weight and bias.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
+from vit_triton.arguments import Norm
 from vit_triton.kernels.attention.backward import attention_bwd_into
 from vit_triton.kernels.attention.forward import attention_fwd
 from vit_triton.kernels.attention.rows import strides
@@ -24,15 +23,6 @@ from vit_triton.kernels.launch import launch
 from vit_triton.kernels.norm.config import layer_norm_stretch, pick_qk_norm
 from vit_triton.kernels.picker import cdiv
 from vit_triton.kernels.sums.sum_parts import sum_parts
-
-
-class HeadNorm(NamedTuple):
-    """weight and bias (D,) of a norm over the head size D; ``rms``: it does not subtract the mean."""
-
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    eps: float
-    rms: bool
 
 
 @triton.jit
@@ -77,12 +67,12 @@ def qk_norm_fwd_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def qk_norm_fwd(x: torch.Tensor, norm: HeadNorm | None) -> torch.Tensor:
+def qk_norm_fwd(x: torch.Tensor, norm: Norm | None, *, rms: bool) -> torch.Tensor:
     """Every head of every token of x (B, N, H, D), any strides, normalised -> (B, N, H, D) contiguous, in x's dtype; x
-    itself without a norm."""
+    itself without a norm. ``rms``: the norm does not subtract the mean."""
     if norm is None:
         return x
-    weight, bias, eps, rms = norm
+    weight, bias, eps = norm
     batch, n_tokens, n_heads, head_dim = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     config = pick_qk_norm(head_dim, target_of(x.device))
@@ -147,13 +137,13 @@ def qk_norm_bwd_kernel(
 
 
 def qk_norm_bwd_into(
-    dx: torch.Tensor, x: torch.Tensor, norm: HeadNorm | None
+    dx: torch.Tensor, x: torch.Tensor, norm: Norm | None, *, rms: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """dweight (D,) and dbias (D,) of `qk_norm_fwd`, both in the weight's dtype, None without a weight; dx (B, N, H, D),
     whose last stride is 1, comes as the gradient of its result and is written over."""
     if norm is None:
         return None, None
-    weight, _, eps, rms = norm
+    weight, _, eps = norm
     batch, n_tokens, n_heads, head_dim = x.shape
     n_rows = batch * n_tokens * n_heads
     config = pick_qk_norm(head_dim, target_of(x.device))
@@ -194,16 +184,17 @@ def normed_attention_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    q_norm: HeadNorm | None,
-    k_norm: HeadNorm | None,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
     seed: torch.Tensor | None,
     *,
+    rms: bool,
     scale: float,
     dropout_p: float,
     save: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`attention_fwd` of the normalised q and k."""
-    q, k = qk_norm_fwd(q, q_norm), qk_norm_fwd(k, k_norm)
+    q, k = qk_norm_fwd(q, q_norm, rms=rms), qk_norm_fwd(k, k_norm, rms=rms)
     return attention_fwd(q, k, v, seed, scale=scale, dropout_p=dropout_p, save=save)
 
 
@@ -212,19 +203,20 @@ def normed_attention_bwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    q_norm: HeadNorm | None,
-    k_norm: HeadNorm | None,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
     out: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
     seed: torch.Tensor | None,
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     *,
+    rms: bool,
     scale: float,
     dropout_p: float,
 ) -> tuple[torch.Tensor | None, ...]:
     """Write the gradients of q, k and v into ``grads``, whose last strides are 1 -> those of q_norm's weight and bias,
     and of k_norm's; None where there is none."""
-    normed = qk_norm_fwd(q, q_norm), qk_norm_fwd(k, k_norm)
+    normed = qk_norm_fwd(q, q_norm, rms=rms), qk_norm_fwd(k, k_norm, rms=rms)
     attention_bwd_into(*grads, do, *normed, v, out, lse, dlse, seed, scale=scale, dropout_p=dropout_p)
-    return *qk_norm_bwd_into(grads[0], q, q_norm), *qk_norm_bwd_into(grads[1], k, k_norm)
+    return *qk_norm_bwd_into(grads[0], q, q_norm, rms=rms), *qk_norm_bwd_into(grads[1], k, k_norm, rms=rms)

@@ -1,13 +1,12 @@
 """The backward pass of a linear layer; the maths is in :mod:`.forward`."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
+from vit_triton.arguments import NO_BRANCH, NO_DROPOUT, Branch, Dropout
 from vit_triton.kernels.device import target_of
-from vit_triton.kernels.launch import TRITON_DTYPE, input_precision, keep_scale, launch
+from vit_triton.kernels.launch import TRITON_DTYPE, input_precision, launch
 from vit_triton.kernels.linear.config import (
     Epilogue,
     VendorGemm,
@@ -24,27 +23,21 @@ from vit_triton.kernels.tiles import activate, activate_grad, columns_of, groupe
 # --- backward: the input -----------------------------------------------------------------------------------
 
 
-def _alone(
-    x: torch.Tensor,
-    dtype: torch.dtype,
-    *,
-    seed: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    layer_scale: torch.Tensor | None = None,
-    samples: torch.Tensor | None = None,
+def _scaled(
+    x: torch.Tensor, dtype: torch.dtype, *, branch: Branch = NO_BRANCH, dropout: Dropout = NO_DROPOUT
 ) -> torch.Tensor:
     """s * gamma * dropout(x) of x (M, N) in ``dtype``; x itself where there is nothing to do."""
-    if layer_scale is None and samples is None and dropout_p == 0:
+    if not branch.scales and dropout.p == 0:
         return x.to(dtype)
     weight = x.new_empty(x.shape[1], 0, dtype=dtype)
-    y, _ = linear_fwd(x, weight, None, None, seed, layer_scale, samples, dropout_p=dropout_p, multiplied=True)
+    y, _ = linear_fwd(x, weight, None, branch=branch, dropout=dropout, multiplied=True)
     return y.to(dtype)
 
 
-def dropout_bwd(dy: torch.Tensor, seed: torch.Tensor | None, dtype: torch.dtype, *, dropout_p: float) -> torch.Tensor:
+def dropout_bwd(dy: torch.Tensor, dtype: torch.dtype, dropout: Dropout) -> torch.Tensor:
     """D * dy (M, N) in ``dtype`` for the dropout behind a layer, dy itself without one. It is a pass of its own: the
     products of the backward pass read dy once for every tile of the other side, and would draw D as often."""
-    return dy if dropout_p == 0 else _alone(dy, dtype, seed=seed, dropout_p=dropout_p)
+    return dy if dropout.p == 0 else _scaled(dy, dtype, dropout=dropout)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -108,34 +101,30 @@ def linear_bwd_input_kernel(
 def linear_bwd_input(
     dy: torch.Tensor,
     weight: torch.Tensor,
-    pre: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    layer_scale: torch.Tensor | None = None,
-    samples: torch.Tensor | None = None,
+    pre: torch.Tensor | None = None,
     *,
-    dropout_p: float = 0.0,
+    branch: Branch = NO_BRANCH,
+    dropout: Dropout = NO_DROPOUT,
     activation: str = "none",
     with_hidden: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dx = (s * gamma * dy) @ weight, times D * act'(pre) where ``pre``, the input before act and dropout, is given.
 
-    dy (M, N) with any strides, weight (N, K), pre (M, K), ``layer_scale`` and ``samples`` as in `linear_fwd` -> dx (M,
-    K) in the weight's dtype, and ``with_hidden`` D * act(pre) (M, K), which the weight's gradient wants, else None.
-    ``dropout_p`` and ``seed`` rebuild D, the dropout in front of this layer; of the one behind it see `dropout_bwd`.
+    dy (M, N) with any strides, weight (N, K), pre (M, K) -> dx (M, K) in the weight's dtype, and ``with_hidden`` D *
+    act(pre) (M, K), which the weight's gradient needs, else None. ``dropout`` rebuilds D, the dropout in front of this
+    layer; `dropout_bwd` has the one behind it.
     """
     (m, n), k = dy.shape, weight.shape[1]
     dx = dy.new_empty(m, k, dtype=weight.dtype)
     hidden = torch.empty_like(dx) if with_hidden else None
     target = target_of(dy.device)
     precision = input_precision(weight.dtype, target)
-    epilogue = Epilogue.of(
-        elementwise=pre is not None, branch=layer_scale is not None or samples is not None, dropout=dropout_p > 0
-    )
+    epilogue = Epilogue.of(elementwise=pre is not None, branch=branch.scales, dropout=dropout.p > 0)
     config = pick_linear_bwd_input(m, n, k, weight.dtype, target, precision, epilogue)
     multiplied = isinstance(config, VendorGemm)
     if multiplied:
-        dy = torch.mm(_alone(dy, weight.dtype, layer_scale=layer_scale), weight)
-        if pre is None and samples is None:
+        dy = torch.mm(_scaled(dy, weight.dtype, branch=branch._replace(samples=None)), weight)
+        if pre is None and branch.samples is None:
             return dy, None
     launch(
         linear_bwd_input_kernel,
@@ -143,12 +132,12 @@ def linear_bwd_input(
         dy,
         dy_ptr=dy,
         weight_ptr=weight,
-        layer_scale_ptr=None if layer_scale is None else layer_scale.contiguous(),
-        samples_ptr=samples,
+        layer_scale_ptr=None if branch.layer_scale is None else branch.layer_scale.contiguous(),
+        samples_ptr=branch.samples,
         pre_ptr=pre,
         dx_ptr=dx,
         hidden_ptr=hidden,
-        seed_ptr=seed if dropout_p > 0 else None,
+        seed_ptr=dropout.seed if dropout.p > 0 else None,
         stride_dym=dy.stride(0),
         stride_dyn=dy.stride(1),
         stride_wn=weight.stride(0),
@@ -158,11 +147,11 @@ def linear_bwd_input(
         M=m,
         N=n,
         K=k,
-        rows_per_sample=rows_per_sample_of(m, samples),
-        dropout_p=float(dropout_p),
-        keep_scale=keep_scale(dropout_p),
+        rows_per_sample=rows_per_sample_of(m, branch),
+        dropout_p=dropout.p,
+        keep_scale=dropout.scale,
         ACTIVATION=activation,
-        DROPOUT=dropout_p > 0,
+        DROPOUT=dropout.p > 0,
         EVEN_N=n % config.block_k == 0,
         PRECISION=precision,
         BLOCK_M=config.block_m,
@@ -177,14 +166,6 @@ def linear_bwd_input(
 
 
 # --- backward: the weight and the bias ---------------------------------------------------------------------
-
-
-class Scaled(NamedTuple):
-    """A layer with a LayerScale behind it: gamma (N,), weight (N, K), bias (N,)."""
-
-    layer_scale: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -244,31 +225,35 @@ def linear_bwd_weight_kernel(
 def linear_bwd_weight(
     dy: torch.Tensor,
     x: torch.Tensor,
-    samples: torch.Tensor | None = None,
-    scaled: Scaled | None = None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
     *,
+    branch: Branch = NO_BRANCH,
     with_bias: bool,
-    weight_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """dweight = (s * dy).T @ x and, ``with_bias``, dbias = (s * dy).sum(0), else None. With a LayerScale behind the
-    layer both times gamma, and gamma's gradient; else None. It needs ``with_bias`` where there is a bias.
+    layer both times gamma, and gamma's gradient; else None.
 
-    dy (M, N) with any strides, x (M, K), ``samples`` s (B,) -> dweight (N, K), dbias (N,) in ``weight_dtype``, dgamma
-    (N,) in its own. Of dropout see `dropout_bwd`.
+    dy (M, N) with any strides, x (M, K), weight (N, K), bias (N,) -> dweight (N, K), dbias (N,) in the weight's dtype,
+    dgamma (N,) in its own. Without a LayerScale, of the weight only the dtype counts and the bias is not read; with
+    one, ``with_bias`` must be true where there is a bias. `dropout_bwd` has the dropout.
     """
+    layer_scale, samples = branch
+    dtype = weight.dtype
     (m, n), k = dy.shape, x.shape[1]
     target = target_of(dy.device)
-    precision = input_precision(weight_dtype, target)
+    precision = input_precision(dtype, target)
     epilogue = Epilogue.of(elementwise=with_bias, branch=samples is not None)
-    config = pick_linear_bwd_weight(m, n, k, weight_dtype, target, precision, epilogue)
+    config = pick_linear_bwd_weight(m, n, k, dtype, target, precision, epilogue)
     if isinstance(config, VendorGemm):
-        dy = _alone(dy, weight_dtype, samples=samples)
-        dweight, dbias = torch.mm(dy.T, x.to(weight_dtype)), dy.sum(0, dtype=torch.float32) if with_bias else None
-        if scaled is not None:
-            return layer_scale_bwd(dweight.float()[None], None if dbias is None else dbias[None], scaled)
-        return dweight, None if dbias is None else dbias.to(weight_dtype), None
+        dy = _scaled(dy, dtype, branch=Branch(samples=samples))
+        dweight, dbias = torch.mm(dy.T, x.to(dtype)), dy.sum(0, dtype=torch.float32) if with_bias else None
+        if layer_scale is not None:
+            bias_parts = None if dbias is None else dbias[None]
+            return layer_scale_bwd(dweight.float()[None], bias_parts, layer_scale, weight, bias)
+        return dweight, None if dbias is None else dbias.to(dtype), None
     # one part is the result; what is summed or scaled is so in float32
-    parts_dtype = weight_dtype if config.split == 1 and scaled is None else torch.float32
+    parts_dtype = dtype if config.split == 1 and layer_scale is None else torch.float32
     dweight = dy.new_empty(config.split, n, k, dtype=parts_dtype)
     dbias = dy.new_empty(config.split, n, dtype=parts_dtype) if with_bias else None
     launch(
@@ -287,20 +272,20 @@ def linear_bwd_weight(
         M=m,
         N=n,
         K=k,
-        rows_per_sample=rows_per_sample_of(m, samples),
-        DTYPE=TRITON_DTYPE[weight_dtype],
+        rows_per_sample=rows_per_sample_of(m, branch),
+        DTYPE=TRITON_DTYPE[dtype],
         PRECISION=precision,
         SPLIT=config.split,
-        SUM_BY_PRODUCT=weight_dtype != torch.float32 and target.is_gpu,
+        SUM_BY_PRODUCT=dtype != torch.float32 and target.is_gpu,
         BLOCK_N=config.block_m,
         BLOCK_K=config.block_n,
         BLOCK_M=config.block_k,
         GROUP=config.group,
         **config.options,
     )
-    if scaled is not None:
-        return layer_scale_bwd(dweight, dbias, scaled)
-    return sum_parts(dweight, weight_dtype), None if dbias is None else sum_parts(dbias, weight_dtype), None
+    if layer_scale is not None:
+        return layer_scale_bwd(dweight, dbias, layer_scale, weight, bias)
+    return sum_parts(dweight, dtype), None if dbias is None else sum_parts(dbias, dtype), None
 
 
 # --- backward: LayerScale ----------------------------------------------------------------------------------
@@ -333,11 +318,14 @@ def layer_scale_bwd_kernel(
 
 
 def layer_scale_bwd(
-    parts: torch.Tensor, bias_parts: torch.Tensor | None, scaled: Scaled
+    parts: torch.Tensor,
+    bias_parts: torch.Tensor | None,
+    layer_scale: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """dweight (N, K), dbias (N,) and dgamma (N,) of float32 parts (P, N, K) and (P, N) that add up to G and g, P a
     power of two."""
-    layer_scale, weight, bias = scaled
     n_parts, n, k = parts.shape
     dweight = weight.new_empty(n, k)
     dbias = None if bias is None else bias.new_empty(n)

@@ -1,9 +1,9 @@
 """``@triton.jit`` helpers of the products: where elements lie, which exist, and what each is multiplied by."""
 
-import torch
 import triton
 import triton.language as tl
 
+from vit_triton.arguments import Branch
 from vit_triton.kernels.tiles import dropout_keep
 
 
@@ -34,5 +34,5 @@ def sample_scale(samples_ptr, rows, num_rows, rows_per_sample):
     return tl.load(samples_ptr + rows // rows_per_sample, mask=rows < num_rows, other=0.0)
 
 
-def rows_per_sample_of(rows: int, samples: torch.Tensor | None) -> int:
-    return 1 if samples is None else max(1, rows // max(1, len(samples)))
+def rows_per_sample_of(rows: int, branch: Branch) -> int:
+    return 1 if branch.samples is None else max(1, rows // max(1, len(branch.samples)))

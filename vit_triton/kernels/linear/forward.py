@@ -37,8 +37,9 @@ import torch
 import triton
 import triton.language as tl
 
+from vit_triton.arguments import NO_BRANCH, NO_DROPOUT, Branch, Dropout
 from vit_triton.kernels.device import target_of
-from vit_triton.kernels.launch import input_precision, keep_scale, launch
+from vit_triton.kernels.launch import input_precision, launch
 from vit_triton.kernels.linear.config import Epilogue, VendorGemm, pick_linear_fwd
 from vit_triton.kernels.linear.elements import dropout_scale, offsets, rows_per_sample_of, sample_scale, within
 from vit_triton.kernels.picker import cdiv
@@ -115,12 +116,10 @@ def linear_fwd(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    layer_scale: torch.Tensor | None = None,
-    samples: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
     *,
-    dropout_p: float = 0.0,
+    branch: Branch = NO_BRANCH,
+    dropout: Dropout = NO_DROPOUT,
     activation: str = "none",
     save_pre: bool = False,
     panels: torch.Tensor | None = None,
@@ -129,20 +128,19 @@ def linear_fwd(
     """y = s * gamma * dropout(act(x @ weight.T + bias)) + residual, and z = x @ weight.T + bias if ``save_pre``, else
     None.
 
-    x (M, K), weight (N, K), bias (N,), residual (M, N), ``layer_scale`` gamma (N,), ``samples`` s (B,) float32, each
-    for M / B rows -> y (M, N) in :func:`output_dtype`; z (M, N) in the weight's. ``seed``: one int64, needed with
-    dropout. ``panels``: the weight once more, as `pack_weight` gives it, and then that is read. ``multiplied``: x (M,
-    N) is the product, and of the weight only shape and dtype count.
+    x (M, K), weight (N, K), bias (N,), residual (M, N), ``branch`` gamma and s -> y (M, N) in :func:`output_dtype`; z
+    (M, N) in the weight's. ``panels``: the weight once more, as `pack_weight` gives it, and then that is read.
+    ``multiplied``: x (M, N) is the product, and of the weight only shape and dtype count.
     """
     (m, k), n = x.shape, weight.shape[0]
-    y = x.new_empty(m, n, dtype=output_dtype(weight, residual, layer_scale))
+    y = x.new_empty(m, n, dtype=output_dtype(weight, residual, branch.layer_scale))
     pre = x.new_empty(m, n, dtype=weight.dtype) if save_pre else None
     target = target_of(x.device)
     precision = input_precision(weight.dtype, target)
     epilogue = Epilogue.of(
         elementwise=activation != "none" or residual is not None,
-        branch=layer_scale is not None or samples is not None,
-        dropout=dropout_p > 0,
+        branch=branch.scales,
+        dropout=dropout.p > 0,
     )
     config = pick_linear_fwd(m, n, k, weight.dtype, target, precision, epilogue)
     if isinstance(config, VendorGemm) and not multiplied:
@@ -160,12 +158,12 @@ def linear_fwd(
         x_ptr=x,
         weight_ptr=weight if panels is None else panels,
         bias_ptr=None if bias is None else bias.contiguous(),
-        layer_scale_ptr=None if layer_scale is None else layer_scale.contiguous(),
-        samples_ptr=samples,
+        layer_scale_ptr=None if branch.layer_scale is None else branch.layer_scale.contiguous(),
+        samples_ptr=branch.samples,
         residual_ptr=residual,
         y_ptr=y,
         pre_ptr=pre,
-        seed_ptr=seed if dropout_p > 0 else None,
+        seed_ptr=dropout.seed if dropout.p > 0 else None,
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
         stride_wn=weight.stride(0) if panels is None else panels.stride(0),
@@ -175,11 +173,11 @@ def linear_fwd(
         M=m,
         N=n,
         K=k,
-        rows_per_sample=rows_per_sample_of(m, samples),
-        dropout_p=float(dropout_p),
-        keep_scale=keep_scale(dropout_p),
+        rows_per_sample=rows_per_sample_of(m, branch),
+        dropout_p=dropout.p,
+        keep_scale=dropout.scale,
         ACTIVATION=activation,
-        DROPOUT=dropout_p > 0,
+        DROPOUT=dropout.p > 0,
         EVEN_K=k % config.block_k == 0,
         PRECISION=precision,
         BLOCK_M=config.block_m,

@@ -15,8 +15,9 @@ With the activation "swiglu" h is twice as wide, and D_h * act(h) is a pass of i
 import torch
 from torch import Tensor
 
+from vit_triton.arguments import NO_BRANCH, NO_DROPOUT, Branch, Dropout, Norm, SavedNorm
 from vit_triton.kernels.launch import side_by_side
-from vit_triton.kernels.linear.backward import Scaled, dropout_bwd, linear_bwd_input, linear_bwd_weight
+from vit_triton.kernels.linear.backward import dropout_bwd, linear_bwd_input, linear_bwd_weight
 from vit_triton.kernels.linear.forward import linear_fwd
 from vit_triton.kernels.linear.swiglu import swiglu_bwd, swiglu_fwd
 from vit_triton.kernels.norm.layer_norm import layer_norm_apply, layer_norm_bwd, layer_norm_fwd
@@ -26,22 +27,18 @@ def norm_linear_fwd(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    layer_scale: Tensor | None = None,
-    samples: Tensor | None = None,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
     *,
-    eps: float | None,
-    dropout_p: float,
+    branch: Branch = NO_BRANCH,
+    dropout: Dropout = NO_DROPOUT,
     panels: Tensor | None = None,
     save: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """s * gamma * dropout(norm(x) @ weight.T + bias) + residual -> y (M, N), and with ``save`` mean and rstd (M,) of
-    the norm; no norm where ``eps`` is None. ``panels``: the weight as `pack_weight` lays it out."""
-    x, mean, rstd = _norm(x, norm_weight, norm_bias, eps, weight.dtype, save)
-    y, _ = linear_fwd(x, weight, bias, residual, seed, layer_scale, samples, dropout_p=dropout_p, panels=panels)
+    the norm. ``panels``: the weight as `pack_weight` lays it out."""
+    x, mean, rstd = _norm(x, norm, weight.dtype, save)
+    y, _ = linear_fwd(x, weight, bias, residual, branch=branch, dropout=dropout, panels=panels)
     return y, mean, rstd
 
 
@@ -49,41 +46,33 @@ def norm_linear_bwd(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    seed: Tensor | None,
-    layer_scale: Tensor | None,
-    samples: Tensor | None,
     bias: Tensor | None,
+    norm: SavedNorm | None,
     *,
-    dropout_p: float,
+    branch: Branch,
+    dropout: Dropout,
     residual_is_x: bool,
     with_bias: bool,
     needs_x: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, ...]:
     """dx, dweight, dbias, dnorm_weight, dnorm_bias, dlayer_scale; None for what is not needed. ``residual_is_x``: x was
-    the residual too, and dx carries both gradients. ``bias`` is read only where there is a ``layer_scale``, whose
-    gradient comes with that of the weight."""
+    the residual too, and dx carries both gradients. ``bias`` is read only where there is a LayerScale, whose gradient
+    comes with that of the weight."""
     dy = side_by_side(dy)
-    dropped = dropout_bwd(dy, seed, weight.dtype, dropout_p=dropout_p)
+    dropped = dropout_bwd(dy, weight.dtype, dropout)
     dweight = dbias = dlayer_scale = None
     if needs_weight:
+        normed = _norm_again(x, norm, weight.dtype)
         dweight, dbias, dlayer_scale = linear_bwd_weight(
-            dropped,
-            _norm_again(x, mean, rstd, norm_weight, norm_bias, weight.dtype),
-            samples,
-            None if layer_scale is None else Scaled(layer_scale, weight, bias),
-            with_bias=with_bias,
-            weight_dtype=weight.dtype,
+            dropped, normed, weight, bias, branch=branch, with_bias=with_bias
         )
+        del normed
     if not needs_x:
         return None, dweight, dbias, None, None, dlayer_scale
-    dx, _ = linear_bwd_input(dropped, weight, None, None, layer_scale, samples)
+    dx, _ = linear_bwd_input(dropped, weight, branch=branch)
     del dropped
-    dx, dnorm_weight, dnorm_bias = _norm_bwd(dx, x, norm_weight, mean, rstd, dy if residual_is_x else None)
+    dx, dnorm_weight, dnorm_bias = _norm_bwd(dx, x, norm, dy if residual_is_x else None)
     return dx, dweight, dbias, dnorm_weight, dnorm_bias, dlayer_scale
 
 
@@ -93,39 +82,30 @@ def mlp_fwd(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    residual: Tensor | None,
-    hidden_seed: Tensor | None,
-    seed: Tensor | None,
-    layer_scale: Tensor | None = None,
-    samples: Tensor | None = None,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
     *,
-    eps: float | None,
     activation: str,
-    hidden_dropout_p: float,
-    dropout_p: float,
-    save: bool,
+    hidden_dropout: Dropout = NO_DROPOUT,
+    branch: Branch = NO_BRANCH,
+    dropout: Dropout = NO_DROPOUT,
     panels: tuple[Tensor | None, Tensor | None] = (None, None),
+    save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y (M, K), and with ``save`` the pre-activation h (M, N), mean and rstd (M,) of the norm. ``panels``: both weights
     as `pack_weight` lays them out."""
-    x, mean, rstd = _norm(x, norm_weight, norm_bias, eps, w1.dtype, save)
+    x, mean, rstd = _norm(x, norm, w1.dtype, save)
     pre: Tensor | None
     if activation == "swiglu":
-        pre, _ = linear_fwd(x, w1, b1, None, None, panels=panels[0])
-        hidden = swiglu_fwd(pre, hidden_seed, dropout_p=hidden_dropout_p)
+        pre, _ = linear_fwd(x, w1, b1, panels=panels[0])
+        hidden = swiglu_fwd(pre, hidden_dropout)
         pre = pre if save else None
     else:
         hidden, pre = linear_fwd(
-            *(x, w1, b1, None, hidden_seed),
-            dropout_p=hidden_dropout_p,
-            activation=activation,
-            save_pre=save,
-            panels=panels[0],
+            x, w1, b1, dropout=hidden_dropout, activation=activation, save_pre=save, panels=panels[0]
         )
     del x  # its norm is read, and its memory free for y
-    y, _ = linear_fwd(hidden, w2, b2, residual, seed, layer_scale, samples, dropout_p=dropout_p, panels=panels[1])
+    y, _ = linear_fwd(hidden, w2, b2, residual, branch=branch, dropout=dropout, panels=panels[1])
     return y, pre, mean, rstd
 
 
@@ -134,20 +114,14 @@ def mlp_bwd(
     x: Tensor,
     w1: Tensor,
     w2: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    pre: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    hidden_seed: Tensor | None,
-    seed: Tensor | None,
-    layer_scale: Tensor | None,
-    samples: Tensor | None,
     b2: Tensor | None,
+    norm: SavedNorm | None,
+    pre: Tensor,
     *,
     activation: str,
-    hidden_dropout_p: float,
-    dropout_p: float,
+    hidden_dropout: Dropout,
+    branch: Branch,
+    dropout: Dropout,
     residual_is_x: bool,
     with_b1: bool,
     with_b2: bool,
@@ -158,44 +132,43 @@ def mlp_bwd(
     in :func:`norm_linear_bwd`."""
     dy = side_by_side(dy)
     dw1 = db1 = dw2 = db2 = dlayer_scale = None
-    dropped = dropout_bwd(dy, seed, w2.dtype, dropout_p=dropout_p)
+    dropped = dropout_bwd(dy, w2.dtype, dropout)
     if activation == "swiglu":
-        dh, _ = linear_bwd_input(dropped, w2, None, None, layer_scale, samples)
-        dh, hidden = swiglu_bwd(dh, pre, hidden_seed, dropout_p=hidden_dropout_p, with_hidden=needs_weights)
+        dh, _ = linear_bwd_input(dropped, w2, branch=branch)
+        dh, hidden = swiglu_bwd(dh, pre, hidden_dropout, with_hidden=needs_weights)
     else:
         dh, hidden = linear_bwd_input(
-            *(dropped, w2, pre, hidden_seed, layer_scale, samples),
-            dropout_p=hidden_dropout_p,
-            activation=activation,
-            with_hidden=needs_weights,
+            *(dropped, w2, pre), branch=branch, dropout=hidden_dropout, activation=activation, with_hidden=needs_weights
         )
     if hidden is not None:
-        scaled = None if layer_scale is None else Scaled(layer_scale, w2, b2)
-        dw2, db2, dlayer_scale = linear_bwd_weight(
-            *(dropped, hidden, samples, scaled), with_bias=with_b2, weight_dtype=w2.dtype
-        )
+        dw2, db2, dlayer_scale = linear_bwd_weight(dropped, hidden, w2, b2, branch=branch, with_bias=with_b2)
         del hidden, dropped
-        normed = _norm_again(x, mean, rstd, norm_weight, norm_bias, w1.dtype)
-        dw1, db1, _ = linear_bwd_weight(dh, normed, with_bias=with_b1, weight_dtype=w1.dtype)
+        normed = _norm_again(x, norm, w1.dtype)
+        dw1, db1, _ = linear_bwd_weight(dh, normed, w1, with_bias=with_b1)
         del normed
     if not needs_x:
         return None, dw1, db1, dw2, db2, None, None, dlayer_scale
-    dx, _ = linear_bwd_input(dh, w1, None, None)
-    dx, dnorm_weight, dnorm_bias = _norm_bwd(dx, x, norm_weight, mean, rstd, dy if residual_is_x else None)
+    dx, _ = linear_bwd_input(dh, w1)
+    dx, dnorm_weight, dnorm_bias = _norm_bwd(dx, x, norm, dy if residual_is_x else None)
     return dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, dlayer_scale
 
 
-def _norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, dtype: torch.dtype, save: bool
+def _norm(x: Tensor, norm: Norm | None, dtype: torch.dtype, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if norm is None:
+        return x, None, None
+    weight, bias, eps = norm
+    return layer_norm_fwd(x, weight, bias, eps=eps, out_dtype=dtype, save=save)
+
+
+def _norm_again(x: Tensor, norm: SavedNorm | None, dtype: torch.dtype) -> Tensor:
+    if norm is None:
+        return x
+    return layer_norm_apply(x, norm.mean, norm.rstd, norm.weight, norm.bias, out_dtype=dtype)
+
+
+def _norm_bwd(
+    dx: Tensor, x: Tensor, norm: SavedNorm | None, dresidual: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return (x, None, None) if eps is None else layer_norm_fwd(x, weight, bias, eps=eps, out_dtype=dtype, save=save)
-
-
-def _norm_again(x, mean, rstd, weight, bias, dtype: torch.dtype) -> Tensor:
-    return x if mean is None else layer_norm_apply(x, mean, rstd, weight, bias, out_dtype=dtype)
-
-
-def _norm_bwd(dx, x, weight, mean, rstd, dresidual) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    if mean is not None:
-        return layer_norm_bwd(dx, x, weight, mean, rstd, dsum=dresidual)
+    if norm is not None:
+        return layer_norm_bwd(dx, x, norm.weight, norm.mean, norm.rstd, dsum=dresidual)
     return (dx if dresidual is None else dx + dresidual).to(x.dtype), None, None

@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from vit_triton.arguments import Dropout
 from vit_triton.kernels.device import target_of
-from vit_triton.kernels.launch import keep_scale, launch
+from vit_triton.kernels.launch import launch
 from vit_triton.kernels.linear.config import pick_swiglu
 from vit_triton.kernels.picker import cdiv
 from vit_triton.kernels.tiles import activate, activate_grad, dropout_keep
@@ -41,11 +42,11 @@ def swiglu_fwd_kernel(
     tl.store(hidden_ptr + rows * H + offs_h[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
 
 
-def swiglu_fwd(pre: torch.Tensor, seed: torch.Tensor | None, *, dropout_p: float) -> torch.Tensor:
-    """[g, u] (M, 2 H), contiguous -> h (M, H) in the same dtype. ``seed``: one int64, needed with dropout."""
+def swiglu_fwd(pre: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+    """[g, u] (M, 2 H), contiguous -> h (M, H) in the same dtype."""
     m, h = pre.shape[0], pre.shape[1] // 2
     hidden = pre.new_empty(m, h)
-    _launch(swiglu_fwd_kernel, pre, h, dropout_p, pre_ptr=pre, hidden_ptr=hidden, seed_ptr=seed)
+    _launch(swiglu_fwd_kernel, pre, h, dropout, pre_ptr=pre, hidden_ptr=hidden)
     return hidden
 
 
@@ -79,18 +80,18 @@ def swiglu_bwd_kernel(
 
 
 def swiglu_bwd(
-    dhidden: torch.Tensor, pre: torch.Tensor, seed: torch.Tensor | None, *, dropout_p: float, with_hidden: bool
+    dhidden: torch.Tensor, pre: torch.Tensor, dropout: Dropout, *, with_hidden: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dh (M, H), [g, u] (M, 2 H), both contiguous -> [dg, du] (M, 2 H), and h (M, H) again if it is wanted."""
     h = dhidden.shape[1]
     dpre = torch.empty_like(pre)
     hidden = torch.empty_like(dhidden) if with_hidden else None
-    tensors = dict(dhidden_ptr=dhidden, pre_ptr=pre, dpre_ptr=dpre, hidden_ptr=hidden, seed_ptr=seed)
-    _launch(swiglu_bwd_kernel, pre, h, dropout_p, **tensors)
+    tensors = dict(dhidden_ptr=dhidden, pre_ptr=pre, dpre_ptr=dpre, hidden_ptr=hidden)
+    _launch(swiglu_bwd_kernel, pre, h, dropout, **tensors)
     return dpre, hidden
 
 
-def _launch(kernel, pre: torch.Tensor, h: int, dropout_p: float, **tensors: torch.Tensor | None) -> None:
+def _launch(kernel, pre: torch.Tensor, h: int, dropout: Dropout, **tensors: torch.Tensor | None) -> None:
     config = pick_swiglu(h, target_of(pre.device))
     launch(
         kernel,
@@ -99,9 +100,10 @@ def _launch(kernel, pre: torch.Tensor, h: int, dropout_p: float, **tensors: torc
         **tensors,
         M=len(pre),
         H=h,
-        dropout_p=float(dropout_p),
-        keep_scale=keep_scale(dropout_p),
-        DROPOUT=dropout_p > 0,
+        seed_ptr=dropout.seed,
+        dropout_p=dropout.p,
+        keep_scale=dropout.scale,
+        DROPOUT=dropout.p > 0,
         BLOCK_M=config.block_m,
         BLOCK_H=config.block_n,
         num_warps=config.num_warps,

@@ -4,13 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
+from vit_triton.arguments import Norm
 from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import TRITON_DTYPE, input_precision, launch, side_by_side
 from vit_triton.kernels.norm.config import pick_layer_norm
 from vit_triton.kernels.norm.layer_norm import layer_norm_bwd
 from vit_triton.kernels.patch_embed.config import pick_patch_embed_bwd_image, pick_patch_embed_bwd_weight
 from vit_triton.kernels.patch_embed.patches import (
-    Norm,
     PatchLayout,
     channel_of,
     column_offsets,

@@ -120,8 +120,5 @@ def image_strides(image: torch.Tensor, prefix: str = "stride_i") -> dict[str, in
     return {prefix + axis: stride for axis, stride in zip("bchw", image.stride(), strict=True)}
 
 
-Norm = tuple[torch.Tensor | None, torch.Tensor | None, float]
-
-
 def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
