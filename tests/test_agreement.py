@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from precision import assert_as_precise
 from torch import nn
 
+from vit_triton import checks, reference
 from vit_triton import functional as F
-from vit_triton import reference
 
 pytestmark = [  # what PyTorch says of the kinds of tensor that are made here
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
@@ -390,16 +390,16 @@ def test_a_zero_in_a_tensor_std_is_not_looked_for(backend):
 
 def test_forms_of_an_encoder_that_passed(monkeypatch):
     """Equal numbers of another type are another form, and the oldest form goes first."""
-    monkeypatch.setattr(F, "_encoders", {})
+    monkeypatch.setattr(checks, "_forms", {})
     make = CALLS["encoder"][1]
     for heads in (1, 2):
         F.encoder(**{**make(), "heads": heads}, backend="torch")
     for wrong in (True, 2.0, torch.tensor(2)):
-        with pytest.raises(TypeError, match="heads must be a positive integer"):
+        with pytest.raises(TypeError, match="heads must be an integer"):
             F.encoder(**{**make(), "heads": wrong}, backend="torch")
-    first, second = F._encoders
+    first, second = checks._forms
     for i in range(1023):
-        F._remember_encoder((i,))
-    assert len(F._encoders) == 1024 and first not in F._encoders and second in F._encoders
-    F._remember_encoder(None)
-    assert len(F._encoders) == 1024
+        checks._remember((i,))
+    assert len(checks._forms) == 1024 and first not in checks._forms and second in checks._forms
+    checks._remember(None)
+    assert len(checks._forms) == 1024

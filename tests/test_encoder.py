@@ -8,6 +8,7 @@ from torch import nn
 import vit_triton
 from vit_triton import functional as F
 from vit_triton import modules, reference
+from vit_triton.checks import ACTIVATIONS
 
 pytestmark = pytest.mark.compiled
 
@@ -57,7 +58,7 @@ def test_against_float64(dim, heads, head_dim, hidden, dtype, first_token):
     check(x, make(dim, heads, head_dim, hidden, dtype), heads=heads, first_token=first_token)
 
 
-@pytest.mark.parametrize("activation", F.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_options(activation):
     x = torch.randn(2, 2 * 9, 48)[:, ::2]  # strided
     gated = activation == "swiglu"

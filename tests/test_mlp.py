@@ -11,6 +11,7 @@ from test_linear import EPS, absolute_norm, absolute_norm_backward
 
 from vit_triton import functional as F
 from vit_triton import reference
+from vit_triton.checks import ACTIVATIONS
 
 pytestmark = pytest.mark.compiled
 
@@ -103,7 +104,7 @@ def check(inputs, dy, activation, *, norm):
     n=st.sampled_from([16, 50, 136]),
     out=st.sampled_from([1, 24, 72]),
     dtype=st.sampled_from(DTYPES),
-    activation=st.sampled_from(F.ACTIVATIONS),
+    activation=st.sampled_from(ACTIVATIONS),
     layout=st.sampled_from(["contiguous", "transposed"]),
     gradient=st.sampled_from(["dense", "expanded", "transposed"]),
     bias=st.booleans(),
@@ -162,7 +163,7 @@ def output_mask(rows, n, out, p, hidden_p, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", F.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_dropout_has_its_masks_in_both_directions(dtype, activation):
     hidden_keep, keep = (
         hidden_mask(70, 50, 0.3, seed=5, activation=activation),
@@ -240,7 +241,7 @@ def test_dropout_follows_the_seed_of_torch():
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("activation", F.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_and_missing_values(activation, dtype):
     z = torch.tensor([1e4, -1e4, 90.0, -90.0, 0.0, -0.0, float("nan"), float("inf")]).to(dtype)[:, None]
@@ -267,7 +268,7 @@ def test_extreme_and_missing_values(activation, dtype):
     assert torch.equal(ours.grad[6].isnan(), exact.grad[6].isnan())
 
 
-@pytest.mark.parametrize("activation", F.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_activation_is_recomputed_bit_for_bit(activation):
     x, w1 = torch.randn(40, 24).bfloat16(), torch.randn(80 if activation == "swiglu" else 40, 24).bfloat16()
     one = torch.eye(40).bfloat16()  # as w2 it makes the activation the output, as dy the gradient of w2

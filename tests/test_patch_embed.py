@@ -11,6 +11,7 @@ from precision import DTYPES, assert_as_precise, double, run
 
 from vit_triton import functional as F
 from vit_triton import reference
+from vit_triton.checks import PATCH_ORDERS
 
 pytestmark = pytest.mark.compiled
 
@@ -125,7 +126,7 @@ def _tensors(options, dtype):
     dim=st.sampled_from([16, 40, 72]),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(["contiguous", "channels_last", "crop"]),
-    patch_order=st.sampled_from(F.PATCH_ORDERS),
+    patch_order=st.sampled_from(PATCH_ORDERS),
     pre=st.booleans(),
     post=st.booleans(),
     bias=st.booleans(),
@@ -137,7 +138,7 @@ def test_float_images(batch, channels, grid, patch_size, dim, dtype, layout, pat
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("patch_order", F.PATCH_ORDERS)
+@pytest.mark.parametrize("patch_order", PATCH_ORDERS)
 def test_uint8_images_are_normalised_in_the_load(dtype, patch_order):
     inputs = make_inputs(2, 3, (3, 2), (4, 6), 40, dtype, layout="uint8")
     check(inputs, patch_size=(4, 6), patch_order=patch_order, pre=True, post=True, mean=MEAN, std=STD)

@@ -12,6 +12,7 @@ from test_linear import EPS
 
 from vit_triton import functional as F
 from vit_triton import reference
+from vit_triton.checks import NORM_TYPES
 
 pytestmark = pytest.mark.compiled
 
@@ -91,7 +92,7 @@ def check(inputs, grads, norm_type="layer_norm"):
     layout=st.sampled_from(["packed", "heads first", "strided"]),
     gradient=st.sampled_from(["dense", "expanded"]),
     affine=st.sampled_from([(True, True), (True, False), (False, False)]),
-    norm_type=st.sampled_from(F.NORM_TYPES),
+    norm_type=st.sampled_from(NORM_TYPES),
 )
 def test_outputs_and_gradients(batch, n, heads, head_dim, dtype, layout, gradient, affine, norm_type):
     n_q, n_k = (n[0], n[0]) if layout == "packed" else n
@@ -102,7 +103,7 @@ def test_outputs_and_gradients(batch, n, heads, head_dim, dtype, layout, gradien
     check(inputs, [do, torch.randn(batch, heads, n_q)], norm_type)
 
 
-@pytest.mark.parametrize("norm_type", F.NORM_TYPES)
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_several_blocks(small_tiles, dtype, norm_type):
     inputs = make(2, 37, 50, 3, 72, dtype)
@@ -110,7 +111,7 @@ def test_several_blocks(small_tiles, dtype, norm_type):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("norm_type", F.NORM_TYPES)
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
 def test_the_packed_form_is_the_same_bits(norm_type, dropout_p):
     qkv, *weights = torch.randn(2, 19, 3, 2, 40).bfloat16(), *(torch.randn(40) for _ in range(4))
     do = torch.randn(2, 19, 2, 40).bfloat16()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vit_triton.checks import check_choice
+from vit_triton.portable import is_portable
 
 BACKENDS = ("triton", "torch", "auto")
 ENVIRONMENT_VARIABLE = "VIT_TRITON_BACKEND"
@@ -24,7 +25,6 @@ ENVIRONMENT_VARIABLE = "VIT_TRITON_BACKEND"
 MAX_NORM_WIDTH = 2**16  # of a LayerNorm: the kernels hold a row in the registers of one program
 
 _default: str | None = None  # what use_backend set
-_portable = 0  # how many contexts of portable_operators are open
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _GPU_TYPES = ("cuda", "xpu")
 
@@ -59,44 +59,6 @@ class use_backend:  # lower case: used like a function, as torch.set_grad_enable
     ) -> None:
         global _default
         _default = self._previous
-
-
-class portable_operators:  # lower case as use_backend is
-    """A context manager in which every function and model of this package, and every model that
-    :func:`vit_triton.accelerate` has changed, computes with PyTorch's operators only, whatever its backend.
-
-    A program that ``torch.export.export`` captures inside it runs where this package is not installed, and
-    ``torch.onnx.export`` converts it. ``torch.jit.trace`` and ``torch.onnx.export`` of a module need no such context:
-    they use PyTorch's operators always. The setting is one for all threads; contexts may be nested.
-    """
-
-    def __enter__(self) -> "portable_operators":
-        global _portable
-        _portable += 1
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        global _portable
-        _portable -= 1
-
-
-def is_portable() -> bool:
-    """Whether this call must use PyTorch's operators only: inside :class:`portable_operators`, ``torch.jit.trace`` and
-    ``torch.onnx.export``."""
-    # ONNX's former exporter runs torch.jit.trace; its other one runs torch.export: is_in_onnx_export takes 20 times as
-    # long as the rest, so it is read only there
-    if _portable or _tracing_state() is not None:
-        return True
-    return torch.compiler.is_exporting() and _in_onnx_export()
-
-
-_tracing_state = torch._C._get_tracing_state  # torch.jit.is_tracing() takes three times as long
-
-
-def _in_onnx_export() -> bool:
-    return torch.onnx.is_in_onnx_export()
 
 
 def ignore_warnings_of_shape_checks() -> None:
@@ -283,7 +245,6 @@ def _triton() -> tuple[bool, Any, Any]:
 
 _cpu_vehicle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _measured_cpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo takes it for False
 
 _warned = False
 

@@ -1,10 +1,25 @@
-"""What came in place of an argument, said on one line, and the checks that several parts share."""
+"""What arguments must be, and the errors that say so: each names the argument, what was expected and what came."""
 
+import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any
 
+import torch
 from torch import Tensor, nn, strided
 
+from vit_triton.arguments import Block, Norm
+from vit_triton.autocast import FLOATS as KERNEL_DTYPES
+from vit_triton.autocast import autocasting
+from vit_triton.portable import is_portable
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
+NORM_TYPES = ("layer_norm", "rms_norm")
+PATCH_ORDERS = ("p1 p2 c", "c p1 p2")
+MAX_HEAD_DIM = 256
+MAX_ROWS = 2**31 - 1  # rows are counted in 32 bits by the kernels, and so are the programs of a launch
+
+_FLOATS = (*KERNEL_DTYPES, torch.float64)
 _PLAIN = (str, bytes, bool, int, float, complex, type(None))
 
 
@@ -46,15 +61,317 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {given(value)}")
 
 
-def check_count(name: str, value: object, *, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):  # NumPy's integers are welcome
+def is_integer(value: Any) -> bool:
+    return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: Any, *, at_least: int) -> None:
+    if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {given(value)}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {given(value)}")
 
 
-def check_probability(name: str, value: object) -> None:
+def check_number(name: str, value: Any) -> None:
+    if isinstance(value, (float, torch.SymFloat, torch.SymInt)):
+        return
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {given(value)}")
-    if value < 0 or not value <= 1:
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be within the range of a float, got a larger number") from None
+
+
+def check_probability(name: str, value: Any) -> None:
+    check_number(name, value)
+    if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be between 0 and 1, got {given(value)}")
+
+
+# --- tensors -----------------------------------------------------------------------------------------------
+
+
+def shape_of(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def check_tensor(
+    name: str, x: Any, ndim: int | None = None, layout: str = "(..., D)", *, also: tuple[torch.dtype, ...] = ()
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {kind(x)}")
+    if x.layout is not strided or x.is_nested:
+        check_dense(name, x)
+    if x.dtype not in _FLOATS and x.dtype not in also:
+        supported = " or ".join(str(dtype).removeprefix("torch.") for dtype in (torch.float64, *also))
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or {supported}, got {x.dtype}")
+    if x.ndim != ndim if ndim is not None else x.ndim < 1:
+        raise ValueError(f"{name} must be {layout}, got shape {shape_of(x)}")
+
+
+def check_alike(first: str, x: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is None:
+            continue
+        if other.device != x.device:
+            raise ValueError(f"{first} and {name} must be on one device, got {x.device} and {other.device}")
+        if other.dtype != x.dtype and (torch.float64 in (x.dtype, other.dtype) or not autocasting(x.device.type)):
+            raise TypeError(f"{first} and {name} must have one dtype, got {x.dtype} and {other.dtype}")
+
+
+def check_kernel_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in KERNEL_DTYPES:
+        raise TypeError(
+            f'{name} is {x.dtype}: backend "triton" takes float32, float16 and bfloat16; use backend="torch"'
+        )
+
+
+def check_attention(q_shape: Sequence[int], n_k: int, scale: float | None, dropout_p: float, return_lse: bool) -> None:
+    batch, n_q, heads, head_dim = q_shape
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"the head size must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
+    if n_k < 1:
+        raise ValueError("k and v must have at least one row, got 0")
+    if too_many(batch * heads * max(n_q, n_k)):
+        raise ValueError(f"batch * heads * rows must be at most {MAX_ROWS}, got {batch * heads * max(n_q, n_k)}")
+    if scale is not None:
+        check_number("scale", scale)
+    check_probability("dropout_p", dropout_p)
+    check_flag("return_lse", return_lse)
+
+
+def check_head_norms(q: Tensor, q_norm: Norm | None, k_norm: Norm | None, norm_type: str) -> None:
+    check_choice("norm_type", norm_type, NORM_TYPES)
+    check_norm("q_norm", q_norm, q.shape[-1], q)
+    check_norm("k_norm", k_norm, q.shape[-1], q)
+
+
+def hidden_features(name: str, w1: Tensor, activation: str) -> torch.Size:
+    """How wide the activation's result is."""
+    if activation != "swiglu":
+        return w1.shape[:1]
+    if w1.shape[0] % 2:
+        raise ValueError(f"{name} must have 2 * hidden rows, gate and value, for 'swiglu', got {shape_of(w1)}")
+    return torch.Size([w1.shape[0] // 2])
+
+
+def check_linear(
+    x_name: str, features: torch.Size, weight_name: str, weight: Tensor, bias_name: str, bias: Tensor | None
+) -> None:
+    check_tensor(weight_name, weight, 2, "(out features, in features)")
+    if weight.shape[1:] != features:
+        raise ValueError(f"{weight_name} must have {features[0]} columns to follow {x_name}, got {shape_of(weight)}")
+    if 0 in weight.shape:
+        raise ValueError(f"{weight_name} must have at least one row and column, got {shape_of(weight)}")
+    if bias is not None:
+        check_vector(bias_name, bias, weight_name, weight)
+
+
+def check_norm(name: str, norm: Norm | None, size: int, beside: Tensor) -> None:
+    """``beside``: the tensor whose device the norm shares."""
+    if norm is None:
+        return
+    if not isinstance(norm, tuple) or len(norm) != 3:
+        came = f"a tuple of {len(norm)}" if isinstance(norm, tuple) else type(norm).__name__
+        raise TypeError(f"{name} must be a tuple (weight, bias, eps), got {came}")
+    weight, bias, eps = norm
+    for part, x in (("weight", weight), ("bias", bias)):
+        if x is not None:
+            if not isinstance(x, Tensor) or x.dtype not in KERNEL_DTYPES or x.layout is not strided or x.is_nested:
+                check_tensor(f"{part} of {name}", x)
+                if x.dtype != beside.dtype:
+                    raise TypeError(f"{part} of {name} must not be float64 beside {beside.dtype}")
+            if x.shape != (size,):
+                raise ValueError(f"{part} of {name} must be ({size},), got {shape_of(x)}")
+            if x.device != beside.device:
+                raise ValueError(f"{part} of {name} must be on {beside.device}, got {x.device}")
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        raise TypeError(f"weight and bias of {name} must have one dtype, got {weight.dtype} and {bias.dtype}")
+    if size < 1:
+        raise ValueError(f"{name} normalises over the last dimension, which must not be empty")
+    check_number(f"eps of {name}", eps)
+    if not eps >= 0:
+        raise ValueError(f"eps of {name} must not be negative, got {eps}")
+
+
+def check_residual(residual: Tensor | None, shape: tuple[int, ...]) -> None:
+    if residual is not None:
+        check_tensor("residual", residual)
+        if tuple(residual.shape) != shape:
+            raise ValueError(f"residual must be {shape} as the result, got {shape_of(residual)}")
+
+
+def check_branch(
+    x: Tensor, name: str, weight: Tensor, residual: Tensor | None, layer_scale: Tensor | None, drop_path_p: float
+) -> None:
+    if layer_scale is not None:
+        check_vector("layer_scale", layer_scale, name, weight)
+    check_probability("drop_path_p", drop_path_p)
+    if residual is None and (layer_scale is not None or drop_path_p > 0):
+        given = "drop_path_p" if layer_scale is None else "layer_scale"
+        raise ValueError(f"{given} is of a branch beside a residual: give residual, or leave it out")
+    if drop_path_p > 0 and x.ndim < 2:
+        raise ValueError(f"drop_path_p needs an x of samples, (B, ..., D), got {shape_of(x)}")
+
+
+def check_vector(name: str, x: Tensor, weight_name: str, weight: Tensor) -> None:
+    check_tensor(name, x)
+    if x.shape != weight.shape[:1]:
+        raise ValueError(f"{name} must be ({weight.shape[0]},) as {weight_name} has rows, got {shape_of(x)}")
+
+
+def too_many(rows: int) -> bool:
+    """Whether the kernels cannot count so many; of a symbol that is not compared where PyTorch's operators run."""
+    return not (torch.compiler.is_compiling() and is_portable()) and rows > MAX_ROWS
+
+
+def check_rows(x: Tensor) -> None:
+    if too_many(math.prod(x.shape[:-1])):
+        raise ValueError(f"x must have at most {MAX_ROWS} rows, got {math.prod(x.shape[:-1])}")
+
+
+def patch_sides(patch_size: int | tuple[int, int]) -> tuple[int, int]:
+    sides = patch_size if isinstance(patch_size, (tuple, list)) else (patch_size, patch_size)
+    if not all(is_integer(side) for side in sides):
+        raise TypeError(f"patch_size must be an int or two of them, got {given(patch_size)}")
+    if len(sides) != 2:
+        raise ValueError(f"patch_size must be an int or two of them, got {given(patch_size)}")
+    if sides[0] < 1 or sides[1] < 1:
+        raise ValueError(f"patch_size must be positive, got {given(patch_size)}")
+    return sides[0], sides[1]
+
+
+def check_patch_embed(
+    image: Any, weight: Any, bias: Any, patch_size: Any, patch_order: Any, pre_norm: Any, post_norm: Any, pos: Any,
+    prefix: Any, mean: Any, std: Any,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Height and width of a patch, and the number of patches in an image."""
+    check_tensor("image", image, 4, "(B, C, H, W)", also=(torch.uint8,))
+    check_choice("patch_order", patch_order, PATCH_ORDERS)
+    p1, p2 = patch_sides(patch_size)
+    batch, channels, height, width = image.shape
+    if height % p1 or width % p2 or height == 0 or width == 0:
+        sides = f"{given(p1)} x {given(p2)}"
+        raise ValueError(f"image of {height} x {width} does not divide into patches of {sides}")
+    check_tensor("weight", weight, 2, "(dim, C * p1 * p2)")
+    if weight.shape[1] != channels * p1 * p2:
+        raise ValueError(
+            f"image with {channels} channels and patches of {p1} x {p2} needs a weight of {channels * p1 * p2} columns"
+            f", got {shape_of(weight)}"
+        )
+    check_linear("image", weight.shape[1:], "weight", weight, "bias", bias)
+    dim = weight.shape[0]
+    patches = (height // p1) * (width // p2)
+    check_norm("pre_norm", pre_norm, weight.shape[1], weight)
+    check_norm("post_norm", post_norm, dim, weight)
+    for name, rows in (("pos", pos), ("prefix", prefix)):
+        if rows is not None:
+            check_tensor(name, rows, 2, "(rows, dim)")
+            if rows.shape[1] != dim:
+                raise ValueError(f"{name} must have {dim} columns as weight has rows, got {shape_of(rows)}")
+    if pos is not None and pos.shape[0] < patches:
+        raise ValueError(f"image has {patches} patches, more than the {pos.shape[0]} positions in pos")
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std go together: got only one of them")
+    if image.dtype == torch.uint8 and mean is None:
+        raise TypeError("image is uint8: give mean and std (on the 0..1 scale), or convert it to floating point")
+    if image.dtype != torch.uint8 and mean is not None:
+        raise TypeError(f"mean and std normalise a uint8 image, got {image.dtype}: normalise it before")
+    if image.dtype == torch.uint8:
+        check_alike("weight", weight, bias=bias, pos=pos, prefix=prefix)
+        if weight.device != image.device:
+            raise ValueError(f"image and weight must be on one device, got {image.device} and {weight.device}")
+    else:
+        check_alike("image", image, weight=weight, bias=bias, pos=pos, prefix=prefix)
+    if too_many(batch * patches):
+        raise ValueError(f"image has {batch * patches} patches in all, more than {MAX_ROWS}")
+    return p1, p2, patches
+
+
+# --- the encoder -------------------------------------------------------------------------------------------
+
+_forms: dict[tuple, None] = {}  # forms that have passed: of a small encoder it takes as long as to compute it
+
+
+def _form(*arguments: Any) -> tuple | None:
+    """All that the checks of ``arguments`` look at; None where there is no remembering it."""
+    if torch.compiler.is_compiling() or is_portable():  # sizes may be symbols or tensors
+        return None
+    try:
+        # the types too: 2, 2.0 and np.int64(2) are equal
+        form = tuple(
+            (x.shape, x.dtype, x.device, x.layout)
+            if isinstance(x, Tensor)
+            else x
+            if x is None or type(x) is float
+            else (type(x), x)
+            for x in arguments
+        )
+        hash(form)
+    except (TypeError, RuntimeError):  # a wrong argument, sizes that are symbols, or a nested tensor
+        return None
+    return form
+
+
+def _remember(form: tuple | None) -> None:
+    if form is None:
+        return
+    if len(_forms) >= 1024:  # sizes vary without end: the oldest goes
+        _forms.pop(next(iter(_forms)), None)
+    _forms[form] = None
+
+
+def check_encoder(x: Any, blocks: Any, heads: Any, scale: Any, activation: Any, first_token: Any) -> list[Any]:
+    """The fields of all blocks, those of their norms among them. A form that has passed is not checked again."""
+    check_flag("first_token", first_token)
+    if not isinstance(blocks, Sequence) or isinstance(blocks, (str, bytes, Block)):
+        raise TypeError(f"blocks must be a sequence of Block, got {kind(blocks)}")
+    if first_token and not blocks:
+        raise ValueError("first_token needs a block, got none")
+    for i, block in enumerate(blocks):
+        if not isinstance(block, Block):
+            raise TypeError(f"blocks[{i}] must be a Block, got {kind(block)}")
+    parts = [part for block in blocks for field in block for part in (field if isinstance(field, tuple) else (field,))]
+    form = _form(x, *parts, heads, scale, activation)
+    if form is None or form not in _forms:
+        _check_encoder(x, blocks, heads, scale, activation)
+        _remember(form)
+    return parts
+
+
+def _check_encoder(x: Any, blocks: Sequence[Block], heads: int, scale: float | None, activation: str) -> None:
+    check_tensor("x", x, 3, "(B, N, D)")
+    check_rows(x)
+    check_count("heads", heads, at_least=1)
+    check_choice("activation", activation, ACTIVATIONS)
+    dim = x.shape[2:]
+    for i, block in enumerate(blocks):
+        at = f"blocks[{i}]."
+        check_norm(at + "norm1", block.norm1, dim[0], x)
+        check_norm(at + "norm2", block.norm2, dim[0], x)
+        check_linear("x", dim, at + "qkv_weight", block.qkv_weight, at + "qkv_bias", block.qkv_bias)
+        inner = block.qkv_weight.shape[0] // 3  # no divmod: in torch.jit.trace sizes are tensors
+        if block.qkv_weight.shape[0] % 3 or inner % heads:
+            raise ValueError(
+                f"{at}qkv_weight must have 3 * heads * head size rows for {given(heads)} heads, "
+                f"got {shape_of(block.qkv_weight)}"
+            )
+        if block.qkv_weight.shape[0] != blocks[0].qkv_weight.shape[0]:
+            raise ValueError(
+                f"{at}qkv_weight must have the shape of the first block's, got {shape_of(block.qkv_weight)}"
+            )
+        features = torch.Size([inner])
+        check_linear("the heads", features, at + "out_weight", block.out_weight, at + "out_bias", block.out_bias)
+        check_linear("x", dim, at + "w1", block.w1, at + "b1", block.b1)
+        hidden = hidden_features(at + "w1", block.w1, activation)
+        check_linear(at + "w1", hidden, at + "w2", block.w2, at + "b2", block.b2)
+        for name, weight in (("out_weight", block.out_weight), ("w2", block.w2)):
+            if weight.shape[:1] != dim:
+                raise ValueError(f"{at}{name} must have {dim[0]} rows as x has columns, got {shape_of(weight)}")
+        for name, vector in (("layer_scale1", block.layer_scale1), ("layer_scale2", block.layer_scale2)):
+            if vector is not None:
+                check_vector(at + name, vector, at + "w2", block.w2)
+        names = [name for name in Block._fields if not name.startswith("norm")]
+        check_alike("x", x, **{at + name: getattr(block, name) for name in names})
+        check_attention((*x.shape[:2], heads, inner // heads), x.shape[1], scale, 0.0, False)

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vit_triton import functional as F
+from vit_triton.autocast import autocasting
 from vit_triton.backend import MAX_NORM_WIDTH
+from vit_triton.checks import KERNEL_DTYPES, MAX_HEAD_DIM, MAX_ROWS
 from vit_triton.integrations.recipes import Unknown, only, part, sharded
 from vit_triton.modules import dropout_now
 
@@ -118,16 +120,16 @@ def check_input(x: Tensor, *weights: Tensor | None) -> None:
         if sharded(weight):
             raise Unknown("a sharded weight")
         if weight.dtype != x.dtype:
-            if not F.autocasting(x.device.type):
+            if not autocasting(x.device.type):
                 raise Unknown("several dtypes")
-            if weight.dtype not in F.KERNEL_DTYPES:
+            if weight.dtype not in KERNEL_DTYPES:
                 raise Unknown(f"a weight of {weight.dtype}")
     check_rows(math.prod(x.shape[:-1]))
 
 
 def check_rows(rows: int) -> None:
     """Raise Unknown if the kernels cannot count so many rows."""
-    if rows > F.MAX_ROWS:
+    if rows > MAX_ROWS:
         raise Unknown("more rows than the kernels count")
 
 
@@ -148,8 +150,8 @@ def check_weight(name: str, weight: Any) -> None:
 
 def check_head_size(size: int) -> None:
     """Raise Unknown if heads are wider than the kernels take."""
-    if size > F.MAX_HEAD_DIM:
-        raise Unknown(f"heads are {size} wide, the kernels' at most {F.MAX_HEAD_DIM}")
+    if size > MAX_HEAD_DIM:
+        raise Unknown(f"heads are {size} wide, the kernels' at most {MAX_HEAD_DIM}")
 
 
 def layer_norm_of(norm: Any) -> F.Norm:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from vit_triton.functional import KERNEL_DTYPES
+from vit_triton.checks import KERNEL_DTYPES
 
 __all__ = [
     "Recipe",

@@ -16,13 +16,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from vit_triton.backend import check_backend_name, is_portable
+from vit_triton.backend import check_backend_name
 from vit_triton.checks import check_module
 from vit_triton.fallback import count, counter, for_a_graph, forget
 from vit_triton.integrations import pytorch, timm, torchvision, vit_pytorch
 from vit_triton.integrations.recipes import Recipe, Unknown, check_unwatched, recipe_of, resembles_known
 from vit_triton.integrations.report import Entry, Report
 from vit_triton.packing import refuse
+from vit_triton.portable import is_portable
 
 __all__ = ["accelerate", "restore"]
 

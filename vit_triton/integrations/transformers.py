@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from vit_triton import functional as F
 from vit_triton.backend import resolve_backend
+from vit_triton.checks import KERNEL_DTYPES, MAX_HEAD_DIM
 from vit_triton.fallback import count
 from vit_triton.integrations.parts import (
     AttentionParts,
@@ -79,8 +80,8 @@ def attention_forward(
         "output_attentions": bool(kwargs.get("output_attentions")),
         "a position bias": kwargs.get("position_bias") is not None,
         "keys or values of another shape": other_heads,
-        f"heads wider than {F.MAX_HEAD_DIM}": query.shape[3] > F.MAX_HEAD_DIM,
-        f"{query.dtype} input": query.dtype not in F.KERNEL_DTYPES,
+        f"heads wider than {MAX_HEAD_DIM}": query.shape[3] > MAX_HEAD_DIM,
+        f"{query.dtype} input": query.dtype not in KERNEL_DTYPES,
         "no keys": key.shape[2] == 0,
     }
     on_kernels = resolve_backend(None, "attention", query) == "triton"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
-from vit_triton.checks import check_probability
+from vit_triton.checks import check_probability, kind
 from vit_triton.models.vit import ViT
 from vit_triton.modules import LayerNorm, Linear
 
@@ -80,9 +80,9 @@ class DistillWrapper(nn.Module):
         mlp_layernorm: bool = False,
     ) -> None:
         if not isinstance(teacher, nn.Module):
-            raise TypeError(f"teacher must be a torch.nn.Module, got {_class_of(teacher)}")
+            raise TypeError(f"teacher must be a torch.nn.Module, got {kind(teacher)}")
         if not isinstance(student, DistillableViT):
-            raise TypeError(f"student must be a vit_triton.DistillableViT, got {_class_of(student)}")
+            raise TypeError(f"student must be a vit_triton.DistillableViT, got {kind(student)}")
         if student.mlp_head is None:
             raise ValueError("student must have at least 1 class, got num_classes=0")
         _check_loss(temperature, alpha)
@@ -127,7 +127,7 @@ class DistillWrapper(nn.Module):
         wanted = getattr(wanted, "logits", wanted)
         logits, token = self.student(img, distill_token=self.distillation_token, **kwargs)
         if not isinstance(wanted, Tensor) or wanted.shape != logits.shape:
-            came = f"shape {tuple(wanted.shape)}" if isinstance(wanted, Tensor) else _class_of(wanted)
+            came = f"shape {tuple(wanted.shape)}" if isinstance(wanted, Tensor) else kind(wanted)
             raise ValueError(f"teacher must give logits of the student's shape {tuple(logits.shape)}, got {came}")
         distilled = self.distill_mlp(token)
         if self.hard:
@@ -150,11 +150,7 @@ class DistillWrapper(nn.Module):
 
 def _check_loss(temperature: float, alpha: float) -> None:
     if not isinstance(temperature, Real):
-        raise TypeError(f"temperature must be a number, got {_class_of(temperature)} {temperature!r}")
+        raise TypeError(f"temperature must be a number, got {kind(temperature)} {temperature!r}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature!r}")
     check_probability("alpha", alpha)
-
-
-def _class_of(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
