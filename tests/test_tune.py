@@ -17,12 +17,13 @@ from vit_triton.cli import main
 from vit_triton.cli.tune import MODELS
 from vit_triton.cpu.driver import active
 from vit_triton.kernels import device, tuned
+from vit_triton.kernels import picker as pickers
 from vit_triton.kernels.attention.config import AttentionConfig
 from vit_triton.kernels.device import target_of
 from vit_triton.kernels.linear import forward
 from vit_triton.kernels.linear.config import Epilogue, GemmConfig, VendorGemm, pick_linear_fwd
 from vit_triton.kernels.norm.config import LayerNormConfig, pick_layer_norm
-from vit_triton.kernels.picker import PICKERS
+from vit_triton.kernels.picker import PICKERS, choosing
 from vit_triton.kernels.target import target_named
 from vit_triton.tuning import tune
 from vit_triton.tuning.progress import progress
@@ -267,7 +268,7 @@ def small(monkeypatch, request):
 def asked_by(call):
     """Every key that pickers are asked for inside."""
     keys = set()
-    with tune._picking(lambda picker, args: keys.add(picker.key(args)) or picker.default(*args)):
+    with choosing(lambda picker, args: keys.add(picker.key(args)) or picker.default(*args)):
         call()
     return keys
 
@@ -370,10 +371,10 @@ def test_a_candidate_that_is_wrong_or_fails_or_spills_is_named_and_not_taken(sma
 
 
 def test_the_launchers_ask_the_pickers_again_afterwards(small):
-    pick = forward.pick_linear_fwd
+    pick = forward.linear_fwd
     with pytest.raises(ZeroDivisionError):
         list(tune.tune(small[:1], lambda run: 1 / 0, lambda line: None))
-    assert forward.pick_linear_fwd is pick is pick_linear_fwd
+    assert forward.linear_fwd is pick and pickers._choose is None
 
 
 def test_what_was_measured_before_a_stop_is_written_and_what_was_there_is_kept(tmp_path, capsys):

@@ -8,9 +8,10 @@ one. Each picker declares its candidates; ``vit-triton tune`` times them, and th
 takes precedence over the choices made here, on the device that it names.
 """
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -86,12 +87,29 @@ def tunable(*kinds: type, candidates: Callable[..., Iterable[Any]]) -> Callable[
         target = names.index("target")
 
         @functools.lru_cache(1024)
+        def choice(*args: Any) -> Any:
+            tuned = args[target].tuned
+            chosen = None if tuned is None else tuned.choices.get(picker.key(args))
+            return pick(*args) if chosen is None else chosen
+
         @functools.wraps(pick)
         def choose(*args: Any) -> Any:
-            tuned = args[target].tuned
-            choice = None if tuned is None else tuned.choices.get(picker.key(args))
-            return pick(*args) if choice is None else choice
+            return choice(*args) if _choose is None else _choose(PICKERS[picker.name], args)
 
         return choose  # type: ignore[return-value]
 
     return decorate
+
+
+_choose: Callable[[Picker, tuple[Any, ...]], Any] | None = None
+
+
+@contextlib.contextmanager
+def choosing(by: Callable[[Picker, tuple[Any, ...]], Any]) -> Iterator[None]:
+    """A hook for measurements: inside it ``by(picker, arguments)`` gives the configurations, in all threads."""
+    global _choose
+    before, _choose = _choose, by
+    try:
+        yield
+    finally:
+        _choose = before

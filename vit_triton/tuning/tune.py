@@ -26,7 +26,7 @@ from vit_triton.kernels.linear import mlp
 from vit_triton.kernels.norm import layer_norm
 from vit_triton.kernels.patch_embed import backward as patch_embed_backward
 from vit_triton.kernels.patch_embed import forward as patch_embed_forward
-from vit_triton.kernels.picker import PICKERS, Picker
+from vit_triton.kernels.picker import Picker, choosing
 from vit_triton.kernels.sums import sum_parts
 from vit_triton.models import ViT
 from vit_triton.modules import Linear
@@ -106,7 +106,7 @@ def record(call: Callable[[], Any], label: str, dtype: torch.dtype) -> list[Case
 
     functions = {name: x for module in _MODULES for name, x in vars(module).items() if name in LAUNCHERS}
     watching = _replaced({name: watched(launcher) for name, launcher in functions.items()})
-    with ops.running(ops.run_directly), watching, _picking(note):  # no replay: a launcher is to be called every time
+    with ops.running(ops.run_directly), watching, choosing(note):  # no replay: a launcher is to be called every time
         call()
     return [case for case in found.values() if case.asks]
 
@@ -139,7 +139,7 @@ _MODULES = (
 
 @contextlib.contextmanager
 def _replaced(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Have the launchers' modules call these in place of what they know under the same name."""
+    """Replace launchers, by name, in every module that calls them."""
     before = [(each, name, old) for each in _MODULES for name, old in vars(each).items() if name in functions]
     try:
         for module, name, _ in before:
@@ -148,15 +148,6 @@ def _replaced(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     finally:
         for module, name, old in before:
             setattr(module, name, old)
-
-
-def _picking(choose: Callable[[Picker, tuple[Any, ...]], Any]) -> contextlib.AbstractContextManager[None]:
-    """Have every launcher ask ``choose`` of a picker and its arguments instead of the picker."""
-
-    def asking(picker: Picker) -> Callable[..., Any]:
-        return lambda *args: choose(picker, args)
-
-    return _replaced({name: asking(picker) for name, picker in PICKERS.items()})
 
 
 class _Unfit(Exception):
@@ -216,7 +207,7 @@ def tune(every: Iterable[Case], measure: Measure, say: Callable[[str], None] = p
             def choose(asker: Picker, its: tuple[Any, ...], key: Any = key, candidate: Any = candidate) -> Any:
                 return candidate if asker.key(its) == key else asker.default(*its)
 
-            with _picking(choose):
+            with choosing(choose):
                 if candidate == default:
                     expected, spills = _run(group)
                 try:
