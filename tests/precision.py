@@ -102,13 +102,16 @@ def longest_sum(model: nn.Module) -> int:
     return max(n for parameter in model.parameters() for n in parameter.shape)
 
 
-def assert_same(ours: Tensor | Sequence[Tensor], theirs: Tensor | Sequence[Tensor], terms: int = 1) -> None:
-    """Two results of the same formula, or several, with the floor for their difference."""
+def assert_same(
+    ours: Tensor | Sequence[Tensor], theirs: Tensor | Sequence[Tensor], terms: int = 1, dtype: torch.dtype | None = None
+) -> None:
+    """Two results of one formula, or several, with the floor for their difference; ``terms`` and ``dtype`` as of
+    :func:`assert_model_as_precise`."""
     if not isinstance(ours, Tensor):
         for a, b in zip(ours, theirs, strict=True):
-            assert_same(a, b, terms)
+            assert_same(a, b, terms, dtype)
         return
-    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-    error = (ours.double() - theirs.double()).norm()
-    allowed = floor(estimate(theirs, theirs.dtype, terms), theirs.dtype)
+    assert ours.shape == theirs.shape
+    error = (ours.detach().double() - theirs.detach().double()).norm()
+    allowed = floor(estimate(theirs.detach(), dtype or ours.dtype, terms), dtype or ours.dtype)
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"

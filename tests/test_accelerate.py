@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from parity import run
+from precision import assert_same
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block
 from torch import nn
@@ -47,12 +48,9 @@ def kernels(monkeypatch) -> list[str]:
     return called
 
 
+TERMS = 192  # of the longest sum
 NORM, ATTENTION = "layer_norm", ["linear", "attention_packed", "linear"]
 WHOLE = ["patch_embed", *[*ATTENTION, "mlp"] * 2, NORM]
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 # --- what stays --------------------------------------------------------------------------------------------
@@ -101,7 +99,7 @@ def test_an_optimizer_made_before_trains_as_it_would(model, images):
             loss.backward()
             optimizer.step()
         losses.append(loss.detach())
-    close(*losses)
+    assert_same(*losses, TERMS)
     assert losses[0] < 1
 
 
@@ -168,7 +166,7 @@ def test_functional_call_takes_its_parameters(model, images):
 def test_blocks_are_computed_as_wholes(model, images, kernels):
     theirs = model(images)
     vit_triton.accelerate(model, "triton")
-    close(model(images), theirs)
+    assert_same(model(images), theirs, TERMS)
     assert kernels == WHOLE
 
 
@@ -185,7 +183,7 @@ def test_blocks_are_computed_as_wholes(model, images, kernels):
 def test_choices(model, images, kernels, choices, calls):
     theirs = model(images)
     report = vit_triton.accelerate(model, "triton", **choices)
-    close(model(images), theirs)
+    assert_same(model(images), theirs, TERMS)
     assert kernels == calls
     assert f"{next(iter(choices))}=False" in {entry.what for entry in report.left}
 
@@ -212,7 +210,7 @@ def test_a_subclass_with_its_own_forward_is_left(model, images):
     model.blocks[1].attn = OwnAttention(24, 2).eval()
     theirs = model(images)
     report = vit_triton.accelerate(model, "triton")
-    close(model(images), theirs)
+    assert_same(model(images), theirs, TERMS)
     left = {entry.name: entry.what for entry in report.left}
     assert type(model.blocks[1].attn) is OwnAttention and "forward" in left["blocks.1.attn"]
     assert "attn" in left["blocks.1"] and "OwnAttention" in left["blocks.1"]
@@ -223,7 +221,7 @@ def test_a_subclass_with_the_known_forward_is_replaced(model, images, kernels):
     model.blocks[1].attn = SameAttention(24, 2).eval()
     theirs = model(images)
     vit_triton.accelerate(model, "triton")
-    close(model(images), theirs)
+    assert_same(model(images), theirs, TERMS)
     assert kernels == WHOLE
     vit_triton.restore(model)
     assert type(model.blocks[1].attn) is SameAttention
@@ -233,7 +231,7 @@ def test_what_is_not_known_is_left(model, images):
     model.blocks[0].mlp = Unheard()
     theirs = model(images)
     report = vit_triton.accelerate(model, "triton")
-    close(model(images), theirs)
+    assert_same(model(images), theirs, TERMS)
     left = {entry.name: entry.what for entry in report.left}
     assert "Unheard" in left["blocks.0"] and "blocks.0.mlp.fc1" in left
 
@@ -242,7 +240,7 @@ def test_a_part_that_a_later_version_adds_is_not_ignored(model, images):
     model.blocks[0].attn.gate = nn.Linear(24, 24)  # timm computes with it
     theirs = model(images)
     report = vit_triton.accelerate(model, "triton")
-    close(model(images), theirs)
+    assert_same(model(images), theirs, TERMS)
     assert "gate" in {entry.name: entry.what for entry in report.left}["blocks.0.attn"]
 
 
@@ -252,7 +250,7 @@ def test_a_class_whose_forward_was_replaced_is_left(model, images, kernels, monk
     ours = model(images)
     assert "mlp" not in kernels
     vit_triton.restore(model)
-    close(ours, model(images))
+    assert_same(ours, model(images), TERMS)
     report = vit_triton.accelerate(model, "triton")
     assert "blocks.0.mlp" in {entry.name for entry in report.left}
 
@@ -262,7 +260,7 @@ def test_heads_too_wide_for_the_kernels_are_left(images):
     model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
     theirs = model(images)
     report = vit_triton.accelerate(model, "triton")
-    close(model(images), theirs)
+    assert_same(model(images), theirs, TERMS)
     assert "264" in {entry.name: entry.what for entry in report.left}["blocks.0.attn"]
 
 
@@ -305,8 +303,8 @@ def test_hooks_on_inner_modules_fire(model, images, where, kind, when):
     model.zero_grad()
     ours, our_grads = run(model, images)
     assert fired == [1]
-    close(ours, theirs)
-    close(our_grads["image"], their_grads["image"])
+    assert_same(ours, theirs, TERMS)
+    assert_same(our_grads["image"], their_grads["image"], TERMS)
     handle.remove()
 
 
@@ -316,7 +314,7 @@ def test_the_hooks_of_a_block_see_what_they_did(model, images, kernels):
     model(images)
     vit_triton.accelerate(model, "triton")
     model(images)
-    close(*seen)
+    assert_same(*seen, TERMS)
     assert kernels == WHOLE
     handle.remove()
 
@@ -341,7 +339,7 @@ def test_a_replaced_part_is_computed(model, images):
     vit_triton.accelerate(model, "triton")
     model.blocks[0].mlp.fc1 = Lora(model.blocks[0].mlp.fc1)
     ours = model(images)
-    close(ours, vit_triton.restore(model)(images))
+    assert_same(ours, vit_triton.restore(model)(images), TERMS)
 
 
 def test_a_forward_replaced_on_the_instance_is_computed(model, images):
@@ -352,7 +350,7 @@ def test_a_forward_replaced_on_the_instance_is_computed(model, images):
     ours = model(images)
     vit_triton.restore(model)
     attention.forward = lambda *args, **kwargs: 3 * Attention.forward(attention, *args, **kwargs)
-    close(ours, model(images))
+    assert_same(ours, model(images), TERMS)
 
 
 def test_a_parametrization_counts_and_outlives_restore(model, images):
@@ -365,7 +363,7 @@ def test_a_parametrization_counts_and_outlives_restore(model, images):
         parametrize.register_parametrization(model.blocks[0].get_submodule(where), "weight", Doubled())
     ours = model(images)
     vit_triton.restore(model)
-    close(ours, model(images))
+    assert_same(ours, model(images), TERMS)
     norm = model.blocks[0].norm1
     assert parametrize.is_parametrized(norm) and not any(hasattr(cls, "_replaced") for cls in type(norm).__mro__)
 
@@ -388,7 +386,7 @@ def test_dtypes_mixed_by_hand_are_left_to_the_library(model, images, kernels):
     vit_triton.accelerate(model, "triton")
     ours = model.blocks[0](torch.ones(2, 5, 24))
     assert ours.dtype == theirs.dtype == torch.float64
-    close(ours, theirs)
+    assert_same(ours, theirs, TERMS)
     assert "mlp" not in kernels
 
 
@@ -399,20 +397,20 @@ def test_autocast_gives_the_dtypes_it_gave(model, images, dtype):
         vit_triton.accelerate(model, "triton")
         ours, our_tokens = model(images), model.forward_features(images)
     assert ours.dtype == theirs.dtype == dtype and our_tokens.dtype == tokens.dtype
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=32 * torch.finfo(dtype).eps)
+    assert_same(ours, theirs)
 
 
 def test_compiles_into_one_graph(model, images):
     vit_triton.accelerate(model, "triton")
     theirs = model(images)
-    close(torch.compile(model, backend="aot_eager", fullgraph=True)(images), theirs)
+    assert_same(torch.compile(model, backend="aot_eager", fullgraph=True)(images), theirs, TERMS)
 
 
 def test_exports(model, images):
     vit_triton.accelerate(model, "triton")
     program = torch.export.export(model, (images,))
     assert any("vit_triton" in str(node.target) for node in program.graph.nodes)
-    close(program.module()(images), model(images))
+    assert_same(program.module()(images), model(images), TERMS)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 10, 8), (3, 8, 8), (0, 3, 8, 8)], ids=["ragged", "unbatched", "empty"])
@@ -421,7 +419,7 @@ def test_images_that_are_no_batch_of_patches_are_convolved(kernels, shape):
     image = torch.randn(shape)
     theirs = model(image)
     assert vit_triton.accelerate(model, "triton").replaced
-    close(model(image), theirs)
+    assert_same(model(image), theirs, TERMS)
     assert not kernels and model(torch.randn(1, 3, 8, 8)).shape == (1, 5, 2, 2) and kernels == ["patch_embed"]
 
 

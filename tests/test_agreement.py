@@ -57,7 +57,10 @@ def embedding():
 
 
 CALLS = {  # what is called, and arguments that are right
-    "attention": (F.attention, lambda: dict(q=R(2, 5, 2, 16), k=R(2, 7, 2, 16), v=R(2, 7, 2, 16), dropout_p=0.0)),
+    "attention": (
+        F.attention,
+        lambda: dict(q=R(2, 5, 2, 16), k=R(2, 7, 2, 16), v=R(2, 7, 2, 16), dropout_p=0.0, return_lse=True),
+    ),
     "attention, normed": (
         F.attention,
         lambda: dict(q=R(2, 5, 2, 16), k=R(2, 7, 2, 16), v=R(2, 7, 2, 16), norm_type="layer_norm", **heads()),
@@ -312,6 +315,7 @@ def assert_agree(call, changes, mode):
         assert (a is None) == (b is None), f"result {i}: {a} and {b}"
         if a is not None:
             assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device), f"result {i}"
+            assert a.requires_grad == b.requires_grad, f"result {i}: requires_grad"
             assert a.is_meta or torch.equal(a.isfinite(), b.isfinite()), f"result {i}: NaN or Inf of one only"
     pairs = [i for i, a in enumerate(ours) if a is not None and not a.is_meta and a.isfinite().all()]
     if any(x == "dropout_p" or x == "hidden_dropout_p" or x == "drop_path_p" for path, _ in changes for x in path):

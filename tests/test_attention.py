@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as torch_F
 from hypothesis import given
 from hypothesis import strategies as st
-from precision import DTYPES, assert_as_precise, double, run
+from precision import DTYPES, assert_as_precise, assert_same, double, run
 
 from vit_triton import functional as F
 from vit_triton.kernels.attention.config import AttentionConfig, attention_tail, split_head_dim
@@ -170,7 +170,7 @@ def dropped(n_q, n_k, heads, p, seed, *, batch=1):
 def test_dropout_keeps_a_share_and_scales_it():
     keep = dropped(90, 120, 2, 0.3, seed=0)
     kept = keep != 0
-    torch.testing.assert_close(keep[kept], torch.full_like(keep[kept], 1 / 0.7), rtol=1e-5, atol=0)
+    assert_same(keep[kept], torch.full_like(keep[kept], 1 / 0.7))
     count, deviation = 0.7 * kept.numel(), math.sqrt(0.7 * 0.3 * kept.numel())
     assert abs(int(kept.sum()) - count) < 5 * deviation
     # rows, columns and heads are independent: no two rows or columns alike
@@ -310,7 +310,7 @@ def test_gradients_of_those_that_require_one(wanted):
     for leaf, other in zip(leaves, others, strict=True):
         assert (leaf.grad is not None) == leaf.requires_grad
         if leaf.requires_grad:
-            torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-5)
+            assert_same(leaf.grad, other.grad, 16)
 
 
 def test_saved_are_the_operands_the_output_and_the_log_sum_exp():

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 import vit_pytorch
+from precision import assert_same
 from torch import Tensor, nn
 from vit_pytorch.dino import Dino
 from vit_pytorch.distill import DistillableViT, DistillWrapper
@@ -44,18 +45,12 @@ def image() -> Tensor:
     return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def assert_same(ours: Tensor, theirs: Tensor, rtol: float = 1e-4) -> None:
-    """Equal to `rtol` of the largest element: both sides are float32 and differ in the order of their sums."""
-    assert ours.shape == theirs.shape
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=rtol * float(theirs.detach().abs().max()))
-
-
 def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         assert (parameter.grad is None) == (expected[name].grad is None), name
         if parameter.grad is not None and parameter.numel():
-            assert_same(parameter.grad, expected[name].grad, rtol=1e-3)
+            assert_same(parameter.grad, expected[name].grad, BASE["mlp_dim"])
 
 
 class TestExtractor:
@@ -69,13 +64,13 @@ class TestExtractor:
             results.append((logits, latents[0] if layer_save_input else latents))
             assert extractor.eject() is model
         for theirs, ours in zip(*results, strict=True):
-            assert_same(ours, theirs)
+            assert_same(ours, theirs, BASE["mlp_dim"])
 
     @pytest.mark.parametrize("name", ["transformer.norm", "transformer.layers.0.0", "transformer.layers.0.1.net.0"])
     def test_of_a_layer_given_as_a_module(self, backend, image, name):
         theirs, ours = (Extractor(model, layer=model.get_submodule(name))(image) for model in both(backend))
-        assert_same(ours[0], theirs[0])
-        assert_same(ours[1], theirs[1])
+        assert_same(ours[0], theirs[0], BASE["mlp_dim"])
+        assert_same(ours[1], theirs[1], BASE["mlp_dim"])
 
     def test_gradients_pass_when_not_detached(self, backend, image):
         models = both(backend)
@@ -107,7 +102,7 @@ class TestDino:
             loss.backward()
             learner.update_moving_average()
             losses.append(loss)
-        assert_same(losses[1], losses[0])
+        assert_same(losses[1], losses[0], BASE["mlp_dim"])
         assert_same_gradients(models[1], models[0])
 
 
@@ -120,7 +115,7 @@ class TestMAE:
             loss = learner(image)
             loss.backward()
             losses.append(loss)
-        assert_same(losses[1], losses[0])
+        assert_same(losses[1], losses[0], BASE["mlp_dim"])
         assert_same_gradients(models[1], models[0])
 
 
@@ -135,4 +130,4 @@ class TestDistillWrapper:
             loss = distiller(image, torch.tensor([1, 4]))
             loss.backward()
             losses.append(loss)
-        assert_same(losses[1], losses[0])
+        assert_same(losses[1], losses[0], BASE["mlp_dim"])

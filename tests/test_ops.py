@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from precision import assert_same
 from torch.utils.checkpoint import checkpoint
 
 from vit_triton import functional as F
@@ -265,7 +266,7 @@ def test_autocast_has_the_dtypes_of_pytorch(name):
             results.append((*outputs, *grads))
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 * float(theirs.detach().abs().max()))
+        assert_same(ours, theirs, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

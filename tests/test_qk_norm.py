@@ -5,7 +5,7 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from precision import DTYPES, assert_as_precise, double, run
+from precision import DTYPES, assert_as_precise, assert_model_as_precise, assert_same, double, run
 from test_attention import absolute as absolute_attention
 from test_attention import dropped, formula
 from test_linear import EPS
@@ -140,11 +140,11 @@ def test_the_packed_form_is_the_same_bits(norm_type, dropout_p):
 def test_one_norm_alone(which):
     q, k, v, weight, bias, *_ = make(2, 9, 11, 2, 40, torch.float32)
     results = []
-    for function, options in ((F.attention, {"backend": "triton"}), (reference.attention, {})):
-        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, weight, bias)]
-        out = function(*leaves[:3], **{which: (*leaves[3:], EPS)}, **options)
-        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    for backend, dtype in (("triton", torch.float32), ("torch", torch.float32), ("torch", torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, weight, bias)]
+        out = F.attention(*leaves[:3], **{which: (*leaves[3:], EPS)}, backend=backend)
+        results.append(dict(enumerate([out, *torch.autograd.grad(out.square().sum(), leaves)])))
+    assert_model_as_precise(*results, 40)
 
 
 @pytest.mark.parametrize("norm_layer", [torch.nn.LayerNorm, timm.layers.RmsNorm])
@@ -161,18 +161,18 @@ def test_timms_attention_with_its_own_parameters(norm_layer):
     norm_type = "layer_norm" if norm_layer is torch.nn.LayerNorm else "rms_norm"
     out = F.attention_packed(qkv, **norms, norm_type=norm_type, backend="triton").flatten(2)
     ours = F.linear(out, module.proj.weight, module.proj.bias, backend="triton")
-    torch.testing.assert_close(ours, module(x), rtol=1e-4, atol=1e-4)
+    assert_same(ours, module(x), 48)
 
 
 @pytest.mark.parametrize("wanted", range(7))
 def test_one_input_requires_a_gradient(wanted):
     inputs = make(1, 5, 6, 2, 16, torch.float32)
-    leaves = [x.clone().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
-    others = [x.clone().requires_grad_() for x in inputs]
-    for function, tensors in ((call(F.attention, backend="triton"), leaves), (call(reference.attention), others)):
-        function(*tensors)[0].square().sum().backward()
+    leaves, others = ([x.clone().requires_grad_(i == wanted) for i, x in enumerate(inputs)] for _ in range(2))
+    exact = [x.double().requires_grad_() for x in inputs]
+    for tensors, backend in ((leaves, "triton"), (others, "torch"), (exact, "torch")):
+        call(F.attention, backend=backend)(*tensors)[0].square().sum().backward()
     assert [x.grad is not None for x in leaves] == [i == wanted for i in range(7)]
-    torch.testing.assert_close(leaves[wanted].grad, others[wanted].grad, rtol=1e-4, atol=1e-4)
+    assert_model_as_precise(*({i: x.grad for i, x in enumerate(each)} for each in (leaves, others, exact)), 16)
 
 
 def test_saved_are_the_operands_as_they_came():
@@ -246,4 +246,4 @@ def test_offsets_past_32_bits(axis, virtual_memory):
     expected = call(reference.attention)(near, near, near, *weights)[0]
     torch.testing.assert_close(out, expected)
     pairs = (torch.autograd.grad(y.sum(), x)[0] for y, x in ((out, leaf), (expected, near)))
-    torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-4)
+    assert_same(*pairs, 48)

@@ -106,8 +106,8 @@ def test_the_same_numbers_and_masks(vendor, launcher, dtype):
         if a is None or b is None:
             assert a is b, i
             continue
-        assert a.is_contiguous() and b.is_contiguous(), i
-        assert_same(a, b)  # two roundings instead of one, and sums in another order
+        assert a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous(), i
+        assert_same(a, b, dtype=dtype)  # two roundings instead of one, and sums in another order
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,6 +19,7 @@ import torchvision
 import transformers
 import vit_pytorch
 from parity import BASE, shake
+from precision import assert_same
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -106,13 +107,11 @@ def write(model: nn.Module, folder: Path, suffix: str = ".safetensors") -> Path:
     return path
 
 
+TERMS = 768  # of the longest sum
+
+
 def image(size: int = 32) -> Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def assert_same(ours: Tensor, theirs: Tensor) -> None:
-    """Float32 by other routes: the libraries order their sums differently."""
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("source", CLASSIFIERS)
@@ -122,7 +121,7 @@ def test_classifiers_of_three_libraries_exchange_weights(source, target, tmp_pat
     (make_source, run_source), (make_target, run_target) = CLASSIFIERS[source], CLASSIFIERS[target]
     theirs, ours = made(make_source), made(make_target, seed=1)
     load_weights(ours, write(theirs, tmp_path))
-    assert_same(run_target(ours, image()), run_source(theirs, image()))
+    assert_same(run_target(ours, image()), run_source(theirs, image()), TERMS)
 
 
 @torch.no_grad()
@@ -131,7 +130,7 @@ def test_names_of_transformers_in_memory(tmp_path):
     theirs, ours = made(CLASSIFIERS["transformers"][0]), made(timm_model, seed=1)
     torch.save(theirs.state_dict(), tmp_path / "model.pth")
     load_weights(ours, tmp_path / "model.pth")
-    assert_same(ours(image()), theirs(image()).logits)
+    assert_same(ours(image()), theirs(image()).logits, TERMS)
 
 
 class TestDino:
@@ -154,12 +153,12 @@ class TestDino:
         )
         load_weights(ours, write(theirs, tmp_path))
         expected = theirs(image()).last_hidden_state
-        assert_same(ours.forward_features(image()), expected)
+        assert_same(ours.forward_features(image()), expected, TERMS)
 
         back = made(hf_model, name, seed=2, **options)
         save_weights(ours, tmp_path / "timm.pth")
         load_weights(back, tmp_path / "timm.pth", ignore=["embeddings.mask_token"])
-        assert_same(back(image()).last_hidden_state, expected)
+        assert_same(back(image()).last_hidden_state, expected, TERMS)
 
     def test_original_names_of_registers(self, tmp_path):
         model = made(timm_model, init_values=1.0, reg_tokens=3, no_embed_class=True)
@@ -189,7 +188,7 @@ def test_distilled_deit(tmp_path):
     theirs = made(hf_model, "DeiTForImageClassificationWithTeacher")
     ours = made(timm_model, seed=1, kind=timm.models.deit.VisionTransformerDistilled)
     load_weights(ours, write(theirs, tmp_path))
-    assert_same(ours(image()), theirs(image()).logits)
+    assert_same(ours(image()), theirs(image()).logits, TERMS)
 
 
 class TestPytorchWrappings:
@@ -266,7 +265,7 @@ class TestJax:
         make, run = CLASSIFIERS[target]
         ours = made(make, seed=1)
         load_weights(ours, tmp_path / "model.npz")
-        assert_same(run(ours, image()), theirs(image()))
+        assert_same(run(ours, image()), theirs(image()), TERMS)
 
     @torch.no_grad()
     def test_as_timm_reads_it(self, tmp_path):
@@ -415,7 +414,7 @@ class TestVitPytorch:
     def test_the_same_model(self, tmp_path, theirs, ours):
         theirs, ours = made(lambda: theirs(**BASE)), made(lambda: ours(**BASE), seed=1)
         load_weights(ours, write(theirs, tmp_path))
-        assert_same(ours(image(16)), theirs(image(16)))
+        assert_same(ours(image(16)), theirs(image(16)), TERMS)
 
     @pytest.mark.parametrize("version", ["1.6", "1.2"])
     @torch.no_grad()
@@ -423,7 +422,7 @@ class TestVitPytorch:
         theirs, ours = made(lambda: vit_pytorch.ViT(**BASE)), made(lambda: ViT(**BASE), seed=1)
         torch.save(older(theirs.state_dict(), version), tmp_path / "model.pt")
         load_weights(ours, tmp_path / "model.pt")
-        assert_same(ours(image(16)), theirs(image(16)))
+        assert_same(ours(image(16)), theirs(image(16)), TERMS)
 
     @pytest.mark.parametrize("version", ["0.24", "0.7"])
     def test_without_norms_around_the_patches_it_is_another_architecture(self, tmp_path, version):
@@ -445,7 +444,7 @@ class TestVitPytorch:
         with_timm = made(lambda: timm_model(qkv_bias=False, norm_layer=nn.LayerNorm), seed=2)
         load_weights(with_timm, tmp_path / "model.pt")
         with torch.no_grad():
-            assert_same(with_timm(image()), theirs(image()))
+            assert_same(with_timm(image()), theirs(image()), TERMS)
 
     def test_the_first_versions_scaled_attention_otherwise(self, tmp_path):
         old = older(vit_pytorch.ViT(**BASE).state_dict(), "0.7")
@@ -599,7 +598,7 @@ class TestRefusals:
             for block in theirs.blocks:
                 block.attn.qkv.bias.zero_()
             load_weights(ours, write(theirs, tmp_path))
-            assert_same(ours(image()), theirs(image()))
+            assert_same(ours(image()), theirs(image()), TERMS)
 
     def test_a_checkpoint_of_timm_is_no_vit_pytorch(self, tmp_path):
         path = write(made(timm_model), tmp_path)

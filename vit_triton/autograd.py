@@ -61,6 +61,8 @@ class AttentionFunction(Function):
         out, lse = _op("attention_fwd")(q, k, v, seed, scale, dropout_p)
         ctx.save_for_backward(q, k, v, out, lse, seed)
         ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(lse)  # v has no part in it
         ctx.scale, ctx.dropout_p = scale, dropout_p
         return out, lse
 
@@ -100,6 +102,8 @@ class NormedAttentionFunction(Function):
         out, lse = _op("normed_attention_fwd")(q, k, v, *norms, seed, *scalars)
         ctx.save_for_backward(q, k, v, out, lse, *norms, seed)
         ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[:2] + ctx.needs_input_grad[3:7]):
+            ctx.mark_non_differentiable(lse)
         ctx.scalars = scalars
         return out, lse
 
@@ -220,6 +224,8 @@ class AddLayerNormFunction(Function):
         y, total, mean, rstd = _op("add_layer_norm_fwd")(x, residual, weight, bias, eps)
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(total)  # the norm's parameters have no part in it
         return y, total
 
     @staticmethod
