@@ -22,7 +22,8 @@ from torch.nn.utils import parametrize
 import vit_triton
 from vit_triton import packing
 from vit_triton.cpu.driver import active
-from vit_triton.kernels import launch, linear
+from vit_triton.kernels import launch
+from vit_triton.kernels.linear import forward as linear
 from vit_triton.modules import FeedForward
 
 compiled_only = pytest.mark.skipif(
