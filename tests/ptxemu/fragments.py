@@ -22,45 +22,10 @@ def _pair16(kind, x, W):
     return o.view(F4).reshape(W, 8, 8)
 
 
-def mma_a16(kind, W, *regs):
-    """A fragment of m16n8k{8,16} f16/bf16 -> (W, 16, k) f32"""
-    kk = len(regs) // 2
-    A = np.empty((W, 2, 8, kk, 8), F4)
-    for i, r in enumerate(regs):
-        A[:, i & 1, :, i >> 1, :] = _pair16(kind, r, W)
-    return A.reshape(W, 16, kk * 8)
-
-
-def mma_b16(kind, W, *regs):
-    """B fragment -> (W, k, 8) f32"""
-    kk = len(regs)
-    B = np.empty((W, kk, 8, 8), F4)
-    for i, r in enumerate(regs):
-        B[:, i] = _pair16(kind, r, W).transpose(0, 2, 1)
-    return B.reshape(W, kk * 8, 8)
-
-
 def _tf32(x, W):
     if x.shape[0] == 1:
         x = np.full(W * 32, x[0], U4)
     return (x & np.uint32(0xFFFFE000)).view(F4).reshape(W, 8, 4)
-
-
-def mma_a32(W, *regs):
-    """A fragment of m16n8k{4,8} tf32 -> (W, 16, k)"""
-    kk = len(regs) // 2
-    A = np.empty((W, 2, 8, kk, 4), F4)
-    for i, r in enumerate(regs):
-        A[:, i & 1, :, i >> 1, :] = _tf32(r, W)
-    return A.reshape(W, 16, kk * 4)
-
-
-def mma_b32(W, *regs):
-    kk = len(regs)
-    B = np.empty((W, kk, 4, 8), F4)
-    for i, r in enumerate(regs):
-        B[:, i] = _tf32(r, W).transpose(0, 2, 1)
-    return B.reshape(W, kk * 4, 8)
 
 
 def _bytes(x, W, signed):
@@ -69,20 +34,48 @@ def _bytes(x, W, signed):
     return x.view(I1 if signed else U1).reshape(W, 8, 16)
 
 
+def _a(W, tiles):
+    """A fragment of registers (W, 8, n) -> (W, 16, k) f32"""
+    kk, n = len(tiles) // 2, tiles[0].shape[2]
+    A = np.empty((W, 2, 8, kk, n), F4)
+    for i, tile in enumerate(tiles):
+        A[:, i & 1, :, i >> 1, :] = tile
+    return A.reshape(W, 16, kk * n)
+
+
+def _b(W, tiles):
+    """B fragment of registers (W, 8, n) -> (W, k, 8) f32"""
+    kk, n = len(tiles), tiles[0].shape[2]
+    B = np.empty((W, kk, n, 8), F4)
+    for i, tile in enumerate(tiles):
+        B[:, i] = tile.transpose(0, 2, 1)
+    return B.reshape(W, kk * n, 8)
+
+
+def mma_a16(kind, W, *regs):
+    """m16n8k{8,16} f16/bf16"""
+    return _a(W, [_pair16(kind, r, W) for r in regs])
+
+
+def mma_b16(kind, W, *regs):
+    return _b(W, [_pair16(kind, r, W) for r in regs])
+
+
+def mma_a32(W, *regs):
+    """m16n8k{4,8} tf32"""
+    return _a(W, [_tf32(r, W) for r in regs])
+
+
+def mma_b32(W, *regs):
+    return _b(W, [_tf32(r, W) for r in regs])
+
+
 def mma_a8(signed, W, *regs):
-    kk = len(regs) // 2
-    A = np.empty((W, 2, 8, kk, 16), F4)
-    for i, r in enumerate(regs):
-        A[:, i & 1, :, i >> 1, :] = _bytes(r, W, signed)
-    return A.reshape(W, 16, kk * 16)
+    return _a(W, [_bytes(r, W, signed) for r in regs])
 
 
 def mma_b8(signed, W, *regs):
-    kk = len(regs)
-    B = np.empty((W, kk, 16, 8), F4)
-    for i, r in enumerate(regs):
-        B[:, i] = _bytes(r, W, signed).transpose(0, 2, 1)
-    return B.reshape(W, kk * 16, 8)
+    return _b(W, [_bytes(r, W, signed) for r in regs])
 
 
 def mma_c32(dt, W, c0, c1, c2, c3):

@@ -81,32 +81,8 @@ def redux(F, op, ty, x):
     return np.repeat(r.view(U4), 32)
 
 
-def fixed_lanes(mode, b, c):
-    """Source lane and in-range flag of every lane for immediate operands."""
-    clamp, seg = c & 31, (c >> 8) & 31
-    src, ok = np.empty(32, I8), np.empty(32, bool)
-    for lane in range(32):
-        mx = (lane & seg) | (clamp & ~seg & 31)
-        mn = lane & seg
-        bv = b & 31
-        if mode == "up":
-            j = lane - bv
-            p = j >= mx
-        elif mode == "down":
-            j = lane + bv
-            p = j <= mx
-        elif mode == "bfly":
-            j = lane ^ bv
-            p = j <= mx
-        else:  # idx
-            j = mn | (bv & ~seg & 31)
-            p = j <= mx
-        src[lane], ok[lane] = (j if p else lane), p
-    return src, ok
-
-
 def _lanes(mode, lane, b, c):
-    """Same for register operands: (T,) source lane and flag."""
+    """Source lane and in-range flag of every lane."""
     b = b.astype(I8) & 31
     c = c.astype(I8)
     clamp, seg = c & 31, (c >> 8) & 31
@@ -121,7 +97,12 @@ def _lanes(mode, lane, b, c):
     elif mode == "bfly":
         j = lane ^ b
         p = j <= mx
-    else:
+    else:  # idx
         j = mn | (b & ~seg & 31)
         p = j <= mx
     return np.where(p, j, lane), p
+
+
+def fixed_lanes(mode, b, c):
+    """Those of a warp, for immediate operands."""
+    return _lanes(mode, np.arange(32), np.int64(b), np.int64(c))

@@ -12,6 +12,15 @@ def _space(ins):
     return "x"
 
 
+def _elements(operand):
+    return operand.elems if isinstance(operand, Vec) else (operand,)
+
+
+def _values(code, call, n):
+    """Variables of the n values in the tuple that `call` returns."""
+    return code.emit(call, n) if n > 1 else [code.emit(call + "[0]")]
+
+
 @emits("ld", "ldu")
 def emit_ld(code, ins):
     sp, ty = _space(ins), ins.type
@@ -19,7 +28,7 @@ def emit_ld(code, ins):
     d, m = ins.ops[0], ins.ops[1]
     if esz == 16:
         code.err(ins)
-    elems = d.elems if isinstance(d, Vec) else (d,)
+    elems = _elements(d)
     vec = len(elems)
     if sp == "p":
         if not isinstance(m.base, Sym):
@@ -47,8 +56,7 @@ def emit_ld(code, ins):
             os_.append(v if e.width == esz else f"{v}.astype(U{esz})")
         olds = "(" + ", ".join(os_) + ", )"
     call = f"X.ld_{sp}(F, {a}, {off}, {esz}, {vec}, {g}, {olds}, {ins.index})"
-    vs = code.emit(call, vec) if vec > 1 else [code.emit(call + "[0]")]
-    for e, v in zip(elems, vs, strict=True):
+    for e, v in zip(elems, _values(code, call, vec), strict=True):
         if e is None:
             continue
         if e.width == esz:
@@ -70,7 +78,7 @@ def emit_st(code, ins):
     sp, ty = _space(ins), ins.type
     esz = TYPE_BYTES[ty]
     m, s = ins.ops[0], ins.ops[1]
-    elems = s.elems if isinstance(s, Vec) else (s,)
+    elems = _elements(s)
     if sp == "p":
         value = code.bits(elems[0], esz) if esz > 1 else code.narrow_int(elems[0], "u8")
         code.do(f"F.callparams[{m.base.name!r}] = {value}")
@@ -83,29 +91,22 @@ def emit_st(code, ins):
     code.do(f"X.st_{sp}(F, {a}, {off}, {esz}, {len(elems)}, ({vals}, ), {g}, {ins.index})")
 
 
-@emits("ldmatrix")
-def emit_ldmatrix(code, ins):
+@emits("ldmatrix", "stmatrix")
+def emit_matrix_access(code, ins):
     if ins.guard is not None or ins.type != "b16" or "m8n8" not in ins.parts:
         code.err(ins)
-    d = ins.ops[0]
-    elems = d.elems if isinstance(d, Vec) else (d,)
-    a, off = code.mem(ins.ops[1])
-    n = len(elems)
-    call = f"X.ldmatrix(F, {a}, {off}, {n}, {'trans' in ins.parts}, {ins.index})"
-    vs = code.emit(call, n) if n > 1 else [code.emit(call + "[0]")]
-    for e, v in zip(elems, vs, strict=True):
-        code.alias(e, {"u": v})
-
-
-@emits("stmatrix")
-def emit_stmatrix(code, ins):
-    if ins.guard is not None or ins.type != "b16" or "m8n8" not in ins.parts:
-        code.err(ins)
-    v = ins.ops[1]
-    elems = v.elems if isinstance(v, Vec) else (v,)
-    a, off = code.mem(ins.ops[0])
-    vals = ", ".join(code.bits(e, 4) for e in elems)
-    code.do(f"X.stmatrix(F, {a}, {off}, ({vals}, ), {'trans' in ins.parts}, {ins.index})")
+    load = ins.parts[0] == "ldmatrix"
+    registers, address = ins.ops if load else reversed(ins.ops)
+    elems = _elements(registers)
+    a, off = code.mem(address)
+    trans = "trans" in ins.parts
+    if load:
+        values = _values(code, f"X.ldmatrix(F, {a}, {off}, {len(elems)}, {trans}, {ins.index})", len(elems))
+        for e, v in zip(elems, values, strict=True):
+            code.alias(e, {"u": v})
+    else:
+        vals = ", ".join(code.bits(e, 4) for e in elems)
+        code.do(f"X.stmatrix(F, {a}, {off}, ({vals}, ), {trans}, {ins.index})")
 
 
 @emits("cp")

@@ -221,20 +221,28 @@ def emit_minmax(code, ins):
         code.put(d, "i" if ty[0] == "s" else "u", e, ins)
 
 
+SIGN_BITS = {  # (bytes, mask)
+    **{"f64": (8, 1 << 63), "f32": (4, 0x80000000)},
+    **dict.fromkeys(("f16x2", "bf16x2"), (4, 0x80008000)),
+    **dict.fromkeys(("f16", "bf16"), (2, 0x8000)),
+}
+
+
+def _sign_bits(code, ins, operator, inverted):
+    """A float and a mask of its sign bits, or of all others."""
+    w, mask = SIGN_BITS[ins.type]
+    d, a = ins.ops
+    ftz = ins.type == "f32" and "ftz" in ins.parts
+    x = f"ftz({code.rd(a, 'f32')}).view(U4)" if ftz else code.bits(a, w)
+    mask ^= (1 << 8 * w) - 1 if inverted else 0
+    code.put(d, "u", f"{x} {operator} {code.gen.const(mask, f'U{w}')}", ins)
+
+
 @emits("neg")
 def emit_neg(code, ins):
     ty, d, a = ins.type, *ins.ops
-    if ty == "f32":
-        x = code.bits(a, 4)
-        if "ftz" in ins.parts:
-            x = f"ftz({code.rd(a, 'f32')}).view(U4)"
-        code.put(d, "u", f"{x} ^ {code.gen.const(0x80000000, 'U4')}", ins)
-    elif ty == "f64":
-        code.put(d, "u", f"{code.bits(a, 8)} ^ {code.gen.const(1 << 63, 'U8')}", ins)
-    elif ty in ("f16", "bf16"):
-        code.put(d, "u", f"{code.bits(a, 2)} ^ {code.gen.const(0x8000, 'U2')}", ins)
-    elif ty in ("f16x2", "bf16x2"):
-        code.put(d, "u", f"{code.bits(a, 4)} ^ {code.gen.const(0x80008000, 'U4')}", ins)
+    if ty in SIGN_BITS:
+        _sign_bits(code, ins, "^", False)
     else:
         w = TYPE_BYTES[ty]
         code.put(d, "u", f"{code.gen.const(0, f'U{w}')} - {code.bits(a, w)}", ins)
@@ -243,17 +251,8 @@ def emit_neg(code, ins):
 @emits("abs")
 def emit_abs(code, ins):
     ty, d, a = ins.type, *ins.ops
-    if ty == "f32":
-        x = code.bits(a, 4)
-        if "ftz" in ins.parts:
-            x = f"ftz({code.rd(a, 'f32')}).view(U4)"
-        code.put(d, "u", f"{x} & {code.gen.const(0x7FFFFFFF, 'U4')}", ins)
-    elif ty == "f64":
-        code.put(d, "u", f"{code.bits(a, 8)} & {code.gen.const((1 << 63) - 1, 'U8')}", ins)
-    elif ty in ("f16", "bf16"):
-        code.put(d, "u", f"{code.bits(a, 2)} & {code.gen.const(0x7FFF, 'U2')}", ins)
-    elif ty in ("f16x2", "bf16x2"):
-        code.put(d, "u", f"{code.bits(a, 4)} & {code.gen.const(0x7FFF7FFF, 'U4')}", ins)
+    if ty in SIGN_BITS:
+        _sign_bits(code, ins, "&", True)
     else:
         code.put(d, "i", f"np.abs({code.rd(a, ty)})", ins)
 
