@@ -39,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "ops": {"cpu", "kernels", "packing"},
     "packing": {"checks", "cpu", "kernels"},
     "reference": set(),
-    "backend": {"checks", "cpu"},
+    "backend": {"checks", "cpu", "kernels"},
     "fallback": {"checks"},
     "checks": set(),
     "kernels": set(),
