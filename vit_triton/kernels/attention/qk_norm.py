@@ -22,6 +22,7 @@ from vit_triton.kernels.attention.rows import strides
 from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import launch
 from vit_triton.kernels.norm.config import layer_norm_stretch, pick_qk_norm
+from vit_triton.kernels.norm.statistics import row_gradient, row_statistics
 from vit_triton.kernels.picker import cdiv
 from vit_triton.kernels.sums.sum_parts import sum_parts
 
@@ -47,15 +48,6 @@ def _token_offsets(rows, n_tokens, n_heads, stride_b, stride_n, stride_h):
     )
 
 
-@triton.jit
-def _normalised(x, mask_d, head_dim, eps, RMS: tl.constexpr):
-    """(xhat, 1 / std) of rows [BLOCK_M, BLOCK_D] that are 0 past ``head_dim``."""
-    if not RMS:
-        x = tl.where(mask_d, x - (tl.sum(x, axis=1) / head_dim)[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / head_dim + eps)
-    return x * rstd[:, None], rstd
-
-
 @triton.jit(do_not_specialize=["n_rows"])
 def qk_norm_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, stride_xb, stride_xn, stride_xh, stride_xd,
@@ -68,7 +60,9 @@ def qk_norm_fwd_kernel(
     mask = (offs_m < n_rows)[:, None] & mask_d[None, :]
     offs_x = _token_offsets(offs_m, n_tokens, n_heads, stride_xb, stride_xn, stride_xh)
     x_ptrs = x_ptr + offs_x[:, None] + (offs_d.to(tl.int64) * stride_xd)[None, :]  # [BLOCK_M, BLOCK_D]
-    y, _ = _normalised(tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32), mask_d[None, :], head_dim, eps, RMS)
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    _, centred, rstd = row_statistics(x, mask_d[None, :], head_dim, eps, RMS)
+    y = centred * rstd[:, None]
     if weight_ptr is not None:
         y *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
@@ -131,15 +125,14 @@ def qk_norm_bwd_kernel(
         dx_ptrs = dx_ptr + offs_dx[:, None] + offs_d[None, :]
         grad = tl.load(dx_ptrs, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-        xhat, rstd = _normalised(x, mask_d[None, :], head_dim, eps, RMS)
+        _, centred, rstd = row_statistics(x, mask_d[None, :], head_dim, eps, RMS)
+        xhat = centred * rstd[:, None]
         if weight_ptr is not None:
             dweight += tl.sum(grad * xhat, axis=0)
             dbias += tl.sum(grad, axis=0)
             grad *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-        dx = grad - xhat * (tl.sum(grad * xhat, axis=1) / head_dim)[:, None]
-        if not RMS:
-            dx -= (tl.sum(grad, axis=1) / head_dim)[:, None]
-        tl.store(dx_ptrs, (dx * rstd[:, None]).to(dx_ptr.dtype.element_ty), mask=mask)
+        dx = row_gradient(grad, xhat, rstd, head_dim, RMS)
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
     if weight_ptr is not None:
         tl.store(dweights_ptr + pid * head_dim + offs_d, dweight, mask=mask_d)

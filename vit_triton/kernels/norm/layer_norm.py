@@ -20,6 +20,7 @@ import triton.language as tl
 from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import launch
 from vit_triton.kernels.norm.config import check_layer_norm_width, layer_norm_stretch, pick_layer_norm
+from vit_triton.kernels.norm.statistics import row_gradient, row_statistics
 from vit_triton.kernels.picker import cdiv
 from vit_triton.kernels.sums.sum_parts import sum_parts
 
@@ -57,9 +58,7 @@ def layer_norm_fwd_kernel(
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
         centred = x - mean[:, None]
     else:
-        mean = tl.sum(x, axis=1) / width
-        centred = tl.where(mask_d[None, :], x - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
+        mean, centred, rstd = row_statistics(x, mask_d[None, :], width, eps)
 
     y = centred * rstd[:, None]
     if weight_ptr is not None:
@@ -207,9 +206,7 @@ def layer_norm_bwd_kernel(
             dweight += tl.sum(dy * xhat, axis=0)
             dbias += tl.sum(dy, axis=0)
             grad *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-        along_ones = tl.sum(grad, axis=1) / width
-        along_xhat = tl.sum(grad * xhat, axis=1) / width
-        dx = (grad - along_ones[:, None] - xhat * along_xhat[:, None]) * rstd[:, None]
+        dx = row_gradient(grad, xhat, rstd, width)
         if dsum_ptr is not None:
             dx += tl.load(dsum_ptr + rows * stride_sm + cols * stride_sd, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + rows * width + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)

@@ -8,6 +8,7 @@ from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import TRITON_DTYPE, input_precision, launch, side_by_side
 from vit_triton.kernels.norm.config import pick_layer_norm
 from vit_triton.kernels.norm.layer_norm import layer_norm_bwd
+from vit_triton.kernels.norm.statistics import row_gradient
 from vit_triton.kernels.patch_embed.config import pick_patch_embed_bwd_image, pick_patch_embed_bwd_weight
 from vit_triton.kernels.patch_embed.patches import (
     Norm,
@@ -138,10 +139,8 @@ def patch_embed_bwd_norm_kernel(
     grad = tl.load(dimage_ptrs, mask=mask, other=0.0).to(tl.float32)
     if pre_weight_ptr is not None:
         grad *= tl.load(pre_weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
-    along_ones = tl.sum(grad, axis=1) / K
-    along_xhat = tl.sum(grad * xhat, axis=1) / K
-    grad = (grad - along_ones[:, None] - xhat * along_xhat[:, None]) * rstd[:, None]
-    tl.store(dimage_ptrs, grad.to(dimage_ptr.dtype.element_ty), mask=mask)
+    da = row_gradient(grad, xhat, rstd, K)
+    tl.store(dimage_ptrs, da.to(dimage_ptr.dtype.element_ty), mask=mask)
 
 
 def patch_embed_bwd(
