@@ -24,7 +24,7 @@ from vit_triton.kernels.launch import launch
 from vit_triton.kernels.norm.config import layer_norm_stretch, pick_qk_norm
 from vit_triton.kernels.norm.statistics import row_gradient, row_statistics
 from vit_triton.kernels.picker import cdiv
-from vit_triton.kernels.sums.sum_parts import sum_parts
+from vit_triton.kernels.sums.sum_parts import new_partials, sum_parts
 
 
 class HeadNorm(NamedTuple):
@@ -104,13 +104,13 @@ def qk_norm_fwd(x: torch.Tensor, norm: HeadNorm | None) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["n_rows", "n_steps"])
 def qk_norm_bwd_kernel(
-    dx_ptr, x_ptr, weight_ptr, dweights_ptr, dbiases_ptr,
+    dx_ptr, x_ptr, weight_ptr, dweight_partials_ptr, dbias_partials_ptr,
     stride_dxb, stride_dxn, stride_dxh, stride_xb, stride_xn, stride_xh, stride_xd,
     n_rows, n_tokens, n_heads, head_dim, n_steps, eps,
     RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """n_steps * BLOCK_M rows of dx, which come as rows of dy, and their sum of dy * xhat and dy: row pid of dweights
-    and dbiases (programs, D)."""
+    """n_steps * BLOCK_M rows of dx, which come as rows of dy, and their sum of dy * xhat and dy: row pid of the
+    partials (programs, D)."""
     pid = tl.program_id(0)
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     mask_d = offs_d < head_dim
@@ -135,8 +135,9 @@ def qk_norm_bwd_kernel(
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
     if weight_ptr is not None:
-        tl.store(dweights_ptr + pid * head_dim + offs_d, dweight, mask=mask_d)
-        tl.store(dbiases_ptr + pid * head_dim + offs_d, dbias, mask=mask_d)
+        dtype: tl.constexpr = dweight_partials_ptr.dtype.element_ty
+        tl.store(dweight_partials_ptr + pid * head_dim + offs_d, dweight.to(dtype), mask=mask_d)
+        tl.store(dbias_partials_ptr + pid * head_dim + offs_d, dbias.to(dtype), mask=mask_d)
 
 
 def qk_norm_bwd_into(
@@ -151,8 +152,8 @@ def qk_norm_bwd_into(
     n_rows = batch * n_tokens * n_heads
     config = pick_qk_norm(head_dim, target_of(x.device))
     n_programs, n_steps = layer_norm_stretch(n_rows, config)
-    dweights, dbiases = (
-        None if weight is None else x.new_empty((n_programs, head_dim), dtype=torch.float32) for _ in range(2)
+    dweight_partials, dbias_partials = (
+        None if weight is None else new_partials(x, n_programs, head_dim, dtype=weight.dtype) for _ in range(2)
     )
     launch(
         qk_norm_bwd_kernel,
@@ -161,8 +162,8 @@ def qk_norm_bwd_into(
         dx_ptr=dx,
         x_ptr=x,
         weight_ptr=None if weight is None else weight.contiguous(),
-        dweights_ptr=dweights,
-        dbiases_ptr=dbiases,
+        dweight_partials_ptr=dweight_partials,
+        dbias_partials_ptr=dbias_partials,
         stride_dxb=dx.stride(0),
         stride_dxn=dx.stride(1),
         stride_dxh=dx.stride(2),
@@ -178,9 +179,9 @@ def qk_norm_bwd_into(
         BLOCK_D=config.block_d,
         num_warps=config.num_warps,
     )
-    if weight is None or dweights is None or dbiases is None:
+    if weight is None or dweight_partials is None or dbias_partials is None:
         return None, None
-    return sum_parts(dweights, weight.dtype), sum_parts(dbiases, weight.dtype)
+    return sum_parts(dweight_partials, weight.dtype), sum_parts(dbias_partials, weight.dtype)
 
 
 def normed_attention_fwd(
