@@ -52,7 +52,7 @@ KERNELS = {
 # what there is one number of for each row or column; all else that kernels read and write is rows
 VECTORS = re.compile(
     r"\b(lse|delta|dlse|((pre|post)_)?(mean|rstd)|std|d?bias|pre_(weight|bias))_ptr \+"
-    r"|\b(dweights|dbiases|bias_parts|d?layer_scale|samples|partials)_ptr \+"
+    r"|\b(d(weight|bias)_partials|d?layer_scale|samples)_ptr \+"
     r"|\bweight_ptr \+ offs_d\b"
     r"|\blse = tl.load|seed_ptr\)"
 )
@@ -271,8 +271,7 @@ def every_pick(arch, dtype):
     attention = list(itertools.product(lengths, lengths, range(1, 257), [torch_dtype], [target], (False, True)))
     patches = [(8, n, k, torch_dtype, target, precision) for n in sizes for k in sizes]
     linear = [(*args, epilogue) for args in patches for epilogue in Epilogue]
-    # a single part in the dtype of the gradient is the gradient
-    parts = range(2 if torch_dtype == torch.float32 else 1, 300)
+    parts = range(2, 300)  # a single one is the gradient
     widths = {
         "pick_layer_norm": powers,
         "pick_qk_norm": range(1, 257),

@@ -51,7 +51,7 @@ ARROWS: dict[str, set[str]] = {
     "ops": {"arguments", "cpu", "kernels", "packing"},
     "packing": {"checks", "cpu", "kernels"},
     "reference": {"arguments"},
-    "backend": {"checks", "cpu", "portable"},
+    "backend": {"checks", "cpu", "kernels", "portable"},
     "fallback": {"checks"},
     "checks": {"arguments", "autocast", "portable"},
     "autocast": set(),

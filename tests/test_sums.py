@@ -37,3 +37,11 @@ def test_tiles_do_not_matter(block_p, monkeypatch):
     with active():
         total = kernels.sum_parts(parts, torch.float32)
     torch.testing.assert_close(total, parts.sum(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_single_part_is_the_sum(dtype):
+    assert kernels.new_partials(torch.empty(0), 2, 5, dtype=dtype).dtype == torch.float32
+    partials = kernels.new_partials(torch.empty(0), 1, 5, dtype=dtype)
+    total = kernels.sum_parts(partials, dtype)
+    assert total.dtype == dtype and total.shape == (5,) and total.data_ptr() == partials.data_ptr()

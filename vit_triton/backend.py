@@ -150,12 +150,9 @@ def _measured_cpu() -> bool:
     """Whether this CPU is of the kind that was measured, and the kernels are compiled for it."""
     if not _TRITON_INSTALLED:
         return False
-    import triton
-    from triton.runtime.interpreter import InterpretedFunction
-
     from vit_triton import cpu
 
-    if isinstance(triton.language.cdiv, InterpretedFunction) or cpu.why_not() is not None:
+    if _triton()[0] or cpu.why_not() is not None:
         return False
     from vit_triton.cpu import features
 
@@ -238,9 +235,10 @@ def _triton() -> tuple[bool, Any, Any]:
     """Whether Triton was imported to interpret, its knobs, and what knows its active driver."""
     import triton
     from triton.runtime.driver import driver
-    from triton.runtime.interpreter import InterpretedFunction
 
-    return isinstance(triton.language.cdiv, InterpretedFunction), triton.knobs.runtime, driver
+    from vit_triton.kernels.target import INTERPRETING
+
+    return INTERPRETING, triton.knobs.runtime, driver
 
 
 _cpu_vehicle._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -248,6 +248,7 @@ def _after_fork() -> None:
 
 os.register_at_fork(after_in_child=_after_fork)
 _NOTHING = contextlib.nullcontext()
+# as kernels.target.INTERPRETING: this package stands alone and imports nothing else of vit_triton
 _INTERPRETING = isinstance(triton.language.cdiv, InterpretedFunction)
 
 

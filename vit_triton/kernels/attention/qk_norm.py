@@ -21,8 +21,9 @@ from vit_triton.kernels.attention.rows import strides
 from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import launch
 from vit_triton.kernels.norm.config import layer_norm_stretch, pick_qk_norm
+from vit_triton.kernels.norm.statistics import row_gradient, row_statistics
 from vit_triton.kernels.picker import cdiv
-from vit_triton.kernels.sums.sum_parts import sum_parts
+from vit_triton.kernels.sums.sum_parts import new_partials, sum_parts
 
 
 @triton.jit
@@ -37,15 +38,6 @@ def _token_offsets(rows, n_tokens, n_heads, stride_b, stride_n, stride_h):
     )
 
 
-@triton.jit
-def _normalised(x, mask_d, head_dim, eps, RMS: tl.constexpr):
-    """(xhat, 1 / std) of rows [BLOCK_M, BLOCK_D] that are 0 past ``head_dim``."""
-    if not RMS:
-        x = tl.where(mask_d, x - (tl.sum(x, axis=1) / head_dim)[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / head_dim + eps)
-    return x * rstd[:, None], rstd
-
-
 @triton.jit(do_not_specialize=["n_rows"])
 def qk_norm_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, stride_xb, stride_xn, stride_xh, stride_xd,
@@ -58,7 +50,9 @@ def qk_norm_fwd_kernel(
     mask = (offs_m < n_rows)[:, None] & mask_d[None, :]
     offs_x = _token_offsets(offs_m, n_tokens, n_heads, stride_xb, stride_xn, stride_xh)
     x_ptrs = x_ptr + offs_x[:, None] + (offs_d.to(tl.int64) * stride_xd)[None, :]  # [BLOCK_M, BLOCK_D]
-    y, _ = _normalised(tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32), mask_d[None, :], head_dim, eps, RMS)
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    _, centred, rstd = row_statistics(x, mask_d[None, :], head_dim, eps, RMS)
+    y = centred * rstd[:, None]
     if weight_ptr is not None:
         y *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
@@ -100,13 +94,13 @@ def qk_norm_fwd(x: torch.Tensor, norm: Norm | None, *, rms: bool) -> torch.Tenso
 
 @triton.jit(do_not_specialize=["n_rows", "n_steps"])
 def qk_norm_bwd_kernel(
-    dx_ptr, x_ptr, weight_ptr, dweights_ptr, dbiases_ptr,
+    dx_ptr, x_ptr, weight_ptr, dweight_partials_ptr, dbias_partials_ptr,
     stride_dxb, stride_dxn, stride_dxh, stride_xb, stride_xn, stride_xh, stride_xd,
     n_rows, n_tokens, n_heads, head_dim, n_steps, eps,
     RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """n_steps * BLOCK_M rows of dx, which come as rows of dy, and their sum of dy * xhat and dy: row pid of dweights
-    and dbiases (programs, D)."""
+    """n_steps * BLOCK_M rows of dx, which come as rows of dy, and their sum of dy * xhat and dy: row pid of the
+    partials (programs, D)."""
     pid = tl.program_id(0)
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     mask_d = offs_d < head_dim
@@ -121,19 +115,19 @@ def qk_norm_bwd_kernel(
         dx_ptrs = dx_ptr + offs_dx[:, None] + offs_d[None, :]
         grad = tl.load(dx_ptrs, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-        xhat, rstd = _normalised(x, mask_d[None, :], head_dim, eps, RMS)
+        _, centred, rstd = row_statistics(x, mask_d[None, :], head_dim, eps, RMS)
+        xhat = centred * rstd[:, None]
         if weight_ptr is not None:
             dweight += tl.sum(grad * xhat, axis=0)
             dbias += tl.sum(grad, axis=0)
             grad *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-        dx = grad - xhat * (tl.sum(grad * xhat, axis=1) / head_dim)[:, None]
-        if not RMS:
-            dx -= (tl.sum(grad, axis=1) / head_dim)[:, None]
-        tl.store(dx_ptrs, (dx * rstd[:, None]).to(dx_ptr.dtype.element_ty), mask=mask)
+        dx = row_gradient(grad, xhat, rstd, head_dim, RMS)
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
     if weight_ptr is not None:
-        tl.store(dweights_ptr + pid * head_dim + offs_d, dweight, mask=mask_d)
-        tl.store(dbiases_ptr + pid * head_dim + offs_d, dbias, mask=mask_d)
+        dtype: tl.constexpr = dweight_partials_ptr.dtype.element_ty
+        tl.store(dweight_partials_ptr + pid * head_dim + offs_d, dweight.to(dtype), mask=mask_d)
+        tl.store(dbias_partials_ptr + pid * head_dim + offs_d, dbias.to(dtype), mask=mask_d)
 
 
 def qk_norm_bwd_into(
@@ -148,8 +142,8 @@ def qk_norm_bwd_into(
     n_rows = batch * n_tokens * n_heads
     config = pick_qk_norm(head_dim, target_of(x.device))
     n_programs, n_steps = layer_norm_stretch(n_rows, config)
-    dweights, dbiases = (
-        None if weight is None else x.new_empty((n_programs, head_dim), dtype=torch.float32) for _ in range(2)
+    dweight_partials, dbias_partials = (
+        None if weight is None else new_partials(x, n_programs, head_dim, dtype=weight.dtype) for _ in range(2)
     )
     launch(
         qk_norm_bwd_kernel,
@@ -158,8 +152,8 @@ def qk_norm_bwd_into(
         dx_ptr=dx,
         x_ptr=x,
         weight_ptr=None if weight is None else weight.contiguous(),
-        dweights_ptr=dweights,
-        dbiases_ptr=dbiases,
+        dweight_partials_ptr=dweight_partials,
+        dbias_partials_ptr=dbias_partials,
         stride_dxb=dx.stride(0),
         stride_dxn=dx.stride(1),
         stride_dxh=dx.stride(2),
@@ -175,9 +169,9 @@ def qk_norm_bwd_into(
         BLOCK_D=config.block_d,
         num_warps=config.num_warps,
     )
-    if weight is None or dweights is None or dbiases is None:
+    if weight is None or dweight_partials is None or dbias_partials is None:
         return None, None
-    return sum_parts(dweights, weight.dtype), sum_parts(dbiases, weight.dtype)
+    return sum_parts(dweight_partials, weight.dtype), sum_parts(dbias_partials, weight.dtype)
 
 
 def normed_attention_fwd(

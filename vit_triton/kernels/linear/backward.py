@@ -17,7 +17,7 @@ from vit_triton.kernels.linear.config import (
 from vit_triton.kernels.linear.elements import dropout_scale, offsets, rows_per_sample_of, sample_scale, within
 from vit_triton.kernels.linear.forward import linear_fwd
 from vit_triton.kernels.picker import cdiv
-from vit_triton.kernels.sums.sum_parts import sum_parts
+from vit_triton.kernels.sums.sum_parts import add_partials, new_partials, sum_parts
 from vit_triton.kernels.tiles import activate, activate_grad, columns_of, grouped_tile
 
 # --- backward: the input -----------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def linear_bwd_input(
 
 @triton.jit(do_not_specialize=["M"])
 def linear_bwd_weight_kernel(
-    dy_ptr, samples_ptr, x_ptr, dweight_ptr, dbias_ptr,
+    dy_ptr, samples_ptr, x_ptr, dweight_partials_ptr, dbias_partials_ptr,
     stride_dym, stride_dyn, stride_xm, stride_xk,
     M, N, K, rows_per_sample,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
@@ -182,7 +182,7 @@ def linear_bwd_weight_kernel(
     num_k = tl.cdiv(K, BLOCK_K)
     split = tl.program_id(0) // (num_n * num_k)
     pid_n, pid_k = grouped_tile(tl.program_id(0) % (num_n * num_k), num_n, num_k, GROUP)
-    rows = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT) * BLOCK_M  # tokens of each part
+    rows = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT) * BLOCK_M  # tokens of each partial sum
     start = split * rows
     stop = min(start + rows, M)
     offs_m = start + tl.arange(0, BLOCK_M)
@@ -203,7 +203,7 @@ def linear_bwd_weight_kernel(
         if samples_ptr is not None:
             dy = dy.to(tl.float32) * sample_scale(samples_ptr, offs_m, M, rows_per_sample)[None, :]
         dw = tl.dot(dy.to(DTYPE), x.to(DTYPE), dw, input_precision=PRECISION)
-        if dbias_ptr is not None:
+        if dbias_partials_ptr is not None:
             if SUM_BY_PRODUCT:
                 db = tl.dot(dy.to(DTYPE), sixteenth, db)
             elif pid_k == 0:
@@ -211,15 +211,16 @@ def linear_bwd_weight_kernel(
         dy_ptrs += step_dy
         x_ptrs += step_x
 
-    part = split.to(tl.int64) * N  # row 0 of this part; parts are stacked along N
+    first = split.to(tl.int64) * N  # partials are stacked along N
     mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
-    dw_ptrs = dweight_ptr + part * K + offsets(offs_n, K, offs_k, 1)
-    tl.store(dw_ptrs, dw.to(dweight_ptr.dtype.element_ty), mask=mask)
-    if dbias_ptr is not None:
+    dw_ptrs = dweight_partials_ptr + first * K + offsets(offs_n, K, offs_k, 1)
+    tl.store(dw_ptrs, dw.to(dweight_partials_ptr.dtype.element_ty), mask=mask)
+    if dbias_partials_ptr is not None:
         if SUM_BY_PRODUCT:
             db = tl.sum(db, 1)
         if pid_k == 0:
-            tl.store(dbias_ptr + part + offs_n, db.to(dbias_ptr.dtype.element_ty), mask=offs_n < N)
+            db_ptrs = dbias_partials_ptr + first + offs_n
+            tl.store(db_ptrs, db.to(dbias_partials_ptr.dtype.element_ty), mask=offs_n < N)
 
 
 def linear_bwd_weight(
@@ -249,13 +250,12 @@ def linear_bwd_weight(
         dy = _scaled(dy, dtype, branch=Branch(samples=samples))
         dweight, dbias = torch.mm(dy.T, x.to(dtype)), dy.sum(0, dtype=torch.float32) if with_bias else None
         if layer_scale is not None:
-            bias_parts = None if dbias is None else dbias[None]
-            return layer_scale_bwd(dweight.float()[None], bias_parts, layer_scale, weight, bias)
+            bias_partials = None if dbias is None else dbias[None]
+            return layer_scale_bwd(dweight.float()[None], bias_partials, layer_scale, weight, bias)
         return dweight, None if dbias is None else dbias.to(dtype), None
-    # one part is the result; what is summed or scaled is so in float32
-    parts_dtype = dtype if config.split == 1 and layer_scale is None else torch.float32
-    dweight = dy.new_empty(config.split, n, k, dtype=parts_dtype)
-    dbias = dy.new_empty(config.split, n, dtype=parts_dtype) if with_bias else None
+    sum_dtype = dtype if layer_scale is None else torch.float32  # what is scaled is so in float32
+    dweight_partials = new_partials(dy, config.split, n, k, dtype=sum_dtype)
+    dbias_partials = new_partials(dy, config.split, n, dtype=sum_dtype) if with_bias else None
     launch(
         linear_bwd_weight_kernel,
         (cdiv(n, config.block_m) * cdiv(k, config.block_n) * config.split,),
@@ -263,8 +263,8 @@ def linear_bwd_weight(
         dy_ptr=dy,
         samples_ptr=samples,
         x_ptr=x,
-        dweight_ptr=dweight,
-        dbias_ptr=dbias,
+        dweight_partials_ptr=dweight_partials,
+        dbias_partials_ptr=dbias_partials,
         stride_dym=dy.stride(0),
         stride_dyn=dy.stride(1),
         stride_xm=x.stride(0),
@@ -284,8 +284,9 @@ def linear_bwd_weight(
         **config.options,
     )
     if layer_scale is not None:
-        return layer_scale_bwd(dweight, dbias, layer_scale, weight, bias)
-    return sum_parts(dweight, dtype), None if dbias is None else sum_parts(dbias, dtype), None
+        return layer_scale_bwd(dweight_partials, dbias_partials, layer_scale, weight, bias)
+    dbias = None if dbias_partials is None else sum_parts(dbias_partials, dtype)
+    return sum_parts(dweight_partials, dtype), dbias, None
 
 
 # --- backward: LayerScale ----------------------------------------------------------------------------------
@@ -293,61 +294,61 @@ def linear_bwd_weight(
 
 @triton.jit
 def layer_scale_bwd_kernel(
-    parts_ptr, bias_parts_ptr, layer_scale_ptr, weight_ptr, bias_ptr, dweight_ptr, dbias_ptr, dlayer_scale_ptr,
-    stride_wn, stride_wk, N, K,
-    PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
+    dweight_partials_ptr, dbias_partials_ptr, layer_scale_ptr, weight_ptr, bias_ptr,
+    dweight_ptr, dbias_ptr, dlayer_scale_ptr,
+    stride_p, stride_wn, stride_wk, N, K,
+    SPLIT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One row of the weight."""
+    """One row of the weight, of which the partial sums are added on the way: a pass less."""
     row = tl.program_id(0).to(tl.int64)
-    offs_p = tl.arange(0, PARTS).to(tl.int64)
     gamma = tl.load(layer_scale_ptr + row).to(tl.float32)
     dgamma = tl.full([], 0.0, tl.float32)
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask = offs_k < K
-        part_ptrs = parts_ptr + row * K + (offs_p * N * K)[:, None] + offs_k[None, :]  # [PARTS, BLOCK_K]
-        grad = tl.sum(tl.load(part_ptrs, mask=mask[None, :], other=0.0), 0)  # [BLOCK_K]
+        grad = add_partials(dweight_partials_ptr + row * K, 0, SPLIT, stride_p, offs_k, mask, SPLIT)  # [BLOCK_K]
         weight = tl.load(weight_ptr + row * stride_wn + offs_k.to(tl.int64) * stride_wk, mask=mask, other=0.0)
         dgamma += tl.sum(grad * weight.to(tl.float32), 0)
         tl.store(dweight_ptr + row * K + offs_k, (grad * gamma).to(dweight_ptr.dtype.element_ty), mask=mask)
     if bias_ptr is not None:
-        grad_bias = tl.sum(tl.load(bias_parts_ptr + row + offs_p * N), 0)
+        grad_bias = tl.sum(tl.load(dbias_partials_ptr + row + tl.arange(0, SPLIT).to(tl.int64) * N), 0)
         dgamma += grad_bias * tl.load(bias_ptr + row).to(tl.float32)
         tl.store(dbias_ptr + row, (grad_bias * gamma).to(dbias_ptr.dtype.element_ty))
     tl.store(dlayer_scale_ptr + row, dgamma.to(dlayer_scale_ptr.dtype.element_ty))
 
 
 def layer_scale_bwd(
-    parts: torch.Tensor,
-    bias_parts: torch.Tensor | None,
+    dweight_partials: torch.Tensor,
+    dbias_partials: torch.Tensor | None,
     layer_scale: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """dweight (N, K), dbias (N,) and dgamma (N,) of float32 parts (P, N, K) and (P, N) that add up to G and g, P a
+    """dweight (N, K), dbias (N,) and dgamma (N,) of float32 partials (P, N, K) and (P, N) that add up to G and g, P a
     power of two."""
-    n_parts, n, k = parts.shape
+    split, n, k = dweight_partials.shape
     dweight = weight.new_empty(n, k)
     dbias = None if bias is None else bias.new_empty(n)
     dlayer_scale = layer_scale.new_empty(n)
-    config = pick_layer_scale_bwd(k, target_of(parts.device))
+    config = pick_layer_scale_bwd(k, target_of(dweight_partials.device))
     launch(
         layer_scale_bwd_kernel,
         (n,),
-        parts,
-        parts_ptr=parts,
-        bias_parts_ptr=bias_parts,
+        dweight_partials,
+        dweight_partials_ptr=dweight_partials,
+        dbias_partials_ptr=dbias_partials,
         layer_scale_ptr=layer_scale.contiguous(),
         weight_ptr=weight,
         bias_ptr=None if bias is None else bias.contiguous(),
         dweight_ptr=dweight,
         dbias_ptr=dbias,
         dlayer_scale_ptr=dlayer_scale,
+        stride_p=dweight_partials.stride(0),
         stride_wn=weight.stride(0),
         stride_wk=weight.stride(1),
         N=n,
         K=k,
-        PARTS=n_parts,
+        SPLIT=split,
         BLOCK_K=config.block_n,
         num_warps=config.num_warps,
     )

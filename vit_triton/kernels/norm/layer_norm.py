@@ -9,8 +9,8 @@ Backward needs x, mean and rstd only. With g = dy * weight,
 
     dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  dweight = sum over rows of dy * xhat,  dbias = sum of dy.
 
-A program walks a fixed stretch of rows and leaves one float32 partial sum of dweight and dbias; the launcher adds
-the partials. There are no atomics and the stretches follow from the shape alone: the result is the same every time.
+A program walks a fixed stretch of rows and leaves one partial sum of dweight and of dbias (:mod:`..sums.sum_parts`).
+The stretches follow from the shape alone: the result is the same every time.
 """
 
 import torch
@@ -20,8 +20,9 @@ import triton.language as tl
 from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import launch
 from vit_triton.kernels.norm.config import check_layer_norm_width, layer_norm_stretch, pick_layer_norm
+from vit_triton.kernels.norm.statistics import row_gradient, row_statistics
 from vit_triton.kernels.picker import cdiv
-from vit_triton.kernels.sums.sum_parts import sum_parts
+from vit_triton.kernels.sums.sum_parts import new_partials, sum_parts
 
 # --- forward -----------------------------------------------------------------------------------------------
 
@@ -57,9 +58,7 @@ def layer_norm_fwd_kernel(
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
         centred = x - mean[:, None]
     else:
-        mean = tl.sum(x, axis=1) / width
-        centred = tl.where(mask_d[None, :], x - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
+        mean, centred, rstd = row_statistics(x, mask_d[None, :], width, eps)
 
     y = centred * rstd[:, None]
     if weight_ptr is not None:
@@ -172,13 +171,12 @@ def layer_norm_apply(
 
 @triton.jit(do_not_specialize=["n_rows", "rows_per_batch", "n_steps"])
 def layer_norm_bwd_kernel(
-    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dsum_ptr, dx_ptr, dweights_ptr, dbiases_ptr,
+    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dsum_ptr, dx_ptr, dweight_partials_ptr, dbias_partials_ptr,
     stride_dyb, stride_dym, stride_dyd, stride_xm, stride_xd, stride_sm, stride_sd,
     rows_per_batch, n_rows, width, n_steps,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """n_steps * BLOCK_M rows of dx, and their sum of dy * xhat and dy: row pid of dweights and dbiases (programs,
-    D)."""
+    """n_steps * BLOCK_M rows of dx, and their sum of dy * xhat and dy: row pid of the partials (programs, D)."""
     pid = tl.program_id(0)
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     mask_d = offs_d < width
@@ -207,16 +205,15 @@ def layer_norm_bwd_kernel(
             dweight += tl.sum(dy * xhat, axis=0)
             dbias += tl.sum(dy, axis=0)
             grad *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-        along_ones = tl.sum(grad, axis=1) / width
-        along_xhat = tl.sum(grad * xhat, axis=1) / width
-        dx = (grad - along_ones[:, None] - xhat * along_xhat[:, None]) * rstd[:, None]
+        dx = row_gradient(grad, xhat, rstd, width)
         if dsum_ptr is not None:
             dx += tl.load(dsum_ptr + rows * stride_sm + cols * stride_sd, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + rows * width + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
     if weight_ptr is not None:
-        tl.store(dweights_ptr + pid.to(tl.int64) * width + offs_d, dweight, mask=mask_d)
-        tl.store(dbiases_ptr + pid.to(tl.int64) * width + offs_d, dbias, mask=mask_d)
+        dtype: tl.constexpr = dweight_partials_ptr.dtype.element_ty
+        tl.store(dweight_partials_ptr + pid.to(tl.int64) * width + offs_d, dweight.to(dtype), mask=mask_d)
+        tl.store(dbias_partials_ptr + pid.to(tl.int64) * width + offs_d, dbias.to(dtype), mask=mask_d)
 
 
 def layer_norm_bwd(
@@ -242,8 +239,8 @@ def layer_norm_bwd(
     n_programs, n_steps = layer_norm_stretch(n_rows, config)
     dx = x.new_empty((n_rows, width))
     # apart, since what one program leaves is the result: two results must not share a storage
-    dweights, dbiases = (
-        None if weight is None else x.new_empty((n_programs, width), dtype=torch.float32) for _ in range(2)
+    dweight_partials, dbias_partials = (
+        None if weight is None else new_partials(x, n_programs, width, dtype=weight.dtype) for _ in range(2)
     )
     launch(
         layer_norm_bwd_kernel,
@@ -256,8 +253,8 @@ def layer_norm_bwd(
         rstd_ptr=rstd,
         dsum_ptr=dsum,
         dx_ptr=dx,
-        dweights_ptr=dweights,
-        dbiases_ptr=dbiases,
+        dweight_partials_ptr=dweight_partials,
+        dbias_partials_ptr=dbias_partials,
         stride_dyb=dy.stride(0),
         stride_dym=dy.stride(1),
         stride_dyd=dy.stride(2),
@@ -273,6 +270,6 @@ def layer_norm_bwd(
         BLOCK_D=config.block_d,
         num_warps=config.num_warps,
     )
-    if weight is None or dweights is None or dbiases is None:
+    if weight is None or dweight_partials is None or dbias_partials is None:
         return dx, None, None
-    return dx, sum_parts(dweights, weight.dtype), sum_parts(dbiases, weight.dtype)
+    return dx, sum_parts(dweight_partials, weight.dtype), sum_parts(dbias_partials, weight.dtype)

@@ -9,6 +9,7 @@ from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import TRITON_DTYPE, input_precision, launch, side_by_side
 from vit_triton.kernels.norm.config import pick_layer_norm
 from vit_triton.kernels.norm.layer_norm import layer_norm_bwd
+from vit_triton.kernels.norm.statistics import row_gradient
 from vit_triton.kernels.patch_embed.config import pick_patch_embed_bwd_image, pick_patch_embed_bwd_weight
 from vit_triton.kernels.patch_embed.patches import (
     PatchLayout,
@@ -22,12 +23,13 @@ from vit_triton.kernels.patch_embed.patches import (
     token_offsets,
 )
 from vit_triton.kernels.picker import cdiv
+from vit_triton.kernels.sums.sum_parts import new_partials, sum_parts
 from vit_triton.kernels.tiles import grouped_tile
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def patch_embed_bwd_weight_kernel(
-    dz_ptr, image_ptr, pre_mean_ptr, pre_rstd_ptr, mean_ptr, std_ptr, dweight_ptr, dbias_ptr,
+    dz_ptr, image_ptr, pre_mean_ptr, pre_rstd_ptr, mean_ptr, std_ptr, dweight_partials_ptr, dbias_partials_ptr,
     stride_ib, stride_ic, stride_ih, stride_iw, stride_zb, stride_zm, stride_zn,
     n_rows, n_patches, grid_w, dim,
     C: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
@@ -37,7 +39,7 @@ def patch_embed_bwd_weight_kernel(
     """A tile of G = dz.T @ xhat over one of SPLIT stretches of rows; the tiles of the first column sum dz too."""
     K: tl.constexpr = C * PATCH_H * PATCH_W
     n_tiles = tl.cdiv(dim, BLOCK_N) * tl.cdiv(K, BLOCK_K)
-    part = tl.program_id(0) // n_tiles
+    split = tl.program_id(0) // n_tiles
     pid_n, pid_k = grouped_tile(tl.program_id(0) % n_tiles, tl.cdiv(dim, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -50,7 +52,7 @@ def patch_embed_bwd_weight_kernel(
     dweight = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_N], dtype=tl.float32)
     stretch = tl.cdiv(tl.cdiv(n_rows, BLOCK_M), SPLIT) * BLOCK_M
-    for m in range(part * stretch, min((part + 1) * stretch, n_rows), BLOCK_M):
+    for m in range(split * stretch, min((split + 1) * stretch, n_rows), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < n_rows
         dz_rows = token_offsets(offs_m, n_patches, stride_zb, stride_zm)
@@ -68,11 +70,11 @@ def patch_embed_bwd_weight_kernel(
         if pid_k == 0:
             dbias += tl.sum(dz.to(tl.float32), axis=0)
 
-    first = part.to(tl.int64) * dim  # parts are stacked
-    dweight_ptrs = dweight_ptr + (first + offs_n)[:, None] * K + offs_k[None, :]
+    first = split.to(tl.int64) * dim  # partials are stacked
+    dweight_ptrs = dweight_partials_ptr + (first + offs_n)[:, None] * K + offs_k[None, :]
     tl.store(dweight_ptrs, dweight, mask=mask_n[:, None] & mask_k[None, :])
     if pid_k == 0:
-        tl.store(dbias_ptr + first + offs_n, dbias, mask=mask_n)
+        tl.store(dbias_partials_ptr + first + offs_n, dbias, mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -138,10 +140,8 @@ def patch_embed_bwd_norm_kernel(
     grad = tl.load(dimage_ptrs, mask=mask, other=0.0).to(tl.float32)
     if pre_weight_ptr is not None:
         grad *= tl.load(pre_weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
-    along_ones = tl.sum(grad, axis=1) / K
-    along_xhat = tl.sum(grad * xhat, axis=1) / K
-    grad = (grad - along_ones[:, None] - xhat * along_xhat[:, None]) * rstd[:, None]
-    tl.store(dimage_ptrs, grad.to(dimage_ptr.dtype.element_ty), mask=mask)
+    da = row_gradient(grad, xhat, rstd, K)
+    tl.store(dimage_ptrs, da.to(dimage_ptr.dtype.element_ty), mask=mask)
 
 
 def patch_embed_bwd(
@@ -228,8 +228,8 @@ def _bwd_weight(
     target = target_of(image.device)
     precision = input_precision(dtype, target)
     config = pick_patch_embed_bwd_weight(n_rows, dim, layout.patch_dim, dtype, target, precision)
-    grads = image.new_empty((config.split, dim, layout.patch_dim), dtype=torch.float32)
-    dbiases = image.new_empty((config.split, dim), dtype=torch.float32)
+    dweight_partials = new_partials(image, config.split, dim, layout.patch_dim, dtype=torch.float32)
+    dbias_partials = new_partials(image, config.split, dim, dtype=torch.float32)
     launch(
         patch_embed_bwd_weight_kernel,
         (cdiv(dim, config.block_m) * cdiv(layout.patch_dim, config.block_n) * config.split,),
@@ -240,8 +240,8 @@ def _bwd_weight(
         pre_rstd_ptr=pre_rstd,
         mean_ptr=contiguous(mean),
         std_ptr=contiguous(std),
-        dweight_ptr=grads,
-        dbias_ptr=dbiases,
+        dweight_partials_ptr=dweight_partials,
+        dbias_partials_ptr=dbias_partials,
         **image_strides(image),
         stride_zb=dz.stride(0),
         stride_zm=dz.stride(1),
@@ -260,7 +260,8 @@ def _bwd_weight(
         GROUP=config.group,
         **config.options,
     )
-    return layout.to_weight(grads.sum(0)), dbiases.sum(0)
+    dweight, dbias = (sum_parts(partials, torch.float32) for partials in (dweight_partials, dbias_partials))
+    return layout.to_weight(dweight), dbias
 
 
 def _bwd_image(

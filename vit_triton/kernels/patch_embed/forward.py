@@ -27,6 +27,7 @@ from vit_triton.arguments import Norm
 from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import input_precision, launch
 from vit_triton.kernels.norm.config import check_layer_norm_width, pick_layer_norm
+from vit_triton.kernels.norm.statistics import row_statistics
 from vit_triton.kernels.patch_embed.config import pick_patch_embed_fwd
 from vit_triton.kernels.patch_embed.patches import (
     channel_of,
@@ -62,9 +63,7 @@ def patch_embed_statistics_kernel(
     mask = mask_m[:, None] & mask_k[None, :]
     a = load_patches(image_ptr + rows[:, None] + columns[None, :], mask, mean_ptr, std_ptr, channel, mask_k)
     a = tl.where(mask, a.to(tl.float32), 0.0)  # [BLOCK_M, BLOCK_K]; a masked byte is -mean / std, not 0
-    mean = tl.sum(a, axis=1) / K
-    centred = tl.where(mask, a - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / K + eps)
+    mean, _, rstd = row_statistics(a, mask, K, eps)
     tl.store(pre_mean_ptr + offs_m, mean, mask=mask_m)
     tl.store(pre_rstd_ptr + offs_m, rstd, mask=mask_m)
 
@@ -136,9 +135,7 @@ def patch_embed_norm_kernel(
     mask = mask_m[:, None] & mask_d[None, :]
     z = tl.load(z_ptr + offs_m.to(tl.int64)[:, None] * dim + offs_d[None, :], mask=mask, other=0.0)
     z = z.to(tl.float32)  # [BLOCK_M, BLOCK_D]
-    mean = tl.sum(z, axis=1) / dim
-    centred = tl.where(mask_d[None, :], z - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / dim + eps)
+    mean, centred, rstd = row_statistics(z, mask_d[None, :], dim, eps)
     y = centred * rstd[:, None]
     if weight_ptr is not None:
         y *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]

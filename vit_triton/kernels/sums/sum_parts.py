@@ -1,5 +1,7 @@
-"""Sums of partial results: kernels leave one part per program, and these are added in a fixed order, without
-atomics."""
+"""Split sums: each program leaves its part, and the parts are added in a fixed order, without atomics.
+
+``partials`` (P, ...) are float32. A single one is the sum: it has the dtype of the result, and no pass follows.
+"""
 
 import torch
 import triton
@@ -11,34 +13,44 @@ from vit_triton.kernels.picker import cdiv
 from vit_triton.kernels.sums.config import pick_sum_parts
 
 
-@triton.jit(do_not_specialize=["n_parts"])
-def sum_parts_kernel(parts_ptr, total_ptr, n_parts, stride_p, size, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit
+def add_partials(partials_ptr, start, n_partials, stride_p, offs, mask, BLOCK_P: tl.constexpr):
+    """The sum [BLOCK] of the elements ``offs`` [BLOCK] of the BLOCK_P partials from ``start`` on."""
+    offs_p = start + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+    ptrs = partials_ptr + offs_p.to(tl.int64)[:, None] * stride_p + offs[None, :]  # [BLOCK_P, BLOCK]
+    return tl.sum(tl.load(ptrs, mask=(offs_p < n_partials)[:, None] & mask[None, :], other=0.0), axis=0)
+
+
+@triton.jit(do_not_specialize=["n_partials"])
+def sum_parts_kernel(partials_ptr, total_ptr, n_partials, stride_p, size, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    offs_p = tl.arange(0, BLOCK_P)  # [BLOCK_P]
     mask = offs < size
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n_parts, BLOCK_P):
-        rows = start + offs_p
-        ptrs = parts_ptr + rows.to(tl.int64)[:, None] * stride_p + offs[None, :]  # [BLOCK_P, BLOCK]
-        total += tl.sum(tl.load(ptrs, mask=(rows < n_parts)[:, None] & mask[None, :], other=0.0), axis=0)
+    for start in range(0, n_partials, BLOCK_P):
+        total += add_partials(partials_ptr, start, n_partials, stride_p, offs, mask, BLOCK_P)
     tl.store(total_ptr + offs, total.to(total_ptr.dtype.element_ty), mask=mask)
 
 
-def sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The sum of float32 parts (P, ...), each of them contiguous, over P -> (...) in ``dtype``; of one part in that
-    dtype a view of it, so that nothing else may lie in its storage."""
-    if len(parts) == 1 and parts.dtype == dtype:
-        return parts[0]
-    total = parts.new_empty(parts.shape[1:], dtype=dtype)
-    config = pick_sum_parts(len(parts), target_of(parts.device))
+def new_partials(like: torch.Tensor, n_partials: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for the ``n_partials`` parts of a sum of ``shape`` whose result has ``dtype``."""
+    return like.new_empty((n_partials, *shape), dtype=dtype if n_partials == 1 else torch.float32)
+
+
+def sum_parts(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sum of ``partials`` (P, ...), each of them contiguous, over P -> (...) in ``dtype``; of one in that dtype a
+    view of it, so that nothing else may lie in its storage."""
+    if len(partials) == 1 and partials.dtype == dtype:
+        return partials[0]
+    total = partials.new_empty(partials.shape[1:], dtype=dtype)
+    config = pick_sum_parts(len(partials), target_of(partials.device))
     launch(
         sum_parts_kernel,
         (cdiv(total.numel(), config.block),),
-        parts,
-        parts_ptr=parts,
+        partials,
+        partials_ptr=partials,
         total_ptr=total,
-        n_parts=len(parts),
-        stride_p=parts.stride(0),
+        n_partials=len(partials),
+        stride_p=partials.stride(0),
         size=total.numel(),
         BLOCK_P=config.block_p,
         BLOCK=config.block,
