@@ -26,7 +26,7 @@ from vit_triton.backend import check_backend_name, is_portable
 from vit_triton.checks import check_module
 from vit_triton.fallback import count, counter, for_a_graph, forget
 from vit_triton.functional import KERNEL_DTYPES
-from vit_triton.packing import refuse
+from vit_triton.packing import refuse, without
 
 __all__ = ["Entry", "Recipe", "Report", "Unknown", "accelerate", "restore"]
 
@@ -368,22 +368,12 @@ def restore(model: nn.Module) -> nn.Module:
     check_module("model", model)
     refuse(model, "restore()")
     for module in model.modules():
-        cls = _restored(type(module))
+        cls = without(type(module), "_replaced")
         if cls is not type(module):
             module.__class__ = cls
             _names.pop(module, None)
             forget(module)
     return model
-
-
-def _restored(cls: Any) -> Any:
-    """`cls` without the classes made here, also where FSDP or a parametrization has made another one on top."""
-    if "_replaced" in vars(cls):
-        return cls._replaced
-    if not hasattr(cls, "_replaced"):
-        return cls
-    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    return type(cls)(cls.__name__, tuple(map(_restored, cls.__bases__)), own)
 
 
 # --- reporting ---------------------------------------------------------------------------------------------
