@@ -518,6 +518,61 @@ def test_copies_go_with_the_model():
 
 
 @compiled_only
+def test_a_part_that_is_prepacked_again_is_concatenated_again():
+    model, x = vit_triton.prepack(built(hugging_face_vit)), torch.randn(2, 3, 32, 32)
+    (key, *_) = (part for name, part in model.named_modules() if name.endswith("k_proj"))
+    with torch.no_grad():
+        before = model(x)
+        key.weight.data.mul_(3)
+        vit_triton.prepack(key)
+        after = model(x)
+        assert torch.equal(after, copy.deepcopy(model)(x)) and not torch.equal(after, before)
+
+
+def test_a_model_that_was_parametrized_after_prepack_can_be_unpacked():
+    model, x = vit_triton.prepack(built(our_vit)), torch.randn(2, 3, 32, 32)
+    linear = model.transformer.layers[0][0].to_qkv
+    cls = type(built(our_vit).transformer.layers[0][0].to_qkv)
+    nn.utils.parametrizations.weight_norm(linear)
+    vit_triton.unpack(model)
+    assert not packing.frozen
+    model.train().eval()
+    with torch.no_grad():
+        assert torch.equal(model(x), copy.deepcopy(model)(x))
+    parametrize.remove_parametrizations(linear, "weight")
+    assert type(linear) is cls
+
+
+def test_copies_of_a_parametrized_model_are_free():
+    model = built(our_vit)
+    nn.utils.parametrizations.weight_norm(model.transformer.layers[0][0].to_qkv)
+    copy.deepcopy(vit_triton.prepack(model.eval())).train()
+
+
+def test_unpack_lets_go_of_parameters_that_were_replaced():
+    model = vit_triton.prepack(built(our_vit))
+    replace([model.transformer.layers[0][0].to_qkv])
+    vit_triton.unpack(model)
+    assert not packing.frozen
+
+
+@compiled_only
+def test_a_shared_parameter_stays_frozen_until_all_that_have_it_are_gone():
+    parts = [FeedForward(32, 40, backend="triton").eval() for _ in range(2)]
+    parts[1].net[1].weight = parts[0].net[1].weight
+    vit_triton.prepack(nn.ModuleList(parts).eval())
+    del parts[0]
+    gc.collect()
+    with torch.no_grad():
+        parts[0].net[1].weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"0.net.1.weight was changed"):
+        parts[0](torch.randn(3, 5, 32))
+    del parts
+    gc.collect()
+    assert not packing.frozen
+
+
+@compiled_only
 def test_unpack_lets_go_of_concatenated_weights():
     model, x = vit_triton.prepack(built(hugging_face_vit)), torch.randn(2, 3, 32, 32)
     with torch.no_grad():

@@ -27,10 +27,11 @@ class _Frozen:
     ``torch.utils.swap_tensors`` refuses the parameter.
     """
 
-    __slots__ = ("copies", "name", "state", "tensor")
+    __slots__ = ("copies", "holders", "name", "state", "tensor")
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name, self.tensor, self.state = name, tensor, _state(tensor)
+        self.holders = 0  # modules that have the parameter
         self.copies: dict[object, Tensor] = {}
 
     def copy(self, x: Tensor, layout: object, make: Callable[[Tensor], Tensor]) -> Tensor:
@@ -43,6 +44,7 @@ class _Frozen:
 
 
 frozen: dict[int, _Frozen] = {}  # by the id of the parameter
+_releases: weakref.WeakKeyDictionary[nn.Module, weakref.finalize[..., Any]] = weakref.WeakKeyDictionary()
 
 
 def prepack(model: nn.Module) -> nn.Module:
@@ -80,10 +82,14 @@ def prepack(model: nn.Module) -> nn.Module:
         if not isinstance(module, torch.jit.ScriptModule):
             cls: Any = type(module)
             module.__class__ = _refusing(cls)
+        entries = []
         for part, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in frozen:
-                frozen[id(parameter)] = _Frozen(f"{name}.{part}".lstrip("."), parameter)
-                weakref.finalize(module, _forget, id(parameter)).atexit = False
+            if parameter is not None:
+                entry = frozen.setdefault(id(parameter), _Frozen(f"{name}.{part}".lstrip("."), parameter))
+                entry.holders += 1
+                entries.append(entry)
+        _releases[module] = weakref.finalize(module, _release, entries)
+        _releases[module].atexit = False
     return model
 
 
@@ -99,10 +105,13 @@ def unpack(model: nn.Module) -> nn.Module:
     check_module("model", model)
     for module in model.modules():
         cls: Any = type(module)
-        if "_prepacked" in vars(cls):
-            module.__class__ = cls._prepacked
+        if hasattr(cls, "_prepacked"):
+            module.__class__ = without(cls, "_prepacked")
+        if module in _releases:
+            _releases.pop(module)()  # parameters that the module has no more, too
         for parameter in module._parameters.values():
-            _forget(id(parameter))
+            if id(parameter) in frozen:
+                _forget(frozen[id(parameter)])
     return model
 
 
@@ -110,6 +119,17 @@ def refuse(model: nn.Module, what: str) -> None:
     """Raise RuntimeError if a part of `model` is prepacked; ``what`` names the call that is refused."""
     if any(hasattr(module, "_prepacked") for module in model.modules()):
         raise _refusal(what)
+
+
+def without(cls: Any, mark: str) -> Any:
+    """`cls` without the classes made here, whose attribute ``mark`` is the class they were made of; also where a
+    parametrization or FSDP has made another one on top."""
+    if mark in vars(cls):
+        return vars(cls)[mark]
+    if not hasattr(cls, mark):
+        return cls
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, tuple(without(base, mark) for base in cls.__bases__), own)
 
 
 def _refusal(what: str) -> RuntimeError:
@@ -138,8 +158,15 @@ def _refusing(cls: Any) -> Any:
         make, arguments, *rest = super(prepacked, self).__reduce_ex__(max(int(protocol), 2))
         return _made, (make, *(cls if x is prepacked else x for x in arguments)), *rest
 
+    def __deepcopy__(self: Any, memo: Any) -> Any:
+        copied = super(prepacked, self).__deepcopy__(memo)
+        copied.__class__ = cls
+        return copied
+
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    methods = (train, _apply, load_state_dict, _load_from_state_dict, __reduce_ex__)
+    methods = [train, _apply, load_state_dict, _load_from_state_dict, __reduce_ex__]
+    if hasattr(cls, "__deepcopy__"):  # parametrizations have one, which keeps the class
+        methods.append(__deepcopy__)
     prepacked: Any = type(cls.__name__, (cls,), {**names, **{f.__name__: f for f in methods}, "_prepacked": cls})
     return prepacked
 
@@ -149,10 +176,19 @@ def _made(make: Callable[..., Any], *arguments: Any) -> Any:
     return make(*arguments)
 
 
-def _forget(key: int) -> None:
-    entry = frozen.pop(key, None)
-    for copy in () if entry is None else entry.copies.values():
-        frozen.pop(id(copy), None)
+def _release(entries: list[_Frozen]) -> None:
+    """Of a module that is gone, or no longer prepacked."""
+    for entry in entries:
+        entry.holders -= 1
+        if not entry.holders:
+            _forget(entry)
+
+
+def _forget(entry: _Frozen) -> None:
+    if frozen.get(id(entry.tensor)) is entry:
+        del frozen[id(entry.tensor)]
+        for copy in entry.copies.values():
+            frozen.pop(id(copy), None)
 
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:
@@ -216,7 +252,7 @@ def concatenated(tensors: Sequence[Tensor]) -> Tensor:
     if not frozen or torch.is_grad_enabled() or not all(id(x) in frozen for x in tensors):
         return torch.cat(list(tensors))
     check(tensors)
-    layout = "concatenated", *map(id, tensors[1:])
+    layout = "concatenated", *(frozen[id(x)] for x in tensors[1:])  # a parameter frozen anew has another entry
     whole = frozen[id(tensors[0])].copy(tensors[0], layout, lambda _: torch.cat([x.detach() for x in tensors]))
     if id(whole) not in frozen:
         frozen[id(whole)] = _Frozen(f"{frozen[id(tensors[0])].name} and others", whole)

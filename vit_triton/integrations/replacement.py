@@ -22,7 +22,7 @@ from vit_triton.fallback import count, counter, for_a_graph, forget
 from vit_triton.integrations import pytorch, timm, torchvision, vit_pytorch
 from vit_triton.integrations.recipes import Recipe, Unknown, check_unwatched, recipe_of, resembles_known
 from vit_triton.integrations.report import Entry, Report
-from vit_triton.packing import refuse
+from vit_triton.packing import refuse, without
 from vit_triton.portable import is_portable
 
 __all__ = ["accelerate", "restore"]
@@ -202,19 +202,9 @@ def restore(model: nn.Module) -> nn.Module:
     check_module("model", model)
     refuse(model, "restore()")
     for module in model.modules():
-        cls = _restored(type(module))
+        cls = without(type(module), "_replaced")
         if cls is not type(module):
             module.__class__ = cls
             _names.pop(module, None)
             forget(module)
     return model
-
-
-def _restored(cls: Any) -> Any:
-    """`cls` without the classes made here, also where FSDP or a parametrization has made another one on top."""
-    if "_replaced" in vars(cls):
-        return cls._replaced
-    if not hasattr(cls, "_replaced"):
-        return cls
-    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    return type(cls)(cls.__name__, tuple(map(_restored, cls.__bases__)), own)
