@@ -60,8 +60,8 @@ def attention_bwd_dq_step(
     """Add what keys ``start_n ... start_n + BLOCK_N`` give to dQ, still without ``scale``."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     k = load_tile(k_rows, offs_n, n_k, DIMS, MASKED)  # [BLOCK_N, D]
-    v = load_tile(v_rows, offs_n, n_k, DIMS, MASKED)  # [BLOCK_N, D]
     scores = dot_transposed(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
+    v = load_tile(v_rows, offs_n, n_k, DIMS, MASKED)  # [BLOCK_N, D]
     dp = dot_transposed(do, v, PRECISION)  # [BLOCK_M, BLOCK_N]
     p = tl.exp2(scores * scale_log2e - lse_log2e[:, None])
     if MASKED:
@@ -133,8 +133,8 @@ def attention_bwd_dkdv_step(
         lse = tl.load(lse_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
     q = load_tile(q_rows, offs_m, n_q, DIMS, MASKED)  # [BLOCK_M, D]
-    do = load_tile(do_rows, offs_m, n_q, DIMS, MASKED)  # [BLOCK_M, D]
     scores = dot_transposed(k, q, PRECISION)  # [BLOCK_N, BLOCK_M]
+    do = load_tile(do_rows, offs_m, n_q, DIMS, MASKED)  # [BLOCK_M, D]
     dp = dot_transposed(v, do, PRECISION)  # [BLOCK_N, BLOCK_M]
     p = tl.exp2(scores * scale_log2e - (lse * LOG2E)[None, :])
     p_dropped = p
