@@ -12,11 +12,12 @@ from vit_triton.kernels.attention.config import (
 )
 from vit_triton.kernels.attention.rows import (
     add_dot,
-    dot_transposed,
     head_align,
     head_of_program,
     head_rows,
     load_columns,
+    load_main,
+    load_tail,
     load_tile,
     scale_tile,
     store_tile,
@@ -53,16 +54,33 @@ def attention_bwd_delta_kernel(
 
 
 @triton.jit
+def scores_and_dp(
+    a, b, c_rows, d_rows, offs_n, n_rows, DIMS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """(a @ c.T, b @ d.T, c, d) with tiles c and d of ``c_rows`` and ``d_rows``. Both tails follow both products of the
+    main tiles: in other orders some architectures take more registers."""
+    c = load_main(c_rows, offs_n, n_rows, DIMS, MASKED)  # [BLOCK_N, D_MAIN]
+    d = load_main(d_rows, offs_n, n_rows, DIMS, MASKED)  # [BLOCK_N, D_MAIN]
+    scores = tl.dot(a[0], tl.trans(c), input_precision=PRECISION)
+    dp = tl.dot(b[0], tl.trans(d), input_precision=PRECISION)
+    if DIMS[2] > 0:
+        c_tail = load_tail(c_rows, offs_n, n_rows, DIMS, MASKED)
+        d_tail = load_tail(d_rows, offs_n, n_rows, DIMS, MASKED)
+        scores = tl.dot(a[1], tl.trans(c_tail), scores, input_precision=PRECISION)
+        dp = tl.dot(b[1], tl.trans(d_tail), dp, input_precision=PRECISION)
+        return scores, dp, (c, c_tail), (d, d_tail)
+    else:
+        return scores, dp, (c, None), (d, None)
+
+
+@triton.jit
 def attention_bwd_dq_step(
     dq, q, do, lse_log2e, delta, k_rows, v_rows, start_n, n_k, scale_log2e, offs_m, dropout,
     DIMS: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what keys ``start_n ... start_n + BLOCK_N`` give to dQ, still without ``scale``."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    k = load_tile(k_rows, offs_n, n_k, DIMS, MASKED)  # [BLOCK_N, D]
-    scores = dot_transposed(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
-    v = load_tile(v_rows, offs_n, n_k, DIMS, MASKED)  # [BLOCK_N, D]
-    dp = dot_transposed(do, v, PRECISION)  # [BLOCK_M, BLOCK_N]
+    scores, dp, k, v = scores_and_dp(q, do, k_rows, v_rows, offs_n, n_k, DIMS, MASKED, PRECISION)
     p = tl.exp2(scores * scale_log2e - lse_log2e[:, None])
     if MASKED:
         p = tl.where((offs_n < n_k)[None, :], p, 0.0)  # exp(0 - L) of a column that is not there may be inf
@@ -132,10 +150,7 @@ def attention_bwd_dkdv_step(
     else:
         lse = tl.load(lse_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
-    q = load_tile(q_rows, offs_m, n_q, DIMS, MASKED)  # [BLOCK_M, D]
-    scores = dot_transposed(k, q, PRECISION)  # [BLOCK_N, BLOCK_M]
-    do = load_tile(do_rows, offs_m, n_q, DIMS, MASKED)  # [BLOCK_M, D]
-    dp = dot_transposed(v, do, PRECISION)  # [BLOCK_N, BLOCK_M]
+    scores, dp, q, do = scores_and_dp(k, v, q_rows, do_rows, offs_m, n_q, DIMS, MASKED, PRECISION)
     p = tl.exp2(scores * scale_log2e - (lse * LOG2E)[None, :])
     p_dropped = p
     if dropout is not None:

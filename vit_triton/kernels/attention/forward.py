@@ -24,11 +24,11 @@ import triton.language as tl
 
 from vit_triton.kernels.attention.config import attention_tail, pick_attention_fwd, split_head_dim
 from vit_triton.kernels.attention.rows import (
-    add_dot,
-    dot_transposed,
     head_align,
     head_of_program,
     head_rows,
+    load_main,
+    load_tail,
     load_tile,
     scale_tile,
     store_tile,
@@ -49,8 +49,11 @@ def attention_fwd_step(
 ):  # fmt: skip
     """Take keys ``start_n ... start_n + BLOCK_N`` into the running softmax; ``scale_log2e`` >= 0."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    k = load_tile(k_rows, offs_n, n_k, DIMS, MASKED)  # [BLOCK_N, D]
-    scores = dot_transposed(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
+    k = load_main(k_rows, offs_n, n_k, DIMS, MASKED)  # [BLOCK_N, D_MAIN]
+    scores = tl.dot(q[0], tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    k_tail = load_tail(k_rows, offs_n, n_k, DIMS, MASKED)
+    if k_tail is not None:
+        scores = tl.dot(q[1], tl.trans(k_tail), scores, input_precision=PRECISION)
     if NEGATIVE_SCALE:
         scores = -scores
     if MASKED:
@@ -69,9 +72,15 @@ def attention_fwd_step(
         seed, plane, dropout_p, _ = dropout
         p = tl.where(dropout_keep(seed, offs_m[:, None], offs_n[None, :], plane, dropout_p), p, 0.0)
 
-    v = load_tile(v_rows, offs_n, n_k, DIMS, MASKED)  # [BLOCK_N, D]
-    acc = add_dot(scale_tile(acc, rescale[:, None]), p.to(v[0].dtype), v, PRECISION)  # [BLOCK_M, D]
-    return acc, new_max, row_sum
+    v = load_main(v_rows, offs_n, n_k, DIMS, MASKED)  # [BLOCK_N, D_MAIN]
+    p = p.to(v.dtype)
+    acc, acc_tail = scale_tile(acc, rescale[:, None])
+    acc = tl.dot(p, v, acc, input_precision=PRECISION)
+    # loaded behind the product with the main tile: before it, 72 columns take 62 registers more on sm_80
+    v_tail = load_tail(v_rows, offs_n, n_k, DIMS, MASKED)
+    if v_tail is not None:
+        acc_tail = tl.dot(p, v_tail, acc_tail, input_precision=PRECISION)
+    return (acc, acc_tail), new_max, row_sum
 
 
 @triton.jit

@@ -55,44 +55,35 @@ def store_columns(rows, x, offs_n, n_rows, FIRST_D: tl.constexpr, N_D: tl.conste
 
 
 @triton.jit
+def load_main(rows, offs_n, n_rows, DIMS: tl.constexpr, MASKED: tl.constexpr):
+    return load_columns(rows, offs_n, n_rows, 0, DIMS[1], DIMS[0], MASKED)
+
+
+@triton.jit
+def load_tail(rows, offs_n, n_rows, DIMS: tl.constexpr, MASKED: tl.constexpr):
+    return load_columns(rows, offs_n, n_rows, DIMS[1], DIMS[2], DIMS[0], MASKED) if DIMS[2] > 0 else None
+
+
+@triton.jit
 def load_tile(rows, offs_n, n_rows, DIMS: tl.constexpr, MASKED: tl.constexpr):
-    HEAD_DIM: tl.constexpr = DIMS[0]
-    D_MAIN: tl.constexpr = DIMS[1]
-    D_TAIL: tl.constexpr = DIMS[2]
-    main = load_columns(rows, offs_n, n_rows, 0, D_MAIN, HEAD_DIM, MASKED)
-    return main, load_columns(rows, offs_n, n_rows, D_MAIN, D_TAIL, HEAD_DIM, MASKED) if D_TAIL > 0 else None
+    return load_main(rows, offs_n, n_rows, DIMS, MASKED), load_tail(rows, offs_n, n_rows, DIMS, MASKED)
 
 
 @triton.jit
 def store_tile(rows, tile, offs_n, n_rows, DIMS: tl.constexpr):
-    HEAD_DIM: tl.constexpr = DIMS[0]
-    D_MAIN: tl.constexpr = DIMS[1]
-    D_TAIL: tl.constexpr = DIMS[2]
-    store_columns(rows, tile[0], offs_n, n_rows, 0, D_MAIN, HEAD_DIM)
-    if D_TAIL > 0:
-        store_columns(rows, tile[1], offs_n, n_rows, D_MAIN, D_TAIL, HEAD_DIM)
+    store_columns(rows, tile[0], offs_n, n_rows, 0, DIMS[1], DIMS[0])
+    if tile[1] is not None:
+        store_columns(rows, tile[1], offs_n, n_rows, DIMS[1], DIMS[2], DIMS[0])
 
 
 @triton.jit
 def zero_tile(N_ROWS: tl.constexpr, DIMS: tl.constexpr):
-    """An accumulator."""
-    D_MAIN: tl.constexpr = DIMS[1]
-    D_TAIL: tl.constexpr = DIMS[2]
-    return tl.zeros([N_ROWS, D_MAIN], tl.float32), tl.zeros([N_ROWS, D_TAIL], tl.float32) if D_TAIL > 0 else None
+    return tl.zeros([N_ROWS, DIMS[1]], tl.float32), tl.zeros([N_ROWS, DIMS[2]], tl.float32) if DIMS[2] > 0 else None
 
 
 @triton.jit
 def scale_tile(tile, factor):
     return tile[0] * factor, tile[1] * factor if tile[1] is not None else None
-
-
-@triton.jit
-def dot_transposed(a, b, PRECISION: tl.constexpr):
-    """a @ b.T, of two tiles: a sum over the head's columns."""
-    product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
-    if a[1] is not None:
-        product = tl.dot(a[1], tl.trans(b[1]), product, input_precision=PRECISION)
-    return product
 
 
 @triton.jit
