@@ -10,7 +10,20 @@ from vit_triton.kernels.attention.config import (
     pick_attention_bwd_dq,
     split_head_dim,
 )
-from vit_triton.kernels.attention.rows import head_align, head_of_program, head_ptr, load_rows, store_rows, strides
+from vit_triton.kernels.attention.rows import (
+    add_dot,
+    head_align,
+    head_of_program,
+    head_rows,
+    load_columns,
+    load_main,
+    load_tail,
+    load_tile,
+    scale_tile,
+    store_tile,
+    strides,
+    zero_tile,
+)
 from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import input_precision, keep_scale, launch, side_by_side
 from vit_triton.kernels.picker import cdiv
@@ -19,33 +32,20 @@ from vit_triton.kernels.tiles import LOG2E, dropout_keep
 
 @triton.jit
 def attention_bwd_delta_kernel(
-    out_ptr,
-    do_ptr,
-    dlse_ptr,
-    delta_ptr,
-    stride_dob,
-    stride_don,
-    stride_doh,
-    stride_dod,
-    stride_dlseb,
-    stride_dlseh,
-    stride_dlsen,
-    n_heads,
-    n_q,
-    HEAD_ALIGN: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    out_ptr, do_ptr, dlse_ptr, delta_ptr,
+    stride_dob, stride_don, stride_doh, stride_dod, stride_dlseb, stride_dlseh, stride_dlsen,
+    n_heads, n_q,
+    HEAD_ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_DLSE: tl.constexpr,
-):
+):  # fmt: skip
     """delta = rowsum(dO * O) - dL, float32 (B, H, N_q)."""
     pid_m, batch, head, plane = head_of_program(n_heads, tl.cdiv(n_q, BLOCK_M))
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < n_q
-    out_ptr += (batch * n_q * n_heads + head) * HEAD_DIM
-    do_ptr = head_ptr(do_ptr, batch, stride_dob, head, stride_doh, HEAD_ALIGN)
-    out = load_rows(out_ptr, offs_m, n_q, n_heads * HEAD_DIM, 1, 0, BLOCK_D, HEAD_DIM, True)  # [BLOCK_M, BLOCK_D]
-    do = load_rows(do_ptr, offs_m, n_q, stride_don, stride_dod, 0, BLOCK_D, HEAD_DIM, True)  # [BLOCK_M, BLOCK_D]
+    out_rows = (out_ptr + (batch * n_q * n_heads + head) * HEAD_DIM, n_heads * HEAD_DIM, 1)
+    do_rows = head_rows(do_ptr, (stride_dob, stride_don, stride_doh, stride_dod), batch, head, HEAD_ALIGN)
+    out = load_columns(out_rows, offs_m, n_q, 0, BLOCK_D, HEAD_DIM, True)  # [BLOCK_M, BLOCK_D]
+    do = load_columns(do_rows, offs_m, n_q, 0, BLOCK_D, HEAD_DIM, True)  # [BLOCK_M, BLOCK_D]
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     if HAS_DLSE:
         dlse_ptr += batch * stride_dlseb + head * stride_dlseh
@@ -54,184 +54,95 @@ def attention_bwd_delta_kernel(
 
 
 @triton.jit
-def attention_bwd_dq_step(
-    dq,
-    dq_tail,
-    q,
-    q_tail,
-    do,
-    do_tail,
-    lse_log2e,
-    delta,
-    k_ptr,
-    v_ptr,
-    stride_kn,
-    stride_kd,
-    stride_vn,
-    stride_vd,
-    start_n,
-    n_k,
-    scale_log2e,
-    seed,
-    offs_m,
-    plane,
-    dropout_p,
-    keep_scale,
-    HEAD_DIM: tl.constexpr,
-    D_MAIN: tl.constexpr,
-    D_TAIL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+def scores_and_dp(
+    a, b, c_rows, d_rows, offs_n, n_rows, DIMS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):
+    """(a @ c.T, b @ d.T, c, d) with tiles c and d of ``c_rows`` and ``d_rows``. Both tails follow both products of the
+    main tiles: in other orders some architectures take more registers."""
+    c = load_main(c_rows, offs_n, n_rows, DIMS, MASKED)  # [BLOCK_N, D_MAIN]
+    d = load_main(d_rows, offs_n, n_rows, DIMS, MASKED)  # [BLOCK_N, D_MAIN]
+    scores = tl.dot(a[0], tl.trans(c), input_precision=PRECISION)
+    dp = tl.dot(b[0], tl.trans(d), input_precision=PRECISION)
+    if DIMS[2] > 0:
+        c_tail = load_tail(c_rows, offs_n, n_rows, DIMS, MASKED)
+        d_tail = load_tail(d_rows, offs_n, n_rows, DIMS, MASKED)
+        scores = tl.dot(a[1], tl.trans(c_tail), scores, input_precision=PRECISION)
+        dp = tl.dot(b[1], tl.trans(d_tail), dp, input_precision=PRECISION)
+        return scores, dp, (c, c_tail), (d, d_tail)
+    else:
+        return scores, dp, (c, None), (d, None)
+
+
+@triton.jit
+def attention_bwd_dq_step(
+    dq, q, do, lse_log2e, delta, k_rows, v_rows, start_n, n_k, scale_log2e, offs_m, dropout,
+    DIMS: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Add what keys ``start_n ... start_n + BLOCK_N`` give to dQ, still without ``scale``."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, offs_n, n_k, stride_kn, stride_kd, 0, D_MAIN, HEAD_DIM, MASKED)  # [BLOCK_N, D_MAIN]
-    v = load_rows(v_ptr, offs_n, n_k, stride_vn, stride_vd, 0, D_MAIN, HEAD_DIM, MASKED)  # [BLOCK_N, D_MAIN]
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    if D_TAIL > 0:
-        k_tail = load_rows(k_ptr, offs_n, n_k, stride_kn, stride_kd, D_MAIN, D_TAIL, HEAD_DIM, MASKED)
-        v_tail = load_rows(v_ptr, offs_n, n_k, stride_vn, stride_vd, D_MAIN, D_TAIL, HEAD_DIM, MASKED)
-        scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
-        dp = tl.dot(do_tail, tl.trans(v_tail), dp, input_precision=PRECISION)
+    scores, dp, k, v = scores_and_dp(q, do, k_rows, v_rows, offs_n, n_k, DIMS, MASKED, PRECISION)
     p = tl.exp2(scores * scale_log2e - lse_log2e[:, None])
     if MASKED:
         p = tl.where((offs_n < n_k)[None, :], p, 0.0)  # exp(0 - L) of a column that is not there may be inf
-    if DROPOUT:
+    if dropout is not None:
+        seed, plane, dropout_p, keep_scale = dropout
         keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], plane, dropout_p)
         dp = tl.where(keep, dp * keep_scale, 0.0)  # NaN in dp is NaN in delta too
-    ds = (p * (dp - delta[:, None])).to(k.dtype)  # [BLOCK_M, BLOCK_N]
-    dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    if D_TAIL > 0:
-        dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision=PRECISION)
-    return dq, dq_tail
+    ds = (p * (dp - delta[:, None])).to(k[0].dtype)  # [BLOCK_M, BLOCK_N]
+    return add_dot(dq, ds, k, PRECISION)
 
 
 @triton.jit
 def attention_bwd_dq_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    do_ptr,
-    lse_ptr,
-    delta_ptr,
-    seed_ptr,
-    dq_ptr,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_qd,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_kd,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_vd,
-    stride_dob,
-    stride_don,
-    stride_doh,
-    stride_dod,
-    stride_dqb,
-    stride_dqn,
-    stride_dqh,
-    n_heads,
-    n_q,
-    n_k,
-    scale,
-    scale_log2e,
-    dropout_p,
-    keep_scale,
-    HEAD_ALIGN: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D_MAIN: tl.constexpr,
-    D_TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL_N: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, seed_ptr, dq_ptr,
+    stride_qb, stride_qn, stride_qh, stride_qd,
+    stride_kb, stride_kn, stride_kh, stride_kd,
+    stride_vb, stride_vn, stride_vh, stride_vd,
+    stride_dob, stride_don, stride_doh, stride_dod,
+    stride_dqb, stride_dqn, stride_dqh,
+    n_heads, n_q, n_k, scale, scale_log2e, dropout_p, keep_scale,
+    HEAD_ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    DIMS: tl.constexpr = (HEAD_DIM, D_MAIN, D_TAIL)
     pid_m, batch, head, plane = head_of_program(n_heads, tl.cdiv(n_q, BLOCK_M))
-    q_ptr = head_ptr(q_ptr, batch, stride_qb, head, stride_qh, HEAD_ALIGN)
-    k_ptr = head_ptr(k_ptr, batch, stride_kb, head, stride_kh, HEAD_ALIGN)
-    v_ptr = head_ptr(v_ptr, batch, stride_vb, head, stride_vh, HEAD_ALIGN)
-    do_ptr = head_ptr(do_ptr, batch, stride_dob, head, stride_doh, HEAD_ALIGN)
-    dq_ptr = head_ptr(dq_ptr, batch, stride_dqb, head, stride_dqh, HEAD_ALIGN)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    q_rows = head_rows(q_ptr, (stride_qb, stride_qn, stride_qh, stride_qd), batch, head, HEAD_ALIGN)
+    k_rows = head_rows(k_ptr, (stride_kb, stride_kn, stride_kh, stride_kd), batch, head, HEAD_ALIGN)
+    v_rows = head_rows(v_ptr, (stride_vb, stride_vn, stride_vh, stride_vd), batch, head, HEAD_ALIGN)
+    do_rows = head_rows(do_ptr, (stride_dob, stride_don, stride_doh, stride_dod), batch, head, HEAD_ALIGN)
+    dq_rows = head_rows(dq_ptr, (stride_dqb, stride_dqn, stride_dqh, 1), batch, head, HEAD_ALIGN)
+    dropout = (tl.load(seed_ptr), plane, dropout_p, keep_scale) if DROPOUT else None
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < n_q
-    q = load_rows(q_ptr, offs_m, n_q, stride_qn, stride_qd, 0, D_MAIN, HEAD_DIM, True)  # [BLOCK_M, D_MAIN]
-    do = load_rows(do_ptr, offs_m, n_q, stride_don, stride_dod, 0, D_MAIN, HEAD_DIM, True)  # [BLOCK_M, D_MAIN]
-    q_tail = q
-    do_tail = do
-    if D_TAIL > 0:
-        q_tail = load_rows(q_ptr, offs_m, n_q, stride_qn, stride_qd, D_MAIN, D_TAIL, HEAD_DIM, True)
-        do_tail = load_rows(do_ptr, offs_m, n_q, stride_don, stride_dod, D_MAIN, D_TAIL, HEAD_DIM, True)
+    q = load_tile(q_rows, offs_m, n_q, DIMS, True)  # [BLOCK_M, D]
+    do = load_tile(do_rows, offs_m, n_q, DIMS, True)  # [BLOCK_M, D]
     stats = plane.to(tl.int64) * n_q + offs_m
     lse_log2e = tl.load(lse_ptr + stats, mask=mask_m, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + stats, mask=mask_m, other=0.0)
 
-    dq = tl.zeros([BLOCK_M, D_MAIN], tl.float32)
-    dq_tail = tl.zeros([BLOCK_M, D_TAIL if D_TAIL > 0 else 16], tl.float32)
+    dq = zero_tile(BLOCK_M, DIMS)
     n_full = n_k // BLOCK_N * BLOCK_N
     for start_n in tl.range(0, n_full, BLOCK_N):
-        dq, dq_tail = attention_bwd_dq_step(
-            dq, dq_tail, q, q_tail, do, do_tail, lse_log2e, delta, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn,
-            stride_vd, start_n, n_k, scale_log2e, seed, offs_m, plane, dropout_p, keep_scale,
-            HEAD_DIM, D_MAIN, D_TAIL, BLOCK_N, False, DROPOUT, PRECISION,
+        dq = attention_bwd_dq_step(
+            dq, q, do, lse_log2e, delta, k_rows, v_rows, start_n, n_k, scale_log2e, offs_m, dropout,
+            DIMS, BLOCK_N, False, PRECISION,
         )  # fmt: skip
     if TAIL_N > 0:
-        dq, dq_tail = attention_bwd_dq_step(
-            dq, dq_tail, q, q_tail, do, do_tail, lse_log2e, delta, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn,
-            stride_vd, n_full, n_k, scale_log2e, seed, offs_m, plane, dropout_p, keep_scale,
-            HEAD_DIM, D_MAIN, D_TAIL, TAIL_N, True, DROPOUT, PRECISION,
+        dq = attention_bwd_dq_step(
+            dq, q, do, lse_log2e, delta, k_rows, v_rows, n_full, n_k, scale_log2e, offs_m, dropout,
+            DIMS, TAIL_N, True, PRECISION,
         )  # fmt: skip
-    store_rows(dq_ptr, dq * scale, offs_m, n_q, stride_dqn, 0, D_MAIN, HEAD_DIM)
-    if D_TAIL > 0:
-        store_rows(dq_ptr, dq_tail * scale, offs_m, n_q, stride_dqn, D_MAIN, D_TAIL, HEAD_DIM)
+    store_tile(dq_rows, scale_tile(dq, scale), offs_m, n_q, DIMS)
 
 
 @triton.jit
 def attention_bwd_dkdv_step(
-    dk,
-    dk_tail,
-    dv,
-    dv_tail,
-    k,
-    k_tail,
-    v,
-    v_tail,
-    q_ptr,
-    do_ptr,
-    lse_ptr,
-    delta_ptr,
-    stride_qn,
-    stride_qd,
-    stride_don,
-    stride_dod,
-    start_m,
-    n_q,
-    scale_log2e,
-    seed,
-    offs_n,
-    plane,
-    dropout_p,
-    keep_scale,
-    HEAD_DIM: tl.constexpr,
-    D_MAIN: tl.constexpr,
-    D_TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dk, dv, k, v, q_rows, do_rows, dq_rows, lse_ptr, delta_ptr, start_m, n_q, scale, scale_log2e, offs_n, dropout,
+    DIMS: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Add what query rows ``start_m ... start_m + BLOCK_M`` give to dK (without ``scale``) and dV; tiles are
-    transposed, dS, which is returned too, among them."""
+    transposed. With ``dq_rows``, where ``k`` holds every key, dQ of these rows is stored too."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     if MASKED:
         lse = tl.load(lse_ptr + offs_m, mask=offs_m < n_q, other=float("inf"))  # a row that is not there has P = 0
@@ -239,154 +150,73 @@ def attention_bwd_dkdv_step(
     else:
         lse = tl.load(lse_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
-    q = load_rows(q_ptr, offs_m, n_q, stride_qn, stride_qd, 0, D_MAIN, HEAD_DIM, MASKED)  # [BLOCK_M, D_MAIN]
-    do = load_rows(do_ptr, offs_m, n_q, stride_don, stride_dod, 0, D_MAIN, HEAD_DIM, MASKED)  # [BLOCK_M, D_MAIN]
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-    if D_TAIL > 0:
-        q_tail = load_rows(q_ptr, offs_m, n_q, stride_qn, stride_qd, D_MAIN, D_TAIL, HEAD_DIM, MASKED)
-        do_tail = load_rows(do_ptr, offs_m, n_q, stride_don, stride_dod, D_MAIN, D_TAIL, HEAD_DIM, MASKED)
-        scores = tl.dot(k_tail, tl.trans(q_tail), scores, input_precision=PRECISION)
-        dp = tl.dot(v_tail, tl.trans(do_tail), dp, input_precision=PRECISION)
+    scores, dp, q, do = scores_and_dp(k, v, q_rows, do_rows, offs_m, n_q, DIMS, MASKED, PRECISION)
     p = tl.exp2(scores * scale_log2e - (lse * LOG2E)[None, :])
     p_dropped = p
-    if DROPOUT:
+    if dropout is not None:
+        seed, plane, dropout_p, keep_scale = dropout
         keep = dropout_keep(seed, offs_m[None, :], offs_n[:, None], plane, dropout_p)
         dropped = tl.where(keep, keep_scale, 0.0)  # a factor: NaN stays NaN where it is dropped
         p_dropped = p * dropped
         dp *= dropped
-    p_dropped = p_dropped.to(do.dtype)
-    ds = (p * (dp - delta[None, :])).to(q.dtype)  # [BLOCK_N, BLOCK_M]
-    dv = tl.dot(p_dropped, do, dv, input_precision=PRECISION)
-    dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-    if D_TAIL > 0:
-        dv_tail = tl.dot(p_dropped, do_tail, dv_tail, input_precision=PRECISION)
-        dk_tail = tl.dot(ds, q_tail, dk_tail, input_precision=PRECISION)
-    return dk, dk_tail, dv, dv_tail, ds
-
-
-@triton.jit
-def attention_bwd_store_dq(
-    ds, k, k_tail, dq_ptr, start_m, n_q, stride_dqn, scale,
-    HEAD_DIM: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dQ of query rows ``start_m ... start_m + BLOCK_M`` where ``k`` holds every key."""
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)  # [BLOCK_M, D_MAIN]
-    store_rows(dq_ptr, dq * scale, offs_m, n_q, stride_dqn, 0, D_MAIN, HEAD_DIM)
-    if D_TAIL > 0:
-        dq_tail = tl.dot(tl.trans(ds), k_tail, input_precision=PRECISION)
-        store_rows(dq_ptr, dq_tail * scale, offs_m, n_q, stride_dqn, D_MAIN, D_TAIL, HEAD_DIM)
+    ds = (p * (dp - delta[None, :])).to(q[0].dtype)  # [BLOCK_N, BLOCK_M]
+    dv = add_dot(dv, p_dropped.to(do[0].dtype), do, PRECISION)
+    dk = add_dot(dk, ds, q, PRECISION)
+    if dq_rows is not None:
+        dq = add_dot(zero_tile(BLOCK_M, DIMS), tl.trans(ds), k, PRECISION)
+        store_tile(dq_rows, scale_tile(dq, scale), offs_m, n_q, DIMS)
+    return dk, dv
 
 
 @triton.jit
 def attention_bwd_dkdv_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    do_ptr,
-    lse_ptr,
-    delta_ptr,
-    seed_ptr,
-    dq_ptr,
-    dk_ptr,
-    dv_ptr,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_qd,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_kd,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_vd,
-    stride_dob,
-    stride_don,
-    stride_doh,
-    stride_dod,
-    stride_dqb,
-    stride_dqn,
-    stride_dqh,
-    stride_dkb,
-    stride_dkn,
-    stride_dkh,
-    stride_dvb,
-    stride_dvn,
-    stride_dvh,
-    n_heads,
-    n_q,
-    n_k,
-    scale,
-    scale_log2e,
-    dropout_p,
-    keep_scale,
-    HEAD_ALIGN: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D_MAIN: tl.constexpr,
-    D_TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL_M: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, seed_ptr, dq_ptr, dk_ptr, dv_ptr,
+    stride_qb, stride_qn, stride_qh, stride_qd,
+    stride_kb, stride_kn, stride_kh, stride_kd,
+    stride_vb, stride_vn, stride_vh, stride_vd,
+    stride_dob, stride_don, stride_doh, stride_dod,
+    stride_dqb, stride_dqn, stride_dqh,
+    stride_dkb, stride_dkn, stride_dkh,
+    stride_dvb, stride_dvn, stride_dvh,
+    n_heads, n_q, n_k, scale, scale_log2e, dropout_p, keep_scale,
+    HEAD_ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_M: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """BLOCK_N rows of dK and dV; with ``dq_ptr``, which is where BLOCK_N holds all keys, dQ too: the scores, their
     exponentials and dP are then computed once instead of twice."""
+    DIMS: tl.constexpr = (HEAD_DIM, D_MAIN, D_TAIL)
     pid_n, batch, head, plane = head_of_program(n_heads, tl.cdiv(n_k, BLOCK_N))
-    q_ptr = head_ptr(q_ptr, batch, stride_qb, head, stride_qh, HEAD_ALIGN)
-    k_ptr = head_ptr(k_ptr, batch, stride_kb, head, stride_kh, HEAD_ALIGN)
-    v_ptr = head_ptr(v_ptr, batch, stride_vb, head, stride_vh, HEAD_ALIGN)
-    do_ptr = head_ptr(do_ptr, batch, stride_dob, head, stride_doh, HEAD_ALIGN)
+    q_rows = head_rows(q_ptr, (stride_qb, stride_qn, stride_qh, stride_qd), batch, head, HEAD_ALIGN)
+    k_rows = head_rows(k_ptr, (stride_kb, stride_kn, stride_kh, stride_kd), batch, head, HEAD_ALIGN)
+    v_rows = head_rows(v_ptr, (stride_vb, stride_vn, stride_vh, stride_vd), batch, head, HEAD_ALIGN)
+    do_rows = head_rows(do_ptr, (stride_dob, stride_don, stride_doh, stride_dod), batch, head, HEAD_ALIGN)
+    dq_rows = None
     if dq_ptr is not None:
-        dq_ptr = head_ptr(dq_ptr, batch, stride_dqb, head, stride_dqh, HEAD_ALIGN)
-    dk_ptr = head_ptr(dk_ptr, batch, stride_dkb, head, stride_dkh, HEAD_ALIGN)
-    dv_ptr = head_ptr(dv_ptr, batch, stride_dvb, head, stride_dvh, HEAD_ALIGN)
+        dq_rows = head_rows(dq_ptr, (stride_dqb, stride_dqn, stride_dqh, 1), batch, head, HEAD_ALIGN)
+    dk_rows = head_rows(dk_ptr, (stride_dkb, stride_dkn, stride_dkh, 1), batch, head, HEAD_ALIGN)
+    dv_rows = head_rows(dv_ptr, (stride_dvb, stride_dvn, stride_dvh, 1), batch, head, HEAD_ALIGN)
     lse_ptr += plane.to(tl.int64) * n_q
     delta_ptr += plane.to(tl.int64) * n_q
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    dropout = (tl.load(seed_ptr), plane, dropout_p, keep_scale) if DROPOUT else None
 
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, offs_n, n_k, stride_kn, stride_kd, 0, D_MAIN, HEAD_DIM, True)  # [BLOCK_N, D_MAIN]
-    v = load_rows(v_ptr, offs_n, n_k, stride_vn, stride_vd, 0, D_MAIN, HEAD_DIM, True)  # [BLOCK_N, D_MAIN]
-    k_tail = k
-    v_tail = v
-    if D_TAIL > 0:
-        k_tail = load_rows(k_ptr, offs_n, n_k, stride_kn, stride_kd, D_MAIN, D_TAIL, HEAD_DIM, True)
-        v_tail = load_rows(v_ptr, offs_n, n_k, stride_vn, stride_vd, D_MAIN, D_TAIL, HEAD_DIM, True)
-
-    dk = tl.zeros([BLOCK_N, D_MAIN], tl.float32)
-    dv = tl.zeros([BLOCK_N, D_MAIN], tl.float32)
-    dk_tail = tl.zeros([BLOCK_N, D_TAIL if D_TAIL > 0 else 16], tl.float32)
-    dv_tail = tl.zeros([BLOCK_N, D_TAIL if D_TAIL > 0 else 16], tl.float32)
+    k = load_tile(k_rows, offs_n, n_k, DIMS, True)  # [BLOCK_N, D]
+    v = load_tile(v_rows, offs_n, n_k, DIMS, True)  # [BLOCK_N, D]
+    dk = zero_tile(BLOCK_N, DIMS)
+    dv = zero_tile(BLOCK_N, DIMS)
     m_full = n_q // BLOCK_M * BLOCK_M
     for start_m in tl.range(0, m_full, BLOCK_M):
-        dk, dk_tail, dv, dv_tail, ds = attention_bwd_dkdv_step(
-            dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qn, stride_qd,
-            stride_don, stride_dod, start_m, n_q, scale_log2e, seed, offs_n, plane, dropout_p, keep_scale,
-            HEAD_DIM, D_MAIN, D_TAIL, BLOCK_M, False, DROPOUT, PRECISION,
+        dk, dv = attention_bwd_dkdv_step(
+            dk, dv, k, v, q_rows, do_rows, dq_rows, lse_ptr, delta_ptr, start_m, n_q, scale, scale_log2e, offs_n,
+            dropout, DIMS, BLOCK_M, False, PRECISION,
         )  # fmt: skip
-        if dq_ptr is not None:
-            attention_bwd_store_dq(
-                ds, k, k_tail, dq_ptr, start_m, n_q, stride_dqn, scale, HEAD_DIM, D_MAIN, D_TAIL, BLOCK_M, PRECISION
-            )
     if TAIL_M > 0:
-        dk, dk_tail, dv, dv_tail, ds = attention_bwd_dkdv_step(
-            dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qn, stride_qd,
-            stride_don, stride_dod, m_full, n_q, scale_log2e, seed, offs_n, plane, dropout_p, keep_scale,
-            HEAD_DIM, D_MAIN, D_TAIL, TAIL_M, True, DROPOUT, PRECISION,
+        dk, dv = attention_bwd_dkdv_step(
+            dk, dv, k, v, q_rows, do_rows, dq_rows, lse_ptr, delta_ptr, m_full, n_q, scale, scale_log2e, offs_n,
+            dropout, DIMS, TAIL_M, True, PRECISION,
         )  # fmt: skip
-        if dq_ptr is not None:
-            attention_bwd_store_dq(
-                ds, k, k_tail, dq_ptr, m_full, n_q, stride_dqn, scale, HEAD_DIM, D_MAIN, D_TAIL, TAIL_M, PRECISION
-            )
-    store_rows(dk_ptr, dk * scale, offs_n, n_k, stride_dkn, 0, D_MAIN, HEAD_DIM)
-    store_rows(dv_ptr, dv, offs_n, n_k, stride_dvn, 0, D_MAIN, HEAD_DIM)
-    if D_TAIL > 0:
-        store_rows(dk_ptr, dk_tail * scale, offs_n, n_k, stride_dkn, D_MAIN, D_TAIL, HEAD_DIM)
-        store_rows(dv_ptr, dv_tail, offs_n, n_k, stride_dvn, D_MAIN, D_TAIL, HEAD_DIM)
+    store_tile(dk_rows, scale_tile(dk, scale), offs_n, n_k, DIMS)
+    store_tile(dv_rows, dv, offs_n, n_k, DIMS)
 
 
 def attention_bwd(

@@ -23,7 +23,18 @@ import triton
 import triton.language as tl
 
 from vit_triton.kernels.attention.config import attention_tail, pick_attention_fwd, split_head_dim
-from vit_triton.kernels.attention.rows import head_align, head_of_program, head_ptr, load_rows, store_rows, strides
+from vit_triton.kernels.attention.rows import (
+    head_align,
+    head_of_program,
+    head_rows,
+    load_main,
+    load_tail,
+    load_tile,
+    scale_tile,
+    store_tile,
+    strides,
+    zero_tile,
+)
 from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import input_precision, keep_scale, launch
 from vit_triton.kernels.picker import cdiv
@@ -32,41 +43,17 @@ from vit_triton.kernels.tiles import LN2, LOG2E, dropout_keep
 
 @triton.jit
 def attention_fwd_step(
-    acc,
-    acc_tail,
-    row_max,
-    row_sum,
-    q,
-    q_tail,
-    k_ptr,
-    v_ptr,
-    stride_kn,
-    stride_kd,
-    stride_vn,
-    stride_vd,
-    start_n,
-    n_k,
-    scale_log2e,
-    seed,
-    offs_m,
-    plane,
-    dropout_p,
-    HEAD_DIM: tl.constexpr,
-    D_MAIN: tl.constexpr,
-    D_TAIL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    NEGATIVE_SCALE: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    acc, row_max, row_sum, q, k_rows, v_rows, start_n, n_k, scale_log2e, offs_m, dropout,
+    DIMS: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Take keys ``start_n ... start_n + BLOCK_N`` into the running softmax; ``scale_log2e`` >= 0."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, offs_n, n_k, stride_kn, stride_kd, 0, D_MAIN, HEAD_DIM, MASKED)  # [BLOCK_N, D_MAIN]
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    if D_TAIL > 0:
-        k_tail = load_rows(k_ptr, offs_n, n_k, stride_kn, stride_kd, D_MAIN, D_TAIL, HEAD_DIM, MASKED)
-        scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
+    k = load_main(k_rows, offs_n, n_k, DIMS, MASKED)  # [BLOCK_N, D_MAIN]
+    scores = tl.dot(q[0], tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    k_tail = load_tail(k_rows, offs_n, n_k, DIMS, MASKED)
+    if k_tail is not None:
+        scores = tl.dot(q[1], tl.trans(k_tail), scores, input_precision=PRECISION)
     if NEGATIVE_SCALE:
         scores = -scores
     if MASKED:
@@ -81,93 +68,62 @@ def attention_fwd_step(
         p = tl.where((offs_n < n_k)[None, :], p, 0.0)  # -inf times a scale of 0 is NaN
     rescale = tl.exp2(row_max - shift)
     row_sum = row_sum * rescale + tl.sum(p, 1)
-    if DROPOUT:
+    if dropout is not None:
+        seed, plane, dropout_p, _ = dropout
         p = tl.where(dropout_keep(seed, offs_m[:, None], offs_n[None, :], plane, dropout_p), p, 0.0)
 
-    v = load_rows(v_ptr, offs_n, n_k, stride_vn, stride_vd, 0, D_MAIN, HEAD_DIM, MASKED)  # [BLOCK_N, D_MAIN]
+    v = load_main(v_rows, offs_n, n_k, DIMS, MASKED)  # [BLOCK_N, D_MAIN]
     p = p.to(v.dtype)
-    acc = tl.dot(p, v, acc * rescale[:, None], input_precision=PRECISION)
-    if D_TAIL > 0:
-        v_tail = load_rows(v_ptr, offs_n, n_k, stride_vn, stride_vd, D_MAIN, D_TAIL, HEAD_DIM, MASKED)
-        acc_tail = tl.dot(p, v_tail, acc_tail * rescale[:, None], input_precision=PRECISION)
-    return acc, acc_tail, new_max, row_sum
+    acc, acc_tail = scale_tile(acc, rescale[:, None])
+    acc = tl.dot(p, v, acc, input_precision=PRECISION)
+    # loaded behind the product with the main tile: before it, 72 columns take 62 registers more on sm_80
+    v_tail = load_tail(v_rows, offs_n, n_k, DIMS, MASKED)
+    if v_tail is not None:
+        acc_tail = tl.dot(p, v_tail, acc_tail, input_precision=PRECISION)
+    return (acc, acc_tail), new_max, row_sum
 
 
 @triton.jit
 def attention_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    seed_ptr,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_qd,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_kd,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_vd,
-    n_heads,
-    n_q,
-    n_k,
-    scale_log2e,
-    dropout_p,
-    keep_scale,
-    HEAD_ALIGN: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D_MAIN: tl.constexpr,
-    D_TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL_N: tl.constexpr,
-    NEGATIVE_SCALE: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr,
+    stride_qb, stride_qn, stride_qh, stride_qd,
+    stride_kb, stride_kn, stride_kh, stride_kd,
+    stride_vb, stride_vn, stride_vh, stride_vd,
+    n_heads, n_q, n_k, scale_log2e, dropout_p, keep_scale,
+    HEAD_ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    DIMS: tl.constexpr = (HEAD_DIM, D_MAIN, D_TAIL)
     pid_m, batch, head, plane = head_of_program(n_heads, tl.cdiv(n_q, BLOCK_M))
-    q_ptr = head_ptr(q_ptr, batch, stride_qb, head, stride_qh, HEAD_ALIGN)
-    k_ptr = head_ptr(k_ptr, batch, stride_kb, head, stride_kh, HEAD_ALIGN)
-    v_ptr = head_ptr(v_ptr, batch, stride_vb, head, stride_vh, HEAD_ALIGN)
-    out_ptr += (batch * n_q * n_heads + head) * HEAD_DIM
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    q_rows = head_rows(q_ptr, (stride_qb, stride_qn, stride_qh, stride_qd), batch, head, HEAD_ALIGN)
+    k_rows = head_rows(k_ptr, (stride_kb, stride_kn, stride_kh, stride_kd), batch, head, HEAD_ALIGN)
+    v_rows = head_rows(v_ptr, (stride_vb, stride_vn, stride_vh, stride_vd), batch, head, HEAD_ALIGN)
+    out_rows = (out_ptr + (batch * n_q * n_heads + head) * HEAD_DIM, n_heads * HEAD_DIM, 1)
+    dropout = (tl.load(seed_ptr), plane, dropout_p, keep_scale) if DROPOUT else None
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr, offs_m, n_q, stride_qn, stride_qd, 0, D_MAIN, HEAD_DIM, True)  # [BLOCK_M, D_MAIN]
-    q_tail = q
-    if D_TAIL > 0:
-        q_tail = load_rows(q_ptr, offs_m, n_q, stride_qn, stride_qd, D_MAIN, D_TAIL, HEAD_DIM, True)
-
-    acc = tl.zeros([BLOCK_M, D_MAIN], tl.float32)
-    acc_tail = tl.zeros([BLOCK_M, D_TAIL if D_TAIL > 0 else 16], tl.float32)  # without a tail dead, and removed
+    q = load_tile(q_rows, offs_m, n_q, DIMS, True)  # [BLOCK_M, D]
+    acc = zero_tile(BLOCK_M, DIMS)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     n_full = n_k // BLOCK_N * BLOCK_N
     for start_n in tl.range(0, n_full, BLOCK_N):
-        acc, acc_tail, row_max, row_sum = attention_fwd_step(
-            acc, acc_tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd,
-            start_n, n_k, scale_log2e, seed, offs_m, plane, dropout_p,
-            HEAD_DIM, D_MAIN, D_TAIL, BLOCK_N, False, NEGATIVE_SCALE, DROPOUT, PRECISION,
+        acc, row_max, row_sum = attention_fwd_step(
+            acc, row_max, row_sum, q, k_rows, v_rows, start_n, n_k, scale_log2e, offs_m, dropout,
+            DIMS, BLOCK_N, False, NEGATIVE_SCALE, PRECISION,
         )  # fmt: skip
     if TAIL_N > 0:
-        acc, acc_tail, row_max, row_sum = attention_fwd_step(
-            acc, acc_tail, row_max, row_sum, q, q_tail, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd,
-            n_full, n_k, scale_log2e, seed, offs_m, plane, dropout_p,
-            HEAD_DIM, D_MAIN, D_TAIL, TAIL_N, True, NEGATIVE_SCALE, DROPOUT, PRECISION,
+        acc, row_max, row_sum = attention_fwd_step(
+            acc, row_max, row_sum, q, k_rows, v_rows, n_full, n_k, scale_log2e, offs_m, dropout,
+            DIMS, TAIL_N, True, NEGATIVE_SCALE, PRECISION,
         )  # fmt: skip
 
     # one reciprocal a row: a division per element is some hundred instructions more
     norm = 1.0 / row_sum
     if DROPOUT:
         norm *= keep_scale
-    store_rows(out_ptr, acc * norm[:, None], offs_m, n_q, n_heads * HEAD_DIM, 0, D_MAIN, HEAD_DIM)
-    if D_TAIL > 0:
-        store_rows(out_ptr, acc_tail * norm[:, None], offs_m, n_q, n_heads * HEAD_DIM, D_MAIN, D_TAIL, HEAD_DIM)
+    store_tile(out_rows, scale_tile(acc, norm[:, None]), offs_m, n_q, DIMS)
     if lse_ptr is not None:
         lse = (row_max + tl.log2(row_sum)) * LN2
         tl.store(lse_ptr + plane.to(tl.int64) * n_q + offs_m, lse, mask=offs_m < n_q)

@@ -1,53 +1,15 @@
-"""``@triton.jit`` helpers of the attention kernels: the rows of one head, and which head a program has."""
+"""``@triton.jit`` helpers of the attention kernels: which head a program has, the rows of that head, their products.
+
+``rows``: the rows of one head as (pointer, stride_n, stride_d).
+``tile``: some of them as (main, tail), of D_MAIN and D_TAIL columns; without a tail, where D_TAIL is 0, (main, None).
+``DIMS``: (HEAD_DIM, D_MAIN, D_TAIL).
+"""
 
 import math
 
 import torch
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def load_rows(
-    ptr,
-    offs_row,
-    n_rows,
-    stride_row,
-    stride_d,
-    FIRST_D: tl.constexpr,
-    N_D: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Columns ``FIRST_D ... FIRST_D + N_D`` of rows of one head, zero past ``HEAD_DIM`` and, if MASKED, past
-    ``n_rows``."""
-    offs_d = FIRST_D + tl.arange(0, N_D)
-    ptrs = ptr + offs_row.to(tl.int64)[:, None] * stride_row + offs_d.to(tl.int64)[None, :] * stride_d
-    if FIRST_D + N_D > HEAD_DIM:
-        mask_d = (offs_d < HEAD_DIM)[None, :]
-        tile = tl.load(ptrs, mask=(offs_row < n_rows)[:, None] & mask_d if MASKED else mask_d, other=0.0)
-    elif MASKED:
-        tile = tl.load(ptrs, mask=(offs_row < n_rows)[:, None], other=0.0)
-    else:
-        tile = tl.load(ptrs)
-    return tile
-
-
-@triton.jit
-def store_rows(
-    ptr,
-    tile,
-    offs_row,
-    n_rows,
-    stride_row,
-    FIRST_D: tl.constexpr,
-    N_D: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    offs_d = FIRST_D + tl.arange(0, N_D)
-    ptrs = ptr + offs_row.to(tl.int64)[:, None] * stride_row + offs_d[None, :]
-    mask = (offs_row < n_rows)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -59,10 +21,76 @@ def head_of_program(n_heads, n_blocks):
 
 
 @triton.jit
-def head_ptr(ptr, batch, stride_b, head, stride_h, HEAD_ALIGN: tl.constexpr):
-    """Where a head starts. Triton knows strides that 16 divides; a head of 72 or 88 is a multiple of 8, and 8 numbers
-    are one access of 16 bytes."""
-    return ptr + batch * stride_b + tl.multiple_of(head * stride_h, HEAD_ALIGN)
+def head_rows(ptr, strides, batch, head, HEAD_ALIGN: tl.constexpr):
+    """The rows of one head of a (B, N, H, D) tensor. Triton knows strides that 16 divides; a head of 72 or 88 is a
+    multiple of 8, and 8 numbers are one access of 16 bytes."""
+    stride_b, stride_n, stride_h, stride_d = strides
+    return ptr + batch * stride_b + tl.multiple_of(head * stride_h, HEAD_ALIGN), stride_n, stride_d
+
+
+@triton.jit
+def load_columns(
+    rows, offs_n, n_rows, FIRST_D: tl.constexpr, N_D: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr
+):
+    """Columns ``FIRST_D ... FIRST_D + N_D``, zero past ``HEAD_DIM`` and, if MASKED, past ``n_rows``."""
+    ptr, stride_n, stride_d = rows
+    offs_d = FIRST_D + tl.arange(0, N_D)
+    ptrs = ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_d.to(tl.int64)[None, :] * stride_d
+    if FIRST_D + N_D > HEAD_DIM:
+        mask_d = (offs_d < HEAD_DIM)[None, :]
+        return tl.load(ptrs, mask=(offs_n < n_rows)[:, None] & mask_d if MASKED else mask_d, other=0.0)
+    elif MASKED:
+        return tl.load(ptrs, mask=(offs_n < n_rows)[:, None], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_columns(rows, x, offs_n, n_rows, FIRST_D: tl.constexpr, N_D: tl.constexpr, HEAD_DIM: tl.constexpr):
+    ptr, stride_n, stride_d = rows
+    offs_d = FIRST_D + tl.arange(0, N_D)
+    ptrs = ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_d.to(tl.int64)[None, :] * stride_d
+    mask = (offs_n < n_rows)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_main(rows, offs_n, n_rows, DIMS: tl.constexpr, MASKED: tl.constexpr):
+    return load_columns(rows, offs_n, n_rows, 0, DIMS[1], DIMS[0], MASKED)
+
+
+@triton.jit
+def load_tail(rows, offs_n, n_rows, DIMS: tl.constexpr, MASKED: tl.constexpr):
+    return load_columns(rows, offs_n, n_rows, DIMS[1], DIMS[2], DIMS[0], MASKED) if DIMS[2] > 0 else None
+
+
+@triton.jit
+def load_tile(rows, offs_n, n_rows, DIMS: tl.constexpr, MASKED: tl.constexpr):
+    return load_main(rows, offs_n, n_rows, DIMS, MASKED), load_tail(rows, offs_n, n_rows, DIMS, MASKED)
+
+
+@triton.jit
+def store_tile(rows, tile, offs_n, n_rows, DIMS: tl.constexpr):
+    store_columns(rows, tile[0], offs_n, n_rows, 0, DIMS[1], DIMS[0])
+    if tile[1] is not None:
+        store_columns(rows, tile[1], offs_n, n_rows, DIMS[1], DIMS[2], DIMS[0])
+
+
+@triton.jit
+def zero_tile(N_ROWS: tl.constexpr, DIMS: tl.constexpr):
+    return tl.zeros([N_ROWS, DIMS[1]], tl.float32), tl.zeros([N_ROWS, DIMS[2]], tl.float32) if DIMS[2] > 0 else None
+
+
+@triton.jit
+def scale_tile(tile, factor):
+    return tile[0] * factor, tile[1] * factor if tile[1] is not None else None
+
+
+@triton.jit
+def add_dot(acc, a, b, PRECISION: tl.constexpr):
+    """acc + a @ b, where ``acc`` and ``b`` are tiles."""
+    main = tl.dot(a, b[0], acc[0], input_precision=PRECISION)
+    return main, tl.dot(a, b[1], acc[1], input_precision=PRECISION) if b[1] is not None else None
 
 
 def strides(name: str, x: torch.Tensor) -> dict[str, int]:
