@@ -162,7 +162,7 @@ def _saved_norm(
 def _attention_fwd(q, k, v, seed, scale, dropout_p, save=True):
     from vit_triton.kernels.attention.forward import attention_fwd
 
-    return attention_fwd(q, k, v, seed, scale=scale, dropout_p=dropout_p, save=save)
+    return attention_fwd(q, k, v, scale=scale, dropout=Dropout(dropout_p, seed), save=save)
 
 
 @_fake("attention_fwd")
@@ -178,7 +178,7 @@ def _attention_fwd_fake(q, k, v, seed, scale, dropout_p, save=True):
 def _attention_bwd(do, q, k, v, out, lse, dlse, seed, scale, dropout_p):
     from vit_triton.kernels.attention.backward import attention_bwd
 
-    return attention_bwd(do, q, k, v, out, lse, dlse, seed, scale=scale, dropout_p=dropout_p)
+    return attention_bwd(do, q, k, v, out, lse, dlse, scale=scale, dropout=Dropout(dropout_p, seed))
 
 
 @_fake("attention_bwd")
@@ -193,7 +193,7 @@ def _attention_packed_fwd(qkv, seed, scale, dropout_p, save=True):
     from vit_triton.kernels.attention.forward import attention_fwd
 
     q, k, v = qkv.unbind(2)
-    return attention_fwd(q, k, v, seed, scale=scale, dropout_p=dropout_p, save=save)
+    return attention_fwd(q, k, v, scale=scale, dropout=Dropout(dropout_p, seed), save=save)
 
 
 @_fake("attention_packed_fwd")
@@ -210,7 +210,7 @@ def _attention_packed_fwd_fake(qkv, seed, scale, dropout_p, save=True):
 def _attention_packed_bwd(do, qkv, out, lse, dlse, seed, scale, dropout_p):
     from vit_triton.kernels.attention.backward import attention_packed_bwd
 
-    return attention_packed_bwd(do, qkv, out, lse, dlse, seed, scale=scale, dropout_p=dropout_p)
+    return attention_packed_bwd(do, qkv, out, lse, dlse, scale=scale, dropout=Dropout(dropout_p, seed))
 
 
 @_fake("attention_packed_bwd")
@@ -236,7 +236,7 @@ def _normed_attention_fwd(
 
     q, k, v = q.unbind(2) if k is None else (q, k, v)
     norms = _norm(q_weight, q_bias, q_eps), _norm(k_weight, k_bias, k_eps)
-    return normed_attention_fwd(q, k, v, *norms, seed, rms=rms, scale=scale, dropout_p=dropout_p, save=save)
+    return normed_attention_fwd(q, k, v, *norms, rms=rms, scale=scale, dropout=Dropout(dropout_p, seed), save=save)
 
 
 @_fake("normed_attention_fwd")
@@ -263,10 +263,10 @@ def _normed_attention_bwd(
     if k is None:
         (q, k, v), grads = q.unbind(2), dq.unbind(2)
     norm_grads = normed_attention_bwd(
-        *(do, q, k, v, _norm(q_weight, q_bias, q_eps), _norm(k_weight, k_bias, k_eps), out, lse, dlse, seed, grads),
+        *(do, q, k, v, _norm(q_weight, q_bias, q_eps), _norm(k_weight, k_bias, k_eps), out, lse, dlse, grads),
         rms=rms,
         scale=scale,
-        dropout_p=dropout_p,
+        dropout=Dropout(dropout_p, seed),
     )
     return dq, dk, dv, *norm_grads
 

@@ -173,8 +173,3 @@ def side_by_side(x: torch.Tensor) -> torch.Tensor:
     number, with twice the instructions and, on an A100, spilled registers (computed); the copy is one pass.
     """
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def keep_scale(dropout_p: float) -> float:
-    """What dropout multiplies the survivors by; with ``dropout_p`` 1 there are none."""
-    return 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0

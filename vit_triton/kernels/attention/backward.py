@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vit_triton.arguments import NO_DROPOUT, Dropout
 from vit_triton.kernels.attention.config import (
     attention_tail,
     pick_attention_bwd_dkdv,
@@ -25,7 +26,7 @@ from vit_triton.kernels.attention.rows import (
     zero_tile,
 )
 from vit_triton.kernels.device import target_of
-from vit_triton.kernels.launch import input_precision, keep_scale, launch, side_by_side
+from vit_triton.kernels.launch import input_precision, launch, side_by_side
 from vit_triton.kernels.picker import cdiv
 from vit_triton.kernels.tiles import LOG2E, dropout_keep
 
@@ -227,14 +228,13 @@ def attention_bwd(
     out: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
-    seed: torch.Tensor | None,
     *,
     scale: float,
-    dropout_p: float,
+    dropout: Dropout = NO_DROPOUT,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of :func:`attention_fwd` by q, k and v, each contiguous; ``do`` and ``dlse`` with any strides."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, scale=scale, dropout_p=dropout_p)
+    attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, scale=scale, dropout=dropout)
     return dq, dk, dv
 
 
@@ -244,20 +244,19 @@ def attention_packed_bwd(
     out: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
-    seed: torch.Tensor | None,
     *,
     scale: float,
-    dropout_p: float,
+    dropout: Dropout = NO_DROPOUT,
 ) -> torch.Tensor:
     """The same by a packed (B, N, 3, H, D) projection: the three gradients are written into one such tensor."""
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     q, k, v = qkv.unbind(2)
     dq, dk, dv = dqkv.unbind(2)
-    attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, scale=scale, dropout_p=dropout_p)
+    attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, scale=scale, dropout=dropout)
     return dqkv
 
 
-def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, *, scale: float, dropout_p: float) -> None:
+def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, *, scale: float, dropout: Dropout) -> None:
     """The same, written into dq, dk and dv, whose last strides are 1."""
     batch, n_q, n_heads, head_dim = q.shape
     n_k = k.shape[1]
@@ -296,7 +295,7 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, *, scale: 
         do_ptr=do,
         lse_ptr=lse,
         delta_ptr=delta,
-        seed_ptr=seed,
+        seed_ptr=dropout.seed,
         **strides("q", q),
         **strides("k", k),
         **strides("v", v),
@@ -306,17 +305,17 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, *, scale: 
         n_k=n_k,
         scale=scale,
         scale_log2e=scale * LOG2E.value,
-        dropout_p=dropout_p,
-        keep_scale=keep_scale(dropout_p),
+        dropout_p=dropout.p,
+        keep_scale=dropout.scale,
         HEAD_ALIGN=head_align(q, k, v, do, dq, dk, dv),
         HEAD_DIM=head_dim,
         D_MAIN=d_main,
         D_TAIL=d_tail,
-        DROPOUT=dropout_p > 0,
+        DROPOUT=dropout.p > 0,
         PRECISION=input_precision(q.dtype, target),
     )
     dq_strides = dict(stride_dqb=dq.stride(0), stride_dqn=dq.stride(1), stride_dqh=dq.stride(2))
-    config = pick_attention_bwd_dq(n_q, n_k, head_dim, q.dtype, target, dropout_p > 0)
+    config = pick_attention_bwd_dq(n_q, n_k, head_dim, q.dtype, target, dropout.p > 0)
     if config is not None:
         launch(
             attention_bwd_dq_kernel,
@@ -331,7 +330,7 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, seed, *, scale: 
             **shared,
         )
     with_dq = config is None
-    config = pick_attention_bwd_dkdv(n_q, n_k, head_dim, q.dtype, target, dropout_p > 0)
+    config = pick_attention_bwd_dkdv(n_q, n_k, head_dim, q.dtype, target, dropout.p > 0)
     launch(
         attention_bwd_dkdv_kernel,
         (cdiv(n_k, config.block_n) * batch * n_heads,),

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vit_triton.arguments import NO_DROPOUT, Dropout
 from vit_triton.kernels.attention.config import attention_tail, pick_attention_fwd, split_head_dim
 from vit_triton.kernels.attention.rows import (
     head_align,
@@ -36,7 +37,7 @@ from vit_triton.kernels.attention.rows import (
     zero_tile,
 )
 from vit_triton.kernels.device import target_of
-from vit_triton.kernels.launch import input_precision, keep_scale, launch
+from vit_triton.kernels.launch import input_precision, launch
 from vit_triton.kernels.picker import cdiv
 from vit_triton.kernels.tiles import LN2, LOG2E, dropout_keep
 
@@ -133,10 +134,9 @@ def attention_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    seed: torch.Tensor | None,
     *,
     scale: float,
-    dropout_p: float,
+    dropout: Dropout = NO_DROPOUT,
     save: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(B, N_q, H, D), (B, N_k, H, D), (B, N_k, H, D), any strides -> out (B, N_q, H, D) contiguous, and with ``save``
@@ -146,7 +146,7 @@ def attention_fwd(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(batch, n_heads, n_q, dtype=torch.float32, device=q.device) if save else None
     target = target_of(q.device)
-    config = pick_attention_fwd(n_q, n_k, head_dim, q.dtype, target, dropout_p > 0)
+    config = pick_attention_fwd(n_q, n_k, head_dim, q.dtype, target, dropout.p > 0)
     d_main, d_tail = split_head_dim(head_dim, q.dtype, target)
     launch(
         attention_fwd_kernel,
@@ -157,7 +157,7 @@ def attention_fwd(
         v_ptr=v,
         out_ptr=out,
         lse_ptr=lse,
-        seed_ptr=seed,
+        seed_ptr=dropout.seed,
         **strides("q", q),
         **strides("k", k),
         **strides("v", v),
@@ -165,8 +165,8 @@ def attention_fwd(
         n_q=n_q,
         n_k=n_k,
         scale_log2e=abs(scale) * LOG2E.value,
-        dropout_p=dropout_p,
-        keep_scale=keep_scale(dropout_p),
+        dropout_p=dropout.p,
+        keep_scale=dropout.scale,
         HEAD_ALIGN=head_align(q, k, v),
         HEAD_DIM=head_dim,
         D_MAIN=d_main,
@@ -175,7 +175,7 @@ def attention_fwd(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         TAIL_N=attention_tail(n_k, config.block_n),
-        DROPOUT=dropout_p > 0,
+        DROPOUT=dropout.p > 0,
         PRECISION=input_precision(q.dtype, target),
         **config.options,
     )

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vit_triton.arguments import Norm
+from vit_triton.arguments import NO_DROPOUT, Dropout, Norm
 from vit_triton.kernels.attention.backward import attention_bwd_into
 from vit_triton.kernels.attention.forward import attention_fwd
 from vit_triton.kernels.attention.rows import strides
@@ -180,16 +180,15 @@ def normed_attention_fwd(
     v: torch.Tensor,
     q_norm: Norm | None,
     k_norm: Norm | None,
-    seed: torch.Tensor | None,
     *,
     rms: bool,
     scale: float,
-    dropout_p: float,
+    dropout: Dropout = NO_DROPOUT,
     save: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`attention_fwd` of the normalised q and k."""
     q, k = qk_norm_fwd(q, q_norm, rms=rms), qk_norm_fwd(k, k_norm, rms=rms)
-    return attention_fwd(q, k, v, seed, scale=scale, dropout_p=dropout_p, save=save)
+    return attention_fwd(q, k, v, scale=scale, dropout=dropout, save=save)
 
 
 def normed_attention_bwd(
@@ -202,15 +201,14 @@ def normed_attention_bwd(
     out: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
-    seed: torch.Tensor | None,
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     *,
     rms: bool,
     scale: float,
-    dropout_p: float,
+    dropout: Dropout = NO_DROPOUT,
 ) -> tuple[torch.Tensor | None, ...]:
     """Write the gradients of q, k and v into ``grads``, whose last strides are 1 -> those of q_norm's weight and bias,
     and of k_norm's; None where there is none."""
     normed = qk_norm_fwd(q, q_norm, rms=rms), qk_norm_fwd(k, k_norm, rms=rms)
-    attention_bwd_into(*grads, do, *normed, v, out, lse, dlse, seed, scale=scale, dropout_p=dropout_p)
+    attention_bwd_into(*grads, do, *normed, v, out, lse, dlse, scale=scale, dropout=dropout)
     return *qk_norm_bwd_into(grads[0], q, q_norm, rms=rms), *qk_norm_bwd_into(grads[1], k, k_norm, rms=rms)
