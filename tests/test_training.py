@@ -401,6 +401,11 @@ def test_a_folder_is_trained_in_by_one_process(photos, tmp_path):
         os.kill(worker, signal.SIGKILL)
 
 
+def test_a_full_disk_takes_no_lock_away(tmp_path):
+    with largest_file(0), checkpoint.locked(tmp_path):
+        pass
+
+
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     def no_locks(*args):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

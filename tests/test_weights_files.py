@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import resource
+import tarfile
 import tempfile
 import types
 import warnings
@@ -404,6 +405,15 @@ class TestTrainingCheckpoints:
         for module, name in (("pathlib", "Path.home"), ("numpy", "fromfile"), ("argparse", "ArgumentParser")):
             write_pickle({"model": nn.Linear(2, 2).state_dict(), "x": Written(module, name, ())}, tmp_path / "model.pt")
             refuse(nn.Linear(2, 2), tmp_path / "model.pt", f"it holds {module}.{name}, and nothing but tensors")
+
+    @pytest.mark.filterwarnings(r"ignore:.torch.jit.\w+. is deprecated")
+    def test_archives_that_torch_load_advises_to_run(self, tmp_path):
+        model, path = nn.Linear(2, 2), tmp_path / "model.pth.tar"
+        torch.jit.save(torch.jit.script(model), path)
+        refuse(model, path, r"a program of TorchScript; its state_dict\(\) can be saved")
+        with tarfile.open(path, "w") as archive:
+            archive.addfile(tarfile.TarInfo("storages"))
+        refuse(model, path, "no pickle of tensors$")
 
     @pytest.mark.parametrize("ema", [False, True])
     def test_as_timm_saves_it(self, tmp_path, ema):

@@ -46,9 +46,9 @@ def locked(folder: Path) -> Iterator[None]:
             ) from None
         except OSError as error:  # a network's file system without locks
             warnings.warn(f"out: {folder} cannot be locked ({error}): a second run in it is not noticed", stacklevel=4)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         for name in (NAME, METRICS, CURVES):
             for part in folder.glob(f".{name}.*.part"):
                 part.unlink()

@@ -234,7 +234,10 @@ def _read_torch(path: Path, stack: ExitStack) -> Any:
         with _loading, torch.serialization.safe_globals(_PLAIN_DATA):
             # Mapped, so that only what is needed is read; the older format cannot be
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:  # which advises to run what the file holds
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "weights_only" not in str(error):
+            raise
+        # these advise to run what the file holds
         other = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds {other[1]}, {_ONLY}" if other else "no pickle of tensors"
         raise WeightsError(f"{path}: no readable {path.suffix} file: {reason}") from error
@@ -251,6 +254,8 @@ def _check_pickle(path: Path) -> bool:
         if zipped:
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
+                if any(member.filename.endswith("/constants.pkl") for member in members):
+                    raise WeightsError(f"{path}: a program of TorchScript; its state_dict() can be saved and loaded")
                 if any(member.compress_type != zipfile.ZIP_STORED for member in members):
                     raise WeightsError(f"{path}: the archive is compressed; torch.save stores its members as they are")
                 pickles = (archive.read(member) for member in members if member.filename.endswith("/data.pkl"))
