@@ -358,7 +358,7 @@ def test_digits_are_seen_in_gray(tmp_path, capsys):
 
 
 def _options(*words):
-    return commands.parser().parse_args(["predict", *map(str, words)])
+    return commands.parser("predict").parse_args(["predict", *map(str, words)])
 
 
 @torch.no_grad()

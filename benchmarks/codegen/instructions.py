@@ -73,8 +73,9 @@ def narrow_accesses(code: Sequence[Instruction]) -> dict[str, int]:
 
 
 def _line(file: str, number: int) -> str:
+    name = file.rpartition("/kernels/")[2] if "/kernels/" in file else Path(file).name
     # Triton's cache may name the files of a checkout that is gone
-    lines = linecache.getlines(file) or linecache.getlines(str(KERNELS / Path(file).name))
+    lines = linecache.getlines(file) or linecache.getlines(str(KERNELS / name))
     # and a load in a conditional expression is noted at the line behind it
     text = next((text for text in reversed(lines[:number]) if text.strip()), "")
-    return f"{Path(file).name}:{number}: {text.strip()}"
+    return f"{name}:{number}: {text.strip()}"
