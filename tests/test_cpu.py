@@ -768,7 +768,7 @@ def test_a_kernel_is_compiled_once(kernels_on_disk, tmp_path):
     assert endings == {".source", ".ttir", ".mlir", ".llir", ".obj", ".json"}
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "longer", "missing", "other text"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "longer", "missing", "other text", "pipe"])
 def test_a_damaged_file_is_compiled_anew(damage, kernels_on_disk, tmp_path):
     kernels_on_disk()
     for path in files_of(tmp_path):
@@ -777,10 +777,12 @@ def test_a_damaged_file_is_compiled_anew(damage, kernels_on_disk, tmp_path):
         flipped = bytes([content[half] ^ 1])
         path.write_bytes({
             "cut": content[:half], "empty": b"", "flipped": content[:half] + flipped + content[half + 1 :],
-            "longer": content + b" ", "missing": b"", "other text": b"[1, 2]\n[]",
-        }[damage])  # fmt: skip
-        if damage == "missing":
+            "longer": content + b" ", "other text": b"[1, 2]\n[]",
+        }.get(damage, b""))  # fmt: skip
+        if damage in ("missing", "pipe"):
             path.unlink()
+        if damage == "pipe":
+            os.mkfifo(path)
         assert kernels_on_disk() and not kernels_on_disk(), path.name
         assert path.read_bytes() == content
 

@@ -82,7 +82,7 @@ CASES = {
     "q and k of two batches": (lambda: attention(k=(2, 5, 2, 16)), ValueError, ["q and k", "batch", "(2, 5, 2, 16)"]),
     "v on another device": (
         lambda: attention(v=torch.empty(1, 5, 2, 16, device="meta")), ValueError, ["q and v", "cpu", "meta"]),
-    "head size beyond the limit": (lambda: packed((1, 4, 3, 1, 257)), ValueError, ["head size", "256", "257"]),
+    "head size beyond the limit": (lambda: packed((1, 4, 3, 1, 257)), ValueError, ["qkv", "head size", "256", "257"]),
     "no key": (lambda: attention(k=(1, 0, 2, 16)), ValueError, ["k and v", "at least one", "0"]),
     "qkv of two slices": (lambda: packed((1, 4, 2, 2, 16)), ValueError, ["qkv", "(B, N, 3, H, D)", "(1, 4, 2, 2, 16)"]),
     "qkv of rank 4": (lambda: packed((1, 4, 2, 16)), ValueError, ["qkv", "(B, N, 3, H, D)", "(1, 4, 2, 16)"]),

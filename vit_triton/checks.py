@@ -127,10 +127,12 @@ def check_kernel_dtype(name: str, x: Tensor) -> None:
         )
 
 
-def check_attention(q_shape: Sequence[int], n_k: int, scale: float | None, dropout_p: float, return_lse: bool) -> None:
+def check_attention(
+    name: str, q_shape: Sequence[int], n_k: int, scale: float | None, dropout_p: float, return_lse: bool
+) -> None:
     batch, n_q, heads, head_dim = q_shape
     if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"the head size must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
+        raise ValueError(f"{name} must have a head size of 1 to {MAX_HEAD_DIM}, got {head_dim}")
     if n_k < 1:
         raise ValueError("k and v must have at least one row, got 0")
     if too_many(batch * heads * max(n_q, n_k)):
@@ -374,4 +376,4 @@ def _check_encoder(x: Any, blocks: Sequence[Block], heads: int, scale: float | N
                 check_vector(at + name, vector, at + "w2", block.w2)
         names = [name for name in Block._fields if not name.startswith("norm")]
         check_alike("x", x, **{at + name: getattr(block, name) for name in names})
-        check_attention((*x.shape[:2], heads, inner // heads), x.shape[1], scale, 0.0, False)
+        check_attention(at + "qkv_weight", (*x.shape[:2], heads, inner // heads), x.shape[1], scale, 0.0, False)

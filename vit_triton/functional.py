@@ -83,7 +83,7 @@ def attention(
         raise ValueError(f"k and v must have one shape, got {shape_of(k)} and {shape_of(v)}")
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"q and k must agree in batch, heads and head size, got {shape_of(q)} and {shape_of(k)}")
-    check_attention(q.shape, k.shape[1], scale, dropout_p, return_lse)
+    check_attention("q", q.shape, k.shape[1], scale, dropout_p, return_lse)
     check_head_norms(q, q_norm, k_norm, norm_type)
     q, k, v = autocast(q, k, v)
     if resolve_backend(backend, "attention", q) == "torch":
@@ -122,7 +122,7 @@ def attention_packed(
     check_tensor("qkv", qkv, 5, "(B, N, 3, H, D)")
     if qkv.shape[2] != 3:
         raise ValueError(f"qkv must be (B, N, 3, H, D), got {shape_of(qkv)}")
-    check_attention((*qkv.shape[:2], *qkv.shape[3:]), qkv.shape[1], scale, dropout_p, return_lse)
+    check_attention("qkv", (*qkv.shape[:2], *qkv.shape[3:]), qkv.shape[1], scale, dropout_p, return_lse)
     check_head_norms(qkv, q_norm, k_norm, norm_type)
     (qkv,) = autocast(qkv)
     if resolve_backend(backend, "attention", qkv) == "torch":

@@ -52,13 +52,13 @@ class CheckedCache(FileCacheManager):
         if path is None:
             return super().get_group(filename)
         try:
-            digest, _, sums = Path(path).read_bytes().partition(b"\n")
+            digest, _, sums = _content(path).partition(b"\n")
             if digest.decode() != _digest(sums):
                 return None
             files = {name: (self._make_path(name), digest) for name, digest in json.loads(sums).items()}
-            if any(_digest(Path(path).read_bytes()) != digest for path, digest in files.values()):
+            if any(_digest(_content(path)) != digest for path, digest in files.values()):
                 return None
-        except (OSError, ValueError):  # a file that is missing, a digest that is no text
+        except (OSError, ValueError):  # a file that is missing or no file, a digest that is no text
             return None
         return {name: path for name, (path, _) in files.items()}
 
@@ -76,6 +76,12 @@ class CheckedCache(FileCacheManager):
             )
         self.cache_dir = os.path.join(_spare.name, self.key)
         os.makedirs(self.cache_dir, exist_ok=True)
+
+
+def _content(path: str) -> bytes:
+    if not os.path.isfile(path):  # reading a named pipe would not end
+        raise OSError(f"{path} is no regular file")
+    return Path(path).read_bytes()
 
 
 def _digest(content: bytes) -> str:
