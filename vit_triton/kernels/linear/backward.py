@@ -219,8 +219,8 @@ def linear_bwd_weight_kernel(
         if SUM_BY_PRODUCT:
             db = tl.sum(db, 1)
         if pid_k == 0:
-            db = db.to(dbias_partials_ptr.dtype.element_ty)
-            tl.store(dbias_partials_ptr + first + offs_n, db, mask=offs_n < N)
+            dbias = db.to(dbias_partials_ptr.dtype.element_ty)
+            tl.store(dbias_partials_ptr + first + offs_n, dbias, mask=offs_n < N)
 
 
 def linear_bwd_weight(
