@@ -150,7 +150,7 @@ CASES = {
     "w2 of other rows": (lambda: encoder(w2=(9, 12)), ValueError, ["blocks[0].w2", "8 rows", "(9, 12)"]),
     "a weight in another dtype": (lambda: encoder(w1=R(12, 8).half()), TypeError, ["blocks[0].w1", "float16"]),
     "a norm that is a list": (lambda: encoder(norm2=[R(8)]), TypeError, ["blocks[0].norm2", "tuple", "list"]),
-    "no heads": (lambda: encoder(heads=0), ValueError, ["heads", "positive", "0"]),
+    "no heads": (lambda: encoder(heads=0), ValueError, ["heads", "at least 1", "0"]),
     "blocks is None": (lambda: F.encoder(R(1, 5, 8), None, heads=2), TypeError, ["blocks", "Block", "NoneType"]),
     "blocks is an iterator": (
         lambda: F.encoder(R(1, 5, 8), iter([]), heads=2), TypeError, ["blocks", "sequence of Block", "list_iterator"]),
