@@ -55,6 +55,7 @@ VECTORS = re.compile(
     r"|\b(d(weight|bias)_partials|d?layer_scale|samples)_ptr \+"
     r"|\bweight_ptr \+ offs_d\b"
     r"|\blse = tl.load|seed_ptr\)"
+    r"|= scores_and_dp\(k, v"  # the line behind that of delta, which its load is noted at
 )
 PARTS = re.compile(r"sums/")  # parts are narrow on purpose: pick_sum_parts says why
 

@@ -59,7 +59,8 @@ def pick_qk_norm(head_dim: int, target: Target) -> LayerNormConfig:
         return pick_layer_norm(head_dim, target)
     if target.family == "cpu":
         return LayerNormConfig(max(1, 1024 // block_d), block_d, 1, partials=32)
-    return LayerNormConfig(max(1, min(128, 2048 // block_d)), block_d, 4)  # 16 elements a thread, as above
+    per_thread = 8 if target.family == "sm_100" else 16  # as above; of 16 the backward kernel spills there
+    return LayerNormConfig(max(1, min(128, 128 * per_thread // block_d)), block_d, 4)
 
 
 def layer_norm_stretch(n_rows: int, config: LayerNormConfig) -> tuple[int, int]:
