@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from triton.backends.compiler import GPUTarget
 
+from vit_triton.kernels.target import target_named
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -45,23 +47,24 @@ class Architecture:
         return room[limit], limit
 
 
-def _nvidia(number: int, matrix: str, kib: int, warps: int, blocks: int) -> Architecture:
-    target = GPUTarget("cuda", number, 32)
-    return Architecture(target, matrix, (kib - 1) * 1024, kib * 1024, 1024, warps // 4, blocks)
+def _nvidia(number: int, matrix: str, warps: int, blocks: int) -> Architecture:
+    shared, system = target_named(f"sm_{number}").shared_memory, 1024
+    return Architecture(GPUTarget("cuda", number, 32), matrix, shared, shared + system, system, warps // 4, blocks)
 
 
 def _amd(name: str) -> Architecture:
+    shared = target_named(name).shared_memory
     target = GPUTarget("hip", name, 64)
-    return Architecture(target, r"v_mfma\w*", 65536, 65536, 0, 8, 32, registers=512 * 64, granule=8 * 64)
+    return Architecture(target, r"v_mfma\w*", shared, shared, 0, 8, 32, registers=512 * 64, granule=8 * 64)
 
 
 ARCHITECTURES = {
-    "sm_80": _nvidia(80, "HMMA", 164, 64, 32),
-    "sm_86": _nvidia(86, "HMMA", 100, 48, 16),
-    "sm_89": _nvidia(89, "HMMA", 100, 48, 24),
-    "sm_90": _nvidia(90, "HGMMA", 228, 64, 32),
-    "sm_100": _nvidia(100, r"UTC\w*MMA", 228, 64, 32),
-    "sm_120": _nvidia(120, "HMMA", 100, 48, 24),
+    "sm_80": _nvidia(80, "HMMA", 64, 32),
+    "sm_86": _nvidia(86, "HMMA", 48, 16),
+    "sm_89": _nvidia(89, "HMMA", 48, 24),
+    "sm_90": _nvidia(90, "HGMMA", 64, 32),
+    "sm_100": _nvidia(100, r"UTC\w*MMA", 64, 32),
+    "sm_120": _nvidia(120, "HMMA", 48, 24),
     "gfx90a": _amd("gfx90a"),
     "gfx942": _amd("gfx942"),
 }
