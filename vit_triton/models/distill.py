@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
-from vit_triton.checks import check_probability, kind
+from vit_triton.checks import check_module, check_probability, kind
 from vit_triton.models.vit import ViT
 from vit_triton.modules import LayerNorm, Linear
 
@@ -79,8 +79,7 @@ class DistillWrapper(nn.Module):
         hard: bool = False,
         mlp_layernorm: bool = False,
     ) -> None:
-        if not isinstance(teacher, nn.Module):
-            raise TypeError(f"teacher must be a torch.nn.Module, got {kind(teacher)}")
+        check_module("teacher", teacher)
         if not isinstance(student, DistillableViT):
             raise TypeError(f"student must be a vit_triton.DistillableViT, got {kind(student)}")
         if student.mlp_head is None:
