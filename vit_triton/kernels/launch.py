@@ -173,3 +173,8 @@ def side_by_side(x: torch.Tensor) -> torch.Tensor:
     number, with twice the instructions and, on an A100, spilled registers (computed); the copy is one pass.
     """
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    """``x``, copied where it has gaps: kernels read a vector without a stride."""
+    return None if x is None else x.contiguous()

@@ -19,7 +19,7 @@ from vit_triton.kernels.attention.backward import attention_bwd_into
 from vit_triton.kernels.attention.forward import attention_fwd
 from vit_triton.kernels.attention.rows import strides
 from vit_triton.kernels.device import target_of
-from vit_triton.kernels.launch import launch
+from vit_triton.kernels.launch import contiguous, launch
 from vit_triton.kernels.norm.config import layer_norm_stretch, pick_qk_norm
 from vit_triton.kernels.norm.statistics import row_gradient, row_statistics
 from vit_triton.kernels.picker import cdiv
@@ -75,8 +75,8 @@ def qk_norm_fwd(x: torch.Tensor, norm: Norm | None, *, rms: bool) -> torch.Tenso
         (cdiv(batch * n_tokens * n_heads, config.block_m),),
         x,
         x_ptr=x,
-        weight_ptr=None if weight is None else weight.contiguous(),
-        bias_ptr=None if bias is None else bias.contiguous(),
+        weight_ptr=contiguous(weight),
+        bias_ptr=contiguous(bias),
         y_ptr=y,
         **strides("x", x),
         n_rows=batch * n_tokens * n_heads,
@@ -151,7 +151,7 @@ def qk_norm_bwd_into(
         x,
         dx_ptr=dx,
         x_ptr=x,
-        weight_ptr=None if weight is None else weight.contiguous(),
+        weight_ptr=contiguous(weight),
         dweight_partials_ptr=dweight_partials,
         dbias_partials_ptr=dbias_partials,
         stride_dxb=dx.stride(0),

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from vit_triton.arguments import NO_BRANCH, NO_DROPOUT, Branch, Dropout
 from vit_triton.kernels.device import target_of
-from vit_triton.kernels.launch import TRITON_DTYPE, input_precision, launch
+from vit_triton.kernels.launch import TRITON_DTYPE, contiguous, input_precision, launch
 from vit_triton.kernels.linear.config import (
     Epilogue,
     VendorGemm,
@@ -132,7 +132,7 @@ def linear_bwd_input(
         dy,
         dy_ptr=dy,
         weight_ptr=weight,
-        layer_scale_ptr=None if branch.layer_scale is None else branch.layer_scale.contiguous(),
+        layer_scale_ptr=contiguous(branch.layer_scale),
         samples_ptr=branch.samples,
         pre_ptr=pre,
         dx_ptr=dx,
@@ -339,7 +339,7 @@ def layer_scale_bwd(
         dbias_partials_ptr=dbias_partials,
         layer_scale_ptr=layer_scale.contiguous(),
         weight_ptr=weight,
-        bias_ptr=None if bias is None else bias.contiguous(),
+        bias_ptr=contiguous(bias),
         dweight_ptr=dweight,
         dbias_ptr=dbias,
         dlayer_scale_ptr=dlayer_scale,

@@ -39,7 +39,7 @@ import triton.language as tl
 
 from vit_triton.arguments import NO_BRANCH, NO_DROPOUT, Branch, Dropout
 from vit_triton.kernels.device import target_of
-from vit_triton.kernels.launch import input_precision, launch
+from vit_triton.kernels.launch import contiguous, input_precision, launch
 from vit_triton.kernels.linear.config import Epilogue, VendorGemm, pick_linear_fwd
 from vit_triton.kernels.linear.elements import dropout_scale, offsets, rows_per_sample_of, sample_scale, within
 from vit_triton.kernels.picker import cdiv
@@ -157,8 +157,8 @@ def linear_fwd(
         x,
         x_ptr=x,
         weight_ptr=weight if panels is None else panels,
-        bias_ptr=None if bias is None else bias.contiguous(),
-        layer_scale_ptr=None if branch.layer_scale is None else branch.layer_scale.contiguous(),
+        bias_ptr=contiguous(bias),
+        layer_scale_ptr=contiguous(branch.layer_scale),
         samples_ptr=branch.samples,
         residual_ptr=residual,
         y_ptr=y,

@@ -1,7 +1,6 @@
 """SwiGLU (Shazeer 2020, arXiv:2002.05202), the gated activation of an MLP.
 
-    h = silu(g) * u * D              g and u are the two halves of the columns of the first product, D is dropout's
-    scale
+    h = silu(g) * u * D        g and u are the two halves of the columns of the first product, D is dropout's scale
 
 It stands between the two products as a kernel of its own: an epilogue would hold two accumulators, one of g and one of
 u, in the registers of one program. What that costs is reading g and u once, 2 of every 5 numbers moved here and in the

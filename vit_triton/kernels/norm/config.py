@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vit_triton.kernels.picker import next_power_of_2, tunable
+from vit_triton.kernels.picker import cdiv, next_power_of_2, tunable
 from vit_triton.kernels.target import Target
 
 MAX_LAYER_NORM_WIDTH = 2**16
@@ -65,6 +65,6 @@ def pick_qk_norm(head_dim: int, target: Target) -> LayerNormConfig:
 
 def layer_norm_stretch(n_rows: int, config: LayerNormConfig) -> tuple[int, int]:
     """(programs, steps of ``block_m`` rows each takes) of the backward kernel: at most ``partials`` programs."""
-    n_blocks = -(-n_rows // config.block_m)
-    n_steps = max(1, -(-n_blocks // config.partials))
-    return -(-n_blocks // n_steps), n_steps
+    n_blocks = cdiv(n_rows, config.block_m)
+    n_steps = max(1, cdiv(n_blocks, config.partials))
+    return cdiv(n_blocks, n_steps), n_steps

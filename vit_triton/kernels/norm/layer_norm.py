@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from vit_triton.kernels.device import target_of
-from vit_triton.kernels.launch import launch
+from vit_triton.kernels.launch import contiguous, launch
 from vit_triton.kernels.norm.config import check_layer_norm_width, layer_norm_stretch, pick_layer_norm
 from vit_triton.kernels.norm.statistics import row_gradient, row_statistics
 from vit_triton.kernels.picker import cdiv
@@ -97,8 +97,8 @@ def _layer_norm(
         x,
         x_ptr=x,
         residual_ptr=residual,
-        weight_ptr=None if weight is None else weight.contiguous(),
-        bias_ptr=None if bias is None else bias.contiguous(),
+        weight_ptr=contiguous(weight),
+        bias_ptr=contiguous(bias),
         y_ptr=y,
         summed_ptr=summed,
         mean_ptr=mean,
@@ -248,7 +248,7 @@ def layer_norm_bwd(
         x,
         dy_ptr=dy,
         x_ptr=x,
-        weight_ptr=None if weight is None else weight.contiguous(),
+        weight_ptr=contiguous(weight),
         mean_ptr=mean,
         rstd_ptr=rstd,
         dsum_ptr=dsum,

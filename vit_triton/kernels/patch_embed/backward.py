@@ -6,7 +6,7 @@ import triton.language as tl
 
 from vit_triton.arguments import Norm
 from vit_triton.kernels.device import target_of
-from vit_triton.kernels.launch import TRITON_DTYPE, input_precision, launch, side_by_side
+from vit_triton.kernels.launch import TRITON_DTYPE, contiguous, input_precision, launch, side_by_side
 from vit_triton.kernels.norm.config import pick_layer_norm
 from vit_triton.kernels.norm.layer_norm import layer_norm_bwd
 from vit_triton.kernels.norm.statistics import row_gradient
@@ -15,7 +15,6 @@ from vit_triton.kernels.patch_embed.patches import (
     PatchLayout,
     channel_of,
     column_offsets,
-    contiguous,
     image_strides,
     load_patches,
     patch_layout,

@@ -25,14 +25,13 @@ import triton.language as tl
 
 from vit_triton.arguments import Norm
 from vit_triton.kernels.device import target_of
-from vit_triton.kernels.launch import input_precision, launch
+from vit_triton.kernels.launch import contiguous, input_precision, launch
 from vit_triton.kernels.norm.config import check_layer_norm_width, pick_layer_norm
 from vit_triton.kernels.norm.statistics import row_statistics
 from vit_triton.kernels.patch_embed.config import pick_patch_embed_fwd
 from vit_triton.kernels.patch_embed.patches import (
     channel_of,
     column_offsets,
-    contiguous,
     image_strides,
     load_patches,
     patch_layout,

@@ -118,7 +118,3 @@ def patch_layout(image: torch.Tensor, patch_size: tuple[int, int], weight_order:
 
 def image_strides(image: torch.Tensor, prefix: str = "stride_i") -> dict[str, int]:
     return {prefix + axis: stride for axis, stride in zip("bchw", image.stride(), strict=True)}
-
-
-def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
