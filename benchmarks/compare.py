@@ -10,10 +10,6 @@ from benchmarks.ops.op import Op
 from vit_triton.cli.arguments import positive
 from vit_triton.tuning.shapes import DTYPES, SIZES
 
-SUMMARY = {
-    "ops": "time every operator against PyTorch's and others'",
-    "models": "time whole models against those of others",
-}
 OPS: list[Op] = [op for module in (mlp, linear, attention, layer_norm, patch_embed, encoder) for op in module.OPS]
 BLOCKS = 2  # of the encoder among the operators
 

@@ -12,7 +12,6 @@ from benchmarks.slopes import AXES, slopes
 from vit_triton.cli.arguments import positive
 from vit_triton.tuning.shapes import DTYPES, SIZES, Shape
 
-SUMMARY = {"growth": "time attention and blocks as tokens, batch and depth grow, and fit the slopes"}
 PEERS = {"attention": "sdpa", "encoder": "pytorch"}
 OPS: list[Op] = [*attention.OPS, *encoder.OPS]
 TOKENS = [50, 128, 256, 512, 1024, 2048, 4096]

@@ -35,8 +35,6 @@ from vit_triton.cli.arguments import positive
 from vit_triton.tuning.progress import progress
 from vit_triton.tuning.shapes import DTYPES
 
-SUMMARY = {"memory": "count the bytes a block saves for backward, its peak and its kernels, against others' blocks"}
-
 PATCH = 16
 
 

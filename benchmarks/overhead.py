@@ -31,8 +31,6 @@ from vit_triton.modules import Transformer
 from vit_triton.tuning.progress import progress
 from vit_triton.tuning.shapes import DTYPES
 
-SUMMARY = {"overhead": "time the Python between a call and its launches, against Triton's own launcher"}
-
 Call = Callable[[], Any]
 
 

@@ -32,7 +32,6 @@ from benchmarks.runner import machine, write_json
 from vit_triton.cli.arguments import positive
 from vit_triton.tuning.progress import progress
 
-SUMMARY = {"codegen": "compile every kernel for GPUs and count what comes out; needs no GPU"}
 DEFAULT = (["sm_80", "sm_90", "sm_100"], ["bfloat16", "float32"])
 DEFAULT_TIMED = (["A100", "H100", "B200"], ["bfloat16"])
 

@@ -1,0 +1,227 @@
+"""The first minutes on a GPU: is it right, is it faster, what is wrong.
+
+Sections in the order of what they are worth: the machine, the numbers of every operator, whole models, operators
+against PyTorch's, tuning. A step that crashes, hangs or runs out of memory costs itself only: a new process goes on
+with the next. Results go to results.json and report.md in the folder --out after every step; the same command later
+goes on with the steps that have none. It needs torch, triton and numpy, and uses timm, torchvision and the packages of
+others where they are installed. Exit code: 0, or 1 if a step is wrong, failed, crashed, hung or ran out of memory, or
+130 after Ctrl-C.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import plan, report
+from benchmarks.gpu.machine import DEVICE
+from benchmarks.gpu.plan import Clock
+from benchmarks.gpu.process import BAD, Worker
+from benchmarks.gpu.results import Results
+from benchmarks.gpu.sections import sections
+from benchmarks.gpu.step import Context, Section, Step
+
+RESERVED = 3.0  # seconds for the end
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = -1.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of minutes above 0, got {text!r}")
+    return minutes
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder, got the file {text!r}")
+    return path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = __doc__
+    parser.add_argument("--minutes", type=_minutes, default=10.0, help="of everything together; default: 10")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda",
+                        help="cuda (default); cpu tries the command with tiny sizes")  # fmt: skip
+    parser.add_argument("--out", type=_folder, default=Path("gpu_report"), metavar="FOLDER", help="default: gpu_report")
+    parser.add_argument("--only", default="", metavar="NAME", help="steps whose name, as it is printed, contains this")
+    parser.add_argument("--again", action="store_true", help="repeat the steps whose result is bad, too")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan for an H200 and an RTX 4090 only")
+
+
+def run(given: argparse.Namespace) -> None:
+    context = Context(given.device, given.out.resolve(), interpreting=_interpreting(given.device))
+    if given.dry_run:
+        for gpu in plan.PLANNED:
+            every = sections(Context("cuda", context.folder), plan.CORES)
+            print("\n".join([*plan.table(_only(every, given.only), given.minutes, gpu), ""]))
+        print("expected times are computed: kernels to compile, FLOPs, and seconds of measuring; none was measured")
+        return
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device: PyTorch finds no GPU; --device cpu tries the command with tiny sizes")
+    start = time.time()
+    end = start + 60 * given.minutes - RESERVED
+    context = Context(context.device, context.folder, context.interpreting, end)
+    given.out.mkdir(parents=True, exist_ok=True)
+    results = Results(given.out, {"minutes": given.minutes, "device": given.device, "only": given.only})
+    with _environment({"TRITON_INTERPRET": "1"} if context.interpreting else {}):
+        complete = _run(context, given, results, start)
+    if not complete:
+        raise SystemExit(130)
+    if any(result["status"] in BAD for result in results.steps.values()):
+        raise SystemExit(1)
+
+
+def _interpreting(device: str) -> bool:
+    """Whether Triton's interpreter runs the kernels: on a CPU for which they are not compiled."""
+    if importlib.util.find_spec("triton") is None:
+        raise SystemExit("the kernels need the package triton (pip install triton; Linux only)")
+    if device != "cpu":
+        return False
+    from vit_triton import cpu
+
+    return os.environ.get("TRITON_INTERPRET") == "1" or cpu.why_not() is not None
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Of the processes that are started inside."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _only(every: list[Section], text: str) -> list[Section]:
+    """The sections with those of their steps whose name contains ``text``."""
+    chosen = [
+        Section(each.name, each.title, each.until, steps, each.processes)
+        for each in every
+        if (steps := tuple(step for step in each.steps if text in each.key(step)))
+    ]
+    if not chosen:
+        raise SystemExit(f"--only: no step contains {text!r}; --dry-run shows the sections")
+    return chosen
+
+
+def _run(context: Context, given: argparse.Namespace, results: Results, start: float) -> bool:
+    """Whether it came to its end, and was not interrupted."""
+    every = sections(context)
+    chosen = _only(every, given.only)
+    shown = _Shown(start)
+    first = Worker(context, _log(context, "machine"))
+    try:
+        key = f"machine: {DEVICE}"
+        result = first.run("machine", DEVICE, 120.0)
+    except KeyboardInterrupt:
+        return False
+    finally:
+        first.close()
+    shown(key, result)
+    if "machine" not in result:
+        print(result.get("detail", ""))
+        raise SystemExit(f"the device cannot be used: {result['line']}")
+    results.identify(result["machine"])
+    results.add(key, result)
+    peak = plan.peak_of(result["machine"]["gpu"]) if context.device == "cuda" else None
+    clock = Clock(start, (context.end - start) / 60, peak)
+    complete = True
+    try:
+        for section in chosen:
+            left = [step for step in section.steps if results.missing(section.key(step), given.again)]
+            _Running(section, left, context, clock, results, shown).run()
+            _write_report(context.folder, results, every)
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+        complete = False
+    _write_report(context.folder, results, every)
+    left = sum(results.missing(section.key(step), False) for section in chosen for step in section.steps)
+    print(f"\n{report.count(results)}" + (f"; {left} not reached: the same command goes on with them" if left else ""))
+    print(f"{results.path}, {context.folder / 'report.md'}")
+    return complete
+
+
+def _write_report(folder: Path, results: Results, every: list[Section]) -> None:
+    (folder / "report.md").write_text(report.markdown(results, every), encoding="utf-8")
+
+
+def _log(context: Context, name: str) -> Path:
+    folder = context.folder / "logs"
+    folder.mkdir(exist_ok=True)
+    return folder / f"{name}.txt"
+
+
+class _Shown:
+    """Prints a line for each result."""
+
+    def __init__(self, start: float) -> None:
+        self.start = start
+
+    def __call__(self, key: str, result: dict[str, Any]) -> None:
+        now = int(time.time() - self.start)
+        print(f"{now // 60:3}:{now % 60:02}  {result['status']:<13}  {key:<66}  {result['line']}", flush=True)
+
+
+class _Running:
+    """A section: its steps that are left, in as many processes as it takes."""
+
+    def __init__(
+        self, section: Section, left: list[Step], context: Context, clock: Clock, results: Results, shown: _Shown
+    ) -> None:
+        self.section, self.left, self.clock = section, deque(left), clock
+        self.results, self.shown = results, shown
+        self.lock = threading.Lock()
+        count = min(section.processes, len(left))
+        self.workers = [Worker(context, _log(context, f"{section.name}-{i}")) for i in range(count)]
+        self.stopped = False
+
+    def run(self) -> None:
+        threads = [threading.Thread(target=self._work, args=(worker,)) for worker in self.workers]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:
+            self.stopped = True
+            raise
+        finally:
+            for worker in self.workers:
+                worker.close()
+
+    def _work(self, worker: Worker) -> None:
+        while (step := self._next()) is not None:
+            result = worker.run(self.section.name, step.name, self.clock.limit(step))
+            if self.stopped or (result["status"] == "hung" and time.time() >= self.clock.end):
+                return  # not its fault
+            key = self.section.key(step)
+            with self.lock:
+                self.results.add(key, result)
+                self.shown(key, result)
+
+    def _next(self) -> Step | None:
+        """The next step that fits into the time."""
+        with self.lock:
+            while self.left and not self.stopped:
+                step = self.left.popleft()
+                if self.clock.fits(self.section, step, time.time()):
+                    return step
+        return None

@@ -1,0 +1,147 @@
+"""What the results are measured on: device, versions, compilers, and what the device can do at most."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import vit_triton
+from benchmarks.gpu.step import Context, Step, Wrong
+from benchmarks.runner import PACKAGES, machine
+
+DEVICE = "device and versions"
+# of results that belong together
+IDENTITY = ("gpu", "architecture", "cpu", "python", "numpy", "torch", "triton", "vit_triton", "source", "kernels")
+NVIDIA_SMI = "driver_version,clocks.max.sm,clocks.max.mem,clocks.sm,power.limit,temperature.gpu,mig.mode.current"
+
+
+def _device(context: Context) -> dict[str, Any]:
+    found = {**machine(context.device), "numpy": numpy.__version__, "source": source()}
+    found["kernels"] = _kernels(context)
+    for package in (*PACKAGES, "rich", "matplotlib"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    if context.device == "cuda":
+        facts = torch.cuda.get_device_properties(torch.cuda.current_device())
+        found |= {
+            "memory": f"{facts.total_memory / 2**30:.0f} GiB",
+            "multiprocessors": str(facts.multi_processor_count),
+            "devices": str(torch.cuda.device_count()),
+            **_nvidia_smi(),
+        }
+    name = found.get("gpu", found["cpu"])
+    line = f"{name}, torch {found['torch']}, triton {found['triton']}, vit_triton {found['vit_triton']}"
+    return {"line": line, "machine": found}
+
+
+def _kernels(context: Context) -> str:
+    if context.device == "cuda":
+        return "compiled for the GPU"
+    return "in Triton's interpreter" if context.interpreting else "compiled for the CPU"
+
+
+def source() -> str:
+    """A digest of the package's code: results of other code are kept apart."""
+    root = Path(vit_triton.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _nvidia_smi() -> dict[str, str]:
+    if torch.version.hip or shutil.which("nvidia-smi") is None:
+        return {}
+    command = ["nvidia-smi", f"--query-gpu={NVIDIA_SMI}", "--format=csv,noheader", "--id=0"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        values = [value.strip() for value in done.stdout.split(",")]
+        if done.returncode == 0 and len(values) == len(NVIDIA_SMI.split(",")):
+            return dict(zip(NVIDIA_SMI.split(","), values, strict=True))
+    return {}
+
+
+def _first_kernel(context: Context) -> dict[str, Any]:
+    """From nothing: in an empty cache, as on the first day."""
+    from vit_triton import functional as F
+
+    with tempfile.TemporaryDirectory() as folder:
+        before, os.environ["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR"), folder
+        start = time.perf_counter()
+        try:
+            x = torch.randn(64, 256, device=context.device)
+            y = F.layer_norm(x, None, None, backend="triton")
+            if context.device == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:
+            raise Wrong(f"{' '.join(f'{type(error).__name__}: {error}'.split())[:300]}; {_compiler()}") from error
+        finally:
+            del os.environ["TRITON_CACHE_DIR"]
+            if before is not None:
+                os.environ["TRITON_CACHE_DIR"] = before
+        seconds = time.perf_counter() - start
+    right = torch.allclose(y.cpu(), torch.nn.functional.layer_norm(x.cpu(), (256,)), atol=1e-4)
+    if not right:
+        raise Wrong("the first kernel, LayerNorm, gives wrong numbers")
+    return {"line": f"compiled and run in {seconds:.1f} s; {_compiler()}", "compile_seconds": seconds}
+
+
+def _compiler() -> str:
+    """What Triton builds launchers with."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return f"C compiler: {compiler or 'none found'}; Python.h: {'found' if header.exists() else 'not found'}"
+
+
+def _copy(context: Context) -> dict[str, Any]:
+    source = torch.zeros(context.at(2**30, 2**26), dtype=torch.uint8, device=context.device)
+    target = torch.empty_like(source)
+    seconds = _shortest(lambda: target.copy_(source), context)
+    rate = 2 * source.numel() / seconds / 1e9
+    return {"line": f"{rate:.0f} GB/s read and written", "gigabytes": rate}
+
+
+def _product(dtype: torch.dtype, context: Context) -> dict[str, Any]:
+    n = context.at(8192, 512)
+    a, b = torch.randn(2, n, n, device=context.device).to(dtype)
+    rate = 2 * n**3 / _shortest(lambda: a @ b, context) / 1e12
+    return {"line": f"{rate:.4g} TFLOP/s, {n} x {n} matrices", "tflops": rate}
+
+
+def _shortest(call: Any, context: Context) -> float:
+    """Seconds of the fastest of 20 calls, of which the first warm up."""
+    times = []
+    for _ in range(20):
+        if context.device == "cuda":
+            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first.record()
+            call()
+            last.record()
+            torch.cuda.synchronize()
+            times.append(first.elapsed_time(last) / 1e3)
+        else:
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def steps() -> Iterator[Step]:
+    yield Step(DEVICE, _device, seconds=2.0, limit=120)
+    yield Step("first kernel", _first_kernel, seconds=1.0, kernels=2)
+    yield Step("copy bandwidth", _copy, seconds=0.5)
+    for dtype in (torch.bfloat16, torch.float32):
+        name = f"product of matrices, {str(dtype).removeprefix('torch.')}"
+        yield Step(name, lambda context, dtype=dtype: _product(dtype, context), seconds=1.0)

@@ -1,0 +1,214 @@
+"""Whole models: images per second and memory, eager, compiled by torch.compile and accelerated, in one interleaved run.
+
+Inference is in bfloat16. A training step has float32 parameters, autocast to bfloat16, and fused AdamW. Weights are
+random. Before anything is timed, logits (of training: all gradients) are compared with float64.
+"""
+
+import copy
+import functools
+import gc
+import importlib.util
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vit_triton
+from benchmarks.gpu.process import is_of_memory
+from benchmarks.gpu.step import COMPILE_SECONDS, SEED, Context, Skip, Step, Wrong
+from benchmarks.models import gradients, inference, loss
+from benchmarks.runner import TOLERANCE
+from benchmarks.timing import METHODS
+from vit_triton.tuning.measure import errors
+from vit_triton.tuning.shapes import CLASSES, SIZES, Size
+
+SECONDS = 3.0  # of measuring one step
+CHECKED = 2  # images of the comparison with float64
+CALLS = 40  # of a measurement, all variants together: what a plan expects
+TINY = Size(48, 2, 2, 96)
+
+
+@dataclass(frozen=True)
+class Model:
+    """``timm``: its name there, without weights; ``batch``: images of inference and of a training step."""
+
+    name: str
+    timm: str
+    size: Size
+    image: int
+    batch: tuple[int, int]
+
+    def build(self, context: Context) -> tuple[str, nn.Module]:
+        """The library, and the model: timm's, or else torchvision's, or else ours without kernels."""
+        size, image = context.at(self.size, TINY), context.at(self.image, 2 * TINY.patch)
+        torch.manual_seed(SEED)
+        with torch.device(context.device):
+            if importlib.util.find_spec("timm") is not None:
+                return "timm", self._timm(context, size, image)
+            if importlib.util.find_spec("torchvision") is not None and image % size.patch == 0:
+                from torchvision.models import VisionTransformer
+
+                sizes = (image, size.patch, size.depth, size.heads, size.width, size.hidden)
+                return "torchvision", VisionTransformer(*sizes, num_classes=CLASSES)
+            ours = vit_triton.ViT(
+                image_size=image // size.patch * size.patch,
+                patch_size=size.patch,
+                num_classes=CLASSES,
+                dim=size.width,
+                depth=size.depth,
+                heads=size.heads,
+                dim_head=size.width // size.heads,
+                mlp_dim=size.hidden,
+                backend="torch",
+            )
+            return "vit_triton", ours
+
+    def _timm(self, context: Context, size: Size, image: int) -> nn.Module:
+        import timm
+
+        tiny = dict(patch_size=size.patch, embed_dim=size.width, depth=size.depth, num_heads=size.heads)
+        options = context.at({}, tiny)
+        return timm.create_model(self.timm, img_size=image, num_classes=CLASSES, **options)
+
+    @property
+    def flops(self) -> float:
+        """Of the products of one image, forward."""
+        tokens, width = (self.image // self.size.patch) ** 2 + 1, self.size.width
+        block = 2 * tokens * width * (4 * width + 2 * self.size.hidden) + 4 * tokens**2 * width
+        return float(self.size.depth * block)
+
+
+MODELS = (
+    Model("ViT-B/16", "vit_base_patch16_224", SIZES["B"], 224, (256, 128)),
+    Model("ViT-L/16", "vit_large_patch16_224", SIZES["L"], 224, (128, 64)),
+    Model("DINOv2-S at 518", "vit_small_patch14_dinov2", Size(384, 12, 6, 1536, patch=14), 518, (64, 32)),
+    Model("SO400M/14", "vit_so400m_patch14_siglip_224", SIZES["SO400M"], 224, (128, 32)),
+)
+INFERENCE, TRAINING = "inference", "training step"
+
+
+def _accelerated(library: str, model: nn.Module, context: Context) -> nn.Module:
+    made = copy.deepcopy(model)
+    if library == "vit_triton":
+        for module in made.modules():
+            if hasattr(module, "backend"):
+                module.backend = context.backend
+    else:
+        vit_triton.accelerate(made, backend=context.backend)
+    return made
+
+
+def _images(context: Context, model: Model, batch: int) -> tuple[Tensor, Tensor]:
+    side = context.at(model.image // model.size.patch * model.size.patch, 2 * TINY.patch)
+    return (
+        torch.randn(batch, 3, side, side, device=context.device),
+        torch.randint(CLASSES, (batch,), device=context.device),
+    )
+
+
+def _call(what: str, model: nn.Module, image: Tensor, labels: Tensor) -> Callable[[], Any]:
+    if what == INFERENCE:
+        return inference(model, image)
+    fused = {"fused": True} if image.is_cuda else {}
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, **fused)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(image.device.type, torch.bfloat16):
+            value = loss(model, image, labels)
+        value.backward()
+        optimizer.step()
+
+    return step
+
+
+def _errors(what: str, model: nn.Module, exact: Any, image: Tensor, labels: Tensor) -> list[float]:
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=what == TRAINING):
+        call = inference(model, image) if what == INFERENCE else gradients(model, image, labels)
+        return errors(call(), exact)
+
+
+def _compare(what: str, plain: nn.Module, ours: nn.Module, image: Tensor, labels: Tensor) -> dict[str, float]:
+    """The largest errors of PyTorch and of ours, of one result; :class:`Wrong` if ours is more than it may be."""
+    double = copy.deepcopy(plain).double()
+    exact = (inference(double, image.double()) if what == INFERENCE else gradients(double, image.double(), labels))()
+    del double
+    theirs, found = (_errors(what, model, exact, image, labels) for model in (plain, ours))
+    floor = TOLERANCE * torch.finfo(torch.bfloat16).eps
+    for error, peer in zip(found, theirs, strict=True):
+        if not error <= max(floor, 2 * peer):
+            raise Wrong(f"error {error:.1e}, PyTorch's {peer:.1e}", error=error, pytorch=peer)
+    return {"error": max(found), "pytorch": max(theirs)}
+
+
+def _measure(what: str, model: Model, compiled: bool, context: Context) -> dict[str, Any]:
+    if compiled and context.device == "cpu":
+        raise Skip("torch.compile takes minutes on a CPU")
+    batch = context.at(model.batch[what == TRAINING], 2)
+    while True:
+        try:
+            return _measure_batch(what, model, compiled, context, batch)
+        except Exception as error:  # out of memory is a RuntimeError on a CPU
+            if not is_of_memory(error) or batch == 1:
+                raise
+            batch //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _measure_batch(what: str, model: Model, compiled: bool, context: Context, batch: int) -> dict[str, Any]:
+    library, eager = model.build(context)
+    eager = eager.to(torch.bfloat16 if what == INFERENCE else torch.float32)
+    ours = _accelerated(library, eager, context)
+    image, labels = _images(context, model, batch)
+    image = image.to(next(eager.parameters()).dtype)
+    facts: dict[str, Any] = {"library": library, "batch": batch}
+    if not compiled:
+        facts |= _compare(what, eager, ours, image[:CHECKED], labels[:CHECKED])
+    variants = {"accelerated": ours, "eager": eager}
+    if compiled:
+        torch.compiler.reset()
+        variants = {"accelerated": ours, "torch.compile": torch.compile(eager, dynamic=False)}
+    calls = {name: _call(what, variant, image, labels) for name, variant in variants.items()}
+    facts["memory"] = {name: _peak(call, context) for name, call in calls.items()}
+    rounds = METHODS[context.device](calls, context.at(SECONDS, 0.2), False).rounds
+    seconds = {name: statistics.median(each) for name, each in rounds.items()}
+    facts["images_per_second"] = {name: batch / each for name, each in seconds.items()}
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(rounds[name], rounds["accelerated"], strict=True))
+        for name in rounds
+        if name != "accelerated"
+    }
+    facts["ratio"] = ratios
+    rates = ", ".join(f"{name} {rate:.0f}" for name, rate in facts["images_per_second"].items())
+    against = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in ratios.items())
+    return {"line": f"{rates} images/s at batch {batch}; {against} ({library})", **facts}
+
+
+def _peak(call: Callable[[], Any], context: Context) -> int | None:
+    """Bytes above what is there before, from a second call on: the first makes what an optimizer keeps."""
+    call()
+    if context.device == "cpu":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def steps() -> Iterator[Step]:
+    for compiled in (False, True):
+        for model in MODELS:
+            for what in (INFERENCE, TRAINING):
+                name = f"{model.name}, {what}" + (", torch.compile" if compiled else "")
+                run = functools.partial(_measure, what, model, compiled)
+                training = what == TRAINING
+                flops = model.flops * model.batch[training] * (3 if training else 1) * CALLS
+                seconds = SECONDS + 4 + (COMPILE_SECONDS * (2 if training else 1) if compiled else 0)
+                kernels = 0 if compiled else 45 if training else 18
+                yield Step(name, run, seconds, kernels=kernels, flops=flops)

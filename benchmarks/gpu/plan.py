@@ -1,0 +1,87 @@
+"""Which steps fit into the minutes, and until when."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.gpu.step import START_SECONDS, Section, Step
+from benchmarks.peaks import GPUS
+
+PLANNED = ("NVIDIA H200", "NVIDIA GeForce RTX 4090")  # what --dry-run shows
+CORES = 16  # of the machines that it is shown for
+UNKNOWN = 100e12  # FLOP/s of a GPU that is not in the table
+TINY_SECONDS = 3.0  # of a step on a CPU
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The ``minutes`` from ``start``, a time.time(), on a GPU of ``peak`` dense 16-bit FLOP/s; None: on a CPU."""
+
+    start: float
+    minutes: float
+    peak: float | None
+
+    @property
+    def end(self) -> float:
+        return self.start + 60 * self.minutes
+
+    def until(self, section: Section) -> float:
+        return self.start + 60 * self.minutes * section.until
+
+    def expected(self, step: Step) -> float:
+        return TINY_SECONDS if self.peak is None else step.expected(self.peak)
+
+    def fits(self, section: Section, step: Step, now: float) -> bool:
+        """Tuning takes what is left; every other step has to end in its section's time."""
+        least = START_SECONDS if step.fills else self.expected(step)
+        return now + least <= self.until(section)
+
+    def limit(self, step: Step) -> float:
+        """Seconds from now that the step may take."""
+        allowed = step.limit if step.limit is not None else 60 + 4 * self.expected(step)
+        return max(1.0, min(allowed, self.end - time.time()))
+
+
+def peak_of(name: str) -> float:
+    return GPUS[name][0] * 1e12 if name in GPUS else UNKNOWN
+
+
+@dataclass(frozen=True)
+class Row:
+    """A section in a plan: seconds from the start at which it begins and ends, if every step takes what is expected."""
+
+    section: Section
+    fitting: int
+    begins: float
+    ends: float
+
+
+def schedule(sections: Sequence[Section], clock: Clock) -> list[Row]:
+    rows, now = [], clock.start
+    for section in sections:
+        begins, fitting = now, 0
+        now += START_SECONDS
+        for step in section.steps:
+            if clock.fits(section, step, now):
+                now = clock.until(section) if step.fills else now + clock.expected(step) / section.processes
+                fitting += 1
+        rows.append(Row(section, fitting, begins - clock.start, now - clock.start))
+    return rows
+
+
+def table(sections: Sequence[Section], minutes: float, gpu: str) -> Iterable[str]:
+    clock = Clock(0.0, minutes, peak_of(gpu))
+    yield f"{gpu}, {minutes:g} minutes, a CPU of {CORES} cores"
+    yield f"  {'section':<28}{'steps':>6}{'all of them':>13}{'fit':>5}{'from':>7}{'to':>7}"
+    for row in schedule(sections, clock):
+        name, processes = row.section.title, row.section.processes
+        if processes > 1:
+            name += f" ({processes} processes)"
+        steps = row.section.steps
+        whole = START_SECONDS + sum(clock.expected(step) for step in steps) / processes
+        times = "".join(f"{_minutes(seconds):>7}" for seconds in (row.begins, row.ends))
+        yield f"  {name:<28}{len(steps):>6}{_minutes(whole):>13}{row.fitting:>5}{times}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

@@ -1,0 +1,143 @@
+"""A process that runs steps one at a time, so that one that crashes or hangs costs no other step."""
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.step import SEED, START_SECONDS, Context, Skip, Wrong
+
+PASSED, SKIPPED, WRONG, FAILED = "passed", "skipped", "wrong", "failed"
+CRASHED, HUNG, OUT_OF_MEMORY = "crashed", "hung", "out of memory"
+BAD = (WRONG, FAILED, CRASHED, HUNG, OUT_OF_MEMORY)
+DETAIL = 3000  # characters of a traceback or log that are kept
+
+
+class Worker:
+    """The process starts with the first step; after a crash, with the next. Its output goes to the file ``log``."""
+
+    def __init__(self, context: Context, log: Path) -> None:
+        self.context, self.log = context, log
+        self._process: Any = None
+        self._connection: Any = None
+
+    def run(self, section: str, step: str, limit: float) -> dict[str, Any]:
+        """The result of a step: its "status", "seconds", "line" and facts; of a bad one the "detail" too."""
+        start = time.monotonic()
+        if self._process is None:
+            self._start()
+            limit += START_SECONDS
+        before = self.log.stat().st_size
+        result: dict[str, Any]
+        try:
+            self._connection.send((section, step))
+            if self._connection.poll(limit):
+                result = self._connection.recv()
+            else:
+                result = {"status": HUNG, "line": f"no result within {limit:.0f} s"}
+        except (EOFError, OSError):
+            self._process.join(5)
+            result = {"status": CRASHED, "line": _said(self._process.exitcode)}
+        if result["status"] in (HUNG, CRASHED) or result.pop("ends", False):
+            self.close()
+            with self.log.open("rb") as file:
+                file.seek(max(before, self.log.stat().st_size - DETAIL))
+                result.setdefault("detail", file.read().decode(errors="replace").strip())
+        return {**result, "seconds": round(time.monotonic() - start, 2)}
+
+    def _start(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._connection, theirs = spawn.Pipe()
+        self.log.touch()
+        self._process = spawn.Process(target=_serve, args=(theirs, self.context, self.log), daemon=False)
+        self._process.start()
+        theirs.close()
+
+    def close(self) -> None:
+        """End the process and all that it started."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # its group, once it has made one
+            self._process.kill()
+            self._process.join()
+            self._connection.close()
+            self._process = None
+
+
+def _said(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        return f"the process ended with {name}" + (
+            ", which the system sends where memory runs out" if name == "SIGKILL" else ""
+        )
+    return f"the process ended with exit code {code}"
+
+
+# --- in the process ----------------------------------------------------------------------------------------
+
+
+def _serve(connection: Connection, context: Context, log: Path) -> None:
+    os.setsid()  # what a step starts ends with it; Ctrl-C reaches the command alone
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from benchmarks.gpu.sections import sections
+
+    steps = {(section.name, step.name): step for section in sections(context) for step in section.steps}
+    while True:
+        try:
+            asked = connection.recv()
+        except EOFError:  # the command has ended
+            return
+        print(f"== {': '.join(asked)}", flush=True)
+        connection.send(_result(steps[asked], context))
+
+
+def _result(step: Any, context: Context) -> dict[str, Any]:
+    import torch
+
+    torch.manual_seed(SEED)
+    try:
+        facts = step.run(context)
+        if context.device == "cuda":
+            torch.cuda.synchronize()  # an illegal access is an error of this step
+        return {"status": PASSED, **facts}
+    except Skip as reason:
+        return {"status": SKIPPED, "line": str(reason)}
+    except Wrong as wrong:
+        result = {"status": WRONG, "line": str(wrong), **wrong.facts}
+    except Exception as error:  # of whatever package: the other steps go on
+        status = OUT_OF_MEMORY if is_of_memory(error) else FAILED
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        result = {"status": status, "line": line[:300], "detail": traceback.format_exc()[-DETAIL:]}
+    result["ends"] = not _is_usable(context)
+    return result
+
+
+def is_of_memory(error: Exception) -> bool:
+    import torch
+
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+
+
+def _is_usable(context: Context) -> bool:
+    """After an illegal access every later call of a process fails."""
+    import torch
+
+    sys.last_value = None
+    gc.collect()
+    if context.device == "cuda":
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except Exception:
+            return False
+    return True

@@ -1,0 +1,228 @@
+"""The page report.md: what is wrong first, then what was measured."""
+
+import collections
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks.gpu import machine, models, numbers
+from benchmarks.gpu.process import BAD
+from benchmarks.gpu.results import Results
+from benchmarks.gpu.step import Section
+from benchmarks.runner import OURS
+from vit_triton.tuning.shapes import DTYPES
+
+Steps = Mapping[str, dict[str, Any]]
+
+
+def markdown(results: Results, sections: Sequence[Section]) -> str:
+    parts = [
+        _head(results, sections),
+        _bad(results.steps),
+        _table_of_machine(results),
+        _numbers(results.steps),
+        _models(results.steps),
+        _operators(results.steps),
+        _products(results.steps),
+        _tuning(results.steps),
+        _missing(results, sections),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def count(results: Results) -> str:
+    every = collections.Counter(result["status"] for result in results.steps.values())
+    return ", ".join(f"{n} {status}" for status, n in every.most_common())
+
+
+def _head(results: Results, sections: Sequence[Section]) -> str:
+    name = results.machine.get("gpu") or results.machine.get("cpu", "an unknown machine")
+    total = sum(len(section.steps) for section in sections)
+    lines = [f"# vit_triton on {name}", f"{len(results.steps)} of {total} steps have a result: {count(results)}."]
+    if "gpu" not in results.machine:
+        lines.append(
+            f"**This is a trial on a CPU with tiny sizes** (kernels {results.machine.get('kernels')}): its times say "
+            "nothing about a GPU."
+        )
+    dates = "; ".join(f"{run['date']}, {run['minutes']:g} minutes" for run in results.runs)
+    lines.append(
+        f"Made by `python -m benchmarks gpu` ({dates}). To report what you see, open an issue with this page and "
+        "results.json. Every ratio is the other's time over that of vit_triton, the median of interleaved rounds: "
+        "above 1, vit_triton is faster."
+    )
+    return "\n\n".join(lines)
+
+
+def _bad(steps: Steps) -> str:
+    bad = {key: result for key, result in steps.items() if result["status"] in BAD}
+    if not bad:
+        return "## What went wrong\n\nNothing."
+    parts = ["## What went wrong", _rows(("step", "what", ""), ((k, r["status"], r["line"]) for k, r in bad.items()))]
+    for key, result in bad.items():
+        if result.get("detail"):
+            body = "\n".join(f"    {line}" for line in result["detail"].splitlines()[-25:])
+            parts.append(f"{key}:\n\n{body}")
+    return "\n\n".join(parts)
+
+
+def _table_of_machine(results: Results) -> str:
+    ceilings = [
+        (key.split(": ", 1)[1], result["line"])
+        for key, result in _of("machine", results.steps)
+        if not key.endswith(machine.DEVICE)
+    ]
+    return "## The machine\n\n" + _rows(("", ""), [*results.machine.items(), *ceilings])
+
+
+def _numbers(steps: Steps) -> str:
+    found = dict(_of("numbers", steps))
+    if not found:
+        return ""
+    names = [check.name for check in numbers.OPERATORS] + ["ViT of 2 blocks"]
+    rows = []
+    for name in names:
+        cells = [_error(found.pop(f"numbers: {name}, {dtype}", None)) for dtype in DTYPES]
+        if any(cells):
+            rows.append((name, *cells))
+    others = ((key.removeprefix("numbers: "), result["status"], result["line"]) for key, result in found.items())
+    return "\n\n".join(
+        [
+            "## Numbers",
+            "Largest relative L2 error against float64, forward and backward; in brackets that of PyTorch's own "
+            "operators. Every call was made twice, and gave the same bits where it says passed.",
+            _rows(("operator", *DTYPES), rows),
+            _rows(("check", "", ""), others),
+        ]
+    )
+
+
+def _error(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return ""
+    if not result.get("errors"):
+        return result["status"]
+    return f"{result['status']} {max(result['errors'].values()):.1e} ({max(result['pytorch'].values()):.1e})"
+
+
+def _models(steps: Steps) -> str:
+    rows = []
+    for model in models.MODELS:
+        for what in (models.INFERENCE, models.TRAINING):
+            eager = steps.get(f"models: {model.name}, {what}", {})
+            compiled = steps.get(f"models: {model.name}, {what}, torch.compile", {})
+            if not eager and not compiled:
+                continue
+            rate = {**compiled.get("images_per_second", {}), **eager.get("images_per_second", {})}
+            ratio = {**compiled.get("ratio", {}), **eager.get("ratio", {})}
+            memory = {**compiled.get("memory", {}), **eager.get("memory", {})}
+            rows.append(
+                (
+                    model.name,
+                    what,
+                    eager.get("batch") or compiled.get("batch", ""),
+                    *(_number(rate.get(name)) for name in ("accelerated", "eager", "torch.compile")),
+                    *(_ratio(ratio.get(name)) for name in ("eager", "torch.compile")),
+                    *(_gigabytes(memory.get(name)) for name in ("accelerated", "eager", "torch.compile")),
+                    eager.get("library") or eager.get("status", ""),
+                )
+            )
+    if not rows:
+        return ""
+    header = ("model", "", "batch", "accelerated, images/s", "eager", "torch.compile", "x eager", "x torch.compile")
+    header += ("memory, GiB", "eager", "torch.compile", "library")
+    return (
+        "## Whole models\n\nInference in bfloat16; training with float32 parameters and autocast to bfloat16. Memory: "
+        "the peak of a call above what is there before it.\n\n" + _rows(header, rows)
+    )
+
+
+def _operators(steps: Steps) -> str:
+    rows = []
+    for _, result in _of("speed", steps):
+        ms = result.get("milliseconds")
+        if not isinstance(ms, dict) or OURS not in ms:
+            continue
+        others = {name: value for name, value in ms.items() if not name.startswith(OURS)}
+        fastest = min(others, key=lambda name: others[name], default=None)
+        told = ", ".join(f"{name} {value:.3f}" for name, value in others.items())
+        roof = _share(result, steps)
+        ratio = result["ratio"].get(fastest)
+        rows.append((result["case"], result["shape"], f"{ms[OURS]:.3f}", _ratio(ratio), fastest or "", told, roof))
+    header = ("operator", "shape", "vit_triton, ms", "ratio", "to the fastest other", "others, ms", "of the ceiling")
+    if not rows:
+        return ""
+    return (
+        "## Operators\n\nOf the ceiling: the least time that the measured rates of copies and products allow "
+        "(computed), over the time.\n\n" + _rows(header, rows)
+    )
+
+
+def _share(result: dict[str, Any], steps: Steps) -> str:
+    """Per cent of what the measured ceilings allow."""
+    product = steps.get(f"machine: product of matrices, {result['dtype']}", {}).get("tflops")
+    copy = steps.get("machine: copy bandwidth", {}).get("gigabytes")
+    if not product or not copy:
+        return ""
+    least = max(result["flops"] / product / 1e12, result["bytes"] / copy / 1e9)
+    return f"{100 * least / (result['milliseconds'][OURS] / 1e3):.0f} %"
+
+
+def _products(steps: Steps) -> str:
+    rows = [
+        (row["case"], row["tile"], *(f"{row['milliseconds'][name]:.4f}" for name in ("ours", "vendor")),
+         _ratio(row["ratio"]))
+        for _, result in _of("speed", steps)
+        for row in result.get("products", [])
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    header = ("product", "our tile", "ours, ms", "vendor's and one pass, ms", "ratio")
+    return "## Products against the vendor's GEMM\n\n" + _rows(header, rows)
+
+
+def _tuning(steps: Steps) -> str:
+    parts = []
+    for _, result in _of("tiles", steps):
+        gains = result.get("gains", {})
+        rows = [(name, f"{gain:.2f}") for name, gain in sorted(gains.items(), key=lambda each: -each[1]) if gain > 1]
+        parts.append(result["line"] + ("\n\n" + _rows(("choice", "the default's time / tuned"), rows) if rows else ""))
+        if gains:
+            parts.append("The environment variable VIT_TRITON_TUNED with the path of tuned.json puts it into use.")
+    return "## Tuning\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _missing(results: Results, sections: Sequence[Section]) -> str:
+    left = {
+        section.title: [step.name for step in section.steps if results.missing(section.key(step), again=False)]
+        for section in sections
+    }
+    rows = [(title, len(names), "; ".join(names)) for title, names in left.items() if names]
+    if not rows:
+        return ""
+    return "## Not reached\n\nThe same command goes on with these.\n\n" + _rows(("section", "steps", "names"), rows)
+
+
+def _of(section: str, steps: Steps) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((key, result) for key, result in steps.items() if key.startswith(f"{section}: "))
+
+
+def _rows(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table of Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return re.sub(r"\s+", " ", str(value)).replace("|", "\\|")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _gigabytes(value: float | None) -> str:
+    return "" if value is None else f"{value / 2**30:.2f}"

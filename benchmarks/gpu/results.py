@@ -1,0 +1,63 @@
+"""What was found so far, in one file, which a later run goes on with."""
+
+import datetime
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.machine import IDENTITY
+from benchmarks.gpu.process import BAD
+from benchmarks.runner import write_json
+
+FILE = "results.json"
+FORMAT = 1
+
+
+class Results:
+    """``machine``: the facts of its step "device and versions"; ``steps``: results by section and step."""
+
+    def __init__(self, folder: Path, command: dict[str, Any]) -> None:
+        self.path = folder / FILE
+        self.machine: dict[str, str] = {}
+        self.steps: dict[str, dict[str, Any]] = {}
+        self.runs: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+        if self.path.exists():
+            self._read()
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self.runs.append({"date": now, **command})
+
+    def _read(self) -> None:
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise ValueError(f"format must be {FORMAT}, got {content['format']!r}")
+            self.machine, self.steps, self.runs = (content[name] for name in ("machine", "steps", "runs"))
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise SystemExit(
+                f"--out: {self.path} holds no results of this command ({type(error).__name__}: {error}); remove it, or "
+                "name another folder"
+            ) from None
+
+    def identify(self, machine: dict[str, str]) -> None:
+        """Take the ``machine`` of this run; SystemExit if the results are of another one, or of other versions."""
+        differ = [name for name in IDENTITY if self.machine and self.machine.get(name) != machine.get(name)]
+        if differ:
+            told = ", ".join(f"{name} {self.machine.get(name)}, now {machine.get(name)}" for name in differ)
+            raise SystemExit(f"--out: {self.path} holds results of another machine or version ({told}): name another")
+        self.machine = machine
+
+    def missing(self, key: str, again: bool) -> bool:
+        """Whether a step has no result, or one that is a part; ``again``: or a bad one."""
+        result = self.steps.get(key)
+        return result is None or result.get("complete") is False or (again and result["status"] in BAD)
+
+    def add(self, key: str, result: dict[str, Any]) -> None:
+        with self._lock:
+            self.steps[key] = result
+            self.write()
+
+    def write(self) -> None:
+        content = {"format": FORMAT, "machine": self.machine, "runs": self.runs, "steps": self.steps}
+        write_json(self.path, content)

@@ -1,0 +1,21 @@
+"""What is done, in the order of what it is worth."""
+
+import os
+
+from benchmarks.gpu import faults, machine, models, numbers, speed, tiles
+from benchmarks.gpu.step import Context, Section
+
+MOST_PROCESSES = 6
+
+
+def sections(context: Context, cores: int | None = None) -> list[Section]:
+    """``cores`` of the CPU, by default of this one: compilation takes most of the time of the numbers."""
+    processes = max(1, min(MOST_PROCESSES, (cores or os.cpu_count() or 1) // 2))
+    every = [
+        Section("machine", "the machine", 0.05, tuple(machine.steps())),
+        Section("numbers", "numbers of every operator", 0.4, tuple(numbers.steps()), processes),
+        Section("models", "whole models", 0.75, tuple(models.steps())),
+        Section("speed", "operators against PyTorch's", 0.9, tuple(speed.steps())),
+        Section("tiles", "tuning", 1.0, tuple(tiles.steps())),
+    ]
+    return [Section("faults", "faults", 1.0, tuple(faults.steps())), *every] if faults.wanted() else every

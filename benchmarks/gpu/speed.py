@@ -1,0 +1,88 @@
+"""Operators against PyTorch's, attention against each backend of SDPA, and each product against the vendor's GEMM."""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks import runner
+from benchmarks.compare import OPS
+from benchmarks.gpu.step import Context, Skip, Step, Wrong
+from benchmarks.ops.op import Op
+from benchmarks.timing import METHODS
+from vit_triton.kernels.linear.config import VendorGemm
+from vit_triton.kernels.picker import choosing
+from vit_triton.tuning import tune
+from vit_triton.tuning.shapes import SIZES, Shape, Size
+
+SECONDS = 1.0  # of measuring one operator in one direction
+BATCH = 64
+BLOCKS = 2  # of the encoder
+DINOV2_S = Shape("DINOv2-S/14 at 518, batch 16", 16, 518, 37 * 37 + 1, Size(384, 12, 6, 1536, patch=14))
+PRODUCTS = ("pick_linear_fwd", "pick_linear_bwd_input", "pick_linear_bwd_weight")
+TINY = Shape("tiny", 2, 32, 5, dataclasses.replace(SIZES["Ti"], width=64, heads=1, hidden=128, depth=1))
+
+
+def _operator(op: Op, shape: Shape, direction: str, context: Context) -> dict[str, Any]:
+    shape = context.at(shape, TINY).with_depth(context.at(BLOCKS, 1))
+    dtype = context.at(torch.bfloat16, torch.float32)
+    functions = op.functions(context.device, compiled=False)
+    (case,) = op.cases([shape], [direction], dtype, context.device, functions)
+    need, free = case.cost().memory, runner.free_memory(context.device)
+    if need > free:
+        raise Skip(f"needs {need / 2**30:.1f} GiB (computed), {free / 2**30:.1f} GiB are free")
+    (result,) = runner.measure(case, [torch.get_num_threads()], context.at(SECONDS, 0.05))
+    facts = dataclasses.asdict(result)
+    if runner.OURS in result.wrong:
+        raise Wrong(result.wrong[runner.OURS], **facts)
+    times = ", ".join(f"{name} {ms:.3f}" for name, ms in result.milliseconds.items())
+    fastest = result.against_the_fastest
+    ratio = "" if fastest is None else f"{fastest:.2f} x the fastest other; "
+    failed = "".join(f"; {name}: {why}" for name, why in result.wrong.items())
+    return {"line": f"{ratio}ms: {times} ({result.method}){failed}", **facts}
+
+
+def _products(picker: str, context: Context) -> dict[str, Any]:
+    """Our kernel in its default tile, and the vendor's GEMM with one pass of ours behind it, in interleaved rounds."""
+    if context.device == "cpu":
+        raise Skip("the vendor's GEMM is a choice on a GPU")
+    shape = Shape.of("B", 224, BATCH)
+    cases = tune.cases(shape, torch.bfloat16, context.device)
+    rows = []
+    for asked, args, group in tune.choices(cases):
+        if asked.name != picker:
+            continue
+        key = asked.key(args)
+        for case in group:
+
+            def run(config: Any, case: Any = case, key: Any = key) -> Any:
+                with choosing(lambda p, its: config if p.key(its) == key else p.default(*its)), torch.no_grad():
+                    return case.run()
+
+            configs = {"ours": asked.default(*args), "vendor": VendorGemm()}
+            calls = {name: functools.partial(run, config) for name, config in configs.items()}
+            rounds = METHODS["cuda"](calls, SECONDS / 2, False).rounds
+            ms = {name: 1e3 * statistics.median(each) for name, each in rounds.items()}
+            ratio = statistics.median(b / a for a, b in zip(rounds["ours"], rounds["vendor"], strict=True))
+            rows.append({"case": case.name, "milliseconds": ms, "ratio": ratio, "tile": str(configs["ours"])})
+    ratios = [row["ratio"] for row in rows]
+    line = f"{len(rows)} products, ours {min(ratios):.2f} to {max(ratios):.2f} x the vendor's" if rows else "none"
+    return {"line": line, "products": rows}
+
+
+def steps() -> Iterator[Step]:
+    base = Shape.of("B", 224, BATCH)
+    attention = next(op for op in OPS if op.name == "attention")
+    shapes = [(op, base) for op in OPS]
+    shapes.insert(1, (attention, DINOV2_S))
+    for op, shape in shapes:
+        for direction in ("forward", "both"):
+            name = f"{op.name}, {'forward' if direction == 'forward' else 'forward + backward'}, {shape.label}"
+            run = functools.partial(_operator, op, shape, direction)
+            yield Step(name, run, seconds=SECONDS + 1.5, kernels=2 if direction == "forward" else 4)
+    for picker in PRODUCTS:
+        name = f"{picker.removeprefix('pick_')} against the vendor's GEMM, {base.label}"
+        yield Step(name, functools.partial(_products, picker), seconds=8.0, kernels=8)

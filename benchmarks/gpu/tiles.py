@@ -1,0 +1,49 @@
+"""Tuning of ViT-B/16 in bfloat16 with the time that is left, into the file tuned.json of the results' folder."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.step import Context, Skip, Step
+from vit_triton.kernels import tuned
+from vit_triton.kernels.device import target_of
+from vit_triton.tuning import tune
+from vit_triton.tuning.measure import on_gpu
+from vit_triton.tuning.shapes import Shape
+
+FILE = "tuned.json"
+SECONDS = 0.05  # for each candidate and call
+RESERVED = 5.0  # seconds before the command ends
+
+
+def _tune(context: Context) -> dict[str, Any]:
+    if context.device == "cpu":
+        raise Skip("tiles are tuned on a GPU")
+    device = torch.device("cuda", torch.cuda.current_device())
+    name, arch = torch.cuda.get_device_name(device), target_of(device).name
+    path = context.folder / FILE
+    done = {each.key for each in tuned.read(path).timed} if path.exists() else set()
+    cases = tune.cases(Shape.of("B", 224, 64), torch.bfloat16, "cuda")
+    total = len(tune.choices(cases))
+    left = [dataclasses.replace(case, asks={k: ask for k, ask in case.asks.items() if k not in done}) for case in cases]
+    for each in tune.tune(left, lambda call: on_gpu(call, SECONDS)):
+        tune.write(path, name, arch, [each], 1)  # beside what is there: the command may end in the next choice
+        if time.time() > context.end - RESERVED:
+            break
+    timed = tuned.read(path).timed if path.exists() else []
+    gains = {f"{each.picker}({tuned.spelled(each.arguments)})": _gain(each) for each in timed}
+    faster = sum(gain > 1 for gain in gains.values())
+    line = f"{len(timed)} of {total} choices timed, {faster} faster than the default; {path.name}"
+    return {"line": line, "complete": len(timed) >= total, "gains": gains}
+
+
+def _gain(each: tuned.Timed) -> float:
+    """The default's time over that of the choice."""
+    return each.milliseconds[0][1] / dict(each.milliseconds)[each.config]
+
+
+def steps() -> Iterator[Step]:
+    yield Step("ViT-B/16, bfloat16, batch 64", _tune, seconds=600.0, limit=24 * 3600.0, fills=True)
