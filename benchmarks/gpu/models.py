@@ -210,5 +210,5 @@ def steps() -> Iterator[Step]:
                 training = what == TRAINING
                 flops = model.flops * model.batch[training] * (3 if training else 1) * CALLS
                 seconds = SECONDS + 4 + (COMPILE_SECONDS * (2 if training else 1) if compiled else 0)
-                kernels = 0 if compiled else 45 if training else 18
+                kernels = 0 if compiled else 30 if training else 7
                 yield Step(name, run, seconds, kernels=kernels, flops=flops)

@@ -72,7 +72,7 @@ def schedule(sections: Sequence[Section], clock: Clock) -> list[Row]:
 def table(sections: Sequence[Section], minutes: float, gpu: str) -> Iterable[str]:
     clock = Clock(0.0, minutes, peak_of(gpu))
     yield f"{gpu}, {minutes:g} minutes, a CPU of {CORES} cores"
-    yield f"  {'section':<28}{'steps':>6}{'all of them':>13}{'fit':>5}{'from':>7}{'to':>7}"
+    yield f"  {'section':<44}{'steps':>6}{'all of them':>13}{'fit':>5}{'from':>7}{'to':>7}"
     for row in schedule(sections, clock):
         name, processes = row.section.title, row.section.processes
         if processes > 1:
@@ -80,7 +80,7 @@ def table(sections: Sequence[Section], minutes: float, gpu: str) -> Iterable[str
         steps = row.section.steps
         whole = START_SECONDS + sum(clock.expected(step) for step in steps) / processes
         times = "".join(f"{_minutes(seconds):>7}" for seconds in (row.begins, row.ends))
-        yield f"  {name:<28}{len(steps):>6}{_minutes(whole):>13}{row.fitting:>5}{times}"
+        yield f"  {name:<44}{len(steps):>6}{_minutes(whole):>13}{row.fitting:>5}{times}"
 
 
 def _minutes(seconds: float) -> str:

@@ -34,17 +34,18 @@ class Worker:
         if self._process is None:
             self._start()
             limit += START_SECONDS
+        process, connection = self._process, self._connection
         before = self.log.stat().st_size
         result: dict[str, Any]
         try:
-            self._connection.send((section, step))
-            if self._connection.poll(limit):
-                result = self._connection.recv()
+            connection.send((section, step))
+            if connection.poll(limit):
+                result = connection.recv()
             else:
                 result = {"status": HUNG, "line": f"no result within {limit:.0f} s"}
-        except (EOFError, OSError):
-            self._process.join(5)
-            result = {"status": CRASHED, "line": _said(self._process.exitcode)}
+        except (EOFError, OSError):  # also where another thread closes it
+            process.join(5)
+            result = {"status": CRASHED, "line": _said(process.exitcode)}
         if result["status"] in (HUNG, CRASHED) or result.pop("ends", False):
             self.close()
             with self.log.open("rb") as file:
@@ -62,13 +63,13 @@ class Worker:
 
     def close(self) -> None:
         """End the process and all that it started."""
-        if self._process is not None:
+        process, self._process = self._process, None
+        if process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # its group, once it has made one
-            self._process.kill()
-            self._process.join()
+                os.killpg(process.pid, signal.SIGKILL)  # its group, once it has made one
+            process.kill()
+            process.join()
             self._connection.close()
-            self._process = None
 
 
 def _said(code: int | None) -> str:

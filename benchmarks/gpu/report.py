@@ -3,14 +3,15 @@
 import collections
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import machine, models, numbers
+from benchmarks.gpu import machine, models, numbers, tiles
 from benchmarks.gpu.process import BAD
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.step import Section
 from benchmarks.runner import OURS
-from vit_triton.tuning.shapes import DTYPES
+from vit_triton.kernels import tuned
 
 Steps = Mapping[str, dict[str, Any]]
 
@@ -24,7 +25,7 @@ def markdown(results: Results, sections: Sequence[Section]) -> str:
         _models(results.steps),
         _operators(results.steps),
         _products(results.steps),
-        _tuning(results.steps),
+        _tuning(results.path.parent),
         _missing(results, sections),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -79,21 +80,21 @@ def _numbers(steps: Steps) -> str:
     if not found:
         return ""
     names = [check.name for check in numbers.OPERATORS] + ["ViT of 2 blocks"]
+    dtypes = ("bfloat16", "float32", "float16")
     rows = []
     for name in names:
-        cells = [_error(found.pop(f"numbers: {name}, {dtype}", None)) for dtype in DTYPES]
+        cells = [_error(found.pop(f"numbers: {name}, {dtype}", None)) for dtype in dtypes]
         if any(cells):
             rows.append((name, *cells))
-    others = ((key.removeprefix("numbers: "), result["status"], result["line"]) for key, result in found.items())
-    return "\n\n".join(
-        [
-            "## Numbers",
-            "Largest relative L2 error against float64, forward and backward; in brackets that of PyTorch's own "
-            "operators. Every call was made twice, and gave the same bits where it says passed.",
-            _rows(("operator", *DTYPES), rows),
-            _rows(("check", "", ""), others),
-        ]
-    )
+    others = [(key.removeprefix("numbers: "), result["status"], result["line"]) for key, result in found.items()]
+    parts = [
+        "## Numbers",
+        "Largest relative L2 error against float64, forward and backward; in brackets that of PyTorch's own operators. "
+        "Every call was made twice, and gave the same bits where it says passed.",
+        _rows(("operator", *dtypes), rows) if rows else "",
+        _rows(("check", "", ""), others) if others else "",
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _error(result: dict[str, Any] | None) -> str:
@@ -180,15 +181,18 @@ def _products(steps: Steps) -> str:
     return "## Products against the vendor's GEMM\n\n" + _rows(header, rows)
 
 
-def _tuning(steps: Steps) -> str:
-    parts = []
-    for _, result in _of("tiles", steps):
-        gains = result.get("gains", {})
-        rows = [(name, f"{gain:.2f}") for name, gain in sorted(gains.items(), key=lambda each: -each[1]) if gain > 1]
-        parts.append(result["line"] + ("\n\n" + _rows(("choice", "the default's time / tuned"), rows) if rows else ""))
-        if gains:
-            parts.append("The environment variable VIT_TRITON_TUNED with the path of tuned.json puts it into use.")
-    return "## Tuning\n\n" + "\n\n".join(parts) if parts else ""
+def _tuning(folder: Path) -> str:
+    path = folder / tiles.FILE
+    if not path.exists():
+        return ""
+    timed = tuned.read(path).timed
+    gains = {f"{each.picker}({tuned.spelled(each.arguments)})": (tiles.gain(each), each.config) for each in timed}
+    rows = [(name, f"{gain:.2f}", config) for name, (gain, config) in gains.items() if gain > 1]
+    return (
+        f"## Tuning\n\n{len(timed)} choices were timed, and {len(rows)} differ from the default. They are in "
+        f"{path.name}, which the environment variable VIT_TRITON_TUNED puts into use.\n\n"
+        + _rows(("choice", "the default's time / tuned", "tuned"), sorted(rows, key=lambda row: row[1], reverse=True))
+    )
 
 
 def _missing(results: Results, sections: Sequence[Section]) -> str:

@@ -12,7 +12,7 @@ def sections(context: Context, cores: int | None = None) -> list[Section]:
     """``cores`` of the CPU, by default of this one: compilation takes most of the time of the numbers."""
     processes = max(1, min(MOST_PROCESSES, (cores or os.cpu_count() or 1) // 2))
     every = [
-        Section("machine", "the machine", 0.05, tuple(machine.steps())),
+        Section("machine", "the machine", 0.1, tuple(machine.steps())),
         Section("numbers", "numbers of every operator", 0.4, tuple(numbers.steps()), processes),
         Section("models", "whole models", 0.75, tuple(models.steps())),
         Section("speed", "operators against PyTorch's", 0.9, tuple(speed.steps())),

@@ -34,13 +34,12 @@ def _tune(context: Context) -> dict[str, Any]:
         if time.time() > context.end - RESERVED:
             break
     timed = tuned.read(path).timed if path.exists() else []
-    gains = {f"{each.picker}({tuned.spelled(each.arguments)})": _gain(each) for each in timed}
-    faster = sum(gain > 1 for gain in gains.values())
-    line = f"{len(timed)} of {total} choices timed, {faster} faster than the default; {path.name}"
-    return {"line": line, "complete": len(timed) >= total, "gains": gains}
+    faster = sum(gain(each) > 1 for each in timed)
+    line = f"{len(timed)} of {total} choices timed, {faster} differ from the default; {path.name}"
+    return {"line": line, "complete": len(timed) >= total}
 
 
-def _gain(each: tuned.Timed) -> float:
+def gain(each: tuned.Timed) -> float:
     """The default's time over that of the choice."""
     return each.milliseconds[0][1] / dict(each.milliseconds)[each.config]
 
