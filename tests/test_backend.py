@@ -63,7 +63,9 @@ def test_the_measurements_are_of_ops_and_dtypes_there_are():
         assert callable(getattr(F, op)) and dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
-def test_auto_takes_triton_on_a_gpu():
+def test_auto_takes_triton_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(backend, "why_torch", lambda device: "")  # tests/test_gpu_defaults.py has those with a reason
+
     class OnGpu:
         device = torch.device("cuda")
         dtype = torch.bfloat16

@@ -199,7 +199,7 @@ def test_the_machine_names_its_gpu(hip, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(runner, "target_of", device._gpu.__wrapped__)
+    monkeypatch.setattr(runner, "target_of", device.target_of_gpu.__wrapped__)
     found = runner.machine("cuda")
     assert (found["gpu"], found["architecture"]) == ("a GPU", expected[0])
     assert {"cuda", "hip"} & found.keys() == {expected[1]} and (hip is None or found["hip"] == hip)

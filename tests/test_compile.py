@@ -208,7 +208,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETING", False)
     monkeypatch.setattr(device, "INTERPRETING", False)
     monkeypatch.setattr(launch, "start", lambda kernel, grid, *_: recorded.append((kernel.__name__, grid)))
-    monkeypatch.setattr(device, "_gpu", lambda device: target.target_named("sm_90"))
+    monkeypatch.setattr(device, "target_of_gpu", lambda device: target.target_named("sm_90"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return recorded
 

@@ -1,6 +1,7 @@
 """Tile sizes and launches: what every pick must hold, on every architecture."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from vit_triton.kernels.patch_embed import config as patch_embed
 from vit_triton.kernels.picker import INTERPRETER_TILE, next_power_of_2
 from vit_triton.kernels.target import target_named
 
-NAMES = ("interpreter", "cpu", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+NAMES = ("interpreter", "cpu", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "xpu")
 TARGETS = tuple(map(target_named, NAMES))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDTHS = (1, 10, 48, 192, 384, 768, 1000, 3072)
@@ -58,6 +59,16 @@ def test_gemm_tiles(pick, target):
         assert all(is_power_of_2(side) and side >= 16 for side in sides), tile
         assert max(sides[0] * sides[1], sides[0] * sides[2], sides[1] * sides[2]) <= INTERPRETER_TILE, tile
         assert is_power_of_2(tile.split) and tile.group >= 1, tile
+
+
+@pytest.mark.parametrize("name", ["gfx942", "xpu"])
+def test_options_of_nvidias_compiler_go_to_nvidia_gpus_only(name):
+    for pick in GEMMS:
+        assert not any("maxnreg" in tile.options for tile in gemms(pick, target_named(name), 1576))
+    for pick in ATTENTIONS:
+        for n, head_dim in itertools.product((197, 1025), (64, 72, 80, 128, 256)):
+            tile = pick(n, n, head_dim, torch.bfloat16, target_named(name), False)
+            assert tile is None or "maxnreg" not in tile.options
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.is_gpu or target.name == "cpu"], ids=str_of)

@@ -59,9 +59,9 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(device, "INTERPRETING", False)
-    device._gpu.cache_clear()
+    device.target_of_gpu.cache_clear()
     yield devices
-    device._gpu.cache_clear()
+    device.target_of_gpu.cache_clear()
 
 
 def picked(name, epilogue=Epilogue.NONE, m=197):
@@ -142,10 +142,10 @@ def test_the_environment_names_another_file_or_none(home, gpus, monkeypatch, tmp
     tuned.write(tmp_path / "mine.json", tuned.new_table(H100, SM, [mine]))
     for name, expected in ((str(tmp_path / "mine.json"), mine.config), ("", computed(SM))):
         monkeypatch.setenv(tuned.ENVIRONMENT_VARIABLE, name)
-        device._gpu.cache_clear()
+        device.target_of_gpu.cache_clear()
         assert picked("cuda:0") == expected
     monkeypatch.setenv(tuned.ENVIRONMENT_VARIABLE, str(tmp_path / "missing.json"))
-    device._gpu.cache_clear()
+    device.target_of_gpu.cache_clear()
     for _ in range(2):
         with pytest.raises(FileNotFoundError, match="VIT_TRITON_TUNED must name a file of .*, got .*missing.json"):
             picked("cuda:0")

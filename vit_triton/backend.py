@@ -73,29 +73,79 @@ def resolve_backend(backend: str | None, op: str, x: torch.Tensor, norm_width: i
     """ "triton" or "torch" for ``op``, named as its public function is, on ``x``, with a LayerNorm of ``norm_width``.
 
     "torch" where :func:`is_portable` is true. "auto" takes "triton" for float32, float16, bfloat16 and uint8 tensors on
-    a GPU where Triton is installed, on a CPU where the compiled kernels of ``op`` were measured to be faster, else
-    "torch", as for a LayerNorm wider than ``MAX_NORM_WIDTH``. An explicit "triton" runs or raises.
+    a GPU where :func:`why_torch` has no reason against it, on a CPU where the compiled kernels of ``op`` were measured
+    to be faster, else "torch", as for a LayerNorm wider than ``MAX_NORM_WIDTH``. An explicit "triton" runs or raises,
+    and warns once for each GPU where "auto" takes "torch".
 
     Raises:
-        ValueError: if the name is unknown.
+        FileNotFoundError, ValueError: as :func:`why_torch`; ValueError also if the name is unknown.
         RuntimeError: if "triton" was asked for and cannot run on the device of ``x``.
     """
-    if backend is not None:
-        name = check_backend_name(backend)
-    elif _default is not None:
-        name = _default
-    else:
-        name = check_backend_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+    name = backend_name(backend)
     if is_portable():
         return "torch"
     if name == "auto":
         if norm_width > MAX_NORM_WIDTH:
             return "torch"
-        runs = _TRITON_INSTALLED and x.device.type in _GPU_TYPES and x.dtype != torch.float64
-        return "triton" if runs or _faster_on_cpu(op, x) else "torch"
+        if x.device.type in _GPU_TYPES:
+            return "torch" if x.dtype == torch.float64 or why_torch(x.device) else "triton"
+        return "triton" if _faster_on_cpu(op, x) else "torch"
     if name == "triton":
-        _require_triton(x.device.type)
+        _require_triton(x.device)
     return name
+
+
+def backend_name(backend: str | None) -> str:
+    """The name in force for an argument ``backend``: "triton", "torch" or "auto".
+
+    Raises:
+        ValueError: if the argument or the environment variable is none of these.
+    """
+    if backend is not None:
+        return check_backend_name(backend)
+    if _default is not None:
+        return _default
+    return check_backend_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+
+
+def why_torch(device: torch.device) -> str:
+    """Why "auto" takes "torch" on a GPU; "" where it takes "triton", and on other devices.
+
+    Triton compiles products without tensor cores for NVIDIA GPUs of compute capability below 8.0, and the tiles for AMD
+    and Intel GPUs were never timed. A tuned table of that very device overrides both reasons. The answer is found once
+    for each device.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`.tuned.table`, on the GPUs whose answer depends on the table.
+    """
+    return _why_torch(device)
+
+
+@functools.cache
+def _why_torch(device: torch.device) -> str:
+    if device.type not in _GPU_TYPES:
+        return ""
+    if not _TRITON_INSTALLED:
+        return "triton is not installed"
+    if (device.index or 0) >= getattr(torch, device.type).device_count():
+        return ""  # no such GPU: the tensors are fake
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    major, minor = torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
+    if major >= 8:
+        return ""
+    from vit_triton.kernels.device import target_of_gpu
+
+    target = target_of_gpu(device)
+    if target.tuned is not None:
+        return ""
+    if device.type == "xpu":  # which vit-triton tune does not support
+        return f"no kernel was ever timed on an Intel GPU ({target.device})"
+    if is_nvidia:
+        capability = f"compute capability {major}.{minor}"
+        reason = f"Triton compiles products for {target.device} ({capability}) without tensor cores"
+    else:
+        reason = f"the tiles for {target.device} ({target.name}) were never timed"
+    return f'{reason}; once vit-triton tune has timed the kernels there, "auto" takes them'
 
 
 # PyTorch's time / that of the kernels compiled for the CPU, forward and forward + backward; 0 is not measured. Above 1
@@ -125,11 +175,12 @@ OPS = tuple(dict.fromkeys(op for op, _ in _CPU_SPEED))
 def auto_reason(op: str, x: torch.Tensor) -> str:
     """Why "auto" gives ``op`` on ``x`` to whom :func:`resolve_backend` says: a few words, or how many times as fast as
     PyTorch the kernels were, "1.24x"."""
+    if x.device.type in _GPU_TYPES:
+        return why_torch(x.device) or "the kernels are made for GPUs"
     if not _TRITON_INSTALLED:
         return "triton is not installed"
     if x.device.type != "cpu":
-        on_gpu = x.device.type in _GPU_TYPES
-        return "the kernels are made for GPUs" if on_gpu else f"the kernels do not run on {x.device.type}"
+        return f"the kernels do not run on {x.device.type}"
     if not _measured_cpu():
         from vit_triton import cpu
 
@@ -161,16 +212,18 @@ def _measured_cpu() -> bool:
     return of_its_kind and cpu_vehicle() == "compiled"
 
 
-def _require_triton(device_type: str) -> None:
+def _require_triton(device: torch.device) -> None:
     if not _TRITON_INSTALLED:
         raise RuntimeError(
             'backend "triton" needs the package triton (pip install triton; Linux only); use backend="torch" without it'
         )
-    if device_type == "cpu":
+    if device.type == "cpu":
         cpu_vehicle()
-    elif device_type not in (*_GPU_TYPES, "meta"):
+    elif device.type in _GPU_TYPES:
+        _warn_once_of_gpu(device)
+    elif device.type != "meta":
         raise RuntimeError(
-            f'backend "triton" runs on {", ".join(_GPU_TYPES)} and cpu tensors, got a tensor on {device_type}; '
+            f'backend "triton" runs on {", ".join(_GPU_TYPES)} and cpu tensors, got a tensor on {device.type}; '
             'use backend="torch"'
         )
 
@@ -199,9 +252,9 @@ def assume_cpu_vehicle(name: str) -> Iterator[None]:
         _assumed_vehicle = before
 
 
-# A constant while torch.compile traces: what it asks (Triton's state at import, its active driver) is no tensor's
-# business, and Dynamo cannot follow it. This is what torch.compiler.assume_constant_result sets, without importing
-# Dynamo, which takes a second.
+# _CONSTANTS below are constants while torch.compile traces: what they ask (Triton's state at import, its active driver,
+# the kind of a GPU) is no tensor's business, and Dynamo cannot follow it. The mark is what
+# torch.compiler.assume_constant_result sets, without importing Dynamo, which takes a second.
 def _cpu_vehicle() -> str:
     interpreting, knobs, driver = _triton()
     if interpreting != bool(knobs.interpret):
@@ -241,8 +294,25 @@ def _triton() -> tuple[bool, Any, Any]:
     return INTERPRETING, triton.knobs.runtime, driver
 
 
-_cpu_vehicle._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_measured_cpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_warned_gpus: set[torch.device] = set()
+
+
+def _warn_once_of_gpu(device: torch.device) -> None:
+    if device in _warned_gpus:
+        return
+    if reason := why_torch(device):
+        warnings.warn(
+            f'vit_triton: on {device} backend "auto" takes PyTorch, which may be faster than the kernels that '
+            f'backend="triton" runs: {reason}',
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    _warned_gpus.add(device)
+
+
+_CONSTANTS: tuple[Any, ...] = (_cpu_vehicle, _measured_cpu, why_torch, _warn_once_of_gpu)
+for _constant in _CONSTANTS:
+    _constant._dynamo_marked_constant = True
 
 _warned = False
 

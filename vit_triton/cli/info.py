@@ -31,7 +31,8 @@ def run(options: argparse.Namespace) -> int:
     console.print(_pairs("versions", [("vit_triton", vit_triton.__version__), *_versions()]))
     console.print(_pairs("devices", [("cpu", cpu()), *_gpus()]))
     console.print(f'backend by default: "{named or "auto"}"' + (f" ({ENVIRONMENT_VARIABLE})" if named else ""))
-    for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+    indices = (f"{kind}:{i}" for kind in ("cuda", "xpu") for i in range(getattr(torch, kind).device_count()))
+    for device in ["cpu", *indices]:
         console.print(choices(device))
     return 0
 
@@ -83,6 +84,8 @@ def _gpus() -> Iterator[tuple[str, str]]:
         except ImportError:
             text = f"{facts.name}, {architecture}; triton is not installed"
         yield f"cuda:{i}", f"{facts.total_memory / 2**30:.0f} GiB; {text}"
+    for i in range(torch.xpu.device_count()):
+        yield f"xpu:{i}", torch.xpu.get_device_properties(i).name
 
 
 def choices(device: str) -> Table | str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 
 import torch
 
@@ -39,13 +40,15 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"tune: needs a GPU, and {reason}; without one the computed choices are used")
     device = torch.device("cuda", torch.cuda.current_device())
     name, arch = torch.cuda.get_device_name(device), target_of(device).name
-    every = [
-        case
-        for shape in shapes
-        for dtype in options.dtype
-        for dropout in ([0.0, 0.1] if options.dropout else [0.0])
-        for case in tune.cases(shape, DTYPES[dtype], "cuda", dropout)
-    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", 'vit_triton: on .* backend "auto" takes PyTorch', RuntimeWarning)
+        every = [
+            case
+            for shape in shapes
+            for dtype in options.dtype
+            for dropout in ([0.0, 0.1] if options.dropout else [0.0])
+            for case in tune.cases(shape, DTYPES[dtype], "cuda", dropout)
+        ]
     measured = tune.tune(every, lambda call: on_gpu(call, options.seconds))
     path = options.out or tuned.default_path(name)
     complete = tune.write(path, name, arch, measured, len(tune.choices(every)))

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from vit_triton.backend import check_backend_name
+from vit_triton.backend import backend_name, check_backend_name, why_torch
 from vit_triton.checks import check_module
 from vit_triton.fallback import count, counter, for_a_graph, forget
 from vit_triton.integrations import pytorch, timm, torchvision, vit_pytorch
@@ -126,11 +126,13 @@ def accelerate(
         strict: a call that would fall back raises RuntimeError, which names module and reason.
 
     Returns:
-        What was replaced, and what was left and why; ``print`` shows a table.
+        What was replaced, and what was left and why; ``print`` shows a table. Where the model is on a GPU on which
+        "auto" takes PyTorch, the reason comes first.
 
     Raises:
         TypeError: `model` is not a Module, or a choice is not a bool.
-        ValueError: there is no such backend.
+        ValueError: there is no such backend, or a tuned table is needed to choose one and is damaged.
+        FileNotFoundError: that table is named by ``VIT_TRITON_TUNED`` and does not exist.
     """
     check_module("model", model)
     if backend is not None:
@@ -140,6 +142,7 @@ def accelerate(
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
     refuse(model, "accelerate()")
+    notes = _notes(model, backend)
     _load_recipes()
     restore(model)
     entries: list[Entry] = []
@@ -170,8 +173,17 @@ def accelerate(
             for entry in entries
             if entry.what != NOT_KNOWN or not any(name.startswith(f"{entry.name}.".lstrip(".")) for name in replaced)
         ),
+        notes,
         tuple((name, counter(module)) for name, module, _ in accelerated),
     )
+
+
+def _notes(model: nn.Module, backend: str | None) -> tuple[str, ...]:
+    """Why "auto" takes PyTorch on the GPUs of `model`."""
+    if backend_name(backend) != "auto":
+        return ()
+    reasons = {device: why_torch(device) for device in dict.fromkeys(each.device for each in model.parameters())}
+    return tuple(f'backend "auto" uses PyTorch on {device}: {why}' for device, why in reasons.items() if why)
 
 
 def _what(module: nn.Module, recipe: Recipe | None, chosen: dict[str, bool]) -> str | None:

@@ -29,9 +29,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`accelerate` did, module by module; ``str`` is a table with one line for modules of a kind."""
+    """What :func:`accelerate` did, module by module; ``str`` is a table with one line for modules of a kind.
+
+    Attributes:
+        entries: the modules.
+        notes: for each GPU that the model was on, why backend "auto" takes PyTorch there, if it does; ``str`` begins
+            with them.
+    """
 
     entries: tuple[Entry, ...]
+    notes: tuple[str, ...] = ()
     _calls: tuple[tuple[str, Counter[str]], ...] = field(default=(), repr=False, compare=False)
 
     def fallbacks(self) -> dict[str, dict[str, int]]:
@@ -48,7 +55,7 @@ class Report:
         return tuple(entry for entry in self.entries if not entry.replaced)
 
     def __str__(self) -> str:
-        return "\n".join("  ".join(cells).rstrip() for cells in self._aligned())
+        return "\n".join([*self.notes, *("  ".join(cells).rstrip() for cells in self._aligned())])
 
     def _aligned(self) -> Iterator[list[str]]:
         rows: Counter[tuple[str, ...]] = Counter()

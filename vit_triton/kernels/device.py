@@ -20,15 +20,20 @@ def target_of(device: torch.device) -> Target:
     if INTERPRETING:
         return target_named("interpreter")
     if device.type != "cpu":
-        return _gpu(device)
+        return target_of_gpu(device)
     target = driver.active.get_current_target()
     return target_named({"cpu": "cpu", "cuda": f"sm_{target.arch}"}.get(target.backend, target.arch))
 
 
 @functools.cache
-def _gpu(device: torch.device) -> Target:
-    properties = torch.cuda.get_device_properties(device)
-    hip, sm = torch.version.hip, f"sm_{properties.major}{properties.minor}"
-    name = properties.gcnArchName.split(":")[0] if hip else sm
+def target_of_gpu(device: torch.device) -> Target:
+    """As :func:`target_of`, also where kernels are interpreted."""
+    properties = getattr(torch, device.type).get_device_properties(device)
+    if device.type == "xpu":
+        name = "xpu"
+    elif torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
     table = tuned.table(properties.name, name)
     return replace(target_named(name), device=properties.name, tuned=None if table is None else Tuned(table.choices))

@@ -46,7 +46,9 @@ _NOTHING = contextlib.nullcontext()
 
 def guard(like: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Inside it the device of ``like`` is the one that Triton launches on."""
-    return torch.cuda.device(like.device) if like.is_cuda else _NOTHING
+    if like.is_cuda:
+        return torch.cuda.device(like.device)
+    return torch.xpu.device(like.device) if like.is_xpu else _NOTHING
 
 
 class Launch(NamedTuple):

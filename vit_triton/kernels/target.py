@@ -24,10 +24,10 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Target:
-    """``name``: "cpu", "interpreter", or a GPU's architecture, as "sm_90" or "gfx942". ``family``: whose tiles it gets,
-    "cpu", "interpreter", "sm_100" (tcgen05), "sm_90" (wgmma), "sm_80" (mma, the other NVIDIA GPUs) or "gfx" (AMD).
-    ``shared_memory``: bytes of a block, 0 where there is none. ``device``: as the driver names it, "" where only the
-    architecture is known."""
+    """``name``: "cpu", "interpreter", "xpu" (Intel's GPUs), or a GPU's architecture, as "sm_90" or "gfx942".
+    ``family``: whose tiles it gets, "cpu", "interpreter", "sm_100" (tcgen05), "sm_90" (wgmma), "sm_80" (mma, the other
+    NVIDIA GPUs) or "gfx" (AMD and Intel). ``shared_memory``: bytes of a block, 0 where there is none. ``device``: as
+    the driver names it, "" where only the architecture is known."""
 
     name: str
     family: str
@@ -40,13 +40,13 @@ class Target:
         return self.family not in ("cpu", "interpreter")
 
     @property
-    def is_amd(self) -> bool:
-        return self.family == "gfx"
+    def is_nvidia(self) -> bool:
+        return self.family.startswith("sm_")
 
     @property
     def has_tf32(self) -> bool:
         """Whether Triton takes ``input_precision="tf32"`` there."""
-        return self.is_gpu and (not self.is_amd or self.name == "gfx942")
+        return self.is_nvidia or self.name == "gfx942"
 
 
 @functools.cache
@@ -54,7 +54,8 @@ def target_named(name: str) -> Target:
     """The target of a :attr:`Target.name`."""
     if name in ("cpu", "interpreter"):
         return Target(name, name, 0)
-    if name.startswith("gfx"):
+    # Intel's: AMD's tiles fit 64 KiB of shared memory in two stages, without an option of NVIDIA's compiler
+    if name == "xpu" or name.startswith("gfx"):
         return Target(name, "gfx", 64 * _KIB)
     major = name.removeprefix("sm_")[:-1]
     family = {"9": "sm_90", "10": "sm_100"}.get(major, "sm_80")

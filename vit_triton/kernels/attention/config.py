@@ -33,7 +33,7 @@ def split_head_dim(head_dim: int, dtype: torch.dtype, target: Target) -> tuple[i
     tail = max(16, next_power_of_2(head_dim - main))
     if main < 16 or main + tail >= whole:
         return whole, 0
-    if dtype == torch.float32 and main + tail > 80 and target.is_gpu and not target.is_amd:
+    if dtype == torch.float32 and main + tail > 80 and target.is_nvidia:
         return whole, 0  # NVIDIA's FMAs hold both operands in registers: those of two tiles spill (computed)
     return main, tail
 
@@ -77,7 +77,7 @@ class AttentionTiles:
         if dtype != torch.float32:
             row: Row = getattr(self, target.family)
             return row
-        if target.is_amd:
+        if not target.is_nvidia:
             return self.amd_float32
         small = target.shared_memory <= 99 * 1024
         return self.small_float32 if small and self.small_float32 is not None else self.nvidia_float32

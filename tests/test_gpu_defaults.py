@@ -1,0 +1,259 @@
+"""What backend "auto" takes on which GPU, and who says why. PyTorch's answers about devices are stand-ins."""
+
+import types
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import vit_triton
+from vit_triton import backend
+from vit_triton.kernels import device, launch, tuned
+from vit_triton.kernels.target import INTERPRETING
+
+T4, MI300X, ARC = "Tesla T4", "AMD Instinct MI300X", "Intel(R) Arc(TM) B580 Graphics"
+CUDA_0, CUDA_1, XPU_0 = torch.device("cuda:0"), torch.device("cuda:1"), torch.device("xpu:0")
+T4_REASON = (
+    f"Triton compiles products for {T4} (compute capability 7.5) without tensor cores; once vit-triton tune has timed "
+    'the kernels there, "auto" takes them'
+)
+
+
+def forget():
+    backend._why_torch.cache_clear()
+    device.target_of_gpu.cache_clear()
+    backend._warned_gpus.clear()
+
+
+@pytest.fixture(autouse=True)
+def gpus(monkeypatch, tmp_path):
+    """Adds a GPU: its kind, "cuda" or "xpu", and its properties. Tables of tuned tiles are in a folder of the test."""
+    found = {"cuda": [], "xpu": []}
+    for kind, devices in found.items():
+        module = getattr(torch, kind)
+        monkeypatch.setattr(module, "device_count", lambda devices=devices: len(devices))
+        monkeypatch.setattr(
+            module, "get_device_properties", lambda which, devices=devices: devices[torch.device(which).index or 0]
+        )
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(backend, "_default", None)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv(tuned.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
+    forget()
+    yield lambda kind, **properties: found[kind].append(types.SimpleNamespace(**properties))
+    forget()
+
+
+@pytest.fixture
+def t4(gpus):
+    gpus("cuda", name=T4, major=7, minor=5)
+
+
+@pytest.fixture
+def mi300x(gpus, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.1.2")
+    gpus("cuda", name=MI300X, major=9, minor=4, gcnArchName="gfx942:sramecc+:xnack-")
+
+
+@pytest.fixture
+def arc(gpus):
+    gpus("xpu", name=ARC)
+
+
+def write_table(name, architecture, path=None):
+    path = path or tuned.default_path(name)
+    tuned.write(path, tuned.new_table(name, architecture, []))
+    return path
+
+
+def auto(on):
+    with FakeTensorMode():
+        x = torch.empty(2, 4, device=on)
+    taken, reason = backend.resolve_backend("auto", "linear", x), backend.auto_reason("linear", x)
+    assert (taken == "triton") == (backend.why_torch(on) == "") and reason == (
+        backend.why_torch(on) or "the kernels are made for GPUs"
+    )
+    return taken, reason
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
+def test_auto_takes_triton_on_nvidia_gpus_whose_tensor_cores_triton_uses(gpus, capability):
+    gpus("cuda", name="a GPU", major=capability[0], minor=capability[1])
+    assert auto(CUDA_0)[0] == "triton"
+
+
+@pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 2)])
+def test_auto_takes_torch_on_older_ones(gpus, capability):
+    gpus("cuda", name="an old GPU", major=capability[0], minor=capability[1])
+    taken, reason = auto(CUDA_0)
+    assert taken == "torch" and "products for an old GPU (compute capability {}.{})".format(*capability) in reason
+
+
+def test_each_gpu_has_its_own_answer(gpus, t4):
+    gpus("cuda", name="NVIDIA A100", major=8, minor=0)
+    assert [auto(each)[0] for each in (CUDA_0, CUDA_1, CUDA_0)] == ["torch", "triton", "torch"]
+    assert auto(CUDA_0) == ("torch", T4_REASON)
+
+
+@pytest.mark.parametrize("on", [CUDA_0, XPU_0], ids=str)
+def test_auto_takes_triton_for_fake_tensors_of_a_gpu_that_is_not_there(on):
+    assert auto(on)[0] == "triton"
+
+
+GPUS = [("t4", CUDA_0, T4, "sm_75"), ("mi300x", CUDA_0, MI300X, "gfx942"), ("arc", XPU_0, ARC, "xpu")]
+
+
+@pytest.mark.parametrize(("gpu", "on", "name", "architecture"), GPUS, ids=[gpu[0] for gpu in GPUS])
+def test_only_a_tuned_table_of_the_device_makes_auto_take_triton(request, tmp_path, gpu, on, name, architecture):
+    request.getfixturevalue(gpu)
+    taken, reason = auto(on)
+    assert taken == "torch" and name in reason and ("vit-triton tune" in reason) == (gpu != "arc")
+    forget()
+    path = write_table(name, architecture)
+    assert auto(on)[0] == "triton"
+    forget()
+    for other in ((f"{name} again", architecture), (name, "sm_999")):
+        write_table(*other, path)
+        assert auto(on) == ("torch", reason)
+        forget()
+
+
+def test_a_table_that_is_damaged_or_missing_is_an_error_where_the_answer_depends_on_it(gpus, t4, monkeypatch, tmp_path):
+    gpus("cuda", name="NVIDIA A100", major=8, minor=0)
+    (tmp_path / "table.json").write_text("{")
+    for name, error in (("table.json", ValueError), ("missing.json", FileNotFoundError)):
+        monkeypatch.setenv(tuned.ENVIRONMENT_VARIABLE, str(tmp_path / name))
+        for _ in range(2):
+            with pytest.raises(error, match=name):
+                auto(CUDA_0)
+            with pytest.raises(error, match=name):
+                vit_triton.accelerate(on_a_gpu())
+        assert auto(CUDA_1)[0] == "triton"
+
+
+def explicit(on):
+    with FakeTensorMode():
+        x = torch.empty(2, 4, device=on)
+    return backend.resolve_backend(None, "linear", x)
+
+
+def test_an_explicit_triton_runs_and_warns_once_for_each_gpu(gpus, t4):
+    gpus("cuda", name="NVIDIA A100", major=8, minor=0)
+    gpus("cuda", name=T4, major=7, minor=5)
+    with warnings.catch_warnings(record=True) as caught, vit_triton.use_backend("triton"):
+        warnings.simplefilter("always")
+        for i in (0, 1, 0, 2, 2):
+            assert explicit(f"cuda:{i}") == "triton"
+    for i, each in zip((0, 2), caught, strict=True):
+        assert each.category is RuntimeWarning and str(each.message) == (
+            f'vit_triton: on cuda:{i} backend "auto" takes PyTorch, which may be faster than the kernels that '
+            f'backend="triton" runs: {T4_REASON}'
+        )
+
+
+def test_an_explicit_triton_says_nothing_where_a_table_is(t4):
+    write_table(T4, "sm_75")
+    with vit_triton.use_backend("triton"):  # a warning is an error in the tests
+        assert explicit(CUDA_0) == "triton"
+
+
+def test_compiled_code_has_the_answers_as_constants(gpus, t4):
+    gpus("cuda", name="NVIDIA A100", major=8, minor=0)
+
+    def both(old, new):
+        results = []
+        for x in (old, new):
+            taken = [backend.resolve_backend(name, "linear", x) for name in ("auto", "triton")]
+            results.append(x + 1 if taken == ["torch", "triton"] else x * 2)
+        return tuple(results)
+
+    with FakeTensorMode():
+        old, new = (torch.empty(2, device=each) for each in (CUDA_0, CUDA_1))
+    with pytest.warns(RuntimeWarning, match="on cuda:0 backend"):
+        graph = torch._dynamo.export(both)(old, new).graph_module.graph
+    assert [node.target.__name__ for node in graph.nodes if node.op == "call_function"] == ["add", "mul"]
+
+
+def test_tune_does_not_advise_to_tune(t4, monkeypatch, capsys):
+    from vit_triton.cli import main
+    from vit_triton.tuning import tune
+
+    monkeypatch.setattr("vit_triton.kernels.target.INTERPRETING", False)
+    monkeypatch.setattr(device, "INTERPRETING", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    asked = []
+
+    def cases(shape, dtype, on, dropout):
+        with vit_triton.use_backend("triton"):  # a warning is an error in the tests
+            asked.append(explicit(CUDA_0))
+        return []
+
+    monkeypatch.setattr(tune, "cases", cases)
+    assert main(["tune"]) == 0 and asked == ["triton"]
+
+
+# --- who says why ------------------------------------------------------------------------------------------
+
+
+def on_a_gpu(on=CUDA_0):
+    with FakeTensorMode():
+        return nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True, device=on)
+
+
+def test_the_report_of_accelerate_begins_with_the_reason(t4):
+    report = vit_triton.accelerate(on_a_gpu())
+    note = f'backend "auto" uses PyTorch on cuda:0: {T4_REASON}'
+    assert report.notes == (note,) and report.replaced
+    assert str(report).splitlines()[0] == note and str(report).splitlines()[1].startswith("module")
+    assert vit_triton.accelerate(on_a_gpu(), None).notes == (note,)
+    with vit_triton.use_backend("torch"):
+        assert vit_triton.accelerate(on_a_gpu(), None).notes == ()
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_the_report_has_no_note_where_nothing_is_automatic(t4, name):
+    assert vit_triton.accelerate(on_a_gpu(), name).notes == ()
+
+
+def test_the_report_has_no_note_where_auto_takes_triton_or_the_model_is_on_a_cpu(t4):
+    write_table(T4, "sm_75")
+    for on in ("cuda:0", "cpu"):
+        report = vit_triton.accelerate(on_a_gpu(on))
+        assert report.notes == () and str(report).startswith("module")
+
+
+@pytest.mark.parametrize(("gpu", "on", "name", "architecture"), GPUS, ids=[gpu[0] for gpu in GPUS])
+def test_info_says_why(request, capsys, monkeypatch, gpu, on, name, architecture):
+    pytest.importorskip("rich")
+    from vit_triton.cli import info, main
+
+    request.getfixturevalue(gpu)
+    getattr(torch, on.type).get_device_properties(on).total_memory = 16 * 2**30
+    monkeypatch.setenv("COLUMNS", "500")
+    with FakeTensorMode():
+        assert info.choices(str(on)) == f'"auto" takes on {on} torch: {backend.why_torch(on)}'
+        assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert f'"auto" takes on {on} torch: {backend.why_torch(on)}' in out and out.count(name) == 2
+
+
+# --- Intel -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(INTERPRETING, reason="every target is the interpreter's")
+def test_an_explicit_triton_has_a_target_on_an_intel_gpu(arc):
+    target = device.target_of(XPU_0)
+    assert (target.name, target.family, target.device, target.tuned) == ("xpu", "gfx", ARC, None)
+    assert target.is_gpu and not target.is_nvidia and not target.has_tf32
+
+
+def test_a_launch_is_on_the_device_of_its_tensor(monkeypatch):
+    for kind in ("cuda", "xpu"):
+        monkeypatch.setattr(getattr(torch, kind), "device", lambda which, kind=kind: (kind, which))
+    with FakeTensorMode():
+        for on in (CUDA_1, XPU_0):
+            assert launch.guard(torch.empty(2, device=on)) == (on.type, on)
