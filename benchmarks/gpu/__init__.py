@@ -12,9 +12,7 @@ import argparse
 import contextlib
 import importlib.util
 import os
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,9 @@ from benchmarks.gpu.machine import DEVICE
 from benchmarks.gpu.plan import Clock
 from benchmarks.gpu.process import BAD, Worker
 from benchmarks.gpu.results import Results
+from benchmarks.gpu.running import run_steps
 from benchmarks.gpu.sections import sections
-from benchmarks.gpu.step import Context, Section, Step
+from benchmarks.gpu.step import Context, Section
 
 RESERVED = 3.0  # seconds for the end
 
@@ -62,22 +61,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    context = Context(given.device, given.out.resolve(), interpreting=_interpreting(given.device))
+    folder = given.out.resolve()
     if given.dry_run:
         for gpu in plan.PLANNED:
-            every = sections(Context("cuda", context.folder), plan.CORES)
+            every = sections(Context("cuda", folder), plan.CORES)
             print("\n".join([*plan.table(_only(every, given.only), given.minutes, gpu), ""]))
         print("expected times are computed: kernels to compile, FLOPs, and seconds of measuring; none was measured")
         return
-    if given.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device: PyTorch finds no GPU; --device cpu tries the command with tiny sizes")
+    interpreting = _interpreting(given.device)
     start = time.time()
-    end = start + 60 * given.minutes - RESERVED
-    context = Context(context.device, context.folder, context.interpreting, end)
+    context = Context(given.device, folder, given.device == "cpu", interpreting, start + 60 * given.minutes - RESERVED)
+    chosen = _only(sections(context), given.only)
     given.out.mkdir(parents=True, exist_ok=True)
     results = Results(given.out, {"minutes": given.minutes, "device": given.device, "only": given.only})
     with _environment({"TRITON_INTERPRET": "1"} if context.interpreting else {}):
-        complete = _run(context, given, results, start)
+        complete = _run(context, chosen, given.again, results, start)
     if not complete:
         raise SystemExit(130)
     if any(result["status"] in BAD for result in results.steps.values()):
@@ -85,14 +83,20 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _interpreting(device: str) -> bool:
-    """Whether Triton's interpreter runs the kernels: on a CPU for which they are not compiled."""
+    """Whether Triton's interpreter runs the kernels: on a CPU for which they are not compiled. SystemExit where nothing
+    runs them."""
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("the kernels need the package triton (pip install triton; Linux only)")
-    if device != "cpu":
+    asked = os.environ.get("TRITON_INTERPRET") == "1"
+    if device == "cuda":
+        if asked:
+            raise SystemExit("TRITON_INTERPRET is set: the kernels would not run on the GPU; unset it")
+        if not torch.cuda.is_available():
+            raise SystemExit("--device: PyTorch finds no GPU; --device cpu tries the command with tiny sizes")
         return False
     from vit_triton import cpu
 
-    return os.environ.get("TRITON_INTERPRET") == "1" or cpu.why_not() is not None
+    return asked or cpu.why_not() is not None
 
 
 @contextlib.contextmanager
@@ -122,40 +126,42 @@ def _only(every: list[Section], text: str) -> list[Section]:
     return chosen
 
 
-def _run(context: Context, given: argparse.Namespace, results: Results, start: float) -> bool:
+def _run(context: Context, chosen: list[Section], again: bool, results: Results, start: float) -> bool:
     """Whether it came to its end, and was not interrupted."""
     every = sections(context)
-    chosen = _only(every, given.only)
-    shown = _Shown(start)
-    first = Worker(context, _log(context, "machine"))
+
+    def keep(key: str, result: dict[str, Any]) -> None:
+        results.add(key, result)
+        now = int(time.time() - start)
+        print(f"{now // 60:3}:{now % 60:02}  {result['status']:<13}  {key:<66}  {result['line']}", flush=True)
+
+    first = _worker(context, "machine")
     try:
-        key = f"machine: {DEVICE}"
         result = first.run("machine", DEVICE, 120.0)
     except KeyboardInterrupt:
         return False
     finally:
         first.close()
-    shown(key, result)
     if "machine" not in result:
-        print(result.get("detail", ""))
-        raise SystemExit(f"the device cannot be used: {result['line']}")
+        raise SystemExit(f"the device cannot be used: {result['line']}\n{result.get('detail', '')}")
     results.identify(result["machine"])
-    results.add(key, result)
+    keep(f"machine: {DEVICE}", result)
     peak = plan.peak_of(result["machine"]["gpu"]) if context.device == "cuda" else None
     clock = Clock(start, (context.end - start) / 60, peak)
     complete = True
     try:
         for section in chosen:
-            left = [step for step in section.steps if results.missing(section.key(step), given.again)]
-            _Running(section, left, context, clock, results, shown).run()
+            left = [step for step in section.steps if results.missing(section.key(step), again)]
+            workers = [_worker(context, f"{section.name}-{i}") for i in range(min(section.processes, len(left)))]
+            run_steps(section, left, workers, clock, keep)
             _write_report(context.folder, results, every)
     except KeyboardInterrupt:
         print("stopped", flush=True)
         complete = False
     _write_report(context.folder, results, every)
-    left = sum(results.missing(section.key(step), False) for section in chosen for step in section.steps)
-    print(f"\n{report.count(results)}" + (f"; {left} not reached: the same command goes on with them" if left else ""))
-    print(f"{results.path}, {context.folder / 'report.md'}")
+    missing = sum(results.missing(section.key(step), False) for section in chosen for step in section.steps)
+    rest = f"; {missing} not reached: the same command goes on with them" if missing else ""
+    print(f"\n{report.count(results)}{rest}\n{results.path}, {context.folder / 'report.md'}")
     return complete
 
 
@@ -163,65 +169,7 @@ def _write_report(folder: Path, results: Results, every: list[Section]) -> None:
     (folder / "report.md").write_text(report.markdown(results, every), encoding="utf-8")
 
 
-def _log(context: Context, name: str) -> Path:
-    folder = context.folder / "logs"
-    folder.mkdir(exist_ok=True)
-    return folder / f"{name}.txt"
-
-
-class _Shown:
-    """Prints a line for each result."""
-
-    def __init__(self, start: float) -> None:
-        self.start = start
-
-    def __call__(self, key: str, result: dict[str, Any]) -> None:
-        now = int(time.time() - self.start)
-        print(f"{now // 60:3}:{now % 60:02}  {result['status']:<13}  {key:<66}  {result['line']}", flush=True)
-
-
-class _Running:
-    """A section: its steps that are left, in as many processes as it takes."""
-
-    def __init__(
-        self, section: Section, left: list[Step], context: Context, clock: Clock, results: Results, shown: _Shown
-    ) -> None:
-        self.section, self.left, self.clock = section, deque(left), clock
-        self.results, self.shown = results, shown
-        self.lock = threading.Lock()
-        count = min(section.processes, len(left))
-        self.workers = [Worker(context, _log(context, f"{section.name}-{i}")) for i in range(count)]
-        self.stopped = False
-
-    def run(self) -> None:
-        threads = [threading.Thread(target=self._work, args=(worker,)) for worker in self.workers]
-        for thread in threads:
-            thread.start()
-        try:
-            for thread in threads:
-                thread.join()
-        except KeyboardInterrupt:
-            self.stopped = True
-            raise
-        finally:
-            for worker in self.workers:
-                worker.close()
-
-    def _work(self, worker: Worker) -> None:
-        while (step := self._next()) is not None:
-            result = worker.run(self.section.name, step.name, self.clock.limit(step))
-            if self.stopped or (result["status"] == "hung" and time.time() >= self.clock.end):
-                return  # not its fault
-            key = self.section.key(step)
-            with self.lock:
-                self.results.add(key, result)
-                self.shown(key, result)
-
-    def _next(self) -> Step | None:
-        """The next step that fits into the time."""
-        with self.lock:
-            while self.left and not self.stopped:
-                step = self.left.popleft()
-                if self.clock.fits(self.section, step, time.time()):
-                    return step
-        return None
+def _worker(context: Context, name: str) -> Worker:
+    logs = context.folder / "logs"
+    logs.mkdir(exist_ok=True)
+    return Worker(context, logs / f"{name}.txt")

@@ -51,7 +51,7 @@ def _pass(context: Context) -> dict[str, Any]:
 def steps() -> Iterator[Step]:
     yield Step("abort", _abort, 1.0)
     yield Step("illegal access", _access, 1.0)
-    yield Step("hang", _hang, 1.0, limit=20.0)
+    yield Step("hang", _hang, 1.0, limit=5.0)
     yield Step("memory", _memory, 1.0)
     yield Step("raise", _raise, 1.0)
     yield Step("pass", _pass, 1.0)

@@ -4,13 +4,18 @@ import os
 
 from benchmarks.gpu import faults, machine, models, numbers, speed, tiles
 from benchmarks.gpu.step import Context, Section
+from benchmarks.runner import free_memory
 
 MOST_PROCESSES = 6
+PROCESS_BYTES = 2 * 2**30  # for each core: half of what a process with PyTorch and CUDA may take
 
 
 def sections(context: Context, cores: int | None = None) -> list[Section]:
-    """``cores`` of the CPU, by default of this one: compilation takes most of the time of the numbers."""
-    processes = max(1, min(MOST_PROCESSES, (cores or os.cpu_count() or 1) // 2))
+    """``cores`` of a CPU whose memory is enough; by default those of this one."""
+    # most of the time of the numbers is compilation
+    if cores is None:
+        cores = min(os.cpu_count() or 1, int(free_memory("cpu") / PROCESS_BYTES))
+    processes = max(1, min(MOST_PROCESSES, cores // 2))
     every = [
         Section("machine", "the machine", 0.1, tuple(machine.steps())),
         Section("numbers", "numbers of every operator", 0.4, tuple(numbers.steps()), processes),

@@ -16,17 +16,18 @@ EFFICIENCY = 0.4  # of the GPU's peak, which the expected times assume
 
 @dataclass(frozen=True)
 class Context:
-    """What a step runs on. ``device``: "cuda", or "cpu" for tiny sizes. ``folder``: that of the results.
+    """What a step runs on. ``device``: "cuda" or "cpu". ``folder``: that of the results. ``tiny``: whether inputs are.
     ``interpreting``: whether Triton's interpreter runs the kernels. ``end``: when the command ends, as time.time()."""
 
     device: str
     folder: Path
+    tiny: bool = False
     interpreting: bool = False
     end: float = float("inf")
 
     def at(self, real: Any, tiny: Any) -> Any:
-        """A size of the inputs: the ``real`` one on a GPU."""
-        return real if self.device == "cuda" else tiny
+        """The size of an input."""
+        return tiny if self.tiny else real
 
     @property
     def backend(self) -> str:

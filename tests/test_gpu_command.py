@@ -1,0 +1,384 @@
+"""`python -m benchmarks gpu`: one step costs no other, nothing is lost, and wrong numbers are found."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.gpu import numbers, plan, report, tiles
+from benchmarks.gpu.machine import IDENTITY
+from benchmarks.gpu.process import CRASHED, FAILED, HUNG, OUT_OF_MEMORY, PASSED, Worker
+from benchmarks.gpu.results import Results
+from benchmarks.gpu.running import run_steps
+from benchmarks.gpu.sections import sections
+from benchmarks.gpu.step import START_SECONDS, Context, Section, Step, Wrong
+from vit_triton import functional as F
+from vit_triton.kernels import tuned
+from vit_triton.kernels.picker import PICKERS
+from vit_triton.kernels.target import target_named
+
+ROOT = Path(__file__).parents[1]
+TINY = Context("cpu", Path(), tiny=True)
+
+
+def command(*arguments, faults=False, code=None):
+    """Run the command in a process of its own; ``code`` runs before it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)} | ({"VIT_TRITON_GPU_FAULTS": "1"} if faults else {})
+    program = f"{code or ''}\nimport runpy; runpy.run_module('benchmarks', run_name='__main__')"
+    start = ["-c", program] if code else ["-m", "benchmarks"]
+    words = [sys.executable, *start, "gpu", *map(str, arguments)]
+    return subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def statuses(folder):
+    steps = json.loads((folder / "results.json").read_text())["steps"]
+    return {key: result["status"] for key, result in steps.items()}
+
+
+# --- steps that fail -----------------------------------------------------------------------------------------
+
+
+def test_a_step_that_fails_costs_no_other_and_a_second_run_goes_on(tmp_path):
+    options = ("--device", "cpu", "--minutes", "3", "--out", tmp_path)
+    done = command(*options, "--only", "faults", faults=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    expected = {
+        "machine: device and versions": PASSED,
+        "faults: abort": CRASHED,
+        "faults: illegal access": CRASHED,
+        "faults: hang": HUNG,
+        "faults: memory": OUT_OF_MEMORY,
+        "faults: raise": FAILED,
+        "faults: pass": PASSED,
+    }
+    assert statuses(tmp_path) == expected
+    page = (tmp_path / "report.md").read_text()
+    for line in (
+        "| faults: abort | crashed | the process ended with SIGABRT |",
+        "| faults: raise | failed | ValueError",
+    ):
+        assert line in page
+    assert "SIGSEGV" in page and "no result within" in page and "on purpose" in page
+    assert "can't allocate memory" in page and "## Not reached" in page
+
+    done = command(*options, "--only", "linear, no rows", faults=True)  # what is there is kept, and not repeated
+    assert "faults:" not in done.stdout and done.returncode == 1
+    assert statuses(tmp_path) == {**expected, **{f"numbers: linear, no rows, {d}": PASSED for d in numbers.DTYPES}}
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [run["only"] for run in runs] == ["faults", "linear, no rows"]
+
+    done = command(*options, "--only", "faults: raise", "--again", faults=True)
+    assert "faults: raise" in done.stdout and "faults: abort" not in done.stdout
+
+
+def test_a_step_that_the_end_of_the_command_stops_has_no_result(tmp_path, monkeypatch):
+    """It did not hang: the next run repeats it."""
+
+    class Slow(Worker):
+        def run(self, section, step, limit):
+            time.sleep(limit)
+            return {"status": HUNG, "line": "", "seconds": limit}
+
+    monkeypatch.setattr(plan, "START_SECONDS", 0.0)
+    section = Section("a", "a", 1.0, (Step("one", lambda context: {}, 1.0, fills=True),))
+    kept = {}
+    for minutes, limit, expected in ((1.2 / 60, None, {}), (1.0, 1.0, {"a: one": HUNG})):
+        step = dataclasses.replace(section.steps[0], limit=limit)
+        clock = plan.Clock(time.time(), minutes, None)
+        keep = lambda key, result: kept.update({key: result["status"]})  # noqa: E731
+        run_steps(section, [step], [Slow(TINY, tmp_path / "log")], clock, keep)
+        assert kept == expected
+
+
+# --- numbers -------------------------------------------------------------------------------------------------
+
+
+def check(function, dtype=torch.float32):
+    one = numbers.Check("one", lambda at: [torch.randn(at(8, 4), 16), torch.randn(16)], function, 0)
+    return numbers._check(one, dtype, TINY)
+
+
+def by_backend(ours, torchs=lambda x, w: x * w):
+    return lambda x, w, backend: (ours if backend == "triton" else torchs)(x, w)
+
+
+def test_right_numbers_pass():
+    facts = check(by_backend(lambda x, w: x * w))
+    assert set(facts["errors"]) == {"inference result 0", "result 0", "gradient of input 0", "gradient of input 1"}
+    assert facts["line"].endswith("twice the same bits")
+
+
+class Halved(torch.autograd.Function):
+    """Right forward, and half of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx / 2
+
+
+WRONG = {
+    "result": (lambda x, w: x * w * 1.001, "result 0: error 1.0e-03"),
+    "gradient": (lambda x, w: Halved.apply(x) * w, "gradient of input 0: error 5.0e-01"),
+    "nan": (lambda x, w: x * w * float("nan"), "error nan"),
+    "inference": (lambda x, w: x * w * (1 if torch.is_grad_enabled() else 2), "inference result 0: error 1.0e"),
+    "bits": (lambda x, w: x * w * (1 + 1e-7 * torch.rand(x.shape)), "the same call twice gives other bits: inference"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_numbers_are_found(what):
+    ours, message = WRONG[what]
+    with pytest.raises(Wrong, match=message):
+        check(by_backend(ours))
+
+
+def test_an_error_may_be_twice_that_of_pytorch():
+    ours, exact = {"x": torch.full((4,), 1.1)}, {"x": torch.ones(4).double()}
+    for theirs, right in ((1.06, True), (1.04, False), (float("nan"), False)):
+        plain = {"x": torch.full((4,), theirs)}
+        if right:
+            numbers.verdict(ours, ours, exact, lambda plain=plain: plain, torch.float32)
+        else:
+            with pytest.raises(Wrong):
+                numbers.verdict(ours, ours, exact, lambda plain=plain: plain, torch.float32)
+
+
+@pytest.mark.parametrize("spoilt", ["share", "values", "seed"])
+def test_wrong_dropout_is_found(spoilt, monkeypatch):
+    def linear(x, weight, dropout_p, backend):
+        y = x @ weight.T
+        if dropout_p:
+            kept = torch.rand(y.shape) >= (dropout_p if spoilt != "share" else dropout_p + 0.05)
+            y = y * kept / (1 - dropout_p * (spoilt != "values"))
+            if spoilt == "seed":
+                torch.manual_seed(7)
+        return y
+
+    monkeypatch.setattr(F, "linear", linear)
+    if spoilt == "seed":
+        manual = torch.manual_seed
+        seeds = iter(range(100))
+        monkeypatch.setattr(torch, "manual_seed", lambda seed: manual(next(seeds)))
+    with pytest.raises(Wrong, match="linear: (share|the same seed)"):
+        numbers._dropout(TINY)
+
+
+def test_every_operator_has_a_check():
+    """Every public function of vit_triton.functional but the encoder's, which a ViT in inference runs."""
+    names = " ".join(check.name for check in numbers.OPERATORS)
+    for name in ("attention", "linear", "mlp", "layer_norm", "patch_embed"):
+        assert name in names and hasattr(F, name)
+
+
+# --- time ----------------------------------------------------------------------------------------------------
+
+
+def test_what_fits_into_the_minutes():
+    steps = tuple(Step(str(i), lambda context: {}, seconds) for i, seconds in enumerate((20.0, 200.0, 20.0)))
+    rest = Section("rest", "rest", 1.0, (Step("tune", lambda context: {}, 600.0, fills=True),))
+    first, last = plan.schedule([Section("a", "a", 0.5, steps), rest], plan.Clock(0.0, 2, 1e15))
+    assert (first.fitting, first.begins, first.ends) == (2, 0.0, START_SECONDS + 40)  # the long one does not
+    assert (last.fitting, last.begins, last.ends) == (1, first.ends, 120.0)
+
+
+def test_side_by_side_takes_less_time():
+    steps = tuple(Step(str(i), lambda context: {}, 10.0) for i in range(6))
+    (row,) = plan.schedule([Section("a", "a", 1.0, steps, processes=3)], plan.Clock(0.0, 2, 1e15))
+    assert row.ends == pytest.approx(START_SECONDS + 20)
+
+
+def test_expected_time_follows_the_gpu():
+    step = Step("one", lambda context: {}, 1.0, kernels=10, flops=4e14)
+    assert step.expected(1e15) == pytest.approx(1 + 8 + 1) and step.expected(1e14) == pytest.approx(1 + 8 + 10)
+
+
+def test_the_plan_shows_every_section_of_both_gpus(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu", "--dry-run"])
+    from benchmarks import __main__ as main
+
+    main.main()
+    shown = capsys.readouterr().out
+    for name in ("NVIDIA H200, 10 minutes", "NVIDIA GeForce RTX 4090, 10 minutes"):
+        assert shown.count(name) == 1
+    for section in sections(TINY):
+        assert shown.count(f"  {section.title}") == 2
+    assert "computed" in shown
+
+
+# --- results -------------------------------------------------------------------------------------------------
+
+MACHINE = dict.fromkeys(IDENTITY, "1") | {"gpu": "NVIDIA H200"}
+RUN = {"minutes": 10.0, "device": "cuda", "only": ""}
+
+
+def made(folder, steps):
+    results = Results(folder, RUN)
+    results.identify(MACHINE)
+    for key, result in steps.items():
+        results.add(key, result)
+    return results
+
+
+@pytest.mark.parametrize("name", ["gpu", "torch", "source"])
+def test_results_of_another_machine_are_refused(name, tmp_path):
+    made(tmp_path, {"a: b": {"status": PASSED}})
+    again = Results(tmp_path, RUN)
+    before = (tmp_path / "results.json").read_text()
+    with pytest.raises(
+        SystemExit, match=f"another machine or version .{name} {MACHINE[name]}, now other.: name another"
+    ):
+        again.identify({**MACHINE, name: "other"})
+    assert (tmp_path / "results.json").read_text() == before
+    again.identify(MACHINE)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', "\x00"])
+def test_another_file_is_refused_and_kept(content, tmp_path):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(SystemExit, match="holds no results of this command"):
+        Results(tmp_path, RUN)
+    assert (tmp_path / "results.json").read_text() == content
+
+
+def test_missing_are_steps_without_a_result_and_parts():
+    results = Results(Path("no folder"), RUN)
+    results.steps = {"a": {"status": PASSED}, "b": {"status": CRASHED}, "c": {"status": PASSED, "complete": False}}
+    assert [name for name in "abcd" if results.missing(name, again=False)] == ["c", "d"]
+    assert [name for name in "abcd" if results.missing(name, again=True)] == ["b", "c", "d"]
+
+
+# --- the page ------------------------------------------------------------------------------------------------
+
+STEPS = {
+    "machine: device and versions": {"status": PASSED, "line": "", "machine": MACHINE},
+    "machine: copy bandwidth": {"status": PASSED, "line": "4000 GB/s", "gigabytes": 4000.0},
+    "machine: product of matrices, bfloat16": {"status": PASSED, "line": "700 TFLOP/s", "tflops": 700.0},
+    "numbers: linear, one row, bfloat16": {
+        "status": "wrong",
+        "line": "result 0: error 3.0e-01, PyTorch's 1.0e-03",
+        "errors": {"result 0": 0.3},
+        "pytorch": {"result 0": 0.001},
+    },
+    "numbers: CUDA graph": {"status": PASSED, "line": "captured"},
+    "models: ViT-B/16, inference": {
+        "status": PASSED,
+        "line": "",
+        "library": "timm",
+        "batch": 256,
+        "memory": {"accelerated": 2**30, "eager": 2 * 2**30},
+        "images_per_second": {"accelerated": 3000.0, "eager": 2000.0},
+        "ratio": {"eager": 1.5},
+    },
+    "models: ViT-B/16, inference, torch.compile": {
+        "status": PASSED,
+        "line": "",
+        "library": "timm",
+        "batch": 256,
+        "memory": {"accelerated": 2**30, "torch.compile": 3 * 2**29},
+        "images_per_second": {"accelerated": 2900.0, "torch.compile": 2500.0},
+        "ratio": {"torch.compile": 1.16},
+    },
+    "speed: mlp": {
+        "status": PASSED,
+        "line": "",
+        "case": "mlp forward",
+        "shape": "B/16 at 224, batch 64",
+        "dtype": "bfloat16",
+        "milliseconds": {"vit_triton": 0.2, "vit_triton torch": 0.3, "pytorch": 0.25},
+        "ratio": {"vit_triton torch": 1.5, "pytorch": 1.25},
+        "flops": 7e10,
+        "bytes": 1000,
+    },
+    "speed: linear_fwd": {
+        "status": PASSED,
+        "line": "",
+        "products": [
+            {"case": "qkv", "milliseconds": {"ours": 0.1, "vendor": 0.09}, "ratio": 0.9, "tile": "GemmConfig(128)"}
+        ],
+    },
+}
+
+
+def test_the_page_says_what_is_wrong_and_what_was_measured(tmp_path):
+    default, other, *_ = PICKERS["pick_layer_norm"].candidates((768, target_named("sm_90")))
+    entry = tuned.Timed("pick_layer_norm", {"width": 768}, other, [(default, 2.0), (other, 1.0)])
+    tuned.write(tmp_path / tiles.FILE, tuned.new_table("NVIDIA H200", "sm_90", [entry]))
+    page = report.markdown(made(tmp_path, STEPS), sections(Context("cuda", tmp_path)))
+    assert page.startswith("# vit_triton on NVIDIA H200\n\n9 of ")
+    assert "8 passed, 1 wrong" in page and "trial on a CPU" not in page
+    wrong = "| numbers: linear, one row, bfloat16 | wrong | result 0: error 3.0e-01, PyTorch's 1.0e-03 |"
+    assert page.index("## What went wrong") < page.index(wrong) < page.index("## The machine")
+    assert "| linear, one row | wrong 3.0e-01 (1.0e-03) |  |  |" in page
+    assert "| CUDA graph | passed | captured |" in page
+    model = "| ViT-B/16 | inference | 256 | 3000 | 2000 | 2500 | 1.50 | 1.16 | 1.00 | 2.00 | 1.50 | timm |"
+    assert model in page
+    # 7e10 FLOPs at 700 TFLOP/s take 0.1 ms
+    assert "| mlp forward | B/16 at 224, batch 64 | 0.200 | 1.25 | pytorch | pytorch 0.250 | 50 % |" in page
+    assert "| qkv | GemmConfig(128) | 0.1000 | 0.0900 | 0.90 |" in page
+    assert "1 choices were timed, and 1 differ" in page and "| 2.00 |" in page
+    assert "| whole models | 14 |" in page  # not reached
+
+
+# --- what it needs -------------------------------------------------------------------------------------------
+
+WITHOUT = """
+import sys
+for name in ("rich", "matplotlib", "timm", "transformers", "torchvision", "vit_pytorch", "sklearn", "PIL"):
+    sys.modules[name] = None
+"""
+
+
+def test_it_needs_none_of_the_extras():
+    done = command("--dry-run", code=WITHOUT)
+    assert done.returncode == 0 and "NVIDIA H200" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ((), "--device: PyTorch finds no GPU"),
+        (("--minutes", "0"), "--minutes: must be a number of minutes above 0, got '0'"),
+        (("--minutes", "soon"), "--minutes: must be a number of minutes above 0, got 'soon'"),
+        (("--out", __file__), "--out: must be a folder, got the file"),
+        (("--device", "cpu", "--only", "nothing"), "--only: no step contains 'nothing'"),
+    ],
+)
+def test_bad_options_are_refused(words, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu", *words])
+    from benchmarks import __main__ as main
+
+    with pytest.raises(SystemExit) as stopped:
+        main.main()
+    assert message in capsys.readouterr().err + str(stopped.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_interpreter_is_not_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit, match="TRITON_INTERPRET is set"):
+        gpu._interpreting("cuda")
+
+
+def test_a_step_of_every_section_runs_on_a_cpu(tmp_path):
+    """Tiny sizes, on the way that a GPU takes."""
+    options = ("--device", "cpu", "--minutes", "5", "--out", tmp_path)
+    done = command(*options, "--only", "B/16, ")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = statuses(tmp_path)
+    assert found["numbers: attention of ViT-B/16, bfloat16"] == PASSED
+    assert found["models: ViT-B/16, training step"] == found["models: ViT-B/16, inference"] == PASSED
+    assert set(found.values()) == {PASSED, "skipped"}
