@@ -1,4 +1,4 @@
-"""What Triton's interpreter gets wrong about bfloat16, and that ``_interpreter.mend`` makes it right, bit for bit.
+"""What Triton's interpreter gets wrong, bfloat16 above all, and that ``interpreter.mend`` makes it right, bit for bit.
 
 Triton decides at import whether it interprets, and a repair cannot be taken back, so every state gets a process of its
 own: this file, run as a script, computes all cases and prints what became of them.
@@ -18,6 +18,7 @@ import pytest
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
+from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 
 BF16, F32 = torch.bfloat16, torch.float32
 RIGHT = "right"
@@ -112,6 +113,12 @@ def reduction_kernel(x_ptr, out_ptr, OP: tl.constexpr, ROWS: tl.constexpr, COLS:
 
 
 @triton.jit
+def range_kernel(out_ptr, n):
+    for i in range(n):
+        tl.store(out_ptr + i, i)
+
+
+@triton.jit
 def dot_kernel(a_ptr, b_ptr, out_ptr, N: tl.constexpr):
     offs = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     tl.store(out_ptr + offs, tl.dot(tl.load(a_ptr + offs), tl.load(b_ptr + offs)))
@@ -143,6 +150,12 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def counted(n: int) -> torch.Tensor:
+    out = torch.empty(n, dtype=torch.int32)
+    range_kernel[(1,)](out, n)
+    return out
+
+
 Case = tuple[str, Callable[[], torch.Tensor], Callable[[], torch.Tensor]]
 
 
@@ -162,7 +175,8 @@ def cases() -> Iterator[Case]:
         "x - y": lambda: x - y,
         "x * y": lambda: x * y,
         "x / y": lambda: x / y,
-        "-x": lambda: -x,
+        # Triton 3.6 computes 0 - x, compiled too
+        "-x": lambda: -x if hasattr(InterpreterBuilder, "create_fneg") else 0 - x,
         "x + 0.1": lambda: x + torch.tensor(0.1, dtype=BF16),
         "full": lambda: torch.full_like(x, 0.1),
         "zeros": lambda: torch.zeros_like(x),
@@ -253,6 +267,7 @@ def cases() -> Iterator[Case]:
     )
     a, b = integers(-8, 9, 16, 16).to(BF16), integers(-8, 9, 16, 16).to(BF16)
     yield "dot", lambda: dot(a, b), lambda: a.float() @ b.float()
+    yield "range", lambda: counted(5), lambda: torch.arange(5, dtype=torch.int32)
 
 
 # What the interpreter gets right by itself, and a repair must leave so. (Even its upcast to float32 is not here: it
@@ -266,8 +281,11 @@ SOUND = {
     "bfloat16 to float16",
     "bfloat16 to int32",
 }
-# Right in Triton 3.8, wrong since 3.9, which no longer computes these in float32.
-VARYING = {"argmax", "clamp", "clamp, NaN kept"}
+VARYING = {
+    # Right in Triton 3.8, wrong since 3.9, which no longer computes these in float32.
+    *("argmax", "clamp", "clamp, NaN kept"),
+    "range",  # wrong in Triton 3.6, with NumPy 2.4 or later
+}
 NAMES = [name for name, _, _ in cases()]
 DEFECTS = [name for name in NAMES if name not in SOUND | VARYING]
 

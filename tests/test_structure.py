@@ -220,6 +220,24 @@ def test_every_masked_load_names_what_masked_lanes_hold(path: Path) -> None:
             assert not masked or "other" in keywords or len(node.args) > 2, f"line {node.lineno}"
 
 
+@pytest.mark.parametrize("path", sources(PACKAGE / "kernels"), ids=lambda path: path.name)
+def test_device_functions_return_no_none(path: Path) -> None:
+    """Triton 3.6 makes a tensor of every constant that is returned, which of None fails."""
+    for function in ast.walk(parse(path)):
+        if not isinstance(function, ast.FunctionDef) or "jit" not in map(_last_name, function.decorator_list):
+            continue
+        for statement in ast.walk(function):
+            if isinstance(statement, ast.Return) and statement.value is not None:
+                indices = [ast.walk(node.slice) for node in ast.walk(statement) if isinstance(node, ast.Subscript)]
+                returned = set(ast.walk(statement)).difference(*indices)
+                constants = [node.value for node in returned if isinstance(node, ast.Constant)]
+                assert None not in constants, f"line {statement.lineno}"
+
+
+def _last_name(decorator: ast.expr) -> str:
+    return ast.unparse(decorator).partition("(")[0].rpartition(".")[2]
+
+
 FORWARD = """
 import torch
 model = vit_triton.ViT(image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, dim_head=8, mlp_dim=32,

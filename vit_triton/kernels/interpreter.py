@@ -1,4 +1,4 @@
-"""Repairs bfloat16 in Triton's interpreter. Compiled kernels have no need of it and never meet it.
+"""Repairs Triton's interpreter, bfloat16 above all. Compiled kernels have no need of it and never meet it.
 
 NumPy has no bfloat16, so the interpreter holds one as the uint16 of its bits, and most of its operations hand those
 integers to NumPy as they are: ``1 + 1`` is ``0x3F80 + 0x3F80 = 0x7F00``, which reads as 1.7e38. A cast from float32
@@ -9,6 +9,10 @@ The repair is one idea: whatever computes gets its bfloat16 operands as float32,
 and its result is rounded back. That is PyTorch's own arithmetic on a CPU, and the GPU's for ``+ - *``. Two things
 stay a little kinder than a GPU: a reduction or scan rounds its results and not every step, and ``tl.fma`` rounds
 twice. Atomics on bfloat16 are left broken; no kernel here uses any.
+
+Triton 3.6 needs two repairs more: ``range`` of a number that a kernel was given converts an array of one element to an
+int, which NumPy warns about since 1.25 and refuses since 2.4; and the maximum or minimum of a number and NaN is NaN,
+where hardware gives the number.
 
 ``tests/test_interpreter.py`` pins each defect, and asks for the removal of this file when Triton has repaired them.
 """
@@ -34,7 +38,7 @@ _COMPUTING = ("binary_op", "unary_op", "create_clampf", "create_fma", "create_do
 
 
 def mend() -> None:
-    """Make bfloat16 compute like PyTorch's in interpreted kernels.
+    """Make interpreted kernels compute like compiled ones, and bfloat16 like PyTorch's.
 
     Call it before a launch. It does nothing where kernels are compiled, and nothing the second time.
     """
@@ -50,8 +54,20 @@ def _mend_once() -> None:
     builder.cast_impl = _rounding_cast(builder.cast_impl)
     # Triton 3.8 has no such method, so that any bfloat16 constant but zero raises.
     builder.get_bf16 = lambda self, value: _rounded(self.get_fp32(value))
+    builder.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)
+    builder.create_minnumf = lambda self, left, right: self.binary_op(left, right, np.fmin)
+    interpreter._patch_lang_tensor = _index_of_one_element(interpreter._patch_lang_tensor)
     operations = interpreter.ReduceScanOpInterface
     operations.apply = _reduction_in_float32(operations.apply)
+
+
+def _index_of_one_element(patch: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(patch)
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return mended
 
 
 def _widened(operand: Any) -> Any:

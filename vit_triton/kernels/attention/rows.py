@@ -1,7 +1,7 @@
 """``@triton.jit`` helpers of the attention kernels: which head a program has, the rows of that head, their products.
 
 ``rows``: the rows of one head as (pointer, stride_n, stride_d).
-``tile``: some of them as (main, tail), of D_MAIN and D_TAIL columns; without a tail, where D_TAIL is 0, (main, None).
+``tile``: some of them as (main, tail), of D_MAIN and D_TAIL columns; without a tail, where D_TAIL is 0, (main,).
 ``DIMS``: (HEAD_DIM, D_MAIN, D_TAIL).
 """
 
@@ -61,36 +61,48 @@ def load_main(rows, offs_n, n_rows, DIMS: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def load_tail(rows, offs_n, n_rows, DIMS: tl.constexpr, MASKED: tl.constexpr):
-    return load_columns(rows, offs_n, n_rows, DIMS[1], DIMS[2], DIMS[0], MASKED) if DIMS[2] > 0 else None
+    return load_columns(rows, offs_n, n_rows, DIMS[1], DIMS[2], DIMS[0], MASKED)
 
 
 @triton.jit
 def load_tile(rows, offs_n, n_rows, DIMS: tl.constexpr, MASKED: tl.constexpr):
-    return load_main(rows, offs_n, n_rows, DIMS, MASKED), load_tail(rows, offs_n, n_rows, DIMS, MASKED)
+    if DIMS[2] > 0:
+        return load_main(rows, offs_n, n_rows, DIMS, MASKED), load_tail(rows, offs_n, n_rows, DIMS, MASKED)
+    else:
+        return (load_main(rows, offs_n, n_rows, DIMS, MASKED),)
 
 
 @triton.jit
 def store_tile(rows, tile, offs_n, n_rows, DIMS: tl.constexpr):
     store_columns(rows, tile[0], offs_n, n_rows, 0, DIMS[1], DIMS[0])
-    if tile[1] is not None:
+    if DIMS[2] > 0:
         store_columns(rows, tile[1], offs_n, n_rows, DIMS[1], DIMS[2], DIMS[0])
 
 
 @triton.jit
 def zero_tile(N_ROWS: tl.constexpr, DIMS: tl.constexpr):
-    return tl.zeros([N_ROWS, DIMS[1]], tl.float32), tl.zeros([N_ROWS, DIMS[2]], tl.float32) if DIMS[2] > 0 else None
+    if DIMS[2] > 0:
+        return tl.zeros([N_ROWS, DIMS[1]], tl.float32), tl.zeros([N_ROWS, DIMS[2]], tl.float32)
+    else:
+        return (tl.zeros([N_ROWS, DIMS[1]], tl.float32),)
 
 
 @triton.jit
 def scale_tile(tile, factor):
-    return tile[0] * factor, tile[1] * factor if tile[1] is not None else None
+    if len(tile) > 1:
+        return tile[0] * factor, tile[1] * factor
+    else:
+        return (tile[0] * factor,)
 
 
 @triton.jit
 def add_dot(acc, a, b, PRECISION: tl.constexpr):
     """acc + a @ b, where ``acc`` and ``b`` are tiles."""
     main = tl.dot(a, b[0], acc[0], input_precision=PRECISION)
-    return main, tl.dot(a, b[1], acc[1], input_precision=PRECISION) if b[1] is not None else None
+    if len(b) > 1:
+        return main, tl.dot(a, b[1], acc[1], input_precision=PRECISION)
+    else:
+        return (main,)
 
 
 def strides(name: str, x: torch.Tensor) -> dict[str, int]:
