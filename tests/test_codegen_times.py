@@ -159,7 +159,7 @@ def run(monkeypatch, *arguments):
 
 
 def test_the_command(tmp_path, monkeypatch, capsys, virtual_memory):
-    """The times in docs/performance.md, within what another version of ptxas may change."""
+    """The times in docs/gpu.md, within what another version of ptxas may change."""
     case = "attention, 197 tokens, heads of 64"
     options = ("--time", "--gpu", "A100", "B200", "--only", case, "--jobs", 1, "--json", tmp_path / "t.json")
     run(monkeypatch, *options)

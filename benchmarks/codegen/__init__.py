@@ -6,7 +6,7 @@ by compilers or from shapes. Triton keeps what it compiled in its cache (TRITON_
 takes it.
 
 --time computes times instead: a bound that cannot be beaten, a replay of the machine code, and the limit that FLOPs and
-bytes set, in microseconds, for the cases that docs/performance.md lists. None of them is measured. The replays take
+bytes set, in microseconds, for the cases that docs/gpu.md lists. None of them is measured. The replays take
 minutes.
 """
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 import vit_triton
 from benchmarks.gpu.process import is_of_memory
 from benchmarks.gpu.step import COMPILE_SECONDS, SEED, Context, Skip, Step, Wrong
-from benchmarks.models import gradients, inference, loss
+from benchmarks.models import gradients, hugging_face, inference, loss, ours, torchvision
 from benchmarks.runner import TOLERANCE
 from benchmarks.timing import METHODS
 from vit_triton.tuning.measure import errors
-from vit_triton.tuning.shapes import CLASSES, SIZES, Size
+from vit_triton.tuning.shapes import CLASSES, SIZES, Shape, Size
 
 SECONDS = 3.0  # of measuring one step
 CHECKED = 2  # images of the comparison with float64
@@ -42,40 +42,33 @@ class Model:
     batch: tuple[int, int]
 
     def build(self, context: Context) -> tuple[str, nn.Module]:
-        """The library, and the model: timm's, or else torchvision's, or else ours without kernels."""
-        size, image = context.at(self.size, TINY), context.at(self.image, 2 * TINY.patch)
+        """The library, and the model: that of the first library that is installed, or ours without kernels."""
+        shape = self.shape(context)
         torch.manual_seed(SEED)
         with torch.device(context.device):
-            if importlib.util.find_spec("timm") is not None:
-                return "timm", self._timm(context, size, image)
-            if importlib.util.find_spec("torchvision") is not None and image % size.patch == 0:
-                from torchvision.models import VisionTransformer
+            for library, build in {
+                "timm": self._timm,
+                "torchvision": torchvision,
+                "transformers": hugging_face,
+            }.items():
+                if importlib.util.find_spec(library) is not None:
+                    return library, build(shape)
+            return "vit_triton", ours(shape, backend="torch")
 
-                sizes = (image, size.patch, size.depth, size.heads, size.width, size.hidden)
-                return "torchvision", VisionTransformer(*sizes, num_classes=CLASSES)
-            ours = vit_triton.ViT(
-                image_size=image // size.patch * size.patch,
-                patch_size=size.patch,
-                num_classes=CLASSES,
-                dim=size.width,
-                depth=size.depth,
-                heads=size.heads,
-                dim_head=size.width // size.heads,
-                mlp_dim=size.hidden,
-                backend="torch",
-            )
-            return "vit_triton", ours
+    def shape(self, context: Context) -> Shape:
+        size, image = context.at((self.size, self.image), (TINY, 2 * TINY.patch))
+        return Shape(self.name, 1, image, (image // size.patch) ** 2 + 1, size)
 
-    def _timm(self, context: Context, size: Size, image: int) -> nn.Module:
+    def _timm(self, shape: Shape) -> nn.Module:
         import timm
 
-        tiny = dict(patch_size=size.patch, embed_dim=size.width, depth=size.depth, num_heads=size.heads)
-        options = context.at({}, tiny)
-        return timm.create_model(self.timm, img_size=image, num_classes=CLASSES, **options)
+        size = shape.size
+        sizes = dict(patch_size=size.patch, embed_dim=size.width, depth=size.depth, num_heads=size.heads)
+        return timm.create_model(self.timm, img_size=shape.image, num_classes=CLASSES, **sizes)
 
     @property
     def flops(self) -> float:
-        """Of the products of one image, forward."""
+        """Of the products of one image in a forward pass."""
         tokens, width = (self.image // self.size.patch) ** 2 + 1, self.size.width
         block = 2 * tokens * width * (4 * width + 2 * self.size.hidden) + 4 * tokens**2 * width
         return float(self.size.depth * block)
@@ -99,14 +92,6 @@ def _accelerated(library: str, model: nn.Module, context: Context) -> nn.Module:
     else:
         vit_triton.accelerate(made, backend=context.backend)
     return made
-
-
-def _images(context: Context, model: Model, batch: int) -> tuple[Tensor, Tensor]:
-    side = context.at(model.image // model.size.patch * model.size.patch, 2 * TINY.patch)
-    return (
-        torch.randn(batch, 3, side, side, device=context.device),
-        torch.randint(CLASSES, (batch,), device=context.device),
-    )
 
 
 def _call(what: str, model: nn.Module, image: Tensor, labels: Tensor) -> Callable[[], Any]:
@@ -162,16 +147,17 @@ def _measure(what: str, model: Model, compiled: bool, context: Context) -> dict[
 def _measure_batch(what: str, model: Model, compiled: bool, context: Context, batch: int) -> dict[str, Any]:
     library, eager = model.build(context)
     eager = eager.to(torch.bfloat16 if what == INFERENCE else torch.float32)
-    ours = _accelerated(library, eager, context)
-    image, labels = _images(context, model, batch)
-    image = image.to(next(eager.parameters()).dtype)
+    accelerated = _accelerated(library, eager, context)
+    side = model.shape(context).image
+    image = torch.randn(batch, 3, side, side, device=context.device).to(next(eager.parameters()).dtype)
+    labels = torch.randint(CLASSES, (batch,), device=context.device)
     facts: dict[str, Any] = {"library": library, "batch": batch}
     if not compiled:
-        facts |= _compare(what, eager, ours, image[:CHECKED], labels[:CHECKED])
-    variants = {"accelerated": ours, "eager": eager}
+        facts |= _compare(what, eager, accelerated, image[:CHECKED], labels[:CHECKED])
+    variants = {"accelerated": accelerated, "eager": eager}
     if compiled:
         torch.compiler.reset()
-        variants = {"accelerated": ours, "torch.compile": torch.compile(eager, dynamic=False)}
+        variants = {"accelerated": accelerated, "torch.compile": torch.compile(eager, dynamic=False)}
     calls = {name: _call(what, variant, image, labels) for name, variant in variants.items()}
     facts["memory"] = {name: _peak(call, context) for name, call in calls.items()}
     rounds = METHODS[context.device](calls, context.at(SECONDS, 0.2), False).rounds
