@@ -17,8 +17,8 @@ COMMANDS = {
 }
 
 
-def _module(command: str) -> Any:
-    return importlib.import_module(f"benchmarks.{COMMANDS[command][0]}")
+def module(command: str) -> Any:
+    return importlib.importmodule(f"benchmarks.{COMMANDS[command][0]}")
 
 
 def main() -> None:
@@ -27,9 +27,9 @@ def main() -> None:
     for name, (_, summary) in COMMANDS.items():
         one = commands.add_parser(name, help=summary, description=summary)
         if name == next(iter(sys.argv[1:]), None):
-            _module(name).add_arguments(one)
+            module(name).add_arguments(one)
     given = parser.parse_args()
-    _module(given.what).run(given)
+    module(given.what).run(given)
 
 
 if __name__ == "__main__":

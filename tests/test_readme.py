@@ -145,7 +145,7 @@ def test_commands_are_understood(where, monkeypatch):
         words = ["python", "-m", "benchmarks", *options.arguments]
     assert words[:3] == ["python", "-m", "benchmarks"], "a kind of command that is not known here"
     monkeypatch.setattr(sys, "argv", words[2:])
-    for command in benchmarks.__main__.COMMANDS.values():
-        monkeypatch.setattr(command, "run", parsed)
+    for command in benchmarks.__main__.COMMANDS:
+        monkeypatch.setattr(benchmarks.__main__.module(command), "run", parsed)
     with pytest.raises(Parsed):
         benchmarks.__main__.main()

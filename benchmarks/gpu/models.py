@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import vit_triton
-from benchmarks.gpu.process import is_of_memory
-from benchmarks.gpu.step import COMPILE_SECONDS, SEED, Context, Skip, Step, Wrong
+from benchmarks.gpu.step import COMPILE_SECONDS, SEED, Context, Skip, Step, Wrong, is_of_memory
 from benchmarks.models import gradients, hugging_face, inference, loss, ours, torchvision
 from benchmarks.runner import TOLERANCE
 from benchmarks.timing import METHODS

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.step import SEED, START_SECONDS, Context, Skip, Wrong
+from benchmarks.gpu.step import SEED, START_SECONDS, Context, Skip, Wrong, is_of_memory
 
 PASSED, SKIPPED, WRONG, FAILED = "passed", "skipped", "wrong", "failed"
 CRASHED, HUNG, OUT_OF_MEMORY = "crashed", "hung", "out of memory"
@@ -120,13 +120,6 @@ def _result(step: Any, context: Context) -> dict[str, Any]:
         result = {"status": status, "line": line[:300], "detail": traceback.format_exc()[-DETAIL:]}
     result["ends"] = not _is_usable(context)
     return result
-
-
-def is_of_memory(error: Exception) -> bool:
-    import torch
-
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 def _is_usable(context: Context) -> bool:

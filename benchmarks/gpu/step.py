@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 SEED = 0  # of the inputs of every step
 # Seconds to compile a kernel and its launcher. The operators of numbers.py, 142 kernels in bfloat16 for sm_90, took
 # 0.56 each with Triton 3.8 on an Intel Xeon (Sapphire Rapids); Triton 3.6 has a C compiler build each launcher too.
@@ -45,6 +47,12 @@ class Wrong(Exception):
     def __init__(self, line: str, **facts: Any) -> None:
         super().__init__(line)
         self.facts = facts
+
+
+def is_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: on a CPU PyTorch has no class of its own for it."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 @dataclass(frozen=True)
