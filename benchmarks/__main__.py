@@ -18,7 +18,7 @@ COMMANDS = {
 
 
 def module(command: str) -> Any:
-    return importlib.importmodule(f"benchmarks.{COMMANDS[command][0]}")
+    return importlib.import_module(f"benchmarks.{COMMANDS[command][0]}")
 
 
 def main() -> None:
