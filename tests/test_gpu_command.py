@@ -74,6 +74,9 @@ def test_a_step_that_fails_costs_no_other_and_a_second_run_goes_on(tmp_path):
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert [run["only"] for run in runs] == ["faults", "linear, no rows"]
 
+    done = command(*options, "--only", "faults: pass", faults=True)
+    assert "faults: pass" not in done.stdout
+
     done = command(*options, "--only", "faults: raise", "--again", faults=True)
     assert "faults: raise" in done.stdout and "faults: abort" not in done.stdout
 
@@ -243,7 +246,10 @@ def test_results_of_another_machine_are_refused(name, tmp_path):
     again.identify(MACHINE)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', "\x00"])
+OTHER_FORMAT = '{"format": 2, "machine": {}, "steps": {}, "runs": []}'
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", OTHER_FORMAT, "\x00"])
 def test_another_file_is_refused_and_kept(content, tmp_path):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(SystemExit, match="holds no results of this command"):
