@@ -360,6 +360,13 @@ def test_what_a_launch_costs():
     assert found["patch_embed_bwd_norm_kernel"].bytes == 3 * image + 2 * 8 * 196 * 4 + 768 * 2
 
 
+@torch.no_grad()
+def test_attention_in_inference_costs_no_log_sum_exp():
+    (found,) = figures("sm_80", "bfloat16", lambda dtype: workloads.attention(dtype, 64, 0.0), only="attention_fwd")
+    rows = 2 * 197
+    assert (found.flops, found.bytes) == (2 * 2 * rows * 197 * 64, 4 * rows * 64 * 2)
+
+
 def test_an_expanded_tensor_counts_once():
     x = torch.zeros(1).expand(1000, 1000)
     assert least_bytes("any", {"x_ptr": x, "y_ptr": torch.zeros(3), "n": 5}) == 4 + 12

@@ -157,6 +157,15 @@ def test_statistics_may_be_views():
         assert torch.equal(ours, expected)
 
 
+def test_numbers_given_in_inference_mode_are_taken_in_training():
+    image, weight, *_ = make_inputs(1, 3, (2, 2), (4, 4), 16, torch.float32, layout="uint8")
+    numbers = dict(patch_size=4, mean=[0.11, 0.12, 0.13], std=[0.21, 0.22, 0.23], backend="triton")
+    with torch.inference_mode():
+        F.patch_embed(image, weight, **numbers)
+    F.patch_embed(image, weight.requires_grad_(), **numbers).sum().backward()
+    assert weight.grad is not None
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["uint8", "channels_last"])
 def test_several_tiles(small_tiles, layout, dtype):

@@ -172,6 +172,36 @@ def test_a_tensor_that_is_no_argument_is_not_replayed():
         torch.testing.assert_close(replayed(function, torch.randn(3)), torch.nn.functional.layer_norm(held, (16,)))
 
 
+def test_an_argument_that_is_aligned_otherwise_is_another_function():
+    """A part of it may be aligned, for which Triton compiles other code, where that of another argument is not."""
+
+    def function(x):
+        return layer_norm_fwd(x.view(-1)[2:82].view(5, 16), None, None, eps=1e-5)[0]
+
+    memory = torch.randn(100)
+    for first in (1, 2):  # 4 and 8 bytes behind a multiple of 16
+        replayed(function, memory[first : first + 90])
+    assert len(replay._recordings) == 2
+
+
+def test_tensors_of_two_devices_are_refused():
+    """Of a recording Triton gets addresses, which it does not check."""
+
+    def function(x, y):
+        return layer_norm_fwd(x, y, y, eps=1e-5)[0]
+
+    with pytest.raises(ValueError, match="must be on one device, got cpu, meta"):
+        replayed(function, torch.randn(5, 16), torch.ones(16, device="meta"))
+
+
+def test_a_recording_is_that_of_its_devices(monkeypatch):
+    x, weight = torch.randn(5, 16), torch.ones(16)
+    F.layer_norm(x, weight, weight, backend="triton")
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0 if tensor is weight else -1)
+    F.layer_norm(x, weight, weight, backend="triton")
+    assert len(replay._recordings) == 2
+
+
 def test_parts_of_arguments_in_one_storage_are_replayed():
     """As in a model whose parameters lie in one flat tensor."""
 

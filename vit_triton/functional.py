@@ -506,8 +506,10 @@ def _channel_values(name: str, values: Tensor | Sequence[float] | None, image: T
         if name == "std" and not all(values):
             raise ValueError(f"std divides and must not be 0, got {values}")
         traced = torch.compiler.is_compiling() or torch._guards.detect_fake_mode(image) is not None
-        # a fake tensor is of no use to a later call
-        values = (_constant.__wrapped__ if traced else _constant)(values, image.device)
+        if traced:  # a fake tensor is of no use to a later call
+            values = torch.tensor(values, dtype=torch.float32, device=image.device)
+        else:
+            values = _constant(values, image.device)
     if values.shape != image.shape[1:2]:
         raise ValueError(
             f"{name} must have one value for each of the {image.shape[1]} channels, got {shape_of(values)}"
@@ -518,4 +520,5 @@ def _channel_values(name: str, values: Tensor | Sequence[float] | None, image: T
 @functools.lru_cache(maxsize=64)
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Copied to the device once: a copy in every forward would wait for the GPU."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    with torch.inference_mode(False):  # autograd cannot save a tensor of that mode, and a later call may train
+        return torch.tensor(values, dtype=torch.float32, device=device)

@@ -17,7 +17,8 @@ def _attention(products: int) -> Count:
 
     def flops(a: Arguments) -> int:
         with_dq = a.get("dq_ptr") is not None and "dk_ptr" in a  # one product more
-        return 2 * (products + with_dq) * a["lse_ptr"].numel() * a["n_k"] * a["HEAD_DIM"]
+        rows = a["q_ptr"].shape[0] * a["n_heads"] * a["n_q"]
+        return 2 * (products + with_dq) * rows * a["n_k"] * a["HEAD_DIM"]
 
     return flops
 

@@ -85,10 +85,7 @@ class Compiler(DriverBase):
 @contextlib.contextmanager
 def compiling_for(arch: str, only: str = "", by: type[Compiler] = Compiler) -> Iterator[list[Launched]]:
     """Compile what is launched on CPU tensors for ``arch``, if its name contains ``only``; the list is filled when the
-    block ends, with a kernel once. ``by``: the class of the driver that is active inside.
-
-    A launch on tensors that do not begin at a multiple of 16 bytes, for which Triton compiles other code, is left out.
-    """
+    block ends, with a kernel once. ``by``: the class of the driver that is active inside."""
     before, kept, start = driver._active, dict(launch._compiled), launch.start
 
     def start_some(kernel: Any, *launch: Any) -> None:

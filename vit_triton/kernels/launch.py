@@ -1,6 +1,7 @@
 """What every launch shares: the device guard, the interpreter's lock and mending, the matmul precision."""
 
 import contextlib
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -95,30 +96,36 @@ def _run(kernel: Any, grid: tuple[int], device: torch.device, kernel_args: dict[
     Tensors are the arguments whose names end in _ptr; of the others, each has the same type in every call.
     """
     if (note := getattr(_recorder, "note", None)) is not None:
-        compiled = kernel.warmup(grid=grid, **kernel_args, enable_fp_fusion=True)
+        compiled = _compile(kernel, grid, device, kernel_args)
         values = [kernel_args.get(name) for name in kernel.arg_names]
         tensors = [(i, x) for i, x in enumerate(values) if isinstance(x, torch.Tensor)]
         values = [None if isinstance(x, torch.Tensor) else x for x in values]
         note(Launch(compiled[grid[0], 1, 1], values), tensors)
         return
-    _, names, options = _names.get(id(kernel)) or _split_names(kernel, kernel_args)
-    parts = [id(kernel), driver.active, device, *map(kernel_args.get, options)]
-    aligned = True  # Triton compiles other code for tensors that are not
-    for x in map(kernel_args.get, names):
-        if x is None:
-            parts.append(None)
-        else:
-            parts.append(x.dtype)
-            aligned = aligned and x.data_ptr() % 16 == 0
+    names = id(kernel), *kernel_args
+    form = _forms.get(names) or _new_form(kernel, names)
+    parts = [form.number, driver.active, device, *map(kernel_args.get, form.others)]
+    for x in map(kernel_args.get, form.tensors):
+        # Triton compiles other code for a tensor that is not aligned
+        parts += (None,) if x is None else (x.dtype, x.data_ptr() % 16 == 0)
     key = tuple(parts)
-    compiled = _compiled.get(key) if aligned else None
-    if compiled is not None:
-        compiled[grid[0], 1, 1](*map(kernel_args.get, kernel.arg_names))
-        return
-    # said outright because Triton 3.10 changes the default: a * b + c as one instruction, rounded once
-    compiled = kernel[grid](**kernel_args, enable_fp_fusion=True)
-    if aligned:
+    compiled = _compiled.get(key)
+    if compiled is None:
+        compiled = _compile(kernel, grid, device, kernel_args)
         remember(_compiled, key, compiled, _MOST_COMPILED)
+    compiled[grid[0], 1, 1](*map(kernel_args.get, kernel.arg_names))
+
+
+def _compile(kernel: Any, grid: tuple[int], device: torch.device, kernel_args: dict[str, Any]) -> Any:
+    """The compiled kernel, which is loaded onto the device when it is first indexed by a grid."""
+    # said outright because Triton 3.10 changes the default: a * b + c as one instruction, rounded once
+    compiled = kernel.warmup(grid=grid, **kernel_args, enable_fp_fusion=True)
+    if compiled.module is None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{kernel.__name__} cannot be loaded while a CUDA graph is captured: call the function once with inputs of "
+            "the same shapes, strides and dtypes before the capture (warm up)"
+        )
+    return compiled
 
 
 start: Callable[[Any, tuple[int], torch.device, dict[str, Any]], None] = _run
@@ -136,14 +143,24 @@ def starting(by: Callable[[Any, tuple[int], torch.device, dict[str, Any]], None]
         start = before
 
 
-_names: dict[int, tuple[Any, list[str], list[str]]] = {}
+class _Form(NamedTuple):
+    """The names of the arguments of a call: tensors and all others. An option such as maxnreg is in some calls only."""
+
+    number: int
+    kernel: Any  # held so that no other gets its id
+    tensors: list[str]
+    others: list[str]
 
 
-def _split_names(kernel: Any, kernel_args: dict[str, Any]) -> tuple[Any, list[str], list[str]]:
-    """The kernel, held so that no other gets its id; the arguments that are tensors; and all others."""
-    tensors = [name for name in kernel_args if name.endswith("_ptr")]
-    _names[id(kernel)] = kernel, tensors, [name for name in kernel_args if name not in tensors]
-    return _names[id(kernel)]
+_forms: dict[tuple[Any, ...], _Form] = {}
+_numbers = itertools.count()
+
+
+def _new_form(kernel: Any, names: tuple[Any, ...]) -> _Form:
+    tensors = [name for name in names[1:] if name.endswith("_ptr")]
+    others = [name for name in names[1:] if name not in tensors]
+    _forms[names] = form = _Form(next(_numbers), kernel, tensors, others)
+    return form
 
 
 class _Seen(threading.local):

@@ -102,8 +102,9 @@ def replay(
     for x in _flat(args):
         if isinstance(x, Tensor):
             address = x.data_ptr()
-            # one memory under two names is another function, and so is other alignment: Triton compiles for it
-            key += (x.dtype, x.shape, x.stride(), address % 16 == 0, first.setdefault(address, len(given)))
+            # one memory under two names is another function; and Triton compiles for the alignment of a tensor, which
+            # that of its argument and an offset make
+            key += (x.dtype, x.shape, x.stride(), x.get_device(), address % 16, first.setdefault(address, len(given)))
             given.append(address)
         else:
             key.append(x)
@@ -118,11 +119,19 @@ def replay(
         return function(*args)
     if known is _NEW:
         seen.precision = ""
+        _expect_one_device(args)
         known = _record(function, args, recorder, one_block)
         remember(_recordings, call, {**(entry or {}), seen.precision: known}, _MOST_RECORDED)
         if known is None:
             return function(*args)
     return known.run(given)
+
+
+def _expect_one_device(args: Sequence[Any]) -> None:
+    """Triton refuses what a GPU cannot read, but for an address, which is what it gets of a recording."""
+    devices = dict.fromkeys(x.device for x in _flat(args) if isinstance(x, Tensor))
+    if len(devices) > 1:
+        raise ValueError(f"the tensors of an operator must be on one device, got {', '.join(map(str, devices))}")
 
 
 def _flat(args: Sequence[Any]) -> Sequence[Any]:
