@@ -451,6 +451,14 @@ def test_it_needs_none_of_the_extras():
     assert done.returncode == 0 and "NVIDIA H200" in done.stdout, done.stderr
 
 
+def test_it_says_that_triton_is_missing():
+    done = command("--dry-run", code="import sys\nsys.modules['triton'] = None")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "the kernels need the package triton (pip install triton; Linux only)\n",
+    )
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
