@@ -18,7 +18,12 @@ COMMANDS = {
 
 
 def module(command: str) -> Any:
-    return importlib.import_module(f"benchmarks.{COMMANDS[command][0]}")
+    try:
+        return importlib.import_module(f"benchmarks.{COMMANDS[command][0]}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise SystemExit("the kernels need the package triton (pip install triton; Linux only)") from None
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,13 +13,14 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu import numbers, plan, report, tiles
+from benchmarks.gpu import numbers, plan, process, report, speed, tiles
 from benchmarks.gpu.machine import IDENTITY
 from benchmarks.gpu.process import CRASHED, FAILED, HUNG, OUT_OF_MEMORY, PASSED, Worker
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.running import run_steps
 from benchmarks.gpu.sections import sections
-from benchmarks.gpu.step import START_SECONDS, Context, Section, Step, Wrong
+from benchmarks.gpu.step import START_SECONDS, Context, Section, Step, Wrong, is_of_memory
+from benchmarks.ops import patch_embed
 from vit_triton import functional as F
 from vit_triton.kernels import tuned
 from vit_triton.kernels.picker import PICKERS
@@ -100,7 +102,112 @@ def test_a_step_that_the_end_of_the_command_stops_has_no_result(tmp_path, monkey
         assert kept == expected
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_a_command_that_is_ended_leaves_no_process(name, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VIT_TRITON_GPU_FAULTS": "1"}
+    words = [sys.executable, "-m", "benchmarks", "gpu", "--device", "cpu", "--out", str(tmp_path), "--only", "hang"]
+    log = tmp_path / "logs" / "faults-0.txt"
+    with subprocess.Popen(words, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+        end = time.time() + 120
+        while not (log.exists() and "hang" in log.read_text()) and time.time() < end:
+            time.sleep(0.1)
+        run.send_signal(signal.Signals[name])
+        run.communicate(timeout=4)  # its processes hold the pipe, and the fault hangs for 5 seconds or longer
+    assert run.returncode == (130 if name == "SIGTERM" else -signal.SIGKILL)
+    assert statuses(tmp_path) == {"machine: device and versions": PASSED}
+    assert (tmp_path / "report.md").exists() == (name == "SIGTERM")
+
+
+def test_the_start_of_a_process_does_not_outlast_the_command(tmp_path):
+    worker = Worker(TINY, tmp_path / "log")
+    result = worker.run("machine", "copy bandwidth", 0.5)
+    assert (result["status"], result["line"]) == (HUNG, "no result within 0 s") and result["seconds"] < 4
+    clock = plan.Clock(time.time(), 10, 1e15)
+    assert clock.limit(Step("one", lambda context: {}, 1.0, limit=5.0)) == START_SECONDS + 5
+    assert clock.limit(Step("one", lambda context: {}, 1.0, limit=1e5)) <= 600
+
+
+def test_what_cannot_be_kept_ends_the_command(tmp_path):
+    """On a full disk, or where stdout is closed, every further step would be lost."""
+    closed = []
+
+    class Quick(Worker):
+        def run(self, section, step, limit):
+            return {"status": PASSED, "line": ""}
+
+        def close(self):
+            closed.append(self)
+
+    def keep(key, result):
+        raise OSError(28, "No space left on device")
+
+    section = Section("a", "a", 1.0, tuple(Step(str(i), lambda context: {}, 1.0) for i in range(9)))
+    workers = [Quick(TINY, tmp_path / "log") for _ in range(2)]
+    with pytest.raises(OSError, match="No space left"):
+        run_steps(section, section.steps, workers, plan.Clock(time.time(), 10, 1e15), keep)
+    assert set(closed) == set(workers)
+
+
+def test_one_command_at_a_time_writes_to_a_folder(tmp_path):
+    for _ in range(2):
+        with gpu._alone(tmp_path), pytest.raises(SystemExit, match="another command writes to"), gpu._alone(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_process_that_cannot_go_on_ends(broken, monkeypatch):
+    """After the failed capture of a CUDA graph PyTorch 2.11 refuses random numbers, and the step may have passed."""
+
+    def randn(*size, device):
+        if broken:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch, "randn", randn)
+    result = process._result(Step("one", lambda context: {"line": ""}, 1.0), Context("cuda", Path()))
+    assert result == {"status": PASSED, "line": "", "ends": broken}
+
+
+def test_memory_that_a_library_lacks_is_memory():
+    assert is_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert not is_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
 # --- numbers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", numbers.DTYPES.values(), ids=str)
+def test_expanded_gradients_have_stride_0(dtype):
+    for one in numbers.OPERATORS:
+        _, gradients = numbers._made(one, dtype, TINY)
+        several = [g for g in gradients if g.numel() > 1]
+        assert all((sum(g.stride()) == 0) == one.expanded for g in several) and (several or "no rows" in one.name)
+
+
+@pytest.mark.parametrize("code, message", [(0, "ERROR SUMMARY: 0 errors"), (99, "exit code 99: .*Invalid __global__")])
+def test_the_sanitizer(code, message, tmp_path, monkeypatch):
+    said = "========= Invalid __global__ read of size 2 bytes" if code else "========= ERROR SUMMARY: 0 errors"
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        f'#!/bin/sh\necho "$@" "$PYTORCH_NO_CUDA_MEMORY_CACHING" > {tmp_path}/given\necho "{said}"\nexit {code}'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if code:
+        with pytest.raises(Wrong, match=message):
+            numbers._sanitizer(Context("cuda", tmp_path))
+    else:
+        assert numbers._sanitizer(Context("cuda", tmp_path)) == {"line": message}
+    given = (tmp_path / "given").read_text()
+    assert "--error-exitcode 99" in given and "--report-api-errors no" in given and given.endswith("small_call() 1\n")
+
+
+def test_what_a_graph_captures_copies_nothing_from_the_cpu(monkeypatch):
+    image, *others = patch_embed.inputs(speed.TINY)
+    first = patch_embed.pytorch(speed.TINY, image, *others)
+    monkeypatch.setattr(torch, "tensor", None)
+    assert torch.equal(patch_embed.pytorch(speed.TINY, image, *others), first)
 
 
 def check(function, dtype=torch.float32):
@@ -350,6 +457,14 @@ def test_it_needs_none_of_the_extras():
     assert done.returncode == 0 and "NVIDIA H200" in done.stdout, done.stderr
 
 
+def test_it_says_that_triton_is_missing():
+    done = command("--dry-run", code="import sys\nsys.modules['triton'] = None")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "the kernels need the package triton (pip install triton; Linux only)\n",
+    )
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -358,11 +473,13 @@ def test_it_needs_none_of_the_extras():
         (("--minutes", "soon"), "--minutes: must be a number of minutes above 0, got 'soon'"),
         (("--out", __file__), "--out: must be a folder, got the file"),
         (("--device", "cpu", "--only", "nothing"), "--only: no step contains 'nothing'"),
+        (("--device", "cpu", "--out", "/dev/null/folder"), "cannot go on: [Errno 20] Not a directory: "),
     ],
 )
 def test_bad_options_are_refused(words, message, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(signal, "signal", lambda *handler: None)
     monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu", *words])
     from benchmarks import __main__ as main
 

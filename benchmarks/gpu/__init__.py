@@ -10,8 +10,8 @@ others where they are installed. Exit code: 0, or 1 if a step is wrong, failed, 
 
 import argparse
 import contextlib
-import importlib.util
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,10 +72,14 @@ def run(given: argparse.Namespace) -> None:
     start = time.time()
     context = Context(given.device, folder, given.device == "cpu", interpreting, start + 60 * given.minutes - RESERVED)
     chosen = _only(sections(context), given.only)
-    given.out.mkdir(parents=True, exist_ok=True)
-    results = Results(given.out, {"minutes": given.minutes, "device": given.device, "only": given.only})
-    with _environment({"TRITON_INTERPRET": "1"} if context.interpreting else {}):
-        complete = _run(context, chosen, given.again, results, start)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+        with _alone(folder), _environment({"TRITON_INTERPRET": "1"} if context.interpreting else {}):
+            results = Results(given.out, {"minutes": given.minutes, "device": given.device, "only": given.only})
+            complete = _run(context, chosen, given.again, results, start)
+    except OSError as error:
+        raise SystemExit(f"cannot go on: {error}") from None  # the disk is full, stdout is closed
     if not complete:
         raise SystemExit(130)
     if any(result["status"] in BAD for result in results.steps.values()):
@@ -83,10 +87,8 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _interpreting(device: str) -> bool:
-    """Whether Triton's interpreter runs the kernels: on a CPU for which they are not compiled. SystemExit where nothing
-    runs them."""
-    if importlib.util.find_spec("triton") is None:
-        raise SystemExit("the kernels need the package triton (pip install triton; Linux only)")
+    """Whether Triton's interpreter runs the kernels: on a CPU for which they are not compiled. SystemExit where no GPU
+    would run them."""
     asked = os.environ.get("TRITON_INTERPRET") == "1"
     if device == "cuda":
         if asked:
@@ -97,6 +99,24 @@ def _interpreting(device: str) -> bool:
     from vit_triton import cpu
 
     return asked or cpu.why_not() is not None
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """SystemExit where another command writes to the folder."""
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"--out: another command writes to {folder}; name another") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

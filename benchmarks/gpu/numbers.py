@@ -244,8 +244,8 @@ def _made(check: Check, dtype: torch.dtype, context: Context) -> tuple[list[Tens
         inputs = _cast(check.inputs(context.at), dtype)
         with torch.no_grad():
             results = flat(check.function(*inputs, backend="torch"))
-        gradients = [torch.randn(1).expand(y.shape) if check.expanded else torch.randn(y.shape) for y in results]
-    return inputs, [g.to(y.dtype) for g, y in zip(gradients, results, strict=True)]
+        gradients = [torch.randn(1 if check.expanded else y.shape).to(y.dtype).expand(y.shape) for y in results]
+    return inputs, gradients
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -442,8 +442,9 @@ def _streams(context: Context) -> dict[str, Any]:
     def work(i: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
             for _ in range(20):
-                results[i] = model(image)
+                found = model(image)
             torch.cuda.current_stream().synchronize()
+            results[i] = found
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
@@ -472,7 +473,9 @@ def _sanitizer(context: Context) -> dict[str, Any]:
     if tool is None:
         raise Skip("compute-sanitizer is not installed")
     code = "from benchmarks.gpu.numbers import small_call; small_call()"
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "99", "--print-limit", "3", sys.executable, "-c", code]
+    options = ("--tool", "memcheck", "--error-exitcode", "99", "--print-limit", "3")
+    options += ("--report-api-errors", "no")  # PyTorch and Triton ask the driver for what it may refuse
+    command = [tool, *options, sys.executable, "-c", code]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else all tensors share a few blocks
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("=========")]

@@ -37,9 +37,9 @@ class Clock:
         return now + least <= self.until(section)
 
     def limit(self, step: Step) -> float:
-        """Seconds from now that the step may take."""
+        """Seconds from now that the step may take, in a process that may have to start first."""
         allowed = step.limit if step.limit is not None else 60 + 4 * self.expected(step)
-        return max(1.0, min(allowed, self.end - time.time()))
+        return max(1.0, min(START_SECONDS + allowed, self.end - time.time()))
 
 
 def peak_of(name: str) -> float:

@@ -6,13 +6,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.step import SEED, START_SECONDS, Context, Skip, Wrong, is_of_memory
+from benchmarks.gpu.step import SEED, Context, Skip, Wrong, is_of_memory
 
 PASSED, SKIPPED, WRONG, FAILED = "passed", "skipped", "wrong", "failed"
 CRASHED, HUNG, OUT_OF_MEMORY = "crashed", "hung", "out of memory"
@@ -33,7 +34,6 @@ class Worker:
         start = time.monotonic()
         if self._process is None:
             self._start()
-            limit += START_SECONDS
         process, connection = self._process, self._connection
         before = self.log.stat().st_size
         result: dict[str, Any]
@@ -57,8 +57,9 @@ class Worker:
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
         self.log.touch()
-        self._process = spawn.Process(target=_serve, args=(theirs, self.context, self.log), daemon=False)
-        self._process.start()
+        process = spawn.Process(target=_serve, args=(theirs, self.context, self.log), daemon=False)
+        process.start()
+        self._process = process
         theirs.close()
 
     def close(self) -> None:
@@ -86,6 +87,7 @@ def _said(code: int | None) -> str:
 
 def _serve(connection: Connection, context: Context, log: Path) -> None:
     os.setsid()  # what a step starts ends with it; Ctrl-C reaches the command alone
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -101,6 +103,12 @@ def _serve(connection: Connection, context: Context, log: Path) -> None:
         connection.send(_result(steps[asked], context))
 
 
+def _end_with(command: Any) -> None:
+    """A command that was killed cannot end a step that hangs."""
+    command.join()
+    os.killpg(0, signal.SIGKILL)
+
+
 def _result(step: Any, context: Context) -> dict[str, Any]:
     import torch
 
@@ -109,9 +117,9 @@ def _result(step: Any, context: Context) -> dict[str, Any]:
         facts = step.run(context)
         if context.device == "cuda":
             torch.cuda.synchronize()  # an illegal access is an error of this step
-        return {"status": PASSED, **facts}
+        result = {"status": PASSED, **facts}
     except Skip as reason:
-        return {"status": SKIPPED, "line": str(reason)}
+        result = {"status": SKIPPED, "line": str(reason)}
     except Wrong as wrong:
         result = {"status": WRONG, "line": str(wrong), **wrong.facts}
     except Exception as error:  # of whatever package: the other steps go on
@@ -123,7 +131,8 @@ def _result(step: Any, context: Context) -> dict[str, Any]:
 
 
 def _is_usable(context: Context) -> bool:
-    """After an illegal access every later call of a process fails."""
+    """After an illegal access every later call of a process fails; after a failed capture of a CUDA graph, which a step
+    may survive, random numbers."""
     import torch
 
     sys.last_value = None
@@ -132,6 +141,7 @@ def _is_usable(context: Context) -> bool:
         try:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+            torch.randn(1, device="cuda")
         except Exception:
             return False
     return True

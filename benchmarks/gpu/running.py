@@ -18,6 +18,7 @@ def run_steps(section: Section, steps: Iterable[Step], workers: Sequence[Worker]
     left = deque(steps)
     lock = threading.Lock()
     stopped = threading.Event()
+    failures: list[Exception] = []
 
     def next_step() -> Step | None:
         with lock:
@@ -28,12 +29,21 @@ def run_steps(section: Section, steps: Iterable[Step], workers: Sequence[Worker]
         return None
 
     def work(worker: Worker) -> None:
-        while (step := next_step()) is not None:
-            result = worker.run(section.name, step.name, clock.limit(step))
-            if stopped.is_set() or (result["status"] == HUNG and time.time() >= clock.end):
-                return  # ended from outside: the step has no result
-            with lock:
-                keep(section.key(step), result)
+        try:
+            while (step := next_step()) is not None:
+                result = worker.run(section.name, step.name, clock.limit(step))
+                if stopped.is_set() or (result["status"] == HUNG and time.time() >= clock.end):
+                    return  # ended from outside: the step has no result
+                with lock:
+                    keep(section.key(step), result)
+        except Exception as error:  # of keep: the disk is full, or stdout closed
+            failures.append(error)
+            end()
+
+    def end() -> None:
+        stopped.set()
+        for worker in workers:
+            worker.close()
 
     threads = [threading.Thread(target=work, args=(worker,)) for worker in workers]
     for thread in threads:
@@ -41,9 +51,11 @@ def run_steps(section: Section, steps: Iterable[Step], workers: Sequence[Worker]
     try:
         for thread in threads:
             thread.join()
-    except KeyboardInterrupt:
-        stopped.set()
-        raise
     finally:
-        for worker in workers:
-            worker.close()
+        end()
+        for thread in threads:
+            while thread.is_alive():  # it may have been about to start a process
+                end()
+                thread.join(0.1)
+    if failures:
+        raise failures[0]

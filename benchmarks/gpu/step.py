@@ -51,7 +51,7 @@ class Wrong(Exception):
 
 def is_of_memory(error: Exception) -> bool:
     """Whether memory ran out: on a CPU PyTorch has no class of its own for it."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
+    words = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
