@@ -84,7 +84,7 @@ def on_cuda(calls: Calls, seconds: float, replay: bool) -> Times:
             try:
                 return Times("CUDA graph, L2 warm", cuda_graph(calls, seconds))
             except RuntimeError as error:
-                print(f"not captured as a CUDA graph, timed by events: {str(error).splitlines()[0]}")
+                print(f"not captured as a CUDA graph, timed by events: {' '.join(str(error).split())[:200]}")
     return Times("do_bench, L2 flushed", cuda_events(calls, seconds))
 
 

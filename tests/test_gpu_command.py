@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu import numbers, plan, process, report, speed, tiles
+from benchmarks.gpu import machine, numbers, plan, process, report, speed, tiles
 from benchmarks.gpu.machine import IDENTITY
 from benchmarks.gpu.process import CRASHED, FAILED, HUNG, OUT_OF_MEMORY, PASSED, Worker
 from benchmarks.gpu.results import Results
@@ -441,6 +442,28 @@ def test_the_page_says_what_is_wrong_and_what_was_measured(tmp_path):
     assert "| qkv | GemmConfig(128) | 0.1000 | 0.0900 | 0.90 |" in page
     assert "1 choices were timed, and 1 differ" in page and "| 2.00 |" in page
     assert "| whole models | 14 |" in page  # not reached
+
+
+@pytest.mark.parametrize("mode, gib, processes", [("Default", 8, 4), ("Exclusive_Process", 80, 1), ("Default", 1, 1)])
+def test_the_machine_of_a_gpu(mode, gib, processes, monkeypatch):
+    facts = dict(total_memory=gib * 2**30, multi_processor_count=9, pci_domain_id=0, pci_bus_id=0x65, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(**facts))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    names = {**dict.fromkeys(("cpu", "torch", "triton", "vit_triton"), "1"), "gpu": "NVIDIA H200"}
+    monkeypatch.setattr(machine, "machine", lambda device: names)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
+
+    def nvidia_smi(command, **options):
+        assert command[-1] == "--id=00000000:65:00.0"
+        values = {"driver_version": "580.1", "compute_mode": mode}
+        said = ", ".join(values.get(name, "1") for name in machine.NVIDIA_SMI.split(","))
+        return types.SimpleNamespace(returncode=0, stdout=said)
+
+    monkeypatch.setattr(machine.subprocess, "run", nvidia_smi)
+    found = machine._device(Context("cuda", Path()))
+    assert found["processes"] == processes and set(IDENTITY) <= {*found["machine"], "architecture", "python"}
+    assert found["machine"]["driver_version"] == "580.1" and found["machine"]["memory"] == f"{gib} GiB"
 
 
 # --- what it needs -------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from benchmarks.gpu.results import Results
 from benchmarks.gpu.running import run_steps
 from benchmarks.gpu.sections import sections
 from benchmarks.gpu.step import Context, Section
+from benchmarks.runner import write_text
 
 RESERVED = 3.0  # seconds for the end
 
@@ -168,11 +169,12 @@ def _run(context: Context, chosen: list[Section], again: bool, results: Results,
     keep(f"machine: {DEVICE}", result)
     peak = plan.peak_of(result["machine"]["gpu"]) if context.device == "cuda" else None
     clock = Clock(start, (context.end - start) / 60, peak)
+    most = result["processes"]
     complete = True
     try:
         for section in chosen:
             left = [step for step in section.steps if results.missing(section.key(step), again)]
-            workers = [_worker(context, f"{section.name}-{i}") for i in range(min(section.processes, len(left)))]
+            workers = [_worker(context, f"{section.name}-{i}") for i in range(min(section.processes, most, len(left)))]
             run_steps(section, left, workers, clock, keep)
             _write_report(context.folder, results, every)
     except KeyboardInterrupt:
@@ -186,7 +188,7 @@ def _run(context: Context, chosen: list[Section], again: bool, results: Results,
 
 
 def _write_report(folder: Path, results: Results, every: list[Section]) -> None:
-    (folder / "report.md").write_text(report.markdown(results, every), encoding="utf-8")
+    write_text(folder / "report.md", report.markdown(results, every))
 
 
 def _worker(context: Context, name: str) -> Worker:

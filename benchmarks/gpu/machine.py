@@ -20,11 +20,27 @@ import torch
 import vit_triton
 from benchmarks.gpu.step import Context, Step, Wrong
 from benchmarks.runner import PACKAGES, machine
+from vit_triton.kernels import tuned
 
 DEVICE = "device and versions"
+PROCESS_BYTES = 2 * 2**30  # of the GPU, for a process with its CUDA context and the inputs of a check
 # of results that belong together
-IDENTITY = ("gpu", "architecture", "cpu", "python", "numpy", "torch", "triton", "vit_triton", "source", "kernels")
-NVIDIA_SMI = "driver_version,clocks.max.sm,clocks.max.mem,clocks.sm,power.limit,temperature.gpu,mig.mode.current"
+IDENTITY = (
+    "gpu",
+    "architecture",
+    "cpu",
+    "python",
+    "numpy",
+    "torch",
+    "triton",
+    "vit_triton",
+    "source",
+    "kernels",
+    "tiles",
+)
+NVIDIA_SMI = (
+    "driver_version,compute_mode,clocks.max.sm,clocks.max.mem,clocks.sm,power.limit,temperature.gpu,mig.mode.current"
+)
 
 
 def _device(context: Context) -> dict[str, Any]:
@@ -33,17 +49,21 @@ def _device(context: Context) -> dict[str, Any]:
     for package in (*PACKAGES, "rich", "matplotlib"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
+    processes = 64  # that may use the device at the same time
     if context.device == "cuda":
         facts = torch.cuda.get_device_properties(torch.cuda.current_device())
         found |= {
             "memory": f"{facts.total_memory / 2**30:.0f} GiB",
             "multiprocessors": str(facts.multi_processor_count),
             "devices": str(torch.cuda.device_count()),
-            **_nvidia_smi(),
+            "tiles": _tiles(found["gpu"]),
+            **_nvidia_smi(facts),
         }
+        exclusive = found.get("compute_mode", "").startswith("Exclusive")
+        processes = 1 if exclusive else max(1, facts.total_memory // PROCESS_BYTES)
     name = found.get("gpu", found["cpu"])
     line = f"{name}, torch {found['torch']}, triton {found['triton']}, vit_triton {found['vit_triton']}"
-    return {"line": line, "machine": found}
+    return {"line": line, "machine": found, "processes": processes}
 
 
 def _kernels(context: Context) -> str:
@@ -61,10 +81,18 @@ def source() -> str:
     return digest.hexdigest()[:12]
 
 
-def _nvidia_smi() -> dict[str, str]:
+def _tiles(gpu: str) -> str:
+    path = tuned.found(gpu)
+    return "computed" if path is None else f"tuned, {path}"
+
+
+def _nvidia_smi(facts: Any) -> dict[str, str]:
     if torch.version.hip or shutil.which("nvidia-smi") is None:
         return {}
-    command = ["nvidia-smi", f"--query-gpu={NVIDIA_SMI}", "--format=csv,noheader", "--id=0"]
+    card = (
+        f"{facts.pci_domain_id:08x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0"  # CUDA numbers cards otherwise
+    )
+    command = ["nvidia-smi", f"--query-gpu={NVIDIA_SMI}", "--format=csv,noheader", f"--id={card}"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
         values = [value.strip() for value in done.stdout.split(",")]

@@ -4,6 +4,7 @@ Inference is in bfloat16. A training step has float32 parameters, autocast to bf
 random. Before anything is timed, logits (of training: all gradients) are compared with float64.
 """
 
+import contextlib
 import copy
 import functools
 import gc
@@ -51,7 +52,8 @@ class Model:
                 "transformers": hugging_face,
             }.items():
                 if importlib.util.find_spec(library) is not None:
-                    return library, build(shape)
+                    with contextlib.suppress(ImportError):  # of a library that does not fit the others
+                        return library, build(shape)
             return "vit_triton", ours(shape, backend="torch")
 
     def shape(self, context: Context) -> Shape:
