@@ -74,6 +74,13 @@ def test_what_it_links_to_is_there(page):
             assert heading in headings, target
 
 
+def test_the_api_reference_has_every_public_name():
+    shown = set(re.findall(r"^::: ([\w.]+)$", "\n".join(PAGES.values()), re.MULTILINE))
+    for package in (vit_triton, training):
+        names = {f"{package.__name__}.{name}" for name in package.__all__}
+        assert names - {"vit_triton.training.add_arguments", "vit_triton.training.config_from"} <= shown
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """Where a block loads a model of others, a small one of the same kind; the files that the blocks read."""
