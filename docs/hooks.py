@@ -1,5 +1,6 @@
 """The site's hooks: pages made of files in the repository's root, and references in docstrings."""
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,19 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return re.sub(r"\[([^\]]*)\]\(([^)\s]+)\)", changed, markdown)
 
 
-class References(griffe.Extension):
-    """Change ``:func:`name``` in docstrings to links to the API reference, or to code where the name has no page."""
+class Docstrings(griffe.Extension):
+    """Change ``:func:`name``` in docstrings to links to the API reference, or to code where the name has no page, and
+    show the help texts of the options of ``TrainConfig``."""
+
+    def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
+        options = []
+        for attribute in cls.attributes.values():
+            match attribute.value:
+                case griffe.ExprCall(function=griffe.ExprName(name="_option"), arguments=[default, str(text), *_]):
+                    attribute.value = default
+                    options.append(f"    {attribute.name}: {ast.literal_eval(text)}.")
+        if options and cls.docstring:
+            cls.docstring.value += "\n\nArgs:\n" + "\n".join(options)
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
