@@ -109,14 +109,21 @@ def strip(scratch, name):
     return [shape for shape in scratch if math.prod(shape) not in rearranged]
 
 
-def test_the_table_in_the_readme(tmp_path, monkeypatch, capsys):
+def test_the_tables_in_the_documentation(tmp_path, monkeypatch, capsys):
     path = tmp_path / "counts.json"
     monkeypatch.setattr(sys, "argv", ["benchmarks", "memory", "--json", str(path)])
     command.main()
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    root = Path(__file__).parents[1]
+    page, readme = (root / "docs/memory.md").read_text(), (root / "README.md").read_text()
     shown = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(shown) == 2 + len(memory.BLOCKS)
-    assert "\n".join(shown) in readme
+    assert "\n".join(shown) in page
+    rows = {
+        name: [cell.split()[0] for cell in cells] for name, *cells in (line.strip("| ").split("|") for line in shown)
+    }
+    rows = {name.strip(): cells for name, cells in rows.items()}
+    for cells in zip(rows["vit_triton"], rows["timm"], rows["vit_pytorch"], strict=True):
+        assert f"| {' | '.join(cells)} |\n" in readme
     written = json.loads(path.read_text())
     assert (written["command"], written["options"]["batch"], written["tokens"], written["width"]) == (
         "memory",

@@ -1,4 +1,4 @@
-"""Every code block of the README: Python is run, on small models, and of each command line every word is parsed."""
+"""Every code block of the documentation: Python is run, on small models, and of each command every word is parsed."""
 
 import re
 import shlex
@@ -23,38 +23,62 @@ from vit_triton import training  # noqa: E402
 from vit_triton.cli import commands  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        *sorted(ROOT.glob("docs/**/*.md")),
+    ]
+}
+
+
+def line_of(text: str, position: int) -> int:
+    return text[:position].count("\n") + 1
+
+
 BLOCKS = [
-    (match[1], match[2], README[: match.start()].count("\n") + 1)
-    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    (f"{page}:{line_of(text, match.start())}", match[1], match[2])
+    for page, text in PAGES.items()
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 ]
-PYTHON = {f"line {line}": code for language, code, line in BLOCKS if language == "python"}
+PYTHON = {where: code for where, language, code in BLOCKS if language == "python"}
 # Commands of the text, too, where they go on after their first words.
 COMMANDS = {
-    f"line {line}, {i}": command
-    for text, line in [(code, line) for language, code, line in BLOCKS if language == ""]
-    + [(match[1], README[: match.start()].count("\n") + 1) for match in
-       re.finditer(r"`((?:python -m \w+|vit-triton \w+|make) [^`]*)`", README)]
+    f"{where}, {i}": command
+    for where, text in [(where, code) for where, language, code in BLOCKS if language == ""]
+    + [(f"{page}:{line_of(text, match.start())}", match[1]) for page, text in PAGES.items() for match in
+       re.finditer(r"`((?:python -m \w+|vit-triton \w+|make) [^`]*)`", text)]
     for i, command in enumerate(text.replace("\\\n", " ").strip().split("\n"))
 }  # fmt: skip
 
 
 def test_blocks_are_python_or_commands():
-    assert {language for language, _, _ in BLOCKS} <= {"python", "text", ""}
-    assert README.count("```") == 2 * len(BLOCKS) and len(PYTHON) >= 3 and len(COMMANDS) >= 20
+    assert {language for _, language, _ in BLOCKS} <= {"python", "text", ""}
+    assert sum(text.count("```") for text in PAGES.values()) == 2 * len(BLOCKS)
+    assert len(PYTHON) >= 6 and len(COMMANDS) >= 40
 
 
-def test_what_it_links_to_is_there():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
+@pytest.mark.parametrize("page", PAGES)
+def test_what_it_links_to_is_there(page):
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
         path, _, heading = target.partition("#")
         if target.startswith("https://"):
             continue
-        assert (ROOT / path).exists(), target
+        found = (ROOT / page).parent / path if path else ROOT / page
+        assert found.exists(), target
         if heading:
-            page = (ROOT / path).read_text(encoding="utf-8") if path else README
             headings = [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-                        for line in page.splitlines() if line.startswith("#")]  # fmt: skip
+                        for line in found.read_text(encoding="utf-8").splitlines() if line.startswith("#")]  # fmt: skip
             assert heading in headings, target
+
+
+def test_the_api_reference_has_every_public_name():
+    shown = set(re.findall(r"^::: ([\w.]+)$", "\n".join(PAGES.values()), re.MULTILINE))
+    for package in (vit_triton, training):
+        names = {f"{package.__name__}.{name}" for name in package.__all__}
+        assert names - {"vit_triton.training.add_arguments", "vit_triton.training.config_from"} <= shown
 
 
 @pytest.fixture
@@ -98,17 +122,17 @@ def given() -> dict:
 
 @pytest.mark.parametrize("where", PYTHON)
 def test_python_runs(where, small, one_process, capsys):
-    code = compile(PYTHON[where], f"README.md, {where}", "exec")
+    code = compile(PYTHON[where], where, "exec")
     names = {name: value for name, value in given().items() if name in code.co_names}
     exec(code, names)
-    if "preds" in names:
-        assert names["preds"].shape == (1, 1000) and torch.isfinite(names["preds"]).all()
+    for result in names.keys() & {"preds", "logits"}:
+        assert names[result].shape == (1, 1000) and torch.isfinite(names[result]).all()
 
 
 def test_the_table_is_what_accelerate_prints():
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224")
-    tables = [text for language, text, _ in BLOCKS if language == "text"]
+    tables = [text for where, language, text in BLOCKS if language == "text" and where.startswith("README.md")]
     assert tables == [f"{vit_triton.accelerate(model)}\n"]
 
 
@@ -123,12 +147,17 @@ def test_commands_are_understood(where, monkeypatch):
 
     words = shlex.split(COMMANDS[where], comments=True)
     if words[:2] == ["pip", "install"]:
-        package, extra = re.fullmatch(r"(\w+)\[(\w+)\]", words[2]).groups()
-        assert package == "vit_triton"
-        assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+        extra = re.fullmatch(r"\.(?:\[(\w+)\])?", words[2])[1]
+        project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        assert extra is None or re.search(rf"^{extra} = \[", project, re.MULTILINE)
         return
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        return
+    if "=" in words[0]:
+        variable = words.pop(0).partition("=")[0]
+        assert any(f'"{variable}"' in path.read_text(encoding="utf-8") for path in ROOT.glob("vit_triton/**/*.py"))
+        assert words == ["python", "my_script.py"]
         return
     if words[0] == "torchrun":
         arguments = torch.distributed.run.get_args_parser().parse_args(words[1:])
@@ -145,6 +174,7 @@ def test_commands_are_understood(where, monkeypatch):
         words = ["python", "-m", "benchmarks", *options.arguments]
     assert words[:3] == ["python", "-m", "benchmarks"], "a kind of command that is not known here"
     monkeypatch.setattr(sys, "argv", words[2:])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # --device cuda
     for command in benchmarks.__main__.COMMANDS:
         monkeypatch.setattr(benchmarks.__main__.module(command), "run", parsed)
     with pytest.raises(Parsed):
