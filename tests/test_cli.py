@@ -164,7 +164,7 @@ def bad(tmp_path, monkeypatch) -> dict[str, str]:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     cut = "cannot be read: "
     return {
-        "cut.jpg": cut, "cut.png": cut, "damaged.png": cut, "text.jpg": "no image", "empty.jpg": "no image",
+        "cut.jpg": cut, "cut.png": cut, "damaged.png": cut, "text.jpg": "not an image", "empty.jpg": "not an image",
         "folder": "a folder", "missing.jpg": "no such file", "huge.png": "more than 2,000 pixels",
     }  # fmt: skip
 
@@ -229,7 +229,7 @@ def test_the_size_is_limited_before_anything_is_decoded(tmp_path, monkeypatch):
     for ending, options in (("png", {}), ("jpg", {"progressive": True})):
         path = save(tmp_path / f"large.{ending}", noise, **options)
         path.write_bytes(path.read_bytes()[:-2000])  # decoding it fails
-        with pytest.raises(ImageError, match=r"large.*: 60 x 101 pixels; at most 2,000 are read$"):
+        with pytest.raises(ImageError, match=r"large.*: 60 x 101 pixels exceed the limit of 2,000$"):
             open_image(path)
     monkeypatch.setattr(images, "MAX_PIXELS", 60 * 101)
     with pytest.raises(ImageError, match="cannot be read"):
@@ -246,7 +246,7 @@ def test_a_large_jpeg_is_halved_by_its_decoder(tmp_path, monkeypatch):
     assert whole.shape == (60, 101, 3) and pixels(path).shape == (30, 51, 3)
     assert np.abs(pixels(path) - np.asarray(Image.fromarray(whole).reduce(2), float))[:, 1:].max() <= 4
     monkeypatch.setattr(images, "MAX_PIXELS", 30 * 51 - 1)
-    with pytest.raises(ImageError, match=r"60 x 101 pixels; at most 1,529 are read$"):
+    with pytest.raises(ImageError, match=r"60 x 101 pixels exceed the limit of 1,529$"):
         open_image(path)
 
 
@@ -301,7 +301,7 @@ def test_a_bad_image_among_those_to_train_with_is_named(tmp_path, capsys):
         save(tmp_path / "photos" / name / "1.png", np.zeros((16, 16, 3), np.uint8))
         (tmp_path / "photos" / name / "2.png").write_text("none")
     code, _, err = run(capsys, "train", tmp_path / "photos", "--out", tmp_path, *SMALL.split(), "--batch-size", 2)
-    assert code == 2 and err.startswith("vit-triton: ") and "2.png: no image" in err
+    assert code == 2 and err.startswith("vit-triton: ") and "2.png: not an image" in err
 
 
 # --- train and eval ----------------------------------------------------------------------------------------
@@ -721,7 +721,7 @@ def test_a_backend_that_cannot_run_is_a_line(words, photo, trained, capsys, monk
     monkeypatch.setattr("vit_triton.backend._TRITON_INSTALLED", False)
     named = {"PHOTO": photo, "TRAINED": trained}
     code, _, err = run(capsys, *(named.get(word, word) for word in words.split()), "--backend", "triton")
-    assert code == 2 and err.startswith('vit-triton: backend: backend "triton" needs the package triton')
+    assert code == 2 and err.startswith('vit-triton: backend: backend "triton" requires the package triton')
 
 
 def test_a_simple_vit_has_no_class_token(photos, tmp_path, photo, capsys):

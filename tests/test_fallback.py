@@ -62,7 +62,7 @@ def test_calls_are_counted_by_module_and_reason():
     counted = report.fallbacks()
     assert counted.pop("blocks.1") == {"called with attn_mask": 1, "called with argument 2": 1}
     assert counted.pop("blocks.1.attn")
-    assert counted.pop("patch_embed.proj") == {"the image does not divide into patches": 1}
+    assert counted.pop("patch_embed.proj") == {"image size is not divisible by the patch size": 1}
     assert {name: counted[name] for name in WATCHED} == WATCHED and "norm" not in counted
 
 
@@ -132,9 +132,9 @@ def test_a_strict_model_names_module_and_reason(how):
     )
     model(images())
     model.blocks[0].norm2 = nn.Identity()
-    model(images())  # a norm that is none is known
+    model(images())  # an Identity is supported
     model.blocks[0].norm2 = nn.BatchNorm1d(5)
-    with pytest.raises(RuntimeError, match=r"^blocks\.0 \(Block\) would fall back .* a BatchNorm1d is not known"):
+    with pytest.raises(RuntimeError, match=r"^blocks\.0 \(Block\) would fall back .* BatchNorm1d is not supported"):
         model(images())
     with pytest.raises(RuntimeError, match=r"patch_embed\.proj \(Conv2d\) would fall back .* torch.float64 input"):
         model(images().double())

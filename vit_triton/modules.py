@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vit_triton import functional as F
 from vit_triton.backend import MAX_NORM_WIDTH, check_backend_name, resolve_backend
 from vit_triton.checks import check_count, check_dense, check_probability, given, kind
-from vit_triton.fallback import count
+from vit_triton.fallback import count_fallback
 
 __all__ = ["Attention", "FeedForward", "LayerNorm", "Linear", "PatchEmbedding", "PatchRows", "Transformer"]
 
@@ -120,7 +120,7 @@ class LayerNorm(nn.LayerNorm):
         backend = self.backend
         if self.normalized_shape[0] > MAX_NORM_WIDTH and isinstance(input, Tensor):
             if resolve_backend(backend, "layer_norm", input, self.normalized_shape[0]) == "triton":
-                count(self, f"a LayerNorm wider than {MAX_NORM_WIDTH}")
+                count_fallback(self, f"a LayerNorm wider than {MAX_NORM_WIDTH}")
             backend = "torch"
         return cast(Tensor, F.layer_norm(input, self.weight, self.bias, eps=self.eps, backend=backend))
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_triton.packing import refuse
+from vit_triton.packing import raise_if_prepacked
 from vit_triton.weights import files
 from vit_triton.weights.files import WeightsError
 from vit_triton.weights.fitting import Fit, Wanted, best_fit, fit, matches
@@ -66,7 +66,7 @@ def load_weights(
         WeightsError: the file cannot be read, or does not fit; it lists all that does not. The model is untouched.
     """
     _check(model, path, key, grid, resample)
-    refuse(model, "load_weights()")
+    raise_if_prepacked(model, "load_weights()")
     path, patterns = Path(path), _patterns(ignore)
     state = model.state_dict()
     # An empty tensor, such as the class tokens of a model that has none, needs nothing.
