@@ -383,7 +383,7 @@ def test_what_load_weights_may_do_is_an_option(theirs, photo, tmp_path):
     expected = timm.create_model(TIMM, img_size=192)
     load_weights(expected, path, key="teacher", grid=(7, 28), resample=True)
     options = _options(photo, "--model", f"timm:{TIMM}", "--weights", path, "--image-size", 192)
-    with pytest.raises(WeightsError, match="key must name one of model, teacher$"):
+    with pytest.raises(WeightsError, match="key must be one of model, teacher$"):
         models.open_model(options, purpose="logits")
     words = ("--key", "teacher", "--resample", "--grid", 7, 28)
     options = _options("--model", f"timm:{TIMM}", "--weights", path, "--image-size", 192, *words, photo)
@@ -667,12 +667,12 @@ def odd_models(tmp_path_factory) -> dict[str, Path | str]:
         (f"predict PHOTO --model timm:{TIMM} --resample", "--resample is for a file of weights, and --weights"),
         (f"predict PHOTO --model timm:{TIMM} --grid 2 3", "--grid is for a file of weights, and --weights"),
         (f"predict PHOTO --model timm:{TIMM} --weights WEIGHTS --grid 0 3", "grid must be (rows, columns), two"),
-        (f"predict PHOTO --model timm:{TIMM} --weights WEIGHTS --key ema", "holds no set of weights 'ema'"),
+        (f"predict PHOTO --model timm:{TIMM} --weights WEIGHTS --key ema", "contains no set of weights 'ema'"),
         ("predict PHOTO --model TRAINED --image-size 8", "--image-size is for a model by timm: or hf:"),
         ("predict PHOTO --model timm:nothing", "timm has no nothing"),
         ("predict PHOTO --model timm:resnet18", "expected a VisionTransformer of timm's, resnet18 is none"),
         (f"predict PHOTO --model timm:{TIMM} --weights none.pt", "--weights: none.pt: no such file"),
-        (f"predict PHOTO --model timm:{TIMM} --weights PHOTO", "photo.png: expected a file that ends in one of"),
+        (f"predict PHOTO --model timm:{TIMM} --weights PHOTO", "photo.png: expected a file name with one of"),
         ("predict PHOTO --model timm:vit_small_patch16_224 --weights WEIGHTS", "--ignore PATTERN names what need not"),
         (f"predict PHOTO --model timm:{TIMM} --image-size 100", "--image-size must be a multiple of"),
         (f"predict PHOTO --model timm:{TIMM} --image-size 0", "--image-size must be at least 1, got 0"),

@@ -219,12 +219,12 @@ def test_our_vit_has_one_norm_on_the_reference():
         ours = model(image)
     assert sum(event.key.startswith("vit_triton::") for event in profile.key_averages()) > 3
     assert sum(event.count for event in profile.key_averages() if event.key == "aten::native_layer_norm") == 1
-    assert vit_triton.fallbacks(model) == {"to_patch_embedding.1": {"a LayerNorm wider than 65536": 1}}
+    assert vit_triton.fallbacks(model) == {"to_patch_embedding.1": {"LayerNorm is wider than 65536": 1}}
     model.backend = "torch"
     assert_same(ours, model(image), 3 * 160 * 160)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_same(ours, compiled(image), 3 * 160 * 160)
-    assert vit_triton.fallbacks(model) == {"to_patch_embedding.1": {"a LayerNorm wider than 65536": 1}}
+    assert vit_triton.fallbacks(model) == {"to_patch_embedding.1": {"LayerNorm is wider than 65536": 1}}
 
 
 @pytest.mark.parametrize("dim", [24, WIDE])

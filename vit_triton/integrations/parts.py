@@ -13,7 +13,7 @@ from vit_triton.autocast import autocasting
 from vit_triton.backend import MAX_NORM_WIDTH
 from vit_triton.checks import KERNEL_DTYPES, MAX_HEAD_DIM, MAX_ROWS
 from vit_triton.integrations.recipes import UnsupportedModule, check_members, is_sharded, submodule
-from vit_triton.modules import dropout_now
+from vit_triton.modules import active_dropout_p
 
 __all__ = [
     "AttentionParts",
@@ -195,7 +195,7 @@ def dropout_of(module: nn.Module, name: str) -> float:
     if module._modules.get(name) is None:
         return 0.0
     dropout = submodule(module, name, nn.Dropout, nn.Identity)
-    return 0.0 if isinstance(dropout, nn.Identity) else dropout_now(dropout)
+    return 0.0 if isinstance(dropout, nn.Identity) else active_dropout_p(dropout)
 
 
 def activation_of(module: nn.Module, name: str, others: dict[type[nn.Module], str] | None = None) -> str:
