@@ -311,7 +311,7 @@ def test_trains_goes_on_and_evaluates(trained, photos, tmp_path, capsys):
     assert {path.name for path in trained.iterdir()} >= {"checkpoint.pt", "metrics.jsonl", "curves.png"}
     again = ["train", photos, "--out", trained, "--epochs", 2, *SMALL.split()]
     code, _, err = run(capsys, *again)
-    assert code == 2 and "has a checkpoint; resume" in err and err.count("\n") == 1
+    assert code == 2 and "contains a checkpoint; resume" in err and err.count("\n") == 1
     assert run(capsys, *again, "--resume")[0] == 0
     expected = evaluate(trained)
     code, out, _ = run(capsys, "eval", trained, "--json")
@@ -688,15 +688,15 @@ def odd_models(tmp_path_factory) -> dict[str, Path | str]:
         ("train digits --workers -1", "workers must be at least 0, got -1"),
         ("train digits --epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
         ("train digits --dim 1000000000000", "out of memory; a smaller model, image or batch needs less: "),
-        ("train digits --device meta", "device: tensors on meta have no values"),
+        ("train digits --device meta", "device: meta is not supported"),
         ("train digits --out PHOTO", "File exists: '"),
         ("train nowhere", "nowhere/CLASS/"),
         ("train PHOTO", "data: [Errno 20] Not a directory: '"),
         ("train EMPTY", "data must be a folder, digits or cifar10, got ''"),
         ("eval TRAINED --data EMPTY", "data must be a folder, digits or cifar10, got ''"),
         ("eval PHOTO", "has no checkpoint.pt"),
-        ("eval LIST", "checkpoint.pt: ValueError: expected what train writes, "),
-        ("predict PHOTO --model LIST", "checkpoint.pt: ValueError: expected what train writes, "),
+        ("eval LIST", "checkpoint.pt: ValueError: expected a checkpoint of train with "),
+        ("predict PHOTO --model LIST", "checkpoint.pt: ValueError: expected a checkpoint of train with "),
         ("predict PHOTO --model timm:vit_tiny_patch16_224.none", "--model: Invalid pretrained tag (none)"),
         ("predict PHOTO --model hf:ODD", "has files that do not fit: "),
         ("predict PHOTO", "--model"),
