@@ -1,8 +1,8 @@
 """The operators as functions.
 
 All tensors of a call must have one dtype (float32, float16 or bfloat16; backend "torch" also supports float64) and be
-on one device, with any strides. Invalid arguments raise TypeError or ValueError with the name of the argument. Under
-autocast, GEMMs run in its dtype and layer_norm in float32, as in PyTorch.
+on one device, with any strides; only norms may have another dtype. Invalid arguments raise TypeError or ValueError with
+the name of the argument. Under autocast, GEMMs run in its dtype and layer_norm in float32, as in PyTorch.
 
 ``backend`` is "triton", "torch", "auto" or None, the default set by :func:`vit_triton.use_backend`. Backend "triton"
 supports first-order gradients in reverse mode. Other gradients raise an error and require "torch".
@@ -59,6 +59,10 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute softmax(scale * q k^T) v per head (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1).
 
+    With "triton", the backward pass recomputes the attention weights from the log-sum-exp with a relative error of up
+    to 2e-7 times the largest scaled score, so the gradient of v loses all precision at scores near 1e6. The result may
+    be inf or NaN for scaled scores above 1e9 in magnitude (float16: 1e8).
+
     Args:
         q: (B, N_q, H, D), D <= 256.
         k, v: (B, N_k, H, D), N_k >= 1.
@@ -71,10 +75,6 @@ def attention(
 
     Returns:
         (B, N_q, H, D), contiguous with "triton". Saved for backward: q, k, v, the result and the log-sum-exp.
-
-    With "triton", the backward pass recomputes the attention weights from the log-sum-exp with a relative error of up
-    to 2e-7 times the largest scaled score, so the gradient of v loses all precision at scores near 1e6. The result may
-    be inf or NaN for scaled scores above 1e9 in magnitude (float16: 1e8).
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x, 4, "(B, N, H, D)")
