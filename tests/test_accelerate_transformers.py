@@ -346,7 +346,7 @@ def test_an_attention_of_the_users_own_is_used() -> None:
         untouched = small("vit", attn_implementation="nothing")
         ours = accelerated(untouched)
         assert_same(result(ours(images(ours))), result(untouched(images(ours))), TERMS)
-        assert "'nothing' is not known here" in str(vit_triton.accelerate(ours))
+        assert "'nothing' is not supported" in str(vit_triton.accelerate(ours))
     finally:
         hf.AttentionInterface._global_mapping.pop("nothing")
 
@@ -394,7 +394,7 @@ def test_drop_path_in_training(monkeypatch, whole_layers: list[str]) -> None:
     drawn = iter([[0.1, 0.9], [0.9, 0.9], [0.9, 0.1], [0.1, 0.9]])  # below 0.25 is dropped
     monkeypatch.setattr(torch, "rand", lambda shape, **kw: torch.tensor(next(drawn), **kw).view(shape))
     kept = iter([[0, 4 / 3], [4 / 3, 4 / 3], [4 / 3, 0], [0, 4 / 3]])
-    monkeypatch.setattr(reference, "kept_samples", lambda x, p: torch.tensor(next(kept)) if p == 0.25 else None)
+    monkeypatch.setattr(reference, "drop_path_factors", lambda x, p: torch.tensor(next(kept)) if p == 0.25 else None)
     assert_trained_alike(untouched, ours)
     assert len(whole_layers) == 2 and next(drawn, None) is next(kept, None) is None
 
@@ -456,10 +456,10 @@ def another_gate(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     "family, change, why",
     [
-        ("siglip", causal, "is causal"),
+        ("siglip", causal, "causal attention"),
         ("siglip", one_bias_less, "only some of the projections have a bias"),
-        ("siglip", pooling_without_bias, "attention: has no bias"),
-        ("dinov2", another_gate, "a gate that is not SiLU"),
+        ("siglip", pooling_without_bias, "attention: no bias"),
+        ("dinov2", another_gate, "gate activation is not SiLU"),
     ],
 )
 def test_what_no_config_makes_is_left_alone(family: str, change: Callable[[nn.Module], None], why: str) -> None:

@@ -201,7 +201,7 @@ def test_switching_the_interpreter_after_the_import_is_an_error(before):
         f"""
 import triton
 os.environ["TRITON_INTERPRET"] = {"0" if before == "1" else "1"!r}
-assert "TRITON_INTERPRET was changed after Triton had been imported" in error_of(norm)
+assert "TRITON_INTERPRET was changed after Triton was imported" in error_of(norm)
 """,
         TRITON_INTERPRET=before,
     )

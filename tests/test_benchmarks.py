@@ -371,7 +371,7 @@ def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
         (["ops", "--model", "XL"], "invalid choice: 'XL'"),
         (["models", "--direction", "backward"], "invalid choice: 'backward'"),
         (["ops", "--providers", "sdqa"], "--providers: no 'sdqa' here; there are vit_triton, "),
-        (["ops", "--image", "8"], "--image: 8 pixels hold no patch of 16 (B)"),
+        (["ops", "--image", "8"], "--image: image side must be at least the patch side 16 of B, got 8"),
         (
             ["ops", "--only", "zzz"],
             "--only: nothing here contains 'zzz'; there are mlp forward; mlp forward+",

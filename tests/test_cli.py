@@ -164,7 +164,7 @@ def bad(tmp_path, monkeypatch) -> dict[str, str]:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     cut = "cannot be read: "
     return {
-        "cut.jpg": cut, "cut.png": cut, "damaged.png": cut, "text.jpg": "no image", "empty.jpg": "no image",
+        "cut.jpg": cut, "cut.png": cut, "damaged.png": cut, "text.jpg": "not an image", "empty.jpg": "not an image",
         "folder": "a folder", "missing.jpg": "no such file", "huge.png": "more than 2,000 pixels",
     }  # fmt: skip
 
@@ -229,7 +229,7 @@ def test_the_size_is_limited_before_anything_is_decoded(tmp_path, monkeypatch):
     for ending, options in (("png", {}), ("jpg", {"progressive": True})):
         path = save(tmp_path / f"large.{ending}", noise, **options)
         path.write_bytes(path.read_bytes()[:-2000])  # decoding it fails
-        with pytest.raises(ImageError, match=r"large.*: 60 x 101 pixels; at most 2,000 are read$"):
+        with pytest.raises(ImageError, match=r"large.*: 60 x 101 pixels exceed the limit of 2,000$"):
             open_image(path)
     monkeypatch.setattr(images, "MAX_PIXELS", 60 * 101)
     with pytest.raises(ImageError, match="cannot be read"):
@@ -246,7 +246,7 @@ def test_a_large_jpeg_is_halved_by_its_decoder(tmp_path, monkeypatch):
     assert whole.shape == (60, 101, 3) and pixels(path).shape == (30, 51, 3)
     assert np.abs(pixels(path) - np.asarray(Image.fromarray(whole).reduce(2), float))[:, 1:].max() <= 4
     monkeypatch.setattr(images, "MAX_PIXELS", 30 * 51 - 1)
-    with pytest.raises(ImageError, match=r"60 x 101 pixels; at most 1,529 are read$"):
+    with pytest.raises(ImageError, match=r"60 x 101 pixels exceed the limit of 1,529$"):
         open_image(path)
 
 
@@ -301,7 +301,7 @@ def test_a_bad_image_among_those_to_train_with_is_named(tmp_path, capsys):
         save(tmp_path / "photos" / name / "1.png", np.zeros((16, 16, 3), np.uint8))
         (tmp_path / "photos" / name / "2.png").write_text("none")
     code, _, err = run(capsys, "train", tmp_path / "photos", "--out", tmp_path, *SMALL.split(), "--batch-size", 2)
-    assert code == 2 and err.startswith("vit-triton: ") and "2.png: no image" in err
+    assert code == 2 and err.startswith("vit-triton: ") and "2.png: not an image" in err
 
 
 # --- train and eval ----------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_trains_goes_on_and_evaluates(trained, photos, tmp_path, capsys):
     assert {path.name for path in trained.iterdir()} >= {"checkpoint.pt", "metrics.jsonl", "curves.png"}
     again = ["train", photos, "--out", trained, "--epochs", 2, *SMALL.split()]
     code, _, err = run(capsys, *again)
-    assert code == 2 and "has a checkpoint; resume" in err and err.count("\n") == 1
+    assert code == 2 and "contains a checkpoint; resume" in err and err.count("\n") == 1
     assert run(capsys, *again, "--resume")[0] == 0
     expected = evaluate(trained)
     code, out, _ = run(capsys, "eval", trained, "--json")
@@ -383,7 +383,7 @@ def test_what_load_weights_may_do_is_an_option(theirs, photo, tmp_path):
     expected = timm.create_model(TIMM, img_size=192)
     load_weights(expected, path, key="teacher", grid=(7, 28), resample=True)
     options = _options(photo, "--model", f"timm:{TIMM}", "--weights", path, "--image-size", 192)
-    with pytest.raises(WeightsError, match="key must name one of model, teacher$"):
+    with pytest.raises(WeightsError, match="key must be one of model, teacher$"):
         models.open_model(options, purpose="logits")
     words = ("--key", "teacher", "--resample", "--grid", 7, 28)
     options = _options("--model", f"timm:{TIMM}", "--weights", path, "--image-size", 192, *words, photo)
@@ -667,12 +667,12 @@ def odd_models(tmp_path_factory) -> dict[str, Path | str]:
         (f"predict PHOTO --model timm:{TIMM} --resample", "--resample is for a file of weights, and --weights"),
         (f"predict PHOTO --model timm:{TIMM} --grid 2 3", "--grid is for a file of weights, and --weights"),
         (f"predict PHOTO --model timm:{TIMM} --weights WEIGHTS --grid 0 3", "grid must be (rows, columns), two"),
-        (f"predict PHOTO --model timm:{TIMM} --weights WEIGHTS --key ema", "holds no set of weights 'ema'"),
+        (f"predict PHOTO --model timm:{TIMM} --weights WEIGHTS --key ema", "contains no set of weights 'ema'"),
         ("predict PHOTO --model TRAINED --image-size 8", "--image-size is for a model by timm: or hf:"),
         ("predict PHOTO --model timm:nothing", "timm has no nothing"),
         ("predict PHOTO --model timm:resnet18", "expected a VisionTransformer of timm's, resnet18 is none"),
         (f"predict PHOTO --model timm:{TIMM} --weights none.pt", "--weights: none.pt: no such file"),
-        (f"predict PHOTO --model timm:{TIMM} --weights PHOTO", "photo.png: expected a file that ends in one of"),
+        (f"predict PHOTO --model timm:{TIMM} --weights PHOTO", "photo.png: expected a file name with one of"),
         ("predict PHOTO --model timm:vit_small_patch16_224 --weights WEIGHTS", "--ignore PATTERN names what need not"),
         (f"predict PHOTO --model timm:{TIMM} --image-size 100", "--image-size must be a multiple of"),
         (f"predict PHOTO --model timm:{TIMM} --image-size 0", "--image-size must be at least 1, got 0"),
@@ -688,15 +688,15 @@ def odd_models(tmp_path_factory) -> dict[str, Path | str]:
         ("train digits --workers -1", "workers must be at least 0, got -1"),
         ("train digits --epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
         ("train digits --dim 1000000000000", "out of memory; a smaller model, image or batch needs less: "),
-        ("train digits --device meta", "device: tensors on meta have no values"),
+        ("train digits --device meta", "device: meta is not supported"),
         ("train digits --out PHOTO", "File exists: '"),
         ("train nowhere", "nowhere/CLASS/"),
         ("train PHOTO", "data: [Errno 20] Not a directory: '"),
         ("train EMPTY", "data must be a folder, digits or cifar10, got ''"),
         ("eval TRAINED --data EMPTY", "data must be a folder, digits or cifar10, got ''"),
         ("eval PHOTO", "has no checkpoint.pt"),
-        ("eval LIST", "checkpoint.pt: ValueError: expected what train writes, "),
-        ("predict PHOTO --model LIST", "checkpoint.pt: ValueError: expected what train writes, "),
+        ("eval LIST", "checkpoint.pt: ValueError: expected a checkpoint of train with "),
+        ("predict PHOTO --model LIST", "checkpoint.pt: ValueError: expected a checkpoint of train with "),
         ("predict PHOTO --model timm:vit_tiny_patch16_224.none", "--model: Invalid pretrained tag (none)"),
         ("predict PHOTO --model hf:ODD", "has files that do not fit: "),
         ("predict PHOTO", "--model"),
@@ -721,7 +721,7 @@ def test_a_backend_that_cannot_run_is_a_line(words, photo, trained, capsys, monk
     monkeypatch.setattr("vit_triton.backend._TRITON_INSTALLED", False)
     named = {"PHOTO": photo, "TRAINED": trained}
     code, _, err = run(capsys, *(named.get(word, word) for word in words.split()), "--backend", "triton")
-    assert code == 2 and err.startswith('vit-triton: backend: backend "triton" needs the package triton')
+    assert code == 2 and err.startswith('vit-triton: backend: backend "triton" requires the package triton')
 
 
 def test_a_simple_vit_has_no_class_token(photos, tmp_path, photo, capsys):

@@ -82,7 +82,7 @@ def test_depths(depth, first_token):
         check(x, blocks, heads=2, first_token=first_token)
         return
     for backend in ("triton", "torch"):
-        with pytest.raises(ValueError, match="first_token needs a block"):
+        with pytest.raises(ValueError, match="first_token requires a block"):
             F.encoder(x, blocks, heads=2, first_token=True, backend=backend)
 
 

@@ -62,7 +62,7 @@ def test_calls_are_counted_by_module_and_reason():
     counted = report.fallbacks()
     assert counted.pop("blocks.1") == {"called with attn_mask": 1, "called with argument 2": 1}
     assert counted.pop("blocks.1.attn")
-    assert counted.pop("patch_embed.proj") == {"the image does not divide into patches": 1}
+    assert counted.pop("patch_embed.proj") == {"image size is not divisible by the patch size": 1}
     assert {name: counted[name] for name in WATCHED} == WATCHED and "norm" not in counted
 
 
@@ -132,9 +132,9 @@ def test_a_strict_model_names_module_and_reason(how):
     )
     model(images())
     model.blocks[0].norm2 = nn.Identity()
-    model(images())  # a norm that is none is known
+    model(images())  # an Identity is supported
     model.blocks[0].norm2 = nn.BatchNorm1d(5)
-    with pytest.raises(RuntimeError, match=r"^blocks\.0 \(Block\) would fall back .* a BatchNorm1d is not known"):
+    with pytest.raises(RuntimeError, match=r"^blocks\.0 \(Block\) would fall back .* BatchNorm1d is not supported"):
         model(images())
     with pytest.raises(RuntimeError, match=r"patch_embed\.proj \(Conv2d\) would fall back .* torch.float64 input"):
         model(images().double())
@@ -219,12 +219,12 @@ def test_our_vit_has_one_norm_on_the_reference():
         ours = model(image)
     assert sum(event.key.startswith("vit_triton::") for event in profile.key_averages()) > 3
     assert sum(event.count for event in profile.key_averages() if event.key == "aten::native_layer_norm") == 1
-    assert vit_triton.fallbacks(model) == {"to_patch_embedding.1": {"a LayerNorm wider than 65536": 1}}
+    assert vit_triton.fallbacks(model) == {"to_patch_embedding.1": {"LayerNorm is wider than 65536": 1}}
     model.backend = "torch"
     assert_same(ours, model(image), 3 * 160 * 160)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_same(ours, compiled(image), 3 * 160 * 160)
-    assert vit_triton.fallbacks(model) == {"to_patch_embedding.1": {"a LayerNorm wider than 65536": 1}}
+    assert vit_triton.fallbacks(model) == {"to_patch_embedding.1": {"LayerNorm is wider than 65536": 1}}
 
 
 @pytest.mark.parametrize("dim", [24, WIDE])

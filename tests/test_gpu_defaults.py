@@ -16,8 +16,8 @@ from vit_triton.kernels.target import INTERPRETING
 T4, MI300X, ARC = "Tesla T4", "AMD Instinct MI300X", "Intel(R) Arc(TM) B580 Graphics"
 CUDA_0, CUDA_1, XPU_0 = torch.device("cuda:0"), torch.device("cuda:1"), torch.device("xpu:0")
 T4_REASON = (
-    f"Triton compiles products for {T4} (compute capability 7.5) without tensor cores; once vit-triton tune has timed "
-    'the kernels there, "auto" takes them'
+    f"Triton compiles GEMMs for {T4} (compute capability 7.5) without tensor cores; run vit-triton tune on this GPU to "
+    'make "auto" select the kernels'
 )
 
 
@@ -74,7 +74,7 @@ def auto(on):
         x = torch.empty(2, 4, device=on)
     taken, reason = backend.resolve_backend("auto", "linear", x), backend.auto_reason("linear", x)
     assert (taken == "triton") == (backend.why_torch(on) == "") and reason == (
-        backend.why_torch(on) or "the kernels are made for GPUs"
+        backend.why_torch(on) or "the kernels support this GPU"
     )
     return taken, reason
 
@@ -89,7 +89,7 @@ def test_auto_takes_triton_on_nvidia_gpus_whose_tensor_cores_triton_uses(gpus, c
 def test_auto_takes_torch_on_older_ones(gpus, capability):
     gpus("cuda", name="an old GPU", major=capability[0], minor=capability[1])
     taken, reason = auto(CUDA_0)
-    assert taken == "torch" and "products for an old GPU (compute capability {}.{})".format(*capability) in reason
+    assert taken == "torch" and "GEMMs for an old GPU (compute capability {}.{})".format(*capability) in reason
 
 
 def test_each_gpu_has_its_own_answer(gpus, t4):
@@ -149,8 +149,8 @@ def test_an_explicit_triton_runs_and_warns_once_for_each_gpu(gpus, t4):
             assert explicit(f"cuda:{i}") == "triton"
     for i, each in zip((0, 2), caught, strict=True):
         assert each.category is RuntimeWarning and str(each.message) == (
-            f'vit_triton: on cuda:{i} backend "auto" takes PyTorch, which may be faster than the kernels that '
-            f'backend="triton" runs: {T4_REASON}'
+            f'vit_triton: on cuda:{i} backend "auto" selects PyTorch, which may be faster than backend="triton": '
+            f"{T4_REASON}"
         )
 
 
@@ -206,7 +206,7 @@ def on_a_gpu(on=CUDA_0):
 
 def test_the_report_of_accelerate_begins_with_the_reason(t4):
     report = vit_triton.accelerate(on_a_gpu())
-    note = f'backend "auto" uses PyTorch on cuda:0: {T4_REASON}'
+    note = f'backend "auto" selects PyTorch on cuda:0: {T4_REASON}'
     assert report.notes == (note,) and report.replaced
     assert str(report).splitlines()[0] == note and str(report).splitlines()[1].startswith("module")
     assert vit_triton.accelerate(on_a_gpu(), None).notes == (note,)

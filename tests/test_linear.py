@@ -205,7 +205,7 @@ def check_branch(inputs, dy, *, norm, drop_path_p):
     options, kept = {"drop_path_p": drop_path_p}, 1.0
     if drop_path_p:
         torch.manual_seed(5)
-        kept = reference.kept_samples(double(inputs)[0], drop_path_p)
+        kept = reference.drop_path_factors(double(inputs)[0], drop_path_p)
         kept = kept.repeat_interleave(inputs[0][0, ..., 0].numel())[:, None]
     results = []
     for function, tensors, grad in (

@@ -208,7 +208,7 @@ def test_layer_scale_and_drop_path(leading, dtype, bias, norm, scale, drop_path_
     inputs += [] if scale is None else [(torch.randn(24) * scale).to(dtype)]
     dy = torch.randn(*leading, 24).to(dtype)
     torch.manual_seed(5)
-    keep = reference.kept_samples(inputs[0].double(), drop_path_p).repeat_interleave(inputs[0][0, ..., 0].numel())
+    keep = reference.drop_path_factors(inputs[0].double(), drop_path_p).repeat_interleave(inputs[0][0, ..., 0].numel())
     results, options = [], {"drop_path_p": drop_path_p}
     for function, tensors, grad in (
         (call(F.mlp, norm, backend="triton", **options), inputs, dy),

@@ -227,7 +227,7 @@ def test_bad_configuration_names_argument_and_values(changes, error, message):
         (torch.zeros(1, 3, 24, 16), ValueError, r"24 x 16 pixels has 6 patches .* positions for exactly 4"),
         (torch.zeros(1, 4, 16, 16), ValueError, r"image must have 3 channels"),
         (torch.zeros(3, 16, 16), ValueError, r"image must be 4-D"),
-        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), TypeError, r"torch.uint8.*normalise"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), TypeError, r"torch.uint8.*normalize"),
     ],
 )
 def test_bad_image_is_refused_by_name(backend, image, error, message):

@@ -42,7 +42,7 @@ from vit_triton.training import (
     train,
 )
 from vit_triton.training.data import Seeded, batches, load_data
-from vit_triton.training.loop import METRICS, Place, Run
+from vit_triton.training.loop import METRICS, Process, Run
 
 for name in ("matplotlib", "rich", "sklearn", "torchvision"):
     pytest.importorskip(name)
@@ -164,13 +164,13 @@ def at_call(monkeypatch, module, name, number, before=lambda *_: None):
 
 
 MOMENTS = {
-    "a step": lambda patch: at_call(patch, Run, "learn", 9),
+    "a step": lambda patch: at_call(patch, Run, "training_step", 9),
     "a test": lambda patch: at_call(patch, loop, "test", 2),
     "tested, not saved": lambda patch: at_call(patch, Run, "save", 6),
     "half written": lambda patch: at_call(patch, torch, "save", 5, lambda state, file: file.write(b"PK\3\4" * 100)),
     "written, not flushed": lambda patch: at_call(patch, os, "fsync", 18),
     "the last one put away": lambda patch: at_call(patch, os, "replace", 8),
-    "before the first checkpoint": lambda patch: at_call(patch, Run, "learn", 2),
+    "before the first checkpoint": lambda patch: at_call(patch, Run, "training_step", 2),
 }
 
 
@@ -243,7 +243,7 @@ def test_survives_kill_9(whole, photos, tmp_path):
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, photos, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / checkpoint.NAME).write_bytes((whole / checkpoint.NAME).read_bytes()[:1000])
-    with pytest.warns(UserWarning, match="checkpoint.previous.pt is taken instead: .*checkpoint.pt: BadZipFile"):
+    with pytest.warns(UserWarning, match="checkpoint.previous.pt is used instead: .*checkpoint.pt: BadZipFile"):
         train(config(photos, tmp_path, resume=True))
     assert_same_run(tmp_path, whole)
     for name in (checkpoint.NAME, checkpoint.PREVIOUS):
@@ -272,7 +272,7 @@ def test_one_changed_bit_is_seen(whole, tmp_path):
         largest = max(tensors, key=lambda entry: entry.file_size)
     content[largest.header_offset + largest.file_size // 2 + 200] ^= 1
     (tmp_path / checkpoint.NAME).write_bytes(content)
-    with pytest.raises(ValueError, match=r"checkpoint.pt: .*the checksum of .*data/\d+ does not fit"):
+    with pytest.raises(ValueError, match=r"checkpoint.pt: .*the checksum of .*data/\d+ does not match"):
         checkpoint.load(tmp_path)
 
 
@@ -300,7 +300,7 @@ JUNK = [None, True, -1, 2**70, 0.5, float("nan"), "text", b"bytes", [], [1], {},
 @pytest.mark.parametrize("contents", JUNK)
 def test_a_checkpoint_that_holds_something_else_is_named(contents, photos, tmp_path):
     torch.save(contents, tmp_path / checkpoint.NAME)
-    message = r"^no checkpoint can be read: \S*checkpoint.pt: ValueError: expected what train writes, [^\n]*$"
+    message = r"^no checkpoint can be read: \S*checkpoint.pt: ValueError: expected a checkpoint of train with [^\n]*$"
     for use in (lambda: train(config(photos, tmp_path, resume=True)), lambda: load_trained(tmp_path)):
         with pytest.raises(ValueError, match=message):
             use()
@@ -320,13 +320,13 @@ def test_fuzz_checkpoints_with_other_contents(whole, photos, examples, data):
     while isinstance(inside[name], dict) and inside[name] and data.draw(st.booleans()):
         inside, name = inside[name], data.draw(st.sampled_from(sorted(inside[name], key=str)))
     inside[name] = data.draw(st.sampled_from(JUNK))
-    run = Run(config(photos, whole), examples, Place(torch.device("cpu")))
-    for use in (run.load, run.differs, lambda state: load_trained(whole)):
+    run = Run(config(photos, whole), examples, Process(torch.device("cpu")))
+    for use in (run.load, run.differences, lambda state: load_trained(whole)):
         try:
-            with mock.patch.object(checkpoint, "load", lambda folder: (state, path)), checkpoint.taking(path):
+            with mock.patch.object(checkpoint, "load", lambda folder: (state, path)), checkpoint.invalid_contents(path):
                 use(state)
         except ValueError as error:
-            assert str(error).startswith(f"{path} does not fit: ") and len(str(error).splitlines()) == 1
+            assert str(error).startswith(f"{path} is not a valid checkpoint: ") and len(str(error).splitlines()) == 1
 
 
 # --- disks and locks ---------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(whole, photos, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     os.replace(tmp_path / checkpoint.PREVIOUS, tmp_path / checkpoint.NAME)
     before = (tmp_path / checkpoint.NAME).read_bytes()
-    with largest_file(20_000), pytest.raises(OSError, match=r"[\d,]+ of [\d,]+ bytes are missing, .*checkpoint.pt'$"):
+    with largest_file(20_000), pytest.raises(OSError, match=r"[\d,]+ of [\d,]+ bytes are missing; .*checkpoint.pt'$"):
         train(config(photos, tmp_path, resume=True))
     assert (tmp_path / checkpoint.NAME).read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == FILES - {checkpoint.PREVIOUS}
@@ -358,7 +358,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(whole, photos, tmp_path):
 
 
 def test_a_full_disk_leaves_whole_lines_of_metrics(tmp_path):
-    metrics = loop.Metrics(tmp_path / METRICS, Place(torch.device("cpu")), 0)
+    metrics = loop.Metrics(tmp_path / METRICS, Process(torch.device("cpu")), 0)
     line = {"step": 1, "epoch": 1, "test_loss": 0.5, "test_accuracy": 0.5}
     metrics.flush(line)
     before = (tmp_path / METRICS).read_bytes()
@@ -428,7 +428,7 @@ def test_damaged_metrics_are_named(bad, whole, photos, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / METRICS).write_bytes(LINE + bad + b"\n" + LINE)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"}
-    with pytest.raises(ValueError, match=rf"^{tmp_path / METRICS}, line 2: expected what train writes of [^\n]*$"):
+    with pytest.raises(ValueError, match=rf"^{tmp_path / METRICS}, line 2: expected the JSON of a step or test[^\n]*$"):
         train(config(photos, tmp_path, resume=True))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"} == before
 
@@ -472,9 +472,9 @@ def test_fuzz_damaged_metrics(whole, tmp_path, flips, kept, line):
 def test_a_checkpoint_of_another_run_is_refused_by_name(whole, photos, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     before = (tmp_path / checkpoint.NAME).read_bytes()
-    with pytest.raises(FileExistsError, match="out: .* has a checkpoint; resume"):
+    with pytest.raises(FileExistsError, match="out: .* contains a checkpoint; resume"):
         train(config(photos, tmp_path))
-    with pytest.raises(ValueError, match="of another run, with dim 16, not 32; mlp_dim 24, not 40; dim_head"):
+    with pytest.raises(ValueError, match="belongs to another run, with dim 16, not 32; mlp_dim 24, not 40; dim_head"):
         train(config(photos, tmp_path, resume=True, dim=32, mlp_dim=40))
     with pytest.raises(ValueError, match=r"classes \['bright', 'dark'\], not \['0'.*train_images 25, not 1438"):
         train(config(photos, tmp_path, resume=True, data="digits"))
@@ -566,7 +566,7 @@ def test_links_that_lead_back_are_refused(links, photos, tmp_path):
     assert len(load_data(TrainConfig(tmp_path)).train.examples.dataset) == 3 * 14
     for name, target in links.items():
         (tmp_path / name).symlink_to(target)
-    with pytest.raises(ValueError, match=r"^data: \S+ is a link to a folder that it lies in$"):
+    with pytest.raises(ValueError, match=r"^data: \S+ is a link to a folder that contains it$"):
         load_data(TrainConfig(tmp_path))
 
 
@@ -583,7 +583,7 @@ def test_says_which_file_to_put_where(tmp_path, monkeypatch, download):
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
-    with pytest.raises(FileNotFoundError, match=f"Put cifar-10-python.tar.gz, from https.*: {tmp_path}/cifar-10"):
+    with pytest.raises(FileNotFoundError, match=f"Download https.*cifar-10-python.tar.gz to {tmp_path}/cifar-10"):
         load_data(TrainConfig("cifar10", data_folder=tmp_path, download=download))
     with pytest.raises(FileNotFoundError, match="nowhere/CLASS/.*nowhere/train/CLASS"):
         load_data(TrainConfig(str(tmp_path / "nowhere")))
@@ -656,7 +656,7 @@ def test_the_command_line_is_the_configuration():
         ({"workers": -1}, "workers must be at least 0, got -1"),
         ({"seed": 2**63}, "seed must be at least 0 and below 2.*63, got 9223372036854775808"),
         ({"precision": "float16"}, "precision must be one of 'float32', 'bfloat16', got 'float16'"),
-        ({"dim": 30, "heads": 4}, "dim must divide by heads, got 30 and 4"),
+        ({"dim": 30, "heads": 4}, "dim must be divisible by heads, got 30 and 4"),
     ],
 )
 def test_a_bad_option_is_named(changes, message):
@@ -717,9 +717,9 @@ def test_what_is_no_run_is_named(use, value):
 
 def test_batches_must_fit_images_and_processes(photos, tmp_path):
     small = config(photos, tmp_path, batch_size=26)
-    with pytest.raises(ValueError, match="batch_size must be at most the 25 training images, got 26"):
+    with pytest.raises(ValueError, match="batch_size must be at most the number of training images, 25, got 26"):
         train(small)
-    with pytest.raises(ValueError, match="batch_size must divide by the 3 processes, got 26"):
-        Run(small, load_data(small), Place(torch.device("cpu"), 0, 3))
-    with pytest.raises(ValueError, match="fsdp shards over the processes of torchrun"):
+    with pytest.raises(ValueError, match="batch_size must be divisible by the number of processes, 3, got 26"):
+        Run(small, load_data(small), Process(torch.device("cpu"), 0, 3))
+    with pytest.raises(ValueError, match="fsdp requires torchrun"):
         train(config(photos, tmp_path, fsdp=True))

@@ -353,8 +353,8 @@ def test_a_candidate_that_is_wrong_or_fails_or_spills_is_named_and_not_taken(sma
     qkv = only(small, QKV)
     mm = torch.mm
     for spoil, message in (
-        (lambda a, b: mm(a, b) * 1.001, f"WRONG in tiny: {QKV}: 1.0e-03 from the default's numbers"),
-        (lambda a, b: mm(a, b) * float("nan"), f"WRONG in tiny: {QKV}: nan from"),
+        (lambda a, b: mm(a, b) * 1.001, f"WRONG in tiny: {QKV}: differs from the default by 1.0e-03"),
+        (lambda a, b: mm(a, b) * float("nan"), f"WRONG in tiny: {QKV}: differs from the default by nan"),
         (lambda a, b: mm(a, b[:1]), "does not run: RuntimeError"),
     ):
         lines = []
@@ -411,7 +411,7 @@ def test_without_a_gpu_the_command_says_so(capsys, tmp_path):
     ("words", "message"),
     [
         ("--batch 0", "must be a whole number above 0, got '0'"),
-        ("--image 8", "--image: 8 pixels hold no patch of 16 (B)"),
+        ("--image 8", "--image: image side must be at least the patch side 16 of B, got 8"),
         ("--seconds -1", "must be a number of seconds, got '-1'"),
         ("--out /nowhere/r.json", "must be a file in a folder that exists, got '/nowhere/r.json'"),
     ],

@@ -464,7 +464,7 @@ def test_numpy_integers_are_integers():
         (torch.zeros(1, 3, 16, 12), ValueError, r"image of 16 x 12 pixels .* 8 x 8"),
         (torch.zeros(1, 3, 0, 16), ValueError, r"image of 0 x 16 pixels"),
         (torch.zeros(1, 3, 24, 16), ValueError, r"24 x 16 pixels has 6 patches .* positions for 4"),
-        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), TypeError, r"image .*torch.uint8.*normalise"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), TypeError, r"image .*torch.uint8.*normalize"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.int64), TypeError, r"image .*torch.int64"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.complex64), TypeError, r"image .*torch.complex64"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.float64), (TypeError, ValueError), r"float64"),

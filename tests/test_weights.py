@@ -288,7 +288,7 @@ class TestJax:
         np.savez(tmp_path / "model.npz", **as_jax(made(timm_model)), extra=np.array([{}], dtype=object))
         model = made(timm_model, seed=1)
         before = snapshot(model)
-        with pytest.raises(WeightsError, match="which holds 'extra': numpy's object"):
+        with pytest.raises(WeightsError, match="got 'extra': numpy dtype object"):
             load_weights(model, tmp_path / "model.npz")
         assert_untouched(model, before)
 
@@ -508,7 +508,9 @@ class TestRefusals:
     @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npz"])
     def test_truncated(self, tmp_path, suffix):
         truncated(made(timm_model), tmp_path / f"model{suffix}")
-        self.refuse(made(timm_model, seed=1), tmp_path / f"model{suffix}", f"model{suffix}: no readable {suffix} file")
+        self.refuse(
+            made(timm_model, seed=1), tmp_path / f"model{suffix}", f"model{suffix}: cannot be read as a {suffix} file"
+        )
 
     @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".bin", ".npz", ".onnx"])
     @pytest.mark.parametrize(
@@ -524,7 +526,7 @@ class TestRefusals:
         model, fuse = made(timm_model), tmp_path / "ran"
         content = wrap(Bomb(fuse), snapshot(model))
         torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
-        self.refuse(model, tmp_path / "model.pth", r".pth file: it holds \w+.system, and nothing but tensors")
+        self.refuse(model, tmp_path / "model.pth", r".pth file: it contains \w+.system, but only tensors")
         assert not fuse.exists()
         pickle.loads(pickle.dumps(Bomb(fuse)))
         assert fuse.exists()  # it would have
@@ -541,7 +543,7 @@ class TestRefusals:
         torch.save({"epoch": 3, "optimizer": {}}, tmp_path / "run.pt")
         self.refuse(model, tmp_path / "run.pt", "'epoch': int, 'optimizer': dict")
         torch.save({}, tmp_path / "empty.pt")
-        self.refuse(model, tmp_path / "empty.pt", "which holds nothing")
+        self.refuse(model, tmp_path / "empty.pt", "got an empty one")
 
     @pytest.mark.filterwarnings("ignore:Validating sparse tensor")  # PyTorch says so to whoever reads one
     @pytest.mark.parametrize(
@@ -549,7 +551,7 @@ class TestRefusals:
         [
             ("norm.bias", lambda x: x.to("meta"), "'norm.bias': torch.strided on meta"),
             ("norm.bias", Tensor.to_sparse, "'norm.bias': torch.sparse_coo on cpu"),
-            (7, Tensor.clone, "'7': under a name of type int"),
+            (7, Tensor.clone, "'7': name has type int"),
         ],
     )
     def test_tensors_of_other_kinds(self, tmp_path, name, change, match):
@@ -563,7 +565,7 @@ class TestRefusals:
         state["blocks.0.attn.extra"] = state.pop("blocks.0.attn.proj.bias")
         state["norm.bias"] = state["norm.bias"].long()
         torch.save(state, tmp_path / "model.pt")
-        error = self.refuse(made(timm_model, seed=1), tmp_path / "model.pt", "does not fit VisionTransformer")
+        error = self.refuse(made(timm_model, seed=1), tmp_path / "model.pt", "does not match VisionTransformer")
         assert error.missing == (f"blocks.0.attn.proj.bias ({DIM},)",)
         assert error.surplus == (f"blocks.0.attn.extra ({DIM},)",)
         assert error.unlike == (
@@ -586,7 +588,7 @@ class TestRefusals:
 
     def test_names_are_those_of_file_and_model(self, tmp_path):
         path = write(made(timm_model, classes=7), tmp_path)
-        error = self.refuse(made(hf_model, "ViTModel"), path, "does not fit ViTModel")
+        error = self.refuse(made(hf_model, "ViTModel"), path, "does not match ViTModel")
         assert error.missing == (f"pooler.dense.weight ({DIM}, {DIM})", f"pooler.dense.bias ({DIM},)")
         assert set(error.surplus) == {f"head.weight (7, {DIM})", "head.bias (7,)"}
 
@@ -603,7 +605,7 @@ class TestRefusals:
     def test_a_checkpoint_of_timm_is_no_vit_pytorch(self, tmp_path):
         path = write(made(timm_model), tmp_path)
         ours = made(lambda: ViT(**{**BASE, "image_size": 32, "dim_head": DIM // HEADS, "mlp_dim": HIDDEN}))
-        error = self.refuse(ours, path, "does not fit ViT")
+        error = self.refuse(ours, path, "does not match ViT")
         assert {name.split(" ")[0] for name in error.surplus} == {f"blocks.{i}.attn.qkv.bias" for i in range(DEPTH)}
         assert len(error.missing) == 4 and not error.unlike
 
@@ -614,7 +616,7 @@ class TestRefusals:
     )
     def test_another_architecture(self, tmp_path, make):
         path = write(made(lambda: ViT(**BASE)), tmp_path)
-        self.refuse(made(make), path, "does not fit")
+        self.refuse(made(make), path, "does not match")
 
     def test_patches_of_the_same_number_of_pixels(self, tmp_path):
         theirs, ours = (
@@ -627,12 +629,14 @@ class TestRefusals:
     def test_a_name_that_is_there_twice(self, tmp_path):
         state = snapshot(made(timm_model, reg_tokens=1))
         torch.save({**state, "register_tokens": state["reg_token"]}, tmp_path / "model.pt")
-        self.refuse(made(timm_model, reg_tokens=1), tmp_path / "model.pt", "register_tokens is there twice")
+        self.refuse(made(timm_model, reg_tokens=1), tmp_path / "model.pt", "register_tokens is a duplicate")
 
     def test_unknown_ending_and_no_file(self, tmp_path):
         model = made(timm_model)
         (tmp_path / "model.h5").write_bytes(b"x")
-        self.refuse(model, tmp_path / "model.h5", r"model.h5: expected a file that ends in one of .safetensors, .pt")
+        self.refuse(
+            model, tmp_path / "model.h5", r"model.h5: expected a file name with one of the suffixes .safetensors, .pt"
+        )
         with pytest.raises(FileNotFoundError, match="nowhere.pt"):
             load_weights(model, tmp_path / "nowhere.pt")
 
@@ -729,7 +733,7 @@ class TestSaving:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             signal.signal(signal.SIGXFSZ, handler)
         assert str(caught.value) == (
-            f"[Errno 27] File too large: {size - limit:,} of {size:,} bytes are missing, and the file is as it was: "
+            f"[Errno 27] File too large: {size - limit:,} of {size:,} bytes are missing; the file is unchanged: "
             f"'{path}'"
         )
         assert caught.value.__cause__ is None and caught.value.__suppress_context__
@@ -758,7 +762,7 @@ class TestSaving:
 
     def test_unknown_ending(self, tmp_path):
         with pytest.raises(
-            WeightsError, match=r"model.npz: expected a name that ends in one of .safetensors, .pt, .pth"
+            WeightsError, match=r"model.npz: expected a file name with one of the suffixes .safetensors, .pt, .pth"
         ):
             vit_triton.save_weights(ViT(**BASE), tmp_path / "model.npz")
         assert not list(tmp_path.iterdir())

@@ -151,11 +151,11 @@ class TestLoading:
     def test_what_cannot_be_resampled(self, tmp_path):
         save_weights(made(timm_other, 8, 4), tmp_path / "model.pt")
         ours = made(timm_other, 8, 3, seed=1)
-        with pytest.raises(WeightsError, match="patches of 4 channels are not resampled to 3"):
+        with pytest.raises(WeightsError, match="patches with 4 channels are not resampled to 3"):
             load_weights(ours, tmp_path / "model.pt", resample=True)
         save_weights(made(lambda: ViT(**BASE, channels=1)), tmp_path / "model.pt")
         ours = made(lambda: ViT(**BASE, channels=4), seed=1)
-        with pytest.raises(WeightsError, match="rows, columns and channels of the file's patches cannot be told"):
+        with pytest.raises(WeightsError, match="rows, columns and channels of the file's patches are ambiguous"):
             load_weights(ours, tmp_path / "model.pt", resample=True)
 
     def test_dtype_is_the_models(self, tmp_path):

@@ -1,15 +1,15 @@
-"""Arguments that travel together, from the public functions to the launchers of the kernels."""
+"""Groups of arguments, passed from the public functions to the kernel launchers."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
-# LayerNorm or RMSNorm over the last dimension D: weight and bias, each (D,) or None, and eps
+# LayerNorm or RMSNorm over the last dimension D: weight (D,) or None, bias (D,) or None, eps
 Norm = tuple[Tensor | None, Tensor | None, float]
 
 
 class SavedNorm(NamedTuple):
-    """A LayerNorm that ran: ``weight``, ``bias``: (D,) or None; ``mean``, ``rstd``: (rows,), float32."""
+    """A LayerNorm saved for backward. ``weight``, ``bias``: (D,) or None; ``mean``, ``rstd``: (rows,), float32."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -18,9 +18,12 @@ class SavedNorm(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """What multiplies a branch before it is added to its residual. ``layer_scale``: gamma (N,), for each column
-    (Touvron et al. 2021, arXiv:2103.17239). ``samples``: s (B,), float32, for each sample of rows / B rows (stochastic
-    depth, Huang et al. 2016, arXiv:1603.09382)."""
+    """Factors of a branch, applied before the residual is added.
+
+    Attributes:
+        layer_scale: gamma (N,), one factor per column (Touvron et al. 2021, arXiv:2103.17239).
+        samples: (B,), float32, one factor per sample for stochastic depth (Huang et al. 2016, arXiv:1603.09382).
+    """
 
     layer_scale: Tensor | None = None
     samples: Tensor | None = None
@@ -31,14 +34,14 @@ class Branch(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """``p``: the probability that an element is zeroed. ``seed``: one int64, needed where ``p`` is above 0."""
+    """``p``: probability of zeroing an element. ``seed``: one int64, required if ``p`` > 0."""
 
     p: float = 0.0
     seed: Tensor | None = None
 
     @property
     def scale(self) -> float:
-        """The factor of the elements that are kept; with a ``p`` of 1 there are none."""
+        """The factor of the remaining elements; 0 if ``p`` is 1."""
         return 1.0 / (1.0 - self.p) if self.p < 1 else 0.0
 
 
@@ -47,9 +50,12 @@ NO_DROPOUT = Dropout()
 
 
 class Block(NamedTuple):
-    """A pre-norm block of a Transformer encoder on tokens of width D: x + out(attention(qkv(norm1(x)))), and then
-    x + mlp(norm2(x)); each branch times its LayerScale (D,), where it has one. The weight of qkv is (3 * I, D), its
-    rows in the order (3, heads, head size); that of out is (D, I), w1 (hidden, D), w2 (D, hidden)."""
+    """The weights of a pre-norm encoder block on tokens of width D.
+
+    The block computes x = x + layer_scale1 * out(attention(qkv(norm1(x)))), then x + layer_scale2 * mlp(norm2(x)).
+    Shapes: qkv_weight (3 * heads * head size, D), rows ordered (3, heads, head size); out_weight (D, heads * head
+    size); w1 (hidden, D); w2 (D, hidden); layer_scale1 and layer_scale2 (D,) or None.
+    """
 
     norm1: Norm
     qkv_weight: Tensor

@@ -1,4 +1,4 @@
-"""Autocast, as the public functions follow it."""
+"""Autocast for the public functions."""
 
 from typing import Any
 
@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_KNOWN = ("cuda", "cpu", "xpu")  # devices that have it: torch.amp.is_autocast_available takes as long as all checks
+_SUPPORTED = ("cuda", "cpu", "xpu")  # skips torch.amp.is_autocast_available, which takes as long as all checks
 
 
 def autocasting(device_type: str) -> bool:
-    """Whether autocast is on, on a device that need not have it."""
-    available = device_type in _KNOWN or torch.amp.is_autocast_available(device_type)
+    """Return whether autocast is enabled; False on devices that do not support it."""
+    available = device_type in _SUPPORTED or torch.amp.is_autocast_available(device_type)
     return available and torch.is_autocast_enabled(device_type)
 
 
 def autocast(
     *tensors: Tensor | None, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> tuple[Any, ...]:
-    """The tensors in autocast's dtype (or ``dtype``) where autocast is on, else as they are."""
+    """Cast the tensors to ``dtype`` (default: the dtype of autocast) if autocast is enabled, else return them as is."""
     device_type = (tensors[0].device if device is None else device).type  # type: ignore[union-attr]
     if not autocasting(device_type):
         return tensors

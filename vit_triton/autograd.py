@@ -1,7 +1,7 @@
-"""One ``torch.autograd.Function`` per op: what is kept for the backward pass, and which gradients are computed.
+"""One ``torch.autograd.Function`` per operator.
 
-A gradient cannot be differentiated again: a second derivative raises, forward mode raises (there is no jvp). Scalars
-live on ``ctx``, tensors in ``save_for_backward``, where saved-tensor hooks and checkpointing see them.
+Second derivatives and forward mode (jvp) are not supported and raise an error. Tensors are saved with
+``save_for_backward``, so that saved-tensor hooks and checkpointing apply to them; scalars are stored on ``ctx``.
 """
 
 import functools
@@ -19,13 +19,17 @@ def _op(name: str) -> Any:
     return getattr(torch.ops.vit_triton, name).default
 
 
-def _only(grads: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    return tuple([grad if want else None for grad, want in zip(grads, wanted, strict=True)])  # of a list: half the time
+def _select(grads: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    # a list comprehension takes half the time of a generator
+    return tuple([grad if want else None for grad, want in zip(grads, wanted, strict=True)])
 
 
 def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """PyTorch's decorator of that name takes gradients for constants unless an incoming one requires a gradient, and a
-    penalty on a gradient then trains nothing and says nothing. Here what was saved counts as well."""
+    """Make a second derivative raise an error.
+
+    PyTorch's ``once_differentiable`` raises only if an incoming gradient requires a gradient; otherwise a gradient
+    penalty would silently have no effect. Here saved tensors that require a gradient also raise.
+    """
 
     @functools.wraps(backward)
     def once(ctx: Any, *grads: Any) -> Any:
@@ -34,13 +38,13 @@ def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         with torch.no_grad():
             results = backward(ctx, *grads)
         name = type(ctx).__name__.removesuffix("FunctionBackward")
-        return _Constant.apply(name, len(results), *results, *grads, *ctx.saved_tensors)
+        return _NotTwiceDifferentiable.apply(name, len(results), *results, *grads, *ctx.saved_tensors)
 
     return once
 
 
-class _Constant(Function):
-    """The first ``n`` of ``tensors``, which came from all the others in a way that is not known."""
+class _NotTwiceDifferentiable(Function):
+    """Return the first ``n`` of ``tensors``; raise an error if a gradient flows back through them."""
 
     @staticmethod
     def forward(ctx: Any, name: str, n: int, *tensors):
@@ -50,8 +54,8 @@ class _Constant(Function):
     @staticmethod
     def backward(ctx: Any, *grads):
         raise RuntimeError(
-            f'backend "triton" has no second derivative, and the gradient of {ctx.name} was differentiated again; '
-            'use backend="torch" there'
+            f'backend "triton" has no second derivative, but the gradient of {ctx.name} was differentiated again; '
+            'use backend="torch"'
         )
 
 
@@ -62,7 +66,7 @@ class AttentionFunction(Function):
         ctx.save_for_backward(q, k, v, out, lse, seed)
         ctx.set_materialize_grads(False)
         if not any(ctx.needs_input_grad[:2]):
-            ctx.mark_non_differentiable(lse)  # v has no part in it
+            ctx.mark_non_differentiable(lse)  # lse does not depend on v
         ctx.scale, ctx.dropout_p = scale, dropout_p
         return out, lse
 
@@ -72,7 +76,7 @@ class AttentionFunction(Function):
         q, k, v, out, lse, seed = ctx.saved_tensors
         do = out.new_zeros(()).expand_as(out) if do is None else do
         grads = _op("attention_bwd")(do, q, k, v, out, lse, dlse, seed, ctx.scale, ctx.dropout_p)
-        return *_only(grads, ctx.needs_input_grad[:3]), None, None, None
+        return *_select(grads, ctx.needs_input_grad[:3]), None, None, None
 
 
 class AttentionPackedFunction(Function):
@@ -93,8 +97,10 @@ class AttentionPackedFunction(Function):
 
 
 class NormedAttentionFunction(Function):
-    """Attention behind a norm of q and k, which are kept as they came. Without k and v, q is the packed projection, and
-    its gradient is packed."""
+    """Attention with norms of q and k; q and k are saved before the norm.
+
+    If k and v are None, q is the packed projection, and its gradient is packed.
+    """
 
     @staticmethod
     def forward(ctx: Any, q, k, v, q_weight, q_bias, k_weight, k_bias, seed, *scalars: Any):
@@ -113,13 +119,15 @@ class NormedAttentionFunction(Function):
         q, k, v, out, *rest = ctx.saved_tensors
         do = out.new_zeros(()).expand_as(out) if do is None else do
         grads = _op("normed_attention_bwd")(do, dlse, q, k, v, out, *rest, *ctx.scalars)
-        return *_only(grads, ctx.needs_input_grad[:7]), *(None,) * (1 + len(ctx.scalars))
+        return *_select(grads, ctx.needs_input_grad[:7]), *(None,) * (1 + len(ctx.scalars))
 
 
 class LinearFunction(Function):
-    """x (..., K), residual (..., N). ``residual_is_x`` stands for passing x twice, which Dynamo cannot trace; the two
-    gradients of x are then added where the norm's backward kernel writes one. The bias is kept for the gradient of the
-    LayerScale behind it."""
+    """x (..., K), residual (..., N).
+
+    ``residual_is_x`` replaces passing x twice, which Dynamo cannot trace; the norm's backward kernel then adds both
+    gradients of x. The bias is saved for the gradient of layer_scale.
+    """
 
     @staticmethod
     def forward(
@@ -156,12 +164,14 @@ class LinearFunction(Function):
         )
         wanted = (needs_x, needs_weight, needs_bias, needs_norm_weight, needs_norm_bias)
         residual = dy if needs_residual else None, dlayer_scale if needs_layer_scale else None
-        return *_only(tuple(grads), wanted), *residual, *(None,) * 5
+        return *_select(tuple(grads), wanted), *residual, *(None,) * 5
 
 
 class MlpFunction(Function):
-    """x and residual (..., K); ``residual_is_x`` and the bias as in :class:`LinearFunction`. Keeps x, the
-    pre-activation and the statistics of the norm."""
+    """x (..., K), residual (..., L); ``residual_is_x`` and the bias as in :class:`LinearFunction`.
+
+    Saves x, the pre-activation and the statistics of the norm.
+    """
 
     @staticmethod
     def forward(
@@ -201,7 +211,7 @@ class MlpFunction(Function):
         )
         wanted = (needs_x, needs_w1, needs_b1, needs_w2, needs_b2, needs_norm_weight, needs_norm_bias)
         residual = dy if needs_residual else None, dlayer_scale if needs_layer_scale else None
-        return *_only(tuple(grads), wanted), *residual, *(None,) * 8
+        return *_select(tuple(grads), wanted), *residual, *(None,) * 8
 
 
 class LayerNormFunction(Function):
@@ -215,7 +225,7 @@ class LayerNormFunction(Function):
     @_once_differentiable
     def backward(ctx: Any, dy):
         grads = _op("layer_norm_bwd")(dy, *ctx.saved_tensors, None)
-        return *_only(grads, ctx.needs_input_grad[:3]), None
+        return *_select(grads, ctx.needs_input_grad[:3]), None
 
 
 class AddLayerNormFunction(Function):
@@ -225,7 +235,7 @@ class AddLayerNormFunction(Function):
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.set_materialize_grads(False)
         if not any(ctx.needs_input_grad[:2]):
-            ctx.mark_non_differentiable(total)  # the norm's parameters have no part in it
+            ctx.mark_non_differentiable(total)  # total does not depend on the norm's parameters
         return y, total
 
     @staticmethod
@@ -233,9 +243,9 @@ class AddLayerNormFunction(Function):
     def backward(ctx: Any, dy, dtotal):
         needs_x, needs_residual, *needs_norm, _ = ctx.needs_input_grad
         if dy is None:
-            return *_only((dtotal, dtotal), (needs_x, needs_residual)), None, None, None
+            return *_select((dtotal, dtotal), (needs_x, needs_residual)), None, None, None
         dx, *dnorm = _op("layer_norm_bwd")(dy, *ctx.saved_tensors, dtotal)
-        return *_only((dx, dx, *dnorm), (needs_x, needs_residual, *needs_norm)), None
+        return *_select((dx, dx, *dnorm), (needs_x, needs_residual, *needs_norm)), None
 
 
 class PatchEmbedFunction(Function):
@@ -267,4 +277,4 @@ class PatchEmbedFunction(Function):
             post_weight, post_bias, post_eps, mean, std, patch_size, patch_order, n_prefix, needs[0],
         )  # fmt: skip
         grads = (dimage, dweight, dbias, dpos, dprefix, *dnorms)
-        return *_only(grads, needs[:9]), *(None,) * 6
+        return *_select(grads, needs[:9]), *(None,) * 6

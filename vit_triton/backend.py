@@ -1,8 +1,7 @@
-"""Which implementation runs: the Triton kernels or the PyTorch reference.
+"""Selection of the implementation: the Triton kernels or the PyTorch reference.
 
-A ``backend`` argument decides; without one, :func:`use_backend`; without that, the environment variable
-``VIT_TRITON_BACKEND``; without that, "auto". Before all of them comes :func:`is_portable`: a call that is traced or
-exported for another runtime uses PyTorch's operators.
+The ``backend`` argument has priority, then :func:`use_backend`, then the environment variable ``VIT_TRITON_BACKEND``,
+then the default "auto". Calls that are traced or exported always use PyTorch's operators, see :func:`is_portable`.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from vit_triton.portable import is_portable
 BACKENDS = ("triton", "torch", "auto")
 ENVIRONMENT_VARIABLE = "VIT_TRITON_BACKEND"
 
-MAX_NORM_WIDTH = 2**16  # of a LayerNorm: the kernels hold a row in the registers of one program
+MAX_NORM_WIDTH = 2**16  # of a LayerNorm: one program holds a row in registers
 
 _default: str | None = None  # what use_backend set
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -30,19 +29,21 @@ _GPU_TYPES = ("cuda", "xpu")
 
 
 def check_backend_name(name: str, argument: str = "backend") -> str:
-    """Return ``name`` if it is a backend's; ValueError if not."""
+    """Return ``name`` if it is a backend, else raise ValueError."""
     check_choice(argument, name, BACKENDS)
     return name
 
 
 class use_backend:  # lower case: used like a function, as torch.set_grad_enabled is
-    """Set the backend of every op and model that was not given one; as a context manager, until its end.
+    """Set the default backend, or as a context manager, set it inside the context.
+
+    The default applies to functions and models without a ``backend``.
 
     Args:
         name: "triton", "torch" or "auto".
 
     Raises:
-        ValueError: for any other name.
+        ValueError: `name` is not a backend.
     """
 
     def __init__(self, name: str) -> None:
@@ -62,7 +63,7 @@ class use_backend:  # lower case: used like a function, as torch.set_grad_enable
 
 
 def ignore_warnings_of_shape_checks() -> None:
-    """As PyTorch does for its own modules: each check of a shape would warn in ``torch.jit.trace``."""
+    """Ignore the warning that each shape check raises in ``torch.jit.trace``, as PyTorch does for its own modules."""
     warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"vit_triton\.")
 
 
@@ -70,16 +71,20 @@ ignore_warnings_of_shape_checks()
 
 
 def resolve_backend(backend: str | None, op: str, x: torch.Tensor, norm_width: int = 0) -> str:
-    """ "triton" or "torch" for ``op``, named as its public function is, on ``x``, with a LayerNorm of ``norm_width``.
+    """Return "triton" or "torch" for the public function called ``op``.
 
-    "torch" where :func:`is_portable` is true. "auto" takes "triton" for float32, float16, bfloat16 and uint8 tensors on
-    a GPU where :func:`why_torch` has no reason against it, on a CPU where the compiled kernels of ``op`` were measured
-    to be faster, else "torch", as for a LayerNorm wider than ``MAX_NORM_WIDTH``. An explicit "triton" runs or raises,
-    and warns once for each GPU where "auto" takes "torch".
+    If :func:`is_portable`, the result is "torch". "auto" selects "triton" on a GPU unless :func:`why_torch` gives a
+    reason, and on a CPU for operators whose compiled kernels were measured to be faster. It selects "torch" otherwise,
+    for float64, and for a ``norm_width`` above ``MAX_NORM_WIDTH``. An explicit "triton" warns once per GPU where "auto"
+    selects "torch".
+
+    Args:
+        x: the input.
+        norm_width: width of the LayerNorm, 0 for none.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`why_torch`; ValueError also if the name is unknown.
-        RuntimeError: if "triton" was asked for and cannot run on the device of ``x``.
+        FileNotFoundError, ValueError: see :func:`why_torch`; ValueError also if ``backend`` is not a backend.
+        RuntimeError: ``backend`` is "triton", which cannot run on the device of ``x``.
     """
     name = backend_name(backend)
     if is_portable():
@@ -96,10 +101,10 @@ def resolve_backend(backend: str | None, op: str, x: torch.Tensor, norm_width: i
 
 
 def backend_name(backend: str | None) -> str:
-    """The name in force for an argument ``backend``: "triton", "torch" or "auto".
+    """Return ``backend`` or the default that applies if it is None: "triton", "torch" or "auto".
 
     Raises:
-        ValueError: if the argument or the environment variable is none of these.
+        ValueError: The argument or the environment variable is not a backend.
     """
     if backend is not None:
         return check_backend_name(backend)
@@ -109,14 +114,14 @@ def backend_name(backend: str | None) -> str:
 
 
 def why_torch(device: torch.device) -> str:
-    """Why "auto" takes "torch" on a GPU; "" where it takes "triton", and on other devices.
+    """Return the reason why "auto" selects "torch" on a GPU, or "" if it selects "triton" and on other devices.
 
-    Triton compiles products without tensor cores for NVIDIA GPUs of compute capability below 8.0, and the tiles for AMD
-    and Intel GPUs were never timed. A tuned table of that very device overrides both reasons. The answer is found once
-    for each device.
+    Triton compiles GEMMs without tensor cores for NVIDIA GPUs of compute capability below 8.0, and the tiles for AMD
+    and Intel GPUs have not been measured. A tuned table for the device overrides both reasons. The result is cached per
+    device.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`.tuned.table`, on the GPUs whose answer depends on the table.
+        FileNotFoundError, ValueError: see :func:`.tuned.table`, only on GPUs that need a table.
     """
     return _why_torch(device)
 
@@ -138,21 +143,21 @@ def _why_torch(device: torch.device) -> str:
     target = target_of_gpu(device)
     if target.tuned is not None:
         return ""
-    if device.type == "xpu":  # which vit-triton tune does not support
-        return f"no kernel was ever timed on an Intel GPU ({target.device})"
+    if device.type == "xpu":  # not supported by vit-triton tune
+        return f"the kernels have not been measured on an Intel GPU ({target.device})"
     if is_nvidia:
         capability = f"compute capability {major}.{minor}"
-        reason = f"Triton compiles products for {target.device} ({capability}) without tensor cores"
+        reason = f"Triton compiles GEMMs for {target.device} ({capability}) without tensor cores"
     else:
-        reason = f"the tiles for {target.device} ({target.name}) were never timed"
-    return f'{reason}; once vit-triton tune has timed the kernels there, "auto" takes them'
+        reason = f"the tiles for {target.device} ({target.name}) have not been measured"
+    return f'{reason}; run vit-triton tune on this GPU to make "auto" select the kernels'
 
 
-# PyTorch's time / that of the kernels compiled for the CPU, forward and forward + backward; 0 is not measured. Above 1
-# "auto" takes "triton". Measured by `python -m benchmarks ops` at ViT-B/16, batch 8, the worse of one and two threads,
-# on an AMD EPYC (AVX-512 BF16) with torch 2.14 and triton 3.8; on other kinds of CPU "auto" is "torch". Forward figures
-# of operators with a weight were measured with weights laid out once, as prepack does; below 1.10 they are 0, since a
-# call that lays out its weights may be slower than PyTorch.
+# Speed-up of the compiled CPU kernels over PyTorch: (forward, forward + backward); 0 is not measured. "auto" selects
+# "triton" above 1. Measured with `python -m benchmarks ops` at ViT-B/16, batch 8, the worse of one and two threads, on
+# an AMD EPYC (AVX-512 BF16) with torch 2.14 and triton 3.8. Other CPUs use "torch". Forward figures of operators with
+# weights are measured with prepack; below 1.10 they are set to 0, since a call that packs its weights may be slower
+# than PyTorch.
 _CPU_SPEED = {
     ("mlp", torch.float32): (1.12, 1.05),
     ("mlp", torch.bfloat16): (0.0, 1.01),
@@ -173,10 +178,9 @@ OPS = tuple(dict.fromkeys(op for op, _ in _CPU_SPEED))
 
 
 def auto_reason(op: str, x: torch.Tensor) -> str:
-    """Why "auto" gives ``op`` on ``x`` to whom :func:`resolve_backend` says: a few words, or how many times as fast as
-    PyTorch the kernels were, "1.24x"."""
+    """Return the reason for the choice that "auto" makes, or the measured speed-up of the kernels, such as "1.24x"."""
     if x.device.type in _GPU_TYPES:
-        return why_torch(x.device) or "the kernels are made for GPUs"
+        return why_torch(x.device) or "the kernels support this GPU"
     if not _TRITON_INSTALLED:
         return "triton is not installed"
     if x.device.type != "cpu":
@@ -186,9 +190,9 @@ def auto_reason(op: str, x: torch.Tensor) -> str:
 
         if _triton()[0]:
             return "the interpreter is for checking results"
-        return cpu.why_not() or "the kernels were not timed on a CPU like this"
+        return cpu.why_not() or "the kernels have not been measured on this type of CPU"
     speed = _CPU_SPEED.get((op, x.dtype), (0.0, 0.0))[torch.is_grad_enabled()]
-    return f"{speed:.2f}x" if speed else "not timed"
+    return f"{speed:.2f}x" if speed else "not measured"
 
 
 def _faster_on_cpu(op: str, x: torch.Tensor) -> bool:
@@ -198,7 +202,7 @@ def _faster_on_cpu(op: str, x: torch.Tensor) -> bool:
 
 
 def _measured_cpu() -> bool:
-    """Whether this CPU is of the kind that was measured, and the kernels are compiled for it."""
+    """Return whether this type of CPU was measured and the kernels are compiled for it."""
     if not _TRITON_INSTALLED:
         return False
     from vit_triton import cpu
@@ -207,15 +211,15 @@ def _measured_cpu() -> bool:
         return False
     from vit_triton.cpu import features
 
-    # Xeons have these instructions too: on one, the kernels took 1.3 times as long as MKL for float32 products
-    of_its_kind = features.vendor() == "AuthenticAMD" and "avx512_bf16" in features.detect()
-    return of_its_kind and cpu_vehicle() == "compiled"
+    # excludes Xeons with the same instructions, on which MKL is faster for float32 GEMMs
+    measured = features.vendor() == "AuthenticAMD" and "avx512_bf16" in features.detect()
+    return measured and cpu_vehicle() == "compiled"
 
 
 def _require_triton(device: torch.device) -> None:
     if not _TRITON_INSTALLED:
         raise RuntimeError(
-            'backend "triton" needs the package triton (pip install triton; Linux only); use backend="torch" without it'
+            'backend "triton" requires the package triton (pip install triton; Linux only); or use backend="torch"'
         )
     if device.type == "cpu":
         cpu_vehicle()
@@ -223,17 +227,17 @@ def _require_triton(device: torch.device) -> None:
         _warn_once_of_gpu(device)
     elif device.type != "meta":
         raise RuntimeError(
-            f'backend "triton" runs on {", ".join(_GPU_TYPES)} and cpu tensors, got a tensor on {device.type}; '
+            f'backend "triton" supports {", ".join(_GPU_TYPES)} and cpu tensors, got a tensor on {device.type}; '
             'use backend="torch"'
         )
 
 
 def cpu_vehicle() -> str:
-    """What runs a Triton kernel on CPU tensors now: "interpreter", "driver" (one that is active and serves the
-    CPU) or "compiled" (:mod:`vit_triton.cpu`).
+    """Return how Triton kernels run on CPU tensors: "interpreter", "driver" (an active driver of another package) or
+    "compiled" (:mod:`vit_triton.cpu`).
 
     Raises:
-        RuntimeError: if nothing does.
+        RuntimeError: Triton kernels cannot run on CPU tensors.
     """
     return _assumed_vehicle or _cpu_vehicle()
 
@@ -243,7 +247,7 @@ _assumed_vehicle = ""
 
 @contextlib.contextmanager
 def assume_cpu_vehicle(name: str) -> Iterator[None]:
-    """A hook for measurements: inside it :func:`cpu_vehicle` gives ``name``, and spends no time to find out."""
+    """Make :func:`cpu_vehicle` return ``name`` without checks inside the context; for benchmarks."""
     global _assumed_vehicle
     before, _assumed_vehicle = _assumed_vehicle, name
     try:
@@ -252,22 +256,22 @@ def assume_cpu_vehicle(name: str) -> Iterator[None]:
         _assumed_vehicle = before
 
 
-# _CONSTANTS below are constants while torch.compile traces: what they ask (Triton's state at import, its active driver,
-# the kind of a GPU) is no tensor's business, and Dynamo cannot follow it. The mark is what
-# torch.compiler.assume_constant_result sets, without importing Dynamo, which takes a second.
+# The functions in _CONSTANTS below are constants under torch.compile: Dynamo cannot trace them, and their results do
+# not depend on tensors. The attribute is the one that torch.compiler.assume_constant_result sets; that function would
+# import Dynamo, which takes a second.
 def _cpu_vehicle() -> str:
     interpreting, knobs, driver = _triton()
     if interpreting != bool(knobs.interpret):
         raise RuntimeError(
-            "TRITON_INTERPRET was changed after Triton had been imported, which decides it: set it in the environment "
-            "before Python starts, and leave it"
+            "TRITON_INTERPRET was changed after Triton was imported, which has no effect; set it in the environment "
+            "before Python starts"
         )
     if interpreting:
         _warn_once_of_the_interpreter()
         return "interpreter"
     try:
         active = driver.active
-    except RuntimeError:  # Triton's answer where no driver is active
+    except RuntimeError:  # no driver is active
         active = None
     if active is not None and active.get_active_torch_device().type == "cpu":
         return "compiled" if active.get_current_target().backend == "cpu" else "driver"
@@ -277,15 +281,14 @@ def _cpu_vehicle() -> str:
     if reason is None:
         return "compiled"
     raise RuntimeError(
-        f'backend "triton" cannot run on CPU tensors here: {reason}; move model and input to a GPU, use '
-        'backend="torch" or "auto", '
-        "or, to check the kernels, start Python with TRITON_INTERPRET=1 in the environment (slow)"
+        f'backend "triton" cannot run on CPU tensors: {reason}; move model and input to a GPU, use backend="torch" or '
+        '"auto", or start Python with TRITON_INTERPRET=1 in the environment to check the kernels (slow)'
     )
 
 
 @functools.cache
 def _triton() -> tuple[bool, Any, Any]:
-    """Whether Triton was imported to interpret, its knobs, and what knows its active driver."""
+    """Return whether Triton was imported with TRITON_INTERPRET=1, its runtime knobs, and its driver configuration."""
     import triton
     from triton.runtime.driver import driver
 
@@ -302,8 +305,8 @@ def _warn_once_of_gpu(device: torch.device) -> None:
         return
     if reason := why_torch(device):
         warnings.warn(
-            f'vit_triton: on {device} backend "auto" takes PyTorch, which may be faster than the kernels that '
-            f'backend="triton" runs: {reason}',
+            f'vit_triton: on {device} backend "auto" selects PyTorch, which may be faster than backend="triton": '
+            f"{reason}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -322,8 +325,8 @@ def _warn_once_of_the_interpreter() -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            "vit_triton: the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which is for checking results: "
-            "hundreds of times slower than PyTorch",
+            "vit_triton: the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which is for checking results "
+            "and hundreds of times slower than PyTorch",
             RuntimeWarning,
             stacklevel=2,
         )

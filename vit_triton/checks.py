@@ -1,4 +1,4 @@
-"""What arguments must be, and the errors that say so: each names the argument, what was expected and what came."""
+"""Checks of arguments. Every error names the argument, what is expected and what was given."""
 
 import math
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
 NORM_TYPES = ("layer_norm", "rms_norm")
 PATCH_ORDERS = ("p1 p2 c", "c p1 p2")
 MAX_HEAD_DIM = 256
-MAX_ROWS = 2**31 - 1  # rows are counted in 32 bits by the kernels, and so are the programs of a launch
+MAX_ROWS = 2**31 - 1  # kernels index rows with 32 bits, and the launch grid has the same limit
 
 _FLOATS = (*KERNEL_DTYPES, torch.float64)
 _PLAIN = (str, bytes, bool, int, float, complex, type(None))
 
 
 def given(value: object) -> str:
-    """``value`` as an error shows it: as it is written where that is short, else by its type alone."""
+    """Format ``value`` for an error message: its repr if it is plain and short, else its type."""
     if isinstance(value, (tuple, list)) and len(value) <= 4 and all(isinstance(x, _PLAIN) for x in value):
         text = repr(value)
     elif isinstance(value, _PLAIN) and not (isinstance(value, int) and value.bit_length() > 64):
@@ -47,11 +47,11 @@ def check_module(name: str, value: object) -> None:
 
 def check_dense(name: str, x: Tensor) -> None:
     if x.is_nested or x.layout is not strided:
-        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested tensor' if x.is_nested else x.layout}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    # an array compares by elements: only a string may be compared
+    # arrays compare elementwise
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {given(value)}")
 
@@ -123,7 +123,7 @@ def check_alike(first: str, x: Tensor, **others: Tensor | None) -> None:
 def check_kernel_dtype(name: str, x: Tensor) -> None:
     if x.dtype not in KERNEL_DTYPES:
         raise TypeError(
-            f'{name} is {x.dtype}: backend "triton" takes float32, float16 and bfloat16; use backend="torch"'
+            f'{name} is {x.dtype}: backend "triton" supports float32, float16 and bfloat16; use backend="torch"'
         )
 
 
@@ -135,7 +135,7 @@ def check_attention(
         raise ValueError(f"{name} must have a head size of 1 to {MAX_HEAD_DIM}, got {head_dim}")
     if n_k < 1:
         raise ValueError("k and v must have at least one row, got 0")
-    if too_many(batch * heads * max(n_q, n_k)):
+    if exceeds_max_rows(batch * heads * max(n_q, n_k)):
         raise ValueError(f"batch * heads * rows must be at most {MAX_ROWS}, got {batch * heads * max(n_q, n_k)}")
     if scale is not None:
         check_number("scale", scale)
@@ -150,11 +150,11 @@ def check_head_norms(q: Tensor, q_norm: Norm | None, k_norm: Norm | None, norm_t
 
 
 def hidden_features(name: str, w1: Tensor, activation: str) -> torch.Size:
-    """How wide the activation's result is."""
+    """Return the width of the activation's result, as a size."""
     if activation != "swiglu":
         return w1.shape[:1]
     if w1.shape[0] % 2:
-        raise ValueError(f"{name} must have 2 * hidden rows, gate and value, for 'swiglu', got {shape_of(w1)}")
+        raise ValueError(f"{name} must have 2 * hidden rows (gate and value) for 'swiglu', got {shape_of(w1)}")
     return torch.Size([w1.shape[0] // 2])
 
 
@@ -163,15 +163,15 @@ def check_linear(
 ) -> None:
     check_tensor(weight_name, weight, 2, "(out features, in features)")
     if weight.shape[1:] != features:
-        raise ValueError(f"{weight_name} must have {features[0]} columns to follow {x_name}, got {shape_of(weight)}")
+        raise ValueError(f"{weight_name} must have {features[0]} columns to match {x_name}, got {shape_of(weight)}")
     if 0 in weight.shape:
         raise ValueError(f"{weight_name} must have at least one row and column, got {shape_of(weight)}")
     if bias is not None:
         check_vector(bias_name, bias, weight_name, weight)
 
 
-def check_norm(name: str, norm: Norm | None, size: int, beside: Tensor) -> None:
-    """``beside``: the tensor whose device the norm shares."""
+def check_norm(name: str, norm: Norm | None, size: int, like: Tensor) -> None:
+    """Check a norm of width ``size`` on the device of ``like``."""
     if norm is None:
         return
     if not isinstance(norm, tuple) or len(norm) != 3:
@@ -182,16 +182,16 @@ def check_norm(name: str, norm: Norm | None, size: int, beside: Tensor) -> None:
         if x is not None:
             if not isinstance(x, Tensor) or x.dtype not in KERNEL_DTYPES or x.layout is not strided or x.is_nested:
                 check_tensor(f"{part} of {name}", x)
-                if x.dtype != beside.dtype:
-                    raise TypeError(f"{part} of {name} must not be float64 beside {beside.dtype}")
+                if x.dtype != like.dtype:
+                    raise TypeError(f"{part} of {name} must not be float64 if the input is {like.dtype}")
             if x.shape != (size,):
                 raise ValueError(f"{part} of {name} must be ({size},), got {shape_of(x)}")
-            if x.device != beside.device:
-                raise ValueError(f"{part} of {name} must be on {beside.device}, got {x.device}")
+            if x.device != like.device:
+                raise ValueError(f"{part} of {name} must be on {like.device}, got {x.device}")
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         raise TypeError(f"weight and bias of {name} must have one dtype, got {weight.dtype} and {bias.dtype}")
     if size < 1:
-        raise ValueError(f"{name} normalises over the last dimension, which must not be empty")
+        raise ValueError(f"{name} requires a last dimension that is not empty")
     check_number(f"eps of {name}", eps)
     if not eps >= 0:
         raise ValueError(f"eps of {name} must not be negative, got {eps}")
@@ -201,7 +201,7 @@ def check_residual(residual: Tensor | None, shape: tuple[int, ...]) -> None:
     if residual is not None:
         check_tensor("residual", residual)
         if tuple(residual.shape) != shape:
-            raise ValueError(f"residual must be {shape} as the result, got {shape_of(residual)}")
+            raise ValueError(f"residual must have the shape of the result, {shape}, got {shape_of(residual)}")
 
 
 def check_branch(
@@ -211,25 +211,24 @@ def check_branch(
         check_vector("layer_scale", layer_scale, name, weight)
     check_probability("drop_path_p", drop_path_p)
     if residual is None and (layer_scale is not None or drop_path_p > 0):
-        given = "drop_path_p" if layer_scale is None else "layer_scale"
-        raise ValueError(f"{given} is of a branch beside a residual: give residual, or leave it out")
+        raise ValueError(f"{'drop_path_p' if layer_scale is None else 'layer_scale'} requires residual, got None")
     if drop_path_p > 0 and x.ndim < 2:
-        raise ValueError(f"drop_path_p needs an x of samples, (B, ..., D), got {shape_of(x)}")
+        raise ValueError(f"drop_path_p requires x to be (B, ..., D), got {shape_of(x)}")
 
 
 def check_vector(name: str, x: Tensor, weight_name: str, weight: Tensor) -> None:
     check_tensor(name, x)
     if x.shape != weight.shape[:1]:
-        raise ValueError(f"{name} must be ({weight.shape[0]},) as {weight_name} has rows, got {shape_of(x)}")
+        raise ValueError(f"{name} must be ({weight.shape[0]},) to match {weight_name}, got {shape_of(x)}")
 
 
-def too_many(rows: int) -> bool:
-    """Whether the kernels cannot count so many; of a symbol that is not compared where PyTorch's operators run."""
+def exceeds_max_rows(rows: int) -> bool:
+    """Return whether ``rows`` exceeds MAX_ROWS; False if rows may be symbolic and no kernel runs."""
     return not (torch.compiler.is_compiling() and is_portable()) and rows > MAX_ROWS
 
 
 def check_rows(x: Tensor) -> None:
-    if too_many(math.prod(x.shape[:-1])):
+    if exceeds_max_rows(math.prod(x.shape[:-1])):
         raise ValueError(f"x must have at most {MAX_ROWS} rows, got {math.prod(x.shape[:-1])}")
 
 
@@ -248,19 +247,19 @@ def check_patch_embed(
     image: Any, weight: Any, bias: Any, patch_size: Any, patch_order: Any, pre_norm: Any, post_norm: Any, pos: Any,
     prefix: Any, mean: Any, std: Any,
 ) -> tuple[int, int, int]:  # fmt: skip
-    """Height and width of a patch, and the number of patches in an image."""
+    """Return height and width of a patch and the number of patches per image."""
     check_tensor("image", image, 4, "(B, C, H, W)", also=(torch.uint8,))
     check_choice("patch_order", patch_order, PATCH_ORDERS)
     p1, p2 = patch_sides(patch_size)
     batch, channels, height, width = image.shape
     if height % p1 or width % p2 or height == 0 or width == 0:
         sides = f"{given(p1)} x {given(p2)}"
-        raise ValueError(f"image of {height} x {width} does not divide into patches of {sides}")
+        raise ValueError(f"image must have sides divisible by the patch size {sides}, got {height} x {width}")
     check_tensor("weight", weight, 2, "(dim, C * p1 * p2)")
     if weight.shape[1] != channels * p1 * p2:
         raise ValueError(
-            f"image with {channels} channels and patches of {p1} x {p2} needs a weight of {channels * p1 * p2} columns"
-            f", got {shape_of(weight)}"
+            f"weight must have {channels * p1 * p2} columns for an image with {channels} channels and patches of "
+            f"{p1} x {p2}, got {shape_of(weight)}"
         )
     check_linear("image", weight.shape[1:], "weight", weight, "bias", bias)
     dim = weight.shape[0]
@@ -271,37 +270,37 @@ def check_patch_embed(
         if rows is not None:
             check_tensor(name, rows, 2, "(rows, dim)")
             if rows.shape[1] != dim:
-                raise ValueError(f"{name} must have {dim} columns as weight has rows, got {shape_of(rows)}")
+                raise ValueError(f"{name} must have {dim} columns to match weight, got {shape_of(rows)}")
     if pos is not None and pos.shape[0] < patches:
-        raise ValueError(f"image has {patches} patches, more than the {pos.shape[0]} positions in pos")
+        raise ValueError(f"image has {patches} patches, but pos has only {pos.shape[0]} positions")
     if (mean is None) != (std is None):
-        raise ValueError("mean and std go together: got only one of them")
+        raise ValueError("mean and std must both be given, got only one")
     if image.dtype == torch.uint8 and mean is None:
-        raise TypeError("image is uint8: give mean and std (on the 0..1 scale), or convert it to floating point")
+        raise TypeError("a uint8 image requires mean and std (on the 0..1 scale); or convert it to floating point")
     if image.dtype != torch.uint8 and mean is not None:
-        raise TypeError(f"mean and std normalise a uint8 image, got {image.dtype}: normalise it before")
+        raise TypeError(f"mean and std require a uint8 image, got {image.dtype}: normalize it before the call")
     if image.dtype == torch.uint8:
         check_alike("weight", weight, bias=bias, pos=pos, prefix=prefix)
         if weight.device != image.device:
             raise ValueError(f"image and weight must be on one device, got {image.device} and {weight.device}")
     else:
         check_alike("image", image, weight=weight, bias=bias, pos=pos, prefix=prefix)
-    if too_many(batch * patches):
-        raise ValueError(f"image has {batch * patches} patches in all, more than {MAX_ROWS}")
+    if exceeds_max_rows(batch * patches):
+        raise ValueError(f"image must have at most {MAX_ROWS} patches in total, got {batch * patches}")
     return p1, p2, patches
 
 
 # --- the encoder -------------------------------------------------------------------------------------------
 
-_forms: dict[tuple, None] = {}  # forms that have passed: of a small encoder it takes as long as to compute it
+_forms: dict[tuple, None] = {}  # arguments that passed: checking a small encoder takes as long as computing it
 
 
 def _form(*arguments: Any) -> tuple | None:
-    """All that the checks of ``arguments`` look at; None where there is no remembering it."""
+    """Return the properties of ``arguments`` that the checks depend on, or None if they cannot be cached."""
     if torch.compiler.is_compiling() or is_portable():  # sizes may be symbols or tensors
         return None
     try:
-        # the types too: 2, 2.0 and np.int64(2) are equal
+        # with types, since 2, 2.0 and np.int64(2) are equal
         form = tuple(
             (x.shape, x.dtype, x.device, x.layout)
             if isinstance(x, Tensor)
@@ -311,7 +310,7 @@ def _form(*arguments: Any) -> tuple | None:
             for x in arguments
         )
         hash(form)
-    except (TypeError, RuntimeError):  # a wrong argument, sizes that are symbols, or a nested tensor
+    except (TypeError, RuntimeError):  # invalid argument, symbolic size or nested tensor
         return None
     return form
 
@@ -319,18 +318,18 @@ def _form(*arguments: Any) -> tuple | None:
 def _remember(form: tuple | None) -> None:
     if form is None:
         return
-    if len(_forms) >= 1024:  # sizes vary without end: the oldest goes
+    if len(_forms) >= 1024:
         _forms.pop(next(iter(_forms)), None)
     _forms[form] = None
 
 
 def check_encoder(x: Any, blocks: Any, heads: Any, scale: Any, activation: Any, first_token: Any) -> list[Any]:
-    """The fields of all blocks, those of their norms among them. A form that has passed is not checked again."""
+    """Check the arguments of an encoder, unless equal ones have passed, and return the fields of all blocks."""
     check_flag("first_token", first_token)
     if not isinstance(blocks, Sequence) or isinstance(blocks, (str, bytes, Block)):
         raise TypeError(f"blocks must be a sequence of Block, got {kind(blocks)}")
     if first_token and not blocks:
-        raise ValueError("first_token needs a block, got none")
+        raise ValueError("first_token requires a block, got no blocks")
     for i, block in enumerate(blocks):
         if not isinstance(block, Block):
             raise TypeError(f"blocks[{i}] must be a Block, got {kind(block)}")
@@ -353,7 +352,7 @@ def _check_encoder(x: Any, blocks: Sequence[Block], heads: int, scale: float | N
         check_norm(at + "norm1", block.norm1, dim[0], x)
         check_norm(at + "norm2", block.norm2, dim[0], x)
         check_linear("x", dim, at + "qkv_weight", block.qkv_weight, at + "qkv_bias", block.qkv_bias)
-        inner = block.qkv_weight.shape[0] // 3  # no divmod: in torch.jit.trace sizes are tensors
+        inner = block.qkv_weight.shape[0] // 3  # sizes are tensors in torch.jit.trace and do not support divmod
         if block.qkv_weight.shape[0] % 3 or inner % heads:
             raise ValueError(
                 f"{at}qkv_weight must have 3 * heads * head size rows for {given(heads)} heads, "
@@ -361,7 +360,7 @@ def _check_encoder(x: Any, blocks: Sequence[Block], heads: int, scale: float | N
             )
         if block.qkv_weight.shape[0] != blocks[0].qkv_weight.shape[0]:
             raise ValueError(
-                f"{at}qkv_weight must have the shape of the first block's, got {shape_of(block.qkv_weight)}"
+                f"{at}qkv_weight must have the shape of blocks[0].qkv_weight, got {shape_of(block.qkv_weight)}"
             )
         features = torch.Size([inner])
         check_linear("the heads", features, at + "out_weight", block.out_weight, at + "out_bias", block.out_bias)
@@ -370,7 +369,7 @@ def _check_encoder(x: Any, blocks: Sequence[Block], heads: int, scale: float | N
         check_linear(at + "w1", hidden, at + "w2", block.w2, at + "b2", block.b2)
         for name, weight in (("out_weight", block.out_weight), ("w2", block.w2)):
             if weight.shape[:1] != dim:
-                raise ValueError(f"{at}{name} must have {dim[0]} rows as x has columns, got {shape_of(weight)}")
+                raise ValueError(f"{at}{name} must have {dim[0]} rows to match x, got {shape_of(weight)}")
         for name, vector in (("layer_scale1", block.layer_scale1), ("layer_scale2", block.layer_scale2)):
             if vector is not None:
                 check_vector(at + name, vector, at + "w2", block.w2)

@@ -1,7 +1,7 @@
-"""Calls that were to run on the kernels and that PyTorch or another library computed, counted by module and reason.
+"""Counts, by module and reason, of calls that fell back from the kernels to PyTorch or another library.
 
-The counts belong to the modules: a copy begins with none, and they go when the module does. Nothing is counted while
-``torch.compile`` or anything else traces: a counter in a graph would be wrong, or compile it anew in every call.
+Counts are stored per module, are not copied with it, and are dropped with it. Calls under ``torch.compile`` and other
+tracers are not counted: a counter in a graph would be wrong or cause a recompilation on every call.
 """
 
 from __future__ import annotations
@@ -18,57 +18,57 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from vit_triton.checks import check_module
 
-__all__ = ["count", "counter", "fallbacks", "for_a_graph", "forget"]
+__all__ = ["clear_fallbacks", "count_fallback", "fallback_counter", "fallbacks", "is_capturing"]
 
 _counters: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def count(module: nn.Module, reason: str) -> None:
-    """Count one call of ``module``. A reason holds no sizes: there is one number for each."""
-    if not torch.compiler.is_compiling() and not for_a_graph():
-        calls = counter(module)
+def count_fallback(module: nn.Module, reason: str) -> None:
+    """Count one call of ``module``. ``reason`` must not contain sizes, since every reason has its own count."""
+    if not torch.compiler.is_compiling() and not is_capturing():
+        calls = fallback_counter(module)
         with _lock:
             calls[reason] += 1
 
 
-def for_a_graph() -> bool:
-    """Whether this call is exported, traced by torch.fx, or the one by which ``torch.jit.trace`` checks its result."""
+def is_capturing() -> bool:
+    """Return whether this call is exported, traced by torch.fx, or runs to check the result of ``torch.jit.trace``."""
     return (
         torch.compiler.is_exporting()
         or is_fx_symbolic_tracing()
-        or (not torch.compiler.is_compiling() and _checks_a_trace())
+        or (not torch.compiler.is_compiling() and _in_trace_check())
     )
 
 
-def _checks_a_trace() -> bool:
-    check = inspect.unwrap(torch.jit._trace._check_trace).__code__  # it sets nothing that could be read
+def _in_trace_check() -> bool:
+    check = inspect.unwrap(torch.jit._trace._check_trace).__code__  # it sets no flag, so search the stack for it
     frame = sys._getframe()
     while frame is not None and frame.f_code is not check:
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None
 
 
-def counter(module: nn.Module) -> Counter[str]:
-    """The calls of ``module`` by reason; the object stays the same until :func:`forget`."""
+def fallback_counter(module: nn.Module) -> Counter[str]:
+    """Return the counter of ``module``, the same object until :func:`clear_fallbacks`."""
     with _lock:
         return _counters.setdefault(module, Counter())
 
 
-def forget(module: nn.Module) -> None:
-    """Drop the counts of one module."""
+def clear_fallbacks(module: nn.Module) -> None:
+    """Drop the counter of one module."""
     _counters.pop(module, None)
 
 
 def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
-    """The calls that were to run on the kernels and did not, of every module of ``model``.
+    """Return the number of calls that fell back from the kernels, by module and reason.
 
-    These are calls of modules that :func:`vit_triton.accelerate` has changed, which their library computed, calls of
-    ``attn_implementation="vit_triton"`` that transformers' "sdpa" computed, and LayerNorms of this package that are too
-    wide for a kernel.
+    Counts calls of accelerated modules that ran the original ``forward``, calls of ``attn_implementation="vit_triton"``
+    that ran transformers' "sdpa", and LayerNorms of this package that exceed the maximum width of the kernels.
 
     Returns:
-        For each name of a module, "" for ``model`` itself, how many calls each reason had; modules without are absent.
+        A dict from module name ("" for ``model`` itself) to a dict from reason to number of calls. Modules without
+        fallbacks are absent.
 
     Raises:
         TypeError: ``model`` is not a Module.

@@ -1,12 +1,13 @@
-"""The ops as functions: check the arguments, follow autocast, choose the backend.
+"""The operators as functions.
 
-Every function takes float32, float16 or bfloat16 tensors (backend "torch" takes float64 too) of one dtype on one
-device, with any strides, and raises TypeError or ValueError, naming the argument, before anything runs. With autocast
-on, matrix products run in its dtype, layer_norm in float32, as PyTorch's own do. ``backend`` is None (the default of
-:func:`vit_triton.use_backend`), "triton", "torch" or "auto". Gradients are first order and reverse mode with "triton";
-anything else raises there and works with "torch".
+All tensors of a call must have one dtype (float32, float16 or bfloat16; backend "torch" also supports float64) and be
+on one device, with any strides; only norms may have another dtype. Invalid arguments raise TypeError or ValueError with
+the name of the argument. Under autocast, GEMMs run in its dtype and layer_norm in float32, as in PyTorch.
 
-A ``norm`` is (weight, bias, eps), weight and bias of the last dimension or None.
+``backend`` is "triton", "torch", "auto" or None, the default set by :func:`vit_triton.use_backend`. Backend "triton"
+supports first-order gradients in reverse mode. Other gradients raise an error and require "torch".
+
+A ``norm`` is a tuple (weight, bias, eps). Weight and bias have the size of the last dimension, or are None.
 """
 
 import functools
@@ -56,25 +57,24 @@ def attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T) v for every head (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1).
+    """Compute softmax(scale * q k^T) v per head (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1).
+
+    With "triton", the backward pass recomputes the attention weights from the log-sum-exp with a relative error of up
+    to 2e-7 times the largest scaled score, so the gradient of v loses all precision at scores near 1e6. The result may
+    be inf or NaN for scaled scores above 1e9 in magnitude (float16: 1e8).
 
     Args:
-        q: (B, N_q, H, D), D at most 256.
-        k, v: (B, N_k, H, D), N_k at least 1.
-        q_norm, k_norm: over D, of every query and key before (Dehghani et al. 2023, arXiv:2302.05442, section 2).
-        norm_type: of both norms, "layer_norm" or "rms_norm" (Zhang & Sennrich 2019, arXiv:1910.07467).
+        q: (B, N_q, H, D), D <= 256.
+        k, v: (B, N_k, H, D), N_k >= 1.
+        q_norm, k_norm: norms over D, applied to queries and keys (Dehghani et al. 2023, arXiv:2302.05442, section 2).
+        norm_type: type of both norms, "layer_norm" or "rms_norm" (Zhang & Sennrich 2019, arXiv:1910.07467).
         scale: default 1 / sqrt(D).
-        dropout_p: probability that a softmax weight is zeroed; the others grow by 1 / (1 - p).
-        return_lse: also return the log-sum-exp of each row's scaled scores, float32 (B, H, N_q), differentiable. It is
-            NaN, not inf, where a score is inf: the row of softmax is NaN, and so are its gradients. With "triton" the
-            backward pass computes the weights from it again, each with a relative error of up to 2e-7 times the largest
-            scaled score: a gradient of v has lost its digits at scores of 1e6.
-
-    With "triton" the result may be inf or NaN where a scaled score is beyond 1e9 in size, 1e8 with float16.
+        dropout_p: probability of zeroing an attention weight; the others are scaled by 1 / (1 - p).
+        return_lse: also return the log-sum-exp of the scaled scores of each row, (B, H, N_q), float32, differentiable.
+            An infinite score gives NaN for the log-sum-exp, the row of the softmax and its gradients.
 
     Returns:
-        (B, N_q, H, D), contiguous with "triton". Kept for the backward pass: q, k, v as they came, the result and the
-        log-sum-exp.
+        (B, N_q, H, D), contiguous with "triton". Saved for backward: q, k, v, the result and the log-sum-exp.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x, 4, "(B, N, H, D)")
@@ -118,7 +118,7 @@ def attention_packed(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`attention` of the three slices of one projection (B, N, 3, H, D); its gradient is packed like it."""
+    """Compute :func:`attention` of packed q, k and v, (B, N, 3, H, D). The gradient is packed, too."""
     check_tensor("qkv", qkv, 5, "(B, N, 3, H, D)")
     if qkv.shape[2] != 3:
         raise ValueError(f"qkv must be (B, N, 3, H, D), got {shape_of(qkv)}")
@@ -167,16 +167,17 @@ def linear(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """drop_path(layer_scale * dropout(norm(x) @ weight.T + bias)) + residual.
+    """Compute drop_path(layer_scale * dropout(norm(x) @ weight.T + bias)) + residual.
 
     Args:
         x: (..., K); weight: (N, K), as in ``nn.Linear``; bias: (N,); residual: (..., N).
-        layer_scale: (N,), of a branch that is added to a ``residual`` (Touvron et al. 2021, arXiv:2103.17239).
-        drop_path_p: probability that a sample, an index of x's first dimension, gets its ``residual`` alone (stochastic
-            depth, Huang et al. 2016, arXiv:1603.09382); the others grow by 1 / (1 - p). Drawn as timm's DropPath draws.
+        layer_scale: (N,); requires ``residual`` (Touvron et al. 2021, arXiv:2103.17239).
+        drop_path_p: stochastic depth, the probability of dropping the branch of a sample (first dimension of x); the
+            others are scaled by 1 / (1 - p). Requires ``residual``. Draws the same random numbers as timm's DropPath
+            (Huang et al. 2016, arXiv:1603.09382).
 
     Returns:
-        (..., N). Kept for the backward pass: x, and mean and 1/std of its rows if there is a ``norm``.
+        (..., N). Saved for backward: x, and with ``norm`` mean and 1/std of its rows.
     """
     check_tensor("x", x)
     check_linear("x", x.shape[-1:], "weight", weight, "bias", bias)
@@ -202,8 +203,8 @@ def linear(
     norm_weight, norm_bias, eps = _norm_parts(norm)
     residual_is_x = residual is x
     tensors = (x, weight, bias, norm_weight, norm_bias, None if residual_is_x else residual, layer_scale)
-    drawn = _samples(x, drop_path_p), _seed(x, dropout_p)
-    if _differentiating(*tensors):
+    drawn = _drop_path_factors(x, drop_path_p), _seed(x, dropout_p)
+    if _needs_autograd(*tensors):
         return autograd.LinearFunction.apply(*tensors, *drawn, eps, float(dropout_p), residual_is_x)
     return torch.ops.vit_triton.linear_fwd.default(
         *tensors[:5], residual, layer_scale, *drawn, eps, float(dropout_p), False
@@ -226,19 +227,18 @@ def mlp(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """drop_path(layer_scale * dropout(dropout(activation(norm(x) @ w1.T + b1)) @ w2.T + b2)) + residual.
+    """Compute drop_path(layer_scale * dropout(dropout(activation(norm(x) @ w1.T + b1)) @ w2.T + b2)) + residual.
 
     Args:
         x: (..., K); w1: (N, K); b1: (N,); w2: (L, N); b2: (L,); residual: (..., L).
-        activation: "gelu" (exact), "gelu_tanh", "quick_gelu" (x * sigmoid(1.702 x)), "silu", "relu"; or "swiglu",
-            silu(gate) * value (Shazeer 2020, arXiv:2002.05202), where w1 is (2 N, K) and b1 (2 N,), the gate's rows
-            first: ``torch.cat`` of two layers where a model has two.
-        layer_scale: (L,); drop_path_p: as for :func:`linear`.
-        hidden_dropout_p: after the activation. dropout_p: after the second product.
+        activation: "gelu" (exact), "gelu_tanh", "quick_gelu" (x * sigmoid(1.702 x)), "silu", "relu" or "swiglu",
+            silu(gate) * value (Shazeer 2020, arXiv:2002.05202). For "swiglu", w1 is (2 N, K) and b1 (2 N,), the rows of
+            the gate first; concatenate the weights if a model has two layers.
+        layer_scale: (L,); drop_path_p: see :func:`linear`.
+        hidden_dropout_p: dropout after the activation; dropout_p: dropout after the second GEMM.
 
     Returns:
-        (..., L). Kept for the backward pass: x, its row statistics if there is a ``norm``, and the pre-activation, w1's
-        rows wide.
+        (..., L). Saved for backward: x, the pre-activation, and with ``norm`` mean and 1/std of the rows of x.
     """
     check_tensor("x", x)
     check_linear("x", x.shape[-1:], "w1", w1, "b1", b1)
@@ -271,9 +271,9 @@ def mlp(
     norm_weight, norm_bias, eps = _norm_parts(norm)
     residual_is_x = residual is x
     tensors = x, w1, b1, w2, b2, norm_weight, norm_bias, None if residual_is_x else residual, layer_scale
-    drawn = _samples(x, drop_path_p), _seed(x, hidden_dropout_p), _seed(x, dropout_p)
+    drawn = _drop_path_factors(x, drop_path_p), _seed(x, hidden_dropout_p), _seed(x, dropout_p)
     scalars = eps, activation, float(hidden_dropout_p), float(dropout_p)
-    if _differentiating(*tensors):
+    if _needs_autograd(*tensors):
         return autograd.MlpFunction.apply(*tensors, *drawn, *scalars, residual_is_x)
     return torch.ops.vit_triton.mlp_fwd.default(*tensors[:7], residual, layer_scale, *drawn, *scalars, False)[0]
 
@@ -288,26 +288,26 @@ def encoder(
     first_token: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """The blocks of a Transformer encoder, one after the other (Dosovitskiy et al. 2020, arXiv:2010.11929, eq. 2, 3).
+    """Compute the blocks of a Transformer encoder in sequence (Dosovitskiy et al. 2020, arXiv:2010.11929, eq. 2, 3).
 
     Args:
         x: (B, N, D).
-        blocks: what each is made of, all in x's dtype.
-        heads: attention heads; they divide the rows of each third of ``qkv_weight``.
+        blocks: the weights of each block, in the dtype of x.
+        heads: number of attention heads.
         scale: default 1 / sqrt(head size).
-        activation: as for :func:`mlp`.
-        first_token: of the last block compute only what the first token needs.
+        activation: see :func:`mlp`.
+        first_token: compute only the first token of the result.
 
     Returns:
-        (B, N, D), with ``first_token`` (B, 1, D). Without gradients it is one operator that keeps nothing; with them,
-        and under autocast or ``torch.compile``, it is made of :func:`linear`, :func:`attention` and :func:`mlp`.
+        (B, N, D), or (B, 1, D) with ``first_token``. Without gradients this is one operator. With gradients, autocast
+        or ``torch.compile`` it is composed of :func:`linear`, :func:`attention` and :func:`mlp`.
     """
     parts = check_encoder(x, blocks, heads, scale, activation, first_token)
     tensors = [x, *(part for part in parts if isinstance(part, Tensor))]
-    apart = any(block.norm1 is None or block.norm2 is None for block in blocks) or _differentiating(*tensors)
-    apart = apart or torch.compiler.is_compiling() or autocasting(x.device.type)
-    # PyTorch resolves a lazy negation in a tensor, but not in a list of optional ones, which the operator takes
-    if apart or any(map(Tensor.is_neg, tensors)):
+    composed = any(block.norm1 is None or block.norm2 is None for block in blocks) or _needs_autograd(*tensors)
+    composed = composed or torch.compiler.is_compiling() or autocasting(x.device.type)
+    # PyTorch does not resolve lazy negation in lists of optional tensors
+    if composed or any(map(Tensor.is_neg, tensors)):
         functions = tuple(functools.partial(op, backend=backend) for op in (linear, attention, mlp))
         return reference.encoder_of(functions, x, blocks, heads, scale, activation, first_token)
     if resolve_backend(backend, "encoder", x, x.shape[-1]) == "torch":
@@ -333,13 +333,13 @@ def layer_norm(
     residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al. 2016, arXiv:1607.06450).
+    """Compute (x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al. 2016, arXiv:1607.06450).
 
     Args:
-        x: (..., D); weight, bias: (D,) or None; residual: the shape and dtype of x.
+        x: (..., D); weight, bias: (D,) or None; residual: shape and dtype of x.
 
     Returns:
-        The shape of x; with ``residual`` the pair (norm(x + residual), x + residual), in one pass.
+        (..., D), or with ``residual`` the pair (norm(x + residual), x + residual).
     """
     check_tensor("x", x)
     check_norm("the norm", (weight, bias, eps), x.shape[-1], x)
@@ -354,7 +354,7 @@ def layer_norm(
     if residual is None:
         y = _apply(autograd.LayerNormFunction, "layer_norm_fwd", (x, weight, bias, float(eps)), (x, weight, bias))
         return y if isinstance(y, Tensor) else y[0]
-    # one tensor as two arguments of a Function: Dynamo needs two objects
+    # Dynamo does not support the same tensor as two arguments of a Function
     other = x.view_as(x) if residual is x else residual
     y, total, *_ = _apply(
         autograd.AddLayerNormFunction,
@@ -380,21 +380,20 @@ def patch_embed(
     std: Tensor | Sequence[float] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Patches of an image, projected, with positions, behind the prefix tokens (Dosovitskiy et al. 2020,
+    """Project the patches of an image, add positions and prepend prefix tokens (Dosovitskiy et al. 2020,
     arXiv:2010.11929, section 3.1).
 
     Args:
-        image: (B, C, H, W), floating, or uint8 with ``mean`` and ``std``.
-        weight: (dim, C * p1 * p2); its columns are ordered by ``patch_order``: "p1 p2 c" (vit-pytorch) or "c p1 p2"
-            (a flattened Conv2d weight).
+        image: (B, C, H, W), floating point, or uint8 with ``mean`` and ``std``.
+        weight: (dim, C * p1 * p2), columns in ``patch_order``: "p1 p2 c" (vit-pytorch) or "c p1 p2" (flattened Conv2d
+            weight).
         bias: (dim,).
-        patch_size: (p1, p2) or one number for both; they divide H and W.
-        pre_norm, post_norm: LayerNorm over the values of a patch, and over dim behind the projection.
-        pos: (rows, dim) with at least as many rows as there are patches; the first ones are added to the patches.
-        prefix: (n, dim), the class and register tokens, put first as they are.
-        mean, std: C values on the 0..1 scale: (x / 255 - mean) / std is computed where the uint8 image is read, and
-            before the kernels where mean or std wants a gradient. The values of a tensor are never checked, since that
-            would synchronise a GPU: a 0 in a tensor ``std`` gives NaN or inf.
+        patch_size: (p1, p2), or an int for both. They must divide H and W.
+        pre_norm: LayerNorm over the pixels of a patch; post_norm: LayerNorm over dim, after the projection.
+        pos: (rows, dim), rows >= number of patches. The first rows are added to the patches.
+        prefix: (n, dim), prefix tokens such as class and register tokens.
+        mean, std: C values on the 0..1 scale, to normalize a uint8 image as (x / 255 - mean) / std. Zeros in a sequence
+            ``std`` raise ValueError. Zeros in a tensor give NaN or inf, since a check would synchronize the GPU.
 
     Returns:
         (B, n + patches, dim).
@@ -424,14 +423,14 @@ def patch_embed(
             std=image_std,
         )
     check_kernel_dtype("weight", weight)
-    if image_mean is not None and image_std is not None and _differentiating(image_mean, image_std):
-        # the kernels give mean and std no gradient
+    if image_mean is not None and image_std is not None and _needs_autograd(image_mean, image_std):
+        # the kernels do not compute gradients of mean and std
         image = reference.normalize_image(image, image_mean, image_std, weight.dtype)
         image_mean = image_std = None
     pre_weight, pre_bias, pre_eps = _norm_parts(pre_norm)
     post_weight, post_bias, post_eps = _norm_parts(post_norm)
     tensors = (image, weight, bias, pos, prefix, pre_weight, pre_bias, post_weight, post_bias)
-    if _differentiating(*tensors):
+    if _needs_autograd(*tensors):
         return autograd.PatchEmbedFunction.apply(
             *tensors, image_mean, image_std, pre_eps, post_eps, (p1, p2), patch_order
         )
@@ -444,8 +443,8 @@ def patch_embed(
 # --- running -----------------------------------------------------------------------------------------------
 
 
-def _differentiating(*tensors: Tensor | None) -> bool:
-    """Whether a gradient, or a forward-mode tangent (which the Function refuses), may pass through."""
+def _needs_autograd(*tensors: Tensor | None) -> bool:
+    """Return whether autograd must see this call; a Function raises in forward mode."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     if not torch.is_grad_enabled():
@@ -459,23 +458,23 @@ def _differentiating(*tensors: Tensor | None) -> bool:
 def _apply(
     function: Any, op: str, arguments: tuple, differentiable: tuple[Tensor | None, ...], save: bool = False
 ) -> Any:
-    """Through autograd if needed; else the bare operator, which makes what backward would read only to ``save`` it."""
-    if _differentiating(*differentiable):
+    """Call the Function if autograd is needed, else the operator; ``save`` makes it return the tensors for backward."""
+    if _needs_autograd(*differentiable):
         return function.apply(*arguments)
     return getattr(torch.ops.vit_triton, op).default(*arguments, save)
 
 
 def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
-    """A seed drawn on the device of ``x`` from torch's generator: no synchronisation, fresh in every graph replay."""
+    """Draw a dropout seed on the device of ``x``: without synchronization, and anew on every CUDA graph replay."""
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout_p > 0 else None
 
 
-def _samples(x: Tensor, drop_path_p: float) -> Tensor | None:
-    return reference.kept_samples(x, drop_path_p) if drop_path_p > 0 else None
+def _drop_path_factors(x: Tensor, drop_path_p: float) -> Tensor | None:
+    return reference.drop_path_factors(x, drop_path_p) if drop_path_p > 0 else None
 
 
 def _width(norm: Norm | None, x: Tensor) -> int:
-    """How wide a norm over the last dimension of ``x`` is; 0 where there is none."""
+    """Return the width of ``norm``, or 0 for None."""
     return 0 if norm is None else x.shape[-1]
 
 
@@ -488,7 +487,7 @@ def _norm_parts(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, float 
         return None, None, None
     weight, bias, eps = norm
     if weight is None and bias is not None:
-        weight = torch.ones_like(bias)  # the kernels have both or neither
+        weight = torch.ones_like(bias)  # the kernels require a weight with a bias
     return weight, bias, float(eps)
 
 
@@ -499,26 +498,24 @@ def _channel_values(name: str, values: Tensor | Sequence[float] | None, image: T
             raise ValueError(f"image and {name} must be on one device, got {image.device} and {values.device}")
     else:
         if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
-            raise TypeError(f"{name} must be a tensor or a sequence of numbers, one a channel, got {given(values)}")
+            raise TypeError(f"{name} must be a tensor or a sequence of numbers, one per channel, got {given(values)}")
         values = tuple(values)
         for i, value in enumerate(values):
             check_number(f"{name}[{i}]", value)
         if name == "std" and not all(values):
-            raise ValueError(f"std divides and must not be 0, got {values}")
+            raise ValueError(f"std must not contain 0, got {values}")
         traced = torch.compiler.is_compiling() or torch._guards.detect_fake_mode(image) is not None
-        if traced:  # a fake tensor is of no use to a later call
+        if traced:  # fake tensors must not be cached
             values = torch.tensor(values, dtype=torch.float32, device=image.device)
         else:
-            values = _constant(values, image.device)
+            values = _channel_constant(values, image.device)
     if values.shape != image.shape[1:2]:
-        raise ValueError(
-            f"{name} must have one value for each of the {image.shape[1]} channels, got {shape_of(values)}"
-        )
+        raise ValueError(f"{name} must have one value per channel, {image.shape[1]} channels, got {shape_of(values)}")
     return values.to(image.device, torch.promote_types(values.dtype, torch.float32))
 
 
 @functools.lru_cache(maxsize=64)
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Copied to the device once: a copy in every forward would wait for the GPU."""
-    with torch.inference_mode(False):  # autograd cannot save a tensor of that mode, and a later call may train
+def _channel_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copy ``values`` to the device once, since the copy waits for the GPU."""
+    with torch.inference_mode(False):  # autograd cannot save an inference tensor, and a later call may train
         return torch.tensor(values, dtype=torch.float32, device=device)

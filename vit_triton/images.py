@@ -1,4 +1,4 @@
-"""Images of any kind as RGB, or refused by name."""
+"""Reading of image files as RGB."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-MAX_PIXELS = 1 << 26  # 256 MiB as RGB; while it is made, up to a GiB
+MAX_PIXELS = 1 << 26  # 256 MiB as RGB, up to 1 GiB during the conversion
 
 
 class ImageError(ValueError):
-    """An image that is refused; the message names it and says why."""
+    """An image cannot be read; the message has its path and the reason."""
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """The image in a file as RGB, turned upright as its camera says; of an animation the first frame.
+    """Read an image file as RGB, rotated according to its EXIF orientation; the first frame of an animation.
 
-    What is transparent becomes white. Gray of 16 bits is scaled to 8. A JPEG of more than MAX_PIXELS is decoded at half
-    of its width and height, unless it is progressive.
+    Transparent pixels become white. 16-bit gray is scaled to 8 bits. A JPEG with more than MAX_PIXELS is decoded at
+    half its width and height unless it is progressive.
 
     Raises:
-        ImageError: there is no such file, it is not a regular file, is damaged, has more pixels than MAX_PIXELS or
-            than Pillow takes for an attack, or has values without a known range.
+        ImageError: The file is missing, not a regular file or damaged, or the image has more than MAX_PIXELS, exceeds
+            Pillow's limit against decompression bombs, or has gray values out of range.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe waits for its writer
             raise ImageError("a folder; name the images in it" if Path(path).is_dir() else "not a regular file")
         with warnings.catch_warnings():
-            # Half of the size that is refused, and notes about metadata that nothing here reads
+            # warnings about large images below the limit and about unused metadata
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 _limit(image)
@@ -42,22 +42,22 @@ def open_image(path: str | Path) -> Image.Image:
     except FileNotFoundError:
         reason = "no such file"
     except UnidentifiedImageError:
-        reason = "no image, or of a kind that Pillow does not know"
+        reason = "not an image, or a format that Pillow does not support"
     except Image.DecompressionBombError:
-        reason = f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, which Pillow takes for an attack"
-    except Exception as error:  # a damaged file raises nearly anything
+        reason = f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, Pillow's limit"
+    except Exception as error:  # damaged files raise exceptions of many types
         reason = f"cannot be read: {error}"
     raise ImageError(f"{path}: {' '.join(reason.split())}")
 
 
 def _limit(image: Image.Image) -> None:
-    """Before anything is decoded: have the decoder halve a large JPEG, and refuse what stays too large."""
+    """Make the decoder halve a large JPEG, and raise ImageError if the image remains too large."""
     width, height = image.size
-    # the decoder of a progressive JPEG holds every coefficient, however small the result
+    # the decoder of a progressive JPEG holds all coefficients in memory even at half size
     if width * height > MAX_PIXELS and not image.info.get("progressive"):
         image.draft(None, (width // 2, height // 2))
     if image.width * image.height > MAX_PIXELS:
-        raise ImageError(f"{width} x {height} pixels; at most {MAX_PIXELS:,} are read")
+        raise ImageError(f"{width} x {height} pixels exceed the limit of {MAX_PIXELS:,}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -70,7 +70,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _gray(values: np.ndarray) -> Image.Image:
-    """Of 16-bit integers, or floats from 0 to 1, which Pillow's convert would cut off at 255."""
+    """Scale 16-bit integers, or floats from 0 to 1, to 8 bits; Pillow's convert would clip them at 255."""
     low, high = values.min(), values.max()
     most = 1 if values.dtype.kind == "f" else 65535
     if not 0 <= low <= high <= most:  # NaN, too

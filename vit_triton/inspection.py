@@ -1,7 +1,7 @@
-"""What a trained model looked at.
+"""Attention maps of a model.
 
-The kernels never keep the N x N attention matrix; they keep one log-sum-exp per query. That is enough to get
-any row of it back exactly: softmax(s)_j = exp(s_j - logsumexp(s)).
+The kernels do not materialize the N x N attention matrix; they save one log-sum-exp per query, from which every row can
+be recomputed: softmax(s)_j = exp(s_j - logsumexp(s)).
 """
 
 from __future__ import annotations
@@ -20,25 +20,24 @@ __all__ = ["attention_maps"]
 
 @torch.no_grad()
 def attention_maps(model: nn.Module, image: Tensor, *, query: int | None = None) -> Tensor:
-    """The attention probabilities of every layer, as ``vit_pytorch.recorder.Recorder`` gives them.
+    """Return the attention probabilities of every layer, as ``vit_pytorch.recorder.Recorder`` does.
 
-    Runs ``model(image)`` once in the mode the model is in. The maps are the probabilities before dropout; in
-    training mode the layers after the first still see what dropout left of the ones before.
+    Runs ``model(image)`` once in the current mode. The maps are the probabilities before dropout; in training mode,
+    dropout still affects the input of later layers.
 
     Args:
-        model: a model built from :class:`vit_triton.modules.Attention` layers of equal head count, such as
+        model: a model with :class:`vit_triton.modules.Attention` layers of equal head count, such as
             :class:`vit_triton.ViT`.
-        image: what the model takes, for a ViT (B, C, H, W).
-        query: the index of one query token, 0 for the class token: only that row is computed, at a cost of N
-            instead of N x N. None computes every row.
+        image: the input of the model, (B, C, H, W) for a ViT.
+        query: index of one query token, 0 for the class token, to compute only its row. None computes every row.
 
     Returns:
-        (B, layers, heads, N, N) in float32, rows summing to 1; with `query`, (B, layers, heads, N). No gradient.
+        (B, layers, heads, N, N), or (B, layers, heads, N) with `query`; float32, without gradient. Rows sum to 1.
 
     Raises:
-        TypeError: `model` is no module, or `query` no integer.
-        ValueError: `model` contains or runs no such layer, its layers differ in heads or tokens, or `query` is not one
-            of the N tokens.
+        TypeError: `model` is not a Module, or `query` is not an integer.
+        ValueError: `model` has or calls no such layer, its layers differ in heads or tokens, or `query` is out of
+            range.
     """
     check_module("model", model)
     if query is not None and (isinstance(query, bool) or not isinstance(query, Integral)):
@@ -64,15 +63,15 @@ def attention_maps(model: nn.Module, image: Tensor, *, query: int | None = None)
         raise ValueError(f"model, a {type(model).__name__}, called none of its vit_triton.modules.Attention layers")
     shapes = list(dict.fromkeys(tuple(each.shape[1:]) for each in maps))
     if len(shapes) > 1:
-        raise ValueError(f"model must have layers of as many heads and tokens, got maps of {shapes[0]} and {shapes[1]}")
+        raise ValueError(f"layers of model must have equal heads and tokens, got maps of {shapes[0]} and {shapes[1]}")
     return torch.stack(maps, dim=1)
 
 
 def _probabilities(attention: Attention, x: Tensor, query: int | None) -> Tensor:
-    """Tokens (B, N, dim) -> (B, heads, N, N) or (B, heads, N), from q, k and the kernel's log-sum-exp."""
+    """Compute tokens (B, N, dim) -> (B, heads, N, N) or (B, heads, N) from q, k and the log-sum-exp of the kernel."""
     qkv = attention.project_qkv(x).float()
     q, k, _ = qkv.transpose(1, 3).unbind(2)  # (B, heads, N, dim_head) each
-    # In float32 and out of autocast, so that scores and log-sum-exp are rounded alike and the rows sum to 1.
+    # float32 without autocast: scores and log-sum-exp have the same rounding, so that rows sum to 1
     with torch.autocast(x.device.type, enabled=False):
         _, lse = F.attention_packed(qkv, scale=attention.scale, return_lse=True, backend=attention.backend)
         if query is not None:

@@ -1,16 +1,13 @@
 """The nn.Modules that models are built from.
 
-Every module remembers ``backend`` (None means: what :func:`vit_triton.use_backend` or the environment says
-at the call) and hands it to :mod:`vit_triton.functional`.
+Every module passes its ``backend`` to :mod:`vit_triton.functional`. None selects the default at the time of the call,
+see :func:`vit_triton.use_backend`.
 
-One rule decides what is fused. A part is computed inside its neighbour's kernel only while nobody could
-tell the difference: its ``forward`` is the one written here (or PyTorch's own, for Dropout, GELU and the
-like) and it carries no hook. A part that was replaced, wrapped or hooked is called as a module of its own,
-with the inputs and outputs it would have in an unfused model, so feature extractors, adapters and profilers
-see what they expect and pay for it only where they look. :class:`Linear` and :class:`LayerNorm` run their
-kernels either way. The one part with no kernel of its own is the softmax of :class:`Attention`: a hook there
-asks for the N x N matrix, and it is then built (:func:`vit_triton.attention_maps` gives the same matrix
-without giving up the kernel).
+A submodule is fused into the kernel of its neighbor if it has its original ``forward`` and no hooks. A submodule that
+was replaced, wrapped or hooked is called as a module, with the inputs and outputs of an unfused model, so that feature
+extractors, adapters and profilers work; only this submodule is slower. :class:`Linear` and :class:`LayerNorm` use their
+kernels in both cases. A hook on the softmax of :class:`Attention` materializes the N x N matrix;
+:func:`vit_triton.attention_maps` returns the same matrix without it.
 """
 
 from __future__ import annotations
@@ -24,23 +21,23 @@ from torch import Tensor, nn
 from vit_triton import functional as F
 from vit_triton.backend import MAX_NORM_WIDTH, check_backend_name, resolve_backend
 from vit_triton.checks import check_count, check_dense, check_probability, given, kind
-from vit_triton.fallback import count
+from vit_triton.fallback import count_fallback
 
 __all__ = ["Attention", "FeedForward", "LayerNorm", "Linear", "PatchEmbedding", "PatchRows", "Transformer"]
 
 
 def checked_backend(backend: str | None) -> str | None:
-    """`backend` if it is None or a backend's name; ValueError if not."""
+    """Return `backend` if it is a backend or None, else raise ValueError."""
     return None if backend is None else check_backend_name(backend)
 
 
-def untouched(module: object, cls: type[nn.Module]) -> bool:
-    """Whether `module` still computes what `cls` computes and nobody watches it: then it may be fused."""
+def is_fusable(module: object, cls: type[nn.Module]) -> bool:
+    """Return whether `module` has the ``forward`` of `cls` and no hooks, so that it may be fused."""
     return (
         isinstance(module, cls)
         and (cls is not LayerNorm or cast(LayerNorm, module).normalized_shape[0] <= MAX_NORM_WIDTH)
         and type(module).forward is cls.forward
-        and "forward" not in vars(module)  # wrappers such as accelerate's replace it on the instance
+        and "forward" not in vars(module)  # wrappers such as those of accelerate replace it on the instance
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
@@ -48,27 +45,27 @@ def untouched(module: object, cls: type[nn.Module]) -> bool:
     )
 
 
-def untouched_parts(sequence: nn.Module, *classes: type[nn.Module]) -> bool:
-    """Whether `sequence` still consists of exactly these parts, each of them untouched."""
-    parts = sequence._modules.values()
-    return len(parts) == len(classes) and all(map(untouched, parts, classes))
+def consists_of_fusable(sequence: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Return whether the children of `sequence` are fusable modules of exactly these classes."""
+    children = sequence._modules.values()
+    return len(children) == len(classes) and all(map(is_fusable, children, classes))
 
 
-def dropout_now(dropout: nn.Dropout | None) -> float:
-    """The probability this Dropout applies at this moment: 0 outside training mode, and where there is none."""
+def active_dropout_p(dropout: nn.Dropout | None) -> float:
+    """Return the probability that `dropout` applies in its current mode, or 0 for None."""
     return float(dropout.p) if dropout is not None and dropout.training else 0.0
 
 
 class Linear(nn.Linear):
-    """:class:`torch.nn.Linear` on the fused GEMM.
+    """:class:`torch.nn.Linear` with the fused GEMM.
 
     Args:
         in_features: size of the last dimension of the input.
         out_features: size of the last dimension of the output.
         bias: whether to add a learned bias.
         backend: None, "triton", "torch" or "auto".
-        device: where the parameters are made.
-        dtype: the parameters' dtype.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
     """
 
     def __init__(
@@ -85,22 +82,21 @@ class Linear(nn.Linear):
         self.backend = checked_backend(backend)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
+        """Compute (..., in_features) -> (..., out_features)."""
         return F.linear(input, self.weight, self.bias, backend=self.backend)
 
 
 class LayerNorm(nn.LayerNorm):
     """:class:`torch.nn.LayerNorm` over the last dimension (Ba et al. 2016, arXiv:1607.06450).
 
-    One that is wider than the kernels take, 65,536, is computed by the reference whatever the backend; on backend
-    "triton" :func:`vit_triton.fallbacks` counts it.
+    A LayerNorm wider than 65,536 falls back to PyTorch; with backend "triton", :func:`vit_triton.fallbacks` counts it.
 
     Args:
         dim: size of the last dimension.
         eps: added to the variance.
         backend: None, "triton", "torch" or "auto".
-        device: where the parameters are made.
-        dtype: the parameters' dtype.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
     """
 
     def __init__(
@@ -116,24 +112,24 @@ class LayerNorm(nn.LayerNorm):
         self.backend = checked_backend(backend)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim)."""
+        """Compute (..., dim) -> (..., dim)."""
         backend = self.backend
         if self.normalized_shape[0] > MAX_NORM_WIDTH and isinstance(input, Tensor):
             if resolve_backend(backend, "layer_norm", input, self.normalized_shape[0]) == "triton":
-                count(self, f"a LayerNorm wider than {MAX_NORM_WIDTH}")
+                count_fallback(self, f"LayerNorm is wider than {MAX_NORM_WIDTH}")
             backend = "torch"
         return cast(Tensor, F.layer_norm(input, self.weight, self.bias, eps=self.eps, backend=backend))
 
     def arguments(self) -> F.Norm:
-        """(weight, bias, eps), the form in which the fused functions take a norm."""
+        """Return (weight, bias, eps), the argument ``norm`` of the functions."""
         return self.weight, self.bias, self.eps
 
 
 class PatchRows(nn.Module):
-    """Cuts images into patches and flattens each one as (row in patch, column in patch, channel).
+    """Split images into patches, flattened as (row, column, channel).
 
-    The fused patch embedding gathers the same numbers in its load; this module is that first step as a part
-    of its own, for callers who want the pixels of the patches (a masked autoencoder, for example).
+    The fused patch embedding includes this step. As a separate module it returns the pixels of the patches, for example
+    for a masked autoencoder.
 
     Args:
         patch_size: height and width of a patch.
@@ -148,11 +144,11 @@ class PatchRows(nn.Module):
         self.patch_size = patch_size
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, H/ph * W/pw, ph * pw * C).
+        """Rearrange (B, C, H, W) to (B, H/ph * W/pw, ph * pw * C).
 
         Raises:
             TypeError: `image` is not a tensor.
-            ValueError: `image` is not 4-D or does not divide into patches.
+            ValueError: `image` is not 4-D, or its sides are not divisible by the patch size.
         """
         grid_h, grid_w = patch_grid(image, self.patch_size)
         patch_h, patch_w = self.patch_size
@@ -164,36 +160,38 @@ class PatchRows(nn.Module):
 
 
 def patch_grid(image: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
-    """How many rows and columns of patches `image` has; TypeError or ValueError where that has no answer."""
+    """Return the number of rows and columns of patches in `image`; raise TypeError or ValueError if it is invalid."""
     if not isinstance(image, Tensor):
         raise TypeError(f"image must be a torch.Tensor of shape (B, C, H, W), got {kind(image)}")
     check_dense("image", image)
     if image.dim() != 4:
-        hint = "; a single image needs a batch dimension: image[None]" if image.dim() == 3 else ""
+        hint = "; add a batch dimension to a single image: image[None]" if image.dim() == 3 else ""
         raise ValueError(f"image must be 4-D, (B, C, H, W), got shape {tuple(image.shape)}{hint}")
     height, width = image.shape[-2:]
     patch_h, patch_w = patch_size
     if height % patch_h or width % patch_w or not height or not width:
-        raise ValueError(f"image of {height} x {width} pixels does not divide into patches of {patch_h} x {patch_w}")
+        raise ValueError(
+            f"image of {height} x {width} pixels is not divisible into patches of {patch_h} x {patch_w} pixels"
+        )
     return height // patch_h, width // patch_w
 
 
 class PatchEmbedding(nn.Sequential):
-    """PatchRows, LayerNorm, Linear, LayerNorm, run as the one fused operation `patch_embed`.
+    """PatchRows, LayerNorm, Linear and LayerNorm, fused by :func:`vit_triton.functional.patch_embed`.
 
-    It stays a plain Sequential: no ``__init__`` of its own, so it can be indexed and sliced, and every part
-    works when called alone. A slice, or a copy with a part replaced or hooked, runs its parts one by one.
+    Like any Sequential, it can be indexed and sliced. Slices, and instances with a replaced or hooked child, run their
+    children one by one.
     """
 
     def forward(self, input: Tensor, *, pos: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, prefix + patches, dim).
+        """Compute (B, C, H, W) -> (B, n + patches, dim).
 
         Args:
             input: the images, any strides.
             pos: (patches, dim), added to the patch tokens.
-            prefix: (n, dim), tokens put in front of the patches as they are.
+            prefix: (n, dim), prefix tokens.
         """
-        if untouched_parts(self, PatchRows, LayerNorm, Linear, LayerNorm):
+        if consists_of_fusable(self, PatchRows, LayerNorm, Linear, LayerNorm):
             rows, pre_norm, projection, post_norm = cast(tuple[PatchRows, LayerNorm, Linear, LayerNorm], tuple(self))
             return F.patch_embed(
                 input,
@@ -211,7 +209,7 @@ class PatchEmbedding(nn.Sequential):
 
 
 def place_tokens(tokens: Tensor, pos: Tensor | None, prefix: Tensor | None) -> Tensor:
-    """Add positions to patch tokens (B, P, dim) and put the prefix tokens (n, dim) in front of them."""
+    """Add positions (P, dim) to patch tokens (B, P, dim) and prepend the prefix tokens (n, dim)."""
     if pos is not None:
         tokens = tokens + pos
     if prefix is not None:
@@ -222,15 +220,15 @@ def place_tokens(tokens: Tensor, pos: Tensor | None, prefix: Tensor | None) -> T
 class Attention(nn.Module):
     """Pre-norm multi-head self-attention (Dosovitskiy et al. 2021, arXiv:2010.11929).
 
-    The norm runs inside the qkv projection, q, k and v are read where the projection wrote them, and the
-    output projection adds bias, dropout and residual in its epilogue.
+    The norm is fused into the QKV projection, attention reads q, k and v in place, and bias, dropout and residual are
+    part of the epilogue of the output projection.
 
     Args:
         dim: width of the tokens.
-        heads: number of heads; ``heads * dim_head`` need not equal `dim`.
-        dim_head: width of a head. With one head as wide as the tokens there is no output projection.
-        dropout: on the attention probabilities, and after the output projection. None is the form of SimpleViT: no
-            Dropout modules, and always an output projection, without bias.
+        heads: number of heads. ``heads * dim_head`` may differ from `dim`.
+        dim_head: head size. There is no output projection if ``heads == 1`` and ``dim_head == dim``.
+        dropout: probability for the attention weights and after the output projection. None, used by SimpleViT, creates
+            no Dropout modules and always an output projection, without bias.
         backend: None, "triton", "torch" or "auto".
     """
 
@@ -258,8 +256,8 @@ class Attention(nn.Module):
             self.to_out = nn.Sequential(Linear(inner_dim, dim, backend=backend), nn.Dropout(dropout))
 
     def project_qkv(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, dim) -> packed queries, keys and values (B, N, 3, heads, dim_head)."""
-        if untouched(self.norm, LayerNorm) and untouched(self.to_qkv, Linear):
+        """Project tokens (B, N, dim) to packed q, k and v (B, N, 3, heads, dim_head)."""
+        if is_fusable(self.norm, LayerNorm) and is_fusable(self.to_qkv, Linear):
             qkv = F.linear(
                 x, self.to_qkv.weight, self.to_qkv.bias, norm=self.norm.arguments(), backend=self.to_qkv.backend
             )
@@ -268,15 +266,15 @@ class Attention(nn.Module):
         return qkv.unflatten(-1, (3, self.heads, self.dim_head))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(B, N, dim) -> (B, N, dim), plus `residual` of the same shape if there is one.
+        """Compute (B, N, dim) -> (B, N, dim), plus `residual` of the same shape.
 
         Raises:
             ValueError: `x` is not 3-D.
         """
         check_tokens(x)
         qkv = self.project_qkv(x)
-        if self.softmax_is_whole:
-            dropout_p = dropout_now(self.dropout)
+        if self.softmax_is_fusable:
+            dropout_p = active_dropout_p(self.dropout)
             attended = F.attention_packed(qkv, scale=self.scale, dropout_p=dropout_p, backend=self.backend)
             out = cast(Tensor, attended)
         else:
@@ -288,63 +286,63 @@ class Attention(nn.Module):
         return self.project_out(out.flatten(2), residual)
 
     def first_token(self, x: Tensor) -> Tensor:
-        """``(self(x) + x)[:, :1]``: keys and values of all tokens, all else for the first one alone."""
+        """Compute ``(self(x) + x)[:, :1]``, without queries and outputs for the other tokens."""
         weight, bias, norm = self.to_qkv.weight, self.to_qkv.bias, self.norm.arguments()
         inner_dim, first = self.heads * self.dim_head, x[:, :1]
         q_bias, kv_bias = (None, None) if bias is None else (bias[:inner_dim], bias[inner_dim:])
         q = F.linear(first, weight[:inner_dim], q_bias, norm=norm, backend=self.to_qkv.backend)
         kv = F.linear(x, weight[inner_dim:], kv_bias, norm=norm, backend=self.to_qkv.backend)
         q, kv = q.unflatten(-1, (self.heads, self.dim_head)), kv.unflatten(-1, (2, self.heads, self.dim_head))
-        dropout_p = dropout_now(self.dropout)
+        dropout_p = active_dropout_p(self.dropout)
         out = F.attention(q, *kv.unbind(2), scale=self.scale, dropout_p=dropout_p, backend=self.backend)
         return self.project_out(cast(Tensor, out).flatten(2), first)
 
     @property
-    def softmax_is_whole(self) -> bool:
-        """Whether softmax and dropout are the ones made here, and nobody watches them."""
-        return untouched(self.attend, nn.Softmax) and (self.dropout is None or untouched(self.dropout, nn.Dropout))
+    def softmax_is_fusable(self) -> bool:
+        """Whether softmax and dropout may be fused."""
+        return is_fusable(self.attend, nn.Softmax) and (self.dropout is None or is_fusable(self.dropout, nn.Dropout))
 
     @property
-    def whole_before_projection(self) -> bool:
-        """Whether every part but ``to_out`` is the one made here, and nobody watches any."""
+    def fusable_before_projection(self) -> bool:
+        """Whether every child except ``to_out`` may be fused."""
         return (
-            untouched(self, Attention)
-            and untouched(self.norm, LayerNorm)
-            and untouched(self.to_qkv, Linear)
-            and self.softmax_is_whole
+            is_fusable(self, Attention)
+            and is_fusable(self.norm, LayerNorm)
+            and is_fusable(self.to_qkv, Linear)
+            and self.softmax_is_fusable
         )
 
     def projection(self) -> tuple[Linear, nn.Dropout | None] | None:
-        """The output projection and the dropout behind it, if there is one that may be fused."""
-        if untouched(self.to_out, Linear):
+        """Return the output projection and its dropout, or None if they cannot be fused or do not exist."""
+        if is_fusable(self.to_out, Linear):
             return cast(Linear, self.to_out), None
-        if untouched(self.to_out, nn.Sequential) and untouched_parts(self.to_out, Linear, nn.Dropout):
+        if is_fusable(self.to_out, nn.Sequential) and consists_of_fusable(self.to_out, Linear, nn.Dropout):
             return cast(tuple[Linear, nn.Dropout | None], tuple(self.to_out._modules.values()))
         return None
 
     def project_out(self, out: Tensor, residual: Tensor | None) -> Tensor:
-        """Heads side by side (B, N, heads * dim_head) -> tokens (B, N, dim), plus `residual`."""
+        """Project concatenated heads (B, N, heads * dim_head) to tokens (B, N, dim) and add `residual`."""
         projection = self.projection()
         if projection is None:
-            return add(self.to_out(out), residual)
+            return add_residual(self.to_out(out), residual)
         linear, dropout = projection
         return F.linear(
             out,
             linear.weight,
             linear.bias,
             residual=residual,
-            dropout_p=dropout_now(dropout),
+            dropout_p=active_dropout_p(dropout),
             backend=linear.backend,
         )
 
 
 class FeedForward(nn.Module):
-    """Pre-norm MLP: LayerNorm, Linear, GELU, Dropout, Linear, Dropout, run as the one fused operation `mlp`.
+    """Pre-norm MLP: LayerNorm, Linear, GELU, Dropout, Linear, Dropout, fused by :func:`vit_triton.functional.mlp`.
 
     Args:
         dim: width of the tokens.
         hidden_dim: width between the two projections.
-        dropout: after the activation and after the second projection. With None there are no Dropout modules.
+        dropout: probability after the activation and after the second projection. None creates no Dropout modules.
         backend: None, "triton", "torch" or "auto".
     """
 
@@ -363,10 +361,10 @@ class FeedForward(nn.Module):
             self.net = nn.Sequential(norm, widen, nn.GELU(), nn.Dropout(dropout), narrow, nn.Dropout(dropout))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(..., dim) -> (..., dim), plus `residual` of the same shape if there is one."""
+        """Compute (..., dim) -> (..., dim), plus `residual` of the same shape."""
         parts = self.parts()
         if parts is None:
-            return add(self.net(x), residual)
+            return add_residual(self.net(x), residual)
         return F.mlp(
             x,
             parts.widen.weight,
@@ -376,27 +374,27 @@ class FeedForward(nn.Module):
             norm=parts.norm.arguments(),
             activation=parts.activation,
             residual=residual,
-            hidden_dropout_p=dropout_now(parts.hidden_dropout),
-            dropout_p=dropout_now(parts.dropout),
+            hidden_dropout_p=active_dropout_p(parts.hidden_dropout),
+            dropout_p=active_dropout_p(parts.dropout),
             backend=self.backend,
         )
 
     def parts(self) -> MlpParts | None:
-        """What the net is made of, if every part is the one made here and nobody watches any."""
-        if not untouched(self.net, nn.Sequential):
+        """Return the children of ``net``, or None if one of them cannot be fused."""
+        if not is_fusable(self.net, nn.Sequential):
             return None
         parts: tuple[Any, ...] = tuple(self.net._modules.values())
         if len(parts) == 4:
             parts = *parts[:3], None, parts[3], None
         classes = (LayerNorm, Linear, nn.GELU, nn.Dropout, Linear, nn.Dropout)
         whole = len(parts) == 6 and all(
-            part is None or untouched(part, cls) for part, cls in zip(parts, classes, strict=True)
+            part is None or is_fusable(part, cls) for part, cls in zip(parts, classes, strict=True)
         )
         return MlpParts(*parts) if whole else None
 
 
 class MlpParts(NamedTuple):
-    """The parts of a :class:`FeedForward`."""
+    """The children of :attr:`FeedForward.net`."""
 
     norm: LayerNorm
     widen: Linear
@@ -417,7 +415,7 @@ class Transformer(nn.Module):
         dim: width of the tokens.
         depth: number of blocks.
         heads: attention heads per block.
-        dim_head: width of a head.
+        dim_head: head size.
         mlp_dim: hidden width of the MLP.
         dropout: see :class:`Attention` and :class:`FeedForward`.
         backend: None, "triton", "torch" or "auto".
@@ -450,15 +448,15 @@ class Transformer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, dim) -> tokens (B, N, dim)."""
+        """Compute (B, N, dim) -> (B, N, dim)."""
         check_tokens(x)
         return self.norm(self._run(x))
 
     def _run(self, x: Tensor, first_token: bool = False) -> Tensor:
-        """The blocks, without the norm behind them; ``first_token`` needs a last block that is whole."""
-        found = as_operator(self.layers)
-        if found is not None:
-            blocks, options = found
+        """Run the blocks without the final norm; ``first_token`` requires a last block whose parts may be fused."""
+        arguments = encoder_arguments(self.layers)
+        if arguments is not None:
+            blocks, options = arguments
             if resolve_backend(options["backend"], "encoder", x) == "triton":
                 return F.encoder(x, blocks, **{**options, "backend": "triton"}, first_token=first_token)
         *before, last = self.layers if first_token else (*self.layers, None)
@@ -471,8 +469,8 @@ class Transformer(nn.Module):
         return feed_forward(x, residual=x)
 
     def first_token(self, x: Tensor) -> Tensor:
-        """``self(x)[:, :1]``, without what the last block would compute for the other tokens, if nobody could tell."""
-        if not (len(self.layers) and untouched(self, Transformer) and untouched(self.norm, LayerNorm)):
+        """Compute ``self(x)[:, :1]``; the last block omits the other tokens if its parts may be fused."""
+        if not (len(self.layers) and is_fusable(self, Transformer) and is_fusable(self.norm, LayerNorm)):
             return self(x)[:, :1]
         if block_parts(self.layers[-1]) is None:
             return self(x)[:, :1]
@@ -481,7 +479,7 @@ class Transformer(nn.Module):
 
 
 class BlockParts(NamedTuple):
-    """The parts of a block that are computed inside its kernels; ``projection`` is None where there is none."""
+    """The fused modules of a block; ``projection`` is None if there is no output projection."""
 
     attention: Attention
     projection: tuple[Linear, nn.Dropout | None] | None
@@ -490,21 +488,24 @@ class BlockParts(NamedTuple):
 
 
 def block_parts(block: nn.Module) -> BlockParts | None:
-    """What the block is made of, if every part of both branches is the one made here and nobody watches any."""
+    """Return the modules of a block, or None if one of them cannot be fused."""
     attention, feed_forward = block._modules.values()
     if not (isinstance(attention, Attention) and isinstance(feed_forward, FeedForward)):
         return None
-    if not (attention.whole_before_projection and untouched(feed_forward, FeedForward)):
+    if not (attention.fusable_before_projection and is_fusable(feed_forward, FeedForward)):
         return None
     projection, mlp = attention.projection(), feed_forward.parts()
-    if mlp is None or (projection is None and not untouched(attention.to_out, nn.Identity)):
+    if mlp is None or (projection is None and not is_fusable(attention.to_out, nn.Identity)):
         return None
     return BlockParts(attention, projection, feed_forward, mlp)
 
 
-def as_operator(blocks: Iterable[nn.Module]) -> tuple[list[F.Block], dict[str, Any]] | None:
-    """The blocks and options that :func:`vit_triton.functional.encoder` takes, if nobody could tell that it was called:
-    no gradients, no dropout, every part of every block the one made here, unwatched, and with the same options."""
+def encoder_arguments(blocks: Iterable[nn.Module]) -> tuple[list[F.Block], dict[str, Any]] | None:
+    """Return the blocks and options for :func:`vit_triton.functional.encoder`, or None if it cannot be used.
+
+    It requires that gradients are disabled, that there is no active dropout, that every module may be fused, and that
+    all blocks have the same options.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     arguments, options = [], []
@@ -514,7 +515,7 @@ def as_operator(blocks: Iterable[nn.Module]) -> tuple[list[F.Block], dict[str, A
             return None
         attention, feed_forward, mlp = parts.attention, parts.feed_forward, parts.mlp
         project, out_dropout = parts.projection
-        if any(map(dropout_now, (attention.dropout, out_dropout, mlp.hidden_dropout, mlp.dropout))):
+        if any(map(active_dropout_p, (attention.dropout, out_dropout, mlp.hidden_dropout, mlp.dropout))):
             return None
         qkv, widen, narrow = attention.to_qkv, mlp.widen, mlp.narrow
         arguments.append(
@@ -525,20 +526,20 @@ def as_operator(blocks: Iterable[nn.Module]) -> tuple[list[F.Block], dict[str, A
         )
         for backend in (attention.backend, qkv.backend, project.backend, feed_forward.backend):
             options.append((attention.heads, attention.scale, mlp.activation, backend))
-    if len(set(options)) != 1:  # none without blocks
+    if len(set(options)) != 1:  # also without blocks
         return None
     return arguments, dict(zip(("heads", "scale", "activation", "backend"), options[0], strict=True))
 
 
 def run_block(block: nn.Module, x: Tensor) -> Tensor:
-    """Attention and MLP, each added to its input."""
+    """Compute attention and MLP, each with its residual."""
     attention, feed_forward = block.children()
-    # A watched branch is called without the residual: that is the output its watcher expects.
-    x = attention(x, residual=x) if untouched(attention, Attention) else attention(x) + x
-    return feed_forward(x, residual=x) if untouched(feed_forward, FeedForward) else feed_forward(x) + x
+    # a hook expects the output of the branch without the residual
+    x = attention(x, residual=x) if is_fusable(attention, Attention) else attention(x) + x
+    return feed_forward(x, residual=x) if is_fusable(feed_forward, FeedForward) else feed_forward(x) + x
 
 
-def add(x: Tensor, residual: Tensor | None) -> Tensor:
+def add_residual(x: Tensor, residual: Tensor | None) -> Tensor:
     return x if residual is None else x + residual
 
 

@@ -1,10 +1,10 @@
-"""Schema, fake and registration of every operator ``torch.ops.vit_triton.*``.
+"""Schema, fake implementation and registration of every operator ``torch.ops.vit_triton.*``.
 
-They are private: :mod:`vit_triton.functional` checks arguments, follows autocast and differentiates. An operator has
-no Optional outputs, so what is absent comes back with no elements. The kernels are imported at the first call.
+The operators are private: :mod:`vit_triton.functional` checks the arguments and adds autocast and gradients. Operators
+do not support optional outputs, so an absent output is an empty tensor. The kernels are imported on the first call.
 
-``Library.define`` and ``impl`` rather than ``triton_op``, which fails under the interpreter, or ``custom_op``, whose
-wrapping costs more Python per call.
+``Library.define`` and ``impl`` are used since ``triton_op`` fails under the interpreter and ``custom_op`` has more
+overhead per call.
 """
 
 import contextlib
@@ -23,20 +23,22 @@ _library = torch.library.Library("vit_triton", "DEF")
 
 
 def _register(schema: str, copies: Callable[..., list[Tensor | None]] | None = None) -> Any:
-    """Define an operator and register the decorated function, which may return None for a Tensor, for every device.
+    """Define an operator and register the decorated function for every device.
 
-    ``copies``: of the weights among the operator's arguments, those that :func:`vit_triton.prepack` keeps for the CPU;
-    the function gets them as ``copies``.
+    The function may return None for a Tensor.
+
+    ``copies`` gets the operator's arguments and returns their prepacked weights, see :func:`vit_triton.prepack`. On a
+    CPU the function receives them as its argument ``copies``.
     """
     name = schema.split("(")[0]
     _library.define(schema)
 
     def decorate(function: Any) -> Any:
         def implementation(x: Tensor, *args: Any) -> Any:
-            return _no_none(function(x, *args), x)
+            return _none_to_empty(function(x, *args), x)
 
         def with_copies(copies: list[Tensor | None], x: Tensor, *args: Any) -> Any:
-            return _no_none(function(x, *args, copies=copies), x)
+            return _none_to_empty(function(x, *args, copies=copies), x)
 
         def on_cpu(*args: Any) -> Any:
             if packing.frozen:
@@ -54,17 +56,17 @@ def _register(schema: str, copies: Callable[..., list[Tensor | None]] | None = N
 
 
 def run_on_cpu(function: Any, args: tuple[Any, ...]) -> Any:
-    """``function`` with a Triton driver active that serves CPU tensors; its launches recorded if it is ours."""
+    """Call ``function`` with an active Triton driver for CPU tensors; record its launches if it is our driver."""
     from vit_triton.cpu.driver import active, recording
     from vit_triton.kernels.replay import replay
 
     with active() as device:
-        # one block: memory that is new to the process has pages which the system clears first
+        # one block: the system clears every page of newly allocated memory
         return function(*args) if device is None else replay(function, args, device, recording, one_block=True)
 
 
 def run_on_gpu(function: Any, args: tuple[Any, ...]) -> Any:
-    """``function`` under the guard of the device of its first argument; its launches recorded."""
+    """Call ``function`` under a guard of the first argument's device, and record its launches."""
     interpreting, guard, replay, recording = _launching()
     x = args[0]
     with guard(x):
@@ -72,7 +74,7 @@ def run_on_gpu(function: Any, args: tuple[Any, ...]) -> Any:
 
 
 def run_directly(function: Any, args: tuple[Any, ...]) -> Any:
-    """``function`` as it is; nothing is recorded."""
+    """Call ``function`` without recording its launches."""
     return function(*args)
 
 
@@ -82,8 +84,10 @@ _on_gpu: Callable[[Any, tuple[Any, ...]], Any] = run_on_gpu
 
 @contextlib.contextmanager
 def running(run: Callable[[Any, tuple[Any, ...]], Any]) -> Iterator[None]:
-    """A hook for measurements: inside it ``run(function, args)`` runs every operator, on tensors of every device and in
-    all threads. :func:`run_on_cpu` and :func:`run_on_gpu` do so otherwise."""
+    """Make every operator call ``run(function, args)`` inside the context, on all devices and threads; for benchmarks.
+
+    The defaults are :func:`run_on_cpu` and :func:`run_on_gpu`.
+    """
     global _on_cpu, _on_gpu
     before = _on_cpu, _on_gpu
     _on_cpu = _on_gpu = run
@@ -95,14 +99,14 @@ def running(run: Callable[[Any, tuple[Any, ...]], Any]) -> Iterator[None]:
 
 @functools.cache
 def _launching() -> tuple[Any, ...]:
-    """Imported once: to look an import up in every call takes longer than to read a key."""
+    """Import once, since an import statement in every call takes longer."""
     from vit_triton.kernels.launch import INTERPRETING, guard, recording
     from vit_triton.kernels.replay import replay
 
     return INTERPRETING, guard, replay, recording
 
 
-def _no_none(result: Any, like: Tensor) -> Any:
+def _none_to_empty(result: Any, like: Tensor) -> Any:
     if not isinstance(result, tuple):
         return result
     return tuple(like.new_empty(0) if x is None else x for x in result)
@@ -111,13 +115,13 @@ def _no_none(result: Any, like: Tensor) -> Any:
 def _fake(name: str) -> Any:
     def decorate(function: Any) -> Any:
         def fake(x: Tensor, *args: Any) -> Any:
-            # functions use PyTorch's operators there: the program was captured before
+            # reached only by a program that was captured before the export
             if torch.onnx.is_in_onnx_export():
                 raise RuntimeError(
-                    f"the program holds the operator vit_triton::{name}, which ONNX has not: capture it with "
-                    "torch.export.export inside `with vit_triton.portable_operators():`, or export the module itself"
+                    f"the program contains the operator vit_triton::{name}, which is not supported by ONNX: capture it "
+                    "inside `with vit_triton.portable_operators():`, or export the module itself"
                 )
-            return _no_none(function(x, *args), x)
+            return _none_to_empty(function(x, *args), x)
 
         torch.library.register_fake(f"vit_triton::{name}", fake, lib=_library)
         return function
@@ -134,7 +138,7 @@ def _n_rows(x: Tensor) -> int:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """What a launcher takes of x (..., D)."""
+    """Reshape (..., D) to (rows, D)."""
     return x if x.ndim == 2 else x.reshape(_n_rows(x), x.shape[-1])
 
 
@@ -218,7 +222,7 @@ def _attention_packed_bwd_fake(do, qkv, out, lse, dlse, seed, scale, dropout_p):
     return _like(qkv)
 
 
-# --- attention behind a norm of q and k --------------------------------------------------------------------
+# --- attention with norms of q and k -----------------------------------------------------------------------
 
 
 _NORMS = (
@@ -231,7 +235,7 @@ _NORMS = (
 def _normed_attention_fwd(
     q, k, v, q_weight, q_bias, k_weight, k_bias, seed, q_eps, k_eps, rms, scale, dropout_p, save=True
 ):
-    """Without k and v, q is the packed projection."""
+    """If k and v are None, q is the packed projection."""
     from vit_triton.kernels.attention.qk_norm import normed_attention_fwd
 
     q, k, v = q.unbind(2) if k is None else (q, k, v)
@@ -360,7 +364,7 @@ def _linear_bwd_fake(
 
 
 def _norm_grads(weight: Tensor | None, bias: Tensor | None, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Both are made from the weight's partial sums, or neither."""
+    """Return the gradients of weight and bias; the kernel computes both or neither."""
     if weight is None or not wanted:
         return None, None
     return _like(weight), _like(weight)
@@ -448,7 +452,7 @@ def _mlp_bwd_fake(
 
 # --- encoder -----------------------------------------------------------------------------------------------
 
-_BLOCK = 14  # tensors of a Block, those of its norms among them
+_BLOCK = 14  # tensors of a Block, including those of its norms
 
 
 def _block(tensors: list[Any], eps: list[float]) -> Block:
@@ -457,7 +461,7 @@ def _block(tensors: list[Any], eps: list[float]) -> Block:
 
 
 def _block_weights(n_tensors: int) -> list[int]:
-    """Where the weights of qkv, out, w1 and w2 of each block are."""
+    """Return the indices of qkv_weight, out_weight, w1 and w2 of each block."""
     return [block + place for block in range(0, n_tensors, _BLOCK) for place in (2, 4, 8, 10)]
 
 

@@ -1,8 +1,8 @@
-"""Frozen models: weights laid out once for the matrix products of the CPU target.
+"""Prepacked models, whose weights are packed once for the GEMMs of the CPU target.
 
-A product on the CPU reads its weight in panels (:func:`.kernels.linear.forward.pack_weight`), and a patch embedding
-reads its weight with the columns in the order of the image's memory. Every call lays them out anew, so it uses the
-values that the parameters have at that moment. :func:`prepack` keeps the copies instead.
+A GEMM on the CPU reads its weight in panels (:func:`.kernels.linear.forward.pack_weight`), and a patch embedding reads
+its weight with the columns in the memory order of the image. By default every call packs the weights, so that it uses
+the current values of the parameters. :func:`prepack` caches the packed copies.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ __all__ = ["prepack", "unpack"]
 
 
 class _Frozen:
-    """A parameter of a prepacked model, its state at that moment, and the copies made of it since.
+    """A parameter of a prepacked model, its state when it was prepacked, and its packed copies.
 
-    It holds the parameter, so that no other tensor gets its id. A weak reference would not do: with one,
-    ``torch.utils.swap_tensors`` refuses the parameter.
+    Holds a reference to the parameter, so that its id stays unique. ``torch.utils.swap_tensors`` does not support
+    parameters with weak references.
     """
 
     __slots__ = ("copies", "holders", "name", "state", "tensor")
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name, self.tensor, self.state = name, tensor, _state(tensor)
-        self.holders = 0  # modules that have the parameter
+        self.holders = 0  # number of modules with the parameter
         self.copies: dict[object, Tensor] = {}
 
     def copy(self, x: Tensor, layout: object, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """``make(x)`` of the parameter or a view of it."""
+        """Return the cached ``make(x)``, where x is the parameter or a view of it."""
         key = layout, x.shape, x.stride(), x.storage_offset()
         if key not in self.copies:
-            with torch.no_grad(), torch.inference_mode(False):  # an inference tensor could not be saved for backward
+            with torch.no_grad(), torch.inference_mode(False):  # inference tensors cannot be saved for backward
                 self.copies[key] = make(x.detach())
         return self.copies[key]
 
@@ -48,30 +48,28 @@ _releases: weakref.WeakKeyDictionary[nn.Module, weakref.finalize[..., Any]] = we
 
 
 def prepack(model: nn.Module) -> nn.Module:
-    """Freeze a model for inference on a CPU: its weights are laid out at their first use and kept.
+    """Freeze a model for inference on a CPU: its weights are packed on first use and cached.
 
-    Otherwise every call lays them out. The copies take as much memory as the weights.
+    Without prepack, every call packs the weights. The cached copies take as much memory as the weights.
 
-    **Later edits are not seen.** A write that changes neither a parameter's address nor its version counter
-    (``p.data[0] = 0``, ``p.detach().numpy()[0] = 0``, a fused optimizer, another process) has no effect on the result.
-    A write that changes one of them makes the next call raise. To change a weight, call :func:`unpack`, edit, and call
-    ``prepack`` again.
+    **Later edits have no effect.** Writes that change neither the address nor the version counter of a parameter
+    (``p.data[0] = 0``, ``p.detach().numpy()[0] = 0``, a fused optimizer, another process) are ignored. Other writes
+    make the next call raise RuntimeError. To change a weight, call :func:`unpack`, edit it, and call ``prepack`` again.
 
-    Backend "torch", autocast, ``torch.compile`` and GPUs use the parameters themselves. A copy made by ``deepcopy`` or
-    ``pickle`` is not prepacked.
+    Backend "torch", autocast, ``torch.compile`` and GPUs use the parameters directly. Copies made by ``deepcopy`` or
+    ``pickle`` are not prepacked.
 
     Args:
-        model: a model of this library or an accelerated one, in evaluation mode. Changed in place. A model that is
-            prepacked already is prepacked again, with the values that its parameters have now.
+        model: a model of this package or an accelerated model, in evaluation mode. Changed in place. A prepacked model
+            is prepacked again with the current values of its parameters.
 
     Returns:
-        `model`. Until :func:`unpack` it raises RuntimeError from ``train()``, ``load_state_dict``,
-        :func:`vit_triton.load_weights`, ``to()`` and whatever else casts or moves parameters, and from a call after an
-        edit that shows.
+        `model`. Until :func:`unpack`, ``train()``, ``load_state_dict``, :func:`vit_triton.load_weights`, ``to()`` and
+        other casts or moves of parameters raise RuntimeError.
 
     Raises:
         TypeError: `model` is not a Module.
-        ValueError: a module of `model` is in training mode.
+        ValueError: A module of `model` is in training mode.
     """
     unpack(model)
     training = [name for name, module in model.named_modules() if module.training]
@@ -81,7 +79,7 @@ def prepack(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
             cls: Any = type(module)
-            module.__class__ = _refusing(cls)
+            module.__class__ = _prepacked_class(cls)
         entries = []
         for part, parameter in module._parameters.items():
             if parameter is not None:
@@ -94,7 +92,7 @@ def prepack(model: nn.Module) -> nn.Module:
 
 
 def unpack(model: nn.Module) -> nn.Module:
-    """Undo :func:`prepack`; a model that is not prepacked stays as it is.
+    """Undo :func:`prepack`. A model that is not prepacked is not changed.
 
     Returns:
         `model`.
@@ -106,57 +104,59 @@ def unpack(model: nn.Module) -> nn.Module:
     for module in model.modules():
         cls: Any = type(module)
         if hasattr(cls, "_prepacked"):
-            module.__class__ = without(cls, "_prepacked")
+            module.__class__ = without_mark(cls, "_prepacked")
         if module in _releases:
-            _releases.pop(module)()  # parameters that the module has no more, too
+            _releases.pop(module)()  # also releases parameters that were removed from the module
         for parameter in module._parameters.values():
             if id(parameter) in frozen:
                 _forget(frozen[id(parameter)])
     return model
 
 
-def refuse(model: nn.Module, what: str) -> None:
-    """Raise RuntimeError if a part of `model` is prepacked; ``what`` names the call that is refused."""
+def raise_if_prepacked(model: nn.Module, what: str) -> None:
+    """Raise RuntimeError if a module of `model` is prepacked; ``what`` names the call in the message."""
     if any(hasattr(module, "_prepacked") for module in model.modules()):
-        raise _refusal(what)
+        raise _prepacked_error(what)
 
 
-def without(cls: Any, mark: str) -> Any:
-    """`cls` without the classes made here, whose attribute ``mark`` is the class they were made of; also where a
-    parametrization or FSDP has made another one on top."""
+def without_mark(cls: Any, mark: str) -> Any:
+    """Return `cls` without generated subclasses, whose attribute ``mark`` is the original class.
+
+    Classes that a parametrization or FSDP derives from a generated subclass are rebuilt on the original class.
+    """
     if mark in vars(cls):
         return vars(cls)[mark]
     if not hasattr(cls, mark):
         return cls
     own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    return type(cls)(cls.__name__, tuple(without(base, mark) for base in cls.__bases__), own)
+    return type(cls)(cls.__name__, tuple(without_mark(base, mark) for base in cls.__bases__), own)
 
 
-def _refusal(what: str) -> RuntimeError:
-    return RuntimeError(f"{what}: the model is prepacked, its weights are frozen; call vit_triton.unpack(model) first")
+def _prepacked_error(what: str) -> RuntimeError:
+    return RuntimeError(f"{what} is not supported on a prepacked model; call vit_triton.unpack(model) first")
 
 
 @functools.cache
-def _refusing(cls: Any) -> Any:
-    """The subclass of `cls` that refuses what changes weights."""
+def _prepacked_class(cls: Any) -> Any:
+    """Return the subclass of `cls` whose methods that change weights raise RuntimeError."""
 
     def train(self: Any, mode: bool = True) -> Any:
         if mode:
-            raise _refusal("train()")
+            raise _prepacked_error("train()")
         return super(prepacked, self).train(mode)
 
     def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise _refusal("a cast or move")
+        raise _prepacked_error("a cast or move")
 
     def load_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise _refusal("load_state_dict()")
+        raise _prepacked_error("load_state_dict()")
 
     def _load_from_state_dict(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise _refusal("load_state_dict()")
+        raise _prepacked_error("load_state_dict()")
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         make, arguments, *rest = super(prepacked, self).__reduce_ex__(max(int(protocol), 2))
-        return _made, (make, *(cls if x is prepacked else x for x in arguments)), *rest
+        return _build, (make, *(cls if x is prepacked else x for x in arguments)), *rest
 
     def __deepcopy__(self: Any, memo: Any) -> Any:
         copied = super(prepacked, self).__deepcopy__(memo)
@@ -165,19 +165,19 @@ def _refusing(cls: Any) -> Any:
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     methods = [train, _apply, load_state_dict, _load_from_state_dict, __reduce_ex__]
-    if hasattr(cls, "__deepcopy__"):  # parametrizations have one, which keeps the class
+    if hasattr(cls, "__deepcopy__"):  # that of parametrizations keeps the class
         methods.append(__deepcopy__)
     prepacked: Any = type(cls.__name__, (cls,), {**names, **{f.__name__: f for f in methods}, "_prepacked": cls})
     return prepacked
 
 
-def _made(make: Callable[..., Any], *arguments: Any) -> Any:
-    """The object itself, for pickle and deepcopy: pickle refuses ``copyreg.__newobj__`` with another class."""
+def _build(make: Callable[..., Any], *arguments: Any) -> Any:
+    """Create an object for pickle and deepcopy; pickle does not support ``copyreg.__newobj__`` with another class."""
     return make(*arguments)
 
 
 def _release(entries: list[_Frozen]) -> None:
-    """Of a module that is gone, or no longer prepacked."""
+    """Release the parameters of a module that was deleted or unpacked."""
     for entry in entries:
         entry.holders -= 1
         if not entry.holders:
@@ -196,22 +196,22 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype
 
 
-# --- what operators on a CPU read --------------------------------------------------------------------------
+# --- packed weights for the operators ----------------------------------------------------------------------
 
 
 def check(args: Sequence[Any]) -> None:
-    """Raise RuntimeError if an edit of a frozen parameter among the arguments of an operator shows."""
+    """Raise RuntimeError if a prepacked parameter among the arguments of an operator was changed."""
     for x in _tensors(args):
         entry = _entry(x)
         if entry is not None and entry.state != _state(entry.tensor):
             raise RuntimeError(
                 f"the parameter {entry.name} was changed after vit_triton.prepack(model); call "
-                "vit_triton.unpack(model), and vit_triton.prepack(model) again if the model is to stay frozen"
+                "vit_triton.unpack(model), then vit_triton.prepack(model) to pack the new weights"
             )
 
 
 def _entry(x: Tensor) -> _Frozen | None:
-    """That of the frozen parameter that ``x`` is, or is a view of."""
+    """Return the entry of the prepacked parameter ``x``, or of the one it is a view of."""
     return frozen.get(id(x)) or frozen.get(id(x._base))
 
 
@@ -224,7 +224,7 @@ def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
 
 
 def panels(weight: Tensor) -> Tensor | None:
-    """The panels of a frozen weight; None if it is not frozen or if its dtype is not read in panels."""
+    """Return the packed panels of a weight, or None if it is not prepacked or its dtype does not use panels."""
     entry = _entry(weight)
     if entry is None:
         return None
@@ -236,8 +236,8 @@ def panels(weight: Tensor) -> Tensor | None:
 
 
 def in_image_order(weight: Tensor, image: Tensor, patch_size: tuple[int, int], patch_order: str) -> Tensor | None:
-    """A frozen weight of a patch embedding with its columns in the order in which ``image`` lies in memory; None if the
-    weight is not frozen."""
+    """Return the weight of a patch embedding with its columns in the memory order of ``image``, or None if it is not
+    prepacked."""
     entry = _entry(weight)
     if entry is None:
         return None
@@ -248,11 +248,11 @@ def in_image_order(weight: Tensor, image: Tensor, patch_size: tuple[int, int], p
 
 
 def concatenated(tensors: Sequence[Tensor]) -> Tensor:
-    """``torch.cat(tensors)``; kept, and frozen, while gradients are off and all of them are frozen."""
+    """Return ``torch.cat(tensors)``, cached if gradients are disabled and all tensors are prepacked."""
     if not frozen or torch.is_grad_enabled() or not all(id(x) in frozen for x in tensors):
         return torch.cat(list(tensors))
     check(tensors)
-    layout = "concatenated", *(frozen[id(x)] for x in tensors[1:])  # a parameter frozen anew has another entry
+    layout = "concatenated", *(frozen[id(x)] for x in tensors[1:])  # another prepack creates another entry
     whole = frozen[id(tensors[0])].copy(tensors[0], layout, lambda _: torch.cat([x.detach() for x in tensors]))
     if id(whole) not in frozen:
         frozen[id(whole)] = _Frozen(f"{frozen[id(tensors[0])].name} and others", whole)

@@ -1,4 +1,4 @@
-"""Where the package must compute with PyTorch's operators only: export and tracing."""
+"""Export and tracing with PyTorch's operators only."""
 
 from types import TracebackType
 
@@ -8,12 +8,12 @@ _portable = 0  # how many contexts of portable_operators are open
 
 
 class portable_operators:  # lower case as use_backend is
-    """A context manager in which every function and model of this package, and every model that
-    :func:`vit_triton.accelerate` has changed, computes with PyTorch's operators only, whatever its backend.
+    """Context manager that makes functions, models and accelerated models use PyTorch's operators only, regardless of
+    their backend.
 
-    A program that ``torch.export.export`` captures inside it runs where this package is not installed, and
-    ``torch.onnx.export`` converts it. ``torch.jit.trace`` and ``torch.onnx.export`` of a module need no such context:
-    they use PyTorch's operators always. The setting is one for all threads; contexts may be nested.
+    A program captured by ``torch.export.export`` inside the context does not require this package and can be passed to
+    ``torch.onnx.export``. ``torch.jit.trace`` and ``torch.onnx.export`` of a module always use PyTorch's operators and
+    do not require the context. It applies to all threads and may be nested.
     """
 
     def __enter__(self) -> "portable_operators":
@@ -29,10 +29,9 @@ class portable_operators:  # lower case as use_backend is
 
 
 def is_portable() -> bool:
-    """Whether this call must use PyTorch's operators only: inside :class:`portable_operators`, ``torch.jit.trace`` and
-    ``torch.onnx.export``."""
-    # ONNX's former exporter runs torch.jit.trace; its other one runs torch.export: is_in_onnx_export takes 20 times as
-    # long as the rest, so it is read only there
+    """Return whether this call must use PyTorch's operators only: inside :class:`portable_operators`,
+    ``torch.jit.trace`` and ``torch.onnx.export``."""
+    # is_in_onnx_export is slow, so it is called only while exporting; the older ONNX exporter runs torch.jit.trace
     if _portable or _tracing_state() is not None:
         return True
     return torch.compiler.is_exporting() and _in_onnx_export()
@@ -45,4 +44,4 @@ def _in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
-_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo takes it for False
+_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo would trace it as False

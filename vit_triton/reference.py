@@ -1,7 +1,7 @@
-"""The ops in plain PyTorch: the oracle of the tests, and the backend "torch".
+"""The operators in plain PyTorch: backend "torch", and the reference of the tests.
 
-Same names and arguments as :mod:`vit_triton.functional`, less ``backend``; that module documents them. These
-functions check nothing. They differentiate any number of times and in every mode, in any floating dtype.
+Names and arguments are those of :mod:`vit_triton.functional`, without ``backend``. The functions do not check their
+arguments. They support every floating dtype, higher-order gradients and forward mode.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,9 +27,9 @@ def attention(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     q, k = _head_norm(q, q_norm, norm_type), _head_norm(k, k_norm, norm_type)
-    # the explicit formula: on a CPU, scaled_dot_product_attention answers NaN queries with zeros below 16 rows
+    # explicit formula: on a CPU, scaled_dot_product_attention returns zeros for NaN queries below 16 rows
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scale = float(scale)  # PyTorch's own operators do not take every number
+    scale = float(scale)  # PyTorch's operators do not support every number type
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = q @ k.transpose(-1, -2) * scale
     out = (_dropout(scores.softmax(-1), dropout_p) @ v).transpose(1, 2)
@@ -55,7 +55,7 @@ def _head_norm(x: Tensor, norm: Norm | None, norm_type: str) -> Tensor:
 
 
 def _norm(x: Tensor, norm: Norm | None) -> Tensor:
-    """In the widest dtype of x, weight and bias."""
+    """Compute a LayerNorm in the widest dtype of x, weight and bias."""
     if norm is None:
         return x
     weight, bias, eps = norm
@@ -63,13 +63,13 @@ def _norm(x: Tensor, norm: Norm | None) -> Tensor:
     for part in (weight, bias):
         wide = wide if part is None else torch.promote_types(wide, part.dtype)
     weight, bias = (None if part is None else part.to(wide) for part in (weight, bias))
-    width = x.shape[-1]  # a tensor in torch.jit.trace; ONNX has a LayerNorm of constant sizes only
+    width = x.shape[-1]  # a tensor in torch.jit.trace; ONNX supports only constant sizes
     width = int(width) if torch.jit.is_tracing() else width
     return F.layer_norm(x.to(wide), (width,), weight, bias, float(eps))
 
 
 def _dropout(x: Tensor, p: float) -> Tensor:
-    return F.dropout(x, float(p)) if p > 0 else x  # what is traced or exported holds no Dropout of nothing
+    return F.dropout(x, float(p)) if p > 0 else x  # keeps a Dropout with p=0 out of exported graphs
 
 
 def linear(
@@ -88,21 +88,24 @@ def linear(
     if layer_scale is not None:
         y = y * layer_scale
     if drop_path_p > 0:
-        y = y * kept_samples(x, drop_path_p).to(y.dtype).view(-1, *(1,) * (y.ndim - 1))
+        y = y * drop_path_factors(x, drop_path_p).to(y.dtype).view(-1, *(1,) * (y.ndim - 1))
     return y if residual is None else y + residual
 
 
-def kept_samples(x: Tensor, drop_path_p: float) -> Tensor:
-    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): for each sample, an index of x's first dimension, 0 with
-    probability ``drop_path_p``, else 1 / (1 - drop_path_p). Drawn from torch's generator as timm's DropPath does."""
+def drop_path_factors(x: Tensor, drop_path_p: float) -> Tensor:
+    """Draw the factors of stochastic depth, (B,): 0 with probability ``drop_path_p``, else 1 / (1 - drop_path_p).
+
+    Draws the same random numbers as timm's DropPath (Huang et al. 2016, arXiv:1603.09382).
+    """
     keep = 1.0 - float(drop_path_p)
-    kept = torch.empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device).bernoulli_(keep)
-    return kept / keep if keep > 0 else kept
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    factors = torch.empty(x.shape[0], dtype=dtype, device=x.device).bernoulli_(keep)
+    return factors / keep if keep > 0 else factors
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """GELU in its exact, tanh and sigmoid form (Hendrycks & Gimpel 2016, arXiv:1606.08415), SiLU, ReLU, and SwiGLU of a
-    gate and a value side by side (Shazeer 2020, arXiv:2002.05202)."""
+    """Compute exact, tanh or sigmoid GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415), SiLU, ReLU or SwiGLU (Shazeer
+    2020, arXiv:2002.05202). For SwiGLU, x is (..., 2 * hidden), gate first."""
     if activation == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
     if activation == "swiglu":
@@ -155,7 +158,7 @@ def encoder_of(
     activation: str,
     first_token: bool,
 ) -> Tensor:
-    """The encoder, made of the functions linear, attention and mlp."""
+    """Compute an encoder from the functions linear, attention and mlp."""
     linear, attention, mlp = parts
     for i, block in enumerate(blocks):
         qkv = linear(x, block.qkv_weight, block.qkv_bias, norm=block.norm1)
@@ -178,7 +181,7 @@ def layer_norm(
 
 
 def unfold_patches(image: Tensor, patch_size: tuple[int, int], patch_order: str = "p1 p2 c") -> Tensor:
-    """(B, C, H, W) -> (B, patches, patch values), the values of a patch in ``patch_order``."""
+    """Rearrange (B, C, H, W) to (B, patches, C * p1 * p2), the pixels of a patch in ``patch_order``."""
     batch, channels, height, width = image.shape
     p1, p2 = patch_size
     grid = image.reshape(batch, channels, height // p1, p1, width // p2, p2)

@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     name, arch = torch.cuda.get_device_name(device), target_of(device).name
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", 'vit_triton: on .* backend "auto" takes PyTorch', RuntimeWarning)
+        warnings.filterwarnings("ignore", 'vit_triton: on .* backend "auto" selects PyTorch', RuntimeWarning)
         every = [
             case
             for shape in shapes

@@ -1,7 +1,7 @@
-"""Models of other libraries on the kernels: timm, torchvision, transformers, vit_pytorch.
+"""Run models of timm, torchvision, transformers and vit_pytorch on the kernels.
 
-Each library has a file that says which of its classes are known and how they are computed; a library is looked at only
-when it has been imported already.
+Each library has one file, which registers a recipe for each supported class. Libraries are never imported here: a file
+registers its recipes once the library has been imported.
 """
 
 from vit_triton.integrations.replacement import accelerate, restore

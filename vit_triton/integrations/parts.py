@@ -1,4 +1,4 @@
-"""What attention, MLPs and the branches of a block are made of in every library, and how they are computed."""
+"""Attention, MLPs and residual branches in a form common to all libraries, and the functions that compute them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from vit_triton import functional as F
 from vit_triton.autocast import autocasting
 from vit_triton.backend import MAX_NORM_WIDTH
 from vit_triton.checks import KERNEL_DTYPES, MAX_HEAD_DIM, MAX_ROWS
-from vit_triton.integrations.recipes import Unknown, only, part, sharded
-from vit_triton.modules import dropout_now
+from vit_triton.integrations.recipes import UnsupportedModule, check_members, is_sharded, submodule
+from vit_triton.modules import active_dropout_p
 
 __all__ = [
     "AttentionParts",
@@ -38,7 +38,7 @@ ACTIVATIONS: dict[type[nn.Module], str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
 
 
 class Branch(NamedTuple):
-    """How a branch is added to the residual; the default is one without a residual."""
+    """Arguments that add a branch to the residual. The default has no residual."""
 
     residual: Tensor | None = None
     layer_scale: Tensor | None = None
@@ -46,19 +46,19 @@ class Branch(NamedTuple):
 
 
 class AttentionParts(NamedTuple):
-    """Self-attention: [norm], one projection to q, k and v, [norms of q and k], softmax, [norm], projection."""
+    """Self-attention: [norm], QKV projection, [q_norm, k_norm], softmax attention, [out_norm], output projection."""
 
     heads: int
     scale: float
-    qkv_weight: Tensor  # (3 * heads * head size, dim)
+    qkv_weight: Tensor  # (3 * heads * head_dim, dim)
     qkv_bias: Tensor | None
     out_weight: Tensor | None  # None: no output projection
     out_bias: Tensor | None
     norm: F.Norm | None = None
     q_norm: F.Norm | None = None
     k_norm: F.Norm | None = None
-    norm_type: str = "layer_norm"  # of q_norm and k_norm
-    dropout_p: float = 0.0  # of the probabilities
+    norm_type: str = "layer_norm"  # for q_norm and k_norm
+    dropout_p: float = 0.0  # for the attention probabilities
     out_norm: F.Norm | None = None
     out_dropout_p: float = 0.0
 
@@ -77,7 +77,7 @@ class MlpParts(NamedTuple):
 
 
 def attend(x: Tensor, parts: AttentionParts, backend: str | None, branch: Branch = Branch()) -> Tensor:  # noqa: B008 - a tuple
-    """(B, N, dim) -> (B, N, dim out)."""
+    """Compute attention and its branch: (B, N, dim) -> (B, N, dim_out)."""
     check_input(x, parts.qkv_weight, parts.out_weight, branch.layer_scale)
     check_tokens(x)
     check_rows(x.shape[0] * x.shape[1] * parts.heads)
@@ -106,99 +106,113 @@ def attend(x: Tensor, parts: AttentionParts, backend: str | None, branch: Branch
 
 
 def feed_forward(x: Tensor, parts: MlpParts, backend: str | None, branch: Branch = Branch()) -> Tensor:  # noqa: B008
-    """(..., dim) -> (..., dim out)."""
+    """Compute an MLP and its branch: (..., dim) -> (..., dim_out)."""
     check_input(x, parts.w1, parts.w2, branch.layer_scale)
     return F.mlp(x, **parts._asdict(), **branch._asdict(), backend=backend)
 
 
 def check_input(x: Tensor, *weights: Tensor | None) -> None:
-    """Raise Unknown where there are more rows than the kernels count, where a weight is sharded or of a dtype that they
-    do not take, or where dtypes are mixed by hand: PyTorch's promotion decides then."""
+    """Check the dtypes and the number of rows of an input and its weights.
+
+    Raises:
+        UnsupportedModule: A weight is sharded or has an unsupported dtype, dtypes differ outside autocast, where
+            PyTorch's type promotion applies, or there are more rows than the kernels support.
+    """
     for weight in weights:
         if weight is None:
             continue
-        if sharded(weight):
-            raise Unknown("a sharded weight")
+        if is_sharded(weight):
+            raise UnsupportedModule("sharded weight")
         if weight.dtype != x.dtype:
             if not autocasting(x.device.type):
-                raise Unknown("several dtypes")
+                raise UnsupportedModule("input and weights have different dtypes")
             if weight.dtype not in KERNEL_DTYPES:
-                raise Unknown(f"a weight of {weight.dtype}")
+                raise UnsupportedModule(f"{weight.dtype} weight")
     check_rows(math.prod(x.shape[:-1]))
 
 
 def check_rows(rows: int) -> None:
-    """Raise Unknown if the kernels cannot count so many rows."""
+    """Raise UnsupportedModule if there are more rows than the kernels support."""
     if rows > MAX_ROWS:
-        raise Unknown("more rows than the kernels count")
+        raise UnsupportedModule("more rows than the kernels support")
 
 
 def check_tokens(x: Tensor) -> None:
-    """Raise Unknown if `x` is not (B, N, dim), N at least 1."""
+    """Raise UnsupportedModule unless `x` is (B, N, dim) with N >= 1."""
     if x.ndim != 3 or x.shape[1] == 0:
-        raise Unknown("no batch of tokens")
+        raise UnsupportedModule("input is not (B, N, dim) with at least one token")
 
 
 def check_weight(name: str, weight: Any) -> None:
-    """Raise Unknown if `weight` is a tensor of a kind of its own, a quantized one for example, or has no elements.
-    FSDP's are whole again when the module is called, see :func:`check_input`."""
-    if type(weight) not in (nn.Parameter, Tensor) and not isinstance(weight, FakeTensor) and not sharded(weight):
-        raise Unknown(f"{name}: its weight is a {type(weight).__name__}")
+    """Raise UnsupportedModule if `weight` is empty or a tensor subclass, such as a quantized weight.
+
+    Sharded weights pass: FSDP gathers them before the call, and :func:`check_input` rejects those that remain sharded.
+    """
+    if type(weight) not in (nn.Parameter, Tensor) and not isinstance(weight, FakeTensor) and not is_sharded(weight):
+        raise UnsupportedModule(f"{name}: weight is a {type(weight).__name__}")
     if 0 in weight.shape:
-        raise Unknown(f"{name}: its weight is empty")
+        raise UnsupportedModule(f"{name}: weight is empty")
 
 
 def check_head_size(size: int) -> None:
-    """Raise Unknown if heads are wider than the kernels take."""
+    """Raise UnsupportedModule if the head size exceeds the maximum of the kernels."""
     if size > MAX_HEAD_DIM:
-        raise Unknown(f"heads are {size} wide, the kernels' at most {MAX_HEAD_DIM}")
+        raise UnsupportedModule(f"head size {size} exceeds the maximum, {MAX_HEAD_DIM}")
 
 
 def layer_norm_of(norm: Any) -> F.Norm:
-    """(weight, bias, eps) of any kind of ``nn.LayerNorm``; Unknown if it is over more than the last dimension."""
-    only(norm, "weight", "bias")
+    """Return (weight, bias, eps) from a LayerNorm over the last dimension.
+
+    Raises:
+        UnsupportedModule: The module normalizes several dimensions, is too wide, or is timm's fast norm.
+    """
+    check_members(norm, "weight", "bias")
     if len(norm.normalized_shape) != 1:
-        raise Unknown(f"normalises over {len(norm.normalized_shape)} dimensions")
+        raise UnsupportedModule(f"normalizes {len(norm.normalized_shape)} dimensions")
     (width,) = norm.normalized_shape
     if not 0 < width <= MAX_NORM_WIDTH:
-        raise Unknown(f"normalises {width} numbers, the kernels at most {MAX_NORM_WIDTH}")
-    if getattr(norm, "_fast_norm", False):  # timm's
-        raise Unknown("fast_norm is on, which autocast does not raise to float32")
+        raise UnsupportedModule(f"width {width} is not in the supported range, 1 to {MAX_NORM_WIDTH}")
+    if getattr(norm, "_fast_norm", False):  # timm
+        raise UnsupportedModule("fast_norm is on: autocast does not run it in float32")
     return norm.weight, norm.bias, norm.eps
 
 
 def norm_of(module: nn.Module, name: str, *classes: type[nn.Module] | None) -> F.Norm:
-    """That of the submodule of that name, one of `classes`."""
-    return layer_norm_of(part(module, name, *classes))
+    """Return (weight, bias, eps) from the norm called `name`, an instance of one of `classes`."""
+    return layer_norm_of(submodule(module, name, *classes))
 
 
 def linear_of(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the Linear of that name; Unknown as of :func:`check_weight`."""
-    linear = part(module, name, nn.Linear)
+    """Return weight and bias of the Linear called `name`, after :func:`check_weight`."""
+    linear = submodule(module, name, nn.Linear)
     weight = linear.weight
     check_weight(name, weight)
     return weight, linear.bias
 
 
 def dropout_of(module: nn.Module, name: str) -> float:
-    """What the Dropout of that name drops now; 0 where there is none."""
+    """Return the probability that the Dropout called `name` uses in its current mode, or 0 if it does not exist."""
     if module._modules.get(name) is None:
         return 0.0
-    dropout = part(module, name, nn.Dropout, nn.Identity)
-    return 0.0 if isinstance(dropout, nn.Identity) else dropout_now(dropout)
+    dropout = submodule(module, name, nn.Dropout, nn.Identity)
+    return 0.0 if isinstance(dropout, nn.Identity) else active_dropout_p(dropout)
 
 
 def activation_of(module: nn.Module, name: str, others: dict[type[nn.Module], str] | None = None) -> str:
-    """The name that :func:`vit_triton.functional.mlp` has for an activation of PyTorch or one of `others`."""
+    """Return the activation called `name` as an argument for :func:`vit_triton.functional.mlp`.
+
+    Args:
+        others: activations of a library, in addition to those of PyTorch.
+    """
     activation = module._modules.get(name)
     if activation is None:
-        raise Unknown(f"{name}: is missing")
+        raise UnsupportedModule(f"{name}: missing")
     if isinstance(activation, nn.GELU):
-        part(module, name, nn.GELU)
+        submodule(module, name, nn.GELU)
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
     names = {**ACTIVATIONS, **(others or {})}
     for kind in type(activation).__mro__:
         if kind in names:
-            part(module, name, kind)
+            submodule(module, name, kind)
             return names[kind]
-    raise Unknown(f"{name}: no kernel has the activation {type(activation).__name__}")
+    raise UnsupportedModule(f"{name}: activation {type(activation).__name__} is not supported")

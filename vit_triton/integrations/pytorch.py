@@ -1,4 +1,4 @@
-"""PyTorch's own modules: LayerNorm, the convolution that is a patch embedding, MultiheadAttention."""
+"""Recipes for PyTorch modules: LayerNorm, Conv2d as a patch embedding, MultiheadAttention."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from vit_triton.integrations.parts import (
     check_weight,
     layer_norm_of,
 )
-from vit_triton.integrations.recipes import Recipe, Unknown, kernel_input, know, only, teach
+from vit_triton.integrations.recipes import Recipe, UnsupportedModule, check_members, kernel_input, register, trust
 
 
-def teach_all() -> None:
-    know(nn.Linear, nn.Dropout, nn.Identity, nn.Softmax, nn.Sequential, nn.GELU, nn.SiLU, nn.ReLU)
-    teach(nn.LayerNorm, LAYER_NORM)
-    teach(nn.Conv2d, Recipe(("patch_embedding",), read_convolution, convolve))
-    teach(
-        nn.MultiheadAttention, Recipe(("attention",), read_multihead_attention, attend_and_none, self_attention_input)
+def register_all() -> None:
+    trust(nn.Linear, nn.Dropout, nn.Identity, nn.Softmax, nn.Sequential, nn.GELU, nn.SiLU, nn.ReLU)
+    register(nn.LayerNorm, LAYER_NORM)
+    register(nn.Conv2d, Recipe(("patch_embedding",), read_convolution, compute_convolution))
+    register(
+        nn.MultiheadAttention,
+        Recipe(("attention",), read_multihead_attention, attend_without_weights, self_attention_input),
     )
 
 
-def normalise(x: Tensor, norm: F.Norm, backend: str | None) -> Tensor:
+def compute_layer_norm(x: Tensor, norm: F.Norm, backend: str | None) -> Tensor:
     weight, bias, eps = norm
     check_input(x)
     return cast(Tensor, F.layer_norm(x, weight, bias, eps=eps, backend=backend))
 
 
-LAYER_NORM = Recipe(("layer_norm",), layer_norm_of, normalise)
+LAYER_NORM = Recipe(("layer_norm",), layer_norm_of, compute_layer_norm)
 
 
 class Convolution(NamedTuple):
@@ -44,31 +45,31 @@ class Convolution(NamedTuple):
 
 
 def read_convolution(module: nn.Conv2d) -> Convolution:
-    only(module, "weight", "bias")
+    check_members(module, "weight", "bias")
     check_weight("weight", module.weight)
     size = module.kernel_size
     if module.stride != size or size == (1, 1):
-        raise Unknown("a convolution whose patches overlap, or of single pixels")
+        raise UnsupportedModule("convolution is not a patch embedding: stride differs from kernel_size, or both are 1")
     if module.padding not in ((0, 0), "valid") or module.dilation != (1, 1) or module.groups != 1:
-        raise Unknown("a convolution with padding, dilation or groups")
+        raise UnsupportedModule("convolution has padding, dilation or groups")
     return Convolution(module.weight, module.bias, cast(tuple[int, int], size))
 
 
-def convolve(image: Tensor, found: Convolution, backend: str | None) -> Tensor:
-    """(B, C, H, W) -> (B, dim, H/ph, W/pw), the tokens of every patch next to one another in memory."""
-    patch_h, patch_w = found.patch_size
-    check_input(image, found.weight)
+def compute_convolution(image: Tensor, parts: Convolution, backend: str | None) -> Tensor:
+    """Compute (B, C, H, W) -> (B, dim, H/ph, W/pw), in channels-last memory format."""
+    patch_h, patch_w = parts.patch_size
+    check_input(image, parts.weight)
     if image.ndim != 4 or 0 in image.shape:
-        raise Unknown("no batch of images")
+        raise UnsupportedModule("input is not a batch of images")
     height, width = image.shape[-2:]
     if height % patch_h or width % patch_w:
-        raise Unknown("the image does not divide into patches")
+        raise UnsupportedModule("image size is not divisible by the patch size")
     check_rows(image.shape[0] * (height // patch_h) * (width // patch_w))
     tokens = F.patch_embed(
         image,
-        found.weight.flatten(1),
-        found.bias,
-        patch_size=found.patch_size,
+        parts.weight.flatten(1),
+        parts.bias,
+        patch_size=parts.patch_size,
         patch_order="c p1 p2",
         backend=backend,
     )
@@ -76,13 +77,13 @@ def convolve(image: Tensor, found: Convolution, backend: str | None) -> Tensor:
 
 
 def self_attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The one tensor that is query, key and value of a call without masks that asks for no weights."""
+    """Return the input of a self-attention call without masks and with ``need_weights=False``."""
     names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights")
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     x = kernel_input(call.get("query"))
     reasons = {
-        "an unbatched input": x.ndim != 3,
-        "no self-attention": call.get("key") is not x or call.get("value") is not x,
+        "unbatched input": x.ndim != 3,
+        "query, key and value differ": call.get("key") is not x or call.get("value") is not x,
         "need_weights": call.get("need_weights", True) is not False,
         "key_padding_mask": call.get("key_padding_mask") is not None,
         "attn_mask": call.get("attn_mask") is not None,
@@ -90,14 +91,14 @@ def self_attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tenso
     }
     for reason, holds in reasons.items():
         if holds:
-            raise Unknown(reason)
+            raise UnsupportedModule(reason)
     return x
 
 
 def read_multihead_attention(module: nn.MultiheadAttention) -> AttentionParts:
-    only(module, "in_proj_weight", "in_proj_bias", "out_proj")
+    check_members(module, "in_proj_weight", "in_proj_bias", "out_proj")
     if module.in_proj_weight is None or not module.batch_first or module.add_zero_attn:
-        raise Unknown("needs batch_first, keys and values of the queries' width, and no added token")
+        raise UnsupportedModule("requires batch_first=True, kdim and vdim equal to embed_dim, and add_zero_attn=False")
     check_head_size(module.head_dim)
     check_weight("in_proj_weight", module.in_proj_weight)
     check_weight("out_proj", module.out_proj.weight)
@@ -106,11 +107,11 @@ def read_multihead_attention(module: nn.MultiheadAttention) -> AttentionParts:
         scale=module.head_dim**-0.5,
         qkv_weight=module.in_proj_weight,
         qkv_bias=module.in_proj_bias,
-        out_weight=module.out_proj.weight,  # PyTorch, too, reads it without calling the module
+        out_weight=module.out_proj.weight,  # PyTorch also reads the weight without calling the module
         out_bias=module.out_proj.bias,
         dropout_p=module.dropout if module.training else 0.0,
     )
 
 
-def attend_and_none(x: Tensor, found: AttentionParts, backend: str | None) -> tuple[Tensor, None]:
-    return attend(x, found, backend), None
+def attend_without_weights(x: Tensor, parts: AttentionParts, backend: str | None) -> tuple[Tensor, None]:
+    return attend(x, parts, backend), None

@@ -1,6 +1,6 @@
-"""What the file of a library is written with: recipes for its classes, and how they read the parts of a module.
+"""Recipes, which compute the modules of a library with the kernels, and the checks that recipes share.
 
-A part that is not as it is known raises :class:`Unknown`, and the library's own ``forward`` computes that call.
+A check that fails raises :class:`UnsupportedModule`; the call then falls back to the library's ``forward``.
 """
 
 from __future__ import annotations
@@ -17,85 +17,82 @@ from vit_triton.checks import KERNEL_DTYPES
 
 __all__ = [
     "Recipe",
-    "Unknown",
-    "check_unwatched",
+    "UnsupportedModule",
+    "check_call_context",
     "kernel_input",
-    "know",
-    "only",
-    "part",
+    "trust",
+    "check_members",
+    "submodule",
     "plain_input",
-    "recipe_of",
-    "resembles_known",
-    "sharded",
-    "teach",
+    "recipe_for",
+    "derives_from_registered",
+    "is_sharded",
+    "register",
 ]
 
 
-class Unknown(Exception):
-    """Why a module, or what it was called with, cannot be computed here."""
+class UnsupportedModule(Exception):
+    """A module or its input is not supported; the message gives the reason."""
 
 
 def plain_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The first argument of a call, if it is a tensor for the kernels and every other argument is None or False.
+    """Return the first argument of a call.
 
     Raises:
-        Unknown: it is not.
+        UnsupportedModule: The kernels do not support the tensor, or another argument is neither None nor False.
     """
     values = (*args, *kwargs.values())
     for i, value in enumerate(values[1:], 1):
         if value is not None and value is not False:
             name = f"argument {i + 1}" if i < len(args) else list(kwargs)[i - len(args)]
-            raise Unknown(f"called with {name}")
+            raise UnsupportedModule(f"called with {name}")
     return kernel_input(values[0] if values else None)
 
 
 def kernel_input(x: Any) -> Tensor:
-    """`x`, if the kernels take such a tensor: of a dtype of theirs, dense, not sharded, and no kind of its own.
+    """Return `x` if the kernels support it.
 
     Raises:
-        Unknown: they do not.
+        UnsupportedModule: `x` has another dtype, is nested, sparse or sharded, or is a tensor subclass.
     """
-    if type(x) is not Tensor and not isinstance(x, _KINDS):
-        raise Unknown(f"its input is a {type(x).__name__}")
+    if type(x) is not Tensor and not isinstance(x, _TENSOR_TYPES):
+        raise UnsupportedModule(f"input is a {type(x).__name__}")
     if x.dtype not in KERNEL_DTYPES:
-        raise Unknown(f"{x.dtype} input")
+        raise UnsupportedModule(f"{x.dtype} input")
     if x.is_nested or x.layout is not torch.strided:
-        raise Unknown("a nested or sparse input")
-    if sharded(x):
-        raise Unknown("a sharded input")
+        raise UnsupportedModule("nested or sparse input")
+    if is_sharded(x):
+        raise UnsupportedModule("sharded input")
     return x
 
 
-# nn.Buffer and nn.Parameter have no instances of their own class; FunctionalTensors come from torch.compile
-_KINDS = (nn.Parameter, nn.Buffer, FakeTensor, FunctionalTensor)
+# isinstance, since nn.Buffer and nn.Parameter override it; torch.compile passes FunctionalTensors
+_TENSOR_TYPES = (nn.Parameter, nn.Buffer, FakeTensor, FunctionalTensor)
 
 
-def sharded(x: Tensor) -> bool:
-    """Whether `x` is a DTensor, asked without importing them."""
+def is_sharded(x: Tensor) -> bool:
+    """Return whether `x` is a DTensor, without importing ``torch.distributed.tensor``."""
     return hasattr(x, "to_local")
 
 
-def check_unwatched() -> None:
-    """Raise Unknown if a hook is called with every module, or a function is transformed in a way that no kernel has:
-    those of torch.func, and forward mode."""
+def check_call_context() -> None:
+    """Raise UnsupportedModule inside torch.func transforms, in forward-mode differentiation and with global hooks."""
     if torch._C._are_functorch_transforms_active():
-        raise Unknown("inside a transform of torch.func")
+        raise UnsupportedModule("torch.func transform")
     if torch.autograd.forward_ad._current_level >= 0:
-        raise Unknown("inside forward-mode differentiation")
+        raise UnsupportedModule("forward-mode differentiation")
     if nn.modules.module._has_any_global_hook():
-        raise Unknown("a hook on every module")
+        raise UnsupportedModule("global module hook")
 
 
 class Recipe(NamedTuple):
-    """How the modules of one class are computed here.
+    """The functions that compute modules of one class. All of them may raise :class:`UnsupportedModule`.
 
     Attributes:
-        needs: which of accelerate's choices must be on.
-        read: module -> what `compute` takes of it; raises :class:`Unknown`. None: not such a module, nothing to say.
-        compute: (input, what was read, backend) -> what the module returns; raises :class:`Unknown`, too, before it
-            draws a random number.
-        find_input: (args, kwargs) -> the input; raises :class:`Unknown` where this call is for the module's own
-            ``forward``.
+        needs: options of :func:`accelerate` that must be enabled.
+        read: module -> parts, the weights and options that `compute` uses. None excludes the module from the report.
+        compute: (input, parts, backend) -> output. It raises before it draws a random number.
+        find_input: (args, kwargs) -> input.
     """
 
     needs: tuple[str, ...]
@@ -105,11 +102,14 @@ class Recipe(NamedTuple):
 
 
 _recipes: dict[type[nn.Module], Recipe] = {}
-_forwards: dict[type[nn.Module], Any] = {}  # the forward of every class that is known, as it was when it was first seen
+_forwards: dict[type[nn.Module], Any] = {}  # class -> the forward it had when it was trusted, None if replaced by then
 
 
-def know(*classes: type[nn.Module] | None) -> None:
-    """Trust these classes to compute what they do today, unless somebody has replaced their forward already."""
+def trust(*classes: type[nn.Module] | None) -> None:
+    """Record the current ``forward`` of these classes as the one that recipes implement.
+
+    A class whose ``forward`` has already been replaced is not trusted; None is ignored.
+    """
     for cls in classes:
         if cls is None or _forwards.get(cls) is not None:
             continue
@@ -119,77 +119,81 @@ def know(*classes: type[nn.Module] | None) -> None:
         _forwards[cls] = forward if named == (home.__module__, f"{home.__qualname__}.forward") else None
 
 
-def teach(cls: type[nn.Module] | None, recipe: Recipe) -> None:
-    """Have modules of `cls` computed by `recipe`; nothing where a library has no such class."""
+def register(cls: type[nn.Module] | None, recipe: Recipe) -> None:
+    """Trust `cls` and register `recipe` for it; None is ignored."""
     if cls is not None:
-        know(cls)
+        trust(cls)
         _recipes[cls] = recipe
 
 
-def recipe_of(cls: type[nn.Module]) -> Recipe | None:
-    """The recipe for `cls`, or for the class whose forward it inherits, as the classes that FSDP makes do."""
+def recipe_for(cls: type[nn.Module]) -> Recipe | None:
+    """Return the recipe for `cls` or for the base class whose ``forward`` it inherits, as FSDP's classes do."""
     for base in cls.__mro__:
         if base in _recipes:
             return _recipes[base] if cls.forward is _forwards[base] else None
     return None
 
 
-def resembles_known(cls: type[nn.Module]) -> bool:
-    """Whether `cls` derives from a class that has a recipe."""
+def derives_from_registered(cls: type[nn.Module]) -> bool:
+    """Return whether `cls` derives from a class that has a recipe."""
     return any(base in _recipes and base is not nn.Sequential for base in cls.__mro__)
 
 
-# --- what the recipes ask of a module ----------------------------------------------------------------------
+# --- checks of modules -------------------------------------------------------------------------------------
 
 
-def intact(module: object, *classes: type[nn.Module] | None, unless: Callable[[Any], bool] | None = None) -> bool:
-    """Whether `module` computes what one of the known `classes` computes, and nobody wraps it, nor watches it with a
-    hook; a forward hook does not count if ``unless(hook)``."""
+def is_unmodified(
+    module: object, *classes: type[nn.Module] | None, unless: Callable[[Any], bool] | None = None
+) -> bool:
+    """Return whether `module` has the trusted ``forward`` of one of `classes` and no hooks.
+
+    Forward hooks for which ``unless(hook)`` is true are ignored.
+    """
     kind: Any = type(module)
     for cls in classes:
         if cls is not None and isinstance(module, cls):
             if _forwards.get(cls) is getattr(kind, "_replaced", kind).forward:
-                return "forward" not in module.__dict__ and not hooked(module, unless)
+                return "forward" not in module.__dict__ and not has_hooks(module, unless)
     return False
 
 
-def hooked(module: nn.Module, unless: Callable[[Any], bool] | None = None) -> bool:
-    """Whether a hook would be called with `module`, other than forward hooks of which ``unless(hook)``."""
+def has_hooks(module: nn.Module, unless: Callable[[Any], bool] | None = None) -> bool:
+    """Return whether `module` has hooks, except forward hooks for which ``unless(hook)`` is true."""
     forward_hooks: Any = module._forward_hooks
     if forward_hooks and unless is not None:
         forward_hooks = not all(map(unless, forward_hooks.values()))
     return bool(forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def part(
+def submodule(
     module: nn.Module, name: str, *classes: type[nn.Module] | None, unless: Callable[[Any], bool] | None = None
 ) -> Any:
-    """The submodule of that name, if it is intact and of one of `classes`; ``unless`` as of :func:`intact`.
+    """Return the submodule called `name`.
 
     Raises:
-        Unknown: it is not.
+        UnsupportedModule: The submodule fails :func:`is_unmodified`.
     """
     child = module._modules.get(name)
-    if intact(child, *classes, unless=unless):
+    if is_unmodified(child, *classes, unless=unless):
         return child
-    raise Unknown(f"{name}: {why_not_intact(child, classes)}")
+    raise UnsupportedModule(f"{name}: {why_modified(child, classes)}")
 
 
-def why_not_intact(module: object, classes: Iterable[type[nn.Module] | None]) -> str:
+def why_modified(module: object, classes: Iterable[type[nn.Module] | None]) -> str:
+    """Return the reason why :func:`is_unmodified` is false."""
     if not isinstance(module, nn.Module):
-        return "is missing"
-    if hooked(module):
+        return "missing"
+    if has_hooks(module):
         return "has hooks"
     if "forward" in vars(module):
-        return "its forward was replaced"
+        return "forward was replaced"
     if any(cls is not None and isinstance(module, cls) for cls in classes):
-        return f"{type(module).__name__} has a forward of its own"
-    return f"a {type(module).__name__} is not known here"
+        return f"{type(module).__name__} overrides forward"
+    return f"{type(module).__name__} is not supported"
 
 
-def only(module: nn.Module, *names: str) -> None:
-    """Raise Unknown if `module` has submodules or parameters besides these: then it is of a version not known here."""
-    here = [name for mapping in (module._modules, module._parameters) for name, x in mapping.items() if x is not None]
-    for name in here:
-        if name not in names and name != "parametrizations":
-            raise Unknown(f"has a part that is not known here, {name}")
+def check_members(module: nn.Module, *names: str) -> None:
+    """Raise UnsupportedModule if `module` has other submodules or parameters, as another version of its library may."""
+    for name, member in {**module._modules, **module._parameters}.items():
+        if member is not None and name not in names and name != "parametrizations":
+            raise UnsupportedModule(f"unexpected submodule or parameter {name}")

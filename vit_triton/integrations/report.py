@@ -1,4 +1,4 @@
-"""What :func:`vit_triton.accelerate` says of a model: module by module, what is replaced and what is left, and why."""
+"""The report of :func:`vit_triton.accelerate`: which modules were replaced, and why the others were not."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["Entry", "Report"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One module.
+    """A module in the report.
 
     Attributes:
-        name: its name in the model, "" for the model itself.
-        cls: the name of its class.
-        replaced: whether its forward is.
-        what: what of it is replaced, or the reason why nothing is.
+        name: name in the model, "" for the model itself.
+        cls: name of the class.
+        replaced: whether ``forward`` was replaced.
+        what: the parts that were replaced, or the reason why the module was not.
     """
 
     name: str
@@ -29,12 +29,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`accelerate` did, module by module; ``str`` is a table with one line for modules of a kind.
+    """The result of :func:`accelerate`. ``str`` gives a table, in which similar modules share one line.
 
     Attributes:
         entries: the modules.
-        notes: for each GPU that the model was on, why backend "auto" takes PyTorch there, if it does; ``str`` begins
-            with them.
+        notes: for each GPU of the model where backend "auto" selects PyTorch, the reason. ``str`` starts with them.
     """
 
     entries: tuple[Entry, ...]
@@ -42,8 +41,10 @@ class Report:
     _calls: tuple[tuple[str, Counter[str]], ...] = field(default=(), repr=False, compare=False)
 
     def fallbacks(self) -> dict[str, dict[str, int]]:
-        """For each module that the library has computed since, how many calls each reason had, as
-        :func:`vit_triton.fallbacks` gives them. They end with the next :func:`accelerate` or :func:`restore`."""
+        """Return the number of calls that fell back, by module and reason, as :func:`vit_triton.fallbacks` does.
+
+        Counting stops at the next :func:`accelerate` or :func:`restore`.
+        """
         return {name: dict(calls) for name, calls in self._calls if calls}
 
     @property
@@ -62,7 +63,7 @@ class Report:
         for entry in self.entries:
             done = "replaced" if entry.replaced else "left"
             rows[re.sub(r"\d+", "*", entry.name) or "(model)", entry.cls, done, entry.what] += 1
-        table = [("module", "class", "", "", "what or why")]
+        table = [("module", "class", "", "", "parts or reason")]
         table += [(name, cls, f"{n} x", done, what) for (name, cls, done, what), n in rows.items()]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for row in table:

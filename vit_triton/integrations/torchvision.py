@@ -1,4 +1,4 @@
-"""torchvision's Vision Transformers; their patch embedding is a plain convolution, see pytorch.py."""
+"""Recipes for torchvision's Vision Transformers. The recipe for Conv2d in pytorch.py covers their patch embedding."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from vit_triton.integrations.parts import (
     norm_of,
 )
 from vit_triton.integrations.pytorch import read_multihead_attention
-from vit_triton.integrations.recipes import Recipe, only, part, teach
+from vit_triton.integrations.recipes import Recipe, check_members, register, submodule
 
 _mlps: list[type[nn.Module]] = []
 
 
-def teach_all() -> None:
+def register_all() -> None:
     if "torchvision" not in sys.modules:
         return
     from torchvision.models import vision_transformer
     from torchvision.ops.misc import MLP
 
-    teach(vision_transformer.EncoderBlock, Recipe(("attention", "mlp", "layer_norm"), read_block, compute_block))
+    register(vision_transformer.EncoderBlock, Recipe(("attention", "mlp", "layer_norm"), read_block, compute_block))
     _mlps[:] = MLP, vision_transformer.MLPBlock
     for cls in _mlps:
-        teach(cls, Recipe(("mlp",), read_mlp, feed_forward))
+        register(cls, Recipe(("mlp",), read_mlp, feed_forward))
 
 
 def read_mlp(module: Any) -> MlpParts:
-    only(module, "0", "1", "2", "3", "4")
+    check_members(module, "0", "1", "2", "3", "4")
     return MlpParts(
         *linear_of(module, "0"),
         *linear_of(module, "3"),
@@ -53,17 +53,17 @@ class BlockParts(NamedTuple):
 
 
 def read_block(module: Any) -> BlockParts:
-    only(module, "ln_1", "self_attention", "dropout", "ln_2", "mlp")
-    attention = read_multihead_attention(part(module, "self_attention", nn.MultiheadAttention))
+    check_members(module, "ln_1", "self_attention", "dropout", "ln_2", "mlp")
+    attention = read_multihead_attention(submodule(module, "self_attention", nn.MultiheadAttention))
     return BlockParts(
         attention._replace(
             norm=norm_of(module, "ln_1", nn.LayerNorm),
             out_dropout_p=dropout_of(module, "dropout"),
         ),
-        read_mlp(part(module, "mlp", *_mlps))._replace(norm=norm_of(module, "ln_2", nn.LayerNorm)),
+        read_mlp(submodule(module, "mlp", *_mlps))._replace(norm=norm_of(module, "ln_2", nn.LayerNorm)),
     )
 
 
-def compute_block(x: Tensor, found: BlockParts, backend: str | None) -> Tensor:
-    x = attend(x, found.attention, backend, Branch(residual=x))
-    return feed_forward(x, found.mlp, backend, Branch(residual=x))
+def compute_block(x: Tensor, parts: BlockParts, backend: str | None) -> Tensor:
+    x = attend(x, parts.attention, backend, Branch(residual=x))
+    return feed_forward(x, parts.mlp, backend, Branch(residual=x))

@@ -1,5 +1,5 @@
-"""lucidrains' vit_pytorch (https://github.com/lucidrains/vit-pytorch): ViT, SimpleViT and what is built of their parts,
-as DistillableViT is."""
+"""Recipes for lucidrains' vit_pytorch (https://github.com/lucidrains/vit-pytorch): ViT, SimpleViT, and models built
+from their modules, such as DistillableViT."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from vit_triton.integrations.parts import (
     linear_of,
     norm_of,
 )
-from vit_triton.integrations.pytorch import normalise
-from vit_triton.integrations.recipes import Recipe, Unknown, know, only, part, teach
+from vit_triton.integrations.pytorch import compute_layer_norm
+from vit_triton.integrations.recipes import Recipe, UnsupportedModule, check_members, register, submodule, trust
 
 
 class Classes(NamedTuple):
-    """The classes of one of their files."""
+    """Classes of one file of vit_pytorch."""
 
     Attention: Any
     FeedForward: Any
@@ -38,19 +38,19 @@ class Classes(NamedTuple):
 _files: list[Classes] = []
 
 
-def teach_all() -> None:
+def register_all() -> None:
     if "vit_pytorch" not in sys.modules:
         return
     from einops.layers.torch import Rearrange
     from vit_pytorch import simple_vit, vit
 
     _files[:] = [Classes(*(getattr(file, name) for name in Classes._fields)) for file in (vit, simple_vit)]
-    know(Rearrange)
-    teach(nn.Sequential, Recipe(("patch_embedding", "layer_norm"), read_patch_embedding, embed))
+    trust(Rearrange)
+    register(nn.Sequential, Recipe(("patch_embedding", "layer_norm"), read_patch_embedding, compute_patch_embedding))
     for classes in _files:
-        teach(classes.Attention, Recipe(("attention", "layer_norm"), read_attention, attend))
-        teach(classes.FeedForward, Recipe(("mlp", "layer_norm"), read_feed_forward, feed_forward))
-        teach(classes.Transformer, Recipe(("attention", "mlp", "layer_norm"), read_transformer, compute_transformer))
+        register(classes.Attention, Recipe(("attention", "layer_norm"), read_attention, attend))
+        register(classes.FeedForward, Recipe(("mlp", "layer_norm"), read_feed_forward, feed_forward))
+        register(classes.Transformer, Recipe(("attention", "mlp", "layer_norm"), read_transformer, compute_transformer))
 
 
 PATCHES = "b c (h p1) (w p2) -> b (h w) (p1 p2 c)"
@@ -68,10 +68,10 @@ def read_patch_embedding(module: nn.Sequential) -> PatchEmbeddingParts | None:
 
     if [type(child).__name__ for child in module] != ["Rearrange", "LayerNorm", "Linear", "LayerNorm"]:
         return None
-    cut = part(module, "0", Rearrange)
+    cut = submodule(module, "0", Rearrange)
     sides = dict(cut.axes_lengths)
     if cut.pattern != PATCHES or sides.keys() != {"p1", "p2"}:
-        raise Unknown(f"cuts no patches by {PATCHES!r}")
+        raise UnsupportedModule(f"pattern of Rearrange is not {PATCHES!r}")
     return PatchEmbeddingParts(
         (sides["p1"], sides["p2"]),
         norm_of(module, "1", nn.LayerNorm),
@@ -80,37 +80,37 @@ def read_patch_embedding(module: nn.Sequential) -> PatchEmbeddingParts | None:
     )
 
 
-def embed(image: Tensor, found: PatchEmbeddingParts, backend: str | None) -> Tensor:
-    """(B, C, H, W) -> (B, patches, dim)."""
+def compute_patch_embedding(image: Tensor, parts: PatchEmbeddingParts, backend: str | None) -> Tensor:
+    """Compute (B, C, H, W) -> (B, patches, dim)."""
     height, width = image.shape[-2:]
-    patch_h, patch_w = found.patch_size
-    weight, bias = found.linear
+    patch_h, patch_w = parts.patch_size
+    weight, bias = parts.linear
     check_input(image, weight)
     if image.ndim != 4 or height % patch_h or width % patch_w or 0 in image.shape:
-        raise Unknown("no batch of images that divide into patches")
+        raise UnsupportedModule("input is not a batch of images whose size is divisible by the patch size")
     check_rows(image.shape[0] * (height // patch_h) * (width // patch_w))
     return F.patch_embed(
         image,
         weight,
         bias,
-        patch_size=found.patch_size,
+        patch_size=parts.patch_size,
         patch_order="p1 p2 c",
-        pre_norm=found.pre_norm,
-        post_norm=found.post_norm,
+        pre_norm=parts.pre_norm,
+        post_norm=parts.post_norm,
         backend=backend,
     )
 
 
 def read_attention(module: Any) -> AttentionParts:
-    only(module, "norm", "attend", "dropout", "to_qkv", "to_out")
-    part(module, "attend", nn.Softmax)
+    check_members(module, "norm", "attend", "dropout", "to_qkv", "to_out")
+    submodule(module, "attend", nn.Softmax)
     qkv_weight, qkv_bias = linear_of(module, "to_qkv")
     check_head_size(qkv_weight.shape[0] // 3 // module.heads)
-    out = part(module, "to_out", nn.Sequential, nn.Linear, nn.Identity)
+    out = submodule(module, "to_out", nn.Sequential, nn.Linear, nn.Identity)
     projection: tuple[Tensor | None, Tensor | None] = None, None
     out_dropout_p = 0.0
     if isinstance(out, nn.Sequential):
-        only(out, "0", "1")
+        check_members(out, "0", "1")
         projection, out_dropout_p = linear_of(out, "0"), dropout_of(out, "1")
     elif isinstance(out, nn.Linear):
         projection = linear_of(module, "to_out")
@@ -128,12 +128,12 @@ def read_attention(module: Any) -> AttentionParts:
 
 
 def read_feed_forward(module: Any) -> MlpParts:
-    only(module, "net")
-    net = part(module, "net", nn.Sequential)
-    only(net, "0", "1", "2", "3", "4", "5")
+    check_members(module, "net")
+    net = submodule(module, "net", nn.Sequential)
+    check_members(net, "0", "1", "2", "3", "4", "5")
     if len(net) not in (4, 6):
-        raise Unknown(f"net has {len(net)} parts")
-    last = "4" if len(net) == 6 else "3"  # SimpleViT has no Dropouts
+        raise UnsupportedModule(f"net has {len(net)} modules, expected 4 or 6")
+    last = "4" if len(net) == 6 else "3"  # SimpleViT has no Dropout
     return MlpParts(
         *linear_of(net, "1"),
         *linear_of(net, last),
@@ -150,18 +150,18 @@ class TransformerParts(NamedTuple):
 
 
 def read_transformer(module: Any) -> TransformerParts:
-    only(module, "norm", "layers")
+    check_members(module, "norm", "layers")
     blocks = []
     for block in module.layers:
-        only(block, "0", "1")
-        attention = part(block, "0", *(file.Attention for file in _files))
-        mlp = part(block, "1", *(file.FeedForward for file in _files))
+        check_members(block, "0", "1")
+        attention = submodule(block, "0", *(file.Attention for file in _files))
+        mlp = submodule(block, "1", *(file.FeedForward for file in _files))
         blocks.append((read_attention(attention), read_feed_forward(mlp)))
     return TransformerParts(blocks, norm_of(module, "norm", nn.LayerNorm))
 
 
-def compute_transformer(x: Tensor, found: TransformerParts, backend: str | None) -> Tensor:
-    for attention, mlp in found.blocks:
+def compute_transformer(x: Tensor, parts: TransformerParts, backend: str | None) -> Tensor:
+    for attention, mlp in parts.blocks:
         x = attend(x, attention, backend, Branch(residual=x))
         x = feed_forward(x, mlp, backend, Branch(residual=x))
-    return normalise(x, found.norm, backend)
+    return compute_layer_norm(x, parts.norm, backend)

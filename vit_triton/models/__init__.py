@@ -1,4 +1,4 @@
-"""Models, one readable page each."""
+"""Vision Transformer models."""
 
 from vit_triton.models.distill import DistillableViT, DistillWrapper
 from vit_triton.models.simple_vit import SimpleViT

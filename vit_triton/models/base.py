@@ -1,4 +1,4 @@
-"""What the models have in common: one backend for all parts, the checks of an image, and the Hub."""
+"""Base class of the models: backend, checks of the image, Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["VisionModel"]
 
 
 class VisionModel(HubModel, nn.Module):
-    """A model of images (B, channels, H, W).
+    """Base class for models with images (B, channels, H, W) as input.
 
     Args:
         image_size: height and width of an image, in pixels.
@@ -32,7 +32,7 @@ class VisionModel(HubModel, nn.Module):
 
     @property
     def backend(self) -> str | None:
-        """The backend of every part of this model; assigning to it changes them all."""
+        """The backend of the model. Assignment sets the backend of all modules."""
         return self._backend
 
     @backend.setter
@@ -43,22 +43,22 @@ class VisionModel(HubModel, nn.Module):
                 module.backend = backend  # type: ignore[assignment]
 
     def count_patches(self, img: Tensor) -> int:
-        """How many patches `img` has.
+        """Return the number of patches per image.
 
         Raises:
             TypeError: `img` is not a floating-point tensor.
-            ValueError: `img` has the wrong rank or channels, or does not divide into patches.
+            ValueError: `img` has the wrong rank or channels, or its sides are not divisible by the patch size.
         """
         grid_h, grid_w = patch_grid(img, self.patch_size)
         if not img.is_floating_point():
-            hint = "; normalise it with mean and std: (img / 255 - mean) / std" if img.dtype == torch.uint8 else ""
+            hint = "; normalize it with mean and std: (img / 255 - mean) / std" if img.dtype == torch.uint8 else ""
             raise TypeError(f"image must have a floating-point dtype, got {img.dtype}{hint}")
         if img.shape[1] != self.channels:
             raise ValueError(f"image must have {self.channels} channels, got shape {tuple(img.shape)}")
         return grid_h * grid_w
 
-    def refuse(self, img: Tensor, patches: int, positions: str) -> ValueError:
-        """The error for an image whose number of patches the model has no positions for."""
+    def position_error(self, img: Tensor, patches: int, positions: str) -> ValueError:
+        """Create the error for an image with a number of patches that the model has no positions for."""
         patch_h, patch_w = self.patch_size
         return ValueError(
             f"image of {img.shape[2]} x {img.shape[3]} pixels has {patches} patches of {patch_h} x {patch_w}, but the "

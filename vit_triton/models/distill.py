@@ -1,7 +1,8 @@
 """DeiT: distillation through attention (Touvron et al. 2021, arXiv:2012.12877, section 3).
 
-A distillation token travels with the patches; what it has become learns from a teacher, as the class token learns
-from the labels. Drop-ins for ``vit_pytorch.distill``: the same arguments, parameter names and losses.
+A distillation token is appended to the patch tokens. Its output is trained with the predictions of a teacher, as the
+class token is trained with the labels. The classes have the arguments, parameter names and losses of
+``vit_pytorch.distill``.
 """
 
 from __future__ import annotations
@@ -22,21 +23,22 @@ __all__ = ["DistillWrapper", "DistillableViT"]
 
 
 class DistillableViT(ViT):
-    """A :class:`ViT` that can take a distillation token along. It has the arguments and parameters of a ViT."""
+    """A :class:`ViT` with an optional distillation token. Arguments and parameters are those of :class:`ViT`."""
 
-    # A student says two things where a ViT says one.
     def forward(self, img: Tensor, distill_token: Tensor | None = None) -> Any:
-        """(B, channels, H, W) -> (B, num_classes).
+        """Compute (B, channels, H, W) -> (B, num_classes).
 
-        With a `distill_token` of shape (1, dim), which joins the tokens as the last one, without a position: also
-        what it has become, (B, dim).
+        Args:
+            img: the images.
+            distill_token: (1, dim), appended to the tokens without a position. The result is then a pair of the logits
+                and the output of this token, (B, dim).
         """
         if distill_token is None:
             return super().forward(img)
         if distill_token.shape != (1, self.dim):
             raise ValueError(f"distill_token must have shape (1, {self.dim}), got {tuple(distill_token.shape)}")
         if self.mlp_head is None:
-            raise ValueError("a model with num_classes=0 has no head to distill into")
+            raise ValueError("distill_token requires a head, but a model with num_classes=0 has no head")
         x = self.embed(img)
         token = distill_token.to(x.dtype).expand(x.shape[0], 1, -1)
         x = self.transformer(self.dropout(torch.cat((x, token), dim=1)))
@@ -45,28 +47,28 @@ class DistillableViT(ViT):
         return self.mlp_head(self.to_latent(x)), token
 
     def to_vit(self) -> ViT:
-        """A :class:`ViT` with a copy of these weights, on the same device, in the same dtype and mode."""
+        """Return a :class:`ViT` with a copy of the weights, with the same device, dtype and mode."""
         vit = copy.deepcopy(self)
         vit.__class__ = ViT  # type: ignore[assignment]
         return vit
 
 
 class DistillWrapper(nn.Module):
-    """Teacher and student; calling it gives the loss of the student (arXiv:2012.12877, equations 2 and 3).
+    """Compute the distillation loss of a student (arXiv:2012.12877, equations 2 and 3).
 
-    The teacher is frozen: it runs in eval mode, without gradients.
+    The teacher is frozen: it runs in evaluation mode, without gradients.
 
     Args:
-        teacher: takes images and gives logits (B, num_classes), itself or as an attribute ``logits``.
-        student: learns; :meth:`DistillableViT.to_vit` gives the model to keep.
-        temperature: of soft distillation; larger ones make both distributions smoother.
-        alpha: the teacher's share of the loss, 0 to 1.
-        hard: the teacher's most likely class as a label, instead of its distribution.
-        mlp_layernorm: a LayerNorm before the head of the distillation token.
+        teacher: module that maps images to logits (B, num_classes), or to an object with an attribute ``logits``.
+        student: the model to train. :meth:`DistillableViT.to_vit` returns the trained model.
+        temperature: temperature of soft distillation. Larger values make both distributions smoother.
+        alpha: weight of the teacher's part of the loss, 0 to 1.
+        hard: use the teacher's most likely class as a label instead of its distribution.
+        mlp_layernorm: add a LayerNorm before the head of the distillation token.
 
     Raises:
-        TypeError: teacher is no module, student no DistillableViT, temperature or alpha no number.
-        ValueError: temperature is not positive, alpha not between 0 and 1, or the student has no head.
+        TypeError: An argument has the wrong type.
+        ValueError: `temperature` is not positive, `alpha` is not between 0 and 1, or `student` has no head.
     """
 
     def __init__(
@@ -106,17 +108,17 @@ class DistillWrapper(nn.Module):
         alpha: float | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The loss, a scalar.
+        """Compute the loss, a scalar.
 
         Args:
-            img: (B, channels, H, W), for both models.
-            labels: (B,) classes.
-            temperature: for this call.
-            alpha: for this call.
-            kwargs: for the student.
+            img: (B, channels, H, W), input of both models.
+            labels: (B,), classes.
+            temperature: overrides the temperature of the wrapper.
+            alpha: overrides the alpha of the wrapper.
+            kwargs: further arguments of the student.
 
         Raises:
-            ValueError: the teacher's classes are not the student's, or as for the constructor.
+            ValueError: The logits of teacher and student differ in shape, or an argument is invalid.
         """
         temperature = self.temperature if temperature is None else temperature
         alpha = self.alpha if alpha is None else alpha
@@ -127,7 +129,7 @@ class DistillWrapper(nn.Module):
         logits, token = self.student(img, distill_token=self.distillation_token, **kwargs)
         if not isinstance(wanted, Tensor) or wanted.shape != logits.shape:
             came = f"shape {tuple(wanted.shape)}" if isinstance(wanted, Tensor) else kind(wanted)
-            raise ValueError(f"teacher must give logits of the student's shape {tuple(logits.shape)}, got {came}")
+            raise ValueError(f"teacher must return logits of the student's shape {tuple(logits.shape)}, got {came}")
         distilled = self.distill_mlp(token)
         if self.hard:
             from_teacher = cross_entropy(distilled, wanted.argmax(dim=-1))
@@ -141,7 +143,7 @@ class DistillWrapper(nn.Module):
         return cross_entropy(logits, labels) * (1 - alpha) + from_teacher * alpha
 
     def train(self, mode: bool = True) -> DistillWrapper:
-        """Student and distillation head into training or eval mode; the teacher stays in eval mode."""
+        """Set the mode of the student and the distillation head. The teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self

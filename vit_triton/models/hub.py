@@ -1,4 +1,4 @@
-"""``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` for the models, where huggingface_hub is installed."""
+"""``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` for the models, if huggingface_hub is installed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ try:
 except ImportError:
 
     class HubModel:
-        """A model as it is without huggingface_hub."""
+        """Empty base class without huggingface_hub."""
 
 else:
 
     class HubModel(  # type: ignore[no-redef]
         PyTorchModelHubMixin, library_name="vit_triton", tags=["vision-transformer", "triton"]
     ):
-        """A model with huggingface_hub's methods: what it was constructed with goes to config.json, its weights to
-        model.safetensors. They are written and read by :mod:`vit_triton.weights`: saved atomically, loaded whole or
-        not at all."""
+        """Base class with the methods of huggingface_hub.
+
+        The arguments of the model are saved to config.json. :mod:`vit_triton.weights` writes and reads the weights in
+        model.safetensors, atomically.
+        """
 
         def _save_pretrained(self, save_directory: Path) -> None:
             save_weights(self, save_directory / "model.safetensors")  # type: ignore[arg-type]

@@ -1,9 +1,9 @@
 """SimpleViT: better plain ViT baselines for ImageNet-1k (Beyer et al. 2022, arXiv:2205.01580).
 
-Against ViT: fixed sine and cosine positions, the mean of the patches instead of a class token, no dropout.
+Unlike ViT, it has fixed sine and cosine positions, mean pooling instead of a class token, and no dropout.
 
-A drop-in for ``vit_pytorch.SimpleViT``: the same arguments, the same children in the same order, the same parameter
-names and shapes (``load_state_dict`` works both ways, strict), and from the same seed the same initial weights.
+Compatible with ``vit_pytorch.SimpleViT``: same arguments, order of children, parameter names and shapes
+(``load_state_dict`` works in both directions), and same initial weights for the same seed.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from vit_triton.modules import (
     PatchRows,
     Transformer,
     checked_backend,
+    is_fusable,
     place_tokens,
-    untouched,
 )
 
 __all__ = ["SimpleViT"]
 
 
 class SimpleViT(VisionModel):
-    """Vision transformer for classification, without class token, learned positions and dropout.
+    """Vision Transformer for classification, without class token, learned positions and dropout.
 
     Args:
         image_size: side or (height, width) of the image, in pixels.
-        patch_size: side or (height, width) of a patch; divides `image_size`.
+        patch_size: side or (height, width) of a patch. Must divide `image_size`.
         num_classes: width of the output.
-        dim: width of the tokens, a multiple of 4 from 8 on.
+        dim: width of the tokens, a multiple of 4, at least 8.
         depth: number of transformer blocks.
         heads: attention heads per block.
         mlp_dim: hidden width of the MLP.
         channels: channels of the image.
-        dim_head: width of a head, independent of ``dim / heads``.
-        backend: None (the default in force at the call), "triton", "torch" or "auto".
+        dim_head: head size, independent of ``dim / heads``.
+        backend: "triton", "torch", "auto" or None, the default of :func:`vit_triton.use_backend`.
 
     Raises:
-        TypeError: an argument is not of the kind named above.
-        ValueError: an argument has a value the model cannot have; the message names both.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument has an invalid value.
     """
 
     pos_embedding: Tensor
@@ -74,19 +74,19 @@ class SimpleViT(VisionModel):
         check_count("depth", depth, at_least=0)
         check_count("dim", dim, at_least=8)
         if dim % 4:
-            raise ValueError(f"dim must be a multiple of 4 for sine and cosine of two coordinates, got {dim}")
+            raise ValueError(f"dim must be a multiple of 4 (sine and cosine of two coordinates), got {dim}")
 
         super().__init__(image_size, patch_size, channels, backend)
         patch_dim = channels * patch_h * patch_w
 
-        # The order of these lines is part of the interface: others index children() and share seeds with us.
+        # vit_pytorch has the same order, which determines children() and the initial weights for a seed
         self.to_patch_embedding = PatchEmbedding(
             PatchRows(patch_size),
             LayerNorm(patch_dim, backend=backend),
             Linear(patch_dim, dim, backend=backend),
             LayerNorm(dim, backend=backend),
         )
-        # A buffer moves with the model; not in the state dict, where vit_pytorch has none.
+        # not persistent, since vit_pytorch does not have it in the state dict
         self.register_buffer("pos_embedding", sine_positions(grid_h, grid_w, dim), persistent=False)
         self.transformer = Transformer(dim, depth, heads, dim_head, mlp_dim, dropout=None, backend=backend)
         self.pool = "mean"
@@ -94,21 +94,21 @@ class SimpleViT(VisionModel):
         self.linear_head = Linear(dim, num_classes, backend=backend)
 
     def forward(self, img: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (B, num_classes).
+        """Compute (B, channels, H, W) -> (B, num_classes).
 
         Raises:
             TypeError: `img` is not a floating-point tensor.
-            ValueError: `img` has the wrong rank or channels, or not as many patches as there are positions.
+            ValueError: `img` has the wrong rank, channels or number of patches.
         """
         x = self.transformer(self.embed(img)).mean(dim=1)
         return self.linear_head(self.to_latent(x))
 
     def embed(self, img: Tensor) -> Tensor:
-        """Images (B, channels, H, W) -> tokens (B, patches, dim), positions added."""
+        """Embed images (B, channels, H, W) as tokens (B, patches, dim) with positions."""
         patches = self.count_patches(img)
         if patches != len(self.pos_embedding):
-            raise self.refuse(img, patches, f"exactly {len(self.pos_embedding)}")
-        if untouched(self.to_patch_embedding, PatchEmbedding):
+            raise self.position_error(img, patches, f"exactly {len(self.pos_embedding)}")
+        if is_fusable(self.to_patch_embedding, PatchEmbedding):
             return self.to_patch_embedding(img, pos=self.pos_embedding)
         x = self.to_patch_embedding(img)
         return place_tokens(x, self.pos_embedding.to(x.dtype), None)
@@ -118,7 +118,7 @@ class SimpleViT(VisionModel):
 
 
 def sine_positions(height: int, width: int, dim: int, temperature: float = 10000.0) -> Tensor:
-    """(height * width, dim): sine and cosine of the column and of the row, at dim / 4 frequencies each."""
+    """Return sine and cosine of column and row at dim / 4 frequencies each, (height * width, dim)."""
     # from 1 down to 1 / temperature
     frequencies = 1.0 / temperature ** (torch.arange(dim // 4) / (dim // 4 - 1))
     angles = [torch.arange(size)[:, None] * frequencies for size in (height, width)]

@@ -1,7 +1,7 @@
 """ViT: an image is worth 16x16 words (Dosovitskiy et al. 2021, arXiv:2010.11929).
 
-A drop-in for ``vit_pytorch.ViT``: the same arguments, the same children in the same order, the same parameter
-names and shapes (``load_state_dict`` works both ways, strict), and from the same seed the same initial weights.
+Compatible with ``vit_pytorch.ViT``: same arguments, order of children, parameter names and shapes (``load_state_dict``
+works in both directions), and same initial weights for the same seed.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from vit_triton.modules import (
     PatchRows,
     Transformer,
     checked_backend,
+    is_fusable,
     place_tokens,
-    untouched,
 )
 
 __all__ = ["ViT"]
 
 
 class ViT(VisionModel):
-    """Vision transformer for classification.
+    """Vision Transformer for classification.
 
     Args:
-        image_size: the largest image, side or (height, width), in pixels. Smaller ones are accepted.
-        patch_size: side or (height, width) of a patch; divides `image_size`.
-        num_classes: width of the output. With 0 there is no head, and all tokens are returned.
+        image_size: side or (height, width) of the largest image, in pixels. Smaller images are supported.
+        patch_size: side or (height, width) of a patch. Must divide `image_size`.
+        num_classes: width of the output. 0 omits the head; the model then returns all tokens.
         dim: width of the tokens.
         depth: number of transformer blocks.
         heads: attention heads per block.
         mlp_dim: hidden width of the MLP.
-        pool: "cls" classifies from a class token, "mean" from the average of the patch tokens.
+        pool: input of the head, "cls" for a class token or "mean" for the mean of the patch tokens.
         channels: channels of the image.
-        dim_head: width of a head, independent of ``dim / heads``.
-        dropout: on the attention probabilities, after the output projection, and twice in the MLP.
-        emb_dropout: on the tokens, after the positions are added.
-        backend: None (the default in force at the call), "triton", "torch" or "auto".
+        dim_head: head size, independent of ``dim / heads``.
+        dropout: probability for the attention weights, the output projection and both layers of the MLP.
+        emb_dropout: probability for the tokens, after the positions are added.
+        backend: "triton", "torch", "auto" or None, the default of :func:`vit_triton.use_backend`.
 
     Raises:
-        TypeError: an argument is not of the kind named above.
-        ValueError: an argument has a value the model cannot have; the message names both.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument has an invalid value.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ViT(VisionModel):
         num_cls_tokens = 1 if pool == "cls" else 0
         patch_dim = channels * patch_h * patch_w
 
-        # The order of these lines is part of the interface: others index children() and share seeds with us.
+        # vit_pytorch has the same order, which determines children() and the initial weights for a seed
         self.to_patch_embedding = PatchEmbedding(
             PatchRows(patch_size),
             LayerNorm(patch_dim, backend=backend),
@@ -102,12 +102,12 @@ class ViT(VisionModel):
         self.mlp_head = Linear(dim, num_classes, backend=backend) if num_classes else None
 
     def forward(self, img: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (B, num_classes), or (B, tokens, dim) with ``num_classes=0``.
+        """Compute (B, channels, H, W) -> (B, num_classes), or (B, tokens, dim) with ``num_classes=0``.
 
         Raises:
             TypeError: `img` is not a floating-point tensor.
-            ValueError: `img` has the wrong rank or channels, does not divide into patches, or has more of them
-                than there are positions.
+            ValueError: `img` has the wrong rank or channels, sides not divisible by the patch size, or more patches
+                than the model has positions.
         """
         x = self.dropout(self.embed(img))
         if self.mlp_head is None:
@@ -116,15 +116,15 @@ class ViT(VisionModel):
         return self.mlp_head(self.to_latent(x))
 
     def embed(self, img: Tensor) -> Tensor:
-        """Images (B, channels, H, W) -> tokens (B, class token + patches, dim), positions added."""
+        """Embed images (B, channels, H, W) as tokens (B, class token + patches, dim) with positions."""
         patches = self.count_patches(img)
-        # an empty token is no part of what fully_shard can shard, and keeps its dtype under mixed precision
+        # fully_shard does not cast an empty class token under mixed precision
         prefix = self.cls_token.to(self.pos_embedding.dtype) + self.pos_embedding[: len(self.cls_token)]
         pos = self.pos_embedding[len(self.cls_token) :]
         if patches > len(pos):
-            raise self.refuse(img, patches, f"{len(pos)}")
+            raise self.position_error(img, patches, f"{len(pos)}")
         pos = pos[:patches]
-        if untouched(self.to_patch_embedding, PatchEmbedding):
+        if is_fusable(self.to_patch_embedding, PatchEmbedding):
             return self.to_patch_embedding(img, pos=pos, prefix=prefix)
         return place_tokens(self.to_patch_embedding(img), pos, prefix)
 

@@ -1,7 +1,6 @@
-"""Training of a classifier: one readable loop, for one process or many (``torchrun``), that can be killed at any moment
-and goes on where it was.
+"""Training of a classifier, in one process or several (``torchrun``). An interrupted run resumes from its checkpoint.
 
-``vit-triton train`` and ``vit-triton eval`` are :func:`train` and :func:`evaluate` on a command line.
+``vit-triton train`` and ``vit-triton eval`` run :func:`train` and :func:`evaluate`.
 """
 
 from vit_triton.training.config import TrainConfig, add_arguments, config_from

@@ -1,4 +1,4 @@
-"""A run on disk, whole at every moment: written beside the last one, flushed, and put in its place."""
+"""Checkpoints of a run, written atomically."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from vit_triton.weights.atomic import write_atomically
 
 NAME, PREVIOUS, METRICS, CURVES = "checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", "curves.png"
 LOCK = ".lock"
-HOLDS = {"model", "optimizer", "schedule", "step", "random", "facts", "config", "result"}
+KEYS = {"model", "optimizer", "schedule", "step", "random", "facts", "config", "result"}
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in ``folder``, and remove what a killed one left half-written.
+    """Lock ``folder`` for this process, and remove temporary files of a killed process.
 
-    The system takes the lock from a process that ends, however it ends. Without file locks (Windows) nothing is locked.
+    The lock is released when the process ends. Systems without file locks (Windows) are not supported: the folder is
+    then not locked.
 
     Raises:
-        BlockingIOError: another process trains there; the message says which.
+        BlockingIOError: Another process trains in ``folder``; the message names it.
     """
     try:
         import fcntl
@@ -44,9 +45,9 @@ def locked(folder: Path) -> Iterator[None]:
             raise BlockingIOError(
                 f"out: {folder} is in use by {file.read() or 'another process'}; wait for it, or choose another folder"
             ) from None
-        except OSError as error:  # a network's file system without locks
-            warnings.warn(f"out: {folder} cannot be locked ({error}): a second run in it is not noticed", stacklevel=4)
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
+        except OSError as error:  # network file system without locks
+            warnings.warn(f"out: {folder} cannot be locked ({error}): a second run in it is not detected", stacklevel=4)
+        with contextlib.suppress(OSError):  # a full disk; the lock does not require the text
             file.truncate(0)
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         for name in (NAME, METRICS, CURVES):
@@ -56,22 +57,25 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def save(folder: Path, state: dict[str, Any], *, keep: bool = True) -> None:
-    """Write a checkpoint, and ``keep`` the one before it.
+    """Write a checkpoint; with ``keep``, rename the previous one to PREVIOUS.
 
     Raises:
-        OSError: it cannot be written, and the one before is still there; the message says how much does not fit on the
-            disk.
+        OSError: The file cannot be written; the previous checkpoint is unchanged. If the disk is full, the message has
+            the number of missing bytes.
     """
     write_atomically(folder / NAME, lambda file: torch.save(state, file), keep=folder / PREVIOUS if keep else None)
 
 
 def load(folder: Path) -> tuple[dict[str, Any], Path] | None:
-    """The last checkpoint that is whole, on the CPU, and its path; None where there is none.
+    """Load the latest valid checkpoint to the CPU.
 
-    A warning names a damaged one.
+    Warns if the latest checkpoint is damaged and the previous one is used.
+
+    Returns:
+        The state and its path, or None without a checkpoint.
 
     Raises:
-        ValueError: there are checkpoints, and none can be read.
+        ValueError: None of the checkpoints can be read.
     """
     errors: list[str] = []
     for path in (folder / NAME, folder / PREVIOUS):
@@ -79,11 +83,11 @@ def load(folder: Path) -> tuple[dict[str, Any], Path] | None:
             continue
         try:
             state = _read(path)
-        except Exception as error:  # a damaged file raises nearly anything
+        except Exception as error:  # damaged files raise exceptions of many types
             errors.append(f"{path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
             continue
         if errors:
-            warnings.warn(f"damaged, {path.name} is taken instead: {errors[0]}", stacklevel=2)
+            warnings.warn(f"damaged checkpoint, {path.name} is used instead: {errors[0]}", stacklevel=2)
         return state, path
     if errors:
         raise ValueError("no checkpoint can be read: " + "; ".join(errors))
@@ -94,27 +98,27 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError("not a regular file")
     with zipfile.ZipFile(path) as file:
-        if damaged := file.testzip():  # PyTorch compares no checksums
-            raise ValueError(f"the checksum of {damaged} does not fit")
+        if damaged := file.testzip():  # PyTorch does not verify checksums
+            raise ValueError(f"the checksum of {damaged} does not match")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or not state.keys() >= HOLDS:
-        holds = sorted(map(str, state)) if isinstance(state, dict) else f"a {type(state).__name__}"
-        raise ValueError(f"expected what train writes, {', '.join(sorted(HOLDS))}; it holds {holds}")
+    if not isinstance(state, dict) or not state.keys() >= KEYS:
+        got = sorted(map(str, state)) if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise ValueError(f"expected a checkpoint of train with {', '.join(sorted(KEYS))}, got {got}")
     return state
 
 
 @contextlib.contextmanager
-def taking(path: Path) -> Iterator[None]:
-    """Turn whatever unexpected contents of a checkpoint raise into a ValueError that names it."""
+def invalid_contents(path: Path) -> Iterator[None]:
+    """Convert errors caused by invalid contents of a checkpoint to a ValueError with its path."""
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} does not fit: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"{path} is not a valid checkpoint: {type(error).__name__}: {reason}") from error
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of every generator of this process, as tensors and numbers."""
+    """Return the state of all random number generators of this process, as tensors and numbers."""
     _, numbers, position, has_gauss, gauss = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     version, words, next_gauss = random.getstate()
     state = {
@@ -126,7 +130,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Undo what was drawn since :func:`random_state`."""
+    """Restore a state from :func:`random_state`."""
     torch.set_rng_state(state["torch"])
     numbers, *rest = state["numpy"]
     np.random.set_state(("MT19937", numbers.numpy().astype(np.uint32), *rest))

@@ -1,4 +1,4 @@
-"""What a training run is: a frozen :class:`TrainConfig`, and the command line made of it."""
+"""Configuration of a training run, :class:`TrainConfig`, and its command-line arguments."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vit_triton.backend import BACKENDS
 
 MODELS = tuple(name for name in ("ViT", "SimpleViT") if hasattr(models, name))
 
-# dim, depth, heads, mlp_dim: tiny from Touvron et al. 2021 (arXiv:2012.12877), table 1, small as there; base and large
-# from Dosovitskiy et al. 2021 (arXiv:2010.11929), table 1; mini is for images of a few pixels
+# dim, depth, heads, mlp_dim. tiny, small: Touvron et al. 2021 (arXiv:2012.12877), table 1; base, large: Dosovitskiy et
+# al. 2021 (arXiv:2010.11929), table 1; mini: for small images
 SIZES = {
     "mini": (64, 3, 2, 128),
     "tiny": (192, 12, 3, 768),
@@ -26,7 +26,7 @@ SIZES = {
     "large": (1024, 24, 16, 4096),
 }
 
-# image size, patch size and size of model where none is given
+# default image size, patch size and model size
 DEFAULTS = {"digits": (16, 4, "mini"), "cifar10": (32, 4, "tiny")}
 FOLDER_DEFAULTS = (224, 16, "small")
 
@@ -37,44 +37,43 @@ def _option(default: Any, help: str, **details: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Every choice of a run.
+    """Options of a training run.
 
-    Paths may be strings, and every number may be one of NumPy's; they are stored as Path, int and float.
+    Paths may be strings and numbers may be NumPy scalars; they are stored as Path, int and float.
 
     Raises:
-        TypeError: a value is of another type; the message names it.
-        ValueError: a value is out of its range; the message names it.
+        TypeError: A value has the wrong type; the message names it.
+        ValueError: A value is out of range; the message names it.
     """
 
-    data: str = dataclasses.field(metadata={"help": "a folder of class folders, or digits, or cifar10"})
+    data: str = dataclasses.field(metadata={"help": "a folder of class folders, digits or cifar10"})
     out: Path = _option(Path("training_output"), "folder for checkpoint.pt, metrics.jsonl and curves.png", type=Path)
-    data_folder: Path = _option(Path("data"), "where cifar10 lies", type=Path)
-    download: bool = _option(False, "download cifar10 if it is not there")
-    resume: bool = _option(False, "go on from the checkpoint in OUT; start where there is none")
-    model: str = _option("ViT", "the model", choices=MODELS)
-    size: str | None = _option(None, "its size (by the data: mini, tiny or small)", choices=tuple(SIZES))
-    dim: int | None = _option(None, "width of the tokens, instead of that of the size", type=int)
-    depth: int | None = _option(None, "blocks, instead of those of the size", type=int)
-    heads: int | None = _option(None, "heads, instead of those of the size", type=int)
-    mlp_dim: int | None = _option(None, "width of the MLP, instead of that of the size", type=int)
-    image_size: int | None = _option(None, "side of the images in pixels (by the data: 16, 32 or 224)", type=int)
-    patch_size: int | None = _option(None, "side of a patch in pixels (by the data: 4, 4 or 16)", type=int)
+    data_folder: Path = _option(Path("data"), "folder of cifar10", type=Path)
+    download: bool = _option(False, "download cifar10 if it is missing")
+    resume: bool = _option(False, "resume from the checkpoint in OUT, if there is one")
+    model: str = _option("ViT", "model architecture", choices=MODELS)
+    size: str | None = _option(None, "model size (default for the data: mini, tiny or small)", choices=tuple(SIZES))
+    dim: int | None = _option(None, "width of the tokens; overrides the size", type=int)
+    depth: int | None = _option(None, "number of blocks; overrides the size", type=int)
+    heads: int | None = _option(None, "number of heads; overrides the size", type=int)
+    mlp_dim: int | None = _option(None, "hidden width of the MLP; overrides the size", type=int)
+    image_size: int | None = _option(None, "image side in pixels (default for the data: 16, 32 or 224)", type=int)
+    patch_size: int | None = _option(None, "patch side in pixels (default for the data: 4, 4 or 16)", type=int)
     dropout: float = _option(0.1, "dropout of the blocks and the embedding (ViT only)", type=float)
-    epochs: int = _option(10, "times that every training image is seen", type=int)
-    batch_size: int = _option(64, "images of a step, over all processes", type=int)
-    learning_rate: float = _option(1e-3, "of AdamW, at its highest", type=float)
-    weight_decay: float = _option(0.05, "of matrices; vectors have none", type=float)
-    warmup: float = _option(0.1, "part of all steps in which the learning rate rises, before it falls as a cosine",
-                            type=float)  # fmt: skip
-    label_smoothing: float = _option(0.1, "probability shared among all classes", type=float)
-    clip: float = _option(1.0, "highest norm of a gradient", type=float)
-    precision: str = _option("float32", "bfloat16: autocast", choices=("float32", "bfloat16"))
-    seed: int = _option(0, "of weights, order, augmentation and dropout", type=int)
-    checkpoint_every: int = _option(500, "steps between checkpoints; there is one after every epoch too", type=int)
-    workers: int = _option(0, "processes that read images, for each that trains", type=int)
-    backend: str | None = _option(None, "of the model", choices=BACKENDS)
-    device: str | None = _option(None, "where to train (cuda if there is one, else cpu)")
-    fsdp: bool = _option(False, "shard the model over the processes of torchrun, instead of copying it to each")
+    epochs: int = _option(10, "number of epochs", type=int)
+    batch_size: int = _option(64, "images per step, over all processes", type=int)
+    learning_rate: float = _option(1e-3, "peak learning rate of AdamW", type=float)
+    weight_decay: float = _option(0.05, "weight decay of matrices; vectors have none", type=float)
+    warmup: float = _option(0.1, "fraction of the steps for linear warmup, followed by cosine decay", type=float)
+    label_smoothing: float = _option(0.1, "label smoothing", type=float)
+    clip: float = _option(1.0, "maximum gradient norm", type=float)
+    precision: str = _option("float32", "bfloat16 uses autocast", choices=("float32", "bfloat16"))
+    seed: int = _option(0, "seed of weights, order, augmentation and dropout", type=int)
+    checkpoint_every: int = _option(500, "steps between checkpoints; also saved after every epoch", type=int)
+    workers: int = _option(0, "processes that load images, per training process", type=int)
+    backend: str | None = _option(None, "backend of the model", choices=BACKENDS)
+    device: str | None = _option(None, "device (default: cuda if available, else cpu)")
+    fsdp: bool = _option(False, "shard the model over the processes of torchrun instead of replicating it")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -83,7 +82,7 @@ class TrainConfig:
                 object.__setattr__(self, field.name, _checked(field, value))
 
     def sizes(self) -> dict[str, int]:
-        """image_size, patch_size, dim, depth, heads, mlp_dim and dim_head of the model, all of them known."""
+        """Return image_size, patch_size, dim, depth, heads, mlp_dim and dim_head of the model."""
         image_size, patch_size, size = DEFAULTS.get(self.data, FOLDER_DEFAULTS)
         dim, depth, heads, mlp_dim = SIZES[self.size or size]
         chosen = {
@@ -95,18 +94,18 @@ class TrainConfig:
             "mlp_dim": self.mlp_dim or mlp_dim,
         }
         if chosen["dim"] % chosen["heads"]:
-            raise ValueError(f"dim must divide by heads, got {chosen['dim']} and {chosen['heads']}")
+            raise ValueError(f"dim must be divisible by heads, got {chosen['dim']} and {chosen['heads']}")
         return {**chosen, "dim_head": chosen["dim"] // chosen["heads"]}
 
 
-# of every number: what its range is called, and whether a value lies in it
+# option: (description of the range, predicate)
 _POSITIVE = "positive and finite", lambda x: 0 < x < math.inf
 _PART = "at least 0 and below 1", lambda x: 0 <= x < 1
 _COUNT = "at least 1", lambda x: x >= 1
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "learning_rate": _POSITIVE,
     "weight_decay": ("at least 0 and finite", lambda x: 0 <= x < math.inf),
-    "clip": ("positive", lambda x: x > 0),  # infinity clips nothing
+    "clip": ("positive", lambda x: x > 0),  # infinity disables clipping
     **dict.fromkeys(("warmup", "label_smoothing", "dropout"), _PART),
     "workers": ("at least 0", lambda x: x >= 0),
     "seed": ("at least 0 and below 2**63", lambda x: 0 <= x < 2**63),
@@ -116,25 +115,25 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
-    """A value of that field as a plain type, which a checkpoint may hold.
+    """Convert the value of a field to a plain type, which a checkpoint can contain.
 
     Raises:
-        TypeError: it is of another type.
-        ValueError: it is out of its range, or is no choice.
+        TypeError: The value has the wrong type.
+        ValueError: The value is out of range or not one of the choices.
     """
     name, kind = field.name, field.metadata.get("type", bool if field.default is False else str)
-    taken, called = {
+    accepted, expected = {
         bool: (bool, "True or False"),
         int: (numbers.Integral, "an integer"),
         float: (numbers.Real, "a number"),
         str: ((str, os.PathLike) if name == "data" else str, "a string"),
         Path: ((str, os.PathLike), "a path"),
     }[kind]
-    if not isinstance(value, taken) or isinstance(value, bool) and kind is not bool:
-        raise TypeError(f"{name} must be {called}, got {value!r}")
+    if not isinstance(value, accepted) or isinstance(value, bool) and kind is not bool:
+        raise TypeError(f"{name} must be {expected}, got {value!r}")
     try:
         value = kind(value)
-    except OverflowError:  # an integer that no float holds
+    except OverflowError:  # integer beyond the range of float
         raise ValueError(f"{name} must be {_RANGES[name][0]}, got {value!r}") from None
     if name in _RANGES and not _RANGES[name][1](value):
         raise ValueError(f"{name} must be {_RANGES[name][0]}, got {value}")
@@ -161,5 +160,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_from(options: argparse.Namespace) -> TrainConfig:
-    """The configuration that a parser with :func:`add_arguments` was given; other options are left alone."""
+    """Create the configuration from options parsed with :func:`add_arguments`. Other options are ignored."""
     return TrainConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(TrainConfig)})

@@ -1,4 +1,4 @@
-"""Loss and accuracy of a run as a picture."""
+"""Plots of the loss and accuracy of a run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from vit_triton.training.extras import extra
 from vit_triton.weights.atomic import write_atomically
 
 STEP, TEST = {"step", "epoch", "learning_rate", "loss"}, {"step", "epoch", "test_loss", "test_accuracy"}
-SMOOTHED = 0.05  # part of all steps over which the training loss is averaged
+SMOOTHED = 0.05  # fraction of the steps over which the training loss is averaged
 
 
 def read(metrics: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; the last one may be cut off.
+    """Read the lines of a metrics file; an incomplete last line is ignored.
 
     Raises:
-        ValueError: a line is damaged; the message names the file and the line.
+        ValueError: A line is damaged; the message names the file and the line.
     """
     if not os.path.lexists(metrics):
         return []
@@ -34,22 +34,22 @@ def read(metrics: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             start = text[:40].decode(errors="replace")
             raise ValueError(
-                f"{metrics}, line {i}: expected what train writes of a step or a test, as JSON, got {start!r}; mend or "
-                "remove the line, or move the file away"
+                f"{metrics}, line {i}: expected the JSON of a step or test, got {start!r}; correct or remove the "
+                "line, or move the file"
             ) from None
         lines.append(line)
     return lines
 
 
 def _is_line(line: Any) -> bool:
-    """Numbers by their names, of a step or of a test."""
+    """Return whether `line` has the keys of a step or a test and only numbers as values."""
     if not isinstance(line, dict) or not all(type(value) in (int, float) for value in line.values()):
         return False
     return line.keys() in (STEP, TEST) and type(line["step"]) is int
 
 
 def draw(metrics: Path, picture: Path, title: str) -> None:
-    """Write ``picture`` (a PNG) of what ``metrics`` holds."""
+    """Plot ``metrics`` and write ``picture`` (a PNG)."""
     extra("matplotlib").use("Agg")
     plt = extra("matplotlib.pyplot")
     lines = read(metrics)
@@ -64,9 +64,9 @@ def draw(metrics: Path, picture: Path, title: str) -> None:
     left.plot(at, mean, color="tab:blue", label=f"training, mean of {span} steps" if span > 1 else None)
     after, dots = [test["step"] for test in tests], dict(marker="o", markersize=4, color="tab:orange")
     left.plot(after, [test["test_loss"] for test in tests], label="test", **dots)
-    left.set(xlabel="step", ylabel="cross-entropy", title="loss (in training of changed images)")
+    left.set(xlabel="step", ylabel="cross-entropy", title="loss (training: augmented images)")
     right.plot(after, [100 * test["test_accuracy"] for test in tests], **dots)
-    right.set(xlabel="step", ylabel="test images right (%)", title="accuracy", ylim=(0, 104))
+    right.set(xlabel="step", ylabel="test accuracy (%)", title="accuracy", ylim=(0, 104))
     if tests:
         last = tests[-1]
         right.annotate(f"{100 * last['test_accuracy']:.1f} %", (last["step"], 100 * last["test_accuracy"]),

@@ -1,4 +1,4 @@
-"""Images to train on and images to test with, in an order that follows from a seed."""
+"""Training and test images, in a reproducible order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/" + CIFAR10_FILE
 
 @dataclass(frozen=True)
 class Data:
-    """Training images, test images (each gives (C, H, W) and a label), the classes' names and the channels."""
+    """Training and test examples ((C, H, W), label), names of the classes, and number of channels."""
 
     train: Seeded
     test: Seeded
@@ -31,7 +31,7 @@ class Data:
     channels: int
 
     def facts(self) -> dict[str, Any]:
-        """What tells these data from others."""
+        """Return properties that identify the data."""
         return {
             "classes": list(self.classes),
             "channels": self.channels,
@@ -41,8 +41,10 @@ class Data:
 
 
 class Seeded(Dataset):
-    """Examples whose images a function changes at random, by seed, epoch and index alone: the same in every process,
-    and again after an interruption."""
+    """A dataset with random augmentation that depends only on seed, epoch and index.
+
+    The result is therefore the same in every process and after an interruption.
+    """
 
     def __init__(self, examples: Any, change: Callable[[Any], Tensor], seed: int) -> None:
         self.examples, self.change, self.seed, self.epoch = examples, change, seed, 0
@@ -53,20 +55,23 @@ class Seeded(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.examples[index]
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed the GPU as well, from which dropout draws
+            # torch.manual_seed would also seed the GPU, whose generator dropout uses
             torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
             return self.change(image), label
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed of several numbers."""
+    """Combine several numbers into one seed."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
 
 
 def batches(
     images: int, batch_size: int, seed: int, epoch: int, *, start: int = 0, rank: int = 0, processes: int = 1
 ) -> list[list[int]]:
-    """Indices of an epoch's batches from ``start`` on, of each the part of process ``rank``; the rest is left out."""
+    """Return the indices of an epoch's batches from batch ``start``, only those of process ``rank``.
+
+    The last incomplete batch is dropped.
+    """
     generator = torch.Generator().manual_seed(seed_of(seed, epoch))
     order = torch.randperm(images, generator=generator).tolist()
     whole = range(start * batch_size, images - batch_size + 1, batch_size)
@@ -74,11 +79,11 @@ def batches(
 
 
 def load_data(config: TrainConfig) -> Data:
-    """The data that ``config`` names.
+    """Load the data of ``config``.
 
     Raises:
-        FileNotFoundError: they are not there; the message says which file to put where.
-        ImportError: a package is missing; the message says how to install it.
+        FileNotFoundError: The data are missing; the message gives the expected path.
+        ImportError: A package is missing; the message gives the command to install it.
     """
     if config.data == "digits":
         return _digits(config)
@@ -88,9 +93,9 @@ def load_data(config: TrainConfig) -> Data:
 
 
 def _digits(config: TrainConfig) -> Data:
-    """1,797 scans of 8 x 8 pixels that come with scikit-learn, one in five to test with.
+    """Load scikit-learn's digits: 1,797 scans of 8 x 8 pixels, of which 20 % are test images.
 
-    They are enlarged: a patch is normalised, and of few pixels that leaves little but noise.
+    The scans are enlarged, since the LayerNorm of patches with few pixels amplifies noise.
     """
     scans = extra("sklearn.datasets").load_digits()
     side = config.sizes()["image_size"]
@@ -100,25 +105,25 @@ def _digits(config: TrainConfig) -> Data:
     train, test = _split(len(examples), 0.2)
     return Data(
         Seeded([examples[i] for i in train], _jittered, config.seed),
-        Seeded([examples[i] for i in test], _as_it_is, config.seed),
+        Seeded([examples[i] for i in test], _identity, config.seed),
         tuple(map(str, range(10))),
         channels=1,
     )
 
 
 def _split(images: int, part: float) -> tuple[list[int], list[int]]:
-    """Indices to train with and a ``part`` to test with; the same whatever the seed of the run."""
+    """Return training and test indices; ``part`` is the fraction of test images. Independent of the run's seed."""
     order = torch.randperm(images, generator=torch.Generator().manual_seed(0)).tolist()
     test = max(1, round(images * part))
     return sorted(order[test:]), sorted(order[:test])
 
 
-def _as_it_is(image: Tensor) -> Tensor:
+def _identity(image: Tensor) -> Tensor:
     return image
 
 
 def _jittered(image: Tensor) -> Tensor:
-    """Shifted, rotated and scaled a little."""
+    """Shift, rotate and scale an image by a small random amount."""
     angle, zoom, right, down = torch.empty(4).uniform_(-1, 1) * torch.tensor((0.15, 0.15, 0.125, 0.125))
     cos, sin = (1 + zoom) * angle.cos(), (1 + zoom) * angle.sin()
     affine = torch.stack((cos, -sin, right, sin, cos, down)).view(1, 2, 3)
@@ -130,14 +135,14 @@ def _cifar10(config: TrainConfig) -> Data:
     torchvision = extra("torchvision")
     folder, archive = config.data_folder, config.data_folder / CIFAR10_FILE
     kind = torchvision.datasets.CIFAR10
-    # where the archive is there and whole, "download" only unpacks it
+    # with a valid archive, "download" only unpacks it
     there = (folder / kind.base_folder).is_dir()
     unpack = config.download or not there and torchvision.datasets.utils.check_integrity(archive, kind.tgz_md5)
     try:
         train, test = (kind(folder, train=train, download=unpack) for train in (True, False))
-    except (OSError, RuntimeError) as error:  # torchvision's for what it cannot find, and urllib's
+    except (OSError, RuntimeError) as error:  # from urllib, and from torchvision for missing files
         raise FileNotFoundError(
-            f"cifar10 is not there: {error}. Put {CIFAR10_FILE}, from {CIFAR10_URL}, where it is looked for: {archive}"
+            f"cifar10 not found: {error}. Download {CIFAR10_URL} to {archive}, or set download"
         ) from error
     side = config.sizes()["image_size"]
     T = torchvision.transforms
@@ -156,23 +161,23 @@ def _tensor(T: Any) -> list[Any]:
 
 
 def _folder(config: TrainConfig) -> Data:
-    """FOLDER/train/CLASS/* and FOLDER/val/CLASS/*, or FOLDER/CLASS/*, of which one image in ten is to test with."""
+    """Load FOLDER/train/CLASS/* and FOLDER/val/CLASS/*, or FOLDER/CLASS/* with 10 % as test images."""
     torchvision, open_image = extra("torchvision"), extra("vit_triton.images").open_image
     folder, T = Path(config.data), torchvision.transforms
-    whole = [folder / "train", next((folder / name for name in ("val", "test") if (folder / name).is_dir()), folder)]
-    apart = whole[0].is_dir() and whole[1] != folder
+    folders = [folder / "train", next((folder / name for name in ("val", "test") if (folder / name).is_dir()), folder)]
+    split = folders[0].is_dir() and folders[1] != folder
     try:
-        _refuse_loops(folder)
-        found = [torchvision.datasets.ImageFolder(path, loader=open_image) for path in (whole if apart else [folder])]
+        _check_links(folder)
+        found = [torchvision.datasets.ImageFolder(path, loader=open_image) for path in (folders if split else [folder])]
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise type(error)(
             f"data: {str(error).rstrip('.')}. {config.data} must be digits, cifar10 or a folder of images: "
             f"{folder}/CLASS/*.jpg, or {folder}/train/CLASS/*.jpg and {folder}/val/CLASS/*.jpg"
         ) from error
-    if apart:
+    if split:
         train, test = found
         if train.classes != test.classes:
-            raise ValueError(f"data: {whole[0]} has the classes {train.classes}, {whole[1]} has {test.classes}")
+            raise ValueError(f"data: {folders[0]} has the classes {train.classes}, {folders[1]} has {test.classes}")
     else:
         train, test = (Subset(found[0], cast(Sequence[int], part)) for part in _split(len(found[0]), 0.1))
     side = config.sizes()["image_size"]
@@ -185,12 +190,12 @@ def _folder(config: TrainConfig) -> Data:
     )  # fmt: skip
 
 
-def _refuse_loops(folder: Path, above: tuple[Path, ...] = ()) -> None:
-    """Torchvision follows links to folders, and lists images in a loop again and again, or without end."""
+def _check_links(folder: Path, above: tuple[Path, ...] = ()) -> None:
+    """Raise ValueError if links to folders form a loop, in which torchvision would list images repeatedly."""
     real = folder.resolve()
     if real in above:
-        raise ValueError(f"data: {folder} is a link to a folder that it lies in")
+        raise ValueError(f"data: {folder} is a link to a folder that contains it")
     with os.scandir(folder) as entries:
         folders = [Path(entry) for entry in entries if entry.is_dir()]
     for inside in folders:
-        _refuse_loops(inside, (*above, real))
+        _check_links(inside, (*above, real))

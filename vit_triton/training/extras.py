@@ -1,12 +1,12 @@
-"""Packages that only training needs."""
+"""Packages that only training requires."""
 
 import importlib
 from typing import Any
 
 
 def extra(name: str) -> Any:
-    """The module `name`; ImportError that names what to install where there is none."""
+    """Import a module; the ImportError of a missing one has the command to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"{error}: training needs the extra [train], pip install 'vit_triton[train]'") from error
+        raise ImportError(f"{error}: training requires the extra [train], pip install 'vit_triton[train]'") from error

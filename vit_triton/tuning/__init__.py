@@ -1,1 +1,1 @@
-"""Times the candidates of every tile on the user's GPU; ``vit-triton tune`` is the command."""
+"""Measurement of the tile candidates on the user's GPU, run by ``vit-triton tune``."""

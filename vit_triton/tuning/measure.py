@@ -1,4 +1,4 @@
-"""The time of a call on a GPU, and the errors of its results."""
+"""Time of a call on a GPU, and errors of its results."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def on_gpu(run: Callable[[], Any], seconds: float) -> float:
-    """Milliseconds of a call: the median of about ``seconds`` of calls, the L2 cache flushed before each."""
+    """Return the median milliseconds of a call, measured for about ``seconds``, with the L2 cache flushed each time."""
     from triton.testing import do_bench
 
     return do_bench(run, warmup=250 * seconds, rep=1000 * seconds, return_mode="median")
@@ -20,6 +20,6 @@ def flat(results: Any) -> list[Tensor]:
 
 
 def errors(results: Any, exact: Any) -> list[float]:
-    """Relative L2 error of every result."""
+    """Return the relative L2 error of every result."""
     pairs = zip(flat(results), flat(exact), strict=True)
     return [float((a.double() - b).norm() / b.norm().clamp_min(1e-300)) for a, b in pairs]

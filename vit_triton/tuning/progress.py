@@ -1,4 +1,4 @@
-"""A progress bar on stderr, and Ctrl-C that ends the work and keeps what is done."""
+"""A progress bar on stderr for work that can be stopped with Ctrl-C without losing results."""
 
 import contextlib
 import io
@@ -9,23 +9,24 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 WIDTH = 40  # of the bar, in characters
-CLEAR = "\r\x1b[2K"  # back to the start of the terminal's line, and erase it
+CLEAR = "\r\x1b[2K"  # return to the start of the line and erase it
 
 
 class Progress:
-    """Of some work: ``complete`` once it came to its end, and was not interrupted."""
+    """Progress of some work; ``complete`` is set if the work ends without interruption."""
 
     complete = False
 
     def __init__(self, draw: Callable[[str], None] = lambda done: None) -> None:
-        self.advance = draw  # to be called with what is done, after each piece of the work
+        self.advance = draw  # call with a description after each part of the work
 
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Progress]:
-    """Around work in ``total`` pieces. Ctrl-C ends the work, not the program: what was done until then can be kept.
+    """Context manager for work in ``total`` parts. Ctrl-C ends the work, but not the program.
 
-    The bar is on stderr, where that is a terminal. It is drawn between pieces only: a thread that draws takes time.
+    The bar is shown if stderr is a terminal. It is drawn only between parts, so that drawing does not affect
+    measurements.
     """
     with _bar(total) as draw:
         made = Progress(draw)
@@ -71,7 +72,7 @@ class _Bar:
 
 
 class _AboveBar(io.TextIOBase):
-    """Stdout while the bar is on the same terminal: what is printed takes the bar's line, and the bar the next one."""
+    """Stdout for a terminal with the bar: replace the bar with the printed line and draw the bar below it."""
 
     def __init__(self, bar: _Bar, stdout: TextIO) -> None:
         self.bar, self.stdout, self.new_line = bar, stdout, True

@@ -1,4 +1,4 @@
-"""The sizes of published Vision Transformers as data, and the shapes their operators see."""
+"""Sizes of published Vision Transformers, and shapes of benchmark inputs."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +11,7 @@ CLASSES = 1000
 
 @dataclass(frozen=True)
 class Size:
-    """A model: ``width`` of its tokens, ``hidden`` width of its MLP, side of a ``patch`` in pixels."""
+    """Size of a model: ``width`` of the tokens, ``hidden`` width of the MLP, ``patch`` side in pixels."""
 
     width: int
     depth: int
@@ -35,7 +35,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What one call works on. ``image`` is the side in pixels; ``tokens`` count the class token."""
+    """Shape of an input. ``image`` is the side in pixels; ``tokens`` includes the class token."""
 
     label: str
     batch: int
@@ -45,15 +45,15 @@ class Shape:
 
     @classmethod
     def of(cls, model: str, image: int, batch: int) -> "Shape":
-        """An image whose side is no multiple of the patch is cut to one: 384 is 378 for a patch of 14.
+        """Create a shape. The image side is rounded down to a multiple of the patch: 384 to 378 for a patch of 14.
 
         Raises:
-            ValueError: if the image is smaller than a patch.
+            ValueError: The image is smaller than a patch.
         """
         size = SIZES[model]
         side = image // size.patch
         if side < 1:
-            raise ValueError(f"{image} pixels hold no patch of {size.patch} ({model})")
+            raise ValueError(f"image side must be at least the patch side {size.patch} of {model}, got {image}")
         image = side * size.patch
         return cls(f"{model}/{size.patch} at {image}, batch {batch}", batch, image, side * side + 1, size)
 
@@ -65,7 +65,7 @@ class Shape:
         return self.size.width // self.size.heads
 
     def vit(self) -> dict[str, Any]:
-        """The arguments of :class:`vit_triton.ViT`, and of vit_pytorch's, for a model of this shape."""
+        """Return the arguments of :class:`vit_triton.ViT` and ``vit_pytorch.ViT`` for a model of this shape."""
         return dict(
             image_size=self.image,
             patch_size=self.size.patch,

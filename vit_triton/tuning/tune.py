@@ -1,8 +1,8 @@
-"""Times the candidates of every tile on the GPU at hand and writes the fastest where vit_triton finds them.
+"""Measure the tile candidates on the current GPU and write the fastest to a table.
 
-A model runs once, forward and backward, and every launcher that it calls is noted with its arguments: those calls are
-the cases. Whatever a case asks a picker for, each of the picker's candidates is given in turn, checked against the
-numbers of the default choice and timed; a choice that several cases share is judged by the sum of their times.
+A model runs once, forward and backward, and every call of a launcher is recorded as a case. For every picker that a
+case uses, each candidate is compared with the result of the default and timed. If several cases use the same choice,
+the sum of their times decides.
 """
 
 import contextlib
@@ -39,8 +39,8 @@ LAUNCHERS = (
     *("layer_norm_fwd", "layer_norm_apply", "layer_norm_bwd", "add_layer_norm_fwd"),
     *("linear_fwd", "linear_bwd_input", "linear_bwd_weight", "patch_embed_fwd", "patch_embed_bwd", "sum_parts"),
 )
-MARGIN = 0.98  # of the default's time: what is not faster by more than 2 % does not replace it
-TOLERANCE = 16.0  # relative L2 distance to the default's numbers, in eps
+MARGIN = 0.98  # a candidate replaces the default if it takes less than this fraction of its time
+TOLERANCE = 16.0  # relative L2 difference from the default's result, in eps
 
 Ask = tuple[Picker, tuple[Any, ...]]  # a picker and its arguments
 Measure = Callable[[Callable[[], Any]], float]  # milliseconds of a call
@@ -48,8 +48,12 @@ Measure = Callable[[Callable[[], Any]], float]  # milliseconds of a call
 
 @dataclass(frozen=True)
 class Case:
-    """A call of one launcher. ``run`` makes it again and gives its results; ``asks``: what the launcher itself asks
-    for, by key, and not another one that it calls."""
+    """A call of one launcher.
+
+    Attributes:
+        run: repeats the call and returns its results.
+        asks: the pickers that the launcher itself uses, with their arguments, by key.
+    """
 
     name: str
     dtype: torch.dtype
@@ -57,13 +61,13 @@ class Case:
     asks: dict[tuple[Any, ...], Ask]
 
 
-# --- what is measured --------------------------------------------------------------------------------------
+# --- cases -------------------------------------------------------------------------------------------------
 
 
 def cases(shape: Shape, dtype: torch.dtype, device: str, dropout: float = 0.0) -> list[Case]:
-    """What a ViT of that shape calls in inference and in a training step. ``dropout``: of the training."""
+    """Return the cases of a ViT in inference and in a training step with ``dropout``."""
     torch.manual_seed(0)
-    size = shape.with_depth(3)  # a block; one whose qkv projection has a bias, as in other libraries; the last
+    size = shape.with_depth(3)  # an ordinary block, one with a QKV bias as in other libraries, and the last block
     with torch.device(device):
         model: Any = ViT(**size.vit(), dropout=dropout, backend="triton")
         image = torch.randn(shape.batch, 3, shape.image, shape.image).to(dtype)
@@ -82,15 +86,15 @@ def cases(shape: Shape, dtype: torch.dtype, device: str, dropout: float = 0.0) -
 
 
 def record(call: Callable[[], Any], label: str, dtype: torch.dtype) -> list[Case]:
-    """Every launcher's call inside a ``call``, but each form of one once."""
+    """Return the launcher calls inside ``call``, without those that are equal up to tensor data."""
     found: dict[Any, Case] = {}
     inside: list[Case] = []
 
-    def watched(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(launcher: Callable[..., Any]) -> Callable[..., Any]:
         def launch(*args: Any, **kwargs: Any) -> Any:
             key = launcher, _form(args), _form(tuple(kwargs.items()))
             if key not in found:
-                name = f"{label}: {launcher.__name__}({_spelled(args, kwargs)})"
+                name = f"{label}: {launcher.__name__}({_describe_arguments(args, kwargs)})"
                 found[key] = Case(name, dtype, lambda: _tensors(launcher(*args, **kwargs)), {})
             inside.append(found[key])
             try:
@@ -105,20 +109,20 @@ def record(call: Callable[[], Any], label: str, dtype: torch.dtype) -> list[Case
         return picker.default(*args)
 
     functions = {name: x for module in _MODULES for name, x in vars(module).items() if name in LAUNCHERS}
-    watching = _replaced({name: watched(launcher) for name, launcher in functions.items()})
-    with ops.running(ops.run_directly), watching, choosing(note):  # no replay: a launcher is to be called every time
+    replacing = _replace_launchers({name: recorded(launcher) for name, launcher in functions.items()})
+    with ops.running(ops.run_directly), replacing, choosing(note):  # a replay would not call the launchers
         call()
     return [case for case in found.values() if case.asks]
 
 
 def _form(x: Any) -> Any:
-    """What of an argument decides the work: of tensors not the numbers."""
+    """Return the properties of an argument that determine the work: for a tensor all but its data."""
     if isinstance(x, Tensor):
         return x.shape, x.stride(), x.dtype
     return tuple(map(_form, x)) if isinstance(x, tuple) else x
 
 
-def _spelled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def _describe_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     shapes = ["x".join(map(str, x.shape)) for x in tree_leaves(args) if isinstance(x, Tensor)]
     scalars = {k: v.p if isinstance(v, Dropout) else v for k, v in kwargs.items()}
     return ", ".join([*shapes, *(f"{k}={v}" for k, v in scalars.items() if isinstance(v, bool | str | float) and v)])
@@ -138,8 +142,8 @@ _MODULES = (
 
 
 @contextlib.contextmanager
-def _replaced(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Replace launchers, by name, in every module that calls them."""
+def _replace_launchers(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Replace launchers by name in every module that calls them."""
     before = [(each, name, old) for each in _MODULES for name, old in vars(each).items() if name in functions]
     try:
         for module, name, _ in before:
@@ -150,37 +154,37 @@ def _replaced(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
             setattr(module, name, old)
 
 
-class _Unfit(Exception):
-    """Why a candidate is not timed."""
+class _Skipped(Exception):
+    """A candidate is not timed; the message gives the reason."""
 
 
 @torch.no_grad()  # parameters are among the arguments
 def _run(group: list[Case]) -> tuple[list[list[Tensor]], int]:
-    """The results of every case, and how many registers the compiled kernels spill."""
-    launch._compiled.clear()  # Triton keeps what it compiled: it comes back at once
+    """Return the results of every case and the number of registers that the compiled kernels spill."""
+    launch._compiled.clear()  # fast, since Triton caches compiled kernels
     results = [case.run() for case in group]
     return results, sum(getattr(kernel, "n_spills", None) or 0 for kernel in launch._compiled.values())
 
 
 @torch.no_grad()
 def _time(group: list[Case], expected: list[list[Tensor]], spills: int, measure: Measure) -> float:
-    """Milliseconds of all cases under the choice in force; :class:`_Unfit` if it cannot be used."""
+    """Return the milliseconds of all cases with the current choice; raise :class:`_Skipped` if it cannot be used."""
     try:
         results, spilled = _run(group)
-    except Exception as error:  # of the compiler, its tools and the driver alike: no candidate must end the others
-        raise _Unfit(f"does not run: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}") from error
+    except Exception as error:  # a failing candidate must not end the tuning
+        raise _Skipped(f"does not run: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}") from error
     if spilled > spills:
-        raise _Unfit(f"spills {spilled} registers")
+        raise _Skipped(f"spills {spilled} registers")
     for case, ours, default in zip(group, results, expected, strict=True):
         largest = max(errors(ours, default))
         allowed = TOLERANCE * torch.finfo(case.dtype).eps
         if not largest <= allowed:
-            raise _Unfit(f"WRONG in {case.name}: {largest:.1e} from the default's numbers, allowed {allowed:.1e}")
+            raise _Skipped(f"WRONG in {case.name}: differs from the default by {largest:.1e}, allowed {allowed:.1e}")
     return sum(measure(case.run) for case in group)
 
 
 def choices(every: Iterable[Case]) -> list[tuple[Picker, tuple[Any, ...], list[Case]]]:
-    """What the cases ask for, and which of them ask for it."""
+    """Return each choice to make: the picker, its arguments, and the cases that use it."""
     asked: dict[tuple[Any, ...], tuple[Picker, tuple[Any, ...], list[Case]]] = {}
     for case in every:
         for key, ask in case.asks.items():
@@ -190,14 +194,14 @@ def choices(every: Iterable[Case]) -> list[tuple[Picker, tuple[Any, ...], list[C
     return list(asked.values())
 
 
-def tune(every: Iterable[Case], measure: Measure, say: Callable[[str], None] = print) -> Iterator[tuned.Timed]:
-    """The measurement of each of the cases' choices."""
+def tune(every: Iterable[Case], measure: Measure, log: Callable[[str], None] = print) -> Iterator[tuned.Timed]:
+    """Measure the candidates of every choice of the cases."""
     for picker, args, group in choices(every):
         key = picker.key(args)
         arguments = dict(zip(picker.arguments, key[1:], strict=True))
-        say(f"{picker.name}({tuned.spelled(arguments)}), in")
+        log(f"{picker.name}({tuned.spelled(arguments)}), in")
         for case in group:
-            say(f"    {case.name}")
+            log(f"    {case.name}")
         default, *others = picker.candidates(args)
         expected: list[list[Tensor]] = []
         spills = 0
@@ -212,13 +216,13 @@ def tune(every: Iterable[Case], measure: Measure, say: Callable[[str], None] = p
                     expected, spills = _run(group)
                 try:
                     ms = _time(group, expected, spills, measure)
-                except _Unfit as why:
-                    say(f"  skipped  {candidate}: {why}")
+                except _Skipped as why:
+                    log(f"  skipped  {candidate}: {why}")
                     continue
-            say(f"  {ms:7.4f}  {candidate}")
+            log(f"  {ms:7.4f}  {candidate}")
             times.append((candidate, ms))
         if not times or times[0][0] != default:
-            raise RuntimeError(f"{picker.name}: the default choice {default} must give the same numbers twice")
+            raise RuntimeError(f"{picker.name}: the default choice {default} does not reproduce its own result")
         fastest, ms = min(times, key=lambda each: each[1])
         yield tuned.Timed(picker.name, arguments, fastest if ms < MARGIN * times[0][1] else default, times)
 
@@ -227,8 +231,13 @@ def tune(every: Iterable[Case], measure: Measure, say: Callable[[str], None] = p
 
 
 def write(path: Path, device: str, arch: str, measured: Iterable[tuned.Timed], total: int) -> bool:
-    """Write what is measured, and if it is stopped what was until then; whether it was not. What an older file of the
-    same device and the same versions says of other arguments is kept."""
+    """Write the measurements to a table, also if they are interrupted.
+
+    Entries of an existing table for other arguments are kept if it has the same device and versions.
+
+    Returns:
+        Whether all measurements were made.
+    """
     new: list[tuned.Timed] = []
     old = tuned.read(path) if path.exists() else None
     with progress(total) as bar:

@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all, also if the disk is full."""
+"""Atomic writes of files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: Path, save: Callable[[Any], object], keep: Path | None = None) -> None:
-    """Replace a file by what `save` writes, whole or not at all.
+    """Write a file atomically.
 
-    `save` writes to a file beside `path`, which is flushed to the disk and then renamed to `path`. If anything fails
-    before the rename, the file beside is removed and `path` stays as it was.
+    `save` writes to a temporary file in the same folder, which is flushed to disk and renamed to `path`. If an error
+    occurs before the rename, the temporary file is removed and `path` is unchanged.
 
     Args:
-        path: the file to write; a link stays a link.
-        save: is called with a binary file, which supports `write` and `flush`.
-        keep: the path that the old file is renamed to; without it, the old file is removed.
+        path: the file to write. The target of a symbolic link is replaced, not the link.
+        save: called with a binary file, which supports `write` and `flush`.
+        keep: path to which an existing file is renamed. None replaces the existing file.
 
     Raises:
-        OSError: the file cannot be written. If the disk is full, the message says how many bytes are missing.
+        OSError: The file cannot be written. If the disk is full, the message has the number of missing bytes.
     """
     path = path.resolve()
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -45,7 +45,7 @@ def write_atomically(path: Path, save: Callable[[Any], object], keep: Path | Non
 
 
 class _CountingFile(io.BufferedIOBase):
-    """A new file that counts its bytes. If the disk is full it goes on counting, to find how many are missing."""
+    """A new file that counts its bytes. If the disk is full, it continues to count without writing."""
 
     def __init__(self, part: Path, path: Path) -> None:
         self.path, self.size = path, 0
@@ -70,20 +70,20 @@ class _CountingFile(io.BufferedIOBase):
         return size
 
     def finish(self) -> None:
-        """Flush the file to the disk.
+        """Flush the file to disk.
 
         Raises:
-            OSError: the disk is full.
+            OSError: The disk is full.
         """
         written = os.fstat(self.file.fileno()).st_size
         try:
             os.fsync(self.file.fileno())
         except OSError as error:
             self._note(error)
-            written = 0  # none is known to have reached the disk
+            written = 0  # unknown how many bytes reached the disk
         if self.full is not None:
             missing = f"{self.size - written:,} of {self.size:,} bytes are missing"
-            message = f"{self.full.strerror}: {missing}, and the file is as it was"
+            message = f"{self.full.strerror}: {missing}; the file is unchanged"
             raise OSError(self.full.errno, message, str(self.path)) from None
 
     def _note(self, error: OSError) -> None:
@@ -97,7 +97,7 @@ class _CountingFile(io.BufferedIOBase):
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make a rename in the folder last through a crash of the machine."""
+    """Flush a folder to disk, so that a rename in it survives a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

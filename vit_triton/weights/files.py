@@ -1,7 +1,7 @@
-"""Files of named tensors: names, shapes and dtypes first; the numbers are read when a tensor is asked for.
+"""Files of named tensors. Names, shapes and dtypes are read first, the data on demand.
 
-A file is data, and what it claims is checked: no code in it is run, and nothing is unpacked that the model does not
-need. A compressed file, or a tensor that repeats one number, can claim terabytes.
+Files are not trusted: code in a file is never executed, and only tensors that the model needs are unpacked, since a
+compressed file or an expanded tensor can have a size of terabytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vit_triton.weights.stored import Stored, stored
 
 __all__ = ["SETS", "Content", "WeightsError", "opened", "write"]
 
-# What training scripts call the sets of weights in a checkpoint.
+# usual names for sets of weights in training checkpoints
 SETS = (
     *("state_dict", "model", "model_state_dict", "module", "net", "network", "backbone", "encoder", "params"),
     *("state_dict_ema", "model_ema", "ema", "ema_state_dict", "model_ema_state_dict", "params_ema"),
@@ -36,12 +36,12 @@ SETS = (
 
 
 class WeightsError(ValueError):
-    """A file that does not fit, or is none.
+    """A file of weights cannot be read or does not match the model.
 
     Attributes:
-        missing: names the model has and the file has not.
-        surplus: names the file has and the model has not.
-        unlike: what both have, and how it differs.
+        missing: names in the model that are not in the file.
+        surplus: names in the file that are not in the model.
+        unlike: tensors in both that differ in shape or dtype, with a description.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class WeightsError(ValueError):
 
 
 class Content(NamedTuple):
-    """The tensors of a file by name, and of everything else what it is."""
+    """The tensors of a file by name, and a description of its other entries by name."""
 
     tensors: dict[str, Stored]
     others: dict[str, str]
@@ -64,14 +64,14 @@ class Content(NamedTuple):
 
 @contextmanager
 def opened(path: Path, key: str | None) -> Iterator[Content]:
-    """The content of a file, or of its set `key`. Its tensors can be read inside the `with` statement.
+    """Open a file, or its set `key`. The tensors can be read inside the context.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        WeightsError: its ending is unknown, its content is not what the ending says, it has no set `key`, or `key` is
-            None and it has several sets.
+        FileNotFoundError: The file does not exist.
+        WeightsError: The suffix is not supported, the content does not match the suffix, the file has no set `key`, or
+            it has several sets and `key` is None.
     """
-    reader = _by_ending(path, _READERS, "a file")
+    reader = _by_suffix(path, _READERS)
     if not path.is_file():
         if path.exists():
             raise WeightsError(f"{path}: expected a regular file")
@@ -84,45 +84,45 @@ def opened(path: Path, key: str | None) -> Iterator[Content]:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Whatever a damaged file makes its reader raise is raised as a WeightsError."""
+    """Convert all errors from reading a damaged file to WeightsError."""
     try:
         yield
     except WeightsError:
         raise
     except ImportError as error:
-        raise ImportError(f"{path}: reading {path.suffix} files needs the package {error.name}") from error
+        raise ImportError(f"{path}: reading {path.suffix} files requires the package {error.name}") from error
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise WeightsError(f"{path}: no readable {path.suffix} file: {reason}") from error
+        raise WeightsError(f"{path}: cannot be read as a {path.suffix} file: {reason}") from error
 
 
 def write(tensors: Mapping[str, Any], path: Path) -> None:
-    """Write a .safetensors, .pt, .pth or .pth.tar file, whole or not at all.
+    """Write a .safetensors, .pt, .pth or .pth.tar file atomically.
 
     Raises:
-        OSError: the file cannot be written; a full disk says how many bytes are missing.
-        WeightsError: the ending is another, or a value is no dense tensor.
+        OSError: The file cannot be written. If the disk is full, the message has the number of missing bytes.
+        WeightsError: The suffix is not supported, or a value is not a dense tensor.
     """
-    writer = _by_ending(path, _WRITERS, "a name")
+    writer = _by_suffix(path, _WRITERS)
     others = [f"{name} ({_kind(value)})" for name, value in tensors.items() if not _is_plain(value)]
     if others:
-        raise WeightsError(f"{path}: a file of weights holds dense tensors only, the model has {', '.join(others)}")
+        raise WeightsError(f"{path}: only dense tensors can be saved, but the model has {', '.join(others)}")
     write_atomically(path, lambda file: writer(_to_save(tensors), file))
 
 
-def _by_ending(path: Path, functions: dict[str, Any], what: str) -> Any:
-    for ending, function in functions.items():
-        if path.name.endswith(ending):
+def _by_suffix(path: Path, functions: dict[str, Any]) -> Any:
+    for suffix, function in functions.items():
+        if path.name.endswith(suffix):
             return function
-    raise WeightsError(f"{path}: expected {what} that ends in one of {', '.join(functions)}")
+    raise WeightsError(f"{path}: expected a file name with one of the suffixes {', '.join(functions)}")
 
 
-# --- what is in a file -------------------------------------------------------------------------------------
+# --- content of a file -------------------------------------------------------------------------------------
 
 
 def _choose(path: Path, content: Any, key: str | None) -> Any:
-    """The set `key` of a checkpoint, or its only one; a checkpoint without sets is one itself."""
-    for _ in range(8):  # a pickle may hold itself
+    """Return the set `key` of a checkpoint, or its only set, or a checkpoint without sets itself."""
+    for _ in range(8):  # a pickle may contain itself
         if not isinstance(content, Mapping):
             break
         if key is not None and isinstance(content.get(key), Mapping):
@@ -130,7 +130,7 @@ def _choose(path: Path, content: Any, key: str | None) -> Any:
             continue
         sets = [name for name in SETS if _is_set(content.get(name))]
         if len(sets) > 1 and key is None:
-            raise WeightsError(f"{path}: holds several sets of weights, key must name one of {', '.join(sets)}")
+            raise WeightsError(f"{path}: contains several sets of weights, key must be one of {', '.join(sets)}")
         if len(sets) != 1:
             break
         content = content[sets[0]]
@@ -144,13 +144,13 @@ def _choose(path: Path, content: Any, key: str | None) -> Any:
     }
     if not inside:
         sets = [str(name) for name, value in content.items() if isinstance(value, Mapping)]
-        held = f"its mappings are {', '.join(sets)}" if sets else "it holds no mappings"
-        raise WeightsError(f"{path}: holds no set of weights {key!r}, and no names that begin with it; {held}")
+        held = f"its mappings are {', '.join(sets)}" if sets else "it contains no mappings"
+        raise WeightsError(f"{path}: contains no set of weights {key!r} and no names with this prefix; {held}")
     return inside
 
 
 def _is_set(value: Any, depth: int = 3) -> bool:
-    """Whether this is a mapping with tensors in it, or in a mapping in it."""
+    """Return whether `value` is a mapping that contains tensors, directly or in nested mappings."""
     return isinstance(value, Mapping) and any(
         isinstance(inner, Tensor) or (depth and _is_set(inner, depth - 1)) for inner in value.values()
     )
@@ -160,21 +160,21 @@ def _content(path: Path, content: Any) -> Content:
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: expected a state dict, got a {type(content).__name__}")
     if not content:
-        raise WeightsError(f"{path}: expected a state dict of tensors, which holds nothing")
+        raise WeightsError(f"{path}: expected a state dict of tensors, got an empty one")
     tensors: dict[str, Stored] = {}
     others = {}
     for name, value in content.items():
         if _is_plain(value):
-            value = stored(Tensor.detach(value))  # an attribute in the file may hide the method
+            value = stored(Tensor.detach(value))  # an attribute in the file may shadow the method
         if isinstance(name, str) and isinstance(value, Stored):
             tensors[name] = Stored(value.like, _readable(path)(value.read))
         else:
-            others[str(name)] = _kind(value) if isinstance(name, str) else f"under a name of type {type(name).__name__}"
+            others[str(name)] = _kind(value) if isinstance(name, str) else f"name has type {type(name).__name__}"
     return Content(tensors, others)
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether this is a tensor whose numbers lie in memory one by one."""
+    """Return whether `value` is a dense tensor with data."""
     return (
         type(value) in (Tensor, nn.Parameter)
         and value.layout == torch.strided
@@ -183,7 +183,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, str):  # of what a reader could not read
+    if isinstance(value, str):  # description of an unsupported entry
         return value
     if not isinstance(value, Tensor):
         return type(value).__name__
@@ -192,7 +192,7 @@ def _kind(value: Any) -> str:
     return f"{whose}{special}{value.layout} on {value.device}"
 
 
-# --- readers: names -> tensors, Stored, or what else there is ------------------------------------------------
+# --- readers: name -> tensor, Stored, or a description of an unsupported entry -------------------------------
 
 
 def _read_safetensors(path: Path, stack: ExitStack) -> dict[str, Tensor]:
@@ -201,10 +201,10 @@ def _read_safetensors(path: Path, stack: ExitStack) -> dict[str, Tensor]:
     return load_file(str(path))
 
 
-# Plain data that training scripts keep beside the weights. Of paths the pure classes: a WindowsPath cannot be made on
-# another system. The names are those of every version of Python and numpy that wrote such files.
+# Plain data in training checkpoints, under the names of all versions of Python and numpy. Paths are read as pure paths,
+# since a WindowsPath cannot be created on another system.
 class _Discarded:
-    """Takes the place of a number or dtype of numpy's, whose constructors a damaged file could harm."""
+    """Replaces numpy scalars and dtypes, whose constructors are not safe for damaged files."""
 
     def __init__(self, *state: object) -> None: ...
 
@@ -224,30 +224,30 @@ _PLAIN_DATA: list[Any] = [
     (_Discarded, "numpy.dtype"),
     *((_Discarded, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
-_ONLY = "and nothing but tensors and plain data is read"
-_loading = threading.Lock()  # what torch.load takes for safe is set for the whole process
+_ONLY = "but only tensors and plain data are supported"
+_loading = threading.Lock()  # safe_globals applies to the whole process
 
 
 def _read_torch(path: Path, stack: ExitStack) -> Any:
     zipped = _check_pickle(path)
     try:
         with _loading, torch.serialization.safe_globals(_PLAIN_DATA):
-            # Mapped, so that only what is needed is read; the older format cannot be
+            # memory-mapped, so that only needed tensors are read; not supported by the older format
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "weights_only" not in str(error):
             raise
-        # these advise to run what the file holds
+        # torch's message recommends weights_only=False, which is unsafe
         other = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds {other[1]}, {_ONLY}" if other else "no pickle of tensors"
-        raise WeightsError(f"{path}: no readable {path.suffix} file: {reason}") from error
+        reason = f"it contains {other[1]}, {_ONLY}" if other else "it is not a pickle of tensors"
+        raise WeightsError(f"{path}: cannot be read as a {path.suffix} file: {reason}") from error
 
 
 def _check_pickle(path: Path) -> bool:
-    """Whether the file is an archive. What takes memory without being in the file is refused.
+    """Return whether the file is an archive; reject files that can use far more memory than their size.
 
     Raises:
-        WeightsError: the archive is compressed, or the pickle could make a bytearray of any length.
+        WeightsError: The archive is compressed, or the pickle can create a bytearray of any length.
     """
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\3\4"
@@ -255,16 +255,16 @@ def _check_pickle(path: Path) -> bool:
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
                 if any(member.filename.endswith("/constants.pkl") for member in members):
-                    raise WeightsError(f"{path}: a program of TorchScript; its state_dict() can be saved and loaded")
+                    raise WeightsError(f"{path}: TorchScript is not supported; save the state_dict() of the program")
                 if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-                    raise WeightsError(f"{path}: the archive is compressed; torch.save stores its members as they are")
+                    raise WeightsError(f"{path}: compressed archives are not supported; save the file with torch.save")
                 pickles = (archive.read(member) for member in members if member.filename.endswith("/data.pkl"))
                 found = any(b"bytearray" in content for content in pickles)
         else:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 found = re.search(b"bytearray", content) is not None
     if found:
-        raise WeightsError(f"{path}: no readable {path.suffix} file: it holds bytearray, {_ONLY}")
+        raise WeightsError(f"{path}: cannot be read as a {path.suffix} file: it contains bytearray, {_ONLY}")
     return zipped
 
 
@@ -274,17 +274,17 @@ def _read_numpy(path: Path, stack: ExitStack) -> dict[str, Any]:
 
 
 def _stored_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Stored | str:
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others take memory by their headers
-        raise WeightsError(f"{path}: {info.filename} is compressed in a way that numpy does not use")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others allocate what their header says
+        raise WeightsError(f"{path}: compression method of {info.filename} is not supported")
     with archive.open(info) as stream:
         version = np.lib.format.read_magic(stream)
-        if version != (1, 0):  # the others are for arrays of records; their headers may be of any length
-            return f"numpy's format {version}"
+        if version != (1, 0):  # used only for structured arrays; headers may have any length
+            return f"numpy format {version}"
         shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
     try:
         like = torch.from_numpy(np.empty(0, dtype))
-    except (TypeError, ValueError):  # strings, objects, another byte order
-        return f"numpy's {dtype}"
+    except (TypeError, ValueError):  # string, object or non-native byte order
+        return f"numpy dtype {dtype}"
 
     def read() -> Tensor:
         with archive.open(info) as stream:
@@ -313,7 +313,7 @@ _READERS: dict[str, Callable[[Path, ExitStack], Any]] = {
 
 
 def _to_save(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, each with memory of its own."""
+    """Copy the tensors to the CPU, contiguous, without shared memory."""
     saved: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in tensors.items():

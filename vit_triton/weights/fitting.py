@@ -1,7 +1,6 @@
-"""Whether the tensors of a file are those of a model, and the model's put together from them.
+"""Comparison of the tensors of a file and a model, and conversion to the tensors of the model.
 
-:func:`fit` runs twice: on the meta device, where it takes no memory and says all that does not fit, and then on the
-numbers.
+:func:`fit` runs twice: on the meta device, to find all mismatches without memory, and then on the data.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from vit_triton.weights.stored import Stored
 
 __all__ = ["Fit", "Wanted", "best_fit", "fit", "matches"]
 
-SMALLEST_LIMIT = 2**24  # numbers that any file may unpack to be compared or resampled
+SMALLEST_LIMIT = 2**24  # elements that may always be unpacked to be compared or resampled
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a name is one that a pattern such as ``head.*`` stands for."""
+    """Return whether a name matches one of the patterns, such as ``head.*``."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class Wanted(NamedTuple):
-    """What a model needs, and what may be done to get it."""
+    """The tensors of a model and the options of the conversion."""
 
     tensors: dict[str, Tensor]  # on the meta device
     places: dict[str, Place]
@@ -44,12 +43,12 @@ class Wanted(NamedTuple):
         return matches(name, self.ignore)
 
     def limit(self) -> int:
-        """Numbers that a tensor of another shape than the model's may have."""
+        """Return the maximum number of elements of a tensor whose shape differs from the model's."""
         return max(SMALLEST_LIMIT, sum(tensor.numel() for tensor in self.tensors.values()))
 
 
 class Fit(NamedTuple):
-    """How a file fits a model, with `prefix` stripped from the file's names."""
+    """Result of comparing a file, with `prefix` stripped from its names, and a model."""
 
     prefix: str
     missing: tuple[str, ...]
@@ -63,7 +62,7 @@ class Fit(NamedTuple):
 
 
 def best_fit(file: Mapping[str, Stored], wanted: Wanted) -> Fit:
-    """With the first prefix that fits; else with the prefix that has the fewest problems."""
+    """Return the fit for the first prefix without problems, else for the prefix with the fewest problems."""
     like = {name: tensor.like for name, tensor in file.items()}
     fits = []
     for prefix in prefixes(file):
@@ -74,13 +73,13 @@ def best_fit(file: Mapping[str, Stored], wanted: Wanted) -> Fit:
 
 
 def fit(tensors: Mapping[str, Tensor], file: Mapping[str, Stored], wanted: Wanted, prefix: str) -> Fit:
-    """Compare all tensors of a file with all of a model.
+    """Compare all tensors of a file with those of a model.
 
     Args:
-        tensors: the file's, or tensors on the meta device in their place.
-        file: where to read the few whose numbers decide whether they matter.
-        wanted: what the model needs.
-        prefix: is stripped from the names in the file that begin with it.
+        tensors: tensors of the file, or meta tensors in their place.
+        file: the file, to read biases that are skipped if they are zero.
+        wanted: tensors of the model.
+        prefix: prefix to strip from the names of the file.
     """
     short = {name: name.removeprefix(prefix) for name in tensors}
     by_name = places(short.values())
@@ -92,16 +91,16 @@ def fit(tensors: Mapping[str, Tensor], file: Mapping[str, Stored], wanted: Wante
         if wanted.ignores(name)
         for part in place.parts
     }
-    have, origin, twice = _parts(tensors, named, ignored)
+    have, origin, duplicates = _parts(tensors, named, ignored)
     want, _, _ = _parts(wanted.tensors, wanted.places, ignored)
-    unlike = [f"{name} is there twice, under another name too" for name in twice]
+    unlike = [f"{name} is a duplicate of a tensor with another name" for name in duplicates]
 
     for part in have.keys() - want.keys():
         if part == "mask_token" or (part.endswith(".bias") and _is_zero(part, origin[part], named, file, wanted)):
             del have[part]
     for part, obstacle in _resample(have, want, wanted):
         unlike.append(f"{origin[part]}: {obstacle}")
-        have[part] = want[part]  # so that it is not found unlike once more
+        have[part] = want[part]  # reported only once
     missing = []
     joined = {}
     for name, place in wanted.places.items():
@@ -121,23 +120,23 @@ def fit(tensors: Mapping[str, Tensor], file: Mapping[str, Stored], wanted: Wante
 def _parts(
     tensors: Mapping[str, Tensor], named: dict[str, Place], ignored: set[str]
 ) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """The tensors under common names, the name that each is a part of, and the names of what is there twice."""
+    """Return the tensors by common name, their original names, and the names of duplicates."""
     found: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
-    twice = []
+    duplicates = []
     for name, place in named.items():
         for part, piece in _split(tensors[name], place).items():
             if part in origin:
-                twice.append(name)
+                duplicates.append(name)
             elif part not in ignored:
                 found[part] = piece
             origin[part] = name
-    return found, origin, twice
+    return found, origin, duplicates
 
 
 def _split(tensor: Tensor, place: Place) -> dict[str, Tensor]:
     if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1 and converts(tensor.dtype, torch.float32):
-        tensor = tensor.float()  # few operators take eight bits
+        tensor = tensor.float()  # few operators support 8-bit floats
     pieces = place.form.split(tensor) if tensor.dim() else [tensor]
     return dict(zip(place.parts, pieces, strict=False))
 
@@ -150,14 +149,18 @@ def _is_zero(part: str, name: str, named: dict[str, Place], file: Mapping[str, S
 
 
 def _resample(have: dict[str, Tensor], want: dict[str, Tensor], wanted: Wanted) -> list[tuple[str, str]]:
-    """Bring positions, and patches if that is wanted, into the model's shapes; what stands in the way of which."""
+    """Resample positions, and patches if requested, to the shapes of the model.
+
+    Returns:
+        Common names of tensors that cannot be resampled, with the reason.
+    """
     obstacles: list[tuple[str, str]] = []
     for part in ("pos_embed", "patch.weight"):
         if part not in have or part not in want or not converts(have[part].dtype, want[part].dtype):
             continue
         obstacle = None
         if have[part].shape != want[part].shape and have[part].numel() > wanted.limit():
-            obstacle = f"{tuple(have[part].shape)} in the file is more than the whole model, and is not resampled"
+            obstacle = f"{tuple(have[part].shape)} in the file is larger than the whole model and is not resampled"
         elif part == "pos_embed":
             obstacle = fit_positions(have, want, wanted.file_grid, wanted.grid)
         elif wanted.resample:
@@ -168,19 +171,19 @@ def _resample(have: dict[str, Tensor], want: dict[str, Tensor], wanted: Wanted) 
 
 
 def _alike(part: str, ours: Tensor, theirs: Tensor) -> bool:
-    if part == "patch.weight" and 2 in (ours.dim(), theirs.dim()):  # one side keeps no rows and columns
+    if part == "patch.weight" and 2 in (ours.dim(), theirs.dim()):  # one is flattened
         ours, theirs = ours.flatten(1), theirs.flatten(1)
     return ours.shape == theirs.shape and converts(ours.dtype, theirs.dtype)
 
 
 @functools.cache
 def converts(old: torch.dtype, new: torch.dtype) -> bool:
-    """Whether a dtype can be written as another of its kind: float, complex, integer or bool."""
+    """Return whether a dtype can be converted to another of its kind: float, complex, integer or bool."""
     if _kind(old) != _kind(new):
         return False
     try:
         torch.empty(1, dtype=new, device="cpu").copy_(torch.empty(1, dtype=old, device="cpu"))
-    except RuntimeError:  # numbers of a few bits
+    except RuntimeError:  # dtypes below 8 bits
         return False
     return True
 

@@ -1,13 +1,13 @@
-"""What each library calls the parameters of a Vision Transformer, and how it lays them out.
+"""Names and layouts of the parameters of a Vision Transformer in several libraries.
 
-A table maps the names of one layout to common ones. It is read for a file and for a model alike, so that n layouts need
-n tables: a file's tensors are taken apart into common ones, and a model's are put together from them.
+One table per layout maps its names to common names, for files and models alike. The tensors of a file are split into
+tensors with common names, from which the tensors of the model are joined.
 
-The common names: ``cls_token``, ``dist_token``, ``reg_token``, ``mask_token``, ``pos_embed``, each (tokens, dim);
-``patch``, its weight (dim, row, column, channel) or flattened to (dim, pixels), with ``patch.norm_in`` and
-``patch.norm_out``; in ``blocks.N`` ``norm1``, ``q``, ``k``, ``v``, ``proj``, ``scale1``, ``norm2``, ``fc1``, ``fc2``,
-``scale2``; ``norm``, ``pooler``, ``head``, ``head_dist``. Matrices are (out, in), as nn.Linear has them. A name that no
-table knows stands for itself.
+Common names: ``cls_token``, ``dist_token``, ``reg_token``, ``mask_token``, ``pos_embed``, each (tokens, dim);
+``patch``, weight (dim, row, column, channel) or flattened (dim, pixels), with ``patch.norm_in`` and ``patch.norm_out``;
+``norm1``, ``q``, ``k``, ``v``, ``proj``, ``scale1``, ``norm2``, ``fc1``, ``fc2``, ``scale2`` in ``blocks.N``; ``norm``,
+``pooler``, ``head``, ``head_dist``. Matrices are (out, in), as in nn.Linear. Names that are in no table are not
+changed.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ __all__ = ["Form", "Place", "places", "prefixes"]
 
 
 class Form(NamedTuple):
-    """How a tensor is taken apart into common ones, and put together from them in a given shape."""
+    """Functions that split a tensor into common tensors and join it from them in a given shape."""
 
     split: Callable[[Tensor], Sequence[Tensor]]
     join: Callable[[Sequence[Tensor], torch.Size], Tensor]
 
 
 class Place(NamedTuple):
-    """Where a tensor of a file or model belongs: the common names of its parts."""
+    """The common names of a tensor of a file or model, and its form."""
 
     parts: tuple[str, ...]
     form: Form
 
 
 class Row(NamedTuple):
-    name: str  # a regular expression
-    parts: str  # common names, groups of the expression filled in
+    name: str  # regular expression
+    parts: str  # common names, a template for the groups of the expression
     form: Form
 
 
 def places(names: Iterable[str]) -> dict[str, Place]:
-    """The place of every name, in the layout that has most of them."""
+    """Return the place of every name, in the layout that matches the most names."""
     names = list(names)
     bare = {name: _WRAPPERS.sub("", name) for name in names}
-    if len(set(bare.values())) < len(bare):  # what looks like a wrapper tells two parts apart
+    if len(set(bare.values())) < len(bare):  # the prefix is needed to distinguish names
         bare = {name: name for name in names}
     found = [{name: _look_up(layout, bare[name]) for name in names} for layout in LAYOUTS]
-    best = max(found, key=_known)
-    if _known(best) < 2:  # a single name is a coincidence
+    best = max(found, key=_n_matched)
+    if _n_matched(best) < 2:  # a single match may be a coincidence
         best = dict.fromkeys(names)
     return {name: place or Place((bare[name],), AS_IS) for name, place in best.items()}
 
 
-def _known(found: dict[str, Place | None]) -> int:
+def _n_matched(found: dict[str, Place | None]) -> int:
     return sum(place is not None for place in found.values())
 
 
@@ -68,25 +68,25 @@ def _look_up(layout: list[Row], name: str) -> Place | None:
     return None
 
 
-# Around a whole model: DistributedDataParallel, torch.compile, and Hugging Face's models with a head, or of two towers.
+# prefixes by DistributedDataParallel, torch.compile, and Hugging Face's models with a head or two towers
 _WRAPPERS = re.compile(
     r"^((module|_orig_mod|model|base_model|backbone|vit|deit|dinov2|dinov2_with_registers|vision_model)\.)+"
 )
 
 
-# Around a part of what was trained: the encoder of an autoencoder, one of two networks that teach each other.
-_AROUND = (
+# prefixes of one part of a larger training setup, such as autoencoders and self-distillation
+_PREFIXES = (
     *("module", "_orig_mod", "model", "base_model", "backbone", "encoder", "net", "network", "ema", "trunk", "visual"),
     *("teacher", "student", "target_encoder", "base_encoder", "momentum_encoder", "image_encoder", "vision_model"),
 )
-_CHAIN = re.compile(rf"(?:(?:{'|'.join(_AROUND)})\.)+")
+_PREFIX_CHAIN = re.compile(rf"(?:(?:{'|'.join(_PREFIXES)})\.)+")
 
 
 def prefixes(names: Iterable[str]) -> list[str]:
-    """What may be stripped from the names of a file, those that most names begin with first; "" is the first."""
+    """Return the prefixes that may be stripped from names: "" first, then by the number of names with the prefix."""
     found: Counter[str] = Counter()
     for name in names:
-        chain = _CHAIN.match(name)
+        chain = _PREFIX_CHAIN.match(name)
         parts = chain[0].split(".")[:-1] if chain else []
         found.update(".".join(parts[: n + 1]) + "." for n in range(len(parts)))
     return ["", *sorted(found, key=lambda prefix: (-found[prefix], len(prefix)))]
@@ -95,7 +95,7 @@ def prefixes(names: Iterable[str]) -> list[str]:
 # --- forms -------------------------------------------------------------------------------------------------
 
 
-def _only_read(parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
+def _read_only(parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
     raise TypeError("no PyTorch model has this layout")
 
 
@@ -119,11 +119,11 @@ TOKENS = Form(lambda tensor: [_rows(tensor)], lambda parts, shape: parts[0].resh
 PACKED = Form(lambda tensor: tensor.chunk(3), lambda parts, shape: torch.cat(list(parts)))
 HALVES = Form(lambda tensor: tensor.chunk(2), lambda parts, shape: torch.cat(list(parts)))
 CONV = Form(_channels_last, _channels_first)
-# JAX multiplies from the other side, and keeps the heads apart
-HWIO = Form(lambda kernel: [kernel.permute(3, 0, 1, 2) if kernel.dim() == 4 else kernel], _only_read)
-IN_OUT = Form(lambda kernel: [_rows(kernel).T], _only_read)
-IN_HEADS = Form(lambda kernel: [kernel.reshape(len(kernel), -1).T], _only_read)
-FLAT = Form(lambda bias: [bias.flatten()], _only_read)
+# JAX stores transposed matrices, with a separate dimension for the heads
+HWIO = Form(lambda kernel: [kernel.permute(3, 0, 1, 2) if kernel.dim() == 4 else kernel], _read_only)
+IN_OUT = Form(lambda kernel: [_rows(kernel).T], _read_only)
+IN_HEADS = Form(lambda kernel: [kernel.reshape(len(kernel), -1).T], _read_only)
+FLAT = Form(lambda bias: [bias.flatten()], _read_only)
 
 
 # --- layouts -----------------------------------------------------------------------------------------------
@@ -137,18 +137,17 @@ _VIT_PYTORCH = [
         r"blocks.\1.q.\2 blocks.\1.k.\2 blocks.\1.v.\2",
         PACKED,
     ),
-    # Not fn.fn.to_out.weight, as before version 0.5: attention was scaled by another number there.
+    # fn.fn.to_out.weight is excluded: before version 0.5, attention had another scale
     Row(r"transformer\.layers\.(\d+)\.0\.(?:(?:fn\.){0,2}to_out\.0|to_out)\.([^.]*)", r"blocks.\1.proj.\2", AS_IS),
     Row(r"transformer\.layers\.(\d+)\.1\.(?:(?:fn\.)?norm|net\.0)\.(.*)", r"blocks.\1.norm2.\2", AS_IS),
     Row(r"transformer\.layers\.(\d+)\.1\.(?:(?:fn\.){1,2}net\.0|net\.1)\.(.*)", r"blocks.\1.fc1.\2", AS_IS),
     Row(r"transformer\.layers\.(\d+)\.1\.(?:(?:fn\.){0,2}net\.3|net\.4)\.(.*)", r"blocks.\1.fc2.\2", AS_IS),
-    # A norm in the head came before there was one behind the blocks. On the class token they are the same.
+    # older versions have the norm in the head; it is equivalent for the class token
     Row(r"(?:transformer\.norm|mlp_head\.0)\.(.*)", r"norm.\1", AS_IS),
     Row(r"(?:mlp_head|mlp_head\.1|linear_head)\.([^.]*)", r"head.\1", AS_IS),
 ]
 
-# Before the norms around the projection of the patches. It comes first: it knows as many names of its own files as the
-# layout below, and fewer of the others.
+# older versions without norms in the patch embedding; first in LAYOUTS, since the next table matches as many names
 VIT_PYTORCH_BARE_PATCHES = [*_VIT_PYTORCH, Row(r"to_patch_embedding\.1\.(.*)", r"patch.\1", AS_IS)]
 
 VIT_PYTORCH = [
@@ -158,7 +157,7 @@ VIT_PYTORCH = [
     Row(r"to_patch_embedding\.3\.(.*)", r"patch.norm_out.\1", AS_IS),
 ]
 
-# and DINOv2's and DeiT's own, which are written on timm
+# also the original DINOv2 and DeiT
 TIMM = [
     Row(r"(cls_token|dist_token|reg_token|mask_token|pos_embed)", r"\1", TOKENS),
     Row(r"register_tokens", "reg_token", TOKENS),
@@ -191,7 +190,7 @@ TORCHVISION = [
     Row(r"heads\.head\.(.*)", r"head.\1", AS_IS),
 ]
 
-# ViT, DeiT, DINOv2 with and without registers; first the names in files, then those of transformers 5 in memory
+# ViT, DeiT, DINOv2 with and without registers; names in files, then names in models of transformers 5
 _LAYER = r"(?:encoder\.layer|layers)\.(\d+)\."
 HUGGING_FACE = [
     Row(r"embeddings\.(cls_token|mask_token)", r"\1", TOKENS),
@@ -217,16 +216,16 @@ HUGGING_FACE = [
     Row(r"distillation_classifier\.(.*)", r"head_dist.\1", AS_IS),
 ]
 
-# What sees images in CLIP and SigLIP, as far as it depends on their size; the rest stands for itself.
+# vision towers of CLIP and SigLIP: only tensors that depend on the image size; other names are not changed
 HUGGING_FACE_CLIP = [
     Row(r"embeddings\.class_embedding", "cls_token", TOKENS),
     Row(r"embeddings\.position_embedding\.weight", "pos_embed", TOKENS),
     Row(r"embeddings\.patch_embedding\.weight", "patch.weight", CONV),
     Row(r"embeddings\.patch_embedding\.bias", "patch.bias", AS_IS),
-    Row(r"head\.(?:probe|attention|layernorm|mlp).*", r"\g<0>", AS_IS),  # no classifier, as other layouts would have it
+    Row(r"head\.(?:probe|attention|layernorm|mlp).*", r"\g<0>", AS_IS),  # a pooling head, not a classifier
 ]
 
-# google-research/vision_transformer, and big_vision, which numbers the parts of a block otherwise
+# google-research/vision_transformer and big_vision, which numbers the modules of a block differently
 _BLOCK = r"(?:.*/)?Transformer/encoderblock_(\d+)/"
 JAX = [
     Row(r"(?:.*/)?cls", "cls_token", TOKENS),

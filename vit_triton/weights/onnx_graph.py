@@ -1,9 +1,9 @@
-"""The weights of a PyTorch model that was exported to ONNX.
+"""Weights of a PyTorch model that was exported to ONNX.
 
-The exporter keeps most names. Matrices of linear layers it transposes and calls ``onnx::MatMul_17``, and what it could
-compute beforehand, such as slices of the position embedding, ``onnx::Concat_3``. What they are is read from the graph:
-a product to which ``x.bias`` is added has the weight ``x.weight``, and what is added to the tokens that begin with the
-class token are the positions.
+The exporter keeps most names. It transposes the weights of linear layers and names them like ``onnx::MatMul_17``, and
+names precomputed tensors, such as slices of the position embedding, like ``onnx::Concat_3``. Their names are recovered
+from the graph: a MatMul followed by the addition of ``x.bias`` has the weight ``x.weight``, and the tensor that is
+added to the class token and the patches is the position embedding.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["read_onnx"]
 
 
 def read_onnx(path: Path) -> dict[str, Any]:
-    """The initializers of the graph, under the names and in the layout of the model's parameters.
+    """Return the initializers of the graph with the names and layout of the model's parameters.
 
-    A type that PyTorch does not have from numpy, such as a string, stands as its name.
+    Initializers of unsupported types, such as strings, are replaced with a description.
     """
     import onnx
 
@@ -60,8 +60,8 @@ def _stored(tensor: Any, folder: Path) -> Stored | str:
 
     try:
         like = torch.from_numpy(helper.tensor_dtype_to_np_dtype(tensor.data_type).type(0)[None])
-    except (KeyError, TypeError, ValueError):  # of no numpy, or of no PyTorch
-        return f"ONNX's {tensor.data_type}"
+    except (KeyError, TypeError, ValueError):  # not supported by numpy or PyTorch
+        return f"ONNX type {tensor.data_type}"
 
     def read() -> Tensor:
         if uses_external_data(tensor):
@@ -85,7 +85,7 @@ def _anonymous(name: str) -> bool:
 
 
 def _added(output: str, users: dict[str, list[Any]], found: dict[str, Any]) -> list[str]:
-    """The bias that is added to `output`."""
+    """Return the name of the bias that is added to `output`, as a list of at most one."""
     sums = (node for node in users.get(output, []) if node.op_type == "Add")
     return [name for node in sums for name in node.input if name in found and name.endswith(".bias")][:1]
 
@@ -93,31 +93,31 @@ def _added(output: str, users: dict[str, list[Any]], found: dict[str, Any]) -> l
 def _positions(
     cls_token: str, users: dict[str, list[Any]], makers: dict[str, Any], rest: dict[str, Stored]
 ) -> list[str]:
-    """Names of the parts of the position embedding: what flows into the sum with the class token, but not from it."""
-    ways, seen = [cls_token], {cls_token}
-    while ways:
-        name = ways.pop()
+    """Return the names of the slices of the position embedding, which is added to the class token."""
+    pending, seen = [cls_token], {cls_token}
+    while pending:
+        name = pending.pop()
         for node in users.get(name, []):
             if node.op_type == "Add":
                 return _sources([other for other in node.input if other != name], makers, rest)
             if node.op_type in ("Expand", "Tile", "Cast", "Concat"):
-                ways += [output for output in node.output if output not in seen]
+                pending += [output for output in node.output if output not in seen]
                 seen.update(node.output)
     return []
 
 
 def _sources(names: list[str], makers: dict[str, Any], rest: dict[str, Stored]) -> list[str]:
-    """The anonymous tokens (1, n, dim) that `names` are computed from, in the order in which they were put together."""
+    """Return the unnamed tensors (1, n, dim) from which `names` are computed, in order of concatenation."""
     found: list[str] = []
-    ways, seen = names[::-1], set()
-    while ways:
-        name = ways.pop()
-        if name in seen:  # a part, or its size, may be read more than once
+    pending, seen = names[::-1], set()
+    while pending:
+        name = pending.pop()
+        if name in seen:  # a tensor may be used more than once
             continue
         seen.add(name)
         if name in rest:
             if rest[name].like.dim() == 3:
                 found.append(name)
         elif name in makers:
-            ways += reversed(makers[name].input)
+            pending += reversed(makers[name].input)
     return found

@@ -1,7 +1,7 @@
-"""Patch embeddings for another size of patches or another number of channels, as timm resamples them.
+"""Resampling of patch embeddings to another patch size or number of channels, as in timm.
 
-The new kernel gives for a resized patch, as far as possible, what the old one gives for the patch: it is the old one
-times the pseudo-inverse of the resizing (Beyer et al. 2023, arXiv:2212.08013, section 3.3).
+The kernel is multiplied by the pseudo-inverse of the resize matrix, so that its outputs for resized patches are as
+close as possible to those for the original patches (Beyer et al. 2023, arXiv:2212.08013, section 3.3).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from vit_triton.weights.positions import pair
 
 __all__ = ["adapt_channels", "fit_patches", "patch_of", "resample_kernel"]
 
-LARGEST_SIDE = 1024  # of a patch, in pixels; a matrix of side x side is inverted
+LARGEST_SIDE = 1024  # of a patch, in pixels; a side x side matrix is inverted
 
 
 def resample_kernel(kernel: Tensor, size: tuple[int, int]) -> Tensor:
-    """(dim, rows, columns, channels) -> the same with rows and columns of `size`, in the same dtype."""
+    """Resample (dim, rows, columns, channels) to rows and columns of `size`, in the same dtype."""
     dim, *old, channels = kernel.shape
     if kernel.is_meta:
         return kernel.new_empty(dim, *size, channels)
@@ -34,9 +34,9 @@ def resample_kernel(kernel: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def adapt_channels(kernel: Tensor, channels: int) -> Tensor | None:
-    """(dim, rows, columns, channels) -> with `channels`; None if timm has no rule for it.
+    """Convert (dim, rows, columns, channels) to `channels`, or return None if timm does not support it.
 
-    One channel gets the sum of up to three. Three are repeated, and scaled so that the outputs keep their size.
+    For one channel, up to three channels are summed. Otherwise three channels are repeated and scaled by 3 / channels.
     """
     old = kernel.shape[-1]
     if old == channels:
@@ -50,9 +50,9 @@ def adapt_channels(kernel: Tensor, channels: int) -> Tensor | None:
 
 
 def patch_of(model: nn.Module) -> tuple[int, int] | None:
-    """Rows and columns of a patch of `model`, if one of its modules has them as an attribute."""
+    """Return rows and columns of a patch of `model`, or None if no module has them as an attribute."""
     for module in model.modules():
-        axes = getattr(module, "axes_lengths", None)  # einops' Rearrange, in vit_pytorch
+        axes = getattr(module, "axes_lengths", None)  # einops' Rearrange in vit_pytorch
         axes = axes if isinstance(axes, Mapping) else {}
         size = pair(getattr(module, "patch_size", None)) or pair((axes.get("p1"), axes.get("p2")))
         if size is not None:
@@ -61,15 +61,15 @@ def patch_of(model: nn.Module) -> tuple[int, int] | None:
 
 
 def fit_patches(file: dict[str, Tensor], model: dict[str, Tensor], patch: tuple[int, int] | None) -> str | None:
-    """Bring ``patch.weight`` of the file, under common names, into the shape the model has.
+    """Convert ``patch.weight`` of the file to the shape of the model; both dicts have common names.
 
-    The affine parameters of a norm in front of it are multiplied into it: they have no size but that of the patches.
+    The parameters of a norm before the projection cannot be resampled; they are folded into the weight and bias.
 
     Args:
-        patch: rows and columns of the model's patches, if known.
+        patch: rows and columns of the model's patches, or None.
 
     Returns:
-        What stands in the way; None if nothing does, or what does shows in the shapes.
+        The reason why it cannot be converted, or None. Shapes that differ without a reason are compared later.
     """
     weight, wanted = file.get("patch.weight"), model.get("patch.weight")
     if weight is None or wanted is None or len(weight) != len(wanted) or not {weight.dim(), wanted.dim()} <= {2, 4}:
@@ -78,12 +78,12 @@ def fit_patches(file: dict[str, Tensor], model: dict[str, Tensor], patch: tuple[
     old_shapes = _shapes(weight, None, [shape[2] for shape in new_shapes] + [3, 1])
     if len(old_shapes) != 1 or len(new_shapes) != 1:
         whose = "file" if len(old_shapes) != 1 else "model"
-        return f"rows, columns and channels of the {whose}'s patches cannot be told"
+        return f"rows, columns and channels of the {whose}'s patches are ambiguous"
     (old,), (new,) = old_shapes, new_shapes
     if old == new:
         return None
     if max(*old[:2], *new[:2]) > LARGEST_SIDE:
-        return f"patches of more than {LARGEST_SIDE} pixels a side are not resampled"
+        return f"patches with sides above {LARGEST_SIDE} pixels are not resampled"
     kernel = weight.flatten(1)
     scale, shift = (file.get(f"patch.norm_in.{name}") for name in ("weight", "bias"))
     if scale is not None and shift is not None:
@@ -95,13 +95,13 @@ def fit_patches(file: dict[str, Tensor], model: dict[str, Tensor], patch: tuple[
         kernel = (kernel.double() * scale).to(weight.dtype)
     adapted = adapt_channels(kernel.unflatten(1, old), new[2])
     if adapted is None:
-        return f"patches of {old[2]} channels are not resampled to {new[2]}"
+        return f"patches with {old[2]} channels are not resampled to {new[2]}"
     file["patch.weight"] = resample_kernel(adapted, new[:2]).reshape(wanted.shape)
     return None
 
 
 def _shapes(weight: Tensor, patch: tuple[int, int] | None, channels: list[int]) -> set[tuple[int, int, int]]:
-    """Rows, columns and channels that a weight (dim, pixels) may have, or (dim, rows, columns, channels) has."""
+    """Return the possible (rows, columns, channels) of a weight (dim, pixels) or (dim, rows, columns, channels)."""
     if weight.dim() == 4:
         return {(weight.shape[1], weight.shape[2], weight.shape[3])}
     pixels = weight.shape[1]

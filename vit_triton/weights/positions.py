@@ -1,7 +1,7 @@
-"""Position embeddings for another grid of patches.
+"""Resampling of position embeddings to another grid of patches.
 
-Resampled as images are, bicubic and with antialiasing (Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.2, which
-interpolates them linearly; timm's way is the usual one since). The class, distillation and register tokens keep theirs.
+Bicubic interpolation with antialiasing, as in timm; the paper uses linear interpolation (Dosovitskiy et al. 2021,
+arXiv:2010.11929, section 3.2). Positions of class, distillation and register tokens are not changed.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 __all__ = ["fit_positions", "grid_of", "pair", "resample"]
 
-SPECIAL_TOKENS = ("cls_token", "dist_token", "reg_token")  # in this order before the patches
+PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")  # in this order before the patches
 
 
 def resample(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """(rows * columns, dim) of the old grid -> of the new one, in the same dtype."""
+    """Resample (rows * columns, dim) from the old to the new grid (rows, columns), in the same dtype."""
     if old == new:
         return positions
     image = positions.float().unflatten(0, old).permute(2, 0, 1)[None]
@@ -27,7 +27,7 @@ def resample(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
 
 
 def grid_of(model: nn.Module) -> tuple[int, int] | None:
-    """Rows and columns of the patches `model` has positions for, where it says so."""
+    """Return rows and columns of the position embeddings of `model`, or None if its attributes do not give them."""
     for module in model.modules():
         grid = pair(getattr(getattr(module, "patch_embed", None), "grid_size", None))
         if grid is not None:
@@ -40,7 +40,7 @@ def grid_of(model: nn.Module) -> tuple[int, int] | None:
 
 
 def pair(size: Any) -> tuple[int, int] | None:
-    """Of a side or of two; None if it is something else."""
+    """Return a positive integer, or two, as a pair; None for other values."""
     sides = size if isinstance(size, (tuple, list)) else (size, size)
     if len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides):
         return sides[0], sides[1]
@@ -53,43 +53,43 @@ def fit_positions(
     file_grid: tuple[int, int] | None,
     model_grid: tuple[int, int] | None,
 ) -> str | None:
-    """Bring ``pos_embed`` of the file, under common names, into the shape the model has.
+    """Convert ``pos_embed`` of the file to the shape of the model; both dicts have common names.
 
-    Some models have positions for their special tokens and some not; there the position is a part of the token.
+    Models without positions for prefix tokens include them in the tokens; the tokens of the file are converted, too.
 
     Returns:
-        What stands in the way; None if nothing does, or what does shows in the shapes.
+        The reason why it cannot be converted, or None. Shapes that differ without a reason are compared later.
     """
     old, new = file.get("pos_embed"), model.get("pos_embed")
     if old is None or new is None or old.shape[1:] != new.shape[1:] or not old.is_floating_point():
         return None
     if len(old) == len(new) and file_grid is None:
         return None
-    special = [name for name in SPECIAL_TOKENS if name in file]
-    if any(file[name].shape[1:] != old.shape[1:] or not file[name].is_floating_point() for name in special):
+    names = [name for name in PREFIX_TOKENS if name in file]
+    if any(file[name].shape[1:] != old.shape[1:] or not file[name].is_floating_point() for name in names):
         return None
-    tokens = torch.cat([file[name] for name in special]) if special else old[:0]
+    tokens = torch.cat([file[name] for name in names]) if names else old[:0]
     registers = len(file.get("reg_token", ()))
     counts = (0, len(tokens) - registers, len(tokens))
     old_form, new_form = _form(len(old), counts, file_grid), _form(len(new), counts, model_grid)
     if old_form is None or new_form is None:
         whose, n, grid = ("file", len(old), file_grid) if old_form is None else ("model", len(new), model_grid)
-        wanted = f"a grid of {grid[0]} x {grid[1]}" if grid else "a square grid"
-        hint = "; name the file's as grid=(rows, columns)" if whose == "file" else ""
-        return f"the {whose} has {n} positions, which are not {wanted}{hint}"
+        expected = f"a grid of {grid[0]} x {grid[1]}" if grid else "a square grid"
+        hint = "; pass the grid of the file as grid=(rows, columns)" if whose == "file" else ""
+        return f"the {whose} has {n} positions, which are not {expected}{hint}"
     (old_prefix, old_grid), (new_prefix, new_grid) = old_form, new_form
     prefix = torch.zeros_like(tokens)
     prefix[:old_prefix] = old[:old_prefix]
     file["pos_embed"] = torch.cat((prefix[:new_prefix], resample(old[old_prefix:], old_grid, new_grid)))
     prefix[:new_prefix] = 0
-    moved = (tokens + prefix).split([len(file[name]) for name in special])
-    file.update(zip(special, moved, strict=True))
+    moved = (tokens + prefix).split([len(file[name]) for name in names])
+    file.update(zip(names, moved, strict=True))
     return None
 
 
 def _form(n: int, prefixes: tuple[int, ...], grid: tuple[int, int] | None) -> tuple[int, tuple[int, int]] | None:
-    """How many of n positions are for special tokens, and the grid of the others."""
-    for prefix in prefixes:  # squares are so far apart that no two prefixes fit a grid beyond 3 x 3
+    """Return the number of prefix tokens among n positions and the grid of the others, or None."""
+    for prefix in prefixes:  # unambiguous: above 3 x 3, the distance of squares exceeds the number of prefix tokens
         rows, columns = grid or (math.isqrt(max(0, n - prefix)),) * 2
         if rows * columns == n - prefix > 0:
             return prefix, (rows, columns)

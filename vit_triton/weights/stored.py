@@ -1,4 +1,4 @@
-"""A tensor in a file: its shape and dtype, and how to read it."""
+"""Tensors in a file, read on demand."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["Stored", "stored"]
 
 
 class Stored(NamedTuple):
-    """A tensor that is not in memory yet."""
+    """A tensor that has not been read."""
 
-    like: Tensor  # on the meta device
+    like: Tensor  # shape and dtype, on the meta device
     read: Callable[[], Tensor]
 
 
 def stored(tensor: Tensor) -> Stored:
-    """Of a tensor in memory, or mapped into it."""
+    """Return a tensor in memory or in a memory map as Stored."""
     return Stored(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), lambda: tensor)
