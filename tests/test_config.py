@@ -205,6 +205,6 @@ def test_a_second_launch_does_not_search(monkeypatch):
 def test_a_grid_beyond_the_limit_is_an_error():
     kernel = Kernel()
     kernel.__name__ = "some_kernel"
-    with pytest.raises(ValueError, match="2147483648 programs of some_kernel, a GPU starts at most 2147483647"):
+    with pytest.raises(ValueError, match="2147483648 programs of some_kernel, a GPU supports 2147483647"):
         launch.launch(kernel, (2**31,), torch.zeros(1))
     assert kernel.grids == []

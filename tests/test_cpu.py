@@ -689,11 +689,11 @@ def test_an_unknown_operation_is_named():
 @pytest.mark.parametrize(
     ("what", "value", "message"),
     [
-        ("platform.machine", lambda: "arm64", "x86-64 Linux, not for arm64 Linux"),
-        ("platform.system", lambda: "Darwin", "x86-64 Linux, not for x86_64 Darwin"),
-        ("triton.__version__", "4.1.0", "was tested with Triton 3.8 and 3.9, not 4.1.0"),
+        ("platform.machine", lambda: "arm64", "requires x86-64 Linux, this is arm64 Linux"),
+        ("platform.system", lambda: "Darwin", "requires x86-64 Linux, this is x86_64 Darwin"),
+        ("triton.__version__", "4.1.0", "supports Triton 3.8 and 3.9, not 4.1.0"),
         ("vit_triton.cpu.features.detect", lambda: ("fma", "f16c", "bmi2"), "this CPU lacks avx2"),
-        ("vit_triton.cpu.features.llvm_has_x86", lambda: False, "no code generator for x86-64"),
+        ("vit_triton.cpu.features.llvm_has_x86", lambda: False, "lacks LLVM's code generator for x86-64"),
     ],
 )
 def test_what_it_cannot_serve_is_said(what, value, message, monkeypatch):
@@ -822,7 +822,7 @@ def test_fuzz_damaged_caches(damages, kernels_on_disk, tmp_path):
 
 @pytest.mark.parametrize("obstacle", ["no folder", "full", "a folder in the way"])
 def test_a_cache_that_cannot_be_written_is_one_warning(obstacle, kernels_on_disk, tmp_path, monkeypatch):
-    message = "the cache of compiled kernels in .* cannot be written .*Set TRITON_CACHE_DIR to a folder that can be"
+    message = "the cache of compiled kernels in .* cannot be written .*Set TRITON_CACHE_DIR to a writable folder"
     if obstacle == "no folder":
         monkeypatch.setenv("TRITON_CACHE_DIR", "/dev/null/cache")
     elif obstacle == "full":

@@ -1,4 +1,4 @@
-"""What Triton's interpreter gets wrong, bfloat16 above all, and that ``interpreter.mend`` makes it right, bit for bit.
+"""Defects of Triton's interpreter, mostly in bfloat16, and that ``interpreter.patch`` fixes them, bit for bit.
 
 Triton decides at import whether it interprets, and a repair cannot be taken back, so every state gets a process of its
 own: this file, run as a script, computes all cases and prints what became of them.
@@ -300,15 +300,15 @@ def verdict(got: torch.Tensor, expected: torch.Tensor) -> str:
     return f"{int(wrong.sum())} of {wrong.numel()} differ: {got[wrong][0]} instead of {expected[wrong][0]}"
 
 
-def report(mended: bool) -> dict[str, str]:
+def report(patched: bool) -> dict[str, str]:
     """Compute every case in this process: name -> verdict."""
-    if mended:
-        from vit_triton.kernels.interpreter import mend
+    if patched:
+        from vit_triton.kernels.interpreter import patch
 
-        mend()
+        patch()
         once = methods()
-        mend()
-        assert methods() == once, "the second mend() changed the interpreter again"
+        patch()
+        assert methods() == once, "the second patch() changed the interpreter again"
     verdicts = {}
     for name, compute, expected in cases():
         try:
@@ -338,18 +338,18 @@ def run(state: str, *, interpret: bool) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def unmended() -> dict[str, str]:
-    return run("unmended", interpret=True)
+def unpatched() -> dict[str, str]:
+    return run("unpatched", interpret=True)
 
 
 @pytest.fixture(scope="module")
-def mended() -> dict[str, str]:
-    return run("mended", interpret=True)
+def patched() -> dict[str, str]:
+    return run("patched", interpret=True)
 
 
 @pytest.mark.parametrize("name", DEFECTS)
-def test_defect_is_still_there(name: str, unmended: dict[str, str]) -> None:
-    assert unmended[name] != RIGHT, (
+def test_defect_is_still_there(name: str, unpatched: dict[str, str]) -> None:
+    assert unpatched[name] != RIGHT, (
         f"Good news: the interpreter of Triton {triton.__version__} computes {name!r} correctly by itself. Move it to "
         "SOUND; once every case is there in the oldest Triton supported, delete vit_triton/kernels/interpreter.py, "
         "its call in the launcher, and this file."
@@ -357,13 +357,13 @@ def test_defect_is_still_there(name: str, unmended: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SOUND))
-def test_sound_without_mending(name: str, unmended: dict[str, str]) -> None:
-    assert unmended[name] == RIGHT
+def test_sound_without_patches(name: str, unpatched: dict[str, str]) -> None:
+    assert unpatched[name] == RIGHT
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_mended_is_pytorch_bit_for_bit(name: str, mended: dict[str, str]) -> None:
-    assert mended[name] == RIGHT
+def test_patched_is_pytorch_bit_for_bit(name: str, patched: dict[str, str]) -> None:
+    assert patched[name] == RIGHT
 
 
 def test_nothing_is_touched_where_kernels_are_compiled() -> None:
@@ -372,11 +372,11 @@ def test_nothing_is_touched_where_kernels_are_compiled() -> None:
 
 def main(state: str) -> dict[str, str]:
     if state != "compiled":
-        return report(mended=state == "mended")
-    from vit_triton.kernels.interpreter import mend
+        return report(patched=state == "patched")
+    from vit_triton.kernels.interpreter import patch
 
     before = methods()
-    mend()
+    patch()
     return {"interpreter": "untouched" if methods() == before else "changed"}
 
 

@@ -183,7 +183,7 @@ WRONG = [
     (lambda x: first(x)["config"].pop("group"), r"config must be an object with kind, block_m, .*, got \['block_k'"),
     (lambda x: first(x).update(milliseconds=1), r"milliseconds must be a list, got 1"),
     (lambda x: first(x)["milliseconds"][1].update(ms=-1), r"milliseconds\[1\].ms must be a positive number, got -1"),
-    (lambda x: x["pickers"]["pick_linear_fwd"].append(first(x)), r"pick_linear_fwd\[2\].arguments must be other ones"),
+    (lambda x: x["pickers"]["pick_linear_fwd"].append(first(x)), r"pick_linear_fwd\[2\].arguments must be unique"),
     (
         lambda x: x["pickers"]["pick_layer_norm"][0]["config"].update(block_d=512),
         r"pick_layer_norm\[0\].config.block_d must be at least the width 768, got 512",
@@ -234,15 +234,15 @@ def test_a_file_that_is_no_json(home, gpus):
 
 
 def test_described(home):
-    assert tuned.describe(H100, SM).startswith(f"{H100}, sm_90: no tuned tiles; the default ones are computed")
+    assert tuned.describe(H100, SM).startswith(f"{H100}, sm_90: no tuned tiles, using defaults")
     path = tuned.default_path(H100)
     tuned.write(path, dataclasses.replace(tuned.new_table(H100, SM, TIMED), triton="1.0"))
     text = tuned.describe(H100, SM)
-    assert str(path) in text and "measured with triton 1.0, this is" in text and "torch" not in text
-    assert "pick_linear_fwd: 2 lists of arguments, the vendor's GEMM for 1 of them" in text
+    assert str(path) in text and "measured with triton 1.0, installed is" in text and "torch" not in text
+    assert "pick_linear_fwd: 2 entries, the vendor's GEMM for 1 of them" in text
     assert "vendor's GEMM: n 768, k 3072, dtype bfloat16, precision ieee, epilogue none" in text
-    assert "pick_layer_norm: 1 list of arguments\n" in text + "\n"
-    assert tuned.describe(H100, "sm_80").endswith(f"{path} is of another device ({H100}, sm_90)")
+    assert "pick_layer_norm: 1 entry\n" in text + "\n"
+    assert tuned.describe(H100, "sm_80").endswith(f"{path} belongs to another device ({H100}, sm_90)")
 
 
 # --- measuring ---------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Analysis of axes: how the elements of a tile change along an axis.
+"""Axis analysis: how the elements of a tile change along an axis.
 
-A load along an axis is a vector load if the addresses are contiguous there, and a scalar load if they are uniform. A
-comparison of contiguous offsets with a limit can be the bound of a loop (:mod:`vit_triton.cpu.masks`).
+A load along an axis is a vector load if its addresses are contiguous, and a scalar load if they are uniform. A
+comparison of contiguous offsets with a limit can become the bound of a loop (:mod:`vit_triton.cpu.masks`).
 """
 
 import math
@@ -16,7 +16,8 @@ RESHAPES = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.trans"}
 
 @dataclass(frozen=True)
 class AxisInfo:
-    """``affine``: each element is the one before it plus ``stride``, which is None if only the run time gives it."""
+    """``affine``: each element is its predecessor plus ``stride``, which is None if it is not a compile-time
+    constant."""
 
     affine: bool
     stride: int | None = None
@@ -30,13 +31,13 @@ class AxisInfo:
         return self.stride == 1
 
     def plus(self, other: "AxisInfo", sign: int = 1) -> "AxisInfo":
-        """Of the sum of two affine values, or of their difference."""
+        """The AxisInfo of the sum of two affine values, or with ``sign=-1`` of their difference."""
         if self.stride is None or other.stride is None:
             return AxisInfo(True)
         return AxisInfo(True, self.stride + sign * other.stride)
 
     def times(self, factor: int | None) -> "AxisInfo":
-        """Of the product of an affine value and a uniform one."""
+        """The AxisInfo of the product of an affine value and a uniform one."""
         return AxisInfo(True, None if self.stride is None or factor is None else self.stride * factor)
 
 
@@ -46,7 +47,7 @@ CONTIGUOUS = AxisInfo(True, 1)
 
 
 def operand_axis(op: Op, axis: int) -> int | None:
-    """The axis of the operand of one of RESHAPES that becomes ``axis`` of the result; None if the op adds that axis."""
+    """For an op in RESHAPES, the axis of the operand that becomes ``axis`` of the result; None if the op adds it."""
     if op.name == "tt.trans":
         return op.attrs["order"][axis]
     if op.name == "tt.broadcast":
@@ -59,7 +60,7 @@ def operand_axis(op: Op, axis: int) -> int | None:
 
 class Axes:
     def __init__(self, ops: Sequence[Op]) -> None:
-        """``ops``: all operations of a kernel, see :func:`vit_triton.cpu.ttir.walk`."""
+        """``ops``: all operations of a kernel, from :func:`vit_triton.cpu.ttir.walk`."""
         self.loops = [op for op in ops if op.name == "scf.for"]
         self.inductions: dict[Value, Op] = {}  # a loop's pointer or offset tile -> the op that advances it
         for loop in self.loops:
@@ -75,7 +76,7 @@ class Axes:
                 self.inductions[argument] = step
 
     def initial(self, argument: Value) -> Value:
-        """The value of an induction before the first trip."""
+        """The value of an induction before the first iteration."""
         region = self.inductions[argument].parent
         assert region is not None and region.parent is not None
         loop = region.parent
@@ -85,8 +86,8 @@ class Axes:
         return all(self.along(value, axis, whole=True).uniform for axis in range(len(value.type.shape)))
 
     def along(self, value: Value, axis: int, *, whole: bool = False) -> AxisInfo:
-        """Valid within aligned runs of 16 elements, as vectors are, or along all of the axis if ``whole``: a
-        quotient by 16 is uniform and a remainder contiguous in such a run only."""
+        """The AxisInfo along ``axis`` within aligned runs of 16 elements (vectors), or with ``whole`` along the entire
+        axis: a quotient by 16 is uniform, and a remainder contiguous, only within such a run."""
         if value.type.shape[axis] == 1:
             return UNIFORM
         op = value.op
@@ -132,7 +133,7 @@ class Axes:
         return IRREGULAR
 
     def offsets(self, value: Value, axis: int) -> list[int] | None:
-        """Each element along ``axis`` minus the first, where these differences are compile-time constants."""
+        """The differences of each element along ``axis`` and the first; None if they are not compile-time constants."""
         size, op = value.type.shape[axis], value.op
         if value in self.inductions:
             return self.offsets(self.initial(value), axis)
@@ -166,7 +167,7 @@ class Axes:
         return None
 
     def constant(self, value: Value) -> int | None:
-        """The value of a uniform integer that is a compile-time constant."""
+        """The value of a uniform integer; None if it is not a compile-time constant."""
         op = value.op
         while op is not None and op.name in (*RESHAPES, "arith.extsi"):
             op = op.operands[0].op
@@ -193,11 +194,11 @@ class Axes:
         for loop in self.loops:
             if loop.regions[0].arguments[0] is value:
                 return math.gcd(self.divisibility(loop.operands[0]), self.divisibility(loop.operands[2]))
-        return value.index or 1  # set from tt.divisibility for the arguments of the kernel
+        return value.index or 1  # tt.divisibility of a kernel argument
 
 
 def strip_axes(value: Value) -> Value:
-    """The 1-D tile that the axes of a larger one were added to."""
+    """The tile before tt.expand_dims and tt.broadcast."""
     while value.op is not None and value.op.name in ("tt.expand_dims", "tt.broadcast"):
         value = value.op.operands[0]
     return value

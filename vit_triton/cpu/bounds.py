@@ -1,8 +1,8 @@
-"""Pass: bounds. A mask becomes the bound of a loop.
+"""Bounds pass: convert masks to loop bounds.
 
-The conditions that a mask states (:mod:`vit_triton.cpu.masks`) are ``offsets[i] < limit`` with offsets that grow by
-one. They hold for the first ``limit - offsets[0]`` indices: ``loop_bound`` is that number, clamped to the tile. A loop
-ends there (:mod:`vit_triton.cpu.loops`), and inside it the conditions are assumed and not tested.
+The conditions of a mask (:mod:`vit_triton.cpu.masks`) have the form ``offsets[i] < limit``, with offsets that increase
+by one. They hold for the first ``limit - offsets[0]`` indices; ``loop_bound`` is that number, clamped to the tile size.
+Loops end at the bound (:mod:`vit_triton.cpu.loops`), so the conditions need no test inside them.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from vit_triton.cpu.masks import Condition
 from vit_triton.cpu.state import Position, State
 from vit_triton.cpu.ttir import Value
 
-Bound: TypeAlias = Val | int  # an int where it is a compile-time constant
+Bound: TypeAlias = Val | int  # int: a compile-time constant
 
 
 def loop_bound(s: State, conditions: Sequence[Condition], size: int) -> Bound:
-    """How many of the first ``size`` indices meet all conditions."""
+    """The number of leading indices, at most ``size``, that satisfy all conditions."""
     result: Bound = size
     b = s.b
     for condition in conditions:
@@ -57,11 +57,11 @@ def bound_value(s: State, bound: Bound) -> Val:
 
 
 def available(s: State, conditions: Sequence[AxisDemand]) -> list[Condition]:
-    """Those whose bound can be computed here, because its values are defined."""
+    """The conditions whose bound can be computed here, because the values it needs are defined."""
     found = [c for c in conditions if isinstance(c, Condition) and c.offsets in s.defined]
     return [c for c in found if not isinstance(c.limit, Value) or c.limit in s.defined]
 
 
 def demanded(s: State, value: Value) -> list[list[Condition]]:
-    """For each axis, the available conditions on the indices that are read."""
+    """The available conditions on the indices that are read, for each axis."""
     return [available(s, [demand]) for demand in s.demand.of(value)]

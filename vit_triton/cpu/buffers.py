@@ -1,4 +1,4 @@
-"""Pass: buffers. Evaluate a tile into memory: what several sinks need, and what a store would overwrite."""
+"""Buffers pass: evaluate tiles into memory if several sinks need them or a store would overwrite their source."""
 
 from vit_triton.cpu.axes import RESHAPES
 from vit_triton.cpu.bounds import demanded
@@ -10,8 +10,8 @@ from vit_triton.cpu.state import Position, State
 from vit_triton.cpu.ttir import Value
 
 
-def materialise(s: State, value: Value) -> None:
-    """Evaluate a tile into a buffer of its own."""
+def materialize(s: State, value: Value) -> None:
+    """Evaluate a tile into a new buffer."""
     if value in s.buffers:
         return
     buffer = s.scratch.allocate(value.type)
@@ -22,22 +22,22 @@ def materialise(s: State, value: Value) -> None:
 
 
 def write(s: State, value: Value, buffer: Buffer) -> None:
-    """Evaluate what is read of a tile into ``buffer``."""
+    """Evaluate the part of a tile that is read into ``buffer``."""
     shape = value.type.shape
 
     def body(at: Position, mask: Val | None) -> None:
-        # without the mask: a row has room for the lanes past the bound, and they are not read
+        # no mask: a row has space for the lanes past the bound, which are not read
         store_vector(s.b, vector(s, value, at), address(s.b, buffer, shape, at.index))
 
     with s.evaluation():
         for_each_vector(s, shape, demanded(s, value), len(shape) - 1, body)
 
 
-def materialise_deferred(s: State, position: int) -> None:
-    """Before memory is stored to: read what was loaded and has sinks after ``position``."""
+def materialize_deferred(s: State, position: int) -> None:
+    """Before a store: materialize deferred loads that have sinks after ``position``."""
     for value in list(s.deferred):
         if s.sinks.last_use[value] > position and value in s.deferred:
-            materialise(s, value)
+            materialize(s, value)
 
 
 def leaves(s: State, value: Value) -> list[Value]:
@@ -54,7 +54,7 @@ def buffers_read(s: State, value: Value) -> set[Buffer]:
 
 
 def is_in_place(s: State, value: Value, target: Buffer) -> bool:
-    """Whether the expression, at each element, reads ``target`` at that element only."""
+    """Whether each element of the expression reads ``target`` only at the same index."""
     if value in s.buffers or value.op is None or not value.type.is_tile:
         return True
     if value.op.name in RESHAPES:

@@ -1,7 +1,7 @@
-"""Write MLIR text, each operation in the outermost open loop that its operands allow.
+"""Write MLIR text. Each operation is placed in the outermost open loop that its operands allow.
 
-Operations without effects are remembered: asking for the same one twice gives the same value. So what lowers a tile
-may ask for an address or a row's statistic at every element, and it is computed once per row.
+Operations without effects are cached: writing the same operation twice returns the same value. The lowering can
+therefore request an address or a row statistic for every element, and it is computed once per row.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True)
 class Val:
-    """An MLIR value: its name, element type, lanes (0: a scalar) and the depth of the loop it was written in."""
+    """An MLIR value: name, element type, lanes (0 for a scalar) and depth of the loop that contains it."""
 
     name: str
     elem: str
@@ -24,7 +24,7 @@ class Val:
 
 
 def mlir_type(elem: str, lanes: int = 0) -> str:
-    # bfloat16 is carried as its bits: without the instructions for it LLVM takes it apart, element by element
+    # bfloat16 is represented by its bits: without native instructions LLVM scalarizes it
     scalar = {"ptr": "!llvm.ptr", "bf16": "i16"}.get(elem, elem)
     return f"vector<{lanes}x{scalar}>" if lanes else scalar
 
@@ -39,7 +39,7 @@ class Builder:
     def __init__(self) -> None:
         self.regions = [_Region()]
         self.count = 0
-        self.floor = 0  # nothing that reads memory or may trap is written further out than this
+        self.floor = 0  # the outermost depth for operations that read memory or may trap
 
     @property
     def depth(self) -> int:
@@ -50,7 +50,8 @@ class Builder:
         return f"%v{self.count}"
 
     def op(self, text: str, operands: Sequence[Val], elem: str, lanes: int = 0, *, pinned: bool = False) -> Val:
-        """``text`` with {0}, {1}, ... for the operands; ``pinned``: not moved out of the operation being lowered."""
+        """Write ``text``, with {0}, {1}, ... for the operands. ``pinned``: do not hoist out of the operation being
+        lowered."""
         text = text.format(*(v.name for v in operands))
         level = max((v.level for v in operands), default=0)
         level = max(level, self.floor) if pinned else level
@@ -61,7 +62,7 @@ class Builder:
         return region.known[text]
 
     def read(self, text: str, operands: Sequence[Val], elem: str, lanes: int = 0) -> Val:
-        """A read of memory: not remembered by its text, and not moved out of the operation being lowered."""
+        """Write a read of memory, which is not cached and not hoisted out of the operation being lowered."""
         text = text.format(*(v.name for v in operands))
         level = max([self.floor, *(v.level for v in operands)])
         value = Val(self.name(), elem, lanes, level)
@@ -69,11 +70,11 @@ class Builder:
         return value
 
     def recall(self, key: Hashable) -> Val | None:
-        """The value that was remembered under ``key``, in a loop that is still open."""
+        """The value cached under ``key`` in an open loop, or None."""
         return next((region.known[key] for region in reversed(self.regions) if key in region.known), None)
 
     def remember(self, key: Hashable, value: Val) -> None:
-        """For as long as the loop is open that ``value`` was written in."""
+        """Cache ``value`` until the loop that contains it is closed."""
         self.regions[value.level].known[key] = value
 
     def effect(self, text: str, operands: Sequence[Val] = ()) -> None:
@@ -138,7 +139,7 @@ class Builder:
         return self.op(f"{name} {{0}} : {a.type} to {mlir_type(elem, a.lanes)}", (a,), elem, a.lanes)
 
     def _convert_bits(self, name: str, a: Val, elem: str) -> Val:
-        """To or from bfloat16, whose bits are the upper half of a float32's."""
+        """Convert to or from bfloat16, whose bits are the upper half of a float32."""
         if name == "arith.bitcast":
             return replace(a, elem=elem)
         if name == "arith.extf":
@@ -169,7 +170,7 @@ class Builder:
 
     @contextlib.contextmanager
     def loop(self, low: Val, high: Val, step: Val, carried: Sequence[Val] = ()) -> Iterator["Loop"]:
-        """``scf.for``; values in ``carried`` change from trip to trip: set ``.next`` to the new ones."""
+        """``scf.for`` with the loop-carried values ``carried``; set ``.next`` to their new values."""
         self.regions.append(_Region())
         level = self.depth
         inner = [Val(self.name(), v.elem, v.lanes, level) for v in carried]
@@ -199,7 +200,7 @@ class Builder:
 
     @contextlib.contextmanager
     def pinned_here(self) -> Iterator[None]:
-        """Reads of memory stay inside what is open now."""
+        """Context manager: do not hoist reads of memory out of the current region."""
         before, self.floor = self.floor, self.depth
         yield
         self.floor = before

@@ -1,4 +1,4 @@
-"""Triton's cache on disk, with checksums for what is compiled for the CPU."""
+"""Triton's cache on disk, with checksums for kernels compiled for the CPU."""
 
 import hashlib
 import json
@@ -12,14 +12,14 @@ from typing import Any
 from triton import knobs
 from triton.runtime.cache import FileCacheManager
 
-_spare: tempfile.TemporaryDirectory | None = None  # for a cache that cannot be written; removed when the process ends
+_spare: tempfile.TemporaryDirectory | None = None  # used if the cache cannot be written; removed at exit
 
 
 class CheckedCache(FileCacheManager):
-    """A kernel whose files are cut off or changed is compiled anew: a damaged object would be executed as it is.
+    """Verifies checksums of CPU kernels, since a damaged object would be executed; recompiles on a mismatch.
 
-    Kernels for other devices are kept as Triton keeps them. Where the folder cannot be written, one warning says so and
-    what is compiled serves this process only.
+    Kernels for other devices are cached by Triton without changes. If the cache folder cannot be written, one warning
+    is issued and a temporary folder of this process is used.
     """
 
     def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
@@ -34,7 +34,7 @@ class CheckedCache(FileCacheManager):
         try:
             path = super().put(content, filename)
         except OSError as error:
-            for rest in Path(self.cache_dir).glob(f"tmp.pid_{os.getpid()}_*"):  # which Triton leaves behind
+            for rest in Path(self.cache_dir).glob(f"tmp.pid_{os.getpid()}_*"):  # left behind by Triton
                 shutil.rmtree(rest, ignore_errors=True)
             self._move(error)
             path = super().put(content, filename)
@@ -58,19 +58,19 @@ class CheckedCache(FileCacheManager):
             files = {name: (self._make_path(name), digest) for name, digest in json.loads(sums).items()}
             if any(_digest(_content(path)) != digest for path, digest in files.values()):
                 return None
-        except (OSError, ValueError):  # a file that is missing or no file, a digest that is no text
+        except (OSError, ValueError):  # a missing or irregular file, an invalid digest
             return None
         return {name: path for name, (path, _) in files.items()}
 
     def _move(self, error: OSError) -> None:
-        """To a folder of this process."""
+        """Switch to a temporary folder of this process."""
         global _spare
         if _spare is None:
             _spare = tempfile.TemporaryDirectory(prefix="vit_triton_kernels_")
             warnings.warn(
                 f"vit_triton: the cache of compiled kernels in {knobs.cache.dir} cannot be written "
-                f"({type(error).__name__}: {error}); each process compiles its kernels anew. Set TRITON_CACHE_DIR to a "
-                "folder that can be written",
+                f"({type(error).__name__}: {error}); every process compiles its kernels again. Set TRITON_CACHE_DIR to "
+                "a writable folder",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -79,8 +79,8 @@ class CheckedCache(FileCacheManager):
 
 
 def _content(path: str) -> bytes:
-    if not os.path.isfile(path):  # reading a named pipe would not end
-        raise OSError(f"{path} is no regular file")
+    if not os.path.isfile(path):  # reading a named pipe would block
+        raise OSError(f"{path} is not a regular file")
     return Path(path).read_bytes()
 
 

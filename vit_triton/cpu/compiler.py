@@ -1,4 +1,4 @@
-"""Triton's backend for the CPU: TTIR -> MLIR text -> LLVM -> a relocatable object, all inside Triton's own wheel."""
+"""Triton's backend for the CPU: TTIR -> MLIR text -> LLVM -> a relocatable object, using Triton's own wheel only."""
 
 import ctypes
 import functools
@@ -23,7 +23,7 @@ TRIPLE = lower.TRIPLE
 
 @dataclass(frozen=True)
 class Options:
-    """What Triton's front end asks of a backend's options; warps and stages mean nothing here."""
+    """The options that Triton's front end requires of a backend; warps and stages have no effect."""
 
     num_warps: int = 1
     num_ctas: int = 1
@@ -49,7 +49,7 @@ class Options:
 
 
 class CPUBackend(BaseBackend):
-    """Registered as "cpu"; ``target.arch`` is a comma-separated list of CPU features (see :mod:`features`)."""
+    """The backend "cpu"; ``target.arch`` is a comma-separated list of CPU features, see :mod:`features`."""
 
     binary_ext = "obj"
 
@@ -58,7 +58,7 @@ class CPUBackend(BaseBackend):
         return target.backend == "cpu"
 
     def hash(self) -> str:
-        dump = os.environ.get("VIT_TRITON_CPU_DUMP", "")  # what lies in the cache would not be dumped
+        dump = os.environ.get("VIT_TRITON_CPU_DUMP", "")  # cached kernels would not be dumped
         return f"{_source_hash()}-{triton.__version__}-{self.target.arch}-{dump}"
 
     def parse_options(self, options: dict[str, Any]) -> Options:
@@ -125,7 +125,7 @@ def _make_mlir(module: Any, metadata: dict[str, Any], options: Options) -> str:
 
 
 def _dump(folder: Path, program: lower.Program, source: str, options: Options) -> None:
-    """Every stage of a kernel as a file: TTIR, MLIR, LLVM IR and assembly."""
+    """Write each stage of a kernel to a file: TTIR, MLIR, LLVM IR and assembly."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{program.name}-{hashlib.sha256(program.text.encode()).hexdigest()[:8]}"
     llir = _make_llir(program.text, options)
@@ -160,7 +160,7 @@ def _make_llir(source: str, options: Options) -> str:
 
 @functools.cache
 def _init_x86() -> None:
-    """Make LLVM's x86-64 code generator known: Triton registers those for GPUs only, but holds all of them."""
+    """Register LLVM's x86-64 code generator, which Triton's library contains but does not register."""
     llvm.init_targets()
     library = ctypes.CDLL(libtriton.__file__)
     for part in ("TargetInfo", "Target", "TargetMC", "AsmPrinter"):
@@ -174,7 +174,7 @@ def _make_object(source: str, options: Options) -> bytes:
 
 @functools.cache
 def _source_hash() -> str:
-    """Of this package: what it generates is cached on disk, and must not outlive what generated it."""
+    """The hash of this package's source, so that a changed backend does not reuse cached kernels."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())

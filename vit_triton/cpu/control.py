@@ -1,14 +1,14 @@
-"""Pass: control flow. scf.for and scf.if of the TTIR, whose bodies are lowered by ``lower_region``.
+"""Control flow pass: scf.for and scf.if of the TTIR. Their bodies are lowered by ``lower_region``.
 
-A loop carries scalars as MLIR values, tiles in buffers, and the tiles of pointers and offsets that it advances by a
-uniform step as that step's multiple. The results of a branch lie in memory.
+Loop-carried scalars are MLIR values and loop-carried tiles are buffers. Tiles of pointers and offsets that advance by a
+uniform step (inductions) are represented by the accumulated step. The results of a branch are in memory.
 """
 
 import enum
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from vit_triton.cpu.buffers import buffers_read, is_in_place, materialise_deferred, write
+from vit_triton.cpu.buffers import buffers_read, is_in_place, materialize_deferred, write
 from vit_triton.cpu.builder import Val
 from vit_triton.cpu.expressions import evaluate
 from vit_triton.cpu.memory import ALIGN, Buffer, load_scalar, store_scalar
@@ -25,7 +25,8 @@ class _Kind(enum.Enum):
 
 
 class _Carried(NamedTuple):
-    """A value that a loop carries: in this trip, in the next one (of an induction: the step), and after the loop."""
+    """A loop-carried value: ``argument`` in this iteration, ``new`` in the next (the step of an induction), and
+    ``result`` after the loop."""
 
     kind: _Kind
     argument: Value
@@ -69,7 +70,7 @@ def for_loop(s: State, op: Op, lower_region: LowerRegion) -> None:
         if kind is _Kind.TILE:
             s.buffers[result] = s.buffers[argument]
         elif kind is _Kind.INDUCTION and result.users:
-            raise Unsupported("a pointer tile that a loop has advanced, used after it")
+            raise Unsupported("a pointer tile that is advanced in a loop and used after it")
 
 
 def _set_values(s: State, carried: Iterable[_Carried], values: Iterable[Val]) -> None:
@@ -83,11 +84,11 @@ def _set_values(s: State, carried: Iterable[_Carried], values: Iterable[Val]) ->
 
 def _before_stores(s: State, op: Op) -> None:
     if any(inner.name == "tt.store" for region in op.regions for inner in walk(region)):
-        materialise_deferred(s, s.sinks.position[op])
+        materialize_deferred(s, s.sinks.position[op])
 
 
 def _own_buffer(s: State, init: Value, user: Op) -> Buffer:
-    """A buffer that holds ``init`` and may be overwritten."""
+    """A buffer with the value of ``init`` that may be overwritten."""
     if init in s.buffers and s.sinks.only(init, user):
         return s.buffers[init]
     buffer = s.scratch.allocate(init.type)
@@ -96,7 +97,7 @@ def _own_buffer(s: State, init: Value, user: Op) -> Buffer:
 
 
 def _carry_tiles(s: State, pairs: list[tuple[Value, Value]]) -> None:
-    """Move the new values of a loop's tiles into the buffers of the old ones."""
+    """Write the new values of loop-carried tiles into the buffers of the old ones."""
     targets = {argument: s.buffers[argument] for argument, _ in pairs}
     copies = []
     for argument, new in pairs:
@@ -106,7 +107,7 @@ def _carry_tiles(s: State, pairs: list[tuple[Value, Value]]) -> None:
         reads = buffers_read(s, new)
         others = reads & {*targets.values()} - {target}
         if others or target in reads and not is_in_place(s, new, target):
-            saved = s.scratch.allocate(new.type)  # before any of the old values is gone
+            saved = s.scratch.allocate(new.type)  # evaluated before old values are overwritten
             write(s, new, saved)
             s.buffers[new] = saved
         copies.append((new, target))
@@ -121,7 +122,7 @@ def branch(s: State, op: Op, lower_region: LowerRegion) -> None:
     buffers = {}
     for result in op.results:
         if result.type.elem == "ptr" and result.type.is_tile:
-            raise Unsupported("a pointer tile that scf.if gives")
+            raise Unsupported("a pointer tile as a result of scf.if")
         if result.type.is_tile:
             buffers[result] = s.scratch.allocate(result.type)
         else:

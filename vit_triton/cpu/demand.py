@@ -1,7 +1,8 @@
-"""Analysis of demand: which part of a tile is read.
+"""Demand analysis: which part of a tile is read.
 
-Along each axis that is nothing, everything, or the indices that meet one condition. A masked store reads what its mask
-allows, and so does every expression it stores: of a tile of 256 keys only the 197 that exist are computed.
+The demand along an axis is nothing, everything, or the indices that satisfy one condition. A masked store reads the
+indices that satisfy its mask, and so do the expressions that it stores: with 197 keys in a tile of 256, only 197 are
+computed.
 """
 
 import enum
@@ -37,7 +38,7 @@ class Demand:
         self.masks = masks
         self.found: dict[Value, list[AxisDemand]] = {}
         changed = True
-        while changed:  # what a loop carries takes several rounds
+        while changed:  # loop-carried values need several rounds
             changed = False
             for op in reversed(ops):
                 for value, demand in self._of_operands(op):
@@ -46,7 +47,7 @@ class Demand:
                     changed |= self.found[value] != before
 
     def of(self, value: Value) -> list[AxisDemand]:
-        """For each axis, the part that is read."""
+        """The part that is read, for each axis."""
         return self.found.setdefault(value, [Part.NOTHING] * len(value.type.shape))
 
     def _of_operands(self, op: Op) -> Iterator[tuple[Value, list[AxisDemand]]]:

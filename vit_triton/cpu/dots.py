@@ -1,11 +1,11 @@
-"""Pass: products. A tt.dot is computed in blocks of 8 x 32 results in registers.
+"""Dots pass: a tt.dot is computed in blocks of 8 x 32 results in registers.
 
-    for each panel of B                     packed once, 4 bytes wide: float32, or pairs of bfloat16 along K;
-                                            or read where it lies, if it is loaded from memory laid out so
+    for each panel of B                     packed once in words of 4 bytes: float32, or pairs of bfloat16 along K;
+                                            read in place if it is loaded from memory with that layout
         for each 8 rows of A
             for each k                      2 vectors of B, 8 elements of A, 16 multiply-adds
 
-bfloat16 takes vdpbf16ps where the CPU has it. :mod:`vit_triton.cpu.panels` has the operands.
+bfloat16 uses vdpbf16ps if the CPU supports it. The operands are prepared by :mod:`vit_triton.cpu.panels`.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from vit_triton.cpu.panels import Product, Rows, loaded_panel, pack_panel, produ
 from vit_triton.cpu.state import LANES, State
 from vit_triton.cpu.ttir import Op, Unsupported
 
-ROWS = 8  # of a block
+ROWS = 8  # per block
 
 
 class Accumulator(NamedTuple):
-    """Where the result goes; ``fresh``: the addend is 0, else it is there already."""
+    """The buffer of the result; ``fresh``: the addend is 0, else the buffer contains it."""
 
     buffer: Buffer
     fresh: bool
@@ -53,14 +53,14 @@ def dot(s: State, op: Op) -> None:
                 places = _result_addresses(s, target.buffer, block.index, columns.index, count, product.width)
                 results = _multiply(s, product, words, a_rows.step, panel, k)
                 for result, place in zip(results, places, strict=True):
-                    if not target.fresh:  # added last, for the roundings of short sums
+                    if not target.fresh:  # added last, which is more accurate than starting from a large sum
                         result = b.binary("arith.addf", load_vector(b, place, "f32", LANES), result)
                     store_vector(b, result, place)
     s.buffers[op.results[0]] = target.buffer
 
 
 def _accumulator(s: State, op: Op) -> Accumulator:
-    """The addend's buffer, if nothing else reads that, or a copy."""
+    """The buffer of the addend if it has no other sink, else a copy."""
     c = op.operands[2]
     if s.masks.uniform_number(c) == 0:
         return Accumulator(s.scratch.allocate(c.type), True)
@@ -79,7 +79,7 @@ def _accumulator(s: State, op: Op) -> Accumulator:
 
 
 def _row_addresses(s: State, a: Rows, first_row: Val, m: Val, count: int) -> list[Val]:
-    """Of the words of A; rows past the end repeat the last one: the results from them are not read."""
+    """Addresses of the rows of A. Rows past the end repeat the last one; their results are not read."""
     b = s.b
     last = b.binary("arith.subi", m, b.index(1))
     numbers = [b.binary("arith.minsi", b.add(first_row, b.index(r)), last) for r in range(count)]
@@ -87,7 +87,7 @@ def _row_addresses(s: State, a: Rows, first_row: Val, m: Val, count: int) -> lis
 
 
 def _result_addresses(s: State, buffer: Buffer, first_row: Val, column: Val, count: int, width: int) -> list[Val]:
-    """Of each vector of results, row by row."""
+    """Addresses of the vectors of results, row by row."""
     b = s.b
     return [
         b.gep(address(b, buffer, (0, 0), (b.add(first_row, b.index(r)), column)), b.index(c), "f32")
@@ -97,7 +97,7 @@ def _result_addresses(s: State, buffer: Buffer, first_row: Val, column: Val, cou
 
 
 def _multiply(s: State, p: Product, rows: Sequence[Val], step: Val, panel: Val, k: Val) -> list[Val]:
-    """Rows of A, from these addresses on, times a panel of B; ``k`` elements each."""
+    """Multiply rows of A, given by their addresses, by a panel of B; ``k`` elements each."""
     b = s.b
     starts = range(0, p.width, LANES)
 
@@ -116,7 +116,7 @@ def _multiply(s: State, p: Product, rows: Sequence[Val], step: Val, panel: Val, 
         loop.next = accumulate(loop.carried, loop.index, "i32" if p.pairs else "f32")
     if not p.pairs:
         return loop.results
-    # an odd k: its partner is not there, and in memory may be anything
+    # the last element of an odd k has no partner; memory past it is undefined
     with b.loop(even, k, b.index(2), loop.results) as rest:
         rest.next = accumulate(rest.carried, rest.index, "i16")
     return rest.results
@@ -129,7 +129,7 @@ def _load_panel(s: State, pointer: Val, pairs: bool) -> Val:
 
 
 def _broadcast_word(s: State, pointer: Val, elem: str) -> Val:
-    """A word of A in every lane; of type i16 half of one, where its other half lies beyond the end."""
+    """Broadcast a word of A to every lane. With ``elem`` "i16" only its lower half is read, and the upper half is 0."""
     b = s.b
     word = b.read(f"llvm.load {{0}} {{{{alignment = 2 : i64}}}} : !llvm.ptr -> {elem}", (pointer,), elem)
     if elem == "f32":

@@ -29,11 +29,11 @@ from vit_triton.cpu.panels import PANEL
 
 _CPU = torch.device("cpu")
 _PAGE = 4096
-_DEVICE = 9000  # Triton keeps what it compiled by device number: far from any GPU's
+_DEVICE = 9000  # Triton caches kernels by device number; larger than any GPU's
 
 
 def _libgomp() -> Any:
-    """The OpenMP runtime that PyTorch has loaded, whose threads are PyTorch's."""
+    """The OpenMP runtime loaded by PyTorch, which shares PyTorch's threads; None if there is none."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         path = line.split()[-1]
         if "libgomp" in os.path.basename(path) or "libiomp5" in os.path.basename(path):
@@ -42,13 +42,13 @@ def _libgomp() -> Any:
 
 
 class _Scratch:
-    """Memory for the threads of one launch, handed out again after it: launches may overlap."""
+    """A pool of memory for the threads of a launch; concurrent launches use different pieces."""
 
     def __init__(self) -> None:
-        self.free: list[tuple[int, int, Any]] = []  # size, address, what keeps it alive
+        self.free: list[tuple[int, int, Any]] = []  # size, address, owner
 
     def take(self, size: int) -> tuple[int, int, Any]:
-        # list.pop is atomic: no lock, and nothing for a forked child to find locked
+        # list.pop is atomic; a lock could be held by another thread at a fork
         with contextlib.suppress(IndexError):
             piece = self.free.pop()
             if piece[0] >= size:
@@ -64,7 +64,7 @@ _Entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class _Function(int):
-    """The address of a kernel's entry, which keeps the code there; Triton may load a kernel twice, from two threads."""
+    """The address of a kernel's entry, which owns the code; Triton may load a kernel twice, from two threads."""
 
     code: Code
     start: Callable[[int], None]
@@ -91,7 +91,7 @@ class _Utils:
 
 
 class _Launcher:
-    """Called by Triton for every launch: fills the launch block of :mod:`vit_triton.cpu.entry`, starts the threads."""
+    """Called by Triton for every launch: fill the launch block (:mod:`vit_triton.cpu.entry`), start the threads."""
 
     gomp: Any = None
     forked = False
@@ -106,7 +106,7 @@ class _Launcher:
         self.share = metadata.scratch_bytes + _PAGE
         self.positions = [(i, kind.startswith("*")) for i, kind in kinds]
         self.block = LaunchBlock([kind for _, kind in kinds])
-        self.room = -(-self.block.size // _PAGE) * _PAGE  # the launch block lies before the scratch memory
+        self.room = -(-self.block.size // _PAGE) * _PAGE  # the launch block precedes the scratch memory
         if _Launcher.gomp is None and not _Launcher.forked:
             _Launcher.gomp = _libgomp()
 
@@ -131,7 +131,7 @@ class _Launcher:
             exit_hook(launch_metadata)
 
     def run(self, grid_x: int, grid_y: int, grid_z: int, function: _Function, values: Sequence[Any]) -> None:
-        """Start the code at ``function`` with its arguments, tensors by their addresses."""
+        """Run ``function`` over the grid with its argument values; tensors are passed as addresses."""
         total = grid_x * grid_y * grid_z
         threads = min(torch.get_num_threads(), total) if self.gomp is not None else 1
         chunk = max(1, total // (threads * 16)) if threads > 1 else total
@@ -148,7 +148,7 @@ class _Launcher:
 
 
 class Launch(NamedTuple):
-    """What a launch was given, with None in place of each tensor's address."""
+    """A recorded launch: its argument values, with None for the addresses of tensors."""
 
     launcher: _Launcher
     grid: tuple[int, int, int]
@@ -156,7 +156,7 @@ class Launch(NamedTuple):
     values: Sequence[Any]
 
     def start(self, values: Sequence[Any]) -> None:
-        """The same with other values."""
+        """Launch with other values."""
         self.launcher.run(*self.grid, self.function, values)
 
 
@@ -165,7 +165,8 @@ _recorder = threading.local()
 
 @contextlib.contextmanager
 def recording(note: Callable[[Launch, list[tuple[int, torch.Tensor]]], None]) -> Iterator[None]:
-    """``note`` gets each launch of this thread, with its tensors by their place among the values; none is started."""
+    """Context manager: launches of this thread call ``note(launch, tensors)`` instead, where tensors are pairs of
+    position and tensor."""
     _recorder.note = note
     try:
         yield
@@ -177,13 +178,13 @@ class CPUDriver(DriverBase):
     launcher_cls = _Launcher
 
     def __init__(self, arch: str | None = None) -> None:
-        """``arch``: names of CPU features, joined by commas; by default those this CPU has."""
+        """``arch``: names of CPU features, joined by commas; default: the features of this CPU."""
         backends.setdefault("cpu", Backend(CPUBackend, CPUDriver))
-        if knobs.cache.manager_class is None:  # TRITON_CACHE_MANAGER names another one
+        if knobs.cache.manager_class is None:  # else set by TRITON_CACHE_MANAGER
             knobs.cache.manager_class = CheckedCache
         self.utils = _Utils()
         self.target = GPUTarget("cpu", arch or ",".join(features.detect()), 1)
-        self.device = _DEVICE + zlib.crc32(str(self.target.arch).encode()) % 1000  # other features, other code
+        self.device = _DEVICE + zlib.crc32(str(self.target.arch).encode()) % 1000  # code depends on the features
         self.staying = contextlib.nullcontext(self.device)
         self.panels = {torch.float32: (PANEL, 1)}  # see dot_panel
         if "avx512_bf16" in self.target.arch:
@@ -191,7 +192,7 @@ class CPUDriver(DriverBase):
 
     @classmethod
     def is_active(cls) -> bool:
-        return False  # never Triton's own choice: on a machine with a GPU there would be two
+        return False  # Triton must not select it: with a GPU, two drivers would be active
 
     def get_current_device(self) -> int:
         return self.device
@@ -216,8 +217,8 @@ class CPUDriver(DriverBase):
 
 
 def dot_panel(dtype: torch.dtype) -> tuple[int, int] | None:
-    """(columns, values of a word) of the panels in which ``tl.dot`` reads its second operand where it lies, see
-    :mod:`vit_triton.cpu.panels`; None if it packs that dtype itself, or if kernels are not compiled for the CPU."""
+    """(columns, values per word) of the panels that ``tl.dot`` reads in place as its second operand, see
+    :mod:`vit_triton.cpu.panels`; None if it must pack that dtype, or if kernels are not compiled for the CPU."""
     serving = _serving()
     return serving.panels.get(dtype) if isinstance(serving, CPUDriver) else None
 
@@ -232,7 +233,7 @@ def _ours() -> CPUDriver:
 
 @contextlib.contextmanager
 def _switched(current: Any) -> Iterator[int]:
-    with _lock:  # one driver is active in a process: two threads must not take turns inside a launch
+    with _lock:  # the active driver is global, so launches of two threads must not interleave
         driver.set_active(_ours())
         try:
             yield _ours().device
@@ -241,32 +242,32 @@ def _switched(current: Any) -> Iterator[int]:
 
 
 def _after_fork() -> None:
-    """GNU OpenMP waits for ever for the parent's threads, which a forked child does not have."""
+    """Disable OpenMP in a forked child: GNU OpenMP would wait for the parent's threads, which do not exist there."""
     _Launcher.gomp = None
     _Launcher.forked = True
 
 
 os.register_at_fork(after_in_child=_after_fork)
 _NOTHING = contextlib.nullcontext()
-# as kernels.target.INTERPRETING: this package stands alone and imports nothing else of vit_triton
+# same as kernels.target.INTERPRETING, since this package imports nothing else of vit_triton
 _INTERPRETING = isinstance(triton.language.cdiv, InterpretedFunction)
 
 
 def _serving() -> Any:
-    """The driver that launches on CPU tensors, active already or not; None in the interpreter."""
+    """The driver for launches on CPU tensors, which may not be active yet; None in the interpreter."""
     if _INTERPRETING:
         return None
     try:
         current = driver.active
-    except RuntimeError:  # Triton's answer where no driver is active: nobody is disturbed if ours stays
+    except RuntimeError:  # no driver is active: ours stays active
         current = _ours()
         driver.set_active(current)
     return current if current.get_active_torch_device().type == "cpu" else _ours()
 
 
 def active() -> contextlib.AbstractContextManager[int | None]:
-    """Inside it Triton launches on CPU tensors: compiled, and then it gives the driver's device number, or in the
-    interpreter or by another driver, where these do it already, and then it gives None."""
+    """Context manager: Triton launches on CPU tensors. Yields the device number of the CPU driver, or None if the
+    interpreter or another active driver runs the launches."""
     serving = _serving()
     if not isinstance(serving, CPUDriver):
         return _NOTHING

@@ -1,4 +1,4 @@
-"""Load a relocatable ELF object into this process: no linker, no file."""
+"""Load a relocatable ELF object into this process, without a linker or a file."""
 
 import ctypes
 import mmap
@@ -19,14 +19,14 @@ def _libm_address(name: str) -> int:
     except AttributeError:
         function = getattr(ctypes.CDLL(None), name, None)
     if function is None:
-        raise Unsupported(f"generated code that calls {name}")
+        raise Unsupported(f"generated code calls {name}, which is not in libm")
     address = ctypes.cast(function, ctypes.c_void_p).value
     assert address is not None
     return address
 
 
 class Code:
-    """The loaded object; ``symbol(name)`` is the address of a function. Freed with this object."""
+    """A loaded object; ``symbol(name)`` is the address of a function. The code is freed with this object."""
 
     def __init__(self, image: bytes) -> None:
         if image[:4] != b"\x7fELF" or struct.unpack_from("<HH", image, 16) != (1, 62):
@@ -66,7 +66,7 @@ class Code:
             if section in offsets:
                 addresses[i] = base + offsets[section] + value
         for n, i in enumerate(undefined):
-            # jmp [rip + 2]; the address: libm may be further away than a 32-bit displacement reaches
+            # jmp [rip + 2], then the address: libm may be out of range of a 32-bit displacement
             at = stubs + 16 * n
             self._memory[at : at + 16] = b"\xff\x25\x02\0\0\0\0\0" + struct.pack(
                 "<Q", _libm_address(text(symbols[i][0]))
@@ -80,7 +80,7 @@ class Code:
         self._symbols = {text(s[0]): addresses[i] for i, s in enumerate(symbols) if i in addresses and s[0]}
         protect = ctypes.CDLL(None, use_errno=True).mprotect
         if protect(ctypes.c_void_p(base), ctypes.c_size_t(total), mmap.PROT_READ | mmap.PROT_EXEC):
-            raise OSError(ctypes.get_errno(), "the system does not let memory be made executable")
+            raise OSError(ctypes.get_errno(), "the system does not allow executable memory")
 
     def _relocate(self, base: int, at: int, kind: int, value: int) -> None:
         if kind in (_PC32, _PLT32):
@@ -88,7 +88,7 @@ class Code:
         elif kind == _R64:
             self._memory[at : at + 8] = struct.pack("<Q", value)
         else:
-            raise Unsupported(f"relocation {kind} of generated code")
+            raise Unsupported(f"relocation type {kind} in generated code")
 
     def symbol(self, name: str) -> int:
         return self._symbols[name]

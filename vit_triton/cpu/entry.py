@@ -1,8 +1,8 @@
-"""The launch block, and ``entry``, the generated function that reads it.
+"""The launch block and ``entry``, the generated function that reads it.
 
-A launch runs ``entry(launch block)`` on every thread. A thread takes a number, which gives its part of the scratch
-memory, then chunks of programs from a shared counter until none is left, and calls ``kernel`` for each program. The
-launch block is a sequence of 64-bit slots: those of ``HEADER``, then one for each argument of the kernel.
+A launch runs ``entry(launch block)`` on every thread. Each thread takes a thread number, which selects its scratch
+memory, then takes chunks of programs from a shared counter until none is left, and calls ``kernel`` for each program.
+The launch block is a sequence of 64-bit slots: those of ``HEADER``, then one per kernel argument.
 """
 
 import struct
@@ -12,28 +12,28 @@ from typing import Any
 from vit_triton.cpu.builder import mlir_type
 from vit_triton.cpu.ttir import Function
 
-# how an argument of a type in a kernel's signature lies in its slot
+# struct formats of a slot, by argument type in the kernel's signature
 _FORMATS = {
     "i1": "?7x", "u1": "?7x", "i8": "b7x", "i16": "h6x", "i32": "i4x", "i64": "q", "u8": "B7x", "u16": "H6x",
     "u32": "I4x", "u64": "Q", "fp32": "f4x", "f32": "f4x", "fp64": "d", "f64": "d",
 }  # fmt: skip
 
-# the first slots; the threads change the first two while they run
+# the first slots; threads increment the first two
 HEADER = (
-    "next_program",  # the first that no thread has taken
+    "next_program",  # the first program not taken by a thread
     "next_thread",
     "programs",
-    "chunk",  # programs taken at once
+    "chunk",  # programs per chunk
     "chunks",
     "grid_x",
     "grid_y",
     "scratch",  # the address of the scratch memory
-    "scratch_size",  # bytes for each thread
+    "scratch_size",  # bytes per thread
 )
 
 
 class LaunchBlock:
-    """The format of a launch block; ``kinds`` are the arguments' types as in a signature: "i32", "fp32", "*fp32"."""
+    """The format of a launch block; ``kinds``: argument types as in a signature, e.g. "i32", "fp32", "*fp32"."""
 
     def __init__(self, kinds: Sequence[str]) -> None:
         formats = ("Q" if kind[0] == "*" else _FORMATS[kind] for kind in kinds)
@@ -44,13 +44,13 @@ class LaunchBlock:
         self, memory: Any, arguments: Sequence[Any], programs: int, chunk: int, grid_x: int, grid_y: int,
         scratch: int, scratch_size: int,
     ) -> None:  # fmt: skip
-        """Write the block of a launch that has not started; the slots of HEADER in their order."""
+        """Write the block of a new launch, with the slots of HEADER in order."""
         chunks = -(-programs // chunk)
         self.pack_into(memory, 0, 0, 0, programs, chunk, chunks, grid_x, grid_y, scratch, scratch_size, *arguments)
 
 
 def entry(function: Function) -> list[str]:
-    """The lines of ``entry`` for a kernel."""
+    """The MLIR lines of ``entry`` for a kernel."""
     lines = ["llvm.func @entry(%block: !llvm.ptr) {"]
     lines += ["%one = llvm.mlir.constant(1 : i64) : i64", "%zero = llvm.mlir.constant(0 : i64) : i64"]
     types = [mlir_type(v.type.elem) for v in function.arguments]

@@ -1,8 +1,8 @@
-"""Pass: expressions. The value of an elementwise operation at a position, computed where a sink needs it.
+"""Expressions pass: evaluate elementwise operations at a position, inside the loops of their sinks.
 
-``evaluate`` walks from a value of the TTIR to what it is computed from, and writes one MLIR operation for each on the
-way: for one vector, or for a scalar where all elements along the vector's axis are the same. So a chain of elementwise
-operations is one loop over vectors, the sink's.
+``evaluate`` walks from a TTIR value to its inputs and writes one MLIR operation for each operation on the way: on a
+vector, or on a scalar if all elements along the vector's axis are equal. A chain of elementwise operations is thus
+fused into one loop over vectors, the loop of its sink.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from vit_triton.cpu.vmath import ELEMENTWISE
 
 
 def evaluate(s: State, value: Value, at: Position) -> Val:
-    """A vector, or a scalar if ``at`` is one or all lanes of the vector are the same."""
+    """The value at ``at``: a vector, or a scalar if ``at`` is scalar or all lanes are equal."""
     if not value.type.is_tile:
         return s.scalars[value]
     if at.axis is not None and value.type.shape[at.axis] == 1:
@@ -35,7 +35,7 @@ def evaluate(s: State, value: Value, at: Position) -> Val:
         else:
             result = s.b.add(start, s.offsets[value])
     elif value.op is None:
-        raise Unsupported("a tile that is an argument")
+        raise Unsupported("a tile as an argument")
     else:
         result = compute(s, value.op, at)
     s.b.remember(key, result)
@@ -43,12 +43,12 @@ def evaluate(s: State, value: Value, at: Position) -> Val:
 
 
 def vector(s: State, value: Value, at: Position) -> Val:
-    """As :func:`evaluate`, and always a vector."""
+    """:func:`evaluate`, broadcast to a vector if it is a scalar."""
     return s.b.splat(evaluate(s, value, at), at.lanes)
 
 
 def compute(s: State, op: Op, at: Position = SCALAR) -> Val:
-    """The result of an operation that is part of an expression."""
+    """The result of an operation of an expression."""
     b, name, operands = s.b, op.name, op.operands
     if name == "arith.constant":
         return b.constant(op.attrs["value"], op.results[0].type.elem)
@@ -76,7 +76,7 @@ def compute(s: State, op: Op, at: Position = SCALAR) -> Val:
 
 
 def _before_reshape(s: State, op: Op, at: Position) -> Position:
-    """The position in the operand of a reshaping operation that ``at`` is in its result."""
+    """The position in the operand of a reshaping operation that corresponds to ``at`` in its result."""
     index = list(s.origin(len(op.operands[0].type.shape)))
     inner_axis = None
     for axis, i in enumerate(at.index):
@@ -88,8 +88,8 @@ def _before_reshape(s: State, op: Op, at: Position) -> Position:
 
 
 def load(s: State, op: Op, at: Position = SCALAR) -> Val:
-    """A scalar load where addresses are uniform along the axis, a vector load where they are contiguous, else a gather.
-    The part of the mask that the open loops make true is not tested."""
+    """A scalar load if addresses are uniform along the axis, a vector load if they are contiguous, else a gather.
+    Conditions of the mask that are implied by the open loops are not tested."""
     b, elem, pointers = s.b, op.results[0].type.elem, op.operands[0]
     info = None if at.axis is None else s.axes.along(pointers, at.axis)
     mask = None if len(op.operands) < 2 else _mask_left(s, op.operands[1], at)
@@ -118,7 +118,7 @@ def _other(s: State, op: Op, at: Position) -> Val:
 
 
 def _mask_left(s: State, mask: Value, at: Position) -> Val | None:
-    """The part of a mask that the open loops leave to be tested; None if they make all of it true."""
+    """The part of a mask that is not implied by the open loops; None if all of it is implied."""
     if not mask.type.is_tile:
         return s.scalars[mask]
     conditions = s.masks.conditions(mask)
@@ -130,7 +130,7 @@ def _mask_left(s: State, mask: Value, at: Position) -> Val | None:
         if key in s.assumed:
             part = s.assumed[key]
             if part is not None and axis != at.axis:
-                raise Unsupported("a mask along an axis that is not vectorised")
+                raise Unsupported("a mask along a non-vectorized axis")
         else:
             part = _test(s, condition, at.index[axis], at.lanes if axis == at.axis else 0)
         if part is not None:
@@ -139,7 +139,7 @@ def _mask_left(s: State, mask: Value, at: Position) -> Val | None:
 
 
 def _is_true(s: State, mask: Value, index: Sequence[Val]) -> bool:
-    """Whether the open loops make all of ``mask`` true."""
+    """Whether the open loops imply ``mask``."""
     conditions = s.masks.conditions(mask)
     return conditions.complete and all(s.holds(c, index[axis]) for axis, c in conditions.by_axis)
 
@@ -153,7 +153,7 @@ def _test(s: State, condition: Condition, index: Val, lanes: int) -> Val:
 
 
 def limit_of(s: State, condition: Condition, elem: str) -> Val:
-    """The limit of a condition, as a scalar; ``elem`` is the type of the offsets."""
+    """The limit of a condition as a scalar of type ``elem``, the type of the offsets."""
     limit = condition.limit
     assert limit is not None
     if isinstance(limit, int):

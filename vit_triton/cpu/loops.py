@@ -1,7 +1,7 @@
-"""Pass: loops over the vectors of a tile, which stores, reductions and products are made of.
+"""Loops pass: loops over the vectors of a tile, used by stores, reductions and dots.
 
-A loop runs over the part of the tile that conditions allow (:mod:`vit_triton.cpu.bounds`), and inside it they are
-assumed. Only a last vector that is not full has a mask.
+A loop covers the part of the tile that satisfies its conditions (:mod:`vit_triton.cpu.bounds`), which hold inside it.
+Only an incomplete last vector has a mask.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ Body = Callable[[Position, Val | None], None]
 def for_each_vector(
     s: State, shape: Sequence[int], conditions: Sequence[Sequence[Condition]], axis: int, body: Body
 ) -> None:
-    """``body(position, mask)`` for every vector along ``axis`` that meets the conditions on each axis."""
+    """Call ``body(position, mask)`` for every vector along ``axis`` that satisfies the conditions on each axis."""
     b = s.b
     bounds = [loop_bound(s, c, size) for c, size in zip(conditions, shape, strict=True)]
     lanes = min(LANES, shape[axis])
@@ -64,7 +64,7 @@ def for_each_row(
     axis: int,
     body: Callable[[Position], None],
 ) -> None:
-    """``body(position)`` for every row along ``axis`` that meets the conditions on the other axes."""
+    """Call ``body(position)`` for every row along ``axis`` that satisfies the conditions on the other axes."""
     b = s.b
     index = list(s.origin(len(shape)))
     with contextlib.ExitStack() as stack:
@@ -79,14 +79,14 @@ def for_each_row(
 
 
 def lane_mask(s: State, start: Val, bound: Val, lanes: int) -> Val:
-    """The lanes of a vector at ``start`` that lie before ``bound``."""
+    """The mask of the lanes of a vector at ``start`` that are before ``bound``."""
     b = s.b
     rest = b.convert("arith.trunci", b.binary("arith.subi", bound, start), "i32")
     return b.compare("arith.cmpi slt", b.iota("i32", lanes), rest)
 
 
 def vector_axis(s: State, value: Value) -> int:
-    """The axis along which most loads of the expression are contiguous; the last one of several."""
+    """The axis along which most loads of the expression are contiguous; the last axis in case of a tie."""
     votes = [0] * len(value.type.shape)
     _vote(s, value, tuple(range(len(votes))), votes, set())
     best = len(votes) - 1
@@ -97,7 +97,7 @@ def vector_axis(s: State, value: Value) -> int:
 
 
 def _vote(s: State, value: Value, axes: tuple[int | None, ...], votes: list[int], seen: set) -> None:
-    """``axes``: for each axis of ``value``, that of the expression."""
+    """``axes``: the axis of the expression for each axis of ``value``."""
     if (value, axes) in seen or not value.type.is_tile:
         return
     seen.add((value, axes))

@@ -1,16 +1,15 @@
-"""TTIR to MLIR's scf, arith and llvm dialects: loops over vectors instead of tiles.
+"""Lower TTIR to MLIR's scf, arith and llvm dialects: loops over vectors instead of tiles.
 
-A program of the grid becomes one call of the generated function. Tiles are not computed where they are written: an
-elementwise operation is an expression, evaluated a vector at a time (:mod:`vit_triton.cpu.expressions`) by its sinks:
-stores, reductions, products, values that a loop carries. Sinks loop over the part of the tile that a mask allows and
-that is read. Only results of sinks, and expressions that several sinks would evaluate, have memory: a buffer in the
-scratch memory of the thread.
+Each program of the grid is one call of the generated function. Elementwise operations are fused into their sinks
+(stores, reductions, dots, loop-carried values), which evaluate the whole expression one vector at a time
+(:mod:`vit_triton.cpu.expressions`). Sinks loop over the part of the tile that is read and that satisfies the mask. Only
+results of sinks, and expressions that several sinks need, are materialized in a buffer in the thread's scratch memory.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vit_triton.cpu.buffers import materialise
+from vit_triton.cpu.buffers import materialize
 from vit_triton.cpu.builder import Val, mlir_type
 from vit_triton.cpu.control import branch, for_loop
 from vit_triton.cpu.dots import dot
@@ -29,7 +28,7 @@ _SCALAR_RESULTS = {"tt.get_program_id": "pid", "tt.get_num_programs": "grid"}
 
 @dataclass(frozen=True)
 class Program:
-    """``text`` defines ``entry(launch block)``; each thread needs ``scratch_bytes`` of memory."""
+    """``text`` defines ``entry(launch block)``; each thread needs ``scratch_bytes`` of scratch memory."""
 
     name: str
     text: str
@@ -37,10 +36,10 @@ class Program:
 
 
 def lower(function: Function, features: Sequence[str]) -> Program:
-    """The MLIR module of a kernel, for a CPU with these features.
+    """Generate the MLIR module of a kernel for a CPU with these features.
 
     Raises:
-        Unsupported: naming the operation, type or form that is not supported.
+        Unsupported: if an operation or type is not supported; the message contains it.
     """
     s = begin(function, features)
     parameters = []
@@ -98,7 +97,7 @@ def _lower_op(s: State, op: Op) -> None:
         result = op.results[0]
         if not result.type.is_tile:
             s.scalars[result] = compute(s, op)
-        elif result in s.sinks.kept and not is_stored_next(s, op):
-            materialise(s, result)
+        elif result in s.sinks.materialized and not is_stored_next(s, op):
+            materialize(s, result)
     else:
         raise Unsupported(f"operation {name}")

@@ -1,9 +1,8 @@
-"""Analysis of masks: the conditions on indices that a mask states.
+"""Mask analysis: the conditions on indices that a mask consists of.
 
-``offs < n`` over a range is a :class:`Condition`: the loop over the tile ends at ``n`` and tests no mask.
-:mod:`vit_triton.cpu.bounds` computes that end. A condition that a mask states on a load holds for all that is computed
-from the load, as long as the value outside it is a constant that the next operation maps to a constant
-(``Masks.extent``): a sum over the tile ends there too.
+``offs < n`` over a range is a :class:`Condition`: the loop over the tile ends at ``n``, computed by
+:mod:`vit_triton.cpu.bounds`, and does not test the mask. The condition of a masked load also bounds later operations
+such as sums, as long as each operation maps the constant outside the mask to a constant (``Masks.extent``).
 """
 
 import math
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from vit_triton.cpu.axes import RESHAPES, Axes, operand_axis, strip_axes
 from vit_triton.cpu.ttir import Op, Value
 
-# of reductions: the value that changes nothing
+# identity elements of reductions
 IDENTITY = {
     "arith.addf": 0.0, "arith.addi": 0, "arith.maxnumf": -math.inf, "arith.minnumf": math.inf,
     "arith.maximumf": -math.inf, "arith.minimumf": math.inf, "arith.mulf": 1.0, "arith.muli": 1, "arith.ori": 0,
@@ -22,8 +21,8 @@ IDENTITY = {
 
 @dataclass(frozen=True)
 class Condition:
-    """``offsets[i] < limit``, offsets (a 1-D tile) growing by one with i; limit a scalar, or a uniform tile. Without a
-    limit, ``offsets`` is a scalar that is true or false for every i."""
+    """``offsets[i] < limit``: offsets is a 1-D tile that increases by one, limit is a scalar or a uniform tile. Without
+    limit, ``offsets`` is a boolean scalar that applies to every i."""
 
     offsets: Value
     limit: Value | int | None
@@ -31,7 +30,8 @@ class Condition:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a mask states: conditions, each with the axis whose index it restricts; nothing else, if ``complete``."""
+    """The conditions of a mask, each with the axis whose index it restricts. ``complete``: the mask is equivalent to
+    them."""
 
     by_axis: tuple[tuple[int, Condition], ...]
     complete: bool
@@ -49,7 +49,7 @@ class Masks:
         self.axes = axes
 
     def conditions(self, mask: Value | None) -> Conditions:
-        """The conditions that hold where ``mask`` is true; none is needed where there is no mask."""
+        """The conditions that hold where ``mask`` is true; empty without a mask."""
         if mask is None:
             return NO_MASK
         op = mask.op
@@ -72,7 +72,7 @@ class Masks:
         inner = self.conditions(op.operands[0])
         axes = {operand_axis(op, axis): axis for axis in range(rank)}
         outer = [(0 if c.limit is None else axes.get(axis), c) for axis, c in inner.by_axis]
-        # a condition on a row that tt.broadcast repeats restricts no index
+        # a condition along an axis that tt.broadcast repeats does not restrict an index
         known = tuple((axis, c) for axis, c in outer if axis is not None)
         return Conditions(known, inner.complete and len(known) == len(outer))
 
@@ -93,7 +93,7 @@ class Masks:
         return value
 
     def extent(self, value: Value, axis: int, outside: float) -> list[Condition]:
-        """Conditions on the index along ``axis``; the value is ``outside`` wherever one of them does not hold."""
+        """Conditions on the index along ``axis``; where one of them is false, the value is ``outside``."""
         op = value.op
         if op is None:
             return []
@@ -130,13 +130,13 @@ class Masks:
         return float(op.attrs["value"]) if op is not None and op.name == "arith.constant" else None
 
     def reduced(self, op: Op) -> list[Condition]:
-        """Conditions on the index along the axis of a tt.reduce; an element outside them is its identity."""
+        """Conditions on the index along the axis of a tt.reduce; elements outside them are the identity."""
         identity = IDENTITY.get(op.regions[0].ops[0].name)
         if identity is None or op.operands[0].type.elem[0] not in "fb":
             return []
         return list(dict.fromkeys(self.extent(op.operands[0], op.attrs["axis"], identity)))
 
     def contracted(self, op: Op) -> list[Condition]:
-        """Conditions on the index that a tt.dot sums over; a product outside them is 0."""
+        """Conditions on the index that a tt.dot sums over; products outside them are 0."""
         a, b = op.operands[:2]
         return list(dict.fromkeys((*self.extent(a, 1, 0.0), *self.extent(b, 0, 0.0))))

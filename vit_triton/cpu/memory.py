@@ -1,4 +1,4 @@
-"""Loads, stores and tiles in memory: what one access of memory is in MLIR."""
+"""Loads, stores and buffers: the MLIR of memory accesses."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ BYTES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tile in memory, row-major; ``stride`` elements from row to row."""
+    """A row-major tile in memory; ``stride`` is the distance of rows in elements."""
 
     pointer: Val
     elem: str
@@ -21,14 +21,14 @@ class Buffer:
 
 
 class Scratch:
-    """The memory of a thread for tiles, handed out from its start; ``used`` may be set back to free the last ones."""
+    """A stack allocator for the scratch memory of a thread; reset ``used`` to free the last allocations."""
 
     def __init__(self, builder: Builder, pointer: Val) -> None:
         self.b, self.pointer = builder, pointer
         self.used = self.most_used = 0  # bytes
 
     def reserve(self, size: int) -> Val:
-        """The address of ``size`` bytes."""
+        """Allocate ``size`` bytes and return the address."""
         start = self.used
         self.used = -(-(start + size + ALIGN) // ALIGN) * ALIGN
         self.most_used = max(self.most_used, self.used)
@@ -38,7 +38,7 @@ class Scratch:
         columns = type_.shape[-1]
         stride = columns
         if len(type_.shape) > 1 and columns * BYTES[type_.elem] >= 1024:
-            stride += ALIGN // BYTES[type_.elem]  # rows a power of two apart fall into the same cache sets
+            stride += ALIGN // BYTES[type_.elem]  # rows at a distance of a power of two share cache sets
         rows = math.prod(type_.shape[:-1])
         return Buffer(self.reserve(rows * stride * BYTES[type_.elem]), type_.elem, stride)
 
@@ -52,7 +52,7 @@ def store_scalar(b: Builder, value: Val, pointer: Val) -> None:
 
 
 def load_vector(b: Builder, pointer: Val, elem: str, lanes: int) -> Val:
-    """``lanes`` elements that follow each other; an i1 is stored in a byte."""
+    """Load ``lanes`` consecutive elements; an i1 is stored in a byte."""
     stored = "i8" if elem == "i1" else elem
     text = f"llvm.load {{0}} {{{{alignment = {BYTES[elem]} : i64}}}} : !llvm.ptr -> {mlir_type(stored, lanes)}"
     value = b.read(text, (pointer,), stored, lanes)
@@ -70,14 +70,14 @@ def store_vector(b: Builder, value: Val, pointer: Val, mask: Val | None = None) 
 
 
 def masked_load(b: Builder, pointer: Val, mask: Val, other: Val) -> Val:
-    """Elements that follow each other where ``mask`` is true, those of ``other`` elsewhere."""
+    """Load consecutive elements where ``mask`` is true; ``other`` elsewhere."""
     text = f"llvm.intr.masked.load {{0}}, {{1}}, {{2}} {{{{alignment = {BYTES[other.elem]} : i32}}}}"
     types = f"(!llvm.ptr, {mask.type}, {other.type}) -> {other.type}"
     return b.read(f"{text} : {types}", (pointer, mask, other), other.elem, other.lanes)
 
 
 def gather(b: Builder, pointers: Val, mask: Val, other: Val) -> Val:
-    """An element from each address where ``mask`` is true, those of ``other`` elsewhere."""
+    """Load an element from each address where ``mask`` is true; ``other`` elsewhere."""
     text = f"llvm.intr.masked.gather {{0}}, {{1}}, {{2}} {{{{alignment = {BYTES[other.elem]} : i32}}}}"
     types = f"({pointers.type}, {mask.type}, {other.type}) -> {other.type}"
     return b.read(f"{text} : {types}", (pointers, mask, other), other.elem, other.lanes)
@@ -94,7 +94,7 @@ def _stored(b: Builder, value: Val) -> Val:
 
 
 def address(b: Builder, buffer: Buffer, shape: Sequence[int], index: Sequence[Val]) -> Val:
-    """Of the element at ``index`` of a tile of ``shape``."""
+    """The address of the element at ``index`` of a tile of ``shape``."""
     pointer, stride = buffer.pointer, buffer.stride
     for axis in range(len(index) - 2, -1, -1):
         pointer = b.gep(pointer, b.mul(index[axis], b.index(stride)), buffer.elem)
@@ -105,7 +105,7 @@ def address(b: Builder, buffer: Buffer, shape: Sequence[int], index: Sequence[Va
 def read_buffer(
     b: Builder, buffer: Buffer, shape: Sequence[int], index: Sequence[Val], axis: int | None, lanes: int
 ) -> Val:
-    """The element at ``index``, or ``lanes`` elements from it on along ``axis``."""
+    """The element at ``index``, or ``lanes`` elements along ``axis`` starting there."""
     pointer = address(b, buffer, shape, index)
     if axis is None:
         value = load_scalar(b, pointer, "i8" if buffer.elem == "i1" else buffer.elem)
@@ -113,7 +113,7 @@ def read_buffer(
     if axis == len(shape) - 1:
         return load_vector(b, pointer, buffer.elem, lanes)
     if buffer.elem == "i1":
-        raise Unsupported("a transposed mask that is kept in memory")
+        raise Unsupported("a transposed mask that is materialized")
     steps = b.binary("arith.muli", b.iota("i64", lanes), b.index(buffer.stride))
     pointers = b.gep(pointer, steps, buffer.elem)
     return gather(b, pointers, b.constant(True, "i1", lanes), b.constant(0, buffer.elem, lanes))

@@ -1,8 +1,8 @@
-"""Pass: the operands of tt.dot. A in rows, B in panels of 32 columns, read where they lie in memory or packed.
+"""Panels pass: the operands of tt.dot, A in rows and B in panels of 32 columns, read in place or packed.
 
-A word is what one multiplication takes: a float32, or, where the CPU multiplies bfloat16, two of them that follow each
-other along K. A row of A is a sequence of words at equal distances; a panel of B is, for each word along K, 32 columns
-of it side by side. float16, and bfloat16 elsewhere, are widened to float32 while they are packed.
+A word is the operand of one multiplication: a float32, or a pair of bfloat16 consecutive along K if the CPU multiplies
+bfloat16. A row of A is a sequence of words with a constant stride. A panel of B contains, for each word along K, that
+word of 32 columns contiguously. float16, and bfloat16 without CPU support, are converted to float32 when packed.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ PANEL = 2 * LANES  # columns
 
 @dataclass(frozen=True)
 class Product:
-    """A (M, K) times B (K, N); ``pairs``: words are pairs of bfloat16. The conditions on an index hold where a result
-    is read, or along K where an element of A or B is not 0."""
+    """A (M, K) times B (K, N); ``pairs``: words are pairs of bfloat16. Outside the conditions on rows and columns,
+    results are not read; outside those on depth, elements of A or B are 0."""
 
     a: Value
     b: Value
@@ -43,7 +43,7 @@ class Product:
 
     @property
     def width(self) -> int:
-        """Columns of a panel."""
+        """The number of columns of a panel."""
         return min(PANEL, self.b.type.shape[1])
 
 
@@ -56,14 +56,14 @@ def product_of(s: State, op: Op) -> Product:
 
 @dataclass
 class Rows:
-    """Where the words of A lie: ``row(i)`` is the address of row i's first, ``step`` words are from one to the next."""
+    """The words of A in memory: ``row(i)`` is the address of the first word of row i, ``step`` the stride in words."""
 
     row: Callable[[Val], Val]
     step: Val
 
 
 def _before_transposes(s: State, value: Value) -> tuple[Value, bool]:
-    """What a tile is the transpose of, or itself; and whether it is transposed."""
+    """The tile before its transposes, and whether their result is transposed."""
     transposed = False
     while value.op is not None and value.op.name == "tt.trans" and value not in s.buffers:
         value, transposed = value.op.operands[0], not transposed
@@ -96,7 +96,7 @@ def rows_of_a(s: State, p: Product) -> Rows:
 
 
 def _is_loaded_in_rows(s: State, p: Product, source: Value, transposed: bool) -> bool:
-    """Whether A is loaded from memory in which rows are contiguous, with no mask but the conditions of the product."""
+    """Whether A is loaded from contiguous rows, with a mask implied by the conditions of the product."""
     op, k_axis = source.op, 0 if transposed else 1
     if op is None or op.name != "tt.load" or not s.axes.along(op.operands[0], k_axis, whole=True).contiguous:
         return False
@@ -106,7 +106,7 @@ def _is_loaded_in_rows(s: State, p: Product, source: Value, transposed: bool) ->
 
 
 def _write_a(s: State, p: Product, buffer: Buffer) -> None:
-    """Evaluate A into rows, along K."""
+    """Evaluate A into ``buffer`` row by row, along K."""
     b = s.b
 
     def body(at: Position, mask: Val | None) -> None:
@@ -120,10 +120,10 @@ def _write_a(s: State, p: Product, buffer: Buffer) -> None:
 
 
 def _pack_transposed_a(s: State, p: Product) -> Rows:
-    """A lies with rows running fastest: for each word along K, that of all rows side by side."""
+    """Pack A if the row index is contiguous in memory: for each word along K, that word of all rows contiguously."""
     b = s.b
     rows, depth = p.a.type.shape
-    stride = b.index(rows + LANES)  # rows a power of two apart fall into the same cache sets
+    stride = b.index(rows + LANES)  # rows at a distance of a power of two share cache sets
     base = s.scratch.reserve((depth // p.word or 1) * (rows + LANES) * 4)
     k = bound_value(s, loop_bound(s, p.depth, depth))
     with b.loop(b.index(0), k, b.index(p.word)) as loop:
@@ -144,7 +144,7 @@ def _pack_transposed_a(s: State, p: Product) -> Rows:
 
 
 def _interleave(s: State, low: Val, high: Val) -> Val:
-    """Pairs of the elements of two vectors."""
+    """Interleave the elements of two vectors."""
     return s.b.shuffle(low, high, [i // 2 + i % 2 * low.lanes for i in range(2 * low.lanes)])
 
 
@@ -152,7 +152,7 @@ def _interleave(s: State, low: Val, high: Val) -> Val:
 
 
 def loaded_panel(s: State, p: Product) -> Val | None:
-    """The address B is loaded from, if B is one panel there."""
+    """The address that B is loaded from if its memory layout is one panel, else None."""
     source, transposed = _before_transposes(s, p.b)
     op, k_axis = source.op, 1 if transposed else 0
     depth, cols = p.b.type.shape
@@ -160,7 +160,7 @@ def loaded_panel(s: State, p: Product) -> Val | None:
         return None
     conditions = s.masks.conditions(op.operands[1] if len(op.operands) > 1 else None)
     if not conditions.complete or any(axis != k_axis or c not in p.depth for axis, c in conditions.by_axis):
-        return None  # a panel is read as a whole
+        return None  # a panel is read without a mask on columns
     pointers = op.operands[0]
     along_k = [k // p.word * cols * p.word + k % p.word for k in range(depth)]
     along_n = [n * p.word for n in range(cols)]
@@ -176,11 +176,11 @@ def reserve_panel(s: State, p: Product) -> Val:
 
 
 def pack_panel(s: State, p: Product, panel: Val, column: Val, n: Val, k: Val) -> None:
-    """The columns of B from ``column`` on, into ``panel``; B has ``n`` columns of ``k`` elements."""
+    """Pack the columns of B starting at ``column`` into ``panel``; B has ``n`` columns of ``k`` elements."""
     b = s.b
     if vector_axis(s, p.b) == 0 and p.b.type.shape[0] >= LANES:
         last = b.binary("arith.subi", n, b.index(1))
-        # columns past the end repeat the last one: the results from them are not read
+        # columns past the end repeat the last one; their results are not read
         columns = [b.binary("arith.minsi", b.add(column, b.index(c)), last) for c in range(p.width)]
         with contextlib.ExitStack() as stack:
             for number in columns:
@@ -194,7 +194,7 @@ def pack_panel(s: State, p: Product, panel: Val, column: Val, n: Val, k: Val) ->
             if p.pairs:
                 below = b.constant(0.0, "bf16", LANES)
                 if p.b.type.shape[0] > 1:
-                    # past an odd end there may be anything, and 0 * NaN is NaN
+                    # memory past an odd k is undefined, and 0 * NaN is NaN
                     next_k = b.add(loop.index, b.index(1))
                     there = b.compare("arith.cmpi slt", next_k, k)
                     below = b.select(there, vector(s, p.b, here.moved(0, next_k)), below)
@@ -206,7 +206,7 @@ def pack_panel(s: State, p: Product, panel: Val, column: Val, n: Val, k: Val) ->
 
 
 def _pack_transposed_b(s: State, p: Product, panel: Val, columns: Sequence[Val], k: Val) -> None:
-    """B lies with K running fastest: transpose 16 columns x 16 words at a time."""
+    """Pack B if K is contiguous in memory: transpose blocks of 16 columns x 16 words."""
     b = s.b
     span = 2 * LANES if p.pairs and p.b.type.shape[0] >= 2 * LANES else LANES
     with b.loop(b.index(0), k, b.index(span)) as loop:
@@ -232,7 +232,7 @@ def _pack_transposed_b(s: State, p: Product, panel: Val, columns: Sequence[Val],
 
 
 def _transpose(s: State, rows: Sequence[Val]) -> list[Val]:
-    """16 vectors of 16 elements, in four rounds that swap halves, quarters, pairs and neighbours."""
+    """Transpose 16 vectors of 16 elements in four rounds, which swap halves, quarters, pairs and neighbours."""
     rows = list(rows)
     for distance in (8, 4, 2, 1):
         for i in range(LANES):

@@ -1,7 +1,7 @@
-"""Pass: reductions. A tt.reduce is a loop over the part of the tile in which elements are not the identity.
+"""Reductions pass: a tt.reduce is a loop over the part of the tile in which elements are not the identity.
 
-Along the vectors, a row is reduced in four accumulators that do not wait for each other, then across the lanes. Across
-them, rows are added one after the other to a row of results in memory. Reductions that run over the same elements share
+A reduction along the vector axis uses four independent accumulators per row, then reduces across lanes. A reduction
+along another axis accumulates row after row into a row of results in memory. Reductions over the same elements share
 one loop: the sum and the sum of squares of a row read it once.
 """
 
@@ -21,13 +21,13 @@ from vit_triton.cpu.ttir import Op, Unsupported, Value
 
 @dataclass
 class Reduction:
-    """A tt.reduce: ``combine(accumulator, new)``, from ``identity`` on, into ``buffer`` if the result is a tile."""
+    """A tt.reduce: ``combine(accumulator, new)``, starting with ``identity``; tile results are in ``buffer``."""
 
     op: Op
     combine: Callable[[Val, Val], Val]
     identity: Val
     buffer: Buffer | None = None
-    continues: bool = False  # with the values that a loop carries in ``buffer``
+    continues: bool = False  # start with the loop-carried values in ``buffer``
 
     @property
     def source(self) -> Value:
@@ -39,7 +39,7 @@ class Reduction:
 
 
 def reduce(s: State, op: Op) -> None:
-    """A reduction, and the later ones that fit in its loop."""
+    """Lower a reduction, fused with later reductions that share its loop."""
     if op in s.fused:
         return
     group = [_reduction(s, each) for each in (op, *_fusible(s, op))]
@@ -73,7 +73,7 @@ def _reduction(s: State, op: Op) -> Reduction:
 
     def combine(a: Val, new: Val) -> Val:
         if name in ("arith.maxnumf", "arith.minnumf"):
-            # the accumulator is never NaN: a comparison that a NaN fails does what maxnumf does, in one instruction
+            # comparisons with NaN are false and the accumulator is never NaN: same as maxnumf, in one instruction
             order = "ogt" if name == "arith.maxnumf" else "olt"
             return b.select(b.compare(f"arith.cmpf {order}", new, a), new, a)
         return b.binary(name, a, new)
@@ -82,17 +82,17 @@ def _reduction(s: State, op: Op) -> Reduction:
 
 
 def _conditions(s: State, op: Op) -> list[list[Condition]]:
-    """For each axis of the operand, the conditions on the elements that are reduced."""
+    """The conditions on the elements that are reduced, for each axis of the operand."""
     conditions = demanded(s, op.operands[0])
     conditions[op.attrs["axis"]] = available(s, s.masks.reduced(op))
     return conditions
 
 
-# --- which reductions share a loop
+# --- fusion of reductions
 
 
 def _fusible(s: State, op: Op) -> list[Op]:
-    """Later reductions over the same elements that need nothing computed in between."""
+    """Later reductions over the same elements that do not depend on operations in between."""
     assert op.parent is not None
     found = []
     for other in op.parent.ops[op.parent.ops.index(op) + 1 :]:
@@ -112,17 +112,17 @@ def _fusible(s: State, op: Op) -> list[Op]:
 
 
 def _is_evaluable(s: State, value: Value) -> bool:
-    """Whether the expression can be computed here, though it is written further on."""
+    """Whether the expression can be evaluated here, before its position in the program."""
     if value in s.defined or value in s.buffers:
         return True
     op = value.op
     if op is None or not value.type.is_tile or op.name not in LAZY and op.name != "tt.load":
         return False
-    return value not in s.sinks.kept and all(_is_evaluable(s, v) for v in op.operands)
+    return value not in s.sinks.materialized and all(_is_evaluable(s, v) for v in op.operands)
 
 
 def _carried_buffer(s: State, op: Op) -> Buffer | None:
-    """Where the loop around carries the tile that this result is added to, if nothing else reads that tile."""
+    """The buffer of the loop-carried tile that the result is added to, if that tile has no other user."""
     users = op.results[0].users
     if len(users) != 1 or users[0].name != op.regions[0].ops[0].name or users[0].parent is not op.parent:
         return None
@@ -168,11 +168,11 @@ def _address_of_result(s: State, each: Reduction, axis: int, at: Position) -> Va
 def _reduce_row(
     s: State, group: Sequence[Reduction], row: Position, axis: int, conditions: Sequence[Condition]
 ) -> list[Val]:
-    """One row along the axis, to a vector per reduction."""
+    """Reduce one row along the axis to one vector per reduction."""
     b, size = s.b, group[0].source.type.shape[axis]
     lanes = min(LANES, size)
     bound = loop_bound(s, conditions, size)
-    ways = 4 if size >= 8 * lanes else 1  # accumulators of a reduction
+    ways = 4 if size >= 8 * lanes else 1  # accumulators per reduction
     starts = [b.splat(each.identity, lanes) for each in group]
 
     def accumulate(totals: Sequence[Val], index: Val, mask: Val | None = None) -> list[Val]:
@@ -199,7 +199,7 @@ def _reduce_row(
         loop.next = accumulate(loop.carried, loop.index)
     accumulators = [*loop.results, *accumulators[n:]]
     if isinstance(bound, Val) or bound % lanes:
-        # a loop of at most one trip
+        # a loop of at most one iteration
         with b.loop(whole, stop, b.index(lanes), accumulators[:n]) as loop:
             loop.next = accumulate(loop.carried, loop.index, lane_mask(s, loop.index, stop, lanes))
         accumulators = [*loop.results, *accumulators[n:]]
@@ -212,7 +212,7 @@ def _reduce_row(
 def _reduce_across_vectors(
     s: State, group: Sequence[Reduction], axis: int, lane_axis: int, conditions: Sequence[Sequence[Condition]]
 ) -> None:
-    """Row after row, so that what depends on the row alone is computed once for it."""
+    """Reduce row after row, so that values that depend only on the row are computed once per row."""
     b, shape = s.b, group[0].source.type.shape
     row_shape = [1 if a == axis else size for a, size in enumerate(shape)]
     row_conditions = [[] if a == axis else c for a, c in enumerate(conditions)]

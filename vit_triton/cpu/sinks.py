@@ -1,8 +1,8 @@
-"""Analysis of sinks: which operations evaluate an expression, and which results are kept in memory.
+"""Sink analysis: which operations evaluate an expression, and which results are materialized.
 
-An elementwise operation computes nothing where it is written. Its sinks do: the stores, reductions, products and loops
-that need the value evaluate the whole expression, a vector at a time. A result that several sinks would compute, at
-more than MATERIALISE_COST, is computed once and kept.
+Elementwise operations are fused into their consumers: stores, reductions, dots and loops (the sinks) evaluate the whole
+expression one vector at a time. A result that has several sinks and costs more than MATERIALIZE_COST is computed once
+and materialized in memory.
 """
 
 import math
@@ -14,13 +14,14 @@ from vit_triton.cpu.masks import Masks
 from vit_triton.cpu.ttir import Op, Value
 from vit_triton.cpu.vmath import COST, ELEMENTWISE
 
-# operations that are part of an expression: they compute nothing where they are written
+# operations that are fused into their sinks
 LAZY = ELEMENTWISE | RESHAPES | {"tt.addptr", "tt.make_range", "arith.constant"}
-MATERIALISE_COST = 8  # instructions per vector
+MATERIALIZE_COST = 8  # instructions per vector
 
 
 class Sink(NamedTuple):
-    """An operation that evaluates a value; ``repeats``: once more for "every row", or on "every trip" of a loop."""
+    """An operation that evaluates a value; ``repeats``: it does so again for "every row", or on "every trip" of a
+    loop."""
 
     op: Op
     repeats: str = ""
@@ -31,7 +32,7 @@ class Sinks:
         self.axes, self.masks = axes, masks
         self.position = {op: i for i, op in enumerate(ops)}
         self.last_use: dict[Value, int] = {}  # the position of the last sink
-        self.kept: set[Value] = set()  # evaluated once, into memory, where they are defined
+        self.materialized: set[Value] = set()  # evaluated into memory where they are defined
         self._of: dict[Value, set[Sink]] = {}
         self._cost: dict[Value, int] = {}
         for op in ops:
@@ -41,8 +42,8 @@ class Sinks:
             for value in op.results:
                 self._find(value, _loop_depth(op))
                 elementwise = op.name in ELEMENTWISE and value.type.elem != "ptr"
-                if elementwise and len(self._of[value]) > 1 and self._cost[value] > MATERIALISE_COST:
-                    self.kept.add(value)
+                if elementwise and len(self._of[value]) > 1 and self._cost[value] > MATERIALIZE_COST:
+                    self.materialized.add(value)
             if op.name == "scf.for":
                 for argument in op.regions[0].arguments:
                     self._find(argument, _loop_depth(op) + 1)
@@ -52,7 +53,7 @@ class Sinks:
         return self._of[value] == {Sink(op)}
 
     def _cost_of(self, op: Op, value: Value) -> int:
-        """Instructions per vector to evaluate a result, roughly."""
+        """The approximate number of instructions per vector to evaluate a result."""
         if not value.type.is_tile or op.name in ("tt.make_range", "arith.constant"):
             return 0
         if op.name in RESHAPES:
@@ -64,13 +65,13 @@ class Sinks:
         if op.name not in ELEMENTWISE:
             return 1
         if len(value.users) > 1 and any(u.name == "tt.store" and u.operands[1] is value for u in value.users):
-            # stored, and used again: else all it was loaded from would have to be kept before the store
-            self.kept.add(value)
+            # stored and used again: otherwise its loads would have to be materialized before the store
+            self.materialized.add(value)
             return 2
         if value.type.elem == "i1" and self.masks.conditions(value).complete:
-            return 0  # a mask that becomes the bound of a loop
+            return 0  # a mask that becomes a loop bound
         if all(self.axes.along(value, axis).affine for axis in range(len(value.type.shape))):
-            return 0  # an address or a mask's offset: computed per row, not per element
+            return 0  # an address or the offset of a mask, computed once per row
         inner = sum(self._cost.get(v, 1) for v in op.operands)
         return min(1000, inner + COST.get(op.name, 1))
 
@@ -81,9 +82,9 @@ class Sinks:
             last = max(last, self.position[user])
             if user.name in LAZY or user.name == "tt.load":
                 result = user.results[0]
-                kept = result in self.kept or not result.type.is_tile
-                sinks |= {Sink(user)} if kept else self._of[result]
-                last = last if kept else max(last, self.last_use[result])
+                materialized = result in self.materialized or not result.type.is_tile
+                sinks |= {Sink(user)} if materialized else self._of[result]
+                last = last if materialized else max(last, self.last_use[result])
                 grows = user.name == "tt.broadcast" and result.type.shape != value.type.shape
                 if grows and math.prod(value.type.shape) > 1:
                     sinks.add(Sink(user, "every row"))

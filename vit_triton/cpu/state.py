@@ -1,4 +1,4 @@
-"""The state that the passes of the lowering share: where values are, and what holds in the loops that are open.
+"""The state shared by the passes of the lowering: locations of values, and conditions that hold in the open loops.
 
 Each pass is a module of functions that take this state first: :mod:`expressions`, :mod:`loops`, :mod:`stores`,
 :mod:`reductions`, :mod:`dots`, :mod:`control`. They write MLIR through ``State.b``.
@@ -17,12 +17,12 @@ from vit_triton.cpu.sinks import Sinks
 from vit_triton.cpu.ttir import Function, Op, Value, walk
 from vit_triton.cpu.vmath import Math
 
-LANES = 16  # elements of a vector, whatever their type
+LANES = 16  # elements per vector, for all types
 
 
 @dataclass(frozen=True)
 class Position:
-    """The element of a tile at ``index``, or the ``lanes`` elements from it on along ``axis``."""
+    """The element of a tile at ``index``, or ``lanes`` elements along ``axis`` starting there."""
 
     index: tuple[Val, ...] = ()
     axis: int | None = None
@@ -36,12 +36,12 @@ class Position:
         return replace(self, index=(*self.index[:axis], index, *self.index[axis + 1 :]))
 
 
-SCALAR = Position()  # of what is no tile
+SCALAR = Position()  # the position of scalars
 
 
 @dataclass
 class State:
-    """The analyses of a kernel, the writer of MLIR, and what is known where it writes."""
+    """The analyses of a kernel, the MLIR builder, and the state at its current position."""
 
     axes: Axes
     masks: Masks
@@ -53,17 +53,17 @@ class State:
     scratch: Scratch
     scalars: dict[Value, Val] = field(default_factory=dict)
     buffers: dict[Value, Buffer] = field(default_factory=dict)
-    offsets: dict[Value, Val] = field(default_factory=dict)  # of open loops' inductions, from their initial values
+    offsets: dict[Value, Val] = field(default_factory=dict)  # inductions of open loops minus their initial values
     defined: set[Value] = field(default_factory=set)
-    deferred: list[Value] = field(default_factory=list)  # loaded tiles; each sink loads what it needs of them
-    # conditions that hold at an index, by its name: in every lane (None) or in the lanes of a mask
+    deferred: list[Value] = field(default_factory=list)  # tiles loaded by their sinks, not materialized
+    # (condition, name of an index) -> the mask of lanes in which it holds; None: all lanes
     assumed: dict[tuple[Condition, str], Val | None] = field(default_factory=dict)
-    fused: set[Op] = field(default_factory=set)  # reductions that were lowered with an earlier one
-    generation: int = 0  # values of expressions are reused within one
+    fused: set[Op] = field(default_factory=set)  # reductions lowered together with an earlier one
+    generation: int = 0  # values of expressions are cached per generation
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
-        """What is defined and allocated inside is gone outside."""
+        """Context manager: definitions and allocations inside are discarded at the end."""
         defined, used, deferred = set(self.defined), self.scratch.used, list(self.deferred)
         yield
         self.defined, self.scratch.used = defined, used
@@ -71,7 +71,7 @@ class State:
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Reads of memory are not hoisted out of it, and their values are not reused inside and outside."""
+        """Context manager: reads of memory inside are not hoisted, and their values are not reused outside."""
         self.generation += 1
         with self.b.pinned_here():
             yield
@@ -79,14 +79,14 @@ class State:
 
     @contextlib.contextmanager
     def assuming(self, conditions: Sequence[Condition], index: Val, mask: Val | None = None) -> Iterator[None]:
-        """Inside, ``conditions`` hold at ``index``; with ``mask``, in its lanes only."""
+        """Context manager: ``conditions`` hold at ``index``, with ``mask`` only in its lanes."""
         before = self.assumed
         self.assumed = before | {(condition, index.name): mask for condition in conditions}
         yield
         self.assumed = before
 
     def holds(self, condition: Condition, index: Val) -> bool:
-        """Whether the open loops make it true in every lane."""
+        """Whether the open loops imply the condition in every lane."""
         key = (condition, index.name)
         return key in self.assumed and self.assumed[key] is None
 
@@ -96,7 +96,7 @@ class State:
 
 
 def begin(function: Function, features: Sequence[str]) -> State:
-    """The state before anything is written: the analyses of the kernel, the CPU it is compiled for."""
+    """The initial state, with the analyses of the kernel."""
     ops = list(walk(function.body))
     axes = Axes(ops)
     masks = Masks(axes)

@@ -1,7 +1,7 @@
-"""Pass: stores. A tt.store is a loop over the part of the tile that its mask allows, which evaluates the value."""
+"""Stores pass: a tt.store is a loop that evaluates the value over the part of the tile that satisfies its mask."""
 
 from vit_triton.cpu.bounds import demanded
-from vit_triton.cpu.buffers import materialise_deferred
+from vit_triton.cpu.buffers import materialize_deferred
 from vit_triton.cpu.builder import Val
 from vit_triton.cpu.expressions import evaluate, vector
 from vit_triton.cpu.loops import for_each_vector
@@ -12,7 +12,7 @@ from vit_triton.cpu.ttir import Op
 
 
 def store(s: State, op: Op) -> None:
-    materialise_deferred(s, s.sinks.position[op])
+    materialize_deferred(s, s.sinks.position[op])
     pointers, value = op.operands[:2]
     mask = op.operands[2] if len(op.operands) == 3 else None
     b, shape = s.b, pointers.type.shape
@@ -28,13 +28,13 @@ def store(s: State, op: Op) -> None:
     contiguous = [axis for axis, info in enumerate(along) if info.contiguous]
     last = len(shape) - 1
     vector_axis = last if last in contiguous or not contiguous else contiguous[0]
-    keep = value in s.sinks.kept and value not in s.buffers
-    kept = s.scratch.allocate(value.type) if keep else None
+    is_copied = value in s.sinks.materialized and value not in s.buffers
+    copy = s.scratch.allocate(value.type) if is_copied else None
 
     def body(at: Position, tail: Val | None) -> None:
         stored = vector(s, value, at)
-        if kept is not None:
-            store_vector(b, stored, address(b, kept, shape, at.index))
+        if copy is not None:
+            store_vector(b, stored, address(b, copy, shape, at.index))
         where = tail
         if not conditions.complete:
             assert mask is not None
@@ -47,12 +47,12 @@ def store(s: State, op: Op) -> None:
         scatter(b, stored, vector(s, pointers, at), where)
 
     for_each_vector(s, shape, [conditions.along(axis) for axis in range(len(shape))], vector_axis, body)
-    if kept is not None:
-        s.buffers[value] = kept
+    if copy is not None:
+        s.buffers[value] = copy
 
 
 def is_stored_next(s: State, op: Op) -> bool:
-    """Whether the next sink stores the result, all of it that is read: that store also keeps it in memory."""
+    """Whether the next sink stores every part of the result that is read; that store then also materializes it."""
     assert op.parent is not None
     position, value = op.parent.ops.index(op), op.results[0]
     sink = next(o for o in op.parent.ops[position + 1 :] if o.name not in LAZY and o.name != "tt.load")

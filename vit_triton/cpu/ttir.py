@@ -1,7 +1,7 @@
-"""Read the text of a TTIR module: operations, values and types, nothing of what they mean.
+"""Parse the text of a TTIR module into operations, values and types, without their semantics.
 
-The text is that of ``module.str_nodebug()``: one operation per line, except for regions, whose operations stand on
-lines of their own between braces.
+The text comes from ``module.str_nodebug()``: one operation per line; the operations of a region are on separate lines
+between braces.
 """
 
 import re
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 
 class Unsupported(NotImplementedError):
-    """The CPU backend does not know an operation, a type or a form of one."""
+    """An operation, or a type or form of it, is not supported by the CPU backend."""
 
 
 @dataclass(frozen=True)
 class Type:
-    """``shape`` is () for a scalar; ``elem`` is "f32", "i64", ... or "ptr", then ``pointee`` is what it points to."""
+    """``shape`` is () for a scalar; ``elem`` is "f32", "i64", ... or "ptr" with the element type ``pointee``."""
 
     shape: tuple[int, ...]
     elem: str
@@ -34,7 +34,7 @@ class Type:
 
 @dataclass(eq=False, repr=False)
 class Value:
-    """An SSA value; ``op`` made it, or None for an argument of a function or region."""
+    """An SSA value, defined by ``op``; None for an argument of a function or region."""
 
     type: Type
     op: "Op | None" = None
@@ -61,12 +61,12 @@ class Region:
 
     @property
     def yielded(self) -> list[Value]:
-        """What the region hands out at its end; a region that hands out nothing may do without the operation."""
+        """The operands of scf.yield, which is optional in a region without results."""
         return self.ops[-1].operands if self.ops and self.ops[-1].name == "scf.yield" else []
 
 
 def walk(region: Region) -> Iterator[Op]:
-    """Every operation, nested ones after the one that holds them."""
+    """All operations in order; nested operations follow the operation that contains them."""
     for op in region.ops:
         yield op
         for nested in op.regions:
@@ -115,7 +115,7 @@ class _Parser:
             self.at += 1
             if line.startswith("tt.func"):
                 if found is not None:
-                    raise Unsupported("a call of a function that was not inlined (noinline)")
+                    raise Unsupported("a function that is not inlined (noinline)")
                 found = self._function(line)
         if found is None:
             raise Unsupported("a module without a kernel")
@@ -137,7 +137,7 @@ class _Parser:
         return Function(name[1], arguments, region)
 
     def _region(self, arguments: list[Value], names: list[str] = []) -> Region:  # noqa: B006
-        """The operations up to the closing brace, which is left as the current line."""
+        """Parse operations up to the closing brace, which remains the current line."""
         region = Region(arguments)
         self.scopes.append(dict(zip(names, arguments, strict=True)))
         while not self.lines[self.at].startswith("}"):
@@ -160,7 +160,7 @@ class _Parser:
         for scope in reversed(self.scopes):
             if name in scope:
                 return scope[name]
-        raise Unsupported(f"a value that is not defined: {name}")
+        raise Unsupported(f"an undefined value: {name}")
 
     def _values(self, text: str) -> list[Value]:
         return [self._value(name) for name in _VALUE.findall(text)]
@@ -233,7 +233,7 @@ class _Parser:
 
     def _constant(self, op: Op, names: str, rest: str) -> None:
         text, _, type_text = rest.rpartition(" : ")
-        if not text:  # true and false stand without a type
+        if not text:  # true and false have no type
             text, type_text = rest, "i1"
         dense = re.fullmatch(r"dense<(.*)>", text)
         op.attrs["value"] = _number(dense[1] if dense else text, parse_type(type_text).elem)
@@ -294,14 +294,14 @@ def _number(text: str, elem: str) -> int | float | bool:
         code = {"f16": ("<H", "<e"), "f32": ("<I", "<f"), "f64": ("<Q", "<d")}[elem]
         return struct.unpack(code[1], struct.pack(code[0], bits))[0]
     if "," in text or "[" in text:
-        raise Unsupported(f"a constant tile that is not uniform: {text}")
+        raise Unsupported(f"a non-uniform constant tile: {text}")
     return int(text, 0)
 
 
 def parse(text: str) -> Function:
-    """The one function of a TTIR module.
+    """Parse the single function of a TTIR module.
 
     Raises:
-        Unsupported: naming what is not known.
+        Unsupported: if an operation or type is not supported; the message contains it.
     """
     return _Parser(text).function()

@@ -1,8 +1,7 @@
-"""Elementwise operations of TTIR on scalars and vectors, with the functions LLVM has no instruction for.
+"""Elementwise operations of TTIR on scalars and vectors, including functions without an LLVM instruction.
 
-The polynomials are least-squares fits reweighted towards equal error (Lawson's method) on Chebyshev points, computed
-in float64. In float32 exp2, log2 and erf are within 2 ulp of the exact value; exp2 and erf run on vectors without a
-branch.
+The polynomials are iteratively reweighted least-squares fits (Lawson's method) on Chebyshev points, computed in
+float64. In float32 exp2, log2 and erf have an error of at most 2 ulp (tests/test_cpu.py); exp2 and erf are branch-free.
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ _LOG2 = (1.4426950408294301, -0.7213473515005395, 0.48089824122633373, -0.360696
 # erf(x) / x in x**2 on [0, 1], relative error 1.2e-9
 _ERF_SMALL = (1.1283791657266897, -0.37612625824093526, 0.11283585147031622, -0.02685381186909962,
               0.005188327559957213, -0.0008010192520134385, 7.8538577039573e-05)  # fmt: skip
-# log2(1 - erf(x)) on [1, 4], such that erf is within 1e-9
+# log2(1 - erf(x)) on [1, 4], for an error of erf of at most 1e-9
 _ERF_LARGE = (-0.0005102941167939182, -1.6259751342673217, -0.9207649115065704, -0.14865159724742025,
               0.031458471977031395, -0.0042409690439540034, 0.00026772797816948155)  # fmt: skip
 
@@ -39,7 +38,7 @@ _INTRINSICS = {
     "math.floor": "llvm.intr.floor", "math.ceil": "llvm.intr.ceil", "math.rint": "llvm.intr.rint",
 }  # fmt: skip
 _POLYNOMIALS = {"math.exp2", "math.exp", "math.log2", "math.log", "math.erf", "math.rsqrt"}
-# from libm, an element at a time
+# computed by libm, element by element
 LIBM = {"math.sin": "sinf", "math.cos": "cosf", "math.tanh": "tanhf", "math.tan": "tanf", "math.log1p": "log1pf",
         "math.expm1": "expm1f", "math.powf": "powf", "math.atan": "atanf", "math.atan2": "atan2f"}  # fmt: skip
 _OTHERS = {
@@ -48,7 +47,7 @@ _OTHERS = {
 }  # fmt: skip
 ELEMENTWISE = _BINARY | _DIVISIONS | _CONVERSIONS | _INTRINSICS.keys() | _POLYNOMIALS | LIBM.keys() | _OTHERS
 
-# roughly how many instructions a vector takes, 1 if not listed
+# approximate instructions per vector; 1 if not listed
 COST = {"math.exp2": 12, "math.exp": 14, "math.log2": 25, "math.log": 26, "math.erf": 30, "arith.divf": 8,
         "tt.precise_divf": 8, "math.sqrt": 10, "math.rsqrt": 18, "tt.precise_sqrt": 10, "tt.mulhiui": 5,
         "arith.divsi": 40, "arith.remsi": 40, "arith.divui": 40, "arith.remui": 40,
@@ -56,7 +55,7 @@ COST = {"math.exp2": 12, "math.exp": 14, "math.log2": 25, "math.log": 26, "math.
 
 
 class Math:
-    """Elementwise operations, written through a :class:`Builder`; scalars and vectors mix."""
+    """Elementwise operations, written through a :class:`Builder`; scalars and vectors can be mixed."""
 
     def __init__(self, builder: Builder, features: Sequence[str]) -> None:
         self.b = builder
@@ -65,11 +64,11 @@ class Math:
         self.libm_used: set[str] = set()
 
     def apply(self, op: Op, args: Sequence[Val]) -> Val:
-        """The result of ``op``, one of ELEMENTWISE, on values of its operands."""
+        """The result of ``op``, one of ELEMENTWISE, for the operand values ``args``."""
         b, name = self.b, op.name
         elem = op.results[0].type.elem
         if any(v.elem == "bf16" for v in args) and name not in _CONVERSIONS and name != "arith.select":
-            # its bits are carried as an integer: compute in float32 and round, as PyTorch does
+            # bfloat16 is represented by its bits: compute in float32 and round, as in PyTorch
             args = [self.convert("arith.extf", v, "f32") if v.elem == "bf16" else v for v in args]
             return self._widened(op, args)
         lanes = max((v.lanes for v in args), default=0)
@@ -114,7 +113,7 @@ class Math:
         return self.convert("arith.truncf", wide, op.results[0].type.elem)
 
     def _divide(self, op: Op, a: Val, d: Val) -> Val:
-        """Division that does not trap, as x86's does: lanes that a mask has cut off may hold any divisor."""
+        """Division that does not trap, unlike x86's: masked lanes can contain any divisor."""
         b, divisor = self.b, op.operands[1].op
         while divisor is not None and divisor.name in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
             divisor = divisor.operands[0].op
@@ -124,7 +123,7 @@ class Math:
         d = b.select(b.compare("arith.cmpi eq", d, zero), one, d)
         if not op.name.endswith("si"):
             return b.binary(op.name, a, d, pinned=True)
-        negated = b.compare("arith.cmpi eq", d, minus_one)  # the least integer over -1 traps too
+        negated = b.compare("arith.cmpi eq", d, minus_one)  # the minimum integer divided by -1 traps too
         result = b.binary(op.name, a, b.select(negated, one, d), pinned=True)
         return result if "rem" in op.name else b.select(negated, b.binary("arith.subi", zero, a), result)
 
@@ -152,7 +151,7 @@ class Math:
     def exp2(self, x: Val) -> Val:
         b = self.b
         low, high = self._constants(x, "f32", -151.0, 129.0)
-        x = b.select(b.compare("arith.cmpf olt", x, low), low, x)  # NaN passes both
+        x = b.select(b.compare("arith.cmpf olt", x, low), low, x)  # keeps NaN, as does the next line
         x = b.select(b.compare("arith.cmpf ogt", x, high), high, x)
         n = self._unary("llvm.intr.rint({0}) : ({type}) -> {type}", x)
         p = self._polynomial(_EXP2, b.binary("arith.subf", x, n))
@@ -167,13 +166,13 @@ class Math:
         number = b.select(b.compare("arith.cmpf ord", n, n), n, self._constants(x, "f32", 0.0)[0])
         whole = b.convert("arith.fptosi", number, "i32")
         one, bias, shift = self._constants(whole, "i32", 1, 127, 23)
-        half = b.binary("arith.shrsi", whole, one)  # in two steps: 2**-151 and 2**129 are no float32
+        half = b.binary("arith.shrsi", whole, one)  # two steps, since 2**-151 and 2**129 are not float32 values
         for part in (half, b.binary("arith.subi", whole, half)):
             p = b.binary("arith.mulf", p, self._bits(b.binary("arith.shli", b.add(part, bias), shift), "f32"))
         return p
 
     def exp(self, x: Val) -> Val:
-        """2**n * 2**f with the product x * log2(e) carried in two parts: one alone loses 7 bits at x = 80."""
+        """2**(x * log2(e)) with the product as a sum of two floats; a single float loses 7 bits at x = 80."""
         b = self.b
         high, low = self._constants(x, "f32", 1.4426950216293335, 1.9259629911266175e-08)
         product = b.binary("arith.mulf", x, high)
@@ -191,7 +190,7 @@ class Math:
         subnormal = b.compare("arith.cmpf olt", x, tiny)
         bits = self._bits(b.select(subnormal, b.binary("arith.mulf", x, scale), x), "i32")
         offset, shift, mask, sqrt_half = self._constants(bits, "i32", 0x3F3504F3, 23, 0x007FFFFF, 0x3F3504F3)
-        # the significand in [sqrt(1/2), sqrt(2)), so that log2 of a number near 1 does not cancel
+        # a significand in [sqrt(1/2), sqrt(2)) avoids cancellation in log2 of numbers near 1
         shifted = b.binary("arith.subi", bits, offset)
         exponent = b.convert("arith.sitofp", b.binary("arith.shrsi", shifted, shift), "f32")
         exponent = b.binary("arith.subf", exponent, b.select(subnormal, self._constants(x, "f32", 23.0)[0], zero))
@@ -268,7 +267,7 @@ class Math:
         return self.b.convert(name, x, elem)
 
     def _round_to_bf16(self, x: Val) -> Val:
-        """To nearest, ties to even, on the bits; a NaN stays one."""
+        """Round to nearest, ties to even, on the bits; keeps NaN."""
         b = self.b
         bits = self._bits(x, "i32")
         one, most, sixteen, quiet = self._constants(bits, "i32", 1, 0x7FFF, 16, 0x7FC0)

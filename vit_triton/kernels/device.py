@@ -1,4 +1,4 @@
-"""The target of a device."""
+"""The compilation target of a device."""
 
 import functools
 from dataclasses import replace
@@ -11,11 +11,11 @@ from vit_triton.kernels.target import INTERPRETING, Target, Tuned, target_named
 
 
 def target_of(device: torch.device) -> Target:
-    """What a kernel on tensors of ``device`` is compiled for: for a CPU the active driver says it, which may be an
-    emulated GPU's.
+    """The target of kernels on tensors of ``device``. For a CPU it is the target of Triton's active driver, which may
+    emulate a GPU.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`.tuned.table`, the first time for each GPU.
+        FileNotFoundError, ValueError: as :func:`.tuned.table`, on the first call for each GPU.
     """
     if INTERPRETING:
         return target_named("interpreter")
@@ -27,7 +27,7 @@ def target_of(device: torch.device) -> Target:
 
 @functools.cache
 def target_of_gpu(device: torch.device) -> Target:
-    """As :func:`target_of`, also where kernels are interpreted."""
+    """:func:`target_of` for a GPU, independent of the interpreter."""
     properties = getattr(torch, device.type).get_device_properties(device)
     if device.type == "xpu":
         name = "xpu"

@@ -1,11 +1,11 @@
-"""The blocks of a Transformer encoder, one after the other, keeping nothing: for inference.
+"""The blocks of a Transformer encoder for inference; nothing is saved for a backward pass.
 
     x = x + attention(norm(x)),   x = x + mlp(norm(x))            (pre-norm; Xiong et al. 2020, arXiv:2002.04745)
 
-each branch times its LayerScale, where it has one.
+Each branch is multiplied by its LayerScale, if any.
 
-The kernels are those of :mod:`.attention`, :mod:`.linear` and :mod:`.mlp`; as one operator they cost one walk through
-PyTorch's dispatcher and not four a block, and on a CPU their launches are recorded as one.
+The kernels are those of :mod:`.attention` and :mod:`.linear`. One operator for all blocks passes PyTorch's dispatcher
+once instead of four times per block, and on a CPU the launches are recorded together.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from vit_triton.kernels.linear.mlp import mlp_fwd, norm_linear_fwd
 
 
 class BlockPanels(NamedTuple):
-    """The weights of a block as `pack_weight` lays them out; None: laid out by the call."""
+    """The weights of a block packed by `pack_weight`; None if not packed."""
 
     qkv: torch.Tensor | None = None
     out: torch.Tensor | None = None
@@ -36,10 +36,10 @@ def encoder_fwd(
     activation: str,
     first_token: bool,
 ) -> torch.Tensor:
-    """Tokens (B, N, D) -> (B, N, D) behind the last block; with ``first_token`` (B, 1, D), and the last block computes
-    only keys and values for the others."""
+    """Tokens (B, N, D) -> (B, N, D) after the last block. ``first_token``: -> (B, 1, D); the last block computes only
+    keys and values of the other tokens."""
     batch, length, dim = x.shape
-    if not blocks:  # a copy: a result is no argument
+    if not blocks:  # a copy, because results of an operator must not alias its arguments
         return (x[:, :1] if first_token else x).clone(memory_format=torch.contiguous_format)
     rows = x.reshape(batch * length, dim)
     for i, (block, packed) in enumerate(zip(blocks, panels, strict=True)):
@@ -62,7 +62,7 @@ def encoder_fwd(
             branch=Branch(block.layer_scale1),
             panels=packed.out,
         )
-        del q, k, v, out  # so much memory is free for the MLP
+        del q, k, v, out  # frees memory for the MLP
         rows, *_ = mlp_fwd(
             *(rows, block.w1, block.b1, block.w2, block.b2, block.norm2, rows),
             activation=activation,
@@ -74,7 +74,7 @@ def encoder_fwd(
 
 
 def _project(rows: torch.Tensor, block: Block, panels: torch.Tensor | None, part: slice) -> torch.Tensor:
-    """norm(rows) @ qkv[part].T + its bias."""
+    """norm(rows) @ qkv_weight[part].T + qkv_bias[part]."""
     bias = None if block.qkv_bias is None else block.qkv_bias[part]
     if panels is not None:
         width = panels.shape[2]

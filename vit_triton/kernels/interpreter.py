@@ -1,20 +1,19 @@
-"""Repairs Triton's interpreter, bfloat16 above all. Compiled kernels have no need of it and never meet it.
+"""Patches for Triton's interpreter, mostly for bfloat16. Compiled kernels do not use them.
 
-NumPy has no bfloat16, so the interpreter holds one as the uint16 of its bits, and most of its operations hand those
-integers to NumPy as they are: ``1 + 1`` is ``0x3F80 + 0x3F80 = 0x7F00``, which reads as 1.7e38. A cast from float32
-cuts the lower half off where hardware and PyTorch round to nearest even, so even a kernel that computes in float32
-stores results with twice the error.
+NumPy has no bfloat16, so the interpreter stores its bits as uint16, and most operations pass these integers to NumPy:
+``1 + 1`` is ``0x3F80 + 0x3F80 = 0x7F00``, which is 1.7e38 in bfloat16. A cast from float32 truncates, while hardware
+and PyTorch round to nearest even, so even a kernel that computes in float32 stores results with twice the error.
 
-The repair is one idea: whatever computes gets its bfloat16 operands as float32, which holds every one of them exactly,
-and its result is rounded back. That is PyTorch's own arithmetic on a CPU, and the GPU's for ``+ - *``. Two things
-stay a little kinder than a GPU: a reduction or scan rounds its results and not every step, and ``tl.fma`` rounds
-twice. Atomics on bfloat16 are left broken; no kernel here uses any.
+The patched operations convert bfloat16 operands to float32, which is exact, and round the result to bfloat16. This is
+the arithmetic of PyTorch on a CPU, and of GPUs for ``+ - *``. Two operations differ from GPUs: a reduction or
+scan rounds only its results, and ``tl.fma`` rounds twice. Atomics on bfloat16 are not patched; no kernel
+of this library uses them.
 
-Triton 3.6 needs two repairs more: ``range`` of a number that a kernel was given converts an array of one element to an
-int, which NumPy warns about since 1.25 and refuses since 2.4; and the maximum or minimum of a number and NaN is NaN,
-where hardware gives the number.
+Triton 3.6 requires two more patches: ``range`` of a kernel argument converts an array of one element to an int, which
+is deprecated in NumPy 1.25 and an error since 2.4; and the maximum or minimum of a number and NaN is NaN instead of the
+number.
 
-``tests/test_interpreter.py`` pins each defect, and asks for the removal of this file when Triton has repaired them.
+``tests/test_interpreter.py`` tests for each defect, and fails when Triton has fixed it and the patch can be removed.
 """
 
 from __future__ import annotations
@@ -29,30 +28,30 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
-__all__ = ["mend"]
+__all__ = ["patch"]
 
-# All arithmetic, comparisons and negation pass through binary_op and unary_op. Absent because they are right on raw
-# bits: loads, stores, select, abs, and whatever only moves elements. Absent because Triton refuses bfloat16 there,
-# interpreted or compiled: exp2, sqrt, erf and their like.
+# binary_op and unary_op implement all arithmetic, comparisons and negation. Not listed: operations that are correct on
+# raw bits (loads, stores, select, abs, moves of elements) and operations for which Triton does not support bfloat16
+# (exp2, sqrt, erf, ...).
 _COMPUTING = ("binary_op", "unary_op", "create_clampf", "create_fma", "create_dot")
 
 
-def mend() -> None:
-    """Make interpreted kernels compute like compiled ones, and bfloat16 like PyTorch's.
+def patch() -> None:
+    """Patch the interpreter so that results match compiled kernels, and PyTorch in bfloat16.
 
-    Call it before a launch. It does nothing where kernels are compiled, and nothing the second time.
+    Call it before a launch. Has no effect on compiled kernels, nor when called again.
     """
     if triton.knobs.runtime.interpret:
-        _mend_once()
+        _patch_once()
 
 
 @functools.cache
-def _mend_once() -> None:
+def _patch_once() -> None:
     builder = interpreter.InterpreterBuilder
     for name in _COMPUTING:
         setattr(builder, name, _in_float32(getattr(builder, name)))
     builder.cast_impl = _rounding_cast(builder.cast_impl)
-    # Triton 3.8 has no such method, so that any bfloat16 constant but zero raises.
+    # Triton 3.8 lacks this method: nonzero bfloat16 constants raise.
     builder.get_bf16 = lambda self, value: _rounded(self.get_fp32(value))
     builder.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)
     builder.create_minnumf = lambda self, left, right: self.binary_op(left, right, np.fmin)
@@ -61,65 +60,65 @@ def _mend_once() -> None:
     operations.apply = _reduction_in_float32(operations.apply)
 
 
-def _index_of_one_element(patch: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(patch)
-    def mended(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
+def _index_of_one_element(patch_tensor: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(patch_tensor)
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    return mended
+    return patched
 
 
 def _widened(operand: Any) -> Any:
-    """A bfloat16 handle as the float32 handle of the same values; anything else as it is."""
+    """Convert a bfloat16 handle to float32; return other operands unchanged."""
     if not isinstance(operand, TensorHandle) or operand.dtype.scalar != tl.bfloat16:
         return operand
     return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 def _rounded(handle: TensorHandle) -> TensorHandle:
-    """The values of a handle as bfloat16, to nearest, ties to even."""
+    """Round the values of a handle to bfloat16, to nearest, ties to even."""
     values = handle.data.astype(np.float32)
-    # One NaN for all: a payload in the lower half would round to infinity or carry over into the sign.
+    # a canonical NaN: rounding a NaN payload could give infinity or change the sign
     bits = np.where(np.isnan(values), np.float32(np.nan), values).view(np.uint32)
-    # Just under half a unit, and the missing bit when the unit is odd: the sum carries exactly when rounding goes up,
-    # through the exponent too, so that what exceeds the largest finite number becomes infinity.
+    # Adding 0x7FFF plus the lowest kept bit carries exactly when the value rounds up; a carry into the exponent turns
+    # overflow into infinity.
     nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return TensorHandle(nearest.astype(np.uint16), tl.bfloat16)
 
 
 def _in_float32(operation: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     @functools.wraps(operation)
-    def mended(self: Any, *operands: Any) -> TensorHandle:
+    def patched(self: Any, *operands: Any) -> TensorHandle:
         handles = [operand for operand in operands if isinstance(operand, TensorHandle)]
         narrow = [handle.dtype.scalar == tl.bfloat16 for handle in handles]
         if not any(narrow):
             return operation(self, *operands)
         result = operation(self, *map(_widened, operands))
-        # Not all: the float32 one is the accumulator of a dot product, and so is the result. A comparison's is boolean.
+        # With a float32 accumulator (dot) the result stays float32; results of comparisons are boolean.
         return _rounded(result) if all(narrow) and result.data.dtype != np.bool_ else result
 
-    return mended
+    return patched
 
 
 def _rounding_cast(cast: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     @functools.wraps(cast)
-    def mended(self: Any, source: TensorHandle, target: tl.dtype) -> TensorHandle:
+    def patched(self: Any, source: TensorHandle, target: tl.dtype) -> TensorHandle:
         source = _widened(source)
-        # Integers and float64 take the way over float32 too, as they do in PyTorch.
+        # Integers and float64 are converted through float32, as in PyTorch.
         return _rounded(source) if target.scalar == tl.bfloat16 else cast(self, source, target)
 
-    return mended
+    return patched
 
 
 def _reduction_in_float32(apply: Callable[..., Any]) -> Callable[..., Any]:
     cast = interpreter.interpreter_semantic.cast
 
     @functools.wraps(apply)
-    def mended(self: Any, tensors: Any) -> Any:
+    def patched(self: Any, tensors: Any) -> Any:
         if not isinstance(tensors, tuple):
             return self.apply((tensors,))[0]
         results = apply(self, tuple(cast(t, tl.float32) if t.dtype == tl.bfloat16 else t for t in tensors))
         return tuple(cast(r, t.dtype) if t.dtype == tl.bfloat16 else r for r, t in zip(results, tensors, strict=True))
 
-    return mended
+    return patched

@@ -1,4 +1,4 @@
-"""What every launch shares: the device guard, the interpreter's lock and mending, the matmul precision."""
+"""Launching kernels: device guard, cache of compiled kernels, recording, the interpreter's lock, GEMM precision."""
 
 import contextlib
 import itertools
@@ -20,22 +20,24 @@ _interpreter_lock = threading.Lock()  # the interpreter patches triton.language 
 
 
 def launch(kernel: Any, grid: tuple[int], like: torch.Tensor, **kernel_args: Any) -> None:
-    """Run ``kernel`` over a one-dimensional ``grid`` on the device of ``like``; an empty grid runs nothing.
+    """Run ``kernel`` over a one-dimensional ``grid`` on the device of ``like``; an empty grid is ignored.
 
-    The grid has one dimension because CUDA stops the second and third at 65,535 programs; the first ends at 2**31 - 1,
-    past which this raises ValueError.
+    CUDA limits the second and third dimension of a grid to 65,535 programs, therefore grids are one-dimensional.
+
+    Raises:
+        ValueError: if the grid has more than 2**31 - 1 programs.
     """
     if grid[0] == 0:
         return
     if grid[0] >= 2**31:
-        raise ValueError(f"the input needs {grid[0]} programs of {kernel.__name__}, a GPU starts at most {2**31 - 1}")
+        raise ValueError(f"the input needs {grid[0]} programs of {kernel.__name__}, a GPU supports {2**31 - 1}")
     if INTERPRETING:
         from vit_triton.kernels import interpreter
 
-        # the interpreter computes with numpy, whose warnings about inf - inf and rows of NaN are not news to a kernel
+        # kernels compute inf - inf and rows of NaN on purpose; numpy warns about both
         with _interpreter_lock, np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            interpreter.mend()
+            interpreter.patch()
             kernel[grid](**kernel_args)
         return
     with guard(like):
@@ -46,20 +48,20 @@ _NOTHING = contextlib.nullcontext()
 
 
 def guard(like: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Inside it the device of ``like`` is the one that Triton launches on."""
+    """Context manager: Triton launches on the device of ``like``."""
     if like.is_cuda:
         return torch.cuda.device(like.device)
     return torch.xpu.device(like.device) if like.is_xpu else _NOTHING
 
 
 class Launch(NamedTuple):
-    """A compiled kernel over its grid, and the values it was given, with None in place of each tensor."""
+    """A compiled kernel with its grid and its argument values; tensors are replaced by None."""
 
     run: Callable[..., None]
     values: Sequence[Any]
 
     def start(self, values: Sequence[Any]) -> None:
-        """With other values; Triton takes a tensor or its address."""
+        """Launch with other values; Triton accepts a tensor or its address."""
         self.run(*values)
 
 
@@ -68,8 +70,8 @@ _recorder = threading.local()
 
 @contextlib.contextmanager
 def recording(note: Callable[[Launch, list[tuple[int, torch.Tensor]]], None]) -> Iterator[None]:
-    """``note`` gets each launch of this thread, and the tensors by their place among the values. The kernel is compiled
-    if it is new, and not started."""
+    """Context manager: launches of this thread call ``note(launch, tensors)`` instead, where tensors are pairs of
+    position and tensor. Kernels are compiled but not started."""
     _recorder.note = note
     try:
         yield
@@ -78,22 +80,22 @@ def recording(note: Callable[[Launch, list[tuple[int, torch.Tensor]]], None]) ->
 
 
 def remember(cache: dict[Any, Any], key: Any, value: Any, most: int) -> None:
-    """Put ``value`` into ``cache``, which then has at most ``most`` entries: the oldest make room. Threads may share
-    the cache: no step iterates over it while another thread can change it."""
+    """Set ``cache[key] = value`` and evict the oldest entries, so that at most ``most`` remain. Thread-safe: the keys
+    are copied before they are iterated over."""
     for old in list(cache)[: max(0, len(cache) - most + 1)]:
         cache.pop(old, None)
     cache[key] = value
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
-_MOST_COMPILED = 4096  # sizes vary without end
+_MOST_COMPILED = 4096  # a bound, because the number of shapes is unlimited
 
 
 def _run(kernel: Any, grid: tuple[int], device: torch.device, kernel_args: dict[str, Any]) -> None:
-    """``kernel[grid](**kernel_args)``. With arguments that differ from earlier ones in nothing but where tensors lie,
-    the compiled kernel is found again without Triton's own search, which takes half of the launch.
+    """``kernel[grid](**kernel_args)`` with a cache of compiled kernels whose lookup is faster than Triton's. Its key
+    contains all arguments except the addresses of tensors.
 
-    Tensors are the arguments whose names end in _ptr; of the others, each has the same type in every call.
+    Tensors are the arguments whose names end in _ptr; every other argument has the same type in all calls.
     """
     if (note := getattr(_recorder, "note", None)) is not None:
         compiled = _compile(kernel, grid, device, kernel_args)
@@ -106,7 +108,7 @@ def _run(kernel: Any, grid: tuple[int], device: torch.device, kernel_args: dict[
     form = _forms.get(names) or _new_form(kernel, names)
     parts = [form.number, driver.active, device, *map(kernel_args.get, form.others)]
     for x in map(kernel_args.get, form.tensors):
-        # Triton compiles other code for a tensor that is not aligned
+        # Triton specialises on 16-byte alignment
         parts += (None,) if x is None else (x.dtype, x.data_ptr() % 16 == 0)
     key = tuple(parts)
     compiled = _compiled.get(key)
@@ -117,13 +119,13 @@ def _run(kernel: Any, grid: tuple[int], device: torch.device, kernel_args: dict[
 
 
 def _compile(kernel: Any, grid: tuple[int], device: torch.device, kernel_args: dict[str, Any]) -> Any:
-    """The compiled kernel, which is loaded onto the device when it is first indexed by a grid."""
-    # said outright because Triton 3.10 changes the default: a * b + c as one instruction, rounded once
+    """Compile the kernel; it is loaded onto the device when it is first indexed with a grid."""
+    # explicit because Triton 3.10 changes the default: a * b + c is one instruction with one rounding
     compiled = kernel.warmup(grid=grid, **kernel_args, enable_fp_fusion=True)
     if compiled.module is None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"{kernel.__name__} cannot be loaded while a CUDA graph is captured: call the function once with inputs of "
-            "the same shapes, strides and dtypes before the capture (warm up)"
+            f"{kernel.__name__} cannot be loaded during CUDA graph capture; call the function once with inputs of the "
+            "same shapes, strides and dtypes before the capture (warm up)"
         )
     return compiled
 
@@ -133,8 +135,8 @@ start: Callable[[Any, tuple[int], torch.device, dict[str, Any]], None] = _run
 
 @contextlib.contextmanager
 def starting(by: Callable[[Any, tuple[int], torch.device, dict[str, Any]], None]) -> Iterator[None]:
-    """A hook for measurements: inside it ``by(kernel, grid, device, arguments)`` takes the place of :data:`start`, and
-    may call it, in all threads. It has no effect in the interpreter."""
+    """Context manager for measurements: ``by(kernel, grid, device, arguments)`` replaces :data:`start` in all threads
+    and may call it. Has no effect in the interpreter."""
     global start
     before, start = start, by
     try:
@@ -144,10 +146,10 @@ def starting(by: Callable[[Any, tuple[int], torch.device, dict[str, Any]], None]
 
 
 class _Form(NamedTuple):
-    """The names of the arguments of a call: tensors and all others. An option such as maxnreg is in some calls only."""
+    """The argument names of a call, tensors and others. Options such as maxnreg are present in some calls only."""
 
     number: int
-    kernel: Any  # held so that no other gets its id
+    kernel: Any  # a reference, so that its id is not reused
     tensors: list[str]
     others: list[str]
 
@@ -164,15 +166,14 @@ def _new_form(kernel: Any, names: tuple[Any, ...]) -> _Form:
 
 
 class _Seen(threading.local):
-    precision = ""  # of the last float32 product that this thread launched on an architecture with a choice
+    precision = ""  # of this thread's last float32 GEMM on an architecture that supports TF32
 
 
 seen = _Seen()
 
 
 def input_precision(dtype: torch.dtype, target: Target) -> str:
-    """``input_precision`` of ``tl.dot``: float32 is IEEE unless PyTorch's own switch allows TF32 and ``target`` has
-    it."""
+    """``input_precision`` of ``tl.dot``: float32 is IEEE unless PyTorch allows TF32 and ``target`` supports it."""
     if dtype != torch.float32 or not target.has_tf32:
         return "ieee"
     seen.precision = float32_precision()
@@ -180,20 +181,20 @@ def input_precision(dtype: torch.dtype, target: Target) -> str:
 
 
 def float32_precision() -> str:
-    """What PyTorch allows a GPU's float32 products. Its older switches set the newer one, and reading those raises
-    where both were used."""
+    """PyTorch's precision setting for float32 GEMMs on GPUs. Reads the newer setting: the older ones update it, and
+    reading them raises if both were used."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def side_by_side(x: torch.Tensor) -> torch.Tensor:
-    """``x``, copied where the elements of a row do not lie side by side in memory.
+def maybe_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """``x`` if its last stride is 1, else a contiguous copy.
 
-    That is the gradient which .sum().backward() gives, of stride 0. Read in place it makes a kernel load number by
-    number, with twice the instructions and, on an A100, spilled registers (computed); the copy is one pass.
+    ``.sum().backward()`` gives a gradient with stride 0. Kernels would load it element by element, with more
+    instructions and, on an A100, register spills; the copy is one pass.
     """
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
-    """``x``, copied where it has gaps: kernels read a vector without a stride."""
+    """``x.contiguous()`` for an optional vector; kernels read vectors without a stride."""
     return None if x is None else x.contiguous()

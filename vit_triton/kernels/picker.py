@@ -1,11 +1,11 @@
-"""Pickers: functions ``pick_*`` that choose the tiles of a kernel, frozen dataclasses, in plain Python.
+"""Pickers: functions ``pick_*`` that return the tiles of a kernel as a frozen dataclass.
 
-A pick depends on sequence length, head size, width, dtype and target, never on the batch, so that the result of a
-sample does not depend on its neighbours. The pickers of a family of kernels are in its ``config.py``.
+Tiles depend on sequence length, head size, width, dtype and target, but not on the batch, so the result of a sample is
+the same in every batch. The pickers of each family of kernels are in its ``config.py``.
 
-The choices for GPUs (sm_*, gfx*) are computed only, from registers, shared memory and instructions: none was timed on
-one. Each picker declares its candidates; ``vit-triton tune`` times them, and the table that it writes (:mod:`.tuned`)
-takes precedence over the choices made here, on the device that it names.
+The tiles for GPUs (sm_*, gfx*) are computed from registers, shared memory and instructions; they are not measured. Each
+picker declares candidates. ``vit-triton tune`` measures them and writes a table (:mod:`.tuned`), which takes precedence
+over the tiles chosen here on the device it was measured on.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-# the interpreter pays per operation, not per element: large tiles, up to Triton's limit of 2**20 elements
+# the interpreter's cost is per operation, not per element; 2**20 elements is Triton's limit
 INTERPRETER_TILE = 2**20
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b rounded up; triton.cdiv outside of a kernel takes 4 microseconds."""
+    """a / b rounded up; triton.cdiv is slow outside of kernels."""
     return -(-a // b)
 
 
@@ -29,13 +29,13 @@ def next_power_of_2(n: int) -> int:
 
 
 def clip(tile: int, size: int) -> int:
-    """``tile``, or where ``size`` is smaller the least power of two that covers it and that tl.dot takes."""
+    """``tile``, or the smallest power of two of at least 16 that covers ``size``, if that is smaller."""
     return min(tile, max(16, next_power_of_2(size)))
 
 
 class Compiled:
-    """Mixed into configurations of products: a thread gets at most ``max_registers``, of which an NVIDIA GPU has
-    255."""
+    """Mixin for configurations of kernels with tl.dot: compiler options. ``max_registers`` limits the registers per
+    thread; 255 is no limit."""
 
     num_warps: int
     num_stages: int
@@ -43,15 +43,16 @@ class Compiled:
 
     @property
     def options(self) -> dict[str, int]:
-        """The compiler's options, as a launch takes them."""
-        limit = {"maxnreg": self.max_registers} if self.max_registers < 255 else {}  # an option of NVIDIA's compiler
+        """Compiler options, as keyword arguments of a launch."""
+        limit = {"maxnreg": self.max_registers} if self.max_registers < 255 else {}  # NVIDIA only
         return dict(num_warps=self.num_warps, num_stages=self.num_stages, **limit)
 
 
 @dataclass(frozen=True)
 class Picker:
-    """A ``pick_*`` function as :func:`tunable` registered it: the ``kinds`` of configuration it may give, the ``names``
-    of all of its arguments, the types of those ``arguments`` that a tuned choice depends on, and its ``others``."""
+    """A ``pick_*`` function registered by :func:`tunable`. ``kinds``: configuration classes it may return; ``names``:
+    its argument names; ``arguments``: types of the arguments in the key of a tuned table; ``others``: candidates
+    besides the default."""
 
     name: str
     default: Callable[..., Any]
@@ -61,11 +62,11 @@ class Picker:
     others: Callable[..., Iterable[Any]]
 
     def key(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Of a call, in :attr:`.target.Tuned.choices`."""
+        """The key of a call in :attr:`.target.Tuned.choices`."""
         return self.name, *(value for name, value in zip(self.names, args, strict=True) if name in self.arguments)
 
     def candidates(self, args: tuple[Any, ...]) -> list[Any]:
-        """The default for these arguments, then the other candidates, each once."""
+        """The default for these arguments, then the other candidates, without duplicates."""
         return list(dict.fromkeys([self.default(*args), *self.others(*args)]))
 
 
@@ -74,9 +75,9 @@ Pick = TypeVar("Pick", bound=Callable[..., Any])
 
 
 def tunable(*kinds: type, candidates: Callable[..., Iterable[Any]]) -> Callable[[Pick], Pick]:
-    """Decorate a picker: it gives the tuned choice of ``target`` where there is one, else its own, and caches it.
+    """Decorate a picker: return the tuned configuration of ``target`` if there is one, else the picker's, cached.
 
-    ``candidates``: a function of the picker's arguments; ``vit-triton tune`` times them beside the picker's own choice.
+    ``candidates``: a function of the picker's arguments; ``vit-triton tune`` measures them and the picker's default.
     """
 
     def decorate(pick: Pick) -> Pick:
@@ -106,7 +107,7 @@ _choose: Callable[[Picker, tuple[Any, ...]], Any] | None = None
 
 @contextlib.contextmanager
 def choosing(by: Callable[[Picker, tuple[Any, ...]], Any]) -> Iterator[None]:
-    """A hook for measurements: inside it ``by(picker, arguments)`` gives the configurations, in all threads."""
+    """Context manager for measurements: ``by(picker, arguments)`` returns the configurations, in all threads."""
     global _choose
     before, _choose = _choose, by
     try:

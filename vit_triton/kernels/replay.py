@@ -1,10 +1,9 @@
-"""Launches of a function, recorded once and run again for other tensors.
+"""Record the launches of a function once and replay them for other tensors.
 
-What a function of tensors launches follows from their shapes, strides and dtypes and from its other arguments; only
-addresses differ from call to call. :func:`replay` runs the function once while its launches are noted instead of
-started, and from then on allocates its results and starts the same compiled code: the Python between a call and
-its kernels, which takes longer than a small kernel, is gone. A function that does anything else than allocate, take
-views and launch is run as it is, every time.
+The launches of a function depend on the shapes, strides and dtypes of its tensors and on its other arguments; only
+addresses change between calls. :func:`replay` runs the function once with its launches recorded instead of started.
+Later calls allocate the results and start the same compiled code, which skips the function's Python code. A function
+that does more than allocate, take views and launch is called normally every time.
 """
 
 import itertools
@@ -22,12 +21,12 @@ from triton import knobs
 from vit_triton.kernels.launch import float32_precision, remember, seen
 
 _ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
-_MOST_RECORDED = 4096  # sizes vary without end
+_MOST_RECORDED = 4096  # a bound, because the number of shapes is unlimited
 _ALIGN = 64
 
 
 class Launch(Protocol):
-    """A launch that was noted; ``values``: what it was given, with None in place of each tensor."""
+    """A recorded launch; ``values``: its argument values, with None for tensors."""
 
     @property
     def values(self) -> Sequence[Any]: ...
@@ -35,12 +34,12 @@ class Launch(Protocol):
     def start(self, values: Sequence[Any]) -> None: ...
 
 
-# inside it each launch, and its tensors by their place among the values, go to a function, and none is started
+# a context manager: each launch calls the given function with (launch, [(position, tensor)]) and is not started
 Recorder = Callable[[Callable[[Any, list[tuple[int, Tensor]]], None]], AbstractContextManager[None]]
 
 
 class _Piece(NamedTuple):
-    """Memory that is allocated before launch ``first`` and, but for a result, let go of after launch ``last``."""
+    """Memory that is allocated before launch ``first`` and freed after launch ``last``; None for results."""
 
     first: int
     last: int | None
@@ -50,8 +49,8 @@ class _Piece(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A launch: what is allocated before it; its pointers, each (slot, which address, offset), the addresses those of
-    the arguments and then of what was allocated, in order; and which of that is let go of behind it."""
+    """A launch. ``fresh``: pieces allocated before it; ``pointers``: (slot, index of the address, offset), where the
+    addresses are those of the arguments, followed by all pieces in order; ``done``: pieces freed after it."""
 
     fresh: list[_Piece]
     launch: Launch
@@ -70,7 +69,7 @@ class _Recording:
         memory: list[Tensor | None] = []
         for fresh, launch, pointers, done in self.steps:
             for _, _, shape, stride, dtype in fresh:
-                x = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)  # half of what `empty` takes
+                x = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)  # faster than `empty`
                 memory.append(x)
                 addresses.append(x.data_ptr())
             values = list(launch.values)
@@ -83,18 +82,18 @@ class _Recording:
 
 
 _NEW: Any = object()
-# by what a function is called with; in an entry by the float32 precision it used, which is "" where there is no choice
+# call -> float32 precision ("" if the function does not depend on it) -> recording; None: cannot be recorded
 _recordings: dict[tuple[Any, ...], dict[str, _Recording | None]] = {}
 
 
 def replay(
     function: Callable[..., Any], args: Sequence[Any], where: Any, recorder: Recorder, *, one_block: bool = False
 ) -> Any:
-    """``function(*args)``, a tensor or a tuple of tensors; ``where`` says which driver launches, and on which device.
+    """``function(*args)``, a tensor or a tuple of tensors; ``where`` identifies the driver and the device.
 
-    The function must depend on nothing but its arguments, which may be lists, and on the switch for float32 products,
-    and must return what it allocates. What it needs between its launches is allocated as late as can be and let go of
-    behind the last, or in ``one_block``.
+    The function must depend only on its arguments, which may be lists, and on PyTorch's float32 precision, and must
+    return tensors that it allocates. Temporary memory is allocated before its first use and freed after its last, or
+    with ``one_block`` allocated as one block.
     """
     first: dict[int, int] = {}  # which argument is the first at an address
     given: list[int] = []
@@ -102,8 +101,7 @@ def replay(
     for x in _flat(args):
         if isinstance(x, Tensor):
             address = x.data_ptr()
-            # one memory under two names is another function; and Triton compiles for the alignment of a tensor, which
-            # that of its argument and an offset make
+            # the key contains which arguments are aliases, and the alignment, on which Triton specialises
             key += (x.dtype, x.shape, x.stride(), x.get_device(), address % 16, first.setdefault(address, len(given)))
             given.append(address)
         else:
@@ -128,7 +126,7 @@ def replay(
 
 
 def _expect_one_device(args: Sequence[Any]) -> None:
-    """Triton refuses what a GPU cannot read, but for an address, which is what it gets of a recording."""
+    """Raise ValueError for tensors on several devices: replayed launches pass addresses, which Triton cannot check."""
     devices = dict.fromkeys(x.device for x in _flat(args) if isinstance(x, Tensor))
     if len(devices) > 1:
         raise ValueError(f"the tensors of an operator must be on one device, got {', '.join(map(str, devices))}")
@@ -144,12 +142,12 @@ def _flat(args: Sequence[Any]) -> Sequence[Any]:
 
 
 class _Computes(Exception):
-    """PyTorch itself computes something."""
+    """The function does more than allocate, take views and launch; it cannot be recorded."""
 
 
 class _Storages:
-    """Storages by serial number. Held are weak references: what the recorded function lets go of is freed, and what it
-    allocates then is another storage, wherever it lies."""
+    """Numbers storages. Holds weak references, so memory is freed as without recording; a storage allocated at the
+    address of a freed one gets a new number."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -165,7 +163,7 @@ class _Storages:
     def number(self, x: Tensor) -> int:
         known = self._known.get(x.untyped_storage()._cdata)
         if known is None:
-            raise _Computes  # neither an argument nor allocated by the function
+            raise _Computes  # a storage of neither an argument nor an allocation of the function
         return known[0]
 
 
@@ -189,7 +187,7 @@ class _Watch(TorchDispatchMode):
 
 
 class _Place(NamedTuple):
-    """A byte of a storage: where a tensor starts, and which argument that tensor is a part of."""
+    """The start of a tensor: byte ``offset`` of a storage; ``argument``: index of the argument that contains it."""
 
     storage: int
     offset: int
@@ -204,8 +202,8 @@ class _Noted(NamedTuple):
 def _record(
     function: Callable[..., Any], args: Sequence[Any], recorder: Recorder, one_block: bool
 ) -> _Recording | None:
-    """The recording; None where PyTorch computes something, where nothing is launched, or where an argument of a launch
-    or a result cannot be told to be the same in every call. It holds no tensor, and none is held while it is made."""
+    """Record the function; None if it computes something with PyTorch, launches nothing, or passes or returns a tensor
+    that cannot be located in every call. Tensors are neither held by the recording nor while it is made."""
     arguments = [x for x in _flat(args) if isinstance(x, Tensor)]
     storages = _Storages()
     given = [(storages.add(x), _start(x)) for x in arguments]
@@ -218,7 +216,7 @@ def _record(
         for i, argument in enumerate(arguments):
             if x is argument:
                 return _Place(storage, start, i)
-        # a part of an argument: of which one, where they overlap?
+        # a view of an argument; ambiguous if it lies in several arguments with different addresses
         around = {
             given[i][1]: i
             for i, argument in reversed(list(enumerate(arguments)))
@@ -241,12 +239,12 @@ def _record(
         return None
     if not launches:
         return None
-    life: dict[int, tuple[int, int]] = {}  # the first launch that a storage is used by, and the last
+    life: dict[int, tuple[int, int]] = {}  # storage -> first and last launch that use it
     for step, noted in enumerate(launches):
         for _, at in noted.places:
             life[at.storage] = life.get(at.storage, (step, step))[0], step
     pieces: list[_Piece] = []
-    places: dict[int, tuple[int, int]] = {}  # storage -> which of the pieces, and how far the storage starts from it
+    places: dict[int, tuple[int, int]] = {}  # storage -> (index of its piece, offset in the piece)
     for storage, x in zip(made, results, strict=True):
         whole = x.is_contiguous() and storages.sizes[storage] == x.numel() * x.element_size()
         if not whole or storage in of_arguments or storage in places:
@@ -280,18 +278,18 @@ def _record(
 
 
 def _start(x: Tensor) -> int:
-    """Bytes from the start of its storage."""
+    """Offset of a tensor in its storage, in bytes."""
     return int(x.storage_offset()) * x.element_size()
 
 
 def _span(x: Tensor) -> int:
-    """Bytes from its first element to its last, both included."""
+    """Bytes from the first to the last element of a tensor, inclusive."""
     steps = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return (steps + 1) * x.element_size() if x.numel() else 0
 
 
 def _share(sizes: dict[int, int], life: dict[int, tuple[int, int]]) -> tuple[dict[int, int], int]:
-    """Offsets of storages in one block, and its size: those that no step has use for at the same time share memory."""
+    """Offsets of storages in one block, and its size; storages that are not in use at the same time share memory."""
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first and last use
     offsets = {}
     for storage in sorted(sizes, key=lambda storage: -sizes[storage]):  # the largest first

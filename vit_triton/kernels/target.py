@@ -1,4 +1,4 @@
-"""What kernels are compiled for: the tiles, the precision of a product and the limits of a kernel depend on it."""
+"""Compilation targets, on which tiles, GEMM precision and resource limits depend."""
 
 import functools
 from dataclasses import dataclass
@@ -7,27 +7,27 @@ from typing import Any
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-# Triton decides while it is imported whether kernels are interpreted; its own functions show what it decided
+# Triton reads TRITON_INTERPRET on import; the type of its own functions shows the mode
 INTERPRETING = isinstance(tl.cdiv, InterpretedFunction)
 
 _KIB = 1024
-# of a block; GPUs that are not named here have 64 KiB
+# KiB per block; GPUs that are not listed have 64 KiB
 _SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 
 
-@dataclass(frozen=True, eq=False)  # tables are compared by identity: what is cached for one is not that of another
+@dataclass(frozen=True, eq=False)  # compared by identity, since pickers cache per table
 class Tuned:
-    """Configurations that were timed on a device, by a picker's name and arguments (:meth:`.picker.Picker.key`)."""
+    """Configurations measured on a device; keys are those of :meth:`.picker.Picker.key`."""
 
     choices: dict[tuple[Any, ...], Any]
 
 
 @dataclass(frozen=True)
 class Target:
-    """``name``: "cpu", "interpreter", "xpu" (Intel's GPUs), or a GPU's architecture, as "sm_90" or "gfx942".
-    ``family``: whose tiles it gets, "cpu", "interpreter", "sm_100" (tcgen05), "sm_90" (wgmma), "sm_80" (mma, the other
-    NVIDIA GPUs) or "gfx" (AMD and Intel). ``shared_memory``: bytes of a block, 0 where there is none. ``device``: as
-    the driver names it, "" where only the architecture is known."""
+    """``name``: "cpu", "interpreter", "xpu" (Intel GPUs), or a GPU architecture such as "sm_90" or "gfx942".
+    ``family``: the architecture family whose tiles it uses: "cpu", "interpreter", "sm_100" (tcgen05), "sm_90" (wgmma),
+    "sm_80" (mma, all other NVIDIA GPUs) or "gfx" (AMD and Intel). ``shared_memory``: bytes per block, 0 if not a GPU.
+    ``device``: the driver's name of the device, "" if unknown."""
 
     name: str
     family: str
@@ -45,7 +45,7 @@ class Target:
 
     @property
     def has_tf32(self) -> bool:
-        """Whether Triton takes ``input_precision="tf32"`` there."""
+        """Whether Triton supports ``input_precision="tf32"``."""
         return self.is_nvidia or self.name == "gfx942"
 
 
@@ -54,7 +54,7 @@ def target_named(name: str) -> Target:
     """The target of a :attr:`Target.name`."""
     if name in ("cpu", "interpreter"):
         return Target(name, name, 0)
-    # Intel's: AMD's tiles fit 64 KiB of shared memory in two stages, without an option of NVIDIA's compiler
+    # Intel GPUs use AMD's tiles, which fit 64 KiB of shared memory and need no NVIDIA compiler option
     if name == "xpu" or name.startswith("gfx"):
         return Target(name, "gfx", 64 * _KIB)
     major = name.removeprefix("sm_")[:-1]

@@ -1,4 +1,4 @@
-"""``@triton.jit`` helpers shared by the kernels: the order of tiles, activations, their derivatives, the dropout mask.
+"""``@triton.jit`` helpers shared by the kernels: tile order, activations and their derivatives, dropout masks.
 
 Activations take and return float32 tiles of any shape.
 """
@@ -13,8 +13,8 @@ TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 
 @triton.jit
 def grouped_tile(pid, num_rows, num_cols, GROUP: tl.constexpr):
-    """(row, column) of the tile of program ``pid``: down ``GROUP`` rows, then right, so that the programs running
-    together share operands in the L2 cache."""
+    """(row, column) of the tile of program ``pid``: first down ``GROUP`` rows, then to the right, so that concurrent
+    programs share operands in the L2 cache."""
     group = pid // (GROUP * num_cols)
     first = group * GROUP
     height = min(num_rows - first, GROUP)
@@ -24,7 +24,7 @@ def grouped_tile(pid, num_rows, num_cols, GROUP: tl.constexpr):
 
 @triton.jit
 def columns_of(x, SUBTILE: tl.constexpr, SUBTILES: tl.constexpr):
-    """Columns ``SUBTILE / SUBTILES ... (SUBTILE + 1) / SUBTILES`` of a tile; SUBTILES is a power of two."""
+    """Subtile number SUBTILE of the SUBTILES equal column ranges of a tile; SUBTILES is a power of two."""
     if SUBTILES == 1:
         return x
     else:
@@ -36,15 +36,15 @@ def columns_of(x, SUBTILE: tl.constexpr, SUBTILES: tl.constexpr):
 @triton.jit
 def sigmoid(x, FACTOR: tl.constexpr = 1.0):
     """1 / (1 + exp(-FACTOR x))"""
-    # exp2 is one instruction; for x -> -inf it reaches inf and the quotient 0, as it should
+    # exp2 is one instruction; for x -> -inf it is inf and the quotient 0
     return 1.0 / (1.0 + tl.exp2(x * (-LOG2E * FACTOR)))
 
 
 @triton.jit
 def normal_tail(x):
-    """The standard normal's probability beyond ``x`` >= 0, for 16-bit results: within 2.1e-4 of it for x < 4.
+    """The upper tail probability of the standard normal distribution at ``x`` >= 0, accurate enough for 16-bit results.
 
-    Its log2 is fitted by a polynomial of degree 5, -1 at 0, that falls for ever.
+    Its log2 is fitted by a decreasing polynomial of degree 5 with value -1 at 0.
     """
     log2_tail = -0.00026248980429954827 * x + 0.005242144223302603
     log2_tail = log2_tail * x - 0.046258751302957535
@@ -55,11 +55,11 @@ def normal_tail(x):
 
 @triton.jit
 def gelu(x, KIND: tl.constexpr, EXACT: tl.constexpr):
-    """Gaussian error linear unit (Hendrycks & Gimpel 2016, arXiv:1606.08415); ``KIND`` is the one of the normal
-    distribution ("gelu"), the tanh ("gelu_tanh") or the sigmoid form of CLIP ("quick_gelu"); "none" is the identity.
-    Without ``EXACT`` the first is as exact as 16 bits can tell, in far fewer instructions."""
+    """Gaussian error linear unit (Hendrycks & Gimpel 2016, arXiv:1606.08415). ``KIND``: "gelu" (normal distribution),
+    "gelu_tanh" (tanh approximation), "quick_gelu" (sigmoid approximation of CLIP) or "none" (identity). Without
+    ``EXACT``, "gelu" uses :func:`normal_tail`: 16-bit accuracy with fewer instructions."""
     if KIND == "gelu" and not EXACT:
-        size = tl.minimum(tl.abs(x), 16.0)  # inf * 0 is no number
+        size = tl.minimum(tl.abs(x), 16.0)  # avoids inf * 0 = NaN
         return tl.where(x > 0, x, 0.0 * x) - size * normal_tail(size)
     elif KIND == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -74,7 +74,7 @@ def gelu(x, KIND: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def gelu_grad(x, KIND: tl.constexpr, EXACT: tl.constexpr):
-    """Derivative of :func:`gelu` at ``x``."""
+    """GELU derivative: derivative of :func:`gelu` at ``x``."""
     if KIND == "gelu":
         if EXACT:
             cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -100,7 +100,7 @@ def activate(x, KIND: tl.constexpr, EXACT: tl.constexpr):
     if KIND == "silu":
         return x * sigmoid(x)
     elif KIND == "relu":
-        return tl.where(x < 0, 0.0, x)  # NaN is not less
+        return tl.where(x < 0, 0.0, x)  # keeps NaN
     else:
         return gelu(x, KIND, EXACT)
 
@@ -118,15 +118,15 @@ def activate_grad(x, KIND: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def dropout_keep(seed, row, col, plane, p):
-    """True where the element (plane, row, col) survives dropout with probability ``p`` of being zeroed.
+def dropout_keep(seed, row, col, off_bh, p):
+    """True if dropout with probability ``p`` keeps the element (off_bh, row, col).
 
-    Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the element's
-    coordinates as the counter: the mask does not depend on the tiling, so the backward kernels rebuild it.
+    Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the coordinates of the element
+    as the counter: the mask is independent of the tiles, so the backward kernels can recompute it.
     """
     c0 = (col + 0 * row).to(tl.uint32)
     c1 = (row + 0 * col).to(tl.uint32)
-    c2 = (plane + 0 * c0).to(tl.uint32)
-    # 7 rounds are the fewest that pass BigCrush (same paper, table 2); the default 10 cost half as much again
+    c2 = (off_bh + 0 * c0).to(tl.uint32)
+    # 7 rounds are the minimum that passes BigCrush (same paper, table 2); Triton's default is 10
     bits, _, _, _ = tl.philox(seed, c0, c1, c2, 0 * c0, 7)
     return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08 >= p  # 24 bits fill float32's significand

@@ -1,9 +1,9 @@
-"""Choices of tiles that were timed on a user's own GPU, in a JSON file that `vit-triton tune` writes.
+"""Tables of tiles measured on the user's GPU, in a JSON file written by `vit-triton tune`.
 
-The file is the one that the environment variable ``VIT_TRITON_TUNED`` names, none if that is empty, or else
-``vit_triton/tuned/DEVICE.json`` in the user's folder of configurations (``XDG_CONFIG_HOME``, or ``~/.config``). It is
-read once for each GPU of a process, and ignored for GPUs of another name or architecture than those in it, in the
-interpreter and on CPU tensors. A file that cannot be understood is an error, wherever it lies.
+The environment variable ``VIT_TRITON_TUNED`` names the file; if it is empty, no file is read. If it is not set, the
+file is ``vit_triton/tuned/DEVICE.json`` in the user's configuration folder (``XDG_CONFIG_HOME``, or ``~/.config``). The
+file is read once per GPU and process. It is ignored for GPUs with another name or architecture, in the interpreter and
+on CPU tensors. An invalid file is an error.
 """
 
 import dataclasses
@@ -22,26 +22,26 @@ import triton
 
 from vit_triton.kernels.attention.config import AttentionConfig
 from vit_triton.kernels.linear.config import GemmConfig, VendorGemm
-from vit_triton.kernels.norm import config as _norm  # noqa: F401 - registers its picker, as the next two do
+from vit_triton.kernels.norm import config as _norm  # noqa: F401 - registers its picker, like the next two imports
 from vit_triton.kernels.patch_embed import config as _patch_embed  # noqa: F401
 from vit_triton.kernels.picker import PICKERS, Picker
 from vit_triton.kernels.sums import config as _sums  # noqa: F401
 
 ENVIRONMENT_VARIABLE = "VIT_TRITON_TUNED"
 FORMAT = 2
-# names of format 1, which has no "format"
+# names in format 1, which has no "format" field
 _FORMER_NAMES = {"rows": "block_m", "cols": "block_n", "depth": "block_k", "parts": "subtiles"}
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _PRECISIONS = ("ieee", "tf32")
-_SIDES = ("block_m", "block_n", "block_k")  # of tiles that are multiplied
+_SIDES = ("block_m", "block_n", "block_k")  # at least 16, the minimum of tl.dot
 _MOST = {"num_warps": 32, "num_stages": 8, "group": 64, "split": 64, "partials": 2**16, "max_registers": 255}
-_ANY_NUMBER = ("num_stages", "group", "partials", "max_registers")  # the others are powers of two
+_ANY_NUMBER = ("num_stages", "group", "partials", "max_registers")  # other fields are powers of two
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What was measured for one list of arguments of a picker: the choice, and milliseconds of every candidate."""
+    """Measurements for one combination of a picker's arguments: the fastest configuration, and all milliseconds."""
 
     picker: str
     arguments: dict[str, Any]  # by name
@@ -50,14 +50,14 @@ class Timed:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """As :meth:`Picker.key` gives it for a call."""
+        """The key, equal to that of :meth:`Picker.key`."""
         return self.picker, *(self.arguments[name] for name in PICKERS[self.picker].arguments)
 
 
 @dataclass(frozen=True)
 class Table:
-    """The contents of a file: the device as its driver names it, the architecture ("sm_90", "gfx942"), the versions
-    and the day (ISO 8601) of the measurement."""
+    """The contents of a file: the driver's name of the device, the architecture ("sm_90", "gfx942"), and the versions
+    and date (ISO 8601) of the measurement."""
 
     device: str
     architecture: str
@@ -72,22 +72,22 @@ class Table:
 
 
 def new_table(device: str, architecture: str, timed: list[Timed]) -> Table:
-    """With today's date and the versions in use."""
+    """A table with today's date and the installed versions."""
     return Table(device, architecture, triton.__version__, torch.__version__, str(datetime.date.today()), timed)
 
 
 def default_path(device: str) -> Path:
-    """Where the table of a device lies unless the environment names another: "NVIDIA H100 PCIe" is nvidia-h100-pcie."""
+    """The default file of a device, e.g. nvidia-h100-pcie.json for "NVIDIA H100 PCIe"."""
     folder = os.environ.get("XDG_CONFIG_HOME", "")
     slug = re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
     return Path(folder if os.path.isabs(folder) else Path.home() / ".config", "vit_triton", "tuned", f"{slug}.json")
 
 
 def found(device: str) -> Path | None:
-    """The file that is read for a device; None if there is none.
+    """The file to read for a device, or None.
 
     Raises:
-        FileNotFoundError: if the environment names a file that does not exist.
+        FileNotFoundError: if the environment variable names a file that does not exist.
     """
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named is None:
@@ -99,11 +99,11 @@ def found(device: str) -> Path | None:
 
 
 def table(device: str, architecture: str) -> Table | None:
-    """What was tuned for a device; None if there is no file, or it is of another device.
+    """The tuned table of a device; None if there is no file, or if it belongs to another device.
 
     Raises:
-        FileNotFoundError: if the environment names a file that does not exist.
-        ValueError: if the file is wrong, saying where, what was expected and what is there.
+        FileNotFoundError: if the environment variable names a file that does not exist.
+        ValueError: if the file is invalid; the message contains the field, the expected and the actual value.
     """
     path = found(device)
     read_ = None if path is None else read(path)
@@ -111,26 +111,26 @@ def table(device: str, architecture: str) -> Table | None:
 
 
 def describe(device: str, architecture: str) -> str:
-    """For people: which file is in use for a device, since when, what it overrides and where the vendor's GEMM runs.
+    """Text for users: the file in use for a device, its date, and the pickers and GEMMs that it overrides.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`table`.
     """
     path = found(device)
     if path is None:
-        return f"{device}, {architecture}: no tuned tiles; the default ones are computed (vit-triton tune)"
+        return f"{device}, {architecture}: no tuned tiles, using defaults; run vit-triton tune to measure"
     content = read(path)
     if (content.device, content.architecture) != (device, architecture):
-        return f"{device}, {architecture}: {path} is of another device ({content.device}, {content.architecture})"
+        return f"{device}, {architecture}: {path} belongs to another device ({content.device}, {content.architecture})"
     lines = [f"{device}, {architecture}: tuned tiles of {content.date} in {path}"]
     for name, now in (("triton", triton.__version__), ("torch", torch.__version__)):
         if (then := getattr(content, name)) != now:
-            lines.append(f"  measured with {name} {then}, this is {now}")
+            lines.append(f"  measured with {name} {then}, installed is {now}")
     for picker in dict.fromkeys(each.picker for each in content.timed):
         every = [each for each in content.timed if each.picker == picker]
         vendor = [each for each in every if isinstance(each.config, VendorGemm)]
         library = f", the vendor's GEMM for {len(vendor)} of them" if vendor else ""
-        lines.append(f"  {picker}: {len(every)} {'list' if len(every) == 1 else 'lists'} of arguments{library}")
+        lines.append(f"  {picker}: {len(every)} {'entry' if len(every) == 1 else 'entries'}{library}")
         lines += [f"    vendor's GEMM: {spelled(each.arguments)}" for each in vendor]
     return "\n".join(lines)
 
@@ -143,7 +143,7 @@ def spelled(arguments: dict[str, Any]) -> str:
 
 
 def write(path: Path, content: Table) -> None:
-    """Write a table, all of it or nothing; folders are made."""
+    """Write a table atomically; missing folders are created."""
     pickers: dict[str, list[Any]] = {}
     for each in content.timed:
         entry = {
@@ -180,17 +180,17 @@ _HEADER = ("device", "architecture", "triton", "torch", "date")
 
 
 class _Wrong(Exception):
-    """Where in the file, what was expected, what is there."""
+    """An invalid value: its place in the file, the expected and the actual value."""
 
     def __init__(self, where: str, expected: str, got: Any) -> None:
         super().__init__(f"{where} must be {expected}, got {got!r}")
 
 
 def read(path: Path) -> Table:
-    """The table in a file.
+    """Read the table in a file.
 
     Raises:
-        ValueError: if the file is wrong, saying where, what was expected and what is there.
+        ValueError: if the file is invalid; the message contains the field, the expected and the actual value.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -212,7 +212,7 @@ def read(path: Path) -> Table:
 
 
 def _renamed(content: Any) -> Any:
-    """``content`` of format 1 with the names of tiles that are in use since."""
+    """``content`` of format 1 with the field names of the current format."""
     if isinstance(content, list):
         return [_renamed(each) for each in content]
     if not isinstance(content, dict):
@@ -242,7 +242,7 @@ def _entries(name: str, entries: Any) -> list[Timed]:
             raise _Wrong(f"{where}.config.block_d", f"at least the width {arguments['width']}", config.block_d)
         timed = Timed(name, arguments, config, _milliseconds(f"{where}.milliseconds", entry["milliseconds"], picker))
         if timed.key in result:
-            raise _Wrong(f"{where}.arguments", "other ones than those of an entry before", entry["arguments"])
+            raise _Wrong(f"{where}.arguments", "unique in its list", entry["arguments"])
         result[timed.key] = timed
     return list(result.values())
 

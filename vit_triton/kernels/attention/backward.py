@@ -26,7 +26,7 @@ from vit_triton.kernels.attention.rows import (
     zero_tile,
 )
 from vit_triton.kernels.device import target_of
-from vit_triton.kernels.launch import input_precision, launch, side_by_side
+from vit_triton.kernels.launch import input_precision, launch, maybe_contiguous
 from vit_triton.kernels.picker import cdiv
 from vit_triton.kernels.tiles import LOG2E, dropout_keep
 
@@ -40,7 +40,7 @@ def attention_bwd_delta_kernel(
     HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO * O) - dL, float32 (B, H, N_q)."""
-    pid_m, batch, head, plane = head_of_program(n_heads, tl.cdiv(n_q, BLOCK_M))
+    pid_m, batch, head, off_bh = head_of_program(n_heads, tl.cdiv(n_q, BLOCK_M))
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < n_q
     out_rows = (out_ptr + (batch * n_q * n_heads + head) * HEAD_DIM, n_heads * HEAD_DIM, 1)
@@ -51,15 +51,15 @@ def attention_bwd_delta_kernel(
     if HAS_DLSE:
         dlse_ptr += batch * stride_dlseb + head * stride_dlseh
         delta -= tl.load(dlse_ptr + offs_m.to(tl.int64) * stride_dlsen, mask=mask_m, other=0.0)
-    tl.store(delta_ptr + plane.to(tl.int64) * n_q + offs_m, delta, mask=mask_m)
+    tl.store(delta_ptr + off_bh.to(tl.int64) * n_q + offs_m, delta, mask=mask_m)
 
 
 @triton.jit
 def scores_and_dp(
     a, b, c_rows, d_rows, offs_n, n_rows, DIMS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """(a @ c.T, b @ d.T, c, d) with tiles c and d of ``c_rows`` and ``d_rows``. Both tails follow both products of the
-    main tiles: in other orders some architectures take more registers."""
+    """(a @ c.T, b @ d.T, c, d) with tiles c and d of ``c_rows`` and ``d_rows``. Tails come after the products of the
+    main tiles: other orders take more registers on some architectures (benchmarks codegen)."""
     c = load_main(c_rows, offs_n, n_rows, DIMS, MASKED)  # [BLOCK_N, D_MAIN]
     d = load_main(d_rows, offs_n, n_rows, DIMS, MASKED)  # [BLOCK_N, D_MAIN]
     scores = tl.dot(a[0], tl.trans(c), input_precision=PRECISION)
@@ -79,15 +79,15 @@ def attention_bwd_dq_step(
     dq, q, do, lse_log2e, delta, k_rows, v_rows, start_n, n_k, scale_log2e, offs_m, dropout,
     DIMS: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what keys ``start_n ... start_n + BLOCK_N`` give to dQ, still without ``scale``."""
+    """Add the contribution of keys ``start_n ... start_n + BLOCK_N`` to dQ, not yet multiplied by ``scale``."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     scores, dp, k, v = scores_and_dp(q, do, k_rows, v_rows, offs_n, n_k, DIMS, MASKED, PRECISION)
     p = tl.exp2(scores * scale_log2e - lse_log2e[:, None])
     if MASKED:
-        p = tl.where((offs_n < n_k)[None, :], p, 0.0)  # exp(0 - L) of a column that is not there may be inf
+        p = tl.where((offs_n < n_k)[None, :], p, 0.0)  # exp(0 - L) of a masked column may be inf
     if dropout is not None:
-        seed, plane, dropout_p, keep_scale = dropout
-        keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], plane, dropout_p)
+        seed, off_bh, dropout_p, keep_scale = dropout
+        keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], off_bh, dropout_p)
         dp = tl.where(keep, dp * keep_scale, 0.0)  # NaN in dp is NaN in delta too
     ds = (p * (dp - delta[:, None])).to(k[0].dtype)  # [BLOCK_M, BLOCK_N]
     return add_dot(dq, ds, k, PRECISION)
@@ -106,19 +106,19 @@ def attention_bwd_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     DIMS: tl.constexpr = (HEAD_DIM, D_MAIN, D_TAIL)
-    pid_m, batch, head, plane = head_of_program(n_heads, tl.cdiv(n_q, BLOCK_M))
+    pid_m, batch, head, off_bh = head_of_program(n_heads, tl.cdiv(n_q, BLOCK_M))
     q_rows = head_rows(q_ptr, (stride_qb, stride_qn, stride_qh, stride_qd), batch, head, HEAD_ALIGN)
     k_rows = head_rows(k_ptr, (stride_kb, stride_kn, stride_kh, stride_kd), batch, head, HEAD_ALIGN)
     v_rows = head_rows(v_ptr, (stride_vb, stride_vn, stride_vh, stride_vd), batch, head, HEAD_ALIGN)
     do_rows = head_rows(do_ptr, (stride_dob, stride_don, stride_doh, stride_dod), batch, head, HEAD_ALIGN)
     dq_rows = head_rows(dq_ptr, (stride_dqb, stride_dqn, stride_dqh, 1), batch, head, HEAD_ALIGN)
-    dropout = (tl.load(seed_ptr), plane, dropout_p, keep_scale) if DROPOUT else None
+    dropout = (tl.load(seed_ptr), off_bh, dropout_p, keep_scale) if DROPOUT else None
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < n_q
     q = load_tile(q_rows, offs_m, n_q, DIMS, True)  # [BLOCK_M, D]
     do = load_tile(do_rows, offs_m, n_q, DIMS, True)  # [BLOCK_M, D]
-    stats = plane.to(tl.int64) * n_q + offs_m
+    stats = off_bh.to(tl.int64) * n_q + offs_m
     lse_log2e = tl.load(lse_ptr + stats, mask=mask_m, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + stats, mask=mask_m, other=0.0)
 
@@ -142,11 +142,11 @@ def attention_bwd_dkdv_step(
     sums, k, v, q_rows, do_rows, dq_rows, lse_ptr, delta_ptr, start_m, n_q, scale, scale_log2e, offs_n, dropout,
     DIMS: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what query rows ``start_m ... start_m + BLOCK_M`` give to dK (without ``scale``) and dV; tiles are
-    transposed. With ``dq_rows``, where ``k`` holds every key, dQ of these rows is stored too."""
+    """Add the contribution of query rows ``start_m ... start_m + BLOCK_M`` to dK (without ``scale``) and dV; tiles are
+    transposed. ``dq_rows``: store dQ of these rows too, which requires that ``k`` holds all keys."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     if MASKED:
-        lse = tl.load(lse_ptr + offs_m, mask=offs_m < n_q, other=float("inf"))  # a row that is not there has P = 0
+        lse = tl.load(lse_ptr + offs_m, mask=offs_m < n_q, other=float("inf"))  # P = 0 in masked rows
         delta = tl.load(delta_ptr + offs_m, mask=offs_m < n_q, other=0.0)
     else:
         lse = tl.load(lse_ptr + offs_m)
@@ -155,9 +155,9 @@ def attention_bwd_dkdv_step(
     p = tl.exp2(scores * scale_log2e - (lse * LOG2E)[None, :])
     p_dropped = p
     if dropout is not None:
-        seed, plane, dropout_p, keep_scale = dropout
-        keep = dropout_keep(seed, offs_m[None, :], offs_n[:, None], plane, dropout_p)
-        dropped = tl.where(keep, keep_scale, 0.0)  # a factor: NaN stays NaN where it is dropped
+        seed, off_bh, dropout_p, keep_scale = dropout
+        keep = dropout_keep(seed, offs_m[None, :], offs_n[:, None], off_bh, dropout_p)
+        dropped = tl.where(keep, keep_scale, 0.0)  # a factor, so that dropped NaN stays NaN
         p_dropped = p * dropped
         dp *= dropped
     p_dropped = p_dropped.to(do[0].dtype)
@@ -184,10 +184,10 @@ def attention_bwd_dkdv_kernel(
     HEAD_ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_M: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N rows of dK and dV; with ``dq_ptr``, which is where BLOCK_N holds all keys, dQ too: the scores, their
+    """BLOCK_N rows of dK and dV. ``dq_ptr``: dQ too, which requires that BLOCK_N covers all keys; the scores, their
     exponentials and dP are then computed once instead of twice."""
     DIMS: tl.constexpr = (HEAD_DIM, D_MAIN, D_TAIL)
-    pid_n, batch, head, plane = head_of_program(n_heads, tl.cdiv(n_k, BLOCK_N))
+    pid_n, batch, head, off_bh = head_of_program(n_heads, tl.cdiv(n_k, BLOCK_N))
     q_rows = head_rows(q_ptr, (stride_qb, stride_qn, stride_qh, stride_qd), batch, head, HEAD_ALIGN)
     k_rows = head_rows(k_ptr, (stride_kb, stride_kn, stride_kh, stride_kd), batch, head, HEAD_ALIGN)
     v_rows = head_rows(v_ptr, (stride_vb, stride_vn, stride_vh, stride_vd), batch, head, HEAD_ALIGN)
@@ -197,15 +197,15 @@ def attention_bwd_dkdv_kernel(
         dq_rows = head_rows(dq_ptr, (stride_dqb, stride_dqn, stride_dqh, 1), batch, head, HEAD_ALIGN)
     dk_rows = head_rows(dk_ptr, (stride_dkb, stride_dkn, stride_dkh, 1), batch, head, HEAD_ALIGN)
     dv_rows = head_rows(dv_ptr, (stride_dvb, stride_dvn, stride_dvh, 1), batch, head, HEAD_ALIGN)
-    lse_ptr += plane.to(tl.int64) * n_q
-    delta_ptr += plane.to(tl.int64) * n_q
-    dropout = (tl.load(seed_ptr), plane, dropout_p, keep_scale) if DROPOUT else None
+    lse_ptr += off_bh.to(tl.int64) * n_q
+    delta_ptr += off_bh.to(tl.int64) * n_q
+    dropout = (tl.load(seed_ptr), off_bh, dropout_p, keep_scale) if DROPOUT else None
 
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = load_tile(k_rows, offs_n, n_k, DIMS, True)  # [BLOCK_N, D]
     v = load_tile(v_rows, offs_n, n_k, DIMS, True)  # [BLOCK_N, D]
     zero = zero_tile(BLOCK_N, DIMS)
-    # dK, dV, their tails: carried as two tiles, they take 12 registers more and a block on sm_90 at 72 columns
+    # dK, dV and their tails in one tuple: two tuples take more registers on sm_90 (benchmarks codegen)
     sums = zero[:1] + zero[:1] + zero[1:] + zero[1:]
     m_full = n_q // BLOCK_M * BLOCK_M
     for start_m in tl.range(0, m_full, BLOCK_M):
@@ -234,7 +234,7 @@ def attention_bwd(
     scale: float,
     dropout: Dropout = NO_DROPOUT,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of :func:`attention_fwd` by q, k and v, each contiguous; ``do`` and ``dlse`` with any strides."""
+    """Contiguous gradients of :func:`attention_fwd` for q, k and v; ``do`` and ``dlse`` have any strides."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, scale=scale, dropout=dropout)
     return dq, dk, dv
@@ -250,7 +250,7 @@ def attention_packed_bwd(
     scale: float,
     dropout: Dropout = NO_DROPOUT,
 ) -> torch.Tensor:
-    """The same by a packed (B, N, 3, H, D) projection: the three gradients are written into one such tensor."""
+    """:func:`attention_bwd` for a packed (B, N, 3, H, D) projection; the result is packed in the same way."""
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     q, k, v = qkv.unbind(2)
     dq, dk, dv = dqkv.unbind(2)
@@ -259,12 +259,12 @@ def attention_packed_bwd(
 
 
 def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, *, scale: float, dropout: Dropout) -> None:
-    """The same, written into dq, dk and dv, whose last strides are 1."""
+    """:func:`attention_bwd`, written into dq, dk and dv, whose last strides are 1."""
     batch, n_q, n_heads, head_dim = q.shape
     n_k = k.shape[1]
     target = target_of(q.device)
     d_main, d_tail = split_head_dim(head_dim, q.dtype, target)
-    do = side_by_side(do)
+    do = maybe_contiguous(do)
 
     delta = torch.empty_like(lse)
     block_d = d_main if d_tail == 0 else 2 * d_main

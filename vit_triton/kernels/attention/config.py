@@ -14,7 +14,7 @@ from vit_triton.kernels.target import Target
 
 @dataclass(frozen=True)
 class AttentionConfig(Compiled):
-    """``block_m`` query rows, ``block_n`` keys per step."""
+    """A tile of ``block_m`` query rows and ``block_n`` keys per step."""
 
     block_m: int
     block_n: int
@@ -26,7 +26,7 @@ class AttentionConfig(Compiled):
 def split_head_dim(head_dim: int, dtype: torch.dtype, target: Target) -> tuple[int, int]:
     """Powers of two (main, tail) that cover ``head_dim``: 72 -> (64, 16), 96 -> (64, 32), 64 -> (64, 0).
 
-    A tile of tl.dot is a power of two of at least 16; the tail saves padding 72 to 128.
+    tl.dot requires tile sizes that are powers of two of at least 16; the tail avoids padding 72 to 128.
     """
     whole = max(16, next_power_of_2(head_dim))
     main = whole // 2
@@ -34,12 +34,12 @@ def split_head_dim(head_dim: int, dtype: torch.dtype, target: Target) -> tuple[i
     if main < 16 or main + tail >= whole:
         return whole, 0
     if dtype == torch.float32 and main + tail > 80 and target.is_nvidia:
-        return whole, 0  # NVIDIA's FMAs hold both operands in registers: those of two tiles spill (computed)
+        return whole, 0  # FMA dots on NVIDIA hold both operands in registers; two tiles spill (benchmarks codegen)
     return main, tail
 
 
 def attention_tail(length: int, block: int) -> int:
-    """Width of the one masked step after the full blocks of ``block``: 0 or a power of two of at least 16."""
+    """Width of the masked step after the full blocks of size ``block``: 0 or a power of two of at least 16."""
     rest = length % block
     return max(16, next_power_of_2(rest)) if rest else 0
 
@@ -51,19 +51,19 @@ def _pick_interpreted_attention(n_rows: int, n_cols: int) -> AttentionConfig:
 
 
 def _pick_cpu_attention(n_rows: int, n_cols: int, block_m: int, block_n: int) -> AttentionConfig:
-    """The sizes are the fastest measured at 197 x 64: a tile of scores beside its keys and values in the L2 cache."""
+    """The tile of scores fits in the L2 cache together with its keys and values."""
     return AttentionConfig(clip(block_m, n_rows), clip(block_n, n_cols), 1, 1)
 
 
 Tile = tuple[int, int, int, int]  # block_m, block_n, num_warps, num_stages
-Row = tuple[Tile, Tile, Tile, Tile, Tile]  # a tile for head sizes up to each of _HEAD_DIMS
+Row = tuple[Tile, Tile, Tile, Tile, Tile]  # entry i: head sizes up to _HEAD_DIMS[i]
 _HEAD_DIMS = (64, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True)
 class AttentionTiles:
-    """The tiles of one kernel: for 16-bit dtypes by the target's family, for float32 by its vendor; those of GPUs with
-    99 KiB of shared memory for a block, or less, where they differ."""
+    """Tiles of one kernel: per target family for 16-bit dtypes, per vendor for float32. ``small_float32`` overrides
+    ``nvidia_float32`` on GPUs with at most 99 KiB of shared memory per block."""
 
     sm_80: Row
     sm_90: Row
@@ -91,34 +91,34 @@ class AttentionTiles:
         return itertools.chain(*(rows or (self.sm_80, self.sm_90, self.sm_100, self.gfx)))
 
 
-# Chosen by what is computed from the machine code (python -m benchmarks codegen, with --time for ViT-B/16's): in
-# bfloat16 none spills at any of these head sizes, and at 192 and 256 the tile is the one that does not; products are
-# the architecture's own matrix instruction wherever they have 64 rows; loads are asynchronous.
+# Selected from the generated machine code (python -m benchmarks codegen --all, and --time for ViT-B/16): no bfloat16
+# tile spills at these head sizes, tiles of 64 rows use the architecture's native matrix instruction, and loads are
+# asynchronous. Comments about registers, spills and resident blocks below come from the same command.
 _FWD = AttentionTiles(
-    # 128 x 64 is bound by the tensor cores alone; from a head size of 65 on its accumulators spill
+    # 128 x 64 is limited by the tensor cores; its accumulators spill for head sizes above 64
     sm_80=((128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2), (64, 16, 4, 2), (32, 32, 8, 1)),
-    # wgmma wants 64 rows; four blocks on a multiprocessor, from a head size of 65 on with 32 keys a step
+    # wgmma requires 64 rows; four resident blocks, which need 32 keys per step for head sizes above 64
     sm_90=((64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2)),
-    # 64 keys a step spill at 104
+    # head size 104 spills with 64 keys per step
     sm_100=((128, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
     gfx=((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
-    # IEEE dots are plain FMA with both operands in registers: larger tiles spill
+    # IEEE dots use FMA with both operands in registers: larger tiles spill
     nvidia_float32=((32, 32, 4, 2), (32, 32, 4, 2), (16, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1)),
     amd_float32=((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
 )
-_FWD_DROPOUT = replace(  # Philox wants some 40 registers beside the tile
+_FWD_DROPOUT = replace(  # Philox needs registers in addition to those of the tile
     _FWD,
     sm_80=((64, 64, 4, 2), (64, 64, 4, 2), (64, 16, 8, 2), (64, 16, 4, 2), (16, 32, 4, 1)),
     sm_90=((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
     sm_100=((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
     gfx=((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
 )
-# wgmma at 128 x 64 with eight warps and two blocks is faster from some 500 keys on
+# above 512 keys, 128 x 64 with eight warps and two resident blocks is faster (benchmarks codegen --time)
 _LONG_FWD = {"sm_90": AttentionConfig(128, 64, 8, 3, max_registers=128)}
 _BWD_DQ = AttentionTiles(
-    # three blocks of 168 registers. At 72 64 x 64 is faster on an A100, and spills on sm_86
+    # three resident blocks. Head size 72: 64 x 64 is faster on sm_80 but spills on sm_86
     sm_80=((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
-    # five blocks of 90 registers
+    # five resident blocks
     sm_90=((64, 32, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2)),
     sm_100=((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
     gfx=((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
@@ -132,30 +132,30 @@ _BWD_DQ_DROPOUT = replace(
     sm_90=((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2)),
     sm_100=((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
 )
-_BWD_DKDV = AttentionTiles(  # query rows a step, keys a program
+_BWD_DKDV = AttentionTiles(  # block_m query rows per step, block_n keys per program
     # 128 keys spill
     sm_80=((32, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 3), (16, 16, 4, 2), (32, 16, 8, 2)),
     sm_90=((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3), (32, 16, 4, 3), (32, 16, 8, 2)),
-    # 96: 32 x 64 with four warps spills
+    # head size 96: 32 x 64 with four warps spills
     sm_100=((32, 128, 4, 2), (64, 64, 8, 2), (32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
     gfx=((32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1), (32, 64, 8, 1)),
     nvidia_float32=((64, 32, 8, 1), (64, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
     amd_float32=((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    # past 128 the tile that does not spill needs 100 KiB of shared memory; this one spills 3 KiB a thread
+    # head sizes above 128: tiles without spills need more than 99 KiB of shared memory; these spill
     small_float32=((64, 32, 8, 1), (64, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 )
 _BWD_DKDV_DROPOUT = replace(
     _BWD_DKDV,
     sm_80=((32, 64, 4, 2), (16, 64, 4, 3), (32, 32, 8, 1), (16, 16, 4, 2), (32, 16, 8, 2)),
     sm_90=((32, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2), (32, 16, 4, 3), (32, 16, 8, 2)),
-    # 192: 32 x 64 spills
+    # head size 192: 32 x 64 spills
     sm_100=((16, 64, 4, 2), (16, 64, 4, 2), (32, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
     nvidia_float32=((64, 32, 8, 1), (64, 32, 8, 1), (32, 16, 8, 2), (32, 16, 8, 1), (32, 16, 8, 1)),
 )
 
 
 def _candidates(tiles: AttentionTiles, more: Iterable[Tile]) -> Callable[..., Any]:
-    """The tiles of every architecture and head size, and ``more``."""
+    """Candidates: the tiles of every architecture and head size, and ``more``."""
 
     def candidates(
         n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
@@ -178,23 +178,23 @@ def pick_attention_fwd(
     if target.family == "cpu":
         return _pick_cpu_attention(n_q, n_k, 256, 64)
     if n_q <= 16 and head_dim <= 128 and dtype != torch.float32:
-        # one query row (a class token, pooling) must not compute 64
+        # a single query row (class token, pooling) does not pay for a tile of 64 rows
         return AttentionConfig(16, 64 if head_dim <= 64 or not dropout else 32, 4, 2)
-    fits = head_dim <= 64 or head_dim <= 96 and attention_tail(n_k, 64) < 64  # a masked step of 64 keys would spill
+    fits = head_dim <= 64 or head_dim <= 96 and attention_tail(n_k, 64) < 64  # a masked step of 64 keys spills
     if n_k > 512 and fits and dtype != torch.float32 and not dropout and target.family in _LONG_FWD:
         return _LONG_FWD[target.family]
     return (_FWD_DROPOUT if dropout else _FWD).tile(head_dim, dtype, target)
 
 
-_CPU_MOST_KEYS = 512  # of a program that computes dq, dk and dv: its tiles of scores then fit the L2 cache
+_CPU_MOST_KEYS = 512  # per program that computes dq, dk and dv: its tiles of scores fit in the L2 cache
 
 
 @tunable(AttentionConfig, candidates=_candidates(_BWD_DQ, [(64, 64, 4, 2), (128, 64, 8, 2)]))
 def pick_attention_bwd_dq(
     n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
 ) -> AttentionConfig | None:
-    """Tiles of ``attention_bwd_dq_kernel``; None where ``attention_bwd_dkdv_kernel`` holds all keys and gives dq
-    too."""
+    """Tiles of ``attention_bwd_dq_kernel``; None if one program of ``attention_bwd_dkdv_kernel`` holds all keys and
+    computes dq too."""
     if target.family == "interpreter":
         return _pick_interpreted_attention(n_q, n_k)
     if target.family == "cpu":

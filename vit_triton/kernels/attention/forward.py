@@ -1,20 +1,20 @@
 """Multi-head attention in one pass over the keys, after FlashAttention-2 (Dao 2023, arXiv:2307.08691).
 
-Forward, for one tile of query rows (algorithm 1): ``S = scale * Q K^T`` is made a block of keys at a time; the
-running maximum ``m`` and sum ``l`` of each row rescale what was accumulated, so that ``O = softmax(S) V`` needs no
-N x N matrix. Saved for the backward pass: ``O`` and ``L = m + log l``, nothing else.
+Forward, for one tile of query rows (algorithm 1): ``S = scale * Q K^T`` is computed one block of keys at a time. The
+running maximum ``m`` and sum ``l`` of each row rescale the accumulator, so ``O = softmax(S) V`` is computed without
+an N x N matrix. The backward pass saves ``O`` and the log-sum-exp ``L = m + log l``.
 
 Backward (algorithm 2): ``P = exp(S - L)`` is recomputed; with ``D = rowsum(dO * O)``
 
     dV = P^T dO        dP = dO V^T        dS = P * (dP - D)        dQ = scale * dS K        dK = scale * dS^T Q
 
-One kernel owns rows of dQ, another rows of dK and dV, so nothing is accumulated by two programs and the result is
-the same bit for bit every time. A gradient of ``L`` itself (it is a public output) enters as ``D - dL``.
+One kernel computes rows of dQ, another one rows of dK and dV. Each output is accumulated by a single program, so the
+result is deterministic. The gradient of ``L``, which is a public output, enters as ``D - dL``.
 
 Dropout zeroes elements of ``P`` after the row sums: ``O = (mask * P / keep) V`` and ``dP = mask / keep * (dO V^T)``;
-``D`` is the same expression.
+``D`` is unchanged.
 
-Head sizes between powers of two are covered by two tiles, 72 = 64 + 8 (padded to 16), so that a second product of
+A head size between powers of two is covered by two tiles: 72 = 64 + 8, the latter padded to 16. A second product of
 width 16 replaces padding to 128.
 """
 
@@ -48,7 +48,7 @@ def attention_fwd_step(
     DIMS: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take keys ``start_n ... start_n + BLOCK_N`` into the running softmax; ``scale_log2e`` >= 0."""
+    """Add keys ``start_n ... start_n + BLOCK_N`` to the running softmax; ``scale_log2e`` >= 0."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     k = load_main(k_rows, offs_n, n_k, DIMS, MASKED)  # [BLOCK_N, D_MAIN]
     scores = tl.dot(q[0], tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -60,9 +60,9 @@ def attention_fwd_step(
     if MASKED:
         scores = tl.where((offs_n < n_k)[None, :], scores, float("-inf"))
 
-    # the maximum is scaled once a row, the scores inside of the exponent, where it costs a fused multiply-add
+    # the maximum is scaled once per row; scaling the scores inside the exponent is a fused multiply-add
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2e)  # [BLOCK_M]
-    # a row of -inf so far has no maximum to subtract: -inf - -inf would be NaN where PyTorch goes on
+    # avoids -inf - -inf = NaN in rows whose scores are all -inf so far
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
     p = tl.exp2(scores * scale_log2e - shift[:, None])  # [BLOCK_M, BLOCK_N]
     if MASKED:
@@ -70,15 +70,15 @@ def attention_fwd_step(
     rescale = tl.exp2(row_max - shift)
     row_sum = row_sum * rescale + tl.sum(p, 1)
     if dropout is not None:
-        seed, plane, dropout_p, _ = dropout
-        p = tl.where(dropout_keep(seed, offs_m[:, None], offs_n[None, :], plane, dropout_p), p, 0.0)
+        seed, off_bh, dropout_p, _ = dropout
+        p = tl.where(dropout_keep(seed, offs_m[:, None], offs_n[None, :], off_bh, dropout_p), p, 0.0)
 
     v = load_main(v_rows, offs_n, n_k, DIMS, MASKED)  # [BLOCK_N, D_MAIN]
     p = p.to(v.dtype)
     acc = scale_tile(acc, rescale[:, None])
     main = tl.dot(p, v, acc[0], input_precision=PRECISION)
     if DIMS[2] > 0:
-        # loaded behind the product with the main tile: before it, 72 columns take 62 registers more on sm_80
+        # loading the tail before the product with the main tile takes more registers (benchmarks codegen)
         v_tail = load_tail(v_rows, offs_n, n_k, DIMS, MASKED)
         return (main, tl.dot(p, v_tail, acc[1], input_precision=PRECISION)), new_max, row_sum
     else:
@@ -97,12 +97,12 @@ def attention_fwd_kernel(
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     DIMS: tl.constexpr = (HEAD_DIM, D_MAIN, D_TAIL)
-    pid_m, batch, head, plane = head_of_program(n_heads, tl.cdiv(n_q, BLOCK_M))
+    pid_m, batch, head, off_bh = head_of_program(n_heads, tl.cdiv(n_q, BLOCK_M))
     q_rows = head_rows(q_ptr, (stride_qb, stride_qn, stride_qh, stride_qd), batch, head, HEAD_ALIGN)
     k_rows = head_rows(k_ptr, (stride_kb, stride_kn, stride_kh, stride_kd), batch, head, HEAD_ALIGN)
     v_rows = head_rows(v_ptr, (stride_vb, stride_vn, stride_vh, stride_vd), batch, head, HEAD_ALIGN)
     out_rows = (out_ptr + (batch * n_q * n_heads + head) * HEAD_DIM, n_heads * HEAD_DIM, 1)
-    dropout = (tl.load(seed_ptr), plane, dropout_p, keep_scale) if DROPOUT else None
+    dropout = (tl.load(seed_ptr), off_bh, dropout_p, keep_scale) if DROPOUT else None
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     q = load_tile(q_rows, offs_m, n_q, DIMS, True)  # [BLOCK_M, D]
@@ -121,14 +121,14 @@ def attention_fwd_kernel(
             DIMS, TAIL_N, True, NEGATIVE_SCALE, PRECISION,
         )  # fmt: skip
 
-    # one reciprocal a row: a division per element is some hundred instructions more
+    # one reciprocal per row instead of one division per element
     norm = 1.0 / row_sum
     if DROPOUT:
         norm *= keep_scale
     store_tile(out_rows, scale_tile(acc, norm[:, None]), offs_m, n_q, DIMS)
     if lse_ptr is not None:
         lse = (row_max + tl.log2(row_sum)) * LN2
-        tl.store(lse_ptr + plane.to(tl.int64) * n_q + offs_m, lse, mask=offs_m < n_q)
+        tl.store(lse_ptr + off_bh.to(tl.int64) * n_q + offs_m, lse, mask=offs_m < n_q)
 
 
 def attention_fwd(
@@ -140,7 +140,7 @@ def attention_fwd(
     dropout: Dropout = NO_DROPOUT,
     save: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(B, N_q, H, D), (B, N_k, H, D), (B, N_k, H, D), any strides -> out (B, N_q, H, D) contiguous, and with ``save``
+    """(B, N_q, H, D), (B, N_k, H, D), (B, N_k, H, D), any strides -> out (B, N_q, H, D), contiguous, and with ``save``
     the log-sum-exp of the scaled scores, float32 (B, H, N_q)."""
     batch, n_q, n_heads, head_dim = q.shape
     n_k = k.shape[1]

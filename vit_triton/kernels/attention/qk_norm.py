@@ -1,13 +1,13 @@
-"""Attention behind a norm of every query and key (Dehghani et al. 2023, arXiv:2302.05442, section 2; Henry et al. 2020,
+"""Attention with normalised queries and keys (Dehghani et al. 2023, arXiv:2302.05442, section 2; Henry et al. 2020,
 arXiv:2010.04245).
 
     q' = norm(q) * weight + bias over the head size, k' likewise      out = softmax(scale * q' k'^T) v
 
-norm is LayerNorm's or, without the mean, RMSNorm's (Zhang & Sennrich 2019, arXiv:1910.07467). A kernel of its own reads
-q and k where the projection wrote them: attention reads keys once for every tile of queries, and would normalise them
-as often. Kept for the backward pass is what attention keeps, of q and k as they came; q' and k' are computed again, and
-the statistics, of a row that sits in registers, with them. The backward kernel is that of :mod:`.layer_norm` for short
-rows: it writes over the gradients of q' and k', and leaves partial sums of those of weight and bias.
+norm is LayerNorm or RMSNorm, which does not subtract the mean (Zhang & Sennrich 2019, arXiv:1910.07467). A separate
+kernel normalises q and k: attention reads keys once per tile of queries and would normalise them as often. The backward
+pass saves the same tensors as attention, with q and k before the norm; q', k' and the statistics are recomputed. The
+backward kernel is a variant of :mod:`..norm.layer_norm` for short rows: it overwrites the gradients of q' and k' in
+place and writes partial sums of the gradients of weight and bias.
 """
 
 import torch
@@ -28,7 +28,7 @@ from vit_triton.kernels.sums.sum_parts import new_partials, sum_parts
 
 @triton.jit
 def _token_offsets(rows, n_tokens, n_heads, stride_b, stride_n, stride_h):
-    """64-bit offsets of the rows of a (B, N, H, D) tensor, counted in that order."""
+    """64-bit offsets of the rows of a (B, N, H, D) tensor, numbered in that order."""
     token = rows // n_heads
     batch = token // n_tokens
     return (
@@ -62,8 +62,8 @@ def qk_norm_fwd_kernel(
 
 
 def qk_norm_fwd(x: torch.Tensor, norm: Norm | None, *, rms: bool) -> torch.Tensor:
-    """Every head of every token of x (B, N, H, D), any strides, normalised -> (B, N, H, D) contiguous, in x's dtype; x
-    itself without a norm. ``rms``: the norm does not subtract the mean."""
+    """Normalise x (B, N, H, D), any strides, over the last dimension -> (B, N, H, D), contiguous, in x's dtype. Returns
+    x itself without a norm. ``rms``: the norm does not subtract the mean."""
     if norm is None:
         return x
     weight, bias, eps = norm
@@ -99,7 +99,7 @@ def qk_norm_bwd_kernel(
     n_rows, n_tokens, n_heads, head_dim, n_steps, eps,
     RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """n_steps * BLOCK_M rows of dx, which come as rows of dy, and their sum of dy * xhat and dy: row pid of the
+    """Overwrite n_steps * BLOCK_M rows of dy with dx, and store their sums of dy * xhat and dy as row pid of the
     partials (programs, D)."""
     pid = tl.program_id(0)
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
@@ -133,8 +133,8 @@ def qk_norm_bwd_kernel(
 def qk_norm_bwd_into(
     dx: torch.Tensor, x: torch.Tensor, norm: Norm | None, *, rms: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """dweight (D,) and dbias (D,) of `qk_norm_fwd`, both in the weight's dtype, None without a weight; dx (B, N, H, D),
-    whose last stride is 1, comes as the gradient of its result and is written over."""
+    """dweight (D,) and dbias (D,) of `qk_norm_fwd` in the weight's dtype; None without a weight. dx (B, N, H, D), whose
+    last stride is 1, holds the gradient of the result and is overwritten with the gradient of x."""
     if norm is None:
         return None, None
     weight, _, eps = norm
@@ -207,8 +207,8 @@ def normed_attention_bwd(
     scale: float,
     dropout: Dropout = NO_DROPOUT,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Write the gradients of q, k and v into ``grads``, whose last strides are 1 -> those of q_norm's weight and bias,
-    and of k_norm's; None where there is none."""
+    """Write the gradients of q, k and v into ``grads``, whose last strides are 1 -> gradients of q_norm's weight and
+    bias and of k_norm's weight and bias; None for a missing parameter."""
     normed = qk_norm_fwd(q, q_norm, rms=rms), qk_norm_fwd(k, k_norm, rms=rms)
     attention_bwd_into(*grads, do, *normed, v, out, lse, dlse, scale=scale, dropout=dropout)
     return *qk_norm_bwd_into(grads[0], q, q_norm, rms=rms), *qk_norm_bwd_into(grads[1], k, k_norm, rms=rms)

@@ -1,7 +1,7 @@
-"""``@triton.jit`` helpers of the attention kernels: which head a program has, the rows of that head, their products.
+"""``@triton.jit`` helpers of the attention kernels: the head of a program, loads and stores of its rows, products.
 
 ``rows``: the rows of one head as (pointer, stride_n, stride_d).
-``tile``: some of them as (main, tail), of D_MAIN and D_TAIL columns; without a tail, where D_TAIL is 0, (main,).
+``tile``: a block of rows as (main, tail) with D_MAIN and D_TAIL columns; (main,) if D_TAIL is 0.
 ``DIMS``: (HEAD_DIM, D_MAIN, D_TAIL).
 """
 
@@ -14,16 +14,17 @@ import triton.language as tl
 
 @triton.jit
 def head_of_program(n_heads, n_blocks):
-    """(block, batch, head, plane) of this program; blocks of one head are neighbours and share its keys in L2."""
+    """(block, batch, head, off_bh) of this program, off_bh = batch * n_heads + head; the blocks of one head are
+    consecutive and share its keys in L2."""
     pid = tl.program_id(0)
-    plane = pid // n_blocks
-    return pid % n_blocks, (plane // n_heads).to(tl.int64), (plane % n_heads).to(tl.int64), plane
+    off_bh = pid // n_blocks
+    return pid % n_blocks, (off_bh // n_heads).to(tl.int64), (off_bh % n_heads).to(tl.int64), off_bh
 
 
 @triton.jit
 def head_rows(ptr, strides, batch, head, HEAD_ALIGN: tl.constexpr):
-    """The rows of one head of a (B, N, H, D) tensor. Triton knows strides that 16 divides; a head of 72 or 88 is a
-    multiple of 8, and 8 numbers are one access of 16 bytes."""
+    """The rows of one head of a (B, N, H, D) tensor. Triton specialises only strides divisible by 16; HEAD_ALIGN adds
+    divisibility by 8 (head sizes 72 and 88), which allows 16-byte accesses."""
     stride_b, stride_n, stride_h, stride_d = strides
     return ptr + batch * stride_b + tl.multiple_of(head * stride_h, HEAD_ALIGN), stride_n, stride_d
 
@@ -32,7 +33,7 @@ def head_rows(ptr, strides, batch, head, HEAD_ALIGN: tl.constexpr):
 def load_columns(
     rows, offs_n, n_rows, FIRST_D: tl.constexpr, N_D: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Columns ``FIRST_D ... FIRST_D + N_D``, zero past ``HEAD_DIM`` and, if MASKED, past ``n_rows``."""
+    """Load columns ``FIRST_D ... FIRST_D + N_D``; zero past ``HEAD_DIM`` and, if MASKED, past ``n_rows``."""
     ptr, stride_n, stride_d = rows
     offs_d = FIRST_D + tl.arange(0, N_D)
     ptrs = ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_d.to(tl.int64)[None, :] * stride_d
@@ -97,7 +98,7 @@ def scale_tile(tile, factor):
 
 @triton.jit
 def add_dot(acc, a, b, PRECISION: tl.constexpr):
-    """acc + a @ b, where ``acc`` and ``b`` are tiles."""
+    """acc + a @ b for tiles ``acc`` and ``b``."""
     main = tl.dot(a, b[0], acc[0], input_precision=PRECISION)
     if len(b) > 1:
         return main, tl.dot(a, b[1], acc[1], input_precision=PRECISION)
@@ -111,5 +112,5 @@ def strides(name: str, x: torch.Tensor) -> dict[str, int]:
 
 
 def head_align(*tensors: torch.Tensor) -> int:
-    """The power of two up to 16 that divides the stride from head to head of every (B, N, H, D) tensor."""
+    """The largest power of two up to 16 that divides the head stride of every (B, N, H, D) tensor."""
     return math.gcd(16, *(x.stride(2) for x in tensors))

@@ -26,7 +26,7 @@ from vit_triton.kernels.tiles import activate, activate_grad, columns_of, groupe
 def _scaled(
     x: torch.Tensor, dtype: torch.dtype, *, branch: Branch = NO_BRANCH, dropout: Dropout = NO_DROPOUT
 ) -> torch.Tensor:
-    """s * gamma * dropout(x) of x (M, N) in ``dtype``; x itself where there is nothing to do."""
+    """s * gamma * dropout(x) for x (M, N), in ``dtype``; without scales and dropout, x in ``dtype``."""
     if not branch.scales and dropout.p == 0:
         return x.to(dtype)
     weight = x.new_empty(x.shape[1], 0, dtype=dtype)
@@ -35,8 +35,8 @@ def _scaled(
 
 
 def dropout_bwd(dy: torch.Tensor, dtype: torch.dtype, dropout: Dropout) -> torch.Tensor:
-    """D * dy (M, N) in ``dtype`` for the dropout behind a layer, dy itself without one. It is a pass of its own: the
-    products of the backward pass read dy once for every tile of the other side, and would draw D as often."""
+    """D * dy (M, N) in ``dtype`` for the dropout after a layer; dy itself if p is 0. A separate pass, because the GEMMs
+    of the backward pass read dy several times and would recompute D each time."""
     return dy if dropout.p == 0 else _scaled(dy, dtype, dropout=dropout)
 
 
@@ -49,7 +49,7 @@ def linear_bwd_input_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SUBTILES: tl.constexpr,
     MULTIPLIED: tl.constexpr = False,
 ):  # fmt: skip
-    """MULTIPLIED: dy_ptr holds the product, and of the weight only the dtype counts."""
+    """MULTIPLIED: dy_ptr holds the result of the GEMM, and only the dtype of the weight is used."""
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     pid_m, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -108,11 +108,11 @@ def linear_bwd_input(
     activation: str = "none",
     with_hidden: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dx = (s * gamma * dy) @ weight, times D * act'(pre) where ``pre``, the input before act and dropout, is given.
+    """dx = (s * gamma * dy) @ weight, multiplied by D * act'(pre) if the pre-activation ``pre`` of the input is given.
 
     dy (M, N) with any strides, weight (N, K), pre (M, K) -> dx (M, K) in the weight's dtype, and ``with_hidden`` D *
-    act(pre) (M, K), which the weight's gradient needs, else None. ``dropout`` rebuilds D, the dropout in front of this
-    layer; `dropout_bwd` has the one behind it.
+    act(pre) (M, K), the input of the weight's gradient, else None. ``dropout`` is the dropout D before this layer;
+    `dropout_bwd` handles the dropout after it.
     """
     (m, n), k = dy.shape, weight.shape[1]
     dx = dy.new_empty(m, k, dtype=weight.dtype)
@@ -176,8 +176,7 @@ def linear_bwd_weight_kernel(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """SUM_BY_PRODUCT: the matrix units add up the bias's gradient too; summing the tile from registers, on its way to
-    them, holds them up."""
+    """SUM_BY_PRODUCT: sum the gradient of the bias with the matrix units; summing dy in registers stalls them."""
     num_n = tl.cdiv(N, BLOCK_N)
     num_k = tl.cdiv(K, BLOCK_K)
     split = tl.program_id(0) // (num_n * num_k)
@@ -195,7 +194,7 @@ def linear_bwd_weight_kernel(
 
     dw = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     db = tl.zeros([BLOCK_N, 16] if SUM_BY_PRODUCT else [BLOCK_N], tl.float32)
-    sixteenth = tl.full([BLOCK_M, 16], 0.0625, DTYPE)  # exact, as the 16 columns' sum then is
+    sixteenth = tl.full([BLOCK_M, 16], 0.0625, DTYPE)  # 1 / 16 is exact, and so is the sum of 16 columns
     for m in range(start, stop, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         dy = tl.load(dy_ptrs, mask=within(offs_n, N, offs_m, M, False), other=0.0)  # [BLOCK_N, BLOCK_M]
@@ -232,12 +231,12 @@ def linear_bwd_weight(
     branch: Branch = NO_BRANCH,
     with_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """dweight = (s * dy).T @ x and, ``with_bias``, dbias = (s * dy).sum(0), else None. With a LayerScale behind the
-    layer both times gamma, and gamma's gradient; else None.
+    """dweight = (s * dy).T @ x, dbias = (s * dy).sum(0) with ``with_bias``, else None, and dgamma = None. With
+    LayerScale after the layer, dweight and dbias are multiplied by gamma, and dgamma is the gradient of gamma.
 
     dy (M, N) with any strides, x (M, K), weight (N, K), bias (N,) -> dweight (N, K), dbias (N,) in the weight's dtype,
-    dgamma (N,) in its own. Without a LayerScale, of the weight only the dtype counts and the bias is not read; with
-    one, ``with_bias`` must be true where there is a bias. `dropout_bwd` has the dropout.
+    dgamma (N,) in gamma's dtype. Without LayerScale only the dtype of the weight is used and the bias is not read; with
+    LayerScale, a bias requires ``with_bias``. `dropout_bwd` handles the dropout.
     """
     layer_scale, samples = branch
     dtype = weight.dtype
@@ -253,7 +252,7 @@ def linear_bwd_weight(
             bias_partials = None if dbias is None else dbias[None]
             return layer_scale_bwd(dweight.float()[None], bias_partials, layer_scale, weight, bias)
         return dweight, None if dbias is None else dbias.to(dtype), None
-    sum_dtype = dtype if layer_scale is None else torch.float32  # what is scaled is so in float32
+    sum_dtype = dtype if layer_scale is None else torch.float32  # scaling by gamma is in float32
     dweight_partials = new_partials(dy, config.split, n, k, dtype=sum_dtype)
     dbias_partials = new_partials(dy, config.split, n, dtype=sum_dtype) if with_bias else None
     launch(
@@ -299,7 +298,7 @@ def layer_scale_bwd_kernel(
     stride_p, stride_wn, stride_wk, N, K,
     SPLIT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One row of the weight, of which the partial sums are added on the way: a pass less."""
+    """One row of dweight, dbias and dgamma; sums the split-K partials itself, which saves a pass."""
     row = tl.program_id(0).to(tl.int64)
     gamma = tl.load(layer_scale_ptr + row).to(tl.float32)
     dgamma = tl.full([], 0.0, tl.float32)
@@ -324,8 +323,8 @@ def layer_scale_bwd(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """dweight (N, K), dbias (N,) and dgamma (N,) of float32 partials (P, N, K) and (P, N) that add up to G and g, P a
-    power of two."""
+    """dweight (N, K), dbias (N,) and dgamma (N,) from float32 partials (P, N, K) of G and (P, N) of g; P is a power of
+    two."""
     split, n, k = dweight_partials.shape
     dweight = weight.new_empty(n, k)
     dbias = None if bias is None else bias.new_empty(n)

@@ -1,4 +1,4 @@
-"""Tiles of the matrix products, and of the elementwise kernels beside them."""
+"""Tiles of the GEMM kernels and of the elementwise kernels around them."""
 
 import enum
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from vit_triton.kernels.target import Target
 
 @dataclass(frozen=True)
 class TileConfig:
-    """``block_m`` x ``block_n`` elements at a time."""
+    """A tile of ``block_m`` x ``block_n`` elements."""
 
     block_m: int
     block_n: int
@@ -19,20 +19,20 @@ class TileConfig:
 
 
 def pick_layer_scale_bwd(k: int, target: Target) -> TileConfig:
-    """Tiles of ``layer_scale_bwd_kernel``: a program walks along one row of k weights."""
+    """Tiles of ``layer_scale_bwd_kernel``: one program loops over one row of k weights."""
     return TileConfig(1, min(1024, next_power_of_2(k)), 1 if target.family == "cpu" else 4)
 
 
 def pick_swiglu(h: int, target: Target) -> TileConfig:
-    """Tiles of both SwiGLU kernels, of a hidden width h."""
+    """Tiles of both SwiGLU kernels for a hidden width h."""
     cols = min(256, next_power_of_2(h))
     if target.family == "interpreter":
         return TileConfig(256, cols, 4)
-    return TileConfig(1024 // cols, cols, 1 if target.family == "cpu" else 4)  # 16 bytes of bfloat16 a thread
+    return TileConfig(1024 // cols, cols, 1 if target.family == "cpu" else 4)  # 16 bytes of bfloat16 per thread
 
 
 class Epilogue(enum.Enum):
-    """The costliest step beside a product, for which its tile must leave registers."""
+    """The most expensive step of an epilogue; the tile must leave registers for it."""
 
     NONE = "none"
     ELEMENTWISE = "elementwise"  # an activation or a residual
@@ -48,9 +48,9 @@ class Epilogue(enum.Enum):
 
 @dataclass(frozen=True)
 class GemmConfig(Compiled):
-    """An output tile of ``block_m`` x ``block_n``, ``block_k`` of the contraction per step; ``group`` rows of tiles
-    share the L2 cache; with split-K, ``split`` parts of the contraction are computed apart and added; the epilogue runs
-    over the columns of the tile in ``subtiles``, one after the other."""
+    """An output tile of ``block_m`` x ``block_n`` with ``block_k`` of the contraction per step. ``group`` rows of tiles
+    share the L2 cache. ``split``: the factor of split-K. ``subtiles``: the epilogue processes the columns of the tile
+    in this many epilogue subtiles, one after the other."""
 
     block_m: int
     block_n: int
@@ -65,8 +65,8 @@ class GemmConfig(Compiled):
 
 @dataclass(frozen=True)
 class VendorGemm(GemmConfig):
-    """The library of the GPU's vendor multiplies; the epilogue is one pass over the product by the same kernel, in
-    tiles of ``block_m`` x ``block_n``. Only a tuned table chooses it."""
+    """The GEMM of the vendor's library; the epilogue is one pass of our kernel over its result, in tiles of ``block_m``
+    x ``block_n``. Selected by tuned tables only."""
 
     block_m: int = 32
     block_n: int = 128
@@ -86,8 +86,8 @@ GEMM_FLOAT32_TILES = (
 )
 
 
-# wgmma and tcgen05 want tiles of 128 x 64 of depth. This one makes two or three blocks on a multiprocessor where what
-# stands beside the product leaves room for one of 128 x 128
+# two or three resident blocks where the epilogue's registers allow only one with 128 x 128; wgmma and tcgen05 prefer
+# tiles with a side of 128 and a depth of 64
 NARROW = GemmConfig(64, 128, 64, 4, 3)
 
 
@@ -95,25 +95,25 @@ def pick_gemm(
     rows: int, cols: int, depth: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
 ) -> GemmConfig:
     if target.family == "interpreter":
-        tile = GemmConfig(256, 512, 256, 4, 1)  # small tiles take it as long as large ones
+        tile = GemmConfig(256, 512, 256, 4, 1)  # the interpreter's cost per tile is independent of its size
     elif target.family == "cpu":
-        # deep and narrow: 64 columns of the weight stay in the L2 cache for 512 rows
+        # 64 columns of the weight stay in the L2 cache for 512 rows
         tile = GemmConfig(512, 64, 1024, 1, 1)
     elif dtype == torch.float32 and precision == "ieee":
         tile = GemmConfig(64, 32, 16, 8, 2)
     elif dtype == torch.float32:
-        # TF32: twice the bytes of bfloat16; an activation beside the weight gradient spills at four warps
+        # TF32: twice the bytes of bfloat16; elementwise and branch epilogues spill with four warps
         tile = GemmConfig(64, 64, 32, 8 if epilogue in (Epilogue.ELEMENTWISE, Epilogue.BRANCH) else 4, 3)
     elif target.family == "gfx":
         tile = GemmConfig(128, 128, 64, 8, 2) if epilogue is Epilogue.NONE else GemmConfig(128, 64, 64, 8, 2)
     elif target.family in ("sm_90", "sm_100"):
-        # An epilogue in two subtiles keeps two blocks on a multiprocessor: 137 registers or fewer instead of up to 210.
-        # Philox spills at 128 columns. 128 x 256 has one block, and is no faster
+        # Two epilogue subtiles allow two resident blocks; Philox spills with 128 columns; 128 x 256 has one resident
+        # block and is not faster (benchmarks codegen, --time)
         block_n, subtiles = 64 if epilogue is Epilogue.DROPOUT else 128, 1 if epilogue is Epilogue.NONE else 2
         tile = GemmConfig(128, block_n, 64, 8, 3, subtiles=subtiles)
     else:
-        # A100: two blocks on a multiprocessor, no spills. 128 x 128 leaves no registers beside the accumulator and the
-        # operands; a Philox word per element takes more than a GELU
+        # Two resident blocks on an A100 without spills: 128 x 128 leaves no registers for an epilogue, and Philox needs
+        # more registers than a GELU (benchmarks codegen)
         sides = {Epilogue.NONE: (128, 128), Epilogue.DROPOUT: (64, 64)}.get(epilogue, (128, 64))
         tile = GemmConfig(*sides, 32, 4, 4)
     return clipped(tile, rows, cols, depth)
@@ -121,7 +121,7 @@ def pick_gemm(
 
 def clipped(tile: GemmConfig, rows: int, cols: int, depth: int) -> GemmConfig:
     block_m, block_n = clip(tile.block_m, rows), clip(tile.block_n, cols)
-    # a cap is for the whole tile
+    # the register limit applies to the unclipped tile
     most = tile.max_registers if (block_m, block_n) == (tile.block_m, tile.block_n) else 255
     return replace(tile, block_m=block_m, block_n=block_n, block_k=clip(tile.block_k, depth), max_registers=most)
 
@@ -132,7 +132,7 @@ def candidates_gemm(rows: int, cols: int, depth: int, dtype: torch.dtype) -> lis
 
 
 def tokens(m: int, target: Target) -> int:
-    """``m`` for the interpreter only: on a GPU the tile must not depend on the batch."""
+    """``m`` in the interpreter, else unlimited: on a GPU the tile must not depend on the batch."""
     return m if target.family == "interpreter" else 2**30
 
 
@@ -149,14 +149,14 @@ def pick_linear_fwd(
     if dtype == torch.float32 or epilogue is Epilogue.NONE:
         return tile
     if target.family == "sm_80":
-        # A100: with eight warps an elementwise epilogue in two subtiles fits 128 registers, and two blocks a
-        # multiprocessor. The others need more registers: at 128 columns one block would fit
+        # Two resident blocks: an elementwise epilogue in two subtiles fits in 128 registers with eight warps; other
+        # epilogues need more registers and therefore 64 columns (benchmarks codegen)
         block_n, num_warps = (128, 8) if epilogue is Epilogue.ELEMENTWISE else (64, 4)
         return replace(tile, block_m=128, block_n=clip(block_n, n), num_warps=num_warps, subtiles=2)
     if target.family == "sm_90" and epilogue is Epilogue.DROPOUT:
         return clipped(replace(NARROW, subtiles=2, max_registers=168), 2**30, n, k)
     if target.family == "sm_90":
-        return replace(tile, max_registers=128)  # of its own the compiler takes 137, and then one block fits, not two
+        return replace(tile, max_registers=128)  # without the limit the compiler exceeds it: one resident block
     return tile
 
 
@@ -172,21 +172,21 @@ def pick_linear_bwd_input(
     tile = pick_gemm(tokens(m, target), k, n, dtype, target, precision, epilogue)
     if dtype == torch.float32 or epilogue is Epilogue.NONE:
         return tile
-    # the activation and its derivative at once: in one subtile they spill on an A100
+    # the activation and its derivative together: one subtile spills on sm_80
     if target.family == "sm_80":
         return replace(tile, subtiles=2)
     if target.family == "sm_90" and epilogue is Epilogue.BRANCH:
         return clipped(replace(NARROW, subtiles=4, max_registers=168), 2**30, k, n)
-    if target.family == "sm_90":  # two blocks
+    if target.family == "sm_90":  # two resident blocks
         return replace(tile, block_n=clip(128, k), subtiles=4, max_registers=128)
     return tile
 
 
 def split_k(tile: GemmConfig, n: int, k: int) -> GemmConfig:
-    """``tile`` with split-K: a weight has few tiles (768 x 768: 36) and the contraction is long, so that parts fill the
-    GPU."""
+    """``tile`` with split-K: a weight has few tiles (768 x 768 has 36 of 128 x 128), too few to fill a GPU."""
     tiles = cdiv(n, tile.block_m) * cdiv(k, tile.block_n)
-    return replace(tile, split=min(16, next_power_of_2(cdiv(216, max(tiles, 1)))))  # two per multiprocessor of an A100
+    # 216: two programs per multiprocessor of an A100
+    return replace(tile, split=min(16, next_power_of_2(cdiv(216, max(tiles, 1)))))
 
 
 def candidates_bwd_weight(m, n, k, dtype, target, precision):
@@ -201,12 +201,12 @@ def _candidates_linear_bwd_weight(m, n, k, dtype, target, precision, epilogue):
 def pick_linear_bwd_weight(
     m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
 ) -> GemmConfig:
-    """Tiles of ``linear_bwd_weight_kernel`` ((n, k), depth m), and in how many parts m is cut; an elementwise
-    ``epilogue`` is the gradient of a bias."""
+    """Tiles of ``linear_bwd_weight_kernel`` ((n, k), depth m) and the split-K factor; an elementwise ``epilogue`` is
+    the gradient of a bias."""
     tile = pick_bwd_weight(m, n, k, dtype, target, precision, epilogue)
     if dtype == torch.float32 or epilogue is Epilogue.NONE or target.family not in ("sm_90", "sm_100"):
         return tile
-    if target.family == "sm_90" and epilogue is Epilogue.ELEMENTWISE:  # two blocks instead of one with 166 registers
+    if target.family == "sm_90" and epilogue is Epilogue.ELEMENTWISE:  # the limit allows two resident blocks
         return tile if tile.block_m * tile.block_n < 128 * 128 else replace(tile, max_registers=128)
     narrow = split_k(clipped(NARROW, n, k, 2**30), n, k)
     if target.family == "sm_90":  # smaller tiles spill

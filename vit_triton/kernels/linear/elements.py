@@ -1,4 +1,4 @@
-"""``@triton.jit`` helpers of the products: where elements lie, which exist, and what each is multiplied by."""
+"""``@triton.jit`` helpers of the GEMM kernels: offsets, masks and scales of elements."""
 
 import triton
 import triton.language as tl
@@ -15,7 +15,7 @@ def offsets(rows, stride_row, cols, stride_col):
 
 @triton.jit
 def within(rows, num_rows, cols, num_cols, EVEN_COLS: tl.constexpr):
-    """Which of (rows x cols) exist; ``EVEN_COLS``: all columns do."""
+    """Mask of the elements (rows x cols); ``EVEN_COLS``: all columns are in bounds."""
     if EVEN_COLS:
         return (rows < num_rows)[:, None]
     else:
@@ -24,13 +24,13 @@ def within(rows, num_rows, cols, num_cols, EVEN_COLS: tl.constexpr):
 
 @triton.jit
 def dropout_scale(seed_ptr, rows, cols, p, keep_scale):
-    """D: 0 where the element (row, col) is dropped, else ``keep_scale`` = 1 / (1 - p)."""
+    """D: 0 for a dropped element (row, col), else ``keep_scale`` = 1 / (1 - p)."""
     return tl.where(dropout_keep(tl.load(seed_ptr), rows[:, None], cols[None, :], 0, p), keep_scale, 0.0)
 
 
 @triton.jit
 def sample_scale(samples_ptr, rows, num_rows, rows_per_sample):
-    """s of the sample that each row belongs to."""
+    """The stochastic depth scale s of each row's sample."""
     return tl.load(samples_ptr + rows // rows_per_sample, mask=rows < num_rows, other=0.0)
 
 

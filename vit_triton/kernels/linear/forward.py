@@ -1,34 +1,34 @@
-"""The matrix products of a Vision Transformer: linear layers with everything around them fused in.
+"""Linear layers of a Vision Transformer: GEMMs with fused epilogues.
 
-Forward, of tokens x (M, K) and nn.Linear's weight (N, K):
+Forward, for tokens x (M, K) and nn.Linear's weight (N, K):
 
     z = x @ weight.T + bias                    y = s * gamma * dropout(act(z)) + residual
 
-with LayerScale's gamma of each column (Touvron et al. 2021, arXiv:2103.17239) and stochastic depth's s of each sample
-(Huang et al. 2016, arXiv:1603.09382), which stand beside a residual and not beside an activation. Backward, with D the
-dropout scale (0 or 1 / (1 - p)) of each element and `*` elementwise:
+gamma is LayerScale's factor per column (Touvron et al. 2021, arXiv:2103.17239) and s the stochastic depth factor per
+sample (Huang et al. 2016, arXiv:1603.09382); both require that act is the identity. Backward, with D the dropout scale
+(0 or 1 / (1 - p)) of each element and `*` elementwise:
 
     dz = s * gamma * D * dy * act'(z)     dx = dz @ weight     dweight = dz.T @ x     dbias = dz.sum(0)
 
-gamma's own gradient sums s * D * dy * z over the tokens, and z is not kept. As z is linear in x, the same sum is had
-from the weight's gradient before gamma, whatever gamma is, 0 too: with G = (s * D * dy).T @ x and g = (s * D *
-dy).sum(0),
+The gradient of gamma sums s * D * dy * z over the tokens, but z is not saved. Because z is linear in x, that sum
+follows from the weight's gradient without gamma, for every gamma including 0: with G = (s * D * dy).T @ x and g = (s *
+D * dy).sum(0),
 
     dweight = gamma * G     dbias = gamma * g     dgamma = (weight * G).sum(1) + bias * g
 
-An MLP is y = dropout(f(z)) + residual with z = x @ w1.T + b1, f(z) = dropout(act(z)) @ w2.T + b2. Only z is
-saved, in the weight's dtype: `linear_bwd_input` of the second layer applies act'(z) and the hidden dropout to the
-gradient it has just computed, and writes dropout(act(z)) once more on the way, for the weight's gradient. (Computed
-where that gradient loads z, once for every tile of it, the activation would hold up the matrix units.) The activation
-is of z *rounded* to that dtype in the forward pass too, so that it is the same again, bit for bit. The GELU is
-Hendrycks & Gimpel's (2016, arXiv:1606.08415).
+An MLP is y = dropout(f(z)) + residual with z = x @ w1.T + b1, f(z) = dropout(act(z)) @ w2.T + b2. Only the
+pre-activation z is saved, in the weight's dtype. `linear_bwd_input` of the second layer multiplies its result by
+act'(z) and the hidden dropout in the epilogue, and stores dropout(act(z)) again for the weight's gradient.
+(`linear_bwd_weight` loads z once per tile; recomputing the activation there would stall the matrix units.) The forward
+pass applies the activation to z *rounded* to that dtype, so the recomputed activation is identical bit for bit. GELU:
+Hendrycks & Gimpel (2016, arXiv:1606.08415).
 
-No kernel uses atomics: the sum over tokens in `dweight` is cut into parts that are added in a fixed order.
+No kernel uses atomics: the sum over tokens in `dweight` uses split-K, and the partial sums are added in a fixed order.
 
-Where a tuned table says so (`VendorGemm`), the vendor's library takes the product and the same kernels do the rest, in
-one pass over it. The product is then rounded to the weight's dtype before the bias or act'(z) reach it, once more than
-without. What stands in front of a product (s and gamma of dy) is a pass and memory of its own, with
-the rounding that it has in the kernels; the dropout masks are the same.
+If a tuned table selects `VendorGemm`, the vendor's library computes the GEMM and the same kernels apply the epilogue in
+one pass over its result. The result is then rounded to the weight's dtype before the epilogue, one rounding more than
+in the fused kernel. Factors in front of a GEMM (s and gamma of dy) take a separate pass with its own memory, rounded as
+in the fused kernel; the dropout masks are the same.
 """
 
 from dataclasses import replace
@@ -56,7 +56,7 @@ def linear_fwd_kernel(
     SUBTILES: tl.constexpr, MULTIPLIED: tl.constexpr = False,
 ):  # fmt: skip
     """WORD: 0, or weight_ptr holds the panels of `pack_weight`, BLOCK_N columns of WORD values along K each.
-    MULTIPLIED: x_ptr holds the product, and of the weight only the dtype counts."""
+    MULTIPLIED: x_ptr holds the result of the GEMM, and only the dtype of the weight is used."""
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -87,7 +87,7 @@ def linear_fwd_kernel(
         w_ptrs += step_w
 
     WIDTH: tl.constexpr = BLOCK_N // SUBTILES
-    for subtile in tl.static_range(SUBTILES):  # what the epilogue loads then takes the registers of a subtile only
+    for subtile in tl.static_range(SUBTILES):  # the epilogue's loads take the registers of one subtile
         offs_n = pid_n * BLOCK_N + subtile * WIDTH + tl.arange(0, WIDTH)
         z = columns_of(product, subtile, SUBTILES)  # [BLOCK_M, WIDTH]
         mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
@@ -125,12 +125,12 @@ def linear_fwd(
     panels: torch.Tensor | None = None,
     multiplied: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """y = s * gamma * dropout(act(x @ weight.T + bias)) + residual, and z = x @ weight.T + bias if ``save_pre``, else
+    """y = s * gamma * dropout(act(x @ weight.T + bias)) + residual, and z = x @ weight.T + bias with ``save_pre``, else
     None.
 
-    x (M, K), weight (N, K), bias (N,), residual (M, N), ``branch`` gamma and s -> y (M, N) in :func:`output_dtype`; z
-    (M, N) in the weight's. ``panels``: the weight once more, as `pack_weight` gives it, and then that is read.
-    ``multiplied``: x (M, N) is the product, and of the weight only shape and dtype count.
+    x (M, K), weight (N, K), bias (N,), residual (M, N), ``branch`` (gamma, s) -> y (M, N) in :func:`output_dtype`, z
+    (M, N) in the weight's dtype. ``panels``: the weight packed by `pack_weight`, read instead of ``weight``.
+    ``multiplied``: x (M, N) is the result of the GEMM, and only shape and dtype of the weight are used.
     """
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n, dtype=output_dtype(weight, residual, branch.layer_scale))
@@ -193,15 +193,15 @@ def linear_fwd(
 
 
 def output_dtype(weight: torch.Tensor, residual: torch.Tensor | None, layer_scale: torch.Tensor | None) -> torch.dtype:
-    """The residual's or else the weight's; float32 where that of LayerScale, which autocast leaves as it is,
-    differs."""
+    """The dtype of the residual, else of the weight; float32 if LayerScale has another dtype, which happens under
+    autocast."""
     dtype = (weight if residual is None else residual).dtype
     return dtype if layer_scale is None or layer_scale.dtype == dtype else torch.float32
 
 
 def pack_weight(weight: torch.Tensor, panel: int, word: int) -> torch.Tensor:
-    """A weight (N, K) as panels of ``panel`` of its rows, (N / panel, K / word, panel, word): what a CPU multiplies
-    with lies in the order in which it is read. Zeros where N or K does not divide."""
+    """Reorder a weight (N, K) into panels of ``panel`` rows, (N / panel, K / word, panel, word), the order in which CPU
+    kernels read it. N and K are padded with zeros."""
     n, k = weight.shape
     padded = torch.nn.functional.pad(weight, (0, -k % word, 0, -n % panel))
     return padded.unflatten(1, (-1, word)).unflatten(0, (-1, panel)).transpose(1, 2).contiguous()

@@ -1,22 +1,22 @@
-"""The two-layer perceptron of a transformer block, and the single linear layer, with what stands before and after.
+"""The MLP and the linear layer of a transformer block, with the norm before and the residual branch after them.
 
     h = x W1^T + b1        y = s * gamma * D_y * (D_h * act(h) W2^T + b2) + residual          x may be LayerNorm(x0)
 
-D are dropout masks over (1 - p), gamma is a LayerScale, s of each sample is that of stochastic depth. The GEMMs are
-those of :mod:`.linear`: activation, dropout and residual are their epilogues. Of all this the backward pass keeps x0
-with the statistics of its norm, and h; norm and activation are computed again, the activation where act'(h) is, so
-act(h) lives only from one GEMM to the next. Gradients, with dz = s * gamma * D_y * dy:
+D is a dropout mask divided by (1 - p), gamma is LayerScale, and s is the stochastic depth factor per sample. The GEMMs
+are those of :mod:`.forward` and :mod:`.backward`, with activation, dropout and residual as epilogues. The backward pass
+saves x0, the statistics of its norm, and the pre-activation h; the norm is recomputed, and act(h) together with
+act'(h), so act(h) is materialized only between two GEMMs. Gradients, with dz = s * gamma * D_y * dy:
 
     dW2 = dz^T (D_h * act(h))     dh = (dz W2) * D_h * act'(h)     dW1 = dh^T x     dx = dh W1
 
-With the activation "swiglu" h is twice as wide, and D_h * act(h) is a pass of its own (:mod:`.swiglu`).
+With the activation "swiglu", h is twice as wide and D_h * act(h) is a separate pass (:mod:`.swiglu`).
 """
 
 import torch
 from torch import Tensor
 
 from vit_triton.arguments import NO_BRANCH, NO_DROPOUT, Branch, Dropout, Norm, SavedNorm
-from vit_triton.kernels.launch import side_by_side
+from vit_triton.kernels.launch import maybe_contiguous
 from vit_triton.kernels.linear.backward import dropout_bwd, linear_bwd_input, linear_bwd_weight
 from vit_triton.kernels.linear.forward import linear_fwd
 from vit_triton.kernels.linear.swiglu import swiglu_bwd, swiglu_fwd
@@ -36,7 +36,7 @@ def norm_linear_fwd(
     save: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """s * gamma * dropout(norm(x) @ weight.T + bias) + residual -> y (M, N), and with ``save`` mean and rstd (M,) of
-    the norm. ``panels``: the weight as `pack_weight` lays it out."""
+    the norm. ``panels``: the weight packed by `pack_weight`."""
     x, mean, rstd = _norm(x, norm, weight.dtype, save)
     y, _ = linear_fwd(x, weight, bias, residual, branch=branch, dropout=dropout, panels=panels)
     return y, mean, rstd
@@ -56,10 +56,10 @@ def norm_linear_bwd(
     needs_x: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, ...]:
-    """dx, dweight, dbias, dnorm_weight, dnorm_bias, dlayer_scale; None for what is not needed. ``residual_is_x``: x was
-    the residual too, and dx carries both gradients. ``bias`` is read only where there is a LayerScale, whose gradient
-    comes with that of the weight."""
-    dy = side_by_side(dy)
+    """dx, dweight, dbias, dnorm_weight, dnorm_bias, dlayer_scale; None for gradients that are not needed.
+    ``residual_is_x``: x was the residual too, and dx is the sum of both gradients. ``bias`` is read only with
+    LayerScale, whose gradient is computed together with dweight."""
+    dy = maybe_contiguous(dy)
     dropped = dropout_bwd(dy, weight.dtype, dropout)
     dweight = dbias = dlayer_scale = None
     if needs_weight:
@@ -93,7 +93,7 @@ def mlp_fwd(
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y (M, K), and with ``save`` the pre-activation h (M, N), mean and rstd (M,) of the norm. ``panels``: both weights
-    as `pack_weight` lays them out."""
+    packed by `pack_weight`."""
     x, mean, rstd = _norm(x, norm, w1.dtype, save)
     pre: Tensor | None
     if activation == "swiglu":
@@ -104,7 +104,7 @@ def mlp_fwd(
         hidden, pre = linear_fwd(
             x, w1, b1, dropout=hidden_dropout, activation=activation, save_pre=save, panels=panels[0]
         )
-    del x  # its norm is read, and its memory free for y
+    del x  # frees the normalised input before y is allocated
     y, _ = linear_fwd(hidden, w2, b2, residual, branch=branch, dropout=dropout, panels=panels[1])
     return y, pre, mean, rstd
 
@@ -128,9 +128,9 @@ def mlp_bwd(
     needs_x: bool,
     needs_weights: bool,
 ) -> tuple[Tensor | None, ...]:
-    """dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, dlayer_scale; None for what is not needed. ``b2`` as ``bias``
-    in :func:`norm_linear_bwd`."""
-    dy = side_by_side(dy)
+    """dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, dlayer_scale; None for gradients that are not needed. ``b2`` is
+    used as ``bias`` in :func:`norm_linear_bwd`."""
+    dy = maybe_contiguous(dy)
     dw1 = db1 = dw2 = db2 = dlayer_scale = None
     dropped = dropout_bwd(dy, w2.dtype, dropout)
     if activation == "swiglu":

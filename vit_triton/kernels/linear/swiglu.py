@@ -1,10 +1,10 @@
 """SwiGLU (Shazeer 2020, arXiv:2002.05202), the gated activation of an MLP.
 
-    h = silu(g) * u * D        g and u are the two halves of the columns of the first product, D is dropout's scale
+    h = silu(g) * u * D        g and u are the two halves of the columns of the first GEMM, D is the dropout scale
 
-It stands between the two products as a kernel of its own: an epilogue would hold two accumulators, one of g and one of
-u, in the registers of one program. What that costs is reading g and u once, 2 of every 5 numbers moved here and in the
-products beside it. Backward, g and u are kept and h is computed again, with s = sigmoid(g):
+It is a separate kernel between the two GEMMs: an epilogue would need two accumulators, one for g and one for u, in the
+registers of one program. The cost is one additional read of g and u. The backward pass saves g and u and recomputes h,
+with s = sigmoid(g):
 
     du = dh * D * g * s              dg = dh * D * u * s * (1 + g * (1 - s))
 """
@@ -42,7 +42,7 @@ def swiglu_fwd_kernel(
 
 
 def swiglu_fwd(pre: torch.Tensor, dropout: Dropout) -> torch.Tensor:
-    """[g, u] (M, 2 H), contiguous -> h (M, H) in the same dtype."""
+    """Contiguous [g, u] (M, 2 H) -> h (M, H) in the same dtype."""
     m, h = pre.shape[0], pre.shape[1] // 2
     hidden = pre.new_empty(m, h)
     _launch(swiglu_fwd_kernel, pre, h, dropout, pre_ptr=pre, hidden_ptr=hidden)
@@ -81,7 +81,7 @@ def swiglu_bwd_kernel(
 def swiglu_bwd(
     dhidden: torch.Tensor, pre: torch.Tensor, dropout: Dropout, *, with_hidden: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dh (M, H), [g, u] (M, 2 H), both contiguous -> [dg, du] (M, 2 H), and h (M, H) again if it is wanted."""
+    """Contiguous dh (M, H) and [g, u] (M, 2 H) -> [dg, du] (M, 2 H), and with ``with_hidden`` h (M, H)."""
     h = dhidden.shape[1]
     dpre = torch.empty_like(pre)
     hidden = torch.empty_like(dhidden) if with_hidden else None

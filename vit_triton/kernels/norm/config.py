@@ -1,4 +1,4 @@
-"""Tiles of the kernels that normalise rows."""
+"""Tiles of the normalisation kernels."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from vit_triton.kernels.picker import cdiv, next_power_of_2, tunable
 from vit_triton.kernels.target import Target
 
 MAX_LAYER_NORM_WIDTH = 2**16
-# 2 programs for each of the 132 multiprocessors of an H100; fixed, so that every card adds the same partial sums
+# 2 programs per multiprocessor of an H100 (132); constant, so that all GPUs add the same partial sums
 LAYER_NORM_PARTIALS = 264
 
 
 @dataclass(frozen=True)
 class LayerNormConfig:
-    """``block_m`` rows at a time, each held whole in ``block_d`` >= width lanes of ``num_warps`` warps; the backward
-    kernel leaves at most ``partials`` partial sums."""
+    """A tile of ``block_m`` whole rows, padded to ``block_d`` >= width columns; the backward kernel writes at most
+    ``partials`` partial sums."""
 
     block_m: int
     block_d: int
@@ -23,7 +23,7 @@ class LayerNormConfig:
 
 
 def check_layer_norm_width(width: int) -> None:
-    """A row lives in the registers of one program, which bounds its width."""
+    """Raise ValueError if the width is not supported: one program holds a whole row in registers."""
     if not 0 < width <= MAX_LAYER_NORM_WIDTH:
         raise ValueError(f"layer_norm: width must be 1 to {MAX_LAYER_NORM_WIDTH}, got {width}")
 
@@ -42,29 +42,29 @@ def pick_layer_norm(width: int, target: Target) -> LayerNormConfig:
     """Tiles of both LayerNorm kernels."""
     block_d = next_power_of_2(width)
     if target.family == "interpreter":
-        # 2**17: one more row is then cheaper than one more program, and tiny inputs do not pay for 2**20 elements
+        # 2**17 elements: fewer programs for large inputs, without padding small inputs to 2**20 elements
         return LayerNormConfig(max(1, 2**17 // block_d), block_d, 4)
     if target.family == "cpu":
-        # a row, and backward the sums of the columns, stay in the L1 cache from one pass over them to the next
+        # a row, and in the backward pass the column sums, stay in the L1 cache between passes
         return LayerNormConfig(1, block_d, 1, partials=32)
-    # 16 elements a thread: two 16-byte loads of bfloat16 in flight, and the backward kernel fits its registers
+    # 16 elements per thread: two 16-byte loads of bfloat16, and the backward kernel does not spill (benchmarks codegen)
     num_warps = 4 if block_d <= 1024 else min(16, block_d // 256) if block_d <= 8192 else 32
     return LayerNormConfig(max(1, min(16, num_warps * 512 // block_d)), block_d, num_warps)
 
 
 def pick_qk_norm(head_dim: int, target: Target) -> LayerNormConfig:
-    """Tiles of both kernels that normalise queries and keys: the rows are a head long, and many."""
+    """Tiles of both kernels that normalise queries and keys: many short rows of ``head_dim`` elements."""
     block_d = next_power_of_2(head_dim)
     if target.family == "interpreter":
         return pick_layer_norm(head_dim, target)
     if target.family == "cpu":
         return LayerNormConfig(max(1, 1024 // block_d), block_d, 1, partials=32)
-    per_thread = 8 if target.family == "sm_100" else 16  # as above; of 16 the backward kernel spills there
+    per_thread = 8 if target.family == "sm_100" else 16  # with 16 the backward kernel spills on sm_100
     return LayerNormConfig(max(1, min(128, 128 * per_thread // block_d)), block_d, 4)
 
 
 def layer_norm_stretch(n_rows: int, config: LayerNormConfig) -> tuple[int, int]:
-    """(programs, steps of ``block_m`` rows each takes) of the backward kernel: at most ``partials`` programs."""
+    """(programs, steps of ``block_m`` rows per program) of the backward kernel: at most ``partials`` programs."""
     n_blocks = cdiv(n_rows, config.block_m)
     n_steps = max(1, cdiv(n_blocks, config.partials))
     return cdiv(n_blocks, n_steps), n_steps

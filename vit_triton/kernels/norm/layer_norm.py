@@ -1,16 +1,16 @@
 """Layer normalisation over the last dimension, alone or after a residual addition.
 
 Forward, per row:  mean = sum(x) / D,  rstd = 1 / sqrt(sum((x - mean)^2) / D + eps),  y = xhat * weight + bias
-with xhat = (x - mean) * rstd. A row sits in registers as a whole, so the variance is that of the centred row and
-does not cancel. Statistics and arithmetic are float32 for every dtype. (Ba, Kiros, Hinton: Layer Normalization,
-arXiv:1607.06450.)
+with xhat = (x - mean) * rstd. One program holds a whole row in registers, so the variance is computed from the centred
+row without cancellation. Statistics and arithmetic are float32 for every dtype. (Ba, Kiros, Hinton: Layer
+Normalization, arXiv:1607.06450.)
 
-Backward needs x, mean and rstd only. With g = dy * weight,
+The backward pass saves x, mean and rstd. With g = dy * weight,
 
     dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  dweight = sum over rows of dy * xhat,  dbias = sum of dy.
 
-A program walks a fixed stretch of rows and leaves one partial sum of dweight and of dbias (:mod:`..sums.sum_parts`).
-The stretches follow from the shape alone: the result is the same every time.
+Each program processes a contiguous range of rows and writes one partial sum of dweight and one of dbias
+(:mod:`..sums.sum_parts`). The ranges depend on the shape only, so the result is deterministic.
 """
 
 import torch
@@ -35,8 +35,8 @@ def layer_norm_fwd_kernel(
     SAVED_STATISTICS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of y. With SAVED_STATISTICS mean and rstd are read, without they are computed, and written if asked
-    for."""
+    """BLOCK_M rows of y. With SAVED_STATISTICS, mean and rstd are read; without, they are computed, and stored if
+    ``mean_ptr`` is given."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     mask_m = offs_m < n_rows
@@ -51,7 +51,7 @@ def layer_norm_fwd_kernel(
         residual = tl.load(residual_ptr + rows * stride_rm + cols * stride_rd, mask=mask, other=0.0).to(tl.float32)
         summed = (x + residual).to(summed_ptr.dtype.element_ty)
         tl.store(summed_ptr + offs_y, summed, mask=mask)
-        x = summed.to(tl.float32)  # what is normalised is what backward will read
+        x = summed.to(tl.float32)  # normalise the rounded sum, which the backward pass reads
 
     if SAVED_STATISTICS:
         mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
@@ -81,8 +81,8 @@ def _layer_norm(
     out_dtype: torch.dtype | None,
     save: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(y, summed, mean, rstd): the one launch behind the three forward launchers. Statistics are those given, made with
-    ``save``, else None."""
+    """(y, summed, mean, rstd): the launch shared by the three forward launchers. mean and rstd are ``statistics`` if
+    given, new with ``save``, else None."""
     n_rows, width = x.shape
     check_layer_norm_width(width)
     y = x.new_empty((n_rows, width), dtype=out_dtype or x.dtype)
@@ -129,7 +129,7 @@ def layer_norm_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Normalise the rows of x (M, D), any strides -> y (M, D), and with ``save`` mean (M,), rstd (M,).
 
-    y has ``out_dtype``, by default x's; mean and rstd are float32. weight and bias (D,) may have another dtype.
+    y has ``out_dtype`` (default: x's dtype); mean and rstd are float32. weight and bias (D,) may have another dtype.
     """
     y, _, mean, rstd = _layer_norm(x, None, weight, bias, None, eps, out_dtype, save)
     return y, mean, rstd
@@ -146,7 +146,7 @@ def add_layer_norm_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Add and normalise in one pass -> y, summed = x + residual, and with ``save`` mean, rstd.
 
-    summed and y have x's dtype, and y is the norm of the sum as rounded to it.
+    summed and y have x's dtype; y is the norm of the rounded sum.
     """
     y, summed, mean, rstd = _layer_norm(x, residual, weight, bias, None, eps, None, save)
     assert summed is not None
@@ -162,7 +162,7 @@ def layer_norm_apply(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """y of ``layer_norm_fwd`` again, from x and the statistics it saved."""
+    """Recompute y of ``layer_norm_fwd`` from x and the saved statistics."""
     return _layer_norm(x, None, weight, bias, (mean, rstd), 0.0, out_dtype)[0]
 
 
@@ -176,7 +176,7 @@ def layer_norm_bwd_kernel(
     rows_per_batch, n_rows, width, n_steps,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """n_steps * BLOCK_M rows of dx, and their sum of dy * xhat and dy: row pid of the partials (programs, D)."""
+    """n_steps * BLOCK_M rows of dx; their sums of dy * xhat and dy are row pid of the partials (programs, D)."""
     pid = tl.program_id(0)
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     mask_d = offs_d < width
@@ -197,7 +197,7 @@ def layer_norm_bwd_kernel(
         x = tl.load(x_ptr + rows * stride_xm + cols * stride_xd, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
-        # beyond the width dy is 0, so xhat may be anything finite there; where it is not, the whole row is NaN anyway
+        # xhat is not masked past the width, because dy is 0 there; a non-finite xhat means that the whole row is NaN
         xhat = (x - mean[:, None]) * rstd[:, None]
 
         grad = dy
@@ -227,9 +227,9 @@ def layer_norm_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of ``layer_norm_fwd`` -> dx (M, D) in x's dtype, dweight (D,), dbias (D,).
 
-    dy is (M, D), or (B, M / B, D) where the rows are a slice of longer sequences; any strides, 0 included, and any
-    dtype. dsum (M, D) is a gradient that reaches x by another road and is added to dx before it is rounded: that of
-    the sum, after ``add_layer_norm_fwd``. dweight and dbias have the weight's dtype; without a weight both are None.
+    dy is (M, D), or (B, M / B, D) for a slice of longer sequences, with any strides, including 0, and any dtype. dsum
+    (M, D) is added to dx before rounding: the gradient of the residual branch, or of ``summed`` after
+    ``add_layer_norm_fwd``. dweight and dbias have the weight's dtype; without a weight both are None.
     """
     n_rows, width = x.shape
     check_layer_norm_width(width)
@@ -238,7 +238,7 @@ def layer_norm_bwd(
     config = pick_layer_norm(width, target_of(x.device))
     n_programs, n_steps = layer_norm_stretch(n_rows, config)
     dx = x.new_empty((n_rows, width))
-    # apart, since what one program leaves is the result: two results must not share a storage
+    # two allocations: the partials of a single program are the results, which must not share a storage
     dweight_partials, dbias_partials = (
         None if weight is None else new_partials(x, n_programs, width, dtype=weight.dtype) for _ in range(2)
     )

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from vit_triton.arguments import Norm
 from vit_triton.kernels.device import target_of
-from vit_triton.kernels.launch import TRITON_DTYPE, contiguous, input_precision, launch, side_by_side
+from vit_triton.kernels.launch import TRITON_DTYPE, contiguous, input_precision, launch, maybe_contiguous
 from vit_triton.kernels.norm.config import pick_layer_norm
 from vit_triton.kernels.norm.layer_norm import layer_norm_bwd
 from vit_triton.kernels.norm.statistics import row_gradient
@@ -35,7 +35,7 @@ def patch_embed_bwd_weight_kernel(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of G = dz.T @ xhat over one of SPLIT stretches of rows; the tiles of the first column sum dz too."""
+    """A tile of G = dz.T @ xhat over one of SPLIT ranges of rows; the tiles of the first column sum dz too."""
     K: tl.constexpr = C * PATCH_H * PATCH_W
     n_tiles = tl.cdiv(dim, BLOCK_N) * tl.cdiv(K, BLOCK_K)
     split = tl.program_id(0) // n_tiles
@@ -59,7 +59,7 @@ def patch_embed_bwd_weight_kernel(
         dz = tl.load(dz_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
         rows = row_offsets(offs_m, n_patches, grid_w, stride_ib, stride_ih, stride_iw, PATCH_H, PATCH_W)
         mask = mask_m[:, None] & mask_k[None, :]
-        # rows beyond the last may hold anything finite: dz is 0 there
+        # past the last row, a is finite and dz is 0
         a = load_patches(image_ptr + rows[:, None] + columns[None, :], mask, mean_ptr, std_ptr, channel, mask_k)
         if pre_mean_ptr is not None:
             pre_mean = tl.load(pre_mean_ptr + offs_m, mask=mask_m, other=0.0)
@@ -85,7 +85,7 @@ def patch_embed_bwd_image_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of du = dz @ weight, stored where the patches lie."""
+    """A tile of du = dz @ weight, stored in the layout of the image."""
     K: tl.constexpr = C * PATCH_H * PATCH_W
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     pid_m, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
@@ -119,7 +119,7 @@ def patch_embed_bwd_norm_kernel(
     C: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Turn du, which lies in dimage, into the gradient of BLOCK_M patches before pre_norm, in place."""
+    """Replace du, stored in dimage, by the gradient of BLOCK_M patches before pre_norm, in place."""
     K: tl.constexpr = C * PATCH_H * PATCH_W
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
@@ -174,15 +174,15 @@ def patch_embed_bwd(
     """Gradients of ``patch_embed_fwd`` -> dimage, dweight, dbias, dpre_weight, dpre_bias, dpost_weight, dpost_bias,
     dpos, dprefix.
 
-    dtokens (B, n + patches, dim) with any strides; z and the statistics are what the forward pass returned. dimage is
-    contiguous, in the image's dtype, and None unless ``needs_image``; the gradients of a norm have its weight's dtype
-    and are both None without one; all others have the weight's dtype. dpos (patches, dim) and dprefix (n, dim) are
-    sums over the batch, made whether or not there was a pos.
+    dtokens (B, n + patches, dim) has any strides; z and the statistics are results of the forward pass. dimage is
+    contiguous, in the image's dtype, and None unless ``needs_image``. The gradients of a norm have its weight's dtype
+    and are None without it; all others have the weight's dtype. dpos (patches, dim) and dprefix (n, dim) are sums over
+    the batch, computed with and without pos.
     """
     layout = patch_layout(image, patch_size, patch_order)
     dtype = weight.dtype
     n_prefix = dtokens.shape[1] - layout.n_patches
-    dtokens = side_by_side(dtokens)
+    dtokens = maybe_contiguous(dtokens)
     dz = dtokens[:, n_prefix:]
     dpost_weight = dpost_bias = None
     if post_norm is not None:
@@ -197,7 +197,7 @@ def patch_embed_bwd(
     if pre_norm is not None:
         pre_weight, pre_bias, _ = pre_norm
         if pre_weight is not None:
-            # elementwise, in float32 and in this order: a matrix product would follow the TF32 switch
+            # elementwise in float32: a GEMM would use TF32 where PyTorch allows it
             dpre_weight = (weight * grad).sum(0).to(pre_weight.dtype)
             dpre_bias = (weight * dbias[:, None]).sum(0).to(pre_weight.dtype)
             grad = grad * pre_weight
@@ -222,7 +222,7 @@ def _bwd_weight(
     layout: PatchLayout,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """G (dim, patch_dim), its columns in the weight's order, and the sum of dz (dim,), in float32."""
+    """G (dim, patch_dim) with its columns in the weight's order, and the sum of dz (dim,), in float32."""
     dim, n_rows = dz.shape[2], dz.shape[0] * dz.shape[1]
     target = target_of(image.device)
     precision = input_precision(dtype, target)
@@ -274,7 +274,7 @@ def _bwd_image(
     patch_order: str,
 ) -> torch.Tensor:
     dimage = torch.empty_like(image, memory_format=torch.contiguous_format)
-    layout = patch_layout(dimage, patch_size, patch_order)  # the gradient's own: an image may be channels_last
+    layout = patch_layout(dimage, patch_size, patch_order)  # not the layout of the image, which may be channels_last
     n_rows, dim = dz.shape[0] * dz.shape[1], dz.shape[2]
     target = target_of(image.device)
     precision = input_precision(weight.dtype, target)

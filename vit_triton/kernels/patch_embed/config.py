@@ -1,5 +1,5 @@
-"""Tiles of the patch embedding: those of :mod:`..linear.config` with an epilogue always, since the addresses of the
-gathered tile hold registers beside the accumulator."""
+"""Tiles of the patch embedding: tiles of :mod:`..linear.config` with an elementwise epilogue, since the addresses of
+the gathered tile need registers too."""
 
 import torch
 
@@ -20,7 +20,7 @@ from vit_triton.kernels.target import Target
 
 
 def _narrow_patches(patch_dim: int, dtype: torch.dtype, target: Target) -> bool:
-    """On sm_100 patches of 14 spill in the narrow tile."""
+    """Whether the narrow tile is used: on sm_100 it spills for patch sizes such as 14."""
     fits = target.family == "sm_90" or target.family == "sm_100" and patch_dim % NARROW.block_k == 0
     return fits and dtype != torch.float32
 
@@ -34,12 +34,12 @@ def pick_patch_embed_fwd(
     m: int, dim: int, patch_dim: int, dtype: torch.dtype, target: Target, precision: str
 ) -> GemmConfig:
     """Tiles of ``patch_embed_fwd_kernel`` ((m, patch_dim) -> (m, dim))."""
-    if target.family == "cpu":  # wide: the patches are gathered and normalised again for every tile of columns
+    if target.family == "cpu":  # wide, because every tile of columns gathers and normalises the patches again
         return GemmConfig(256, clip(256, dim), clip(256, patch_dim), 1, 1)
     if _narrow_patches(patch_dim, dtype, target):
         return clipped(NARROW, 2**30, dim, patch_dim)
     if target.family == "sm_80" and dtype != torch.float32:
-        # 128 x 64 spills where patches of 14 are read, or bytes without a norm
+        # 128 x 64 spills for patch size 14 and for uint8 images without a norm
         return clipped(GemmConfig(64, 64, 32, 4, 4), 2**30, dim, patch_dim)
     return pick_gemm(tokens(m, target), dim, patch_dim, dtype, target, precision, Epilogue.ELEMENTWISE)
 
@@ -60,11 +60,11 @@ def pick_patch_embed_bwd_image(
 def pick_patch_embed_bwd_weight(
     m: int, dim: int, patch_dim: int, dtype: torch.dtype, target: Target, precision: str
 ) -> GemmConfig:
-    """Tiles of ``patch_embed_bwd_weight_kernel`` ((dim, patch_dim), depth m), and in how many parts m is cut."""
+    """Tiles of ``patch_embed_bwd_weight_kernel`` ((dim, patch_dim), depth m) and the split-K factor."""
     if _narrow_patches(patch_dim, dtype, target):
-        # two blocks on a multiprocessor; held to 168 registers patches of 14 spill
+        # two resident blocks; a limit of 168 registers spills for patch size 14
         return split_k(clipped(NARROW, dim, patch_dim, 2**30), dim, patch_dim)
     if target.family == "sm_80" and dtype != torch.float32:
-        # left to itself the compiler spills for a third block
+        # without a limit the compiler spills to allow a third resident block
         return split_k(clipped(GemmConfig(128, 64, 32, 4, 4, max_registers=248), dim, patch_dim, 2**30), dim, patch_dim)
     return pick_bwd_weight(m, dim, patch_dim, dtype, target, precision, Epilogue.ELEMENTWISE)

@@ -1,20 +1,19 @@
-"""Patch embedding: image (B, C, H, W) -> tokens (B, prefix + patches, dim) with no unfolded copy of the image.
+"""Patch embedding: image (B, C, H, W) -> tokens (B, prefix + patches, dim) without an unfolded copy of the image.
 
     a = patch m of the image, flattened                     u = (a - mean_m) * rstd_m * g + b      (pre_norm)
-    z = u @ weight.T + bias                                 tokens = post_norm(z) + pos            (behind the prefix)
+    z = u @ weight.T + bias                                 tokens = post_norm(z) + pos      (after the prefix tokens)
 
-Without the norms u = a and tokens = z + pos. A patch is read where it lies: the element (row m, column k) of the
-matrix a has the address rows[m] + columns[k], a sum, so that any strides do: channels_last, a crop, an expanded
-image. Columns are walked in the order in which the image lies in memory, not in the weight's: it is the weight, which
-is small, that is reordered. uint8 images become (a / 255 - mean_c) / std_c in the load.
-(Dosovitskiy et al.: An Image is Worth 16x16 Words, arXiv:2010.11929.)
+Without the norms u = a and tokens = z + pos. Patches are read in place: element (row m, column k) of a has the address
+rows[m] + columns[k], which supports any strides (channels_last, a crop, an expanded image). Columns follow the memory
+order of the image; if the weight's order differs, the weight, which is small, is reordered. uint8 images are converted
+to (a / 255 - mean_c) / std_c on load. (Dosovitskiy et al.: An Image is Worth 16x16 Words, arXiv:2010.11929.)
 
-Backward saves the image, z where there is a post_norm, and the statistics of both norms. With xhat the patches
-normalised but without g and b, and G = dz.T @ xhat, the gradients of pre_norm follow without du ever existing:
+The backward pass saves the image, z with a post_norm, and the statistics of both norms. With xhat = (a - mean_m) *
+rstd_m and G = dz.T @ xhat, the gradients of pre_norm do not need du:
 
     dbias = sum of dz,   dweight = G * g + dbias b.T,   dg = column sums of weight * G,   db = weight.T @ dbias
 
-The gradient of the image, dz @ weight, goes straight into the image's layout: patches do not overlap.
+The gradient of the image, dz @ weight, is stored in the image's layout, because patches do not overlap.
 """
 
 import functools
@@ -50,7 +49,7 @@ def patch_embed_statistics_kernel(
     C: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Mean and 1 / standard deviation of BLOCK_M patches, each held whole."""
+    """Mean and 1 / standard deviation of BLOCK_M whole patches."""
     K: tl.constexpr = C * PATCH_H * PATCH_W
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
@@ -77,7 +76,7 @@ def patch_embed_fwd_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out = u @ weight.T + bias + pos: patches by features."""
+    """A tile (patches x features) of out = u @ weight.T + bias + pos."""
     K: tl.constexpr = C * PATCH_H * PATCH_W
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.cdiv(dim, BLOCK_N), GROUP)
@@ -104,7 +103,7 @@ def patch_embed_fwd_kernel(
                 a *= tl.load(pre_weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
             if pre_bias_ptr is not None:
                 a += tl.load(pre_bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
-        # columns beyond K may hold anything finite: the weight is 0 there
+        # past K, a is finite and the weight is 0
         weight_ptrs = weight_ptr + offs_n.to(tl.int64)[None, :] * K + offs_k[:, None]
         w = tl.load(weight_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(a.to(dtype), w, acc, input_precision=PRECISION)
@@ -153,7 +152,7 @@ def patch_embed_norm_kernel(
 def token_dtype(
     weight: torch.Tensor, pos: torch.Tensor | None, prefix: torch.Tensor | None, post_norm: Norm | None
 ) -> torch.dtype:
-    """The widest dtype of what makes a token: under autocast the product is 16 bits, norm and positions are float32."""
+    """The widest dtype of the tensors that tokens are computed from; under autocast they differ."""
     parts = (weight, pos, prefix, post_norm[0] if post_norm else None)
     return functools.reduce(torch.promote_types, (x.dtype for x in parts if x is not None))
 
@@ -186,10 +185,10 @@ def patch_embed_fwd(
 
     weight (dim, patch_dim) has its columns in ``patch_order``, "p1 p2 c" or "c p1 p2"; bias (dim,), pos (patches, dim),
     prefix (n, dim); pre_norm and post_norm are (weight, bias, eps) over patch_dim and dim. z (B * patches, dim) has the
-    weight's dtype, in which the product is taken; tokens (B, n + patches, dim) have :func:`token_dtype`; statistics
-    (B * patches,) are float32. A uint8 image needs mean and std (C,), float32, on the scale 0 to 1; others take none.
-    ``arranged``: the weight once more, with its columns in the image's order, and then that is read.
-    z is None without post_norm, the statistics are None without their norm. The image divides into patches.
+    weight's dtype, the dtype of the GEMM; tokens (B, n + patches, dim) have :func:`token_dtype`; statistics (B *
+    patches,) are float32. A uint8 image requires float32 mean and std (C,), on the scale 0 to 1; other dtypes take
+    none. ``arranged``: the weight with its columns in the image's order, read instead of ``weight``. z is None without
+    post_norm, statistics are None without their norm. The image size must be divisible by the patch size.
     """
     layout = patch_layout(image, patch_size, patch_order)
     batch, dim, n_patches = image.shape[0], weight.shape[0], layout.n_patches

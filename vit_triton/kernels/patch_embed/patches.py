@@ -1,4 +1,4 @@
-"""Where the patches of an image lie: addresses in kernels, and the order of a patch's values."""
+"""Addresses of the patches of an image in kernels, and the order of the values of a patch."""
 
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ def column_offsets(
     PATCH_W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """64-bit offset of each element of a patch from its first; divisors are constants: no division remains."""
+    """64-bit offset of each element of a patch from its first; all divisors are compile-time constants."""
     if CHANNELS_LAST:  # (p1 p2 c)
         x = offs_k // C % PATCH_W
         y = offs_k // (C * PATCH_W)
@@ -54,7 +54,7 @@ def column_offsets(
 
 @triton.jit
 def load_patches(ptrs, mask, mean_ptr, std_ptr, channel, mask_k):
-    """A tile of patches; with a mean and std it is float32, (a / 255 - mean) / std as one multiply-add."""
+    """Load a tile of patches; with mean and std as float32 (a / 255 - mean) / std, one multiply-add."""
     a = tl.load(ptrs, mask=mask, other=0)
     if mean_ptr is not None:
         mean = tl.load(mean_ptr + channel, mask=mask_k, other=0.0)
@@ -64,7 +64,7 @@ def load_patches(ptrs, mask, mean_ptr, std_ptr, channel, mask_k):
 
 
 class PatchLayout(NamedTuple):
-    """An image's patches in the order of its memory, and how the weight's columns get there and back."""
+    """The patches of an image in its memory order, with conversions from and to the weight's column order."""
 
     channels: int
     patch_h: int
@@ -92,11 +92,11 @@ class PatchLayout(NamedTuple):
         }
 
     def from_weight(self, columns: torch.Tensor | None) -> torch.Tensor | None:
-        """(..., patch_dim) in the weight's order -> contiguous, in the image's."""
+        """(..., patch_dim) in the weight's order -> contiguous, in the image's order."""
         return None if columns is None else self._reordered(columns, self.weight_order, self.order)
 
     def to_weight(self, columns: torch.Tensor) -> torch.Tensor:
-        """(..., patch_dim) in the image's order -> contiguous, in the weight's."""
+        """(..., patch_dim) in the image's order -> contiguous, in the weight's order."""
         return self._reordered(columns, self.order, self.weight_order)
 
     def _reordered(self, columns: torch.Tensor, source: str, target: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ from vit_triton.kernels.target import Target
 
 @dataclass(frozen=True)
 class SumConfig:
-    """``block_p`` parts at a time of ``block`` elements each."""
+    """A tile of ``block_p`` partial sums of ``block`` elements each."""
 
     block_p: int
     block: int
@@ -29,7 +29,7 @@ def pick_sum_parts(n_parts: int, target: Target) -> SumConfig:
         return SumConfig(min(1024, next_power_of_2(n_parts)), 1024, 4)
     if target.family == "cpu":
         return SumConfig(min(32, next_power_of_2(n_parts)), 256, 1)
-    # a LayerNorm's 264 parts of 768 numbers must occupy more than a few multiprocessors; few parts are of a large
-    # weight
+    # many partials (a LayerNorm's 264 of 768 elements) need small blocks to fill the GPU; few partials belong to a
+    # large weight
     block_p = min(32, next_power_of_2(n_parts))
     return SumConfig(block_p, 32 if block_p == 32 else 2048 // block_p, 4)

@@ -1,6 +1,6 @@
-"""Split sums: each program leaves its part, and the parts are added in a fixed order, without atomics.
+"""Split sums: each program writes a partial sum; partials are added in a fixed order, without atomics.
 
-``partials`` (P, ...) are float32. A single one is the sum: it has the dtype of the result, and no pass follows.
+``partials`` (P, ...) are float32. A single partial is the result itself, in its dtype; no pass follows.
 """
 
 import torch
@@ -15,7 +15,7 @@ from vit_triton.kernels.sums.config import pick_sum_parts
 
 @triton.jit
 def add_partials(partials_ptr, start, n_partials, stride_p, offs, mask, BLOCK_P: tl.constexpr):
-    """The sum [BLOCK] of the elements ``offs`` [BLOCK] of the BLOCK_P partials from ``start`` on."""
+    """Sum the elements ``offs`` [BLOCK] of partials ``start ... start + BLOCK_P`` -> [BLOCK]."""
     offs_p = start + tl.arange(0, BLOCK_P)  # [BLOCK_P]
     ptrs = partials_ptr + offs_p.to(tl.int64)[:, None] * stride_p + offs[None, :]  # [BLOCK_P, BLOCK]
     return tl.sum(tl.load(ptrs, mask=(offs_p < n_partials)[:, None] & mask[None, :], other=0.0), axis=0)
@@ -32,13 +32,13 @@ def sum_parts_kernel(partials_ptr, total_ptr, n_partials, stride_p, size, BLOCK_
 
 
 def new_partials(like: torch.Tensor, n_partials: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Memory for the ``n_partials`` parts of a sum of ``shape`` whose result has ``dtype``."""
+    """Allocate ``n_partials`` partial sums of ``shape`` for a result in ``dtype``."""
     return like.new_empty((n_partials, *shape), dtype=dtype if n_partials == 1 else torch.float32)
 
 
 def sum_parts(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The sum of ``partials`` (P, ...), each of them contiguous, over P -> (...) in ``dtype``; of one in that dtype a
-    view of it, so that nothing else may lie in its storage."""
+    """Sum contiguous ``partials`` (P, ...) over P -> (...) in ``dtype``. For P = 1 in that dtype the result is a view,
+    so the storage must not be shared with other tensors."""
     if len(partials) == 1 and partials.dtype == dtype:
         return partials[0]
     total = partials.new_empty(partials.shape[1:], dtype=dtype)
