@@ -14,6 +14,7 @@ from benchmarks.runner import OURS
 from vit_triton.kernels import tuned
 
 Steps = Mapping[str, dict[str, Any]]
+NAMED = 12  # steps that were not reached, in each section
 
 
 def markdown(results: Results, sections: Sequence[Section]) -> str:
@@ -60,9 +61,9 @@ def _bad(steps: Steps) -> str:
         return "## What went wrong\n\nNothing."
     parts = ["## What went wrong", _rows(("step", "what", ""), ((k, r["status"], r["line"]) for k, r in bad.items()))]
     for key, result in bad.items():
-        if result.get("detail"):
-            body = "\n".join(f"    {line}" for line in result["detail"].splitlines()[-25:])
-            parts.append(f"{key}:\n\n{body}")
+        lines = [line for line in result.get("detail", "").splitlines() if not line.startswith("== ")]
+        if lines:
+            parts.append(f"{key}:\n\n" + "\n".join(f"    {line}" for line in lines[-25:]))
     return "\n\n".join(parts)
 
 
@@ -129,8 +130,17 @@ def _models(steps: Steps) -> str:
             )
     if not rows:
         return ""
-    header = ("model", "", "batch", "accelerated, images/s", "eager", "torch.compile", "x eager", "x torch.compile")
-    header += ("memory, GiB", "eager", "torch.compile", "library")
+    header = (
+        "model",
+        "",
+        "batch",
+        "accelerated, images/s",
+        "eager",
+        "torch.compile",
+        "ratio to eager",
+        "ratio to torch.compile",
+    )
+    header += ("GiB, accelerated", "GiB, eager", "GiB, torch.compile", "library")
     return (
         "## Whole models\n\nInference in bfloat16; training with float32 parameters and autocast to bfloat16. Memory: "
         "the peak of a call above what is there before it.\n\n" + _rows(header, rows)
@@ -200,7 +210,11 @@ def _missing(results: Results, sections: Sequence[Section]) -> str:
         section.title: [step.name for step in section.steps if results.missing(section.key(step), again=False)]
         for section in sections
     }
-    rows = [(title, len(names), "; ".join(names)) for title, names in left.items() if names]
+    rows = [
+        (title, len(names), "; ".join(names[:NAMED] + ["..."] * (len(names) > NAMED)))
+        for title, names in left.items()
+        if names
+    ]
     if not rows:
         return ""
     return "## Not reached\n\nThe same command goes on with these.\n\n" + _rows(("section", "steps", "names"), rows)
