@@ -4,6 +4,7 @@ import io
 import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from test_training import bright_and_dark  # noqa: E402
 
 import vit_triton  # noqa: E402
 from vit_triton import ViT, attention_maps, images, load_weights, save_weights  # noqa: E402
-from vit_triton.cli import attention, bench, commands, features, info, main, models, training  # noqa: E402
+from vit_triton.cli import attention, bench, commands, errors, features, info, main, models, training  # noqa: E402
 from vit_triton.images import ImageError, open_image  # noqa: E402
 from vit_triton.training import evaluate, load_trained  # noqa: E402
 from vit_triton.training.data import load_data  # noqa: E402
@@ -772,6 +773,38 @@ def test_ctrl_c_ends_it_in_a_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(training.training, "train", interrupt)
     code, _, err = run(capsys, "train", "digits", "--out", tmp_path)
     assert (code, err) == (130, "vit-triton: interrupted; --resume goes on from the last checkpoint\n")
+
+
+def test_under_torchrun_one_process_reports(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "vit_triton.cli", "train", "digits", "--out", str(tmp_path), "--heads", "many"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    line = "argument --heads: invalid int value: 'many'"
+    assert result.returncode != 0
+    assert result.stderr.count(f"vit-triton train: error: {line}\n") == 1, "printed by one process"
+    *_, last, end = result.stderr.splitlines()
+    assert last == f"  traceback : vit-triton: {line}" and set(end) == {"="}, "the summary of torchrun ends with it"
+
+
+@pytest.mark.parametrize("words", [("eval", "nowhere"), ("eval",)])
+def test_a_process_reports_alone_if_the_first_one_goes_on(words, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        code, _, err = run(capsys, *words)
+        assert code == 2 and err.splitlines()[-1].startswith("vit-triton")
+    assert waited == [errors.GRACE]
+
+
+def test_ctrl_c_under_torchrun_is_reported_by_the_first_process(monkeypatch, capsys, tmp_path):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(training.training, "train", interrupt)
+    assert run(capsys, "train", "digits", "--out", tmp_path) == (130, "", "")
 
 
 @pytest.mark.parametrize("package", ["rich", "matplotlib", "PIL"])

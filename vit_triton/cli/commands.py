@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import vit_triton
-from vit_triton.cli import bench, options
+from vit_triton.cli import bench, errors, options
 
 
 class Command(NamedTuple):
@@ -47,7 +46,7 @@ INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
 
 def parser() -> argparse.ArgumentParser:
     """Of the whole command line."""
-    whole = argparse.ArgumentParser(prog="vit-triton", description=vit_triton.__doc__)
+    whole = errors.Parser(prog="vit-triton", description=vit_triton.__doc__)
     whole.add_argument("--version", action="version", version=f"vit_triton {vit_triton.__version__}")
     commands = whole.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name, command in COMMANDS.items():
@@ -70,14 +69,18 @@ def run(argv: list[str]) -> int:
         given = parser().parse_args(argv)
         return _module(given.command).run(given)
     except KeyboardInterrupt:
+        if not errors.is_first():
+            return INTERRUPTED
         hint = "; --resume goes on from the last checkpoint" if argv[:1] == ["train"] else ""
-        return _say(f"interrupted{hint}", INTERRUPTED)
+        return errors.report(f"interrupted{hint}", INTERRUPTED)
     except (ImportError, OSError, ValueError) as error:
-        return _say(" ".join(str(error).split()), 2)
+        return errors.report(" ".join(str(error).split()), 2)
     except (MemoryError, RuntimeError) as error:
         if not _is_of_memory(error):
             raise
-        return _say(f"out of memory; a smaller model, image or batch needs less: {' '.join(str(error).split())}", 2)
+        return errors.report(
+            f"out of memory; a smaller model, image or batch needs less: {' '.join(str(error).split())}", 2
+        )
 
 
 def _is_of_memory(error: MemoryError | RuntimeError) -> bool:
@@ -85,8 +88,3 @@ def _is_of_memory(error: MemoryError | RuntimeError) -> bool:
     import torch
 
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
-def _say(line: str, code: int) -> int:
-    print(f"vit-triton: {line}", file=sys.stderr)
-    return code
