@@ -1,7 +1,9 @@
 # Each target makes what it needs: an environment in .venv, made again only when pyproject.toml changes.
 
 PYTHON ?= python3
-VENV   ?= .venv
+# make test TORCH=2.11 tests with that version of PyTorch, and its Triton, in an environment of their own.
+TORCH  ?=
+VENV   ?= .venv$(if $(TORCH),-$(TORCH))
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
@@ -39,11 +41,11 @@ lint: $(STAMP) ## Check style, imports and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean: ## Remove the environment and everything generated
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo_output training_output
+clean: ## Remove the environments and everything generated
+	rm -rf .venv .venv-* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo_output training_output
 
 $(STAMP): pyproject.toml
 	@echo "making $(VENV) (the first time downloads PyTorch)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]' $(if $(TORCH),'torch==$(TORCH).*')
 	@touch $@
