@@ -11,11 +11,14 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 1)')
 # Set it to pass options to pytest: make test PYTEST_ARGS='-k attention -x'
 PYTEST_ARGS ?=
 
+# What a wheel could lack: a module, a name, an entry point, a kernel.
+WHEEL_TESTS := $(addprefix tests/test_,lazy.py cli.py vit.py layer_norm.py weights.py hub.py)
+
 # One thread per worker: the workers already use every core.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-compiled codegen lint clean
+.PHONY: help demo test test-compiled codegen lint wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +43,9 @@ lint: $(STAMP) ## Check style, imports and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+wheel: ## Build the source distribution and the wheel, check them, and test the wheel in a new environment
+	PYTHON=$(PYTHON) .ci/wheel -n $(WORKERS) $(or $(PYTEST_ARGS),$(WHEEL_TESTS))
 
 clean: ## Remove the environments and everything generated
 	rm -rf .venv .venv-* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo_output training_output
