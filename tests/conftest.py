@@ -17,10 +17,18 @@ from vit_triton.cpu import TESTED_TRITON, features  # imports no Triton
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATOR = not INTERPRETER and os.environ.get("VIT_TRITON_EMULATE") == "1"
-COMPILES = set(features.REQUIRED) <= set(features.detect()) and importlib.metadata.version("triton").startswith(
-    tuple(f"{version}." for version in TESTED_TRITON)
-)
-if not (INTERPRETER or EMULATOR or COMPILES):
+
+
+def compiles_for_this_cpu() -> bool:
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    tested = tuple(f"{version}." for version in TESTED_TRITON)
+    return triton.startswith(tested) and set(features.REQUIRED) <= set(features.detect())
+
+
+if not (INTERPRETER or EMULATOR or compiles_for_this_cpu()):
     os.environ["TRITON_INTERPRET"], INTERPRETER = "1", True
 
 # a folder of this process: what Inductor keeps on disk is not keyed by the schemas of operators, and outlives a change
