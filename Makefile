@@ -1,7 +1,9 @@
 # Each target makes what it needs: an environment in .venv, made again only when pyproject.toml changes.
 
 PYTHON ?= python3
-VENV   ?= .venv
+# make test TORCH=2.11 tests with that version of PyTorch, and its Triton, in an environment of their own.
+TORCH  ?=
+VENV   ?= .venv$(if $(TORCH),-$(TORCH))
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
@@ -9,11 +11,14 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 1)')
 # Set it to pass options to pytest: make test PYTEST_ARGS='-k attention -x'
 PYTEST_ARGS ?=
 
+# What a wheel could lack: a module, a name, an entry point, a kernel.
+WHEEL_TESTS := $(addprefix tests/test_,lazy.py cli.py vit.py layer_norm.py weights.py hub.py)
+
 # One thread per worker: the workers already use every core.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-compiled codegen lint docs clean
+.PHONY: help demo test test-compiled codegen lint docs wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -42,11 +47,14 @@ lint: $(STAMP) ## Check style, imports and types
 docs: $(STAMP) ## Build the documentation as a site in site/; a broken link or reference fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-clean: ## Remove the environment and everything generated
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache site demo_output training_output
+wheel: ## Build the source distribution and the wheel, check them, and test the wheel in a new environment
+	PYTHON=$(PYTHON) .ci/wheel -n $(WORKERS) $(or $(PYTEST_ARGS),$(WHEEL_TESTS))
+
+clean: ## Remove the environments and everything generated
+	rm -rf .venv .venv-* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache site demo_output training_output
 
 $(STAMP): pyproject.toml
 	@echo "making $(VENV) (the first time downloads PyTorch)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,docs]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,docs]' $(if $(TORCH),'torch==$(TORCH).*')
 	@touch $@

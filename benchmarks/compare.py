@@ -8,7 +8,8 @@ from benchmarks import models, options, runner
 from benchmarks.ops import attention, encoder, layer_norm, linear, mlp, patch_embed
 from benchmarks.ops.op import Op
 from vit_triton.cli.arguments import positive
-from vit_triton.tuning.shapes import DTYPES, SIZES
+from vit_triton.tuning.shapes import DTYPES
+from vit_triton.tuning.sizes import SIZES
 
 OPS: list[Op] = [op for module in (mlp, linear, attention, layer_norm, patch_embed, encoder) for op in module.OPS]
 BLOCKS = 2  # of the encoder among the operators

@@ -10,7 +10,8 @@ from benchmarks.ops import attention, encoder
 from benchmarks.ops.op import Op
 from benchmarks.slopes import AXES, slopes
 from vit_triton.cli.arguments import positive
-from vit_triton.tuning.shapes import DTYPES, SIZES, Shape
+from vit_triton.tuning.shapes import DTYPES, Shape
+from vit_triton.tuning.sizes import SIZES
 
 PEERS = {"attention": "sdpa", "encoder": "pytorch"}
 OPS: list[Op] = [*attention.OPS, *encoder.OPS]

@@ -1,22 +1,34 @@
 """What executes the kernels in the tests.
 
-Code compiled for this CPU; with TRITON_INTERPRET=1 in the environment, or on another CPU, Triton's interpreter; with
-VIT_TRITON_EMULATE=1 the code that Triton compiles for sm_80, in the emulator ``ptxemu``, with race and bounds checks.
-Triton decides while it is imported, so this comes before any other import.
+Code compiled for this CPU; with TRITON_INTERPRET=1 in the environment, or where the compiler for CPUs does not support
+this CPU or this Triton, Triton's interpreter; with VIT_TRITON_EMULATE=1 the code that Triton compiles for sm_80, in the
+emulator ``ptxemu``, with race and bounds checks. Triton decides while it is imported, so this comes before any other
+import.
 """
 
 import ctypes
 import dataclasses
-import importlib
+import importlib.metadata
 import os
 import tempfile
 from pathlib import Path
 
-from vit_triton.cpu import features  # imports no Triton
+from vit_triton.cpu import TESTED_TRITON, features  # imports no Triton
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATOR = not INTERPRETER and os.environ.get("VIT_TRITON_EMULATE") == "1"
-if not (INTERPRETER or EMULATOR) and not set(features.REQUIRED) <= set(features.detect()):
+
+
+def compiles_for_this_cpu() -> bool:
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    tested = tuple(f"{version}." for version in TESTED_TRITON)
+    return triton.startswith(tested) and set(features.REQUIRED) <= set(features.detect())
+
+
+if not (INTERPRETER or EMULATOR or compiles_for_this_cpu()):
     os.environ["TRITON_INTERPRET"], INTERPRETER = "1", True
 
 # a folder of this process: what Inductor keeps on disk is not keyed by the schemas of operators, and outlives a change

@@ -29,7 +29,8 @@ from benchmarks.ops import attention, layer_norm
 from benchmarks.ops.derivative import DIRECTIONS
 from vit_triton.cli.arguments import new_file
 from vit_triton.kernels import device
-from vit_triton.tuning.shapes import SIZES, Shape
+from vit_triton.tuning.shapes import Shape
+from vit_triton.tuning.sizes import SIZES
 
 TINY = Shape("tiny", 2, 32, 5, SIZES["Ti"]).with_depth(1)
 

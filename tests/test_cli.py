@@ -4,6 +4,7 @@ import io
 import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,11 +25,10 @@ from test_training import bright_and_dark  # noqa: E402
 
 import vit_triton  # noqa: E402
 from vit_triton import ViT, attention_maps, images, load_weights, save_weights  # noqa: E402
-from vit_triton.cli import attention, bench, commands, features, info, main, models, training  # noqa: E402
+from vit_triton.cli import attention, bench, commands, errors, features, info, main, models, training  # noqa: E402
 from vit_triton.images import ImageError, open_image  # noqa: E402
 from vit_triton.training import evaluate, load_trained  # noqa: E402
 from vit_triton.training.data import load_data  # noqa: E402
-from vit_triton.weights import WeightsError  # noqa: E402
 
 SMALL = "--image-size 14 --patch-size 7 --dim 16 --depth 2 --heads 2 --mlp-dim 24 --batch-size 4 --backend torch"
 TIMM = "vit_tiny_patch16_224"
@@ -358,7 +358,7 @@ def test_digits_are_seen_in_gray(tmp_path, capsys):
 
 
 def _options(*words):
-    return commands.parser("predict").parse_args(["predict", *map(str, words)])
+    return commands.parser().parse_args(["predict", *map(str, words)])
 
 
 @torch.no_grad()
@@ -383,7 +383,7 @@ def test_what_load_weights_may_do_is_an_option(theirs, photo, tmp_path):
     expected = timm.create_model(TIMM, img_size=192)
     load_weights(expected, path, key="teacher", grid=(7, 28), resample=True)
     options = _options(photo, "--model", f"timm:{TIMM}", "--weights", path, "--image-size", 192)
-    with pytest.raises(WeightsError, match="key must be one of model, teacher$"):
+    with pytest.raises(ValueError, match="key must be one of model, teacher$"):
         models.open_model(options, purpose="logits")
     words = ("--key", "teacher", "--resample", "--grid", 7, 28)
     options = _options("--model", f"timm:{TIMM}", "--weights", path, "--image-size", 192, *words, photo)
@@ -633,6 +633,9 @@ def test_info_says_why(monkeypatch):
     assert info.choices("cpu") == '"auto" takes on cpu torch: triton is not installed'
 
 
+@pytest.mark.skipif(
+    not (Path(vit_triton.__file__).parents[1] / "benchmarks").is_dir(), reason="the package is not that of a checkout"
+)
 def test_bench_hands_over(capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "memory", "--help"]) == 0
@@ -775,6 +778,38 @@ def test_ctrl_c_ends_it_in_a_line(monkeypatch, capsys, tmp_path):
     assert (code, err) == (130, "vit-triton: interrupted; --resume goes on from the last checkpoint\n")
 
 
+def test_under_torchrun_one_process_reports(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "vit_triton.cli", "train", "digits", "--out", str(tmp_path), "--heads", "many"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    line = "argument --heads: invalid int value: 'many'"
+    assert result.returncode != 0
+    assert result.stderr.count(f"vit-triton train: error: {line}\n") == 1, "printed by one process"
+    *_, last, end = result.stderr.splitlines()
+    assert last == f"  traceback : vit-triton: {line}" and set(end) == {"="}, "the summary of torchrun ends with it"
+
+
+@pytest.mark.parametrize("words", [("eval", "nowhere"), ("eval",)])
+def test_a_process_reports_alone_if_the_first_one_goes_on(words, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        code, _, err = run(capsys, *words)
+        assert code == 2 and err.splitlines()[-1].startswith("vit-triton")
+    assert waited == [errors.GRACE]
+
+
+def test_ctrl_c_under_torchrun_is_reported_by_the_first_process(monkeypatch, capsys, tmp_path):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(training.training, "train", interrupt)
+    assert run(capsys, "train", "digits", "--out", tmp_path) == (130, "", "")
+
+
 @pytest.mark.parametrize("package", ["rich", "matplotlib", "PIL"])
 def test_a_missing_package_names_the_extra(package, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == package or "vit_triton.cli." in name]:
@@ -782,7 +817,7 @@ def test_a_missing_package_names_the_extra(package, monkeypatch, capsys):
     for name in ("images", "cli"):  # what a package remembers of its modules
         monkeypatch.delitem(sys.modules, f"vit_triton.{name}", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
-    code, _, err = run(capsys, "features")
+    code, _, err = run(capsys, "features", "photo.png", "--model", "run")
     assert code == 2 and package in err and "pip install 'vit_triton[cli]'" in err and err.count("\n") == 1
 
 

@@ -315,7 +315,8 @@ def test_a_checkpoint_of_the_whole_model_keeps_the_image_alone():
             function(image)
         torch.manual_seed(1)
         results.append(gradients(function, image, model))
-    assert len(kept) == 1 and kept[0] is image
+    # PyTorch 2.11 also saves an empty tensor
+    assert [tensor is image for tensor in kept if tensor.numel()] == [True]
     assert all(map(torch.equal, *results))
 
 

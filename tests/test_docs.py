@@ -166,7 +166,7 @@ def test_commands_are_understood(where, monkeypatch):
     if words[:3] == ["python", "-m", "vit_triton.cli"]:
         words[:3] = ["vit-triton"]
     if words[0] == "vit-triton":
-        options = commands.parser(words[1]).parse_args(words[1:])
+        options = commands.parser().parse_args(words[1:])
         if options.command == "train":
             training.config_from(options)
         if options.command != "bench":

@@ -19,11 +19,11 @@ PACKAGE = ROOT / "vit_triton"
 # What each part may import from the package, besides itself. Arrows point down the list only.
 ARROWS: dict[str, set[str]] = {
     "cli": {
-        *("__init__", "backend", "cpu", "images", "inspection", "integrations", "kernels", "training", "tuning"),
-        "weights",
+        *("__init__", "backend", "cpu", "images", "inspection", "integrations", "kernels", "names", "training"),
+        *("tuning", "weights"),
     },
-    "tuning": {"arguments", "kernels", "models", "modules", "ops"},
-    "training": {"backend", "images", "models", "weights"},
+    "tuning": {"arguments", "kernels", "models", "modules", "names", "ops"},
+    "training": {"backend", "images", "lazy", "models", "names", "weights"},
     "__init__": {
         *(
             "backend",
@@ -31,6 +31,7 @@ ARROWS: dict[str, set[str]] = {
             "functional",
             "inspection",
             "integrations",
+            "lazy",
             "models",
             "modules",
             "packing",
@@ -51,13 +52,15 @@ ARROWS: dict[str, set[str]] = {
     "ops": {"arguments", "cpu", "kernels", "packing"},
     "packing": {"checks", "cpu", "kernels"},
     "reference": {"arguments"},
-    "backend": {"checks", "cpu", "kernels", "portable"},
+    "backend": {"checks", "cpu", "kernels", "names", "portable"},
     "fallback": {"checks"},
     "checks": {"arguments", "autocast", "portable"},
     "autocast": set(),
     "portable": set(),
     "kernels": {"arguments"},
     "arguments": set(),
+    "names": set(),
+    "lazy": set(),
     "cpu": set(),  # a package that could stand alone
 }
 

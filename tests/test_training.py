@@ -198,7 +198,8 @@ def arguments(photos: Path, out: Path, **changes) -> list[str]:
 # starts the command in a new process for every line it reads, without importing everything again
 STARTER = """
 import os, sys
-from vit_triton.cli import commands
+from vit_triton.cli import commands, training
+training.training.loop
 for _ in sys.stdin:
     process = os.fork()
     if not process:

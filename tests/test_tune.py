@@ -14,7 +14,7 @@ from conftest import forget_recordings
 import vit_triton
 from benchmarks import gpu_path
 from vit_triton.cli import main
-from vit_triton.cli.tune import MODELS
+from vit_triton.cli.options import TUNE_MODELS
 from vit_triton.cpu.driver import active
 from vit_triton.kernels import device, tuned
 from vit_triton.kernels import picker as pickers
@@ -27,7 +27,8 @@ from vit_triton.kernels.picker import PICKERS, choosing
 from vit_triton.kernels.target import target_named
 from vit_triton.tuning import tune
 from vit_triton.tuning.progress import progress
-from vit_triton.tuning.shapes import CLASSES, Shape, Size
+from vit_triton.tuning.shapes import CLASSES, Shape
+from vit_triton.tuning.sizes import Size
 
 TINY = Shape("tiny", 2, 16, 5, Size(32, 1, 2, 128, patch=8))
 H100, SM = "NVIDIA H100 80GB HBM3", "sm_90"
@@ -299,10 +300,10 @@ def test_whatever_a_vit_asks_for_is_tuned(dropout):
         assert len(asked) > 15 and asked <= tuned
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", TUNE_MODELS)
 def test_cases_of_every_size(model):
     """Head sizes of 64 to 88; of a small image."""
-    shape = Shape.of(MODELS[model], 32, 1)
+    shape = Shape.of(TUNE_MODELS[model], 32, 1)
     with gpu_path.taken(lambda *launch: None):
         asks = {key for case in tune.cases(shape, torch.bfloat16, "cpu") for key in case.asks}
     attended = {key[1:4] for key in asks if key[0] == "pick_attention_fwd"}

@@ -1,14 +1,48 @@
 """Vision Transformers on hand-written Triton kernels."""
 
-from vit_triton import functional, reference
-from vit_triton.backend import use_backend
-from vit_triton.fallback import fallbacks
-from vit_triton.inspection import attention_maps
-from vit_triton.integrations import accelerate, restore
-from vit_triton.models import DistillableViT, DistillWrapper, SimpleViT, ViT
-from vit_triton.packing import prepack, unpack
-from vit_triton.portable import portable_operators
-from vit_triton.weights import load_weights, save_weights
+from typing import TYPE_CHECKING
+
+from vit_triton import lazy
+
+if TYPE_CHECKING:
+    from vit_triton import functional, reference
+    from vit_triton.backend import use_backend
+    from vit_triton.fallback import fallbacks
+    from vit_triton.inspection import attention_maps
+    from vit_triton.integrations import accelerate, restore
+    from vit_triton.models import DistillableViT, DistillWrapper, SimpleViT, ViT
+    from vit_triton.packing import prepack, unpack
+    from vit_triton.portable import portable_operators
+    from vit_triton.weights import load_weights, save_weights
+else:
+    # each is imported on first use: PyTorch takes seconds, and `vit-triton --help` does not need it
+    __getattr__, __dir__ = lazy.attributes(
+        __name__,
+        {
+            "DistillWrapper": "models",
+            "DistillableViT": "models",
+            "SimpleViT": "models",
+            "ViT": "models",
+            "accelerate": "integrations",
+            "attention_maps": "inspection",
+            "backend": "backend",
+            "fallbacks": "fallback",
+            "functional": "functional",
+            "integrations": "integrations",
+            "load_weights": "weights",
+            "models": "models",
+            "modules": "modules",
+            "ops": "ops",
+            "portable_operators": "portable",
+            "prepack": "packing",
+            "reference": "reference",
+            "restore": "integrations",
+            "save_weights": "weights",
+            "unpack": "packing",
+            "use_backend": "backend",
+            "weights": "weights",
+        },
+    )
 
 __version__ = "0.1.0"
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from vit_triton.checks import check_choice
+from vit_triton.names import BACKENDS
 from vit_triton.portable import is_portable
 
-BACKENDS = ("triton", "torch", "auto")
 ENVIRONMENT_VARIABLE = "VIT_TRITON_BACKEND"
 
 MAX_NORM_WIDTH = 2**16  # of a LayerNorm: one program holds a row in registers

@@ -23,7 +23,8 @@ from benchmarks.models import gradients, hugging_face, inference, loss, ours, to
 from benchmarks.runner import TOLERANCE
 from benchmarks.timing import METHODS
 from vit_triton.tuning.measure import errors
-from vit_triton.tuning.shapes import CLASSES, SIZES, Shape, Size
+from vit_triton.tuning.shapes import CLASSES, Shape
+from vit_triton.tuning.sizes import SIZES, Size
 
 SECONDS = 3.0  # of measuring one step
 CHECKED = 2  # images of the comparison with float64

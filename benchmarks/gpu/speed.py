@@ -16,7 +16,8 @@ from benchmarks.timing import METHODS
 from vit_triton.kernels.linear.config import VendorGemm
 from vit_triton.kernels.picker import choosing
 from vit_triton.tuning import tune
-from vit_triton.tuning.shapes import SIZES, Shape, Size
+from vit_triton.tuning.shapes import Shape
+from vit_triton.tuning.sizes import SIZES, Size
 
 SECONDS = 1.0  # of measuring one operator in one direction
 BATCH = 64

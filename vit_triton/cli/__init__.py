@@ -1,7 +1,8 @@
 """The command ``vit-triton``: what a model sees in pictures, training, and what runs where.
 
-A module per command or two, imported when its command is given. Each has ``add_arguments``, and a ``run`` that returns
-the exit code: 0, or 1 where an image was refused. What is wrong with the command itself is one line and exit code 2.
+A module per command or two, imported when its command is given, after :mod:`.options` has parsed it. Its ``run``
+returns the exit code: 0, or 1 where an image was refused. What is wrong with the command itself is one line and exit
+code 2.
 """
 
 import sys

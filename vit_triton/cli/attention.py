@@ -18,12 +18,6 @@ from vit_triton.images import ImageError
 COLUMNS = 7  # a photograph and six heads
 
 
-def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
-    models.add_arguments(parser)
-    parser.add_argument("--layer", type=int, default=-1, help="which block, from 0; -1 is the last (default)")
-    parser.add_argument("--out", type=Path, default=Path("attention.png"), help="the picture (default: attention.png)")
-
-
 @torch.inference_mode()
 def run(options: argparse.Namespace) -> int:
     report.check_picture(options.out)

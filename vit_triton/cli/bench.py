@@ -11,11 +11,6 @@ from pathlib import Path
 import vit_triton
 
 
-def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
-    """For the help only: see :func:`hand_over`."""
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of python -m benchmarks")
-
-
 def run(options: argparse.Namespace) -> int:
     return hand_over(options.arguments)
 

@@ -22,14 +22,6 @@ from vit_triton.weights.atomic import write_atomically
 COLUMNS = 3  # photographs side by side at most, each with its components
 
 
-def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
-    models.add_arguments(parser)
-    parser.add_argument("--out", type=Path, default=Path("features.png"),
-                        help="the picture (default: features.png); the .npz lies beside it")  # fmt: skip
-    parser.add_argument("--foreground", action="store_true",
-                        help="colours for the foreground only, which the first component tells apart")  # fmt: skip
-
-
 @torch.inference_mode()
 def run(options: argparse.Namespace) -> int:
     report.check_picture(options.out)

@@ -13,14 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 import vit_triton
-from vit_triton.backend import BACKENDS, ENVIRONMENT_VARIABLE, OPS, auto_reason, resolve_backend
+from vit_triton.backend import ENVIRONMENT_VARIABLE, OPS, auto_reason, resolve_backend
+from vit_triton.names import BACKENDS
 
 PACKAGES = ("torch", "triton", "timm", "transformers", "torchvision", "onnx", "pillow")
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
-    pass
 
 
 def run(options: argparse.Namespace) -> int:

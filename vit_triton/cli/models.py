@@ -24,13 +24,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from vit_triton.backend import BACKENDS
 from vit_triton.images import ImageError, open_image
 from vit_triton.inspection import attention_maps
 from vit_triton.integrations import accelerate
 from vit_triton.training import load_trained
 from vit_triton.training.loop import device_for
-from vit_triton.weights import load_weights
+from vit_triton.weights import WeightsError, load_weights
 
 BATCH = 8  # images at once
 # What classifies, under every library's names: what is computed before it does not need it to fit.
@@ -170,23 +169,6 @@ def _layer(layer: int, layers: int) -> int:
 
 
 # --- by name ----------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which images, and which model."""
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files of any kind that Pillow reads")
-    parser.add_argument("--model", required=True, help="a folder that train wrote, timm:NAME or hf:NAME")
-    parser.add_argument("--weights", type=Path, help="file of weights, of any library, for a model by timm: or hf:")
-    parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
-                        help="names in the file or the model that need not fit, such as 'decoder.*'")  # fmt: skip
-    parser.add_argument("--key", help="set of weights in the file, such as teacher or model_ema, where it has several")
-    parser.add_argument("--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"),
-                        help="of patches that the file has positions for, where that is no square")  # fmt: skip
-    parser.add_argument("--resample", action="store_true",
-                        help="fit a patch embedding of other patch size or number of channels")  # fmt: skip
-    parser.add_argument("--image-size", type=int, help="side of what the model sees (default: as it was trained)")
-    parser.add_argument("--backend", choices=BACKENDS, help="what computes the model")
-    parser.add_argument("--device", help="cuda if there is one, else cpu")
 
 
 def open_model(options: argparse.Namespace, *, purpose: str) -> Named:
@@ -342,14 +324,32 @@ def _side(size: Any, default: int) -> int:
 
 
 def _load(model: nn.Module, options: argparse.Namespace, purpose: str) -> None:
-    load_weights(
-        model,
-        options.weights,
-        key=options.key,
-        ignore=_ignored(options, purpose),
-        grid=options.grid,
-        resample=options.resample,
-    )
+    try:
+        load_weights(
+            model,
+            options.weights,
+            key=options.key,
+            ignore=_ignored(options, purpose),
+            grid=options.grid,
+            resample=options.resample,
+        )
+    except WeightsError as error:
+        raise ValueError(_misfit(error)) from error
+
+
+def _misfit(error: WeightsError) -> str:
+    """What does not fit, in one line: there may be hundreds of names."""
+    parts = []
+    for what, names in (
+        ("not in the file", error.missing),
+        ("not in the model", error.surplus),
+        ("different", error.unlike),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            parts.append(f"{what}: {names[0]}{more}")
+    first = str(error).splitlines()[0]
+    return f"{first} {'; '.join(parts)}. --ignore PATTERN names what need not fit" if parts else first
 
 
 def _ignored(options: argparse.Namespace, purpose: str) -> tuple[str, ...]:

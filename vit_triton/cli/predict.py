@@ -15,11 +15,6 @@ from vit_triton.cli import models, report
 from vit_triton.images import ImageError
 
 
-def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
-    models.add_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON: a list with image and predictions, or error")
-
-
 @torch.inference_mode()
 def run(options: argparse.Namespace) -> int:
     named = models.open_model(options, purpose="logits")

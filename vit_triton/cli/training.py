@@ -4,21 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from vit_triton import training
-from vit_triton.backend import BACKENDS
-
-
-def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
-    if command == "train":
-        training.add_arguments(parser)
-        return
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder that train wrote")
-    parser.add_argument("--data", help="other data than its own test images: a folder, digits or cifar10")
-    parser.add_argument("--backend", choices=BACKENDS, help="of the model")
-    parser.add_argument("--device", help="cuda if there is one, else cpu")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> int:

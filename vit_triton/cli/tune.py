@@ -7,21 +7,8 @@ import warnings
 
 import torch
 
-from vit_triton.cli.arguments import duration, new_file, positive
-from vit_triton.tuning.shapes import DTYPES, SIZES, Shape
-
-MODELS = {f"ViT-{name}/{size.patch}": name for name, size in SIZES.items()}
-
-
-def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=["ViT-B/16"], metavar="SIZE",
-                        help=f"{', '.join(MODELS)}; default: ViT-B/16")  # fmt: skip
-    parser.add_argument("--image", type=positive, default=224, help="height and width in pixels; default: 224")
-    parser.add_argument("--batch", type=positive, default=64, help="images of the measurement; default: 64")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="default: bfloat16")
-    parser.add_argument("--dropout", action="store_true", help="training with dropout too, which asks for other tiles")
-    parser.add_argument("--seconds", type=duration, default=0.1, help="for each candidate and case; default: 0.1")
-    parser.add_argument("--out", type=new_file, metavar="FILE", help="by default where vit_triton finds it by itself")
+from vit_triton.cli.options import TUNE_MODELS
+from vit_triton.tuning.shapes import DTYPES, Shape
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,7 +19,7 @@ def run(options: argparse.Namespace) -> int:
     from vit_triton.tuning.measure import on_gpu
 
     try:
-        shapes = [Shape.of(MODELS[name], options.image, options.batch) for name in options.model]
+        shapes = [Shape.of(TUNE_MODELS[name], options.image, options.batch) for name in options.model]
     except ValueError as error:
         raise ValueError(f"--image: {error}") from None
     if INTERPRETING or not torch.cuda.is_available():

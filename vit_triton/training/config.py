@@ -11,10 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vit_triton import models
-from vit_triton.backend import BACKENDS
+from vit_triton.names import BACKENDS
 
-MODELS = tuple(name for name in ("ViT", "SimpleViT") if hasattr(models, name))
+MODELS = ("ViT", "SimpleViT")
 
 # dim, depth, heads, mlp_dim. tiny, small: Touvron et al. 2021 (arXiv:2012.12877), table 1; base, large: Dosovitskiy et
 # al. 2021 (arXiv:2010.11929), table 1; mini: for small images
