@@ -439,7 +439,7 @@ def test_what_was_compiled_before_an_interrupt_is_kept(tmp_path, monkeypatch, ca
         (["--dump", __file__], "is a file, a folder is needed"),
         (["--json", "/nowhere/figures.json"], "must be a file in a folder that exists"),
         (["--jobs", "0"], "must be a whole number above 0"),
-        (["--only", "tension"], "nothing here contains 'tension'; there are attention_fwd_kernel; "),
+        (["--only", "tension"], "no name contains 'tension'; available: attention_fwd_kernel; "),
     ],
 )
 def test_wrong_options(arguments, complaint, monkeypatch, capsys):

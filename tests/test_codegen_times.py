@@ -192,7 +192,7 @@ def test_every_case_names_one_launch(virtual_memory):
         (["--time", "--arch", "sm_80"], "--arch: not with --time"),
         (["--time", "--all"], "--all: not with --time"),
         (["--time", "--gpu", "V100"], "invalid choice: 'V100'"),
-        (["--time", "--only", "tension"], "nothing here contains 'tension'; there are attention, 197 tokens"),
+        (["--time", "--only", "tension"], "no name contains 'tension'; available: attention, 197 tokens"),
     ],
 )
 def test_wrong_options(arguments, complaint, monkeypatch, capsys):

@@ -484,7 +484,7 @@ def test_it_says_that_triton_is_missing():
     done = command("--dry-run", code="import sys\nsys.modules['triton'] = None")
     assert (done.returncode, done.stderr) == (
         1,
-        "the kernels need the package triton (pip install triton; Linux only)\n",
+        "the kernels require the package triton (pip install triton; Linux only)\n",
     )
 
 
