@@ -71,9 +71,7 @@ def run(given: argparse.Namespace) -> None:
     report = runner.Report(given.json, given.device, **options.plain(given))
     print(runner.said(report.machine))
     least = len(cases) * given.seconds * (len(given.threads) if given.device == "cpu" else 1) / 60
-    print(
-        f"{len(cases)} cases, at least {least:.0f} min, plus checks and compilation; cases beyond the memory are skipped"
-    )
+    print(f"{len(cases)} cases, at least {least:.0f} min, plus checks and compilation")
     print("ratio: time of the fastest other / ours, above 1 is faster; medians; brackets: per cent of the roofline")
     complete = runner.run(cases, given.threads, given.seconds, report)
     if given.plot:

@@ -271,9 +271,7 @@ def table(counts: list[Count]) -> Table:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", choices=SIZES, default="B", help="width and heads of ViT-S, ViT-B or ViT-L; default: B"
-    )
+    parser.add_argument("--model", choices=SIZES, default="B", help="size of the ViT; default: B")
     parser.add_argument("--image", type=positive, default=224,
                         help=f"side of the images in pixels, with patches of {PATCH}; default: 224")  # fmt: skip
     parser.add_argument("--batch", type=positive, default=8, help="images per batch; default: 8")

@@ -114,7 +114,7 @@ class Op:
 
 
 def installed(device: str, functions: Mapping[str, tuple[str, Function]]) -> dict[str, Function]:
-    """{name: function} of each {name: (module, function)} with an installed module; empty on a CPU: all require a GPU."""
+    """{name: function} of the ``functions`` whose module is installed; empty on a CPU, because all require a GPU."""
     if device == "cpu":
         return {}
     return {name: f for name, (module, f) in functions.items() if importlib.util.find_spec(module) is not None}
