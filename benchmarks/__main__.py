@@ -1,19 +1,19 @@
-"""vit_triton against PyTorch and others in speed and memory, and what GPU compilers make of its kernels."""
+"""Benchmarks of speed and memory against PyTorch and other libraries, and figures of the compiled kernels."""
 
 import argparse
 import importlib
 import sys
 from typing import Any
 
-# the module of each command, imported when the command is given: `gpu` needs none of the packages of the others
+# command -> (module, summary); only the given command's module is imported: `gpu` requires fewer packages
 COMMANDS = {
-    "gpu": ("gpu", "the first minutes on a GPU: check every operator, then time models and operators, then tune"),
-    "ops": ("compare", "time every operator against PyTorch's and others'"),
-    "models": ("compare", "time whole models against those of others"),
-    "growth": ("growth", "time attention and blocks as tokens, batch and depth grow, and fit the slopes"),
-    "memory": ("memory", "count the bytes a block saves for backward, its peak and its kernels, and those of others"),
-    "overhead": ("overhead", "time the Python between a call and its launches, against Triton's own launcher"),
-    "codegen": ("codegen", "compile every kernel for GPUs and count what comes out; needs no GPU"),
+    "gpu": ("gpu", "first run on a GPU: check every operator, time models and operators, then tune"),
+    "ops": ("compare", "time every operator against PyTorch and other libraries"),
+    "models": ("compare", "time whole models against other libraries"),
+    "growth": ("growth", "time attention and blocks over tokens, batch and depth, and fit the slopes"),
+    "memory": ("memory", "count saved bytes, peak memory and kernel launches of a block, against other libraries"),
+    "overhead": ("overhead", "time the Python code from a call to its launches, against Triton's own launcher"),
+    "codegen": ("codegen", "compile every kernel for GPUs and count registers and instructions; needs no GPU"),
 }
 
 
@@ -23,7 +23,7 @@ def module(command: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        raise SystemExit("the kernels need the package triton (pip install triton; Linux only)") from None
+        raise SystemExit("the kernels require the package triton (pip install triton; Linux only)") from None
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`ops` and `models`: the declared cases, timed by the runner."""
+"""Commands `ops` and `models`: time the declared cases."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -12,14 +12,14 @@ from vit_triton.tuning.shapes import DTYPES
 from vit_triton.tuning.sizes import SIZES
 
 OPS: list[Op] = [op for module in (mlp, linear, attention, layer_norm, patch_embed, encoder) for op in module.OPS]
-BLOCKS = 2  # of the encoder among the operators
+BLOCKS = 2  # depth of the encoder in `ops`
 
 
 _ON_CPU = dict(image=[224], dtype=["float32", "bfloat16"], seconds=4.0)
 DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("ops", "cpu"): dict(_ON_CPU, model=["B"], batch=[8]),
     ("models", "cpu"): dict(_ON_CPU, model=["S", "B"], batch=[1, 8]),
-    # what matters to most comes first: the run can be stopped
+    # the most common shapes come first: the run can be interrupted
     ("ops", "cuda"): dict(
         model=["B", "L", "S", "Ti", "H", "SO400M", "g"],
         image=[224, 384, 518],
@@ -44,25 +44,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models_too = what == "models"
     options.add(parser)
     parser.add_argument("--model", nargs="+", choices=SIZES, metavar="SIZE", help=", ".join(SIZES))
-    parser.add_argument("--image", nargs="+", type=positive, metavar="PIXELS", help="side of the square")
-    parser.add_argument("--batch", nargs="+", type=positive, metavar="N", help="images")
+    parser.add_argument("--image", nargs="+", type=positive, metavar="PIXELS", help="side of the square images")
+    parser.add_argument("--batch", nargs="+", type=positive, metavar="N", help="images per batch")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "\n".join(_spelled(device, DEFAULTS[what, device]) for device in ("cpu", "cuda"))
     parser.add_argument(
         "--direction",
         nargs="+",
         choices=["forward", "both"] if models_too else ["forward", "backward", "both"],
-        help="of a model: inference, and a training step (default: inference on a CPU, else both)"
+        help="forward is inference, both is a training step; default: forward on a CPU, forward and both on a GPU"
         if models_too
-        else "default: forward and both; backward alone keeps the graph and times the gradients",
+        else "default: forward and both; backward times the gradients alone, on a retained graph",
     )
     parser.add_argument(
-        "--providers", nargs="+", metavar="NAME", help="these besides ours; default: all that are installed"
+        "--providers", nargs="+", metavar="NAME", help="libraries to compare with; default: all that are installed"
     )
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="torch.compile as a provider: on by default on a GPU, off on a CPU, where compiling takes minutes",
+        help="add torch.compile as a provider; default: on a GPU only, because compilation for a CPU takes minutes",
     )
 
 
@@ -72,8 +72,8 @@ def run(given: argparse.Namespace) -> None:
     report = runner.Report(given.json, given.device, **options.plain(given))
     print(runner.said(report.machine))
     least = len(cases) * given.seconds * (len(given.threads) if given.device == "cpu" else 1) / 60
-    print(f"{len(cases)} cases, at least {least:.0f} min, beside checks and compilation; what does not fit is skipped")
-    print("ratio: time of the fastest other / ours, above 1 is faster; medians; per cent of the roofline in brackets")
+    print(f"{len(cases)} cases, at least {least:.0f} min, plus checks and compilation")
+    print("ratio: time of the fastest other / ours, above 1 is faster; medians; brackets: per cent of the roofline")
     complete = runner.run(cases, given.threads, given.seconds, report)
     if given.plot:
         from benchmarks import plot

@@ -1,4 +1,4 @@
-"""What a piece of work costs at least, computed and not measured: it runs once on PyTorch's meta device."""
+"""Computed lower bounds of a call's cost, from one run on PyTorch's meta device."""
 
 import weakref
 from collections.abc import Callable
@@ -14,8 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Cost:
-    """``flops`` of the matrix products; ``bytes`` if every argument is read once and every result written once;
-    ``memory``, the most bytes that are allocated at one time while the case is checked and timed."""
+    """Computed cost of a call.
+
+    ``flops``: FLOPs of the GEMMs. ``bytes``: traffic when every argument is read once and every result is written once.
+    ``memory``: peak bytes allocated while the case is checked and timed.
+    """
 
     flops: int
     bytes: int
@@ -23,7 +26,7 @@ class Cost:
 
 
 class _Peak(TorchDispatchMode):
-    """Bytes of all tensors alive, and the most there were."""
+    """Tracks the bytes of all live tensors (``now``) and their peak (``most``)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +57,7 @@ def nbytes(tensors: Any) -> int:
 
 
 def trace(make: Callable[[], Callable[[], Any]]) -> tuple[Any, int, int]:
-    """The results, FLOPs and peak bytes of the call that ``make`` prepares; what it prepares counts as memory."""
+    """Results, FLOPs and peak bytes of the call that ``make`` returns; the peak includes tensors made by ``make``."""
     with torch.device("meta"), _Peak() as peak:
         call = make()
         with FlopCounterMode(display=False) as counter:

@@ -1,7 +1,7 @@
-"""The library as a GPU's user runs it, on CPU tensors: kernels are compiled for sm_90 if at all, and none is started.
+"""The library's GPU code path on CPU tensors: kernels are compiled for sm_90, and launches do nothing.
 
-What only a CPU's user pays for is out of the way: the question what runs a kernel on a CPU.
-What only a GPU's user pays for is missing: the guard of the current device.
+The choice of a CPU vehicle (compiler, interpreter) is skipped, because it costs time on a CPU only. The guard of the
+current device is missing, because it requires a GPU.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ ARCH = "sm_90"
 
 
 class _Launcher:
-    """Keeps nothing of what is launched, which would be part of what a launch costs."""
+    """A launcher that does nothing: recording the arguments would add to the measured time."""
 
     def __init__(self, src: Any, metadata: Any) -> None:
         pass
@@ -28,7 +28,7 @@ class _Launcher:
 class _Utils(driver.Utils):
     @staticmethod
     def load_binary(*args: Any) -> tuple[int, int, int, int, int]:
-        return 0, 0, 0, 0, 1024  # a module that is not None: else Triton loads the kernel in every launch
+        return 0, 0, 0, 0, 1024  # the module must not be None: otherwise Triton loads the kernel on every launch
 
 
 class _GPU(driver.Compiler):
@@ -42,9 +42,14 @@ def taken(
     launched: Callable[..., None] | None = None,
     inside: contextlib.AbstractContextManager[Any] | None = None,
 ) -> Iterator[None]:
-    """``launched(kernel, grid, device, arguments)`` in place of each launch, and before anything is compiled; without
-    it a launch goes all the way, but for the last call. ``inside``: entered within every operator of the library, where
-    a mode that is active around the operator is not."""
+    """Run the library on the GPU path.
+
+    Args:
+        launched: called as ``launched(kernel, grid, device, arguments)`` in place of each launch; the kernel is not
+            compiled. By default every launch runs up to the driver call, which does nothing.
+        inside: context manager entered within each of the library's operators. A dispatch mode that is active around
+            an operator is inactive within it.
+    """
     run = ops.run_on_gpu if launched is None else _launching(inside or contextlib.nullcontext())
     with driver.compiling_for(ARCH, by=_GPU), ops.running(run), backend.assume_cpu_vehicle("driver"):
         with contextlib.nullcontext() if launched is None else launch.starting(launched):
@@ -52,7 +57,7 @@ def taken(
 
 
 def _launching(inside: contextlib.AbstractContextManager[Any]) -> Callable[..., Any]:
-    """An operator as it runs the first time, when its launches are not replayed."""
+    """Runs an operator directly, as on its first call: its launches are not replayed."""
 
     def run(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         with inside:

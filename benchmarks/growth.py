@@ -1,4 +1,4 @@
-"""`growth`: how the time of attention and of a stack of blocks grows with tokens, batch and depth."""
+"""Command `growth`: time of attention and of stacked blocks as a function of tokens, batch and depth."""
 
 import argparse
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", choices=SIZES, default="Ti", metavar="SIZE", help=f"width: {', '.join(SIZES)}; default: Ti"
     )
-    parser.add_argument("--tokens", nargs="+", type=positive, default=TOKENS, help="at batch 1, depth 1")
-    parser.add_argument("--batch", nargs="+", type=positive, default=BATCHES, help="at 197 tokens, depth 1")
-    parser.add_argument("--depth", nargs="+", type=positive, default=DEPTHS, help="at 197 tokens, batch 1")
+    parser.add_argument("--tokens", nargs="+", type=positive, default=TOKENS, help="sizes at batch 1, depth 1")
+    parser.add_argument("--batch", nargs="+", type=positive, default=BATCHES, help="sizes at 197 tokens, depth 1")
+    parser.add_argument("--depth", nargs="+", type=positive, default=DEPTHS, help="sizes at 197 tokens, batch 1")
     parser.add_argument("--direction", nargs="+", choices=["forward", "backward", "both"], default=["forward", "both"])
 
 

@@ -1,16 +1,15 @@
-"""What one Transformer block keeps for its backward pass, its peak of memory, and how many kernels it launches.
+"""Memory and kernel launches of one Transformer block, for vit_triton and other libraries.
 
-Counted, not measured, and the same on every machine. Nothing is computed: our launchers run with the launch itself
-taken out, which leaves their allocations; the blocks of others run on fake CPU tensors, down to PyTorch's operators.
+All figures are counted and are the same on every machine. No kernel runs: our launchers allocate their outputs and skip
+the launch; other libraries' blocks run on fake CPU tensors.
 
-* Saved: bytes of the distinct storages that ``saved_tensors_hooks`` sees in a forward pass, but for the parameters and
-  the block's input, which the block before has in any case.
-* Peak: the most bytes of storages that are alive at once and were made in the pass: results, what is saved, scratch of
-  our launchers and, in training, all gradients. What a kernel of PyTorch takes inside is not seen.
-* Kernels: ours are launches, and PyTorch's operators between them; those of others are operators that compute
-  something, each counted as one kernel, though some start several.
+* Saved: bytes of the distinct storages that a forward pass saves for backward. "Saved" excludes parameters and input.
+* Peak: maximum bytes of live storages allocated in the pass: results, saved tensors, our launchers' workspace and, in
+  training, all gradients. Memory that PyTorch's kernels allocate internally is excluded.
+* Kernels: our launches plus the PyTorch operators between them. Other libraries' operators count as one kernel each;
+  our count is exact. Operators that only allocate or make views are excluded.
 
-Training is a forward and a backward pass with a given gradient, without dropout and optimizer.
+Training is one forward and one backward pass with a given gradient, without dropout and without an optimizer.
 """
 
 import argparse
@@ -36,6 +35,9 @@ from vit_triton.tuning.progress import progress
 from vit_triton.tuning.shapes import DTYPES
 
 PATCH = 16
+NOTE = (
+    '"Saved" excludes parameters and input. Other libraries\' operators count as one kernel each; our count is exact.'
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ SIZES = {"S": Size(384, 6), "B": Size(768, 12), "L": Size(1024, 16)}
 
 @dataclass(frozen=True)
 class Count:
-    """Bytes and kernels of a block; inference is a forward pass without gradients."""
+    """Bytes and kernels of a block. Inference is a forward pass without gradients."""
 
     block: str
     saved: int
@@ -73,15 +75,15 @@ def _key(x: Tensor) -> int:
 
 
 class Ledger(TorchDispatchMode):
-    """Follows storages that operators make, from birth to death, and counts the kernels that it takes.
+    """Tracks the storages that operators allocate, and counts kernels.
 
-    ``now``: bytes of those alive, ``peak`` the most of it. ``born``: (shape, key) of every tensor that came with a
-    storage of its own; the key is None once that has died.
+    ``now``: bytes of live storages; ``peak``: maximum of ``now``. ``born``: (shape, key) of every tensor with a new
+    storage; the key is None once the storage is freed.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive: dict[int, tuple[int, int]] = {}  # key -> bytes, and which of ``born``
+        self.alive: dict[int, tuple[int, int]] = {}  # key -> (bytes, index into ``born``)
         self.now = self.peak = self.kernels = 0
         self.born: list[tuple[tuple[int, ...], int | None]] = []
 
@@ -117,7 +119,7 @@ class Ledger(TorchDispatchMode):
 
 @contextlib.contextmanager
 def counting(ours: bool) -> Iterator[Ledger]:
-    """A ledger of what happens inside: on the path of a GPU for ``ours``, else on fake tensors."""
+    """Count within the block: on the GPU code path for ``ours``, otherwise on fake tensors."""
     ledger = Ledger()
     with contextlib.ExitStack() as stack:
         if ours:
@@ -128,12 +130,12 @@ def counting(ours: bool) -> Iterator[Ledger]:
 
 @contextlib.contextmanager
 def saving(excluded: list[Tensor]) -> Iterator[dict[int, torch.UntypedStorage]]:
-    """The storages that are saved for the backward pass inside, but for those of ``excluded``."""
+    """Storages saved for backward within the block, except those of ``excluded``."""
     known, found = set(map(_key, excluded)), {}
 
     def pack(x: Tensor) -> Tensor:
         if _key(x) not in known:
-            found[_key(x)] = x.untyped_storage()  # the pass keeps it alive and so do we: no other gets its key
+            found[_key(x)] = x.untyped_storage()  # the reference keeps the storage alive, so its key stays unique
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -147,7 +149,7 @@ def _ours(size: Size) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     from vit_triton.modules import Transformer
 
     model = Transformer(size.width, 1, size.heads, size.width // size.heads, size.hidden, backend="triton")
-    return model, model._run  # without the norm behind the last block
+    return model, model._run  # skips the norm after the last block
 
 
 def _vit_pytorch(size: Size) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -225,7 +227,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def count(name: str, size: Size, batch: int, tokens: int, dtype: torch.dtype) -> Count:
-    """What block ``name`` takes on (batch, tokens, width)."""
+    """Bytes and kernels of block ``name`` on an input (batch, tokens, width)."""
     ours = name == OURS
     with contextlib.nullcontext() if ours else FakeTensorMode():
         with _default_dtype(dtype):  # fake parameters cannot be cast
@@ -251,7 +253,7 @@ def count(name: str, size: Size, batch: int, tokens: int, dtype: torch.dtype) ->
 
 
 def table(counts: list[Count]) -> Table:
-    """In Markdown; MiB, and in brackets the ratio to the first."""
+    """A Markdown table in MiB; brackets: ratio to the first row."""
     first = asdict(counts[0])
 
     def cell(name: str, value: int) -> str:
@@ -269,17 +271,17 @@ def table(counts: list[Count]) -> Table:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=SIZES, default="B", help="the width and heads of ViT-S, ViT-B or ViT-L")
+    parser.add_argument("--model", choices=SIZES, default="B", help="size of the ViT; default: B")
     parser.add_argument("--image", type=positive, default=224,
-                        help=f"its side in pixels, cut into patches of {PATCH}; default: 224")  # fmt: skip
-    parser.add_argument("--batch", type=positive, default=8, help="images; default: 8")
+                        help=f"side of the images in pixels, with patches of {PATCH}; default: 224")  # fmt: skip
+    parser.add_argument("--batch", type=positive, default=8, help="images per batch; default: 8")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     options.add_json(parser)
 
 
 def run(given: argparse.Namespace) -> None:
     if given.image < PATCH:
-        raise SystemExit(f"--image: {given.image} pixels hold no patch of {PATCH}")
+        raise SystemExit(f"--image must be at least {PATCH}, the patch size, got {given.image}")
     size, tokens = SIZES[given.model], 1 + (given.image // PATCH) ** 2
     head = {"machine": machine(), **options.plain(given), **asdict(size), "tokens": tokens}
     counts: list[Count] = []
@@ -290,7 +292,8 @@ def run(given: argparse.Namespace) -> None:
                 write_json(given.json, {**head, "results": [asdict(each) for each in counts]})
             bar.advance(name)
     what = f"one block of ViT-{given.model}/{PATCH}, {given.batch} images of {given.image} x {given.image}"
-    print(f"{what}, {given.dtype}; counted, nothing ran")
+    print(f"{what}, {given.dtype}; counted, no kernel ran")
+    print(NOTE)
     if counts:
         Console(width=120).print(table(counts))
     if not bar.complete:

@@ -1,4 +1,4 @@
-"""Whole ViTs: inference, and a training step, against the models of others."""
+"""Cases of whole ViTs: inference and a training step, against other libraries' models."""
 
 import copy
 import functools
@@ -68,7 +68,7 @@ def hugging_face(shape: Shape) -> nn.Module:
 
 
 COMPILED = " compiled"
-PREPACKED = " prepacked"  # in inference only
+PREPACKED = " prepacked"  # inference only
 BUILDS: dict[str, Build] = {
     OURS: ours,
     f"{OURS}{PREPACKED}": ours,
@@ -119,7 +119,7 @@ def training_step(model: nn.Module, image: Tensor, labels: Tensor) -> Callable[[
 
 
 def gradients(model: nn.Module, image: Tensor, labels: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    """The loss and all gradients in one row: of some, a bias of keys for one, nothing but rounding is left."""
+    """The loss, and all gradients as one vector: a key bias has gradient zero, thus no relative error of its own."""
     model.train()
 
     def run() -> tuple[Tensor, Tensor]:
@@ -136,8 +136,8 @@ LABELS = {"forward": "inference", "both": "training step"}
 def cases(
     shapes: Iterable[Shape], directions: Iterable[str], dtype: torch.dtype, device: str, wanted: Mapping[str, Build]
 ) -> Iterator[Case]:
-    """Ours have the weights of vit_pytorch's model and are checked against it in float64; every other model is checked
-    against itself in float64."""
+    """Cases of every shape and direction. Our models load the weights of vit_pytorch's model and are checked against it
+    in float64; every other model is checked against its own float64 copy."""
     for shape in shapes:
         for direction in directions:
             yield Case(
@@ -155,7 +155,7 @@ def _prepare(
     shape: Shape, direction: str, dtype: torch.dtype, device: str, wanted: Mapping[str, Build]
 ) -> dict[str, Provider]:
     if any(name.endswith(COMPILED) for name in wanted):
-        torch.compiler.reset()  # as for an operator
+        torch.compiler.reset()  # past eight shapes torch.compile falls back to eager
     with torch.device(device):
         image = torch.randn(shape.batch, 3, shape.image, shape.image).to(dtype)
         labels = torch.randint(CLASSES, (shape.batch,))
@@ -195,14 +195,17 @@ def _exact(make: Callable[..., Callable[[], Any]], model: nn.Module, arguments: 
 
 
 def _restored(model: nn.Module, peer: nn.Module, call: Callable[[], Any]) -> Any:
-    """Steps change the weights."""
+    """Load the original weights first: training steps change them."""
     model.load_state_dict(peer.state_dict())
     return call()
 
 
 def _cost(shape: Shape, direction: str, dtype: torch.dtype, providers: int) -> Cost:
-    """That of vit_pytorch's model, which computes all tokens to the end. Bytes: weights, image and logits once; in
-    training weights and Adam's two moments read and written, gradients written and read."""
+    """Cost of vit_pytorch's model, which computes all tokens in every block.
+
+    Bytes: weights, image and logits once. In training, weights and Adam's two moments are read and written, and
+    gradients are written and read.
+    """
 
     def traced(dtype: torch.dtype) -> tuple[int, int, int]:
         made: list[nn.Module] = []
@@ -219,6 +222,6 @@ def _cost(shape: Shape, direction: str, dtype: torch.dtype, providers: int) -> C
 
     flops, weights, memory = traced(dtype)
     outside = shape.batch * (3 * shape.image**2 + CLASSES) * dtype.itemsize
-    kept = 1 if direction == "forward" else 4  # weights; gradients and moments
+    kept = 1 if direction == "forward" else 4  # weights; in training also gradients and two moments
     size = weights * (1 if direction == "forward" else 8) + outside
     return Cost(flops, size, memory + providers * weights * (kept + 1) + traced(torch.float64)[2])

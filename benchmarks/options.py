@@ -1,4 +1,4 @@
-"""Options that several commands have, refused before anything is measured."""
+"""Options shared by several commands, validated before any measurement."""
 
 import argparse
 import importlib.util
@@ -20,13 +20,13 @@ def device(text: str) -> str:
     if text not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
     if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("cuda was asked for, and PyTorch finds no GPU")
+        raise argparse.ArgumentTypeError("cuda requires a GPU; PyTorch finds no GPU")
     return text
 
 
 def plot_folder(text: str) -> Path:
     if importlib.util.find_spec("matplotlib") is None:
-        raise argparse.ArgumentTypeError("charts need matplotlib: pip install 'vit_triton[bench]'")
+        raise argparse.ArgumentTypeError("charts require matplotlib: pip install 'vit_triton[bench]'")
     path = Path(text)
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"must be a folder, got the file {text!r}")
@@ -34,7 +34,7 @@ def plot_folder(text: str) -> Path:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Those that depend on the device have no default here: see :func:`fill`."""
+    """Add the shared options. Defaults that depend on the device are set by :func:`fill`."""
     parser.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=", ".join(DTYPES))
     parser.add_argument(
@@ -42,49 +42,47 @@ def add(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=positive,
         default=sorted({1, os.cpu_count() or 1}),
-        help="of a CPU; default: one, and one per core",
+        help="CPU threads; default: one, and one per core",
     )
-    parser.add_argument("--seconds", type=duration, help="for each case and thread count")
+    parser.add_argument("--seconds", type=duration, help="time to spend on each case and thread count")
     add_only(parser, "cases")
     add_json(parser)
-    parser.add_argument(
-        "--plot", type=plot_folder, metavar="FOLDER", help="draw charts of the results into this folder"
-    )
+    parser.add_argument("--plot", type=plot_folder, metavar="FOLDER", help="write charts of the results to this folder")
 
 
 def fill(given: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
-    """Give the options that were not given their ``defaults``."""
+    """Set the options that were not given to their ``defaults``."""
     for name, value in defaults.items():
         if getattr(given, name) is None:
             setattr(given, name, value)
 
 
 def add_only(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--only", default="", metavar="NAME", help=f"{what} whose name contains this")
+    parser.add_argument("--only", default="", metavar="NAME", help=f"only {what} whose name contains NAME")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the results to this file, as they come")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the results to this file after every case")
 
 
 def plain(given: argparse.Namespace) -> dict[str, Any]:
-    """What heads a file of results: the command, and its options as JSON has them."""
+    """Head of a results file: the command and its options, as JSON values."""
     named = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
     return {"command": named.pop("what"), "options": named}
 
 
 def only(items: Iterable[T], text: str, name: Callable[[T], str], label: Callable[[T], str] | None = None) -> list[T]:
-    """Those whose ``label``, by default the name, contains ``text``; an error with all names where none does."""
+    """Items whose ``label`` (default: the name) contains ``text``. Exits with a list of all names if there are none."""
     every = list(items)
     found = [each for each in every if text in (label or name)(each)]
     if not found:
         known = "; ".join(dict.fromkeys(map(name, every)))
-        raise SystemExit(f"--only: nothing here contains {text!r}; there are {known}")
+        raise SystemExit(f"--only: no name contains {text!r}; available: {known}")
     return found
 
 
 def shapes(models: Sequence[str], images: Sequence[int], batches: Sequence[int]) -> list[Shape]:
-    """Every combination; an error for images smaller than a patch."""
+    """All combinations. Exits if an image is smaller than a patch."""
     try:
         return [Shape.of(model, image, batch) for image in images for model in models for batch in batches]
     except ValueError as error:
@@ -92,11 +90,11 @@ def shapes(models: Sequence[str], images: Sequence[int], batches: Sequence[int])
 
 
 def chosen(available: Mapping[str, Any], wanted: Iterable[str] | None) -> dict[str, Any]:
-    """Those of the ``available`` providers that are ``wanted``, ours always: ratios are to it. None means all."""
+    """The ``wanted`` providers and always ours, the base of all ratios. None selects all."""
     return {name: x for name, x in available.items() if wanted is None or name == OURS or name in wanted}
 
 
 def refuse_unknown(names: Iterable[str] | None, known: Iterable[str]) -> None:
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
-        raise SystemExit(f"--providers: no {', '.join(map(repr, unknown))} here; there are {', '.join(known)}")
+        raise SystemExit(f"--providers: unknown {', '.join(map(repr, unknown))}; available: {', '.join(known)}")

@@ -1,11 +1,10 @@
-"""Python's time from a public function to its launches, per call, on the path of a GPU: at batch 1 this is the wait.
+"""Python time per call, from a public function to its launches, on the GPU code path.
 
-The kernels are compiled for sm_90 and every launch goes all the way but for the last call, which does nothing. In turn
-with each call the same launches are made by Triton's own launcher, ``kernel[grid](...)``, stubbed in the same place:
-the difference is what the library costs. The lowest of many rounds stands for each, since whatever else the machine
-does only adds. Training is a forward and a backward pass; a Function that does nothing shows PyTorch's share of it.
-Python takes as long for small tensors as for large ones: these are narrow, so that the few operators of PyTorch between
-the launches, which do run, take little more than their own launch.
+At batch 1 this time limits the latency. Kernels are compiled for sm_90; each launch runs up to the driver call, which
+does nothing. Each round also times the same launches through Triton's own launcher, ``kernel[grid](...)``; the
+difference is the library's overhead. The minimum over all rounds is reported, because other load only adds time.
+Training is a forward and a backward pass; an empty autograd Function shows PyTorch's share. Tensors are narrow, so that
+the PyTorch operators between the launches, which do run, add little; Python time does not depend on their size.
 """
 
 import argparse
@@ -36,7 +35,7 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """At batch 1. Two heads: with one as wide as the tokens a block has no output projection."""
+    """Input sizes at batch 1. Two heads: a block with one head of full width has no output projection."""
 
     tokens: int = 197
     width: int = 128
@@ -53,7 +52,7 @@ SHAPE = Shape()
 
 @dataclass(frozen=True)
 class Overhead:
-    """Microseconds of a call, and of its ``launches`` when Triton's own launcher makes them."""
+    """Microseconds of a call, and of its ``launches`` through Triton's own launcher."""
 
     name: str
     mode: str
@@ -66,12 +65,12 @@ class Overhead:
         return self.call - self.triton
 
 
-# --- what is called ----------------------------------------------------------------------------------------
+# --- measured calls ----------------------------------------------------------------------------------------
 
 
 def operators(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., Any], list[Tensor]]]:
-    """(name, function, its tensors) of every public function, at batch 1 as a ViT calls it. The tensors want gradients
-    in training."""
+    """(name, function, tensors) of every public function, with the shapes of a ViT at batch 1. In training the tensors
+    require gradients."""
 
     def rand(*size: int) -> Tensor:
         return torch.zeros(size, dtype=dtype)
@@ -120,7 +119,7 @@ def modules(shape: Shape, dtype: torch.dtype, depth: int = 12) -> Iterator[tuple
 
 
 class _Nothing(torch.autograd.Function):
-    """What any Function costs that saves two tensors and gives each a gradient."""
+    """An empty Function: saves two tensors and returns a gradient for each."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -133,9 +132,9 @@ class _Nothing(torch.autograd.Function):
 
 
 def calls(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[str, str, Call]]:
-    """(name, "inference" or "training", what is called)"""
+    """(name, "inference" or "training", call)"""
     nothing = torch.zeros(1, shape.tokens, shape.width, dtype=dtype), [torch.zeros(shape.width, dtype=dtype)]
-    yield from _both("a Function of nothing", _Nothing.apply, *nothing)
+    yield from _both("empty Function", _Nothing.apply, *nothing)
     for name, function, (x, *tensors) in operators(shape, dtype):
         yield from _both(name, function, x, tensors)
     for name, module, x in modules(shape, dtype):
@@ -160,7 +159,7 @@ def _both(name: str, function: Callable[..., Any], x: Tensor, tensors: list[Tens
 
 
 def launches_of(call: Call) -> list[tuple[Any, Any, dict[str, Any]]]:
-    """(kernel, grid, arguments) of each launch of a call, which is made inside ``gpu_path.taken()``."""
+    """(kernel, grid, arguments) of each launch of ``call``; runs within ``gpu_path.taken()``."""
     seen: list[tuple[Any, Any, dict[str, Any]]] = []
     start = launch.start
 
@@ -218,7 +217,9 @@ def table(results: list[Overhead]) -> Table:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--rounds", type=positive, default=1000, help="the lowest time of so many is shown")
+    parser.add_argument(
+        "--rounds", type=positive, default=1000, help="rounds per call; the minimum is shown; default: 1000"
+    )
     options.add_only(parser, "calls")
     options.add_json(parser)
 
@@ -226,9 +227,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> None:
     head = {"machine": machine(), **options.plain(given), **asdict(SHAPE)}
     print(said(head["machine"]))
-    print(f"{SHAPE}; Python alone, no kernel ran; the guard of the current device is not in it")
+    print(f"{SHAPE}; Python time, no kernel ran; excludes the guard of the current device")
     torch.set_num_threads(1)
-    keep_freed_memory()  # as the allocator of a GPU does
+    keep_freed_memory()  # as PyTorch's CUDA allocator does
     results: list[Overhead] = []
     with gpu_path.taken():
         chosen = options.only(calls(SHAPE, DTYPES[given.dtype]), given.only, lambda call: call[0])

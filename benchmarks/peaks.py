@@ -1,4 +1,4 @@
-"""The most a device can do: from data sheets for GPUs, measured in the same run for a CPU."""
+"""Peak FLOP/s and bandwidth: from data sheets for a GPU, measured in the same run for a CPU."""
 
 import time
 from collections.abc import Callable
@@ -16,12 +16,12 @@ class Peak:
     source: str
 
     def seconds(self, flops: float, size: float) -> float:
-        """The least time the roofline allows (Williams, Waterman, Patterson 2009, doi:10.1145/1498765.1498785)."""
+        """Minimum time by the roofline model (Williams, Waterman, Patterson 2009, doi:10.1145/1498765.1498785)."""
         return max(flops / self.flops, size / self.bytes)
 
 
-# From the vendors' data sheets and white papers: name as the driver reports it; dense TFLOP/s of float16 and bfloat16
-# with float32 sums, of IEEE float32, which AMD's matrix cores compute too; GB/s.
+# Driver's device name -> (TFLOP/s float16 and bfloat16, dense, float32 accumulation; TFLOP/s IEEE float32, on AMD with
+# matrix cores; GB/s), from the vendors' data sheets and white papers.
 GPUS = {
     "NVIDIA A10": (125, 31.2, 600),
     "NVIDIA A100-SXM4-40GB": (312, 19.5, 1555),
@@ -33,8 +33,8 @@ GPUS = {
     "NVIDIA B200": (2250, 75, 7700),  # an eighth of an HGX B200
     "NVIDIA L4": (121, 30.3, 300),
     "NVIDIA L40S": (362, 91.6, 864),
-    # GeForce cards multiply at half the rate when they add in float32; appendices of the white papers on GA102, AD102
-    # and RTX Blackwell
+    # GeForce cards run 16-bit GEMMs at half rate with float32 accumulation; appendices of the white papers on GA102,
+    # AD102 and RTX Blackwell
     "NVIDIA GeForce RTX 3090": (71, 35.6, 936),
     "NVIDIA GeForce RTX 4090": (165, 82.6, 1008),
     "NVIDIA GeForce RTX 5070": (61.7, 30.9, 672),
@@ -42,14 +42,14 @@ GPUS = {
     "NVIDIA GeForce RTX 5080": (112.6, 56.3, 960),
     "NVIDIA GeForce RTX 5090": (209.5, 104.8, 1792),
     "AMD Instinct MI210": (181, 45.3, 1638),
-    "AMD Instinct MI250X": (191.5, 47.9, 1638),  # one of its two dies, each a device
+    "AMD Instinct MI250X": (191.5, 47.9, 1638),  # one of two dies; each die is a device
     "AMD Instinct MI300X": (1307.4, 163.4, 5300),
     "AMD Instinct MI300X OAM": (1307.4, 163.4, 5300),
 }
 
 
 def peak(device: str, dtype: torch.dtype, threads: int) -> Peak | None:
-    """None for a GPU that is not in the table."""
+    """Peak of the device; None for a GPU without a table entry."""
     if device == "cpu":
         return measured(dtype, threads)
     name = torch.cuda.get_device_name()
@@ -63,8 +63,8 @@ _measured: dict[tuple[torch.dtype, int], Peak] = {}
 
 
 def measured(dtype: torch.dtype, threads: int) -> Peak:
-    """The best so far of a 1024^3 product and of a copy of 256 MiB, by PyTorch: every call tries again, for the machine
-    may have been busy. What stays in the caches can be faster than the copy says."""
+    """Best rates so far of PyTorch's 1024^3 GEMM and of a 256 MiB copy. Every call measures again, because the machine
+    may have been busy before. Data that stays in the caches can exceed the copy's bandwidth."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -76,8 +76,8 @@ def measured(dtype: torch.dtype, threads: int) -> Peak:
     finally:
         torch.set_num_threads(before)
     best = _measured.get((dtype, threads), Peak(0, 0, ""))
-    said = "best in this run of a product of 1024 x 1024 matrices and of a copy of 256 MiB"
-    _measured[dtype, threads] = Peak(max(flops, best.flops), max(rate, best.bytes), said)
+    source_text = "best in this run: GEMM of 1024 x 1024 matrices, copy of 256 MiB"
+    _measured[dtype, threads] = Peak(max(flops, best.flops), max(rate, best.bytes), source_text)
     return _measured[dtype, threads]
 
 

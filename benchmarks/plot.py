@@ -1,4 +1,4 @@
-"""Charts of a report, as PNG files about 1200 pixels wide, on white: they are read in light and dark pages alike."""
+"""Charts of a report: PNG files, 1200 pixels wide, with a white background for light and dark pages."""
 
 import itertools
 import re
@@ -17,14 +17,21 @@ from benchmarks.runner import OURS, Report, Result
 from benchmarks.slopes import AXES, Slope, curves
 
 HIGHLIGHT, SLOWER, LINE, GREY, GRID = "#d9480f", "#f4a582", "#343a40", "#868e96", "#e9ecef"
-OTHERS = ("#495057", "#1c7ed6", "#2f9e44", "#9c36b5", "#868e96", "#74c0fc")  # ours stands out by colour and width
+OTHERS = (
+    "#495057",
+    "#1c7ed6",
+    "#2f9e44",
+    "#9c36b5",
+    "#868e96",
+    "#74c0fc",
+)  # ours is highlighted
 T = TypeVar("T")
 MARKERS = "osDv^Pp<>Xdh*"
 
 
 def compare(report: Report, folder: Path) -> list[Path]:
-    """Of `ops` and `models`: ratios, times of models, and the roofline; one file each per dtype and thread count, and
-    for operators per shape."""
+    """Charts of `ops` (ratios, roofline) and `models` (ratios, times): one file per dtype and thread count, and for
+    `ops` per shape."""
     paths = []
     command = report.also["command"]
     for group, results in _groups(report.results, by_shape=command == "ops").items():
@@ -38,7 +45,7 @@ def compare(report: Report, folder: Path) -> list[Path]:
 
 
 def _groups(results: Iterable[Result], by_shape: bool) -> dict[str, list[Result]]:
-    """Those with any time, by dtype, threads and, where there are several, the shape."""
+    """Timed results grouped by dtype, thread count and, if ``by_shape`` and there are several shapes, the shape."""
     timed = [r for r in results if r.milliseconds]
     shapes = {r.shape for r in timed}
     groups: dict[str, list[Result]] = {}
@@ -52,7 +59,7 @@ def _groups(results: Iterable[Result], by_shape: bool) -> dict[str, list[Result]
 def _figure(
     report: Report, results: Sequence[Result], height: float, title: str, rows: int = 1, columns: int = 1
 ) -> tuple[Any, Any]:
-    """Under its title: what was measured on, in which dtype."""
+    """A figure and its axes; the subtitle names the machine and the dtype."""
     figure = matplotlib.figure.Figure(figsize=(8, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 0.62 / height))
@@ -75,7 +82,7 @@ def _machine(report: Report, result: Result) -> str:
 
 
 def _log(ax: Any, axis: str, ticks: Sequence[float] = ()) -> None:
-    """A logarithmic axis with plain numbers, at its limits in force."""
+    """Make the axis logarithmic, with plain numbers, within its current limits."""
     getattr(ax, f"set_{axis}scale")("log")
     side = getattr(ax, f"{axis}axis")
     low, high = side.get_view_interval()
@@ -86,7 +93,7 @@ def _log(ax: Any, axis: str, ticks: Sequence[float] = ()) -> None:
 
 
 def _legend(ax: Any, columns: int, handles: Sequence[Any]) -> None:
-    """Half an inch below the axes, where their label is."""
+    """Place the legend half an inch below the axes, under the axis label."""
     below = ax.transAxes + ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)
     place = dict(loc="upper center", bbox_to_anchor=(0.4, 0), bbox_transform=below)
     ax.legend(handles=handles, ncols=columns, fontsize=8.5, frameon=False, handletextpad=0.4, **place)
@@ -97,7 +104,7 @@ def _mark(marker: str, colour: str, label: str, **style: Any) -> Line2D:
 
 
 def _save(figure: Any, report: Report, results: Sequence[Result], path: Path, meaning: str) -> Path:
-    """With what it shows, and how that was measured, below the picture."""
+    """Write the file, with a caption of ``meaning`` and the measuring method."""
     m, first = report.machine, results[0]
     how = f"Medians, {first.method}; vit_triton {m['vit_triton']}, torch {m['torch']}, triton {m['triton']}"
     figure.supxlabel(f"{meaning}\n{how}", x=0.012, ha="left", fontsize=8.5, color="#495057")
@@ -107,7 +114,7 @@ def _save(figure: Any, report: Report, results: Sequence[Result], path: Path, me
 
 
 def _label(result: Result, results: Sequence[Result]) -> str:
-    """Of what all share, the shape is not repeated."""
+    """Case and shape; the shape is omitted if all results share it."""
     return result.case if len({r.shape for r in results}) == 1 else f"{result.case}\n{result.shape}"
 
 
@@ -121,7 +128,7 @@ def _others(by_name: dict[str, T]) -> dict[str, T]:
 
 
 def _ratios(report: Report, results: Sequence[Result], path: Path) -> Path:
-    """A bar from 1 to the fastest other, a mark for every other; logarithmic, so that twice is as far as half."""
+    """A bar from 1 to the ratio to the fastest other, a mark for each other, on a logarithmic axis."""
     shown = [r for r in results if r.against_the_fastest is not None]
     colours = _others(_colours(name for r in shown for name in _others(r.ratio)))
     marks = dict(zip(colours, itertools.cycle(MARKERS), strict=False))
@@ -144,9 +151,9 @@ def _ratios(report: Report, results: Sequence[Result], path: Path) -> Path:
     ax.set_ylim(len(shown) - 0.5, -0.5)
     ax.grid(visible=False, axis="y")
     ax.set_xlabel(f"time of the other / time of {OURS}; right of 1, {OURS} is faster", fontsize=9, color=LINE)
-    bars = [Patch(color=HIGHLIGHT, label=f"{OURS} is the fastest"), Patch(color=SLOWER, label="another is faster")]
+    bars = [Patch(color=HIGHLIGHT, label=f"{OURS} is fastest"), Patch(color=SLOWER, label="another is faster")]
     _legend(ax, 4, [*(_mark(marks[name], colour, name) for name, colour in colours.items()), *bars])
-    return _save(figure, report, results, path, "Bar and number: against the fastest other; marks: against each")
+    return _save(figure, report, results, path, "Bar and number: ratio to the fastest other; marks: ratio to each")
 
 
 def _colours(names: Iterable[str]) -> dict[str, str]:
@@ -155,7 +162,7 @@ def _colours(names: Iterable[str]) -> dict[str, str]:
 
 
 def _times(report: Report, results: Sequence[Result], path: Path) -> Path:
-    """Bars side by side, a panel per case: times of small and large models share no axis."""
+    """A panel of bars per case, each with its own axis: small and large models differ too much for one."""
     columns = 2 if len(results) > 1 else 1
     rows = -(-len(results) // columns)
     bars = max(len(r.milliseconds) for r in results)
@@ -178,11 +185,11 @@ def _times(report: Report, results: Sequence[Result], path: Path) -> Path:
 
 
 def _roofline(report: Report, results: Sequence[Result], path: Path) -> Path:
-    """TFLOP/s over FLOPs per byte, of what has FLOPs: ours and the fastest other, joined."""
+    """TFLOP/s over FLOPs per byte, for results with FLOPs: ours and the fastest other, joined by a line."""
     roof = report.roof(results[0])
     assert roof is not None
     shown = [r for r in results if r.flops]
-    figure, axes = _figure(report, results, 5.6, _title("How near to the roofline", results))
+    figure, axes = _figure(report, results, 5.6, _title("Roofline", results))
     ax = axes[0, 0]
     xs, corner, top = [r.flops / r.bytes for r in shown], roof.flops / roof.bytes, roof.flops / 1e12
     low, high = min(*xs, corner) / 3, 3 * max(*xs, corner)
@@ -216,7 +223,7 @@ def _op(result: Result) -> str:
 
 
 def growth(report: Report, slopes: Sequence[Slope], folder: Path) -> list[Path]:
-    """Time over size, both logarithmic: a row per case, a column per axis; slopes in the legends."""
+    """Time over size, both logarithmic: a row per case, a column per axis, slopes in the legends."""
     fitted = {(s.case, s.dtype, s.threads, s.axis, s.provider): s.slope for s in slopes}
     model, width, heads = report.also["options"]["model"], report.also["width"], report.also["heads"]
     paths = []
@@ -245,6 +252,6 @@ def growth(report: Report, slopes: Sequence[Slope], folder: Path) -> list[Path]:
             ax.set_xlabel(key[3], fontsize=9, color=LINE)
             ax.set_ylabel("ms", fontsize=9, color=LINE)
             ax.legend(fontsize=8, frameon=False)
-        meaning = "Slope s: time ~ size^s, fitted to the larger half of the sizes that both were timed at"
+        meaning = "Slope s: time ~ size^s, fitted to the larger half of the sizes that both providers were timed at"
         paths.append(_save(figure, report, results, folder / f"growth_{group}.png", meaning))
     return paths

@@ -1,9 +1,9 @@
-"""One runner for every benchmark: check the numbers, time the providers in turn, keep and print what was measured.
+"""The runner of all benchmarks: check each provider's numbers, time the providers in interleaved rounds, report.
 
-A provider whose result is wrong, or that fails, is not timed. A ratio is the median over rounds of peer's time / ours.
+A provider that fails or gives wrong results is not timed. A ratio is the median over rounds of (peer's time / ours).
 
-A file that ``--json`` names holds one object: "machine" (what was measured on, and the versions), "command", "options"
-(as they were given, or their defaults), what is the command's own, and the list "results".
+The file of ``--json`` holds one object: "machine" (hardware and versions), "command", "options" (given or default),
+entries specific to the command, and the list "results".
 """
 
 import contextlib
@@ -30,17 +30,20 @@ from vit_triton.tuning.measure import errors
 from vit_triton.tuning.progress import progress
 
 OURS = "vit_triton"
-# of others, as PyPI knows them
+# other libraries' names on PyPI
 PACKAGES = ("vit-pytorch", "timm", "torchvision", "transformers")
 PACKAGES += ("flash-attn", "xformers", "liger-kernel", "flash-linear-attention")
-SEED = 0  # of every case's inputs: a number that is right or wrong is so in every run
-TOLERANCE = 16.0  # relative L2 error that counts as right, in eps; and always twice that of PyTorch's own operations
+SEED = 0  # for the inputs of every case: a check gives the same verdict in every run
+TOLERANCE = 16.0  # allowed relative L2 error, in eps; twice the error of PyTorch's own operators is always allowed
 
 
 @dataclass(frozen=True)
 class Provider:
-    """``run`` is timed. Before that ``numbers``, or else its own results, are compared with those of ``exact``, the
-    same computation in float64. ``plain``: errors that PyTorch's own operations make in the same dtype."""
+    """One implementation of a case.
+
+    ``run`` is timed. Before that, the results of ``numbers`` (default: ``run``) are compared with those of ``exact``,
+    the same computation in float64. ``plain`` returns the errors of PyTorch's own operators in the same dtype.
+    """
 
     run: Callable[[], Any]
     exact: Callable[[], Any]
@@ -50,9 +53,9 @@ class Provider:
 
 @dataclass(frozen=True)
 class Case:
-    """Something to compute, once ``prepare`` has made the providers; nothing is allocated before.
+    """A computation to measure. ``prepare`` creates the providers; no memory is allocated before.
 
-    ``replay``: whether a CUDA graph may hold the calls. ``at``: where the case stands on what a benchmark varies.
+    ``replay``: whether the calls may be captured in a CUDA graph. ``at``: the case's position on the benchmark's axes.
     """
 
     name: str
@@ -70,7 +73,7 @@ class Case:
 
 @dataclass
 class Result:
-    """``flops`` and ``bytes`` are computed."""
+    """The measurement of a case; ``flops`` and ``bytes`` are computed."""
 
     case: str
     shape: str
@@ -87,12 +90,12 @@ class Result:
 
     @property
     def against_the_fastest(self) -> float | None:
-        """Of others: our own other backend is none."""
+        """Ratio to the fastest other library; our own variants (backend "torch") are excluded."""
         return min((ratio for name, ratio in self.ratio.items() if not name.startswith(OURS)), default=None)
 
 
 def check(providers: dict[str, Provider], dtype: torch.dtype) -> dict[str, str]:
-    """The providers whose numbers are wrong or that fail, and how."""
+    """{provider: reason} of the providers that fail or give wrong numbers."""
     allowed = TOLERANCE * torch.finfo(dtype).eps
     wrong = {}
     for name, provider in providers.items():
@@ -104,13 +107,13 @@ def check(providers: dict[str, Provider], dtype: torch.dtype) -> dict[str, str]:
             for error, limit in zip(found, limits, strict=True):
                 if not error <= limit:
                     wrong[name] = f"error {error:.1e}, allowed {limit:.1e}"
-        except Exception as error:  # of whatever package: it must not end the others' runs
+        except Exception as error:  # from any package; the other providers still run
             wrong[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return wrong
 
 
 def measure(case: Case, threads: Sequence[int], seconds: float) -> Iterator[Result]:
-    """The case on every number of ``threads`` (of a CPU; a GPU's cases ignore them)."""
+    """Results of the case, one per thread count; ``threads`` is ignored on a GPU."""
     cost = case.cost()
     torch.manual_seed(SEED)
     providers = case.prepare()
@@ -131,8 +134,8 @@ def measure(case: Case, threads: Sequence[int], seconds: float) -> Iterator[Resu
 
 
 def rates(result: Result, roof: Peak | None) -> dict[str, dict[str, float]]:
-    """TFLOP/s, GB/s and per cent of the roofline of every provider, by the computed work: what a provider does beyond
-    that counts as time only."""
+    """TFLOP/s, GB/s and per cent of the roofline of every provider, for the computed FLOPs and bytes. A provider's
+    additional work is not counted."""
     seconds = {name: milliseconds / 1e3 for name, milliseconds in result.milliseconds.items()}
     found = {
         "tflops": {name: result.flops / t / 1e12 for name, t in seconds.items()},
@@ -153,7 +156,7 @@ def _roof_of(result: Result) -> str:
 
 
 class Report:
-    """What a run has measured so far, in a file after every case."""
+    """The results of a run, written to the file after every case."""
 
     def __init__(self, path: Path | None, device: str, **also: Any) -> None:
         self.path = path
@@ -192,7 +195,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(text, encoding="utf-8")
@@ -202,7 +205,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def run(cases: Sequence[Case], threads: Sequence[int], seconds: float, report: Report) -> bool:
-    """Measure the cases into the report and print them; whether it came to the end, and was not interrupted."""
+    """Measure the cases, add them to the report and print them. Returns False if interrupted."""
     keep_freed_memory()
     with progress(len(cases)) as bar:
         for case in cases:
@@ -220,7 +223,7 @@ def run(cases: Sequence[Case], threads: Sequence[int], seconds: float, report: R
 
 
 def raise_for(complete: bool, report: Report) -> None:
-    """Exit as a shell expects after Ctrl-C, or with 1 if any of our numbers was wrong."""
+    """Exit with 130 after Ctrl-C, or with 1 if any of our results is wrong."""
     if not complete:
         raise SystemExit(130)
     if any(OURS in result.wrong for result in report.results):
@@ -228,17 +231,17 @@ def raise_for(complete: bool, report: Report) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc not to give memory back to the system: else every call pays, or by chance does not, for the pages of
-    its results being mapped and zeroed again, which takes longer than many of the ops that are timed here."""
+    """Make glibc keep freed memory. Otherwise the pages of a result may be mapped and zeroed again on any call, which
+    takes longer than many of the timed ops."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-        libc.mallopt(m_mmap_threshold, 2**25)  # the largest there is
+        libc.mallopt(m_mmap_threshold, 2**25)  # the maximum
 
 
 def free_memory(device: str) -> int:
-    """Bytes."""
+    """Free bytes on the device."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     available = [text.split()[1] for text in _lines("/proc/meminfo") if text.startswith("MemAvailable")]
@@ -246,7 +249,7 @@ def free_memory(device: str) -> int:
 
 
 def line(result: Result, roof: Peak | None = None) -> str:
-    """The ratio first; per cent of the roofline behind each time."""
+    """One printed line: the ratio, the case, and each time with its per cent of the roofline."""
     rate = rates(result, roof)
     times = "  ".join(
         f"{name} {ms:.3f}" + (f" ({rate['roofline'][name]:.0f}%)" if roof else "")
@@ -263,7 +266,7 @@ def line(result: Result, roof: Peak | None = None) -> str:
 
 
 def machine(device: str = "cpu") -> dict[str, str]:
-    """What the numbers were measured on, and with which versions of whose code."""
+    """The machine, and the versions of the libraries."""
     cpuinfo = _lines("/proc/cpuinfo")
     names = [text.split(":")[1].strip() for text in cpuinfo if text.startswith("model name")]
     clocks = [text.split(":")[1].strip() for text in cpuinfo if text.startswith("cpu MHz")]
@@ -281,7 +284,7 @@ def machine(device: str = "cpu") -> dict[str, str]:
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of those that are installed."""
+    """Versions of the installed ``packages``."""
     found = {}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -296,7 +299,7 @@ def said(found: Mapping[str, str]) -> str:
 def _gpu() -> dict[str, str]:
     try:
         clock = f"{torch.cuda.clock_rate()} MHz"
-    except Exception:  # it asks NVML or AMD SMI, through a package that need not be there
+    except Exception:  # requires NVML or AMD SMI and an optional package
         clock = "not reported"
     runtime = {"hip": torch.version.hip} if torch.version.hip else {"cuda": str(torch.version.cuda)}
     device = torch.device("cuda", torch.cuda.current_device())

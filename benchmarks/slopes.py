@@ -1,7 +1,7 @@
-"""How a time grows with a size: curves of what `growth` measured, and the slopes fitted to them.
+"""Growth of time with size: curves of the results of `growth`, and fitted slopes.
 
-A slope is the exponent of a power law, time ~ size ** slope: the line of least squares through the logarithms of the
-upper half of the sizes that every provider was timed at. Below, a call's own cost hides it.
+A slope is the exponent of a power law, time ~ size ** slope, fitted by least squares to the logarithms. The fit uses
+the larger half of the sizes that every provider was timed at; at small sizes the constant cost of a call dominates.
 """
 
 import math
@@ -22,11 +22,11 @@ class Slope:
     axis: str
     provider: str
     slope: float
-    sizes: tuple[int, ...]  # that were fitted
+    sizes: tuple[int, ...]  # used in the fit
 
 
 def curves(results: Sequence[Result]) -> dict[tuple[str, str, int, str], dict[str, list[tuple[int, float]]]]:
-    """Of every case, dtype, thread count and axis: {provider: [(size, milliseconds), ...]}, sizes ascending."""
+    """{(case, dtype, threads, axis): {provider: [(size, milliseconds), ...]}}, sizes ascending."""
     found: dict[tuple[str, str, int, str], dict[str, list[tuple[int, float]]]] = {}
     for r in sorted(results, key=lambda r: r.at["size"]):
         curve = found.setdefault((r.case, r.dtype, r.threads, r.at["axis"]), {})
@@ -36,7 +36,7 @@ def curves(results: Sequence[Result]) -> dict[tuple[str, str, int, str], dict[st
 
 
 def slopes(results: Sequence[Result]) -> list[Slope]:
-    """Of a curve's providers all or, with fewer than two sizes to fit, none."""
+    """Slopes of all providers of each curve; curves with fewer than two sizes to fit are skipped."""
     found = []
     for key, curve in curves(results).items():
         shared = sorted(set.intersection(*({size for size, _ in points} for points in curve.values())))

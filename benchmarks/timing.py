@@ -1,7 +1,7 @@
-"""How calls are timed: a function per method, from {name: call} and seconds to spend to seconds of a call, by round.
+"""Timing methods: each takes {name: call} and a time budget, and returns {name: seconds per call in each round}.
 
-Every method goes round the calls, so that whatever else the machine does, or its clock, hits all of them, and the times
-of one round are of one moment.
+Every method interleaves the calls, so that other load and clock changes affect all of them, and the times of a round
+belong together.
 """
 
 import statistics
@@ -16,7 +16,7 @@ Calls = Mapping[str, Callable[[], Any]]
 Rounds = dict[str, list[float]]
 
 MIN_ROUNDS = 3
-SMALL = 1e-4  # seconds; what is shorter waits for its launches, which a CUDA graph replays without Python
+SMALL = 1e-4  # seconds; shorter calls are bound by Python, which a CUDA graph replay avoids
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Times:
 
 
 def interleaved(calls: Calls, seconds: float) -> Rounds:
-    """On a CPU: one call each per round, or as many as fill 2 ms."""
+    """On a CPU: each round runs each call once, or often enough to fill 2 ms."""
     repeats = {}
     for name, call in calls.items():
         start = time.perf_counter()
         call()
-        if time.perf_counter() - start < 0.1:  # the first call after something else is slow
+        if time.perf_counter() - start < 0.1:  # the first call after another one is slow
             start = time.perf_counter()
             call()
         repeats[name] = max(1, round(2e-3 / max(time.perf_counter() - start, 1e-6)))
@@ -49,15 +49,15 @@ def interleaved(calls: Calls, seconds: float) -> Rounds:
 
 
 def cuda_events(calls: Calls, seconds: float) -> Rounds:
-    """Medians of calls, with the L2 cache flushed before each."""
+    """Median per call, with the L2 cache flushed before each call."""
     return _rounds(calls, lambda call: on_gpu(call, seconds / MIN_ROUNDS / len(calls)))
 
 
 def cuda_graph(calls: Calls, seconds: float) -> Rounds:
-    """Medians of ``triton.testing.do_bench_cudagraph``: many calls in one graph, and nothing flushes the L2 cache."""
+    """Median of ``triton.testing.do_bench_cudagraph``: many calls in one graph, with a warm L2 cache."""
     from triton.testing import do_bench_cudagraph
 
-    rep = 1e3 * seconds / MIN_ROUNDS / len(calls) / 10  # it replays ten times
+    rep = 1e3 * seconds / MIN_ROUNDS / len(calls) / 10  # do_bench_cudagraph replays ten times
     return _rounds(calls, lambda call: do_bench_cudagraph(call, rep=rep, return_mode="median"))
 
 
@@ -77,14 +77,14 @@ def on_cpu(calls: Calls, seconds: float, replay: bool) -> Times:
 
 
 def on_cuda(calls: Calls, seconds: float, replay: bool) -> Times:
-    """By graph replay where calls may be captured, are small and let themselves be captured, all of them."""
+    """By CUDA graph if ``replay``, a call is short and every call can be captured; otherwise by events."""
     if replay:
         quick = cuda_events(calls, seconds / 10)
         if min(map(statistics.median, quick.values())) < SMALL:
             try:
                 return Times("CUDA graph, L2 warm", cuda_graph(calls, seconds))
             except RuntimeError as error:
-                print(f"not captured as a CUDA graph, timed by events: {' '.join(str(error).split())[:200]}")
+                print(f"CUDA graph capture failed, timed by events: {' '.join(str(error).split())[:200]}")
     return Times("do_bench, L2 flushed", cuda_events(calls, seconds))
 
 

@@ -1,8 +1,8 @@
 """Train a small ViT on handwritten digits, then classify held-out scans with both backends.
 
-`make demo` runs this. The data are the 1,797 scans of 8 x 8 pixels that ship inside scikit-learn. After training with
-backend "torch" the checkpoint is read back into one model per backend, and the two have to agree. Without a GPU the
-kernels run compiled for the CPU.
+`make demo` runs this file. The data set is scikit-learn's 1,797 scans of 8 x 8 pixels. The model is trained with
+backend "torch"; then the checkpoint is loaded into one model per backend and their logits are compared. Without a GPU,
+the kernels are compiled for the CPU.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from vit_triton.training.loop import build
 
 @torch.inference_mode()
 def classify(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits (N, 10)."""
+    """Logits (N, 10) for images (N, 1, H, W)."""
     return torch.cat([model(batch) for batch in images.split(40)])
 
 
 def draw(path: Path, images: Tensor, digits: Tensor, predicted: Tensor, attention: Tensor) -> None:
-    """Write a PNG: images (N, 1, H, W) with their predictions, and below each attention (N, rows, columns)."""
+    """Write a PNG of images (N, 1, H, W) with their predictions above attention maps (N, rows, columns)."""
     extra("matplotlib").use("Agg")
     plt = extra("matplotlib.pyplot")
     figure, axes = plt.subplots(2, len(images), figsize=(1.5 * len(images), 3.9), squeeze=False)
@@ -39,7 +39,7 @@ def draw(path: Path, images: Tensor, digits: Tensor, predicted: Tensor, attentio
         top, bottom = axes[:, column]
         top.imshow(image[0], cmap="gray_r")
         top.set_title(
-            f"predicted {guess}" + ("" if guess == digit else f"\n(is {digit})"),
+            f"predicted {guess}" + ("" if guess == digit else f"\n(label {digit})"),
             color="black" if guess == digit else "firebrick",
             fontsize=10,
         )
@@ -48,7 +48,7 @@ def draw(path: Path, images: Tensor, digits: Tensor, predicted: Tensor, attentio
         shown.set_clim(0, float(attention.max()))
         for axis in (top, bottom):
             axis.set_axis_off()
-    figure.suptitle("Held-out digits, and what the class token attends to in the last block (mean over heads)")
+    figure.suptitle("Held-out digits and the class token's attention in the last block (mean over heads)")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -56,10 +56,10 @@ def draw(path: Path, images: Tensor, digits: Tensor, predicted: Tensor, attentio
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for the files (demo_output)")
+    parser.add_argument("--epochs", type=int, default=30, help="default: 30")
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="output folder; default: demo_output")
     arguments = parser.parse_args()
-    for name in (checkpoint.NAME, checkpoint.PREVIOUS):  # of an earlier demo
+    for name in (checkpoint.NAME, checkpoint.PREVIOUS):  # left by an earlier run
         (arguments.out / name).unlink(missing_ok=True)
     config = TrainConfig(
         "digits", out=arguments.out, epochs=arguments.epochs, learning_rate=2e-3, label_smoothing=0.0, backend="torch"
@@ -67,8 +67,8 @@ def main() -> None:
     data = load_data(config)
     images = torch.stack([image for image, _ in data.test])
     digits = torch.tensor([digit for _, digit in data.test])
-    torch.set_num_threads(1)  # these matrices are too small to share: threads would mostly wait for each other
-    # Where the kernels cannot run, this says so now and not after the training.
+    torch.set_num_threads(1)  # the matrices are too small for several threads
+    # Raise before training if the kernels cannot run on this machine.
     model = build(config, data.channels, len(data.classes)).eval()
     model.backend = "triton"
     model(images[:1])
@@ -84,13 +84,13 @@ def main() -> None:
         right = int((values.argmax(1) == digits).sum())
         print(f"backend {backend:6}  held-out accuracy {right / len(digits):.2%}  ({right} of {len(digits)})")
     difference = (logits["triton"] - logits["torch"]).abs().max().item()
-    print(f"largest difference of a logit between the backends: {difference:.1e}")
+    print(f"largest logit difference between the backends: {difference:.1e}")
 
     predicted = logits["triton"].argmax(1)
-    # The first scans, with the mistakes (if any) put last: they are the more interesting ones.
+    # The first correct predictions, then up to three mistakes.
     wrong = (predicted != digits).nonzero().flatten()[:3]
     shown = torch.cat([(predicted == digits).nonzero().flatten()[: 10 - len(wrong)], wrong])
-    # (B, layers, heads, N): the class token's row, rebuilt from q, k and the kernel's log-sum-exp.
+    # (B, layers, heads, N): the class token's row, recomputed from q, k and the saved log-sum-exp.
     maps = attention_maps(models["triton"], images[shown], query=0)
     sizes = config.sizes()
     side = sizes["image_size"] // sizes["patch_size"]

@@ -403,7 +403,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert {each["kernel"] for each in written} == {"sum_parts_kernel"} and written[0]["constants"]["BLOCK"]
     assert written[0]["intensity"] == written[0]["flops"] / written[0]["bytes"] and written[0]["trips"] > 0
     lines = capsys.readouterr().out.splitlines()
-    assert "no GPU took part" in lines[0] and lines[1].startswith("arch") and "sum_parts" in lines[2]
+    assert "without a GPU" in lines[0] and lines[1].startswith("arch") and "sum_parts" in lines[2]
     assert len({len(line) for line in lines[1:]}) == 1
     dumped = {path.suffix for path in (tmp_path / "dump").iterdir()}
     assert dumped == {".cubin", ".ptx", ".json"}
@@ -436,10 +436,10 @@ def test_what_was_compiled_before_an_interrupt_is_kept(tmp_path, monkeypatch, ca
     ("arguments", "complaint"),
     [
         (["--arch", "sm_70"], "invalid choice: 'sm_70'"),
-        (["--dump", __file__], "is a file, a folder is needed"),
+        (["--dump", __file__], "must be a folder, got the file"),
         (["--json", "/nowhere/figures.json"], "must be a file in a folder that exists"),
         (["--jobs", "0"], "must be a whole number above 0"),
-        (["--only", "tension"], "nothing here contains 'tension'; there are attention_fwd_kernel; "),
+        (["--only", "tension"], "no name contains 'tension'; available: attention_fwd_kernel; "),
     ],
 )
 def test_wrong_options(arguments, complaint, monkeypatch, capsys):

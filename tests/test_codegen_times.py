@@ -188,11 +188,11 @@ def test_every_case_names_one_launch(virtual_memory):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--gpu", "A100"], "--gpu: only --time computes for a GPU"),
-        (["--time", "--arch", "sm_80"], "--arch: not with --time"),
-        (["--time", "--all"], "--all: not with --time"),
+        (["--gpu", "A100"], "--gpu requires --time"),
+        (["--time", "--arch", "sm_80"], "--arch is not supported with --time"),
+        (["--time", "--all"], "--all is not supported with --time"),
         (["--time", "--gpu", "V100"], "invalid choice: 'V100'"),
-        (["--time", "--only", "tension"], "nothing here contains 'tension'; there are attention, 197 tokens"),
+        (["--time", "--only", "tension"], "no name contains 'tension'; available: attention, 197 tokens"),
     ],
 )
 def test_wrong_options(arguments, complaint, monkeypatch, capsys):

@@ -39,7 +39,7 @@ def test_demo(
     assert len(accuracies) == 2 and accuracies[0] == accuracies[1]
     # chance is 10 %; two epochs are enough to tell training from none
     assert float(accuracies[0]) > 20
-    difference = re.search(r"largest difference of a logit between the backends: (\S+)", printed)
+    difference = re.search(r"largest logit difference between the backends: (\S+)", printed)
     assert difference is not None and float(difference[1]) < 1e-4
     picture = tmp_path / "digits.png"
     assert printed.splitlines()[-1] == f"wrote {picture}"

@@ -223,7 +223,7 @@ def by_backend(ours, torchs=lambda x, w: x * w):
 def test_right_numbers_pass():
     facts = check(by_backend(lambda x, w: x * w))
     assert set(facts["errors"]) == {"inference result 0", "result 0", "gradient of input 0", "gradient of input 1"}
-    assert facts["line"].endswith("twice the same bits")
+    assert facts["line"].endswith("bitwise reproducible")
 
 
 class Halved(torch.autograd.Function):
@@ -243,7 +243,7 @@ WRONG = {
     "gradient": (lambda x, w: Halved.apply(x) * w, "gradient of input 0: error 5.0e-01"),
     "nan": (lambda x, w: x * w * float("nan"), "error nan"),
     "inference": (lambda x, w: x * w * (1 if torch.is_grad_enabled() else 2), "inference result 0: error 1.0e"),
-    "bits": (lambda x, w: x * w * (1 + 1e-7 * torch.rand(x.shape)), "the same call twice gives other bits: inference"),
+    "bits": (lambda x, w: x * w * (1 + 1e-7 * torch.rand(x.shape)), "two equal calls differ in bits: inference"),
 }
 
 
@@ -347,7 +347,7 @@ def test_results_of_another_machine_are_refused(name, tmp_path):
     again = Results(tmp_path, RUN)
     before = (tmp_path / "results.json").read_text()
     with pytest.raises(
-        SystemExit, match=f"another machine or version .{name} {MACHINE[name]}, now other.: name another"
+        SystemExit, match=f"another machine or version .{name} {MACHINE[name]}, now other.: choose another"
     ):
         again.identify({**MACHINE, name: "other"})
     assert (tmp_path / "results.json").read_text() == before
@@ -484,7 +484,7 @@ def test_it_says_that_triton_is_missing():
     done = command("--dry-run", code="import sys\nsys.modules['triton'] = None")
     assert (done.returncode, done.stderr) == (
         1,
-        "the kernels need the package triton (pip install triton; Linux only)\n",
+        "the kernels require the package triton (pip install triton; Linux only)\n",
     )
 
 
@@ -496,7 +496,7 @@ def test_it_says_that_triton_is_missing():
         (("--minutes", "soon"), "--minutes: must be a number of minutes above 0, got 'soon'"),
         (("--out", __file__), "--out: must be a folder, got the file"),
         (("--device", "cpu", "--only", "nothing"), "--only: no step contains 'nothing'"),
-        (("--device", "cpu", "--out", "/dev/null/folder"), "cannot go on: [Errno 20] Not a directory: "),
+        (("--device", "cpu", "--out", "/dev/null/folder"), "cannot continue: [Errno 20] Not a directory: "),
     ],
 )
 def test_bad_options_are_refused(words, message, monkeypatch, capsys, tmp_path):

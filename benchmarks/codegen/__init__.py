@@ -1,13 +1,11 @@
-"""What the compilers for GPUs make of the kernels, without one: registers, spills, shared memory, instructions.
+"""Figures of the kernels compiled for GPUs: registers, spills, shared memory, instructions. Requires no GPU.
 
-The library runs on CPU tensors, forward and backward, while a driver is active that compiles for another architecture
-and starts nothing; what was compiled is then disassembled with the tools in Triton's wheel. All figures are computed
-by compilers or from shapes. Triton keeps what it compiled in its cache (TRITON_CACHE_DIR), from which a second run
-takes it.
+The library runs on CPU tensors, forward and backward, with a driver that compiles for another architecture and launches
+nothing. The compiled kernels are disassembled with the tools in Triton's wheel. All figures come from the compilers or
+are computed from shapes. Triton caches compiled kernels (TRITON_CACHE_DIR) for later runs.
 
---time computes times instead: a bound that cannot be beaten, a replay of the machine code, and the limit that FLOPs and
-bytes set, in microseconds, for the cases that docs/gpu.md lists. None of them is measured. The replays take
-minutes.
+--time computes times in microseconds instead, for the cases listed in docs/gpu.md: a lower bound from the machine code,
+a replay of the machine code, and the limit set by FLOPs and bytes. None of them is measured. Replays take minutes.
 """
 
 import argparse
@@ -39,7 +37,7 @@ DEFAULT_TIMED = (["A100", "H100", "B200"], ["bfloat16"])
 def _folder(name: str) -> Path:
     path = Path(name)
     if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{name} is a file, a folder is needed")
+        raise argparse.ArgumentTypeError(f"must be a folder, got the file {name!r}")
     return path
 
 
@@ -55,20 +53,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all",
         action="store_true",
-        help="every tile that the library can choose, not only those of ViT-B/16; takes long the first time",
+        help="all tiles that the library can choose; default: those of ViT-B/16; slow until cached",
     )
-    parser.add_argument("--time", action="store_true", help="compute times on GPUs; slow")
-    parser.add_argument("--gpu", nargs="+", choices=GPUS, help="of --time; default: " + " ".join(DEFAULT_TIMED[0]))
+    parser.add_argument("--time", action="store_true", help="compute times for GPUs; slow")
+    parser.add_argument(
+        "--gpu", nargs="+", choices=GPUS, help="GPUs for --time; default: " + " ".join(DEFAULT_TIMED[0])
+    )
     options.add_only(parser, "kernels (with --time, cases too)")
     options.add_json(parser)
     parser.add_argument(
-        "--dump", type=_folder, metavar="DIR", help="leave binary, assembly and figures of each kernel in this folder"
+        "--dump", type=_folder, metavar="DIR", help="write binary, assembly and figures of each kernel to this folder"
     )
     parser.add_argument(
         "--jobs",
         type=positive,
         default=os.cpu_count() or 1,
-        help="processes that compile (default: all cores)",
+        help="number of processes; default: all cores",
     )
 
 
@@ -81,7 +81,7 @@ def run(given: argparse.Namespace) -> None:
 
 def _count(given: argparse.Namespace) -> None:
     if given.gpu:
-        raise SystemExit("--gpu: only --time computes for a GPU; without it, choose an architecture with --arch")
+        raise SystemExit("--gpu requires --time; without --time, choose an architecture with --arch")
     options.only(COSTS, given.only, str)
     if given.dump:
         given.dump.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def _count(given: argparse.Namespace) -> None:
 def _time(given: argparse.Namespace) -> None:
     for name in ("arch", "all", "dump"):
         if getattr(given, name):
-            raise SystemExit(f"--{name}: not with --time, which takes --gpu and --dtype")
+            raise SystemExit(f"--{name} is not supported with --time; use --gpu and --dtype")
     cases = options.only(times.CASES, given.only, lambda case: case.name, lambda case: f"{case.name} {case.kernel}")
     tasks = list(itertools.product(given.gpu or DEFAULT_TIMED[0], given.dtype or DEFAULT_TIMED[1], cases))
     _show(given, times.HEADER, times.line, _row, tasks)
@@ -112,9 +112,9 @@ def _show(
     read: Callable[..., list[Any]],
     tasks: Sequence[tuple[Any, ...]],
 ) -> None:
-    """Print a line for each of what ``read`` finds for the tasks, as it comes, and write it to the file of --json."""
+    """Call ``read`` for each task; print a line per result, and update the file of --json."""
     head = {"machine": machine(), **options.plain(given)}
-    print(f"triton {head['machine']['triton']}; computed by its compilers and from shapes, no GPU took part")
+    print(f"triton {head['machine']['triton']}; computed by its compilers and from shapes, without a GPU")
     print(header)
     found: list[Any] = []
     with progress(len(tasks)) as bar:
@@ -132,7 +132,7 @@ def _in_processes(read: Callable[..., list[Any]], tasks: Sequence[tuple[Any, ...
     if jobs == 1:
         yield from itertools.starmap(read, tasks)
         return
-    # spawned: torch and LLVM have threads, which a fork would lose
+    # spawn: torch and LLVM have threads, which do not survive a fork
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(jobs, len(tasks)), context, torch.set_num_threads, (1,))
     try:

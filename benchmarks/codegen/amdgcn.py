@@ -1,4 +1,4 @@
-"""AMD's machine code, from the assembly that Triton keeps."""
+"""Parser for AMD machine code, in the assembly that Triton's cache keeps."""
 
 import re
 from typing import Any
@@ -21,8 +21,8 @@ _WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "
 
 
 def read(kernel: Any) -> tuple[int, int, list[Instruction]]:
-    """Registers (vector and accumulation) and bytes of scratch memory (spills among them) of a thread, and the
-    instructions."""
+    """(registers per thread, vector and accumulation; bytes of scratch memory per thread, including spills;
+    instructions)"""
     text = kernel.asm["amdgcn"]
 
     def noted(name: str) -> int:

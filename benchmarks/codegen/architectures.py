@@ -1,4 +1,4 @@
-"""What a multiprocessor of each architecture has room for, and how many blocks of a kernel that is."""
+"""Resources of a multiprocessor by architecture, and the number of resident blocks of a kernel."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,19 @@ from vit_triton.kernels.target import target_named
 
 @dataclass(frozen=True)
 class Architecture:
-    """A multiprocessor (compute unit). A block may have ``shared`` bytes, all of its blocks together ``shared_all``, of
-    which the system takes ``shared_system`` for each.
+    """A multiprocessor (compute unit).
 
-    ``registers`` 32-bit ones for each of ``schedulers`` parts, given out to a warp by ``granule``; a part holds
-    ``warps`` warps. ``columns``: of tensor memory, which tcgen05 has. ``matrix``: the opcodes of its own matrix
-    instructions.
+    Attributes:
+        matrix: regular expression for the opcodes of its matrix instructions.
+        shared: maximum bytes of shared memory per block.
+        shared_all: bytes of shared memory per multiprocessor, including ``shared_system`` bytes reserved per block.
+        warps: maximum warps per scheduler.
+        blocks: maximum blocks per multiprocessor.
+        registers: 32-bit registers per scheduler, allocated to a warp in units of ``granule``.
+        columns: columns of tensor memory (tcgen05).
 
     NVIDIA: CUDA C++ Programming Guide, table of compute capabilities. AMD: CDNA 2 and 3 instruction set guides, and
-    LLVM's AMDGPU usage guide; a vector register and an accumulation register come out of the same 512.
+    LLVM's AMDGPU usage guide; vector and accumulation registers share the same 512.
     """
 
     target: GPUTarget
@@ -33,8 +37,8 @@ class Architecture:
     columns: int = 512
 
     def resident(self, registers: int, warps: int, shared: int, columns: int = 0) -> tuple[int, str]:
-        """How many blocks of ``warps`` warps, ``registers`` registers a thread, ``shared`` bytes and ``columns`` of
-        tensor memory a multiprocessor holds at once, and what there is no more of."""
+        """(number of resident blocks, limiting resource) for blocks of ``warps`` warps with ``registers`` registers per
+        thread, ``shared`` bytes of shared memory and ``columns`` of tensor memory."""
         of_a_warp = max(1, -(-registers * self.target.warp_size // self.granule)) * self.granule
         room = {
             "registers": self.registers // of_a_warp * self.schedulers // warps,

@@ -1,4 +1,4 @@
-"""What a launch has to do at least, from its arguments alone: products and sums, bytes, steps of its loop."""
+"""Minimum cost of a launch, computed from its arguments: FLOPs, bytes, loop trips."""
 
 import math
 from collections.abc import Callable
@@ -13,10 +13,10 @@ Count = Callable[[Arguments], int]
 
 
 def _attention(products: int) -> Count:
-    """``products`` of a (queries x keys) matrix of each head with one of head_dim columns."""
+    """FLOPs of ``products`` GEMMs per head, each of size queries x keys x head_dim."""
 
     def flops(a: Arguments) -> int:
-        with_dq = a.get("dq_ptr") is not None and "dk_ptr" in a  # one product more
+        with_dq = a.get("dq_ptr") is not None and "dk_ptr" in a  # one more GEMM
         rows = a["q_ptr"].shape[0] * a["n_heads"] * a["n_q"]
         return 2 * (products + with_dq) * rows * a["n_k"] * a["HEAD_DIM"]
 
@@ -24,7 +24,7 @@ def _attention(products: int) -> Count:
 
 
 def _linear(a: Arguments) -> int:
-    """MULTIPLIED: the product is there, and what stands behind it is one multiplication."""
+    """FLOPs of a GEMM. With MULTIPLIED, the GEMM is already computed and only the epilogue's multiplication is left."""
     return a["M"] * a["N"] if a.get("MULTIPLIED") else 2 * a["M"] * a["N"] * a["K"]
 
 
@@ -41,19 +41,19 @@ def _present(a: Arguments, *names: str) -> int:
 
 
 def _layer_norm_fwd(a: Arguments) -> int:
-    # centring 1 and scaling 1; the sums of mean and variance 3
+    # per element: centering 1, scaling 1, sums for mean and variance 3
     each = 2 + (0 if a["SAVED_STATISTICS"] else 3) + _present(a, "weight_ptr", "bias_ptr", "residual_ptr")
     return each * a["n_rows"] * a["width"]
 
 
 def _layer_norm_bwd(a: Arguments) -> int:
-    # xhat 2, the two sums along a row 3, dx 4; with a weight its product and the sums for both parameters 4
+    # per element: xhat 2, two row sums 3, dx 4; with a weight: multiplication and parameter sums 4
     each = 9 + (4 if a["weight_ptr"] is not None else 0) + _present(a, "dsum_ptr")
     return each * a["n_rows"] * a["width"]
 
 
 def _qk_norm(each: int, mean: int) -> Count:
-    """``each`` for every number, ``mean`` more where the norm subtracts it, and those of weight and bias."""
+    """FLOPs: ``each`` per element, plus ``mean`` for a LayerNorm, plus one for each of weight and bias."""
 
     def flops(a: Arguments) -> int:
         parameters = _present(a, *(name for name in ("weight_ptr", "bias_ptr") if name in a))
@@ -67,7 +67,7 @@ def _steps(size: str, tile: str) -> Count:
 
 
 def _part(size: str) -> Count:
-    """Of one of SPLIT parts."""
+    """Loop trips in one part of a split-K sum."""
     return lambda a: cdiv(cdiv(a[size], a["BLOCK_M"]), a["SPLIT"])
 
 
@@ -75,7 +75,7 @@ def _once(a: Arguments) -> int:
     return 0
 
 
-# (multiplications and additions of the formula, trips of the loop: 0 where there is none)
+# kernel -> (FLOPs, loop trips; 0 without a loop)
 COSTS: dict[str, tuple[Count, Count]] = {
     "attention_fwd_kernel": (_attention(2), lambda a: a["n_k"] // a["BLOCK_N"]),
     "attention_bwd_delta_kernel": (lambda a: 2 * a["do_ptr"].numel(), _once),
@@ -102,12 +102,12 @@ COSTS: dict[str, tuple[Count, Count]] = {
     "patch_embed_bwd_image_kernel": (_patches, _steps("dim", "BLOCK_N")),
     "patch_embed_bwd_norm_kernel": (lambda a: 10 * a["n_rows"] * _patch_dim(a), _once),
 }
-# read and written
+# tensors that are read and written
 IN_PLACE = {("patch_embed_bwd_norm_kernel", "dimage_ptr"), ("qk_norm_bwd_kernel", "dx_ptr")}
 
 
 def least_bytes(kernel: str, arguments: Arguments) -> int:
-    """Every tensor read or written once; what an expanded one repeats counts once."""
+    """Bytes if every tensor is read or written once; repeated elements of an expanded tensor count once."""
 
     def distinct(x: torch.Tensor) -> int:
         sizes = [size for size, stride in zip(x.shape, x.stride(), strict=True) if stride != 0 or size == 0]

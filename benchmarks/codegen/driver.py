@@ -1,4 +1,4 @@
-"""A Triton driver that compiles what is launched on CPU tensors for a GPU that is not there, and starts nothing."""
+"""A Triton driver that compiles launches on CPU tensors for a given GPU architecture, and runs nothing."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,20 +16,20 @@ from vit_triton.kernels import launch
 
 @dataclass
 class Launched:
-    """A compiled kernel, and the grids and arguments it was launched with."""
+    """A compiled kernel with the grids and arguments of its launches."""
 
     kernel: Any
     launches: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
 
 class Launcher:
-    """Notes what is launched with the active driver."""
+    """Records launches in the active driver."""
 
     def __init__(self, src: Any, metadata: Any) -> None:
         self.names, self.hash = src.fn.arg_names, metadata.hash
 
     def __call__(self, grid: int, y: int, z: int, *args: Any) -> None:
-        values = args[-len(self.names) :]  # behind the stream, the function, its metadata and the hooks
+        values = args[-len(self.names) :]  # after stream, function, metadata and hooks
         driver.active.launches.append((self.hash, grid, dict(zip(self.names, values, strict=True))))
 
 
@@ -50,7 +50,7 @@ class Utils:
 class Compiler(DriverBase):
     launcher_cls: type = Launcher
     utils: Utils = Utils()
-    first_device = 8000  # Triton keeps what it compiled, with its launcher, by device number
+    first_device = 8000  # Triton caches compiled kernels and launchers by device number
 
     def __init__(self, arch: str) -> None:
         self.arch, self.target = arch, ARCHITECTURES[arch].target
@@ -79,13 +79,13 @@ class Compiler(DriverBase):
         return ty
 
     def get_benchmarker(self) -> Any:
-        raise NotImplementedError("nothing runs")
+        raise NotImplementedError("this driver compiles only")
 
 
 @contextlib.contextmanager
 def compiling_for(arch: str, only: str = "", by: type[Compiler] = Compiler) -> Iterator[list[Launched]]:
-    """Compile what is launched on CPU tensors for ``arch``, if its name contains ``only``; the list is filled when the
-    block ends, with a kernel once. ``by``: the class of the driver that is active inside."""
+    """Compile launches on CPU tensors for ``arch``, if the kernel's name contains ``only``. The yielded list is filled
+    at the end of the block, with one entry per kernel. ``by``: class of the active driver."""
     before, kept, start = driver._active, dict(launch._compiled), launch.start
 
     def start_some(kernel: Any, *launch: Any) -> None:

@@ -1,4 +1,4 @@
-"""What is known of one compiled kernel, as numbers and as a line."""
+"""Figures of a compiled kernel, as a dataclass and as a printed line."""
 
 import collections
 import contextlib
@@ -18,18 +18,21 @@ from benchmarks.codegen.driver import Launched, compiling_for
 from benchmarks.codegen.instructions import Instruction, loops, narrow_accesses, waits
 from vit_triton.tuning.shapes import DTYPES as TORCH_DTYPES
 
-# float32 products are IEEE; "tf32" is float32 with products of that precision
+# float32 GEMMs are IEEE; "tf32" is float32 with TF32 GEMMs
 DTYPES = {**TORCH_DTYPES, "tf32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one compiled kernel, and of the largest launch of it that was seen.
+    """Figures of a compiled kernel and of its largest launch.
 
-    ``local_bytes`` a thread has beside its registers, spills among them; ``blocks`` that fit a multiprocessor at once
-    and what ``limit``s them; ``per_trip`` instructions of each loop of the code, waiting loops excepted; ``narrow``
-    lines that access global memory by less than 16 bytes a thread; ``opcodes`` of the code, not of a run. ``grid``
-    programs, ``trips`` of the loop of one, ``flops`` and ``bytes`` are computed from the arguments.
+    Attributes:
+        local_bytes: local memory per thread, including spills.
+        blocks: resident blocks per multiprocessor; ``limit`` is the limiting resource.
+        per_trip: instructions of each loop, except loops that only wait.
+        narrow: {source line: bytes} of global accesses of less than 16 bytes per thread.
+        opcodes: static count of each opcode in the code.
+        grid, trips, flops, bytes: programs, loop trips of a program, and minimum cost, computed from the arguments.
     """
 
     kernel: str
@@ -84,21 +87,21 @@ def _code(arch: str) -> Any:
 def figures(
     arch: str, dtype: str, run: Callable[[torch.dtype], None], *, only: str = "", dump: Path | None = None
 ) -> list[Figures]:
-    """Those of every kernel that ``run`` starts and whose name contains ``only``, compiled for ``arch``; ``dump``: a
-    folder for what was compiled."""
+    """Figures of every kernel launched by ``run`` whose name contains ``only``, compiled for ``arch``. ``dump``: output
+    folder for binary, assembly and figures."""
     with compiling_for(arch, only) as found, precision(dtype):
         run(DTYPES[dtype])
     return [_figures(each, arch, dtype, dump) for each in found]
 
 
 def tensor_columns(kernel: Any) -> int:
-    """Of tensor memory, that a block of a compiled kernel takes."""
+    """Columns of tensor memory per block of a compiled kernel."""
     return getattr(kernel.metadata, "tmem_size", 0) or 0
 
 
 @contextlib.contextmanager
 def precision(dtype: str) -> Iterator[None]:
-    """Allow TF32 where ``dtype`` is "tf32"."""
+    """Allow TF32 if ``dtype`` is "tf32"."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
@@ -148,7 +151,7 @@ def _figures(launched: Launched, arch: str, dtype: str, dump: Path | None) -> Fi
 
 
 def _per_trip(code: list[Instruction]) -> list[int]:
-    """Instructions of each loop that does more than wait."""
+    """Instructions of each loop, except loops that only wait."""
     return sorted((len(body) for body in loops(code) if not waits(code, body)), reverse=True)
 
 

@@ -1,11 +1,12 @@
-"""Published figures of NVIDIA GPUs, and how long each kind of instruction occupies them.
+"""Published figures of NVIDIA GPUs, and instruction rates.
 
-Rates are in cycles that one instruction of one warp takes of one of the four parts of a multiprocessor. Where from:
+A rate is the number of cycles that one warp's instruction occupies a pipe in one of the multiprocessor's four parts.
+Sources:
 
 - fp32, integers, special functions and shuffles: CUDA C++ Best Practices Guide, table of arithmetic throughput.
   ptxas encodes the same rates as stall counts in runs of one opcode.
-- F2FP (two float32 to a pair of 16-bit numbers) on the integer pipe: Nsight Compute guide; others measured 2 cycles on
-  an A100, and twice as much on sm_100, where it is the least certain number.
+- F2FP (two float32 to a pair of 16-bit numbers) on the integer pipe: Nsight Compute guide. Published measurements: 2
+  cycles on an A100, 4 on sm_100; the latter is the least certain rate.
 - HMMA: A100 whitepaper (1024 FMA a cycle and multiprocessor); two thirds of wgmma on sm_90 (FlashAttention-3 paper, and
   6 cycles of stall from ptxas); 8 cycles of stall from ptxas on sm_100.
 - wgmma: 2048 FMA a cycle and multiprocessor (989 TFLOP/s of 132 at 1.83 GHz); tcgen05: 4096 (2250 TFLOP/s of 148 at
@@ -16,15 +17,14 @@ from dataclasses import dataclass
 
 from benchmarks.codegen.architectures import ARCHITECTURES, Architecture
 
-SHARED_BYTES, GLOBAL_BYTES = 128, 64  # a cycle and multiprocessor, of shared memory and from the L2 cache
-PARTS = 4  # of a multiprocessor, each with its scheduler
+SHARED_BYTES, GLOBAL_BYTES = 128, 64  # bytes per cycle and multiprocessor: shared memory, L2 cache
+PARTS = 4  # parts of a multiprocessor, each with a scheduler
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Cycles of one instruction on the pipes for float32, packed 16-bit numbers (``half``), IMAD, other integers and
-    special functions, and of an HMMA.16816; ``tensor``: 16-bit FMA a cycle and multiprocessor in the architecture's own
-    matrix instruction."""
+    """Cycles per instruction: ``fp32``, packed 16-bit (``half``), HMMA.16816 (``hmma``), IMAD, other integers, special
+    functions. ``tensor``: 16-bit FMA per cycle and multiprocessor of the architecture's native matrix instruction."""
 
     fp32: int
     half: int
@@ -46,7 +46,7 @@ RATES = {
 
 @dataclass(frozen=True)
 class GPU:
-    """``clock`` in GHz is the one that the data sheet's peak is for; ``bandwidth`` of its memory in GB/s."""
+    """``clock``: GHz that the data sheet's peak refers to; ``bandwidth``: memory bandwidth in GB/s."""
 
     arch: str
     multiprocessors: int
@@ -67,7 +67,7 @@ class GPU:
         return 2 * self.rates.tensor * self.multiprocessors * self.clock * 1e9
 
     def limit(self, flops: float, n_bytes: float) -> float:
-        """Seconds that no kernel can be faster than: FLOPs at the peak, or bytes at the memory's rate."""
+        """Lower bound in seconds: FLOPs at the peak rate or bytes at the memory bandwidth, whichever is larger."""
         return max(flops / self.peak, n_bytes / (self.bandwidth * 1e9))
 
 

@@ -1,4 +1,4 @@
-"""A compiled kernel as a list of instructions, whatever the vendor: its loops, and how wide it reads and writes."""
+"""A compiled kernel as a list of instructions, for all vendors: its loops and the widths of its accesses."""
 
 import linecache
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ KERNELS = Path(launch.__file__).parent
 
 @dataclass(frozen=True)
 class Instruction:
-    """``opcode`` without modifiers. ``target``: index of the instruction that a branch goes to. ``falls_through``: the
-    next one may follow. ``width``: bytes a thread reads or writes in global memory, 0 for other instructions.
-    ``source``: file and line of the kernel, then those of the call that it was inlined at, and so on."""
+    """``opcode``: without modifiers. ``target``: index of a branch's target. ``falls_through``: whether execution may
+    continue at the next instruction. ``width``: bytes of global memory accessed per thread, 0 for other instructions.
+    ``source``: (file, line) of the kernel, then of each call that it is inlined into."""
 
     opcode: str
     target: int | None = None
@@ -26,7 +26,7 @@ class Instruction:
 
 
 def loops(code: Sequence[Instruction]) -> list[set[int]]:
-    """The natural loops: for each header the instructions from which a way leads back to it without passing it."""
+    """The natural loops, one per header: the instructions with a path back to the header."""
     graph = networkx.DiGraph()
     graph.add_node(0)
     for i, instruction in enumerate(code):
@@ -42,7 +42,7 @@ def loops(code: Sequence[Instruction]) -> list[set[int]]:
         return i == header
 
     found: dict[int, set[int]] = {}
-    for i, header in graph.edges:  # not branches alone: the last instruction of a loop may fall into its first
+    for i, header in graph.edges:  # all edges: a loop's last instruction may fall through into its header
         if i not in above or not dominates(header, i):
             continue
         body, todo = found.setdefault(header, {header}), [i]
@@ -57,13 +57,12 @@ _WAITS = {"SYNCS", "NANOSLEEP", "UTCATOMSWS", "LD", "ATOMS", "YIELD", "USETMAXRE
 
 
 def waits(code: Sequence[Instruction], body: set[int]) -> bool:
-    """Whether a loop only waits for something: one of a few instructions, with a barrier or a lock among them."""
+    """Whether a loop only waits: it is short and contains a barrier or a lock."""
     return len(body) <= 2 or len(body) <= 12 and any(code[i].opcode in _WAITS for i in body)
 
 
 def narrow_accesses(code: Sequence[Instruction]) -> dict[str, int]:
-    """The lines of the kernel that read or write global memory by less than 16 bytes a thread, each with the lines that
-    it was called from, and the bytes."""
+    """{source line with its call sites: bytes} of global accesses of less than 16 bytes per thread."""
     found: dict[str, int] = {}
     for instruction in code:
         if 0 < instruction.width < 16:
@@ -74,8 +73,8 @@ def narrow_accesses(code: Sequence[Instruction]) -> dict[str, int]:
 
 def _line(file: str, number: int) -> str:
     name = file.rpartition("/kernels/")[2] if "/kernels/" in file else Path(file).name
-    # Triton's cache may name the files of a checkout that is gone
+    # the cached kernel may have been compiled from another checkout
     lines = linecache.getlines(file) or linecache.getlines(str(KERNELS / name))
-    # and a load in a conditional expression is noted at the line behind it
+    # a load in a conditional expression has the number of the following line
     text = next((text for text in reversed(lines[:number]) if text.strip()), "")
     return f"{name}:{number}: {text.strip()}"

@@ -1,9 +1,9 @@
-"""How long a kernel takes on a GPU that is not there, computed from its machine code.
+"""Computed time of a kernel on a GPU, from its machine code.
 
-Two times. The *bound* adds up what every instruction occupies of each pipe; the busiest pipe of the fullest
-multiprocessor cannot be beaten: perfect overlap, no bank conflicts, every load a hit. Code outside of loops counts in
-full, though a branch may skip some of it; on sm_100 that is up to a product. The *replay* (``replay.py``) runs
-the warps of one multiprocessor through their stalls, scoreboards and barriers; it does not cover tcgen05. Neither is a
+The *bound* sums the cycles of all instructions on each pipe; the busiest pipe of the fullest multiprocessor is a lower
+bound of the time. It assumes perfect overlap, no bank conflicts and cache hits only. Code outside of loops counts in
+full, even if a branch skips part of it; on sm_100 this adds up to one GEMM step. The *replay* (``replay.py``) simulates
+the warps of one multiprocessor with stalls, scoreboards and barriers; tcgen05 is not supported. Neither is a
 measurement.
 """
 
@@ -15,15 +15,21 @@ from dataclasses import dataclass
 from benchmarks.codegen import replay
 from benchmarks.codegen.program import Kernel
 
-STAGGERS = (0, 150, 400)  # cycles between the starts of resident blocks; the median of the replays counts
-DRAM_LATENCY = 200  # cycles beyond the L2 cache
+STAGGERS = (0, 150, 400)  # cycles between the starts of resident blocks; the result is the median of these replays
+DRAM_LATENCY = 200  # cycles in addition to the L2 cache's latency
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a launch: ``bound`` of its busiest ``pipe``, ``replayed`` (None where that is not modelled), and
-    ``limit``, which no kernel can be faster than. ``tensor_share``: of the tensor cores' rate, what the loop with most
-    products could reach at most. ``blocks`` are resident on a multiprocessor."""
+    """Computed times of a launch in seconds.
+
+    Attributes:
+        bound: lower bound from the busiest ``pipe``.
+        replayed: time of the replay; None if not supported.
+        limit: lower bound from FLOPs and bytes.
+        tensor_share: maximum share of the tensor cores' rate in the loop with the most matrix FLOPs.
+        blocks: resident blocks per multiprocessor.
+    """
 
     bound: float
     replayed: float | None
@@ -34,8 +40,8 @@ class Times:
 
 
 def times(kernel: Kernel, grid: int, trips: Sequence[int], blocks: int, flops: float, n_bytes: float) -> Times:
-    """Of a launch of ``grid`` blocks, of which a multiprocessor holds ``blocks``. ``trips`` of each loop; ``n_bytes``
-    go through the memory."""
+    """Times of a launch of ``grid`` blocks with ``blocks`` resident per multiprocessor. ``trips``: trips of each loop;
+    ``n_bytes``: memory traffic."""
     gpu = kernel.gpu
     fullest = math.ceil(grid / gpu.multiprocessors)
     resident = min(blocks, fullest)

@@ -1,4 +1,4 @@
-"""What each instruction of NVIDIA's machine code occupies, pipe by pipe."""
+"""Cycles that each NVIDIA instruction occupies each pipe."""
 
 import functools
 import re
@@ -8,8 +8,17 @@ from dataclasses import dataclass, field
 from benchmarks.codegen.gpus import GLOBAL_BYTES, SHARED_BYTES, Rates
 from benchmarks.codegen.sass import SassInstruction
 
-OF_A_PART = ("issue", "tensor", "special", "imad", "fp32", "integer", "half", "uniform")  # one for each of four parts
-OF_ALL = ("global", "shared", "tensor memory")  # shared by the parts of a multiprocessor
+OF_A_PART = (
+    "issue",
+    "tensor",
+    "special",
+    "imad",
+    "fp32",
+    "integer",
+    "half",
+    "uniform",
+)  # pipes of each of the four parts
+OF_ALL = ("global", "shared", "tensor memory")  # pipes shared by all parts
 
 INTEGER = set(
     "FMNMX FMNMX3 FSEL FSET FSETP ISETP IMNMX VIMNMX VIMNMX3 VIADDMNMX IADD3 IADD VIADD LEA LOP3 LOP PLOP3 SHF SHL SHR"
@@ -25,14 +34,14 @@ CONTROL = set(
     " USETMAXREG WARPGROUPSET UTCBAR UTCATOMSWS UTMACCTL UTMACMDFLUSH".split()
 )
 MATRIX_SHAPES = {"884": 8 * 8 * 4, "1684": 16 * 8 * 4, "1688": 16 * 8 * 8, "8816": 8 * 8 * 16, "8832": 8 * 8 * 32}
-MATRIX_SPEED = {"IMMA": 2.0, "QMMA": 2.0, "OMMA": 4.0, "DMMA": 1 / 16}  # against 16-bit numbers
+MATRIX_SPEED = {"IMMA": 2.0, "QMMA": 2.0, "OMMA": 4.0, "DMMA": 1 / 16}  # relative to 16-bit operands
 _BYTES = {"256": 32, "128": 16, "64": 8, "32": 4, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1}
 
 
 @dataclass(frozen=True)
 class Work:
-    """``cycles`` by pipe, of one part for one warp, or of the multiprocessor for the pipes in ``OF_ALL``; ``flops`` of
-    matrix products. ``of_a_block``: it is issued once for a block, not once for a warp."""
+    """``cycles``: per warp by pipe, of one part, or of the multiprocessor for pipes in ``OF_ALL``. ``flops``: of matrix
+    instructions. ``of_a_block``: issued once per block instead of once per warp."""
 
     cycles: dict[str, float] = field(default_factory=dict)
     flops: int = 0
@@ -40,7 +49,7 @@ class Work:
 
     @functools.cached_property
     def pipe(self) -> str | None:
-        """The one that the instruction waits for."""
+        """The pipe that the instruction waits for."""
         order = ("tensor", "special", "imad", "fp32", "integer", "half", "global", "shared", "tensor memory", "uniform")
         return next((pipe for pipe in order if pipe in self.cycles), None)
 
@@ -60,7 +69,7 @@ def _work(x: SassInstruction, rates: Rates, code: Sequence[SassInstruction], i: 
     if opcode in ("LDSM", "STSM"):
         matrices = int(x.modifiers[-1]) if x.modifiers and x.modifiers[-1] in "124" else 1
         return Work({"issue": 1, "shared": matrices})
-    words = 32 * next((_BYTES[m] for m in x.modifiers if m in _BYTES), 4)  # bytes of a warp
+    words = 32 * next((_BYTES[m] for m in x.modifiers if m in _BYTES), 4)  # bytes per warp
     if opcode in ("LDS", "STS", "ATOMS", "LDL", "STL"):
         return Work({"issue": 1, "shared": max(1, words / SHARED_BYTES)})
     if opcode in ("LDG", "STG", "LD", "ST", "LDGSTS", "ATOM", "ATOMG", "RED", "REDG"):
@@ -70,7 +79,7 @@ def _work(x: SassInstruction, rates: Rates, code: Sequence[SassInstruction], i: 
         return Work({"issue": 1, "tensor memory": columns / 4})
     if opcode.startswith(("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP")):
         return Work({"issue": 1}, of_a_block=True)
-    if opcode == "SYNCS" and "ARRIVE" in x.modifiers:  # of what a TMA load is going to write
+    if opcode == "SYNCS" and "ARRIVE" in x.modifiers:  # announces the bytes of a TMA load
         n_bytes = _immediate(x.operands.split(",")[-1].strip(), code, i)
         if n_bytes:
             return Work(
@@ -80,13 +89,13 @@ def _work(x: SassInstruction, rates: Rates, code: Sequence[SassInstruction], i: 
 
 
 def _plain(x: SassInstruction, rates: Rates) -> dict[str, float]:
-    """What does neither multiply matrices nor touch memory."""
+    """Cycles of arithmetic and control instructions."""
     opcode = x.opcode
     if opcode in FP32:
         return {"fp32": rates.fp32}
     if opcode in FP32_PAIRS:
         return {"fp32": 2 * rates.fp32}
-    if opcode in ("IMAD", "IMUL", "IDP", "IMUL32I"):  # half of the float32 pipe multiplies integers
+    if opcode in ("IMAD", "IMUL", "IDP", "IMUL32I"):  # half of the float32 pipe executes IMAD
         return {"imad": 4 if {"WIDE", "HI"} & set(x.modifiers) else rates.imad, "fp32": rates.fp32}
     if opcode in HALF:
         return {"half" if rates.fp32 == 2 else "fp32": rates.half}
@@ -110,7 +119,7 @@ def _warp_product(x: SassInstruction, rates: Rates) -> Work:
 
 
 def _warp_group_product(x: SassInstruction) -> Work:
-    """Operands in shared memory are read through descriptors; a row of either is always 32 bytes deep."""
+    """wgmma. Operands in shared memory are read through descriptors; a row of either operand has 32 bytes."""
     match = re.search(r"64x(\d+)x(\d+)", ".".join(x.modifiers))
     assert match is not None, x
     columns, depth = int(match[1]), int(match[2])
@@ -120,7 +129,7 @@ def _warp_group_product(x: SassInstruction) -> Work:
 
 
 def _block_product(x: SassInstruction, rates: Rates, code: Sequence[SassInstruction], i: int) -> Work:
-    """tcgen05: one instruction for a block, or for two of a cluster. Fewer than 128 rows take as long as 128."""
+    """tcgen05: one instruction per block, or per two blocks of a cluster. Tiles below 128 rows take as long as 128."""
     descriptor = re.search(r"idesc\[(\w+)\]", x.operands)
     value = _immediate(descriptor[1], code, i) if descriptor else None
     rows, columns = ((value >> 24 & 31) << 4, (value >> 17 & 63) << 3) if value else (128, 128)
@@ -137,7 +146,7 @@ def _block_product(x: SassInstruction, rates: Rates, code: Sequence[SassInstruct
 
 
 def _immediate(register: str, code: Sequence[SassInstruction], i: int) -> int | None:
-    """The value of a register before instruction ``i``, where the last one that wrote it moved a number there."""
+    """The register's value before instruction ``i``, if its last write is an immediate; otherwise None."""
     for x in reversed(code[:i]):
         if x.operands.split(",")[0].strip() == register:
             number = re.search(r"(0x[0-9a-f]+)\s*$", x.operands)

@@ -1,4 +1,4 @@
-"""A kernel's machine code with its loops, and what they occupy of a GPU."""
+"""A kernel's machine code with its loops, and their cycles on each pipe."""
 
 import collections
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from benchmarks.codegen.sass import SassInstruction
 
 @dataclass
 class Loop:
-    """``body``: all of its instructions; ``own``: those in no loop inside of it, in the order of addresses."""
+    """``body``: all instructions; ``own``: instructions outside of inner loops, by address."""
 
     body: set[int]
     own: list[int]
@@ -20,7 +20,7 @@ class Loop:
 
 
 class Kernel:
-    """The instructions of a kernel of ``warps`` warps a block, and what they occupy of ``gpu``."""
+    """The instructions of a kernel with ``warps`` warps per block, and their cycles on ``gpu``."""
 
     def __init__(self, code: Sequence[SassInstruction], warps: int, gpu: GPU) -> None:
         self.code, self.warps, self.gpu = code, warps, gpu
@@ -29,7 +29,7 @@ class Kernel:
         waiting = [body for body in bodies if waits(code, body)]
         self.loops = _nested([body for body in bodies if body not in waiting], waiting)
         exits = [i for i, x in enumerate(code) if x.opcode == "EXIT" and not x.guard]
-        end = exits[-1] + 1 if exits else len(code)  # what stands behind is called, if ever
+        end = exits[-1] + 1 if exits else len(code)  # code after the last EXIT consists of called functions
         self.once = sorted(set(range(end)).difference(*bodies))
 
     @property
@@ -38,15 +38,15 @@ class Kernel:
 
     @property
     def multiplies(self) -> bool:
-        """Whether it multiplies matrices."""
+        """Whether the kernel has matrix instructions."""
         return any(work.flops for work in self.work)
 
     def flops(self, part: Iterable[int]) -> int:
-        """Of matrix products, of a block."""
+        """FLOPs of matrix instructions per block."""
         return sum(self.work[i].flops * (1 if self.work[i].of_a_block else self.warps) for i in part)
 
     def cycles(self, part: Iterable[int], blocks: int) -> collections.Counter[str]:
-        """Of each pipe, where ``blocks`` blocks of a multiprocessor run the instructions of ``part`` once."""
+        """Cycles by pipe when ``blocks`` blocks of a multiprocessor execute the instructions ``part`` once."""
         total: collections.Counter[str] = collections.Counter()
         for i in part:
             for pipe, cycles in self.work[i].cycles.items():
@@ -59,17 +59,17 @@ class Kernel:
         return total
 
     def trips(self, main: int) -> list[int]:
-        """Of each loop: of those that multiply matrices ``main``, but for trips that the compiler moved in front of the
-        loop (sm_100); where none does, ``main`` of the longest; 1 of others."""
+        """Trips of each loop: ``main`` for loops with matrix instructions, minus the trips that the compiler peels
+        (sm_100). Without such loops, ``main`` for the longest loop. All others: 1."""
         if self.multiplies and any(self.flops(loop.own) for loop in self.loops):
-            moved = self.flops(self.once)  # with what stands behind the loop, which is less than a trip
+            moved = self.flops(self.once)  # includes the code after the loop, which is less than a trip
             each = [self.flops(loop.own) for loop in self.loops]
             return [max(0, main - moved // flops) if flops else 1 for flops in each]
         longest = max((len(loop.body) for loop in self.loops), default=0)
         return [main if len(loop.body) == longest else 1 for loop in self.loops]
 
     def tensor_share(self) -> float | None:
-        """Of the tensor cores' rate, what the loop with most products could reach at most."""
+        """Maximum share of the tensor cores' rate in the loop with the most matrix FLOPs; None without matrix FLOPs."""
         loop = max(self.loops, key=lambda loop: self.flops(loop.own), default=None)
         if loop is None or not self.flops(loop.own):
             return None
@@ -78,7 +78,7 @@ class Kernel:
 
 
 def _nested(bodies: list[set[int]], waiting: list[set[int]]) -> list[Loop]:
-    """``waiting``: the loops that are left out."""
+    """Build the loops of ``bodies``; instructions of ``waiting`` loops are excluded."""
     found = []
     for body in bodies:
         inside = [other for other in (*bodies, *waiting) if other < body]

@@ -1,8 +1,8 @@
-"""The warps of one part of a multiprocessor, run in order through the schedule that ptxas encoded.
+"""In-order simulation of the warps in one part of a multiprocessor, with the schedule encoded by ptxas.
 
-An instruction starts once the scoreboards it waits for are released, its pipe is free, and asynchronous copies, warp
-group products and barriers that it waits for are done. The part issues one instruction a cycle, of the warp that is
-ready first. Latencies are those of published microbenchmarks.
+An instruction starts when its scoreboards are released, its pipe is free, and the asynchronous copies, warp group
+matrix instructions and barriers that it waits for are complete. The part issues one instruction per cycle, from the
+warp that is ready first. Latencies are from published microbenchmarks.
 """
 
 import collections
@@ -21,18 +21,18 @@ LATENCY = {
     **dict(ATOM=600, LDGSTS=340, LDTM=40, HGMMA=24, BAR=20, R2UR=12, SYNCS=24, UTMALDG=620),
 }
 OTHER_LATENCY, READ_LATENCY = 20, 8
-QUEUE = {"shared": 48, "global": 256, "special": 16}  # cycles of work that a pipe takes ahead
-NEXT_BLOCK = 30  # cycles between the end of a block and the start of the one that takes its place
-LONGEST = 6  # trips of a loop that are replayed; longer ones are extrapolated
+QUEUE = {"shared": 48, "global": 256, "special": 16}  # cycles of work that a pipe queues
+NEXT_BLOCK = 30  # cycles between the end of a block and the start of its successor
+LONGEST = 6  # simulated trips of a loop; longer loops are extrapolated
 
 
 @dataclass
 class _Warp:
     pc: int = 0
     scoreboards: list[float] = field(default_factory=lambda: [0.0] * 6)
-    copies: float = 0.0  # when the asynchronous copies since the last group are done
+    copies: float = 0.0  # completion of the asynchronous copies since the last group
     copy_groups: list[float] = field(default_factory=list)
-    product: float = 0.0  # when the last warp group product is done
+    product: float = 0.0  # completion of the last warp group matrix instruction
     product_groups: list[float] = field(default_factory=list)
     tma: list[float] = field(default_factory=list)
 
@@ -46,8 +46,8 @@ class _Block:
 def extrapolated(
     kernel: Kernel, trips: Sequence[int], resident: int, total: int, *, dram_latency: int, stagger: int
 ) -> float:
-    """Cycles of ``total`` blocks through a multiprocessor that holds ``resident``. Long loops and long queues of blocks
-    are continued linearly."""
+    """Cycles of ``total`` blocks on a multiprocessor with ``resident`` resident blocks. Long loops and many blocks are
+    extrapolated linearly."""
 
     def run(trips: Sequence[int], blocks: int) -> float:
         return simulate(kernel, _trace(kernel, trips), resident, blocks, dram_latency, stagger)
@@ -58,7 +58,7 @@ def extrapolated(
         for k, n in enumerate(trips):
             if n > LONGEST:
                 half = [*short[:k], LONGEST // 2, *short[k + 1 :]]
-                # later loops are continued from what earlier ones have added
+                # includes the extrapolation of earlier loops
                 cycles += (n - LONGEST) * (cycles - run(half, blocks)) / (LONGEST - LONGEST // 2)
         return cycles
 
@@ -69,7 +69,7 @@ def extrapolated(
 
 
 def _trace(kernel: Kernel, trips: Sequence[int]) -> list[int]:
-    """The instructions that a warp runs, in the order of addresses, each loop as often as it has trips."""
+    """The instructions that a warp executes: in address order, with each loop repeated by its trips."""
     count = {id(loop): n for loop, n in zip(kernel.loops, trips, strict=True)}
 
     def emit(own: Sequence[int], inner: Sequence[Loop]) -> list[int]:
@@ -89,7 +89,7 @@ def _trace(kernel: Kernel, trips: Sequence[int]) -> list[int]:
 def simulate(
     kernel: Kernel, trace: Sequence[int], resident: int, total: int, dram_latency: int = 0, stagger: int = 0
 ) -> float:
-    """Cycles until the last of ``total`` blocks, ``resident`` at a time, has run ``trace``."""
+    """Cycles until all ``total`` blocks, ``resident`` at a time, have executed ``trace``."""
     return _Replay(kernel, trace, resident, total, dram_latency, stagger).run()
 
 
@@ -99,12 +99,12 @@ class _Replay:
     ) -> None:
         self.trace = [(kernel.code[i], kernel.work[i]) for i in trace]
         self.dram_latency = dram_latency
-        self.warps = max(1, kernel.warps // PARTS)  # of a block, in this part
-        if kernel.warps < PARTS:  # the part has one of every few blocks
+        self.warps = max(1, kernel.warps // PARTS)  # warps of a block in this part
+        if kernel.warps < PARTS:  # the part runs only some of the blocks
             resident = max(1, round(resident * kernel.warps / PARTS))
             total = max(1, round(total * kernel.warps / PARTS))
         self.total = total
-        self.free: collections.Counter[str] = collections.Counter()  # when each pipe is
+        self.free: collections.Counter[str] = collections.Counter()  # pipe -> time at which it is free
         self.queue: list[tuple[float, int, tuple[int, int]]] = []  # (ready, priority, warp)
         self.state: dict[tuple[int, int], _Warp] = {}
         self.blocks: list[_Block] = []
@@ -125,7 +125,7 @@ class _Replay:
             warp = self.state[key]
             x, _ = self.trace[warp.pc]
             ready = self._ready(warp, time)
-            if ready > time and self.queue and self.queue[0][0] < ready:  # another one may go first
+            if ready > time and self.queue and self.queue[0][0] < ready:  # another warp may issue first
                 heapq.heappush(self.queue, (ready, priority, key))
                 continue
             time = max(ready, clock)
@@ -155,7 +155,7 @@ class _Replay:
             block.arrived.clear()
 
     def _ready(self, warp: _Warp, time: float) -> float:
-        """When the warp's next instruction can start, ``time`` at the earliest."""
+        """Earliest start of the warp's next instruction, at least ``time``."""
         x, work = self.trace[warp.pc]
         ready = max([time, *(warp.scoreboards[i] for i in range(6) if x.waits >> i & 1)])
         pipe = None if x.opcode == "SYNCS" else work.pipe
@@ -172,7 +172,9 @@ class _Replay:
             n = _count(x.operands)
             if len(warp.product_groups) > n:
                 ready = max(ready, warp.product_groups[len(warp.product_groups) - 1 - n])
-        if x.opcode == "SYNCS" and "PHASECHK" in x.modifiers and warp.tma:  # waits are for TMA loads in their order
+        if (
+            x.opcode == "SYNCS" and "PHASECHK" in x.modifiers and warp.tma
+        ):  # waits complete in the order of the TMA loads
             ready = max(ready, warp.tma[0])
             if ready <= time or not self.queue or self.queue[0][0] >= ready:
                 warp.tma.pop(0)
@@ -184,7 +186,7 @@ class _Replay:
         for pipe, cycles in work.cycles.items():
             if pipe == "issue":
                 continue
-            if pipe in OF_ALL:  # four parts share it; what a block issues once is shared by its warps here
+            if pipe in OF_ALL:  # shared by four parts; an instruction of a block is divided by its warps
                 cycles = cycles / self.warps if work.of_a_block else cycles * PARTS
             self.free[pipe] = max(self.free[pipe], time) + cycles
             done = max(done, self.free[pipe])

@@ -1,4 +1,4 @@
-"""NVIDIA's machine code, with the tools in Triton's wheel."""
+"""Parser for NVIDIA machine code, disassembled with the tools in Triton's wheel."""
 
 import re
 import subprocess
@@ -21,18 +21,18 @@ _LINE = re.compile(
     r'\s*//## File "(?P<file>[^"]+)", line (?P<number>\d+)(?P<inlined> inlined at)?'
     r"|\s*(?P<label>\.L_\w+):"
     r"|\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(?P<guard>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>[^;]*);"
-    r"|\s*/\* 0x(?P<high>[0-9a-f]{16}) \*/"  # the second half of the instruction before it
+    r"|\s*/\* 0x(?P<high>[0-9a-f]{16}) \*/"  # second half of the previous instruction
 )
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 
 @dataclass(frozen=True)
 class SassInstruction(Instruction):
-    """``modifiers`` of the opcode, ``guard`` predicate and ``operands`` as they are printed.
+    """``modifiers`` of the opcode, ``guard`` predicate and ``operands`` as printed by nvdisasm.
 
-    What ptxas schedules: ``stall`` cycles before the warp's next instruction; the scoreboards (0 to 5, 7 for none) that
-    are released once it has written (``write_barrier``) and once it has read (``read_barrier``); ``waits``, a bit mask
-    of those that it waits for. A listing without machine code has none of this.
+    The schedule of ptxas: ``stall``, cycles before the warp's next instruction; the scoreboards (0 to 5, 7 for none)
+    that are released after the write (``write_barrier``) and after the read (``read_barrier``); ``waits``, bit mask of
+    the scoreboards to wait for. A listing without machine code has default values.
     """
 
     modifiers: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ def _tool(name: str, *args: str) -> str:
 
 
 def read(kernel: Any) -> tuple[int, int, list[SassInstruction]]:
-    """Registers and bytes of local memory (spills among them) of a thread, and the instructions."""
+    """(registers per thread; bytes of local memory per thread, including spills; instructions)"""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
@@ -84,7 +84,7 @@ def parse(listing: str) -> list[SassInstruction]:
 
 
 def _schedule(control: int) -> dict[str, int]:
-    """From the control field: the bits of a 128-bit instruction from bit 105 on (Volta and later)."""
+    """The schedule in the control field, which starts at bit 105 of a 128-bit instruction (Volta and later)."""
     return {
         "stall": control & 15,
         "write_barrier": control >> 5 & 7,
@@ -96,7 +96,7 @@ def _schedule(control: int) -> dict[str, int]:
 def _instruction(match: re.Match[str], labels: dict[str, int], source: tuple[tuple[str, int], ...]) -> SassInstruction:
     opcode, *modifiers = match["opcode"].split(".")
     target = re.search(r"`\((\.L_\w+)\)", match["operands"]) if opcode == "BRA" else None
-    # a branch of which not all threads need to take: guarded, or with a predicate before its label
+    # conditional branches have a guard, or a predicate before the label
     always = not match["guard"] and (target is None or target.start() == 0) and "DIV" not in modifiers
     width = next((_WIDTHS[m] for m in modifiers if m in _WIDTHS), 4) if opcode in ("LDG", "STG", "LDGSTS") else 0
     return SassInstruction(

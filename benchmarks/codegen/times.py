@@ -1,4 +1,4 @@
-"""The computed times of ViT-B/16's kernels, and of other head sizes and lengths, on GPUs that are not there."""
+"""Computed times of ViT-B/16's kernels, and of other head sizes and sequence lengths."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ BATCH = 128
 
 @dataclass(frozen=True)
 class Case:
-    """The launch of ``kernel`` among those of ``call`` whose arguments are those of ``where``."""
+    """The launch of ``kernel`` within ``call`` whose arguments include ``where``."""
 
     name: str
     kernel: str
@@ -86,7 +86,7 @@ CASES = tuple(_cases())
 
 @dataclass(frozen=True)
 class Row:
-    """The times of a case on a GPU, in seconds, and what they come from."""
+    """Computed times of a case on a GPU, and the figures of its launch."""
 
     case: str
     kernel: str
@@ -135,7 +135,7 @@ HEADER = (
 
 
 def line(row: Row) -> str:
-    """Times in microseconds."""
+    """A printed line, with times in microseconds."""
     t = row.times
     share = "-" if t.tensor_share is None else f"{t.tensor_share:.2f}"
     replayed = "-" if t.replayed is None else f"{1e6 * t.replayed:.0f}"

@@ -1,4 +1,4 @@
-"""Calls of the library's operators, forward and backward, that between them start its kernels."""
+"""Calls of the operators, forward and backward, that together launch all kernels."""
 
 import itertools
 from typing import Any
@@ -12,10 +12,10 @@ TOKENS, WIDTH, HIDDEN, HEADS, HEAD_DIM = 197, 768, 3072, 12, 64  # ViT-B/16 at 2
 HEAD_DIMS = (16, 32, 64, 72, 80, 88, 96, 104, 128, 192, 256)
 # (width, hidden): ViT Ti, S, B, L, H, g and SO400M
 WIDTHS = ((192, 768), (384, 1536), (768, 3072), (1024, 4096), (1280, 5120), (1408, 6144), (1152, 4304))
-# the masked step behind the full blocks is 16, 32 and 64 wide; long: other tiles
+# remainders of 16, 32 and 64 for the masked last block; long sequences use other tiles
 LENGTHS = (16, 17, 26, 50, 64, 257, 577, 1370)
 BATCH = 8
-ROWS = 8  # tiles do not depend on the number of tokens, and nothing runs
+ROWS = 8  # tiles do not depend on the number of rows
 
 
 def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -27,7 +27,7 @@ def _norm(dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor, float]:
 
 
 def _differentiate(y: Any, expanded: bool = False) -> None:
-    """With a contiguous gradient, or an ``expanded`` one, which is what .sum().backward() gives."""
+    """Run backward with a contiguous gradient, or with an ``expanded`` one, as in .sum().backward()."""
     outputs = [y] if isinstance(y, Tensor) else list(y)
     if not outputs[0].requires_grad:
         return
@@ -39,7 +39,7 @@ def _differentiate(y: Any, expanded: bool = False) -> None:
 
 
 def each_kernel(dtype: torch.dtype) -> None:
-    """Every kernel of ViT-B/16 at 224 x 224, in few forms."""
+    """Launch every kernel of ViT-B/16 at 224 x 224, in few variants."""
     x = _zeros(dtype, BATCH, TOKENS, WIDTH)
     _differentiate(F.attention_packed(_zeros(dtype, BATCH, TOKENS, 3, HEADS, HEAD_DIM), backend="triton"))
     _mlp(x, WIDTH, HIDDEN, norm=_norm(dtype, WIDTH), residual=x)
@@ -52,7 +52,7 @@ def each_kernel(dtype: torch.dtype) -> None:
 
 
 def vit_b_16(dtype: torch.dtype) -> None:
-    """Every form of the kernels that ViT-B/16 at 224 x 224 takes, and a plain layer norm."""
+    """Launch every kernel variant of ViT-B/16 at 224 x 224, and a plain LayerNorm."""
     each_kernel(dtype)
     x, residual = (_zeros(dtype, BATCH, TOKENS, WIDTH) for _ in range(2))
     _differentiate(F.linear(x, _zeros(dtype, 3 * WIDTH, WIDTH), norm=_norm(dtype, WIDTH), backend="triton"))
@@ -61,7 +61,7 @@ def vit_b_16(dtype: torch.dtype) -> None:
 
 
 def expanded_gradients(dtype: torch.dtype) -> None:
-    """What .sum().backward() gives as a gradient: one number, at every place."""
+    """Run backward with stride-0 gradients, as in .sum().backward()."""
     q, k, v = (_zeros(dtype, 1, TOKENS, 2, HEAD_DIM) for _ in range(3))
     _differentiate(F.attention(q, k, v, backend="triton"), expanded=True)
     x = _zeros(dtype, ROWS, WIDTH)
@@ -81,7 +81,7 @@ def packed_attention(dtype: torch.dtype, batch: int, n_tokens: int, head_dim: in
 
 
 def linear_alone(dtype: torch.dtype, batch: int) -> None:
-    """The first layer of an MLP as a layer of its own."""
+    """The first linear layer of an MLP, as a separate call."""
     _linear(_zeros(dtype, batch, TOKENS, WIDTH), HIDDEN)
 
 
@@ -92,7 +92,7 @@ def residual_mlp(dtype: torch.dtype, batch: int, training: bool = True, **dropou
 
 
 def patches_of_images(dtype: torch.dtype, batch: int, from_bytes: bool) -> None:
-    """16 x 16 of images of 224 x 224."""
+    """Patch embedding with 16 x 16 patches of 224 x 224 images."""
     if from_bytes:
         image = torch.zeros(batch, 3, 224, 224, dtype=torch.uint8)
         _patches(image, dtype, 16, WIDTH, mean=[0.5] * 3, std=[0.5] * 3)
@@ -101,9 +101,8 @@ def patches_of_images(dtype: torch.dtype, batch: int, from_bytes: bool) -> None:
 
 
 def every_tile(dtype: torch.dtype) -> None:
-    """Every tile that a ``pick_*`` function can return for ``dtype`` on the architecture that is compiled for, and
-    every form of a kernel that changes what it needs registers for. tests/test_codegen.py holds that none is missing.
-    """
+    """Launch every tile that a ``pick_*`` function can return for ``dtype`` on the current architecture, and every
+    kernel variant with a different register use. tests/test_codegen.py checks that none is missing."""
     vit_b_16(dtype)
     expanded_gradients(dtype)
     for head_dim, dropout_p, n_q in itertools.product(HEAD_DIMS, (0.0, 0.1), (TOKENS, 1)):
@@ -137,7 +136,7 @@ def every_tile(dtype: torch.dtype) -> None:
         narrow = dict(residual=_zeros(dtype, ROWS, 16), layer_scale=_zeros(dtype, 16))
         _linear(_zeros(dtype, ROWS, 2**power), 16, **narrow)
     _linear(x, WIDTH, residual=x, dropout_p=0.1)
-    # tiles are clipped to small sizes; parts of a weight's gradient are as many as its tiles leave room for
+    # tiles are clipped to small sizes; the split-K of a weight's gradient depends on the number of its tiles
     for width, hidden in itertools.product((16, 32, 64, 256), repeat=2):
         x = _zeros(dtype, ROWS, width)
         _mlp(x, width, hidden, residual=x)
@@ -151,7 +150,7 @@ def every_tile(dtype: torch.dtype) -> None:
         x = _zeros(dtype, ROWS, 2**power)
         _differentiate(F.layer_norm(x, *_norm(dtype, 2**power)[:2], backend="triton"))
         _differentiate(F.layer_norm(x, None, None, residual=x, backend="triton"))
-    for n_rows in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):  # as many partial sums as programs
+    for n_rows in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):  # the number of partial sums is the number of programs
         x = _zeros(dtype, n_rows, WIDTH)
         _differentiate(F.layer_norm(x, *_norm(dtype, WIDTH)[:2], backend="triton"))
 

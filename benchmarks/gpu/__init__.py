@@ -1,11 +1,10 @@
-"""The first minutes on a GPU: is it right, is it faster, what is wrong.
+"""First run on a GPU: check the numbers, measure speed, report failures.
 
-Sections in the order of what they are worth: the machine, the numbers of every operator, whole models, operators
-against PyTorch's, tuning. A step that crashes, hangs or runs out of memory costs itself only: a new process goes on
-with the next. Results go to results.json and report.md in the folder --out after every step; the same command later
-goes on with the steps that have none. It needs torch, triton and numpy, and uses timm, torchvision and the packages of
-others where they are installed. Exit code: 0, or 1 if a step is wrong, failed, crashed, hung or ran out of memory, or
-130 after Ctrl-C.
+Sections run in order of importance: the machine, the numbers of every operator, whole models, operators against
+PyTorch's, tuning. A step that crashes, hangs or runs out of memory does not affect other steps: a new process runs the
+next one. Results are written to results.json and report.md in the folder --out after every step; the same command
+continues with the steps that have no result. Requires torch, triton and numpy; timm, torchvision and other libraries
+are used if installed. Exit code: 0; 1 if a step is wrong, failed, crashed, hung or ran out of memory; 130 after Ctrl-C.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from benchmarks.gpu.sections import sections
 from benchmarks.gpu.step import Context, Section
 from benchmarks.runner import write_text
 
-RESERVED = 3.0  # seconds for the end
+RESERVED = 3.0  # seconds to write the report
 
 
 def _minutes(text: str) -> float:
@@ -52,13 +51,15 @@ def _folder(text: str) -> Path:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
-    parser.add_argument("--minutes", type=_minutes, default=10.0, help="of everything together; default: 10")
+    parser.add_argument("--minutes", type=_minutes, default=10.0, help="time limit of the whole run; default: 10")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda",
-                        help="cuda (default); cpu tries the command with tiny sizes")  # fmt: skip
-    parser.add_argument("--out", type=_folder, default=Path("gpu_report"), metavar="FOLDER", help="default: gpu_report")
-    parser.add_argument("--only", default="", metavar="NAME", help="steps whose name, as it is printed, contains this")
-    parser.add_argument("--again", action="store_true", help="repeat the steps whose result is bad, too")
-    parser.add_argument("--dry-run", action="store_true", help="show the plan for an H200 and an RTX 4090 only")
+                        help="cuda (default), or cpu: a trial with tiny sizes")  # fmt: skip
+    parser.add_argument(
+        "--out", type=_folder, default=Path("gpu_report"), metavar="FOLDER", help="output folder; default: gpu_report"
+    )
+    parser.add_argument("--only", default="", metavar="NAME", help="only steps whose printed name contains NAME")
+    parser.add_argument("--again", action="store_true", help="also repeat steps with a bad result")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan for an H200 and an RTX 4090, and exit")
 
 
 def run(given: argparse.Namespace) -> None:
@@ -67,7 +68,7 @@ def run(given: argparse.Namespace) -> None:
         for gpu in plan.PLANNED:
             every = sections(Context("cuda", folder), plan.CORES)
             print("\n".join([*plan.table(_only(every, given.only), given.minutes, gpu), ""]))
-        print("expected times are computed: kernels to compile, FLOPs, and seconds of measuring; none was measured")
+        print("expected times are computed from kernels to compile, FLOPs and measuring time; none is measured")
         return
     interpreting = _interpreting(given.device)
     start = time.time()
@@ -80,7 +81,7 @@ def run(given: argparse.Namespace) -> None:
             results = Results(given.out, {"minutes": given.minutes, "device": given.device, "only": given.only})
             complete = _run(context, chosen, given.again, results, start)
     except OSError as error:
-        raise SystemExit(f"cannot go on: {error}") from None  # the disk is full, stdout is closed
+        raise SystemExit(f"cannot continue: {error}") from None  # disk full, stdout closed
     if not complete:
         raise SystemExit(130)
     if any(result["status"] in BAD for result in results.steps.values()):
@@ -88,14 +89,14 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _interpreting(device: str) -> bool:
-    """Whether Triton's interpreter runs the kernels: on a CPU for which they are not compiled. SystemExit where no GPU
-    would run them."""
+    """Whether Triton's interpreter runs the kernels: on a CPU if they cannot be compiled for it. Exits if ``device`` is
+    "cuda" and the kernels cannot run on a GPU."""
     asked = os.environ.get("TRITON_INTERPRET") == "1"
     if device == "cuda":
         if asked:
             raise SystemExit("TRITON_INTERPRET is set: the kernels would not run on the GPU; unset it")
         if not torch.cuda.is_available():
-            raise SystemExit("--device: PyTorch finds no GPU; --device cpu tries the command with tiny sizes")
+            raise SystemExit("--device: PyTorch finds no GPU; --device cpu runs a trial with tiny sizes")
         return False
     from vit_triton import cpu
 
@@ -104,14 +105,14 @@ def _interpreting(device: str) -> bool:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """SystemExit where another command writes to the folder."""
+    """Lock the folder. Exits if another command holds the lock."""
     import fcntl
 
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise SystemExit(f"--out: another command writes to {folder}; name another") from None
+        raise SystemExit(f"--out: another command writes to {folder}; choose another folder") from None
     except OSError:
         pass  # a file system without locks
     try:
@@ -122,7 +123,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Of the processes that are started inside."""
+    """Set environment variables for processes started within the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -136,7 +137,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _only(every: list[Section], text: str) -> list[Section]:
-    """The sections with those of their steps whose name contains ``text``."""
+    """Sections reduced to the steps whose name contains ``text``."""
     chosen = [
         Section(each.name, each.title, each.until, steps, each.processes)
         for each in every
@@ -148,7 +149,7 @@ def _only(every: list[Section], text: str) -> list[Section]:
 
 
 def _run(context: Context, chosen: list[Section], again: bool, results: Results, start: float) -> bool:
-    """Whether it came to its end, and was not interrupted."""
+    """Run the steps. Returns False if interrupted."""
     every = sections(context)
 
     def keep(key: str, result: dict[str, Any]) -> None:
@@ -182,7 +183,7 @@ def _run(context: Context, chosen: list[Section], again: bool, results: Results,
         complete = False
     _write_report(context.folder, results, every)
     missing = sum(results.missing(section.key(step), False) for section in chosen for step in section.steps)
-    rest = f"; {missing} not reached: the same command goes on with them" if missing else ""
+    rest = f"; {missing} not reached: the same command continues with them" if missing else ""
     print(f"\n{report.count(results)}{rest}\n{results.path}, {context.folder / 'report.md'}")
     return complete
 

@@ -1,4 +1,4 @@
-"""Steps that fail on purpose, to see that they cost no other step: with VIT_TRITON_GPU_FAULTS=1 in the environment."""
+"""Steps that fail on purpose, enabled by VIT_TRITON_GPU_FAULTS=1, to test that other steps are not affected."""
 
 import ctypes
 import os
@@ -22,7 +22,7 @@ def _abort(context: Context) -> dict[str, Any]:
 
 
 def _access(context: Context) -> dict[str, Any]:
-    """An illegal access: on a GPU by a kernel, which ends the use of the GPU in this process."""
+    """An illegal access. On a GPU a kernel makes it, and the process cannot use the GPU afterwards."""
     if context.device == "cuda":
         torch.zeros(8, device="cuda")[torch.tensor([2**40], device="cuda")].sum().item()
     else:

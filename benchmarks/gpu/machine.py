@@ -1,4 +1,4 @@
-"""What the results are measured on: device, versions, compilers, and what the device can do at most."""
+"""Facts of the machine: device, versions, compilers, peak rates."""
 
 import contextlib
 import hashlib
@@ -23,8 +23,8 @@ from benchmarks.runner import PACKAGES, machine
 from vit_triton.kernels import tuned
 
 DEVICE = "device and versions"
-PROCESS_BYTES = 2 * 2**30  # of the GPU, for a process with its CUDA context and the inputs of a check
-# of results that belong together
+PROCESS_BYTES = 2 * 2**30  # GPU memory of a process: CUDA context and the inputs of a check
+# facts that must be equal for results to share a file
 IDENTITY = (
     "gpu",
     "architecture",
@@ -49,7 +49,7 @@ def _device(context: Context) -> dict[str, Any]:
     for package in (*PACKAGES, "rich", "matplotlib"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    processes = 64  # that may use the device at the same time
+    processes = 64  # limit of concurrent processes on the device
     if context.device == "cuda":
         facts = torch.cuda.get_device_properties(torch.cuda.current_device())
         found |= {
@@ -73,7 +73,7 @@ def _kernels(context: Context) -> str:
 
 
 def source() -> str:
-    """A digest of the package's code: results of other code are kept apart."""
+    """Digest of the package's code. Results of different code are not mixed."""
     root = Path(vit_triton.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -89,9 +89,8 @@ def _tiles(gpu: str) -> str:
 def _nvidia_smi(facts: Any) -> dict[str, str]:
     if torch.version.hip or shutil.which("nvidia-smi") is None:
         return {}
-    card = (
-        f"{facts.pci_domain_id:08x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0"  # CUDA numbers cards otherwise
-    )
+    # the PCI address: CUDA's device order may differ
+    card = f"{facts.pci_domain_id:08x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0"
     command = ["nvidia-smi", f"--query-gpu={NVIDIA_SMI}", "--format=csv,noheader", f"--id={card}"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
@@ -102,7 +101,7 @@ def _nvidia_smi(facts: Any) -> dict[str, str]:
 
 
 def _first_kernel(context: Context) -> dict[str, Any]:
-    """From nothing: in an empty cache, as on the first day."""
+    """Compile and run a kernel with an empty cache, as on first use."""
     from vit_triton import functional as F
 
     with tempfile.TemporaryDirectory() as folder:
@@ -122,12 +121,12 @@ def _first_kernel(context: Context) -> dict[str, Any]:
         seconds = time.perf_counter() - start
     right = torch.allclose(y.cpu(), torch.nn.functional.layer_norm(x.cpu(), (256,)), atol=1e-4)
     if not right:
-        raise Wrong("the first kernel, LayerNorm, gives wrong numbers")
+        raise Wrong("the first kernel, LayerNorm, returns wrong numbers")
     return {"line": f"compiled and run in {seconds:.1f} s; {_compiler()}", "compile_seconds": seconds}
 
 
 def _compiler() -> str:
-    """What Triton builds launchers with."""
+    """The C compiler and header that Triton builds launchers with."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     return f"C compiler: {compiler or 'none found'}; Python.h: {'found' if header.exists() else 'not found'}"
@@ -149,7 +148,7 @@ def _product(dtype: torch.dtype, context: Context) -> dict[str, Any]:
 
 
 def _shortest(call: Any, context: Context) -> float:
-    """Seconds of the fastest of 20 calls, of which the first warm up."""
+    """Seconds of the fastest of 20 calls; the first ones warm up."""
     times = []
     for _ in range(20):
         if context.device == "cuda":

@@ -1,7 +1,7 @@
-"""Whole models: images per second and memory, eager, compiled by torch.compile and accelerated, in one interleaved run.
+"""Whole models: images per second and memory of eager, torch.compile and accelerated variants, in interleaved rounds.
 
-Inference is in bfloat16. A training step has float32 parameters, autocast to bfloat16, and fused AdamW. Weights are
-random. Before anything is timed, logits (of training: all gradients) are compared with float64.
+Inference runs in bfloat16. A training step uses float32 parameters, autocast to bfloat16 and fused AdamW. Weights are
+random. Before timing, the logits (in training: the loss and all gradients) are compared with float64.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ from vit_triton.tuning.measure import errors
 from vit_triton.tuning.shapes import CLASSES, Shape
 from vit_triton.tuning.sizes import SIZES, Size
 
-SECONDS = 3.0  # of measuring one step
-CHECKED = 2  # images of the comparison with float64
-CALLS = 40  # of a measurement, all variants together: what a plan expects
+SECONDS = 3.0  # measuring time of a step
+CHECKED = 2  # images in the comparison with float64
+CALLS = 40  # expected calls per measurement, over all variants
 TINY = Size(48, 2, 2, 96)
 
 
 @dataclass(frozen=True)
 class Model:
-    """``timm``: its name there, without weights; ``batch``: images of inference and of a training step."""
+    """``timm``: the name of timm's model; ``batch``: images per call in inference and in training."""
 
     name: str
     timm: str
@@ -43,7 +43,7 @@ class Model:
     batch: tuple[int, int]
 
     def build(self, context: Context) -> tuple[str, nn.Module]:
-        """The library, and the model: that of the first library that is installed, or ours without kernels."""
+        """(library, model) of the first installed library; without any, vit_triton's model with backend "torch"."""
         shape = self.shape(context)
         torch.manual_seed(SEED)
         with torch.device(context.device):
@@ -53,7 +53,7 @@ class Model:
                 "transformers": hugging_face,
             }.items():
                 if importlib.util.find_spec(library) is not None:
-                    with contextlib.suppress(ImportError):  # of a library that does not fit the others
+                    with contextlib.suppress(ImportError):  # incompatible versions
                         return library, build(shape)
             return "vit_triton", ours(shape, backend="torch")
 
@@ -70,7 +70,7 @@ class Model:
 
     @property
     def flops(self) -> float:
-        """Of the products of one image in a forward pass."""
+        """FLOPs of the GEMMs of one image in a forward pass."""
         tokens, width = (self.image // self.size.patch) ** 2 + 1, self.size.width
         block = 2 * tokens * width * (4 * width + 2 * self.size.hidden) + 4 * tokens**2 * width
         return float(self.size.depth * block)
@@ -119,7 +119,7 @@ def _errors(what: str, model: nn.Module, exact: Any, image: Tensor, labels: Tens
 
 
 def _compare(what: str, plain: nn.Module, ours: nn.Module, image: Tensor, labels: Tensor) -> dict[str, float]:
-    """The largest errors of PyTorch and of ours, of one result; :class:`Wrong` if ours is more than it may be."""
+    """The largest errors of ours and of PyTorch. Raises :class:`Wrong` if ours exceeds the limit."""
     double = copy.deepcopy(plain).double()
     exact = (inference(double, image.double()) if what == INFERENCE else gradients(double, image.double(), labels))()
     del double
@@ -177,7 +177,7 @@ def _measure_batch(what: str, model: Model, compiled: bool, context: Context, ba
 
 
 def _peak(call: Callable[[], Any], context: Context) -> int | None:
-    """Bytes above what is there before, from a second call on: the first makes what an optimizer keeps."""
+    """Peak bytes that a second call allocates; the first call creates the optimizer's state."""
     call()
     if context.device == "cpu":
         return None

@@ -1,6 +1,7 @@
-"""Every operator, forward and backward, against float64; memory, graphs, streams, and the sanitizer.
+"""Checks of every operator, forward and backward, against float64; memory, CUDA graphs, streams and the sanitizer.
 
-Each result may have twice the error of PyTorch's own operators in the same dtype, and always 16 eps (relative L2).
+The allowed relative L2 error of a result is 16 eps, or twice the error of PyTorch's operators in the same dtype if that
+is larger.
 """
 
 import functools
@@ -31,8 +32,11 @@ Make = Callable[[At], list[Tensor]]
 
 @dataclass(frozen=True)
 class Check:
-    """``function`` takes what ``inputs`` makes, and ``backend=``. ``kernels``: how many it compiles in a dtype, forward
-    and backward. ``expanded``: the gradient of the result has stride 0, as .sum().backward() gives it."""
+    """A check of an operator.
+
+    ``function`` takes the tensors of ``inputs``, and ``backend=``. ``kernels``: number of kernels compiled per dtype,
+    forward and backward. ``expanded``: the incoming gradient has stride 0, as in .sum().backward().
+    """
 
     name: str
     inputs: Make
@@ -57,7 +61,7 @@ def _packed(qkv: Tensor, backend: str) -> Any:
 
 
 def _cross(queries: int, keys: int, heads: int, head_dim: int) -> Make:
-    """Views (B, N, H, D) of (B, H, N, D)."""
+    """Views (B, N, H, D) of tensors (B, H, N, D)."""
 
     def make(at: At) -> list[Tensor]:
         batch, h = at(4, 1), at(heads, 2)
@@ -72,7 +76,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Any:
 
 
 def _normed(norm_type: str, qkv: Tensor, *norms: Tensor, backend: str) -> Any:
-    """A bias of the keys' norm has a gradient of 0: the scores of a row all change by the same."""
+    """The keys' norm has no bias: its gradient is zero, because it shifts all scores of a row equally."""
     q_weight, *q_bias, k_weight = norms
     q_norm, k_norm = (q_weight, *(q_bias or [None]), 1e-6), (k_weight, None, 1e-6)
     return F.attention_packed(qkv, q_norm=q_norm, k_norm=k_norm, norm_type=norm_type, backend=backend)
@@ -83,13 +87,13 @@ def _normed_qkv(parameters: int) -> Make:
 
 
 def _rows(width: int, *others: tuple[int, ...], rows: int = 8 * 197) -> Make:
-    """x (rows, width), and tensors of ``others``, of which -1 stands for the rows."""
+    """x (rows, width) and tensors of the shapes ``others``, where -1 stands for ``rows``."""
 
     def make(at: At) -> list[Tensor]:
         n = at(rows, min(rows, 21))
         made = [torch.randn(n, width)]
         for first, *rest in others:
-            scale = rest[0] ** -0.5 if rest and first != -1 else 1.0  # of a weight
+            scale = rest[0] ** -0.5 if rest and first != -1 else 1.0  # weights only
             made.append(torch.randn(n if first == -1 else first, *rest) * scale)
         return made
 
@@ -97,7 +101,7 @@ def _rows(width: int, *others: tuple[int, ...], rows: int = 8 * 197) -> Make:
 
 
 def _small(make: Callable[[Callable[[int], int]], Make]) -> Make:
-    """Widths are divided by 8 where sizes are tiny."""
+    """Divide the widths by 8 if sizes are tiny."""
     return lambda at: make(lambda width: at(width, max(8, width // 8)))(at)
 
 
@@ -110,7 +114,7 @@ def _add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, b
 
 
 def _columns(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Any:
-    """Of every second column and row."""
+    """LayerNorm of every second row and column of x."""
     return F.layer_norm(x[::2, ::2], weight, bias, backend=backend)
 
 
@@ -157,7 +161,7 @@ def _image(patch: int, side: int, width: int, *, floats: bool) -> Make:
 
 def _embed(patch: int, image: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, prefix: Tensor, backend: str) -> Any:
     norm = {} if image.is_floating_point() else dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    order = "c p1 p2"  # of a convolution's weight
+    order = "c p1 p2"  # order of a convolution's weight
     return F.patch_embed(
         image, weight, bias, patch_size=patch, patch_order=order, pos=pos[1:], prefix=prefix, backend=backend, **norm
     )
@@ -166,7 +170,7 @@ def _embed(patch: int, image: Tensor, weight: Tensor, bias: Tensor, pos: Tensor,
 def _stem(
     image: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, prefix: Tensor, *norms: Tensor, backend: str
 ) -> Any:
-    """That of vit_pytorch, with its two norms, of a channels-last image."""
+    """vit_pytorch's stem, with both norms, on a channels-last image."""
     g1, b1, g2, b2 = norms
     image = image.contiguous(memory_format=torch.channels_last)
     options = dict(patch_size=16, pre_norm=(g1, b1, 1e-5), post_norm=(g2, b2, 1e-5), pos=pos[1:], prefix=prefix)
@@ -223,7 +227,7 @@ OPERATORS = (
 
 
 def _both(function: Callable[..., Any], inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Results without gradients, results, and the gradients of all floating inputs, by name."""
+    """{name: tensor}: results in inference, results in training, gradients of all floating inputs."""
     with torch.no_grad():
         inference = flat(function(*inputs))
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
@@ -239,7 +243,7 @@ def _both(function: Callable[..., Any], inputs: Sequence[Tensor], gradients: Seq
 
 
 def _made(check: Check, dtype: torch.dtype, context: Context) -> tuple[list[Tensor], list[Tensor]]:
-    """The inputs, and the gradients of the results, each in the result's dtype: a log-sum-exp is float32."""
+    """Inputs, and gradients in the dtypes of the results: a log-sum-exp is float32."""
     with torch.device(context.device):
         inputs = _cast(check.inputs(context.at), dtype)
         with torch.no_grad():
@@ -267,12 +271,14 @@ def verdict(
     plain: Callable[[], dict[str, Tensor]],
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """The facts of a step, or :class:`Wrong`: ``found`` against ``exact``, and bit for bit against ``again``.
-    ``plain``: what PyTorch's operators give."""
+    """Compare ``found`` with ``exact``, and bitwise with ``again``; ``plain`` returns PyTorch's results.
+
+    Returns the facts of a step, or raises :class:`Wrong`.
+    """
     floor = TOLERANCE * torch.finfo(dtype).eps
     error = dict(zip(exact, errors(list(found.values()), list(exact.values())), strict=True))
     peers = dict(zip(exact, errors(list(plain().values()), list(exact.values())), strict=True))
-    limit = {name: max(floor, 2 * peer) for name, peer in peers.items()}  # a peer's NaN excuses nothing: max drops it
+    limit = {name: max(floor, 2 * peer) for name, peer in peers.items()}  # max ignores a peer's NaN
     wrong = {name: e for name, e in error.items() if not e <= limit[name]}
     facts = {"errors": error, "pytorch": peers}
     if wrong:
@@ -280,11 +286,11 @@ def verdict(
         raise Wrong("; ".join(said), **facts)
     differs = [name for name, x in found.items() if not torch.equal(x, again[name])]
     if differs:
-        raise Wrong(f"the same call twice gives other bits: {', '.join(differs)}", **facts)
+        raise Wrong(f"two equal calls differ in bits: {', '.join(differs)}", **facts)
     worst = max(error, key=lambda name: error[name] / limit[name], default=None)
     if worst is None or not any(x.numel() for x in found.values()):
         return {"line": "no elements", **facts}
-    return {"line": f"{worst}: error {error[worst]:.1e}, PyTorch's {peers[worst]:.1e}; twice the same bits", **facts}
+    return {"line": f"{worst}: error {error[worst]:.1e}, PyTorch's {peers[worst]:.1e}; bitwise reproducible", **facts}
 
 
 # --- whole models, dropout ---------------------------------------------------------------------------------
@@ -321,8 +327,8 @@ def _model(dtype: torch.dtype, context: Context) -> dict[str, Any]:
 
 
 def _dropout(context: Context) -> dict[str, Any]:
-    """Of a product: an element is 0 or grows by 1 / (1 - p). Of attention, whose values are the identity here: so are
-    its weights."""
+    """Check dropout: each element is 0 or scaled by 1 / (1 - p). For attention, v is the identity, so the output equals
+    the attention weights."""
     p, n, dtype = 0.25, 64, torch.float32
     with torch.device(context.device):
         x, weight = torch.randn(context.at(1576, 100), 96), torch.randn(160, 96)
@@ -338,27 +344,29 @@ def _dropout(context: Context) -> dict[str, Any]:
         dropped = call(p)
         torch.manual_seed(SEED)
         if not torch.equal(dropped, call(p)):
-            raise Wrong(f"{name}: the same seed gives other bits")
+            raise Wrong(f"{name}: the same seed gives different bits")
         kept, full = dropped != 0, call(0.0)
         shares[name] = 1 - kept.double().mean().item()
         error = errors(dropped[kept], full.double()[kept] / (1 - p))[0]
         sigma = (p * (1 - p) / kept.numel()) ** 0.5
         if error > TOLERANCE * torch.finfo(dtype).eps or abs(shares[name] - p) > 6 * sigma:
-            raise Wrong(f"{name}: share {shares[name]:.4f} dropped of {p}, error of the others {error:.1e}")
+            raise Wrong(
+                f"{name}: share dropped {shares[name]:.4f}, expected {p}; error of the other elements {error:.1e}"
+            )
     line = ", ".join(f"{name} {share:.4f}" for name, share in shares.items())
-    return {"line": f"share dropped at {p}: {line}; the others as without it", "shares": shares}
+    return {"line": f"share dropped, expected {p}: {line}; other elements match", "shares": shares}
 
 
-# --- what only a GPU has -----------------------------------------------------------------------------------
+# --- GPU only -----------------------------------------------------------------------------------
 
 
 def _needs_gpu(context: Context, what: str) -> None:
     if context.device != "cuda":
-        raise Skip(f"{what} need a GPU")
+        raise Skip(f"{what} require a GPU")
 
 
 def _memory(context: Context) -> dict[str, Any]:
-    _needs_gpu(context, "counts of its memory")
+    _needs_gpu(context, "memory counters")
 
     def call(tokens: int) -> None:
         qkv = torch.randn(2, tokens, 3, 12, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -379,12 +387,12 @@ def _memory(context: Context) -> dict[str, Any]:
     torch.cuda.synchronize()
     grown = torch.cuda.memory_allocated() - before
     if grown:
-        raise Wrong(f"{grown} bytes more after 100 calls of 10 shapes", bytes=grown)
+        raise Wrong(f"memory grew by {grown} bytes in 100 calls of 10 shapes", bytes=grown)
     return {"line": f"{before} bytes before and after 100 calls of 10 shapes", "bytes": 0}
 
 
 def _graph(context: Context) -> dict[str, Any]:
-    """Inference, and forward with backward, captured and replayed with another image."""
+    """Capture inference and training in CUDA graphs, and replay them with another image."""
     _needs_gpu(context, "CUDA graphs")
     model = _vit(context, "triton", torch.bfloat16)
     image = _image_for(context, torch.bfloat16)
@@ -413,12 +421,12 @@ def _graph(context: Context) -> dict[str, Any]:
         torch.cuda.synchronize()
         got = [x.clone() for x in captured]
         if not all(map(torch.equal, got, call())):
-            raise Wrong(f"the replayed graph of {name} gives other bits than the call")
-    return {"line": "inference and training captured; a replay gives the bits of the call"}
+            raise Wrong(f"the replayed graph of {name} and the call differ in bits")
+    return {"line": "inference and training captured; replays match the calls bitwise"}
 
 
 def _streams(context: Context) -> dict[str, Any]:
-    """On a stream that waits for the input, while the default stream is busy; and in four threads at the same time."""
+    """Run on a second stream while the default stream is busy, then in four concurrent threads."""
     _needs_gpu(context, "streams")
     model = _vit(context, "triton", torch.bfloat16)
     image = _image_for(context, torch.bfloat16)
@@ -432,11 +440,11 @@ def _streams(context: Context) -> dict[str, Any]:
         with torch.cuda.stream(stream):
             for _ in range(20):
                 busy = busy @ busy * 1e-4
-            image.copy_(source)  # a kernel on another stream reads zeros
+            image.copy_(source)  # a kernel on a wrong stream reads zeros
             found = model(image)
         stream.synchronize()
     if not torch.equal(found, expected):
-        raise Wrong("a call on a second stream gives other bits")
+        raise Wrong("a call on a second stream gives different bits")
     results: dict[int, Tensor] = {}
 
     def work(i: int) -> None:
@@ -452,12 +460,12 @@ def _streams(context: Context) -> dict[str, Any]:
     for thread in threads:
         thread.join()
     if len(results) < 4 or not all(torch.equal(x, expected) for x in results.values()):
-        raise Wrong("four threads, each with a stream: other bits, or an error in the log")
+        raise Wrong("four threads, each with a stream: different bits, or an error in the log")
     return {"line": "a second stream, and four threads with a stream each, give the same bits"}
 
 
 def small_call() -> None:
-    """What the sanitizer watches: the operators of ViT-B/16 in tiny sizes, forward and backward."""
+    """The code under the sanitizer: ViT-B/16's operators in tiny sizes, forward and backward."""
     context = Context("cuda", Path(), tiny=True)
     for check in OPERATORS:
         if "of ViT-B/16" in check.name:
@@ -467,16 +475,16 @@ def small_call() -> None:
 
 
 def _sanitizer(context: Context) -> dict[str, Any]:
-    _needs_gpu(context, "checks by compute-sanitizer")
+    _needs_gpu(context, "compute-sanitizer checks")
     places = (shutil.which("compute-sanitizer"), "/usr/local/cuda/bin/compute-sanitizer")
     tool = next((place for place in places if place and os.access(place, os.X_OK)), None)
     if tool is None:
         raise Skip("compute-sanitizer is not installed")
     code = "from benchmarks.gpu.numbers import small_call; small_call()"
     options = ("--tool", "memcheck", "--error-exitcode", "99", "--print-limit", "3")
-    options += ("--report-api-errors", "no")  # PyTorch and Triton ask the driver for what it may refuse
+    options += ("--report-api-errors", "no")  # PyTorch and Triton make driver calls that may fail harmlessly
     command = [tool, *options, sys.executable, "-c", code]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else all tensors share a few blocks
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # a separate block for each tensor
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("=========")]
     if done.returncode:
@@ -486,7 +494,7 @@ def _sanitizer(context: Context) -> dict[str, Any]:
 
 
 def steps() -> Iterator[Step]:
-    """In the order of what they are worth: a run may end at any of them."""
+    """Steps in order of importance: a run may end after any of them."""
     for check in OPERATORS:
         yield check.step("bfloat16")
     yield Step("ViT of 2 blocks, bfloat16", functools.partial(_model, torch.bfloat16), 1.0, kernels=12)

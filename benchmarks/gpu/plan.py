@@ -1,4 +1,4 @@
-"""Which steps fit into the minutes, and until when."""
+"""The schedule: which steps fit into the time limit, and the deadline of each section."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from benchmarks.gpu.step import START_SECONDS, Section, Step
 from benchmarks.peaks import GPUS
 
-PLANNED = ("NVIDIA H200", "NVIDIA GeForce RTX 4090")  # what --dry-run shows
-CORES = 16  # of the machines that it is shown for
-UNKNOWN = 100e12  # FLOP/s of a GPU that is not in the table
-TINY_SECONDS = 3.0  # of a step on a CPU
+PLANNED = ("NVIDIA H200", "NVIDIA GeForce RTX 4090")  # GPUs of --dry-run
+CORES = 16  # CPU cores assumed by --dry-run
+UNKNOWN = 100e12  # FLOP/s assumed for a GPU without a table entry
+TINY_SECONDS = 3.0  # expected time of a step on a CPU
 
 
 @dataclass(frozen=True)
 class Clock:
-    """The ``minutes`` from ``start``, a time.time(), on a GPU of ``peak`` dense 16-bit FLOP/s; None: on a CPU."""
+    """``minutes`` from ``start`` (time.time()), on a GPU with ``peak`` dense 16-bit FLOP/s, or on a CPU (None)."""
 
     start: float
     minutes: float
@@ -32,12 +32,12 @@ class Clock:
         return TINY_SECONDS if self.peak is None else step.expected(self.peak)
 
     def fits(self, section: Section, step: Step, now: float) -> bool:
-        """Tuning takes what is left; every other step has to end in its section's time."""
+        """Whether the step is expected to end by its section's deadline. A step that ``fills`` only has to start."""
         least = START_SECONDS if step.fills else self.expected(step)
         return now + least <= self.until(section)
 
     def limit(self, step: Step) -> float:
-        """Seconds from now that the step may take, in a process that may have to start first."""
+        """Timeout of the step in seconds, including the start of its process."""
         allowed = step.limit if step.limit is not None else 60 + 4 * self.expected(step)
         return max(1.0, min(START_SECONDS + allowed, self.end - time.time()))
 
@@ -48,7 +48,7 @@ def peak_of(name: str) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """A section in a plan: seconds from the start at which it begins and ends, if every step takes what is expected."""
+    """A section in a plan: ``begins`` and ``ends`` in seconds from the start, computed from expected times."""
 
     section: Section
     fitting: int

@@ -1,4 +1,4 @@
-"""A process that runs steps one at a time, so that one that crashes or hangs costs no other step."""
+"""A process that runs steps one at a time; a step that crashes or hangs does not affect other steps."""
 
 import contextlib
 import gc
@@ -18,11 +18,11 @@ from benchmarks.gpu.step import SEED, Context, Skip, Wrong, is_of_memory
 PASSED, SKIPPED, WRONG, FAILED = "passed", "skipped", "wrong", "failed"
 CRASHED, HUNG, OUT_OF_MEMORY = "crashed", "hung", "out of memory"
 BAD = (WRONG, FAILED, CRASHED, HUNG, OUT_OF_MEMORY)
-DETAIL = 3000  # characters of a traceback or log that are kept
+DETAIL = 3000  # characters kept of a traceback or log
 
 
 class Worker:
-    """The process starts with the first step; after a crash, with the next. Its output goes to the file ``log``."""
+    """Starts its process at the first step, and again after a crash. Output goes to the file ``log``."""
 
     def __init__(self, context: Context, log: Path) -> None:
         self.context, self.log = context, log
@@ -30,7 +30,7 @@ class Worker:
         self._connection: Any = None
 
     def run(self, section: str, step: str, limit: float) -> dict[str, Any]:
-        """The result of a step: its "status", "seconds", "line" and facts; of a bad one the "detail" too."""
+        """Run a step. The result has "status", "seconds", "line" and facts; a bad result also has "detail"."""
         start = time.monotonic()
         if self._process is None:
             self._start()
@@ -43,7 +43,7 @@ class Worker:
                 result = connection.recv()
             else:
                 result = {"status": HUNG, "line": f"no result within {limit:.0f} s"}
-        except (EOFError, OSError):  # also where another thread closes it
+        except (EOFError, OSError):  # also when another thread closes the connection
             process.join(5)
             result = {"status": CRASHED, "line": _said(process.exitcode)}
         if result["status"] in (HUNG, CRASHED) or result.pop("ends", False):
@@ -63,11 +63,11 @@ class Worker:
         theirs.close()
 
     def close(self) -> None:
-        """End the process and all that it started."""
+        """End the process and its children."""
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # its group, once it has made one
+                os.killpg(process.pid, signal.SIGKILL)  # its process group, if it exists already
             process.kill()
             process.join()
             self._connection.close()
@@ -77,7 +77,7 @@ def _said(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         return f"the process ended with {name}" + (
-            ", which the system sends where memory runs out" if name == "SIGKILL" else ""
+            ", which the system sends when memory runs out" if name == "SIGKILL" else ""
         )
     return f"the process ended with exit code {code}"
 
@@ -86,7 +86,7 @@ def _said(code: int | None) -> str:
 
 
 def _serve(connection: Connection, context: Context, log: Path) -> None:
-    os.setsid()  # what a step starts ends with it; Ctrl-C reaches the command alone
+    os.setsid()  # a new process group: children end with it, and Ctrl-C does not reach it
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
@@ -104,7 +104,7 @@ def _serve(connection: Connection, context: Context, log: Path) -> None:
 
 
 def _end_with(command: Any) -> None:
-    """A command that was killed cannot end a step that hangs."""
+    """End this process group after the command ends: a killed command cannot end it."""
     command.join()
     os.killpg(0, signal.SIGKILL)
 
@@ -122,7 +122,7 @@ def _result(step: Any, context: Context) -> dict[str, Any]:
         result = {"status": SKIPPED, "line": str(reason)}
     except Wrong as wrong:
         result = {"status": WRONG, "line": str(wrong), **wrong.facts}
-    except Exception as error:  # of whatever package: the other steps go on
+    except Exception as error:  # from any package; other steps continue
         status = OUT_OF_MEMORY if is_of_memory(error) else FAILED
         line = " ".join(f"{type(error).__name__}: {error}".split())
         result = {"status": status, "line": line[:300], "detail": traceback.format_exc()[-DETAIL:]}
@@ -131,8 +131,8 @@ def _result(step: Any, context: Context) -> dict[str, Any]:
 
 
 def _is_usable(context: Context) -> bool:
-    """After an illegal access every later call of a process fails; after a failed capture of a CUDA graph, which a step
-    may survive, random numbers."""
+    """Whether the process can run further steps. After an illegal access all GPU calls fail; after a failed CUDA graph
+    capture, random numbers fail."""
     import torch
 
     sys.last_value = None

@@ -1,4 +1,4 @@
-"""The page report.md: what is wrong first, then what was measured."""
+"""The page report.md: failures first, then measurements."""
 
 import collections
 import re
@@ -43,14 +43,14 @@ def _head(results: Results, sections: Sequence[Section]) -> str:
     lines = [f"# vit_triton on {name}", f"{len(results.steps)} of {total} steps have a result: {count(results)}."]
     if "gpu" not in results.machine:
         lines.append(
-            f"**This is a trial on a CPU with tiny sizes** (kernels {results.machine.get('kernels')}): its times say "
-            "nothing about a GPU."
+            f"**This is a trial on a CPU with tiny sizes** (kernels {results.machine.get('kernels')}): its times do "
+            "not apply to a GPU."
         )
     dates = "; ".join(f"{run['date']}, {run['minutes']:g} minutes" for run in results.runs)
     lines.append(
-        f"Made by `python -m benchmarks gpu` ({dates}). To report what you see, open an issue with this page and "
-        "results.json. Every ratio is the other's time over that of vit_triton, the median of interleaved rounds: "
-        "above 1, vit_triton is faster."
+        f"Made by `python -m benchmarks gpu` ({dates}). To report a problem, open an issue with this page and "
+        "results.json. Every ratio is the other's time / vit_triton's time, the median of interleaved rounds: above 1, "
+        "vit_triton is faster."
     )
     return "\n\n".join(lines)
 
@@ -90,8 +90,8 @@ def _numbers(steps: Steps) -> str:
     others = [(key.removeprefix("numbers: "), result["status"], result["line"]) for key, result in found.items()]
     parts = [
         "## Numbers",
-        "Largest relative L2 error against float64, forward and backward; in brackets that of PyTorch's own operators. "
-        "Every call was made twice, and gave the same bits where it says passed.",
+        "Largest relative L2 error against float64, forward and backward; brackets: error of PyTorch's own operators. "
+        "Every call runs twice; passed includes bitwise equal results.",
         _rows(("operator", *dtypes), rows) if rows else "",
         _rows(("check", "", ""), others) if others else "",
     ]
@@ -143,7 +143,7 @@ def _models(steps: Steps) -> str:
     header += ("GiB, accelerated", "GiB, eager", "GiB, torch.compile", "library")
     return (
         "## Whole models\n\nInference in bfloat16; training with float32 parameters and autocast to bfloat16. Memory: "
-        "the peak of a call above what is there before it.\n\n" + _rows(header, rows)
+        "peak bytes that a call allocates.\n\n" + _rows(header, rows)
     )
 
 
@@ -163,13 +163,13 @@ def _operators(steps: Steps) -> str:
     if not rows:
         return ""
     return (
-        "## Operators\n\nOf the ceiling: the least time that the measured rates of copies and products allow "
-        "(computed), over the time.\n\n" + _rows(header, rows)
+        "## Operators\n\nOf the ceiling: minimum time by the measured copy bandwidth and GEMM rate (computed) / "
+        "measured time.\n\n" + _rows(header, rows)
     )
 
 
 def _share(result: dict[str, Any], steps: Steps) -> str:
-    """Per cent of what the measured ceilings allow."""
+    """Minimum time by the measured copy bandwidth and GEMM rate, in per cent of the measured time."""
     product = steps.get(f"machine: product of matrices, {result['dtype']}", {}).get("tflops")
     copy = steps.get("machine: copy bandwidth", {}).get("gigabytes")
     if not product or not copy:
@@ -187,8 +187,8 @@ def _products(steps: Steps) -> str:
     ]  # fmt: skip
     if not rows:
         return ""
-    header = ("product", "our tile", "ours, ms", "vendor's and one pass, ms", "ratio")
-    return "## Products against the vendor's GEMM\n\n" + _rows(header, rows)
+    header = ("GEMM", "our tile", "ours, ms", "vendor's and one pass, ms", "ratio")
+    return "## GEMM kernels against the vendor's GEMM\n\n" + _rows(header, rows)
 
 
 def _tuning(folder: Path) -> str:
@@ -199,8 +199,8 @@ def _tuning(folder: Path) -> str:
     gains = {f"{each.picker}({tuned.spelled(each.arguments)})": (tiles.gain(each), each.config) for each in timed}
     rows = [(name, f"{gain:.2f}", config) for name, (gain, config) in gains.items() if gain > 1]
     return (
-        f"## Tuning\n\n{len(timed)} choices were timed, and {len(rows)} differ from the default. They are in "
-        f"{path.name}, which the environment variable VIT_TRITON_TUNED puts into use.\n\n"
+        f"## Tuning\n\n{len(timed)} choices were timed, and {len(rows)} differ from the default. To use "
+        f"them, set the environment variable VIT_TRITON_TUNED to the path of {path.name}.\n\n"
         + _rows(("choice", "the default's time / tuned", "tuned"), sorted(rows, key=lambda row: row[1], reverse=True))
     )
 
@@ -217,7 +217,9 @@ def _missing(results: Results, sections: Sequence[Section]) -> str:
     ]
     if not rows:
         return ""
-    return "## Not reached\n\nThe same command goes on with these.\n\n" + _rows(("section", "steps", "names"), rows)
+    return "## Not reached\n\nThe same command continues with these steps.\n\n" + _rows(
+        ("section", "steps", "names"), rows
+    )
 
 
 def _of(section: str, steps: Steps) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -225,7 +227,7 @@ def _of(section: str, steps: Steps) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _rows(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table of Markdown."""
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 

@@ -1,4 +1,4 @@
-"""What was found so far, in one file, which a later run goes on with."""
+"""The results of all runs in one file, which later runs continue."""
 
 import datetime
 import json
@@ -15,7 +15,7 @@ FORMAT = 1
 
 
 class Results:
-    """``machine``: the facts of its step "device and versions"; ``steps``: results by section and step."""
+    """``machine``: facts from the step "device and versions"; ``steps``: results by section and step."""
 
     def __init__(self, folder: Path, command: dict[str, Any]) -> None:
         self.path = folder / FILE
@@ -37,19 +37,19 @@ class Results:
         except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise SystemExit(
                 f"--out: {self.path} holds no results of this command ({type(error).__name__}: {error}); remove it, or "
-                "name another folder"
+                "choose another folder"
             ) from None
 
     def identify(self, machine: dict[str, str]) -> None:
-        """Take the ``machine`` of this run; SystemExit if the results are of another one, or of other versions."""
+        """Set the ``machine`` of this run. Exits if the existing results are from another machine or version."""
         differ = [name for name in IDENTITY if self.machine and self.machine.get(name) != machine.get(name)]
         if differ:
             told = ", ".join(f"{name} {self.machine.get(name)}, now {machine.get(name)}" for name in differ)
-            raise SystemExit(f"--out: {self.path} holds results of another machine or version ({told}): name another")
+            raise SystemExit(f"--out: {self.path} holds results of another machine or version ({told}): choose another")
         self.machine = machine
 
     def missing(self, key: str, again: bool) -> bool:
-        """Whether a step has no result, or one that is a part; ``again``: or a bad one."""
+        """Whether a step has no result or an incomplete one; with ``again``, also whether its result is bad."""
         result = self.steps.get(key)
         return result is None or result.get("complete") is False or (again and result["status"] in BAD)
 

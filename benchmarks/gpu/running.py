@@ -1,4 +1,4 @@
-"""The steps of a section, in one process or several."""
+"""Runs the steps of a section in one or several processes."""
 
 import threading
 import time
@@ -10,11 +10,11 @@ from benchmarks.gpu.plan import Clock
 from benchmarks.gpu.process import HUNG, Worker
 from benchmarks.gpu.step import Section, Step
 
-Keep = Callable[[str, dict[str, Any]], None]  # the name of a step in the results, and its result
+Keep = Callable[[str, dict[str, Any]], None]  # (key of the step, result)
 
 
 def run_steps(section: Section, steps: Iterable[Step], workers: Sequence[Worker], clock: Clock, keep: Keep) -> None:
-    """Give each of the ``workers`` a step after the other, of those that fit into the time of the section."""
+    """Distribute the steps to the ``workers``. Steps that do not fit into the section's time are dropped."""
     left = deque(steps)
     lock = threading.Lock()
     stopped = threading.Event()
@@ -33,10 +33,10 @@ def run_steps(section: Section, steps: Iterable[Step], workers: Sequence[Worker]
             while (step := next_step()) is not None:
                 result = worker.run(section.name, step.name, clock.limit(step))
                 if stopped.is_set() or (result["status"] == HUNG and time.time() >= clock.end):
-                    return  # ended from outside: the step has no result
+                    return  # the process was ended from outside: no result
                 with lock:
                     keep(section.key(step), result)
-        except Exception as error:  # of keep: the disk is full, or stdout closed
+        except Exception as error:  # raised by keep: disk full, stdout closed
             failures.append(error)
             end()
 
@@ -54,7 +54,7 @@ def run_steps(section: Section, steps: Iterable[Step], workers: Sequence[Worker]
     finally:
         end()
         for thread in threads:
-            while thread.is_alive():  # it may have been about to start a process
+            while thread.is_alive():  # the thread may just have started a process
                 end()
                 thread.join(0.1)
     if failures:

@@ -1,4 +1,4 @@
-"""What is done, in the order of what it is worth."""
+"""The sections in order of importance."""
 
 import os
 
@@ -7,12 +7,12 @@ from benchmarks.gpu.step import Context, Section
 from benchmarks.runner import free_memory
 
 MOST_PROCESSES = 6
-PROCESS_BYTES = 2 * 2**30  # for each core: half of what a process with PyTorch and CUDA may take
+PROCESS_BYTES = 2 * 2**30  # per core: half the host memory of a process with PyTorch and CUDA
 
 
 def sections(context: Context, cores: int | None = None) -> list[Section]:
-    """``cores`` of a CPU whose memory is enough; by default those of this one."""
-    # most of the time of the numbers is compilation
+    """All sections. ``cores``: CPU cores; default: this machine's, limited by its free memory."""
+    # "numbers" runs in several processes, because most of its time is compilation
     if cores is None:
         cores = min(os.cpu_count() or 1, int(free_memory("cpu") / PROCESS_BYTES))
     processes = max(1, min(MOST_PROCESSES, cores // 2))

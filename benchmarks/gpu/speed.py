@@ -1,4 +1,4 @@
-"""Operators against PyTorch's, attention against each backend of SDPA, and each product against the vendor's GEMM."""
+"""Operators against PyTorch's, attention against each SDPA backend, GEMM kernels against the vendor's GEMM."""
 
 import dataclasses
 import functools
@@ -19,9 +19,9 @@ from vit_triton.tuning import tune
 from vit_triton.tuning.shapes import Shape
 from vit_triton.tuning.sizes import SIZES, Size
 
-SECONDS = 1.0  # of measuring one operator in one direction
+SECONDS = 1.0  # measuring time of an operator in one direction
 BATCH = 64
-BLOCKS = 2  # of the encoder
+BLOCKS = 2  # depth of the encoder
 DINOV2_S = Shape("DINOv2-S/14 at 518, batch 16", 16, 518, 37 * 37 + 1, Size(384, 12, 6, 1536, patch=14))
 PRODUCTS = ("pick_linear_fwd", "pick_linear_bwd_input", "pick_linear_bwd_weight")
 TINY = Shape("tiny", 2, 32, 5, dataclasses.replace(SIZES["Ti"], width=64, heads=1, hidden=128, depth=1))
@@ -47,9 +47,9 @@ def _operator(op: Op, shape: Shape, direction: str, context: Context) -> dict[st
 
 
 def _products(picker: str, context: Context) -> dict[str, Any]:
-    """Our kernel in its default tile, and the vendor's GEMM with one pass of ours behind it, in interleaved rounds."""
+    """Our kernel with its default tile against the vendor's GEMM followed by one fused pass, in interleaved rounds."""
     if context.device == "cpu":
-        raise Skip("the vendor's GEMM is a choice on a GPU")
+        raise Skip("the vendor's GEMM is a candidate on a GPU only")
     shape = Shape.of("B", 224, BATCH)
     cases = tune.cases(shape, torch.bfloat16, context.device)
     rows = []
@@ -70,7 +70,7 @@ def _products(picker: str, context: Context) -> dict[str, Any]:
             ratio = statistics.median(b / a for a, b in zip(rounds["ours"], rounds["vendor"], strict=True))
             rows.append({"case": case.name, "milliseconds": ms, "ratio": ratio, "tile": str(configs["ours"])})
     ratios = [row["ratio"] for row in rows]
-    line = f"{len(rows)} products, ours {min(ratios):.2f} to {max(ratios):.2f} x the vendor's" if rows else "none"
+    line = f"{len(rows)} GEMMs, ours {min(ratios):.2f} to {max(ratios):.2f} x the vendor's" if rows else "none"
     return {"line": line, "products": rows}
 
 

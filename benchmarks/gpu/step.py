@@ -1,4 +1,4 @@
-"""The pieces of the work: sections of steps. A step is run, kept and repeated on its own."""
+"""Sections and steps. Each step has its own result and can be repeated separately."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,19 +7,17 @@ from typing import Any
 
 import torch
 
-SEED = 0  # of the inputs of every step
-# Seconds to compile a kernel and its launcher. The operators of numbers.py, 142 kernels in bfloat16 for sm_90, took
-# 0.56 each with Triton 3.8 on an Intel Xeon (Sapphire Rapids); Triton 3.6 has a C compiler build each launcher too.
-KERNEL_SECONDS = 0.8
-COMPILE_SECONDS = 45.0  # torch.compile, a ViT of 12 blocks in one direction; an assumption
-START_SECONDS = 8.0  # Python, the imports and the CUDA context of a process; an assumption
-EFFICIENCY = 0.4  # of the GPU's peak, which the expected times assume
+SEED = 0  # for the inputs of every step
+KERNEL_SECONDS = 0.8  # compilation of a kernel and its launcher; an assumption
+COMPILE_SECONDS = 45.0  # torch.compile of a 12-block ViT in one direction; an assumption
+START_SECONDS = 8.0  # start of a process: Python, imports, CUDA context; an assumption
+EFFICIENCY = 0.4  # share of the GPU's peak that expected times assume
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a step runs on. ``device``: "cuda" or "cpu". ``folder``: that of the results. ``tiny``: whether inputs are.
-    ``interpreting``: whether Triton's interpreter runs the kernels. ``end``: when the command ends, as time.time()."""
+    """The environment of a step. ``device``: "cuda" or "cpu". ``folder``: folder of the results. ``tiny``: use tiny
+    inputs. ``interpreting``: Triton's interpreter runs the kernels. ``end``: time.time() at which the command ends."""
 
     device: str
     folder: Path
@@ -28,21 +26,21 @@ class Context:
     end: float = float("inf")
 
     def at(self, real: Any, tiny: Any) -> Any:
-        """The size of an input."""
+        """``tiny`` if inputs are tiny, otherwise ``real``."""
         return tiny if self.tiny else real
 
     @property
     def backend(self) -> str:
-        """Of whole models, which take too long in the interpreter."""
+        """Backend of whole models: "torch" with the interpreter, which is too slow for them."""
         return "torch" if self.interpreting else "triton"
 
 
 class Skip(Exception):
-    """The reason why a step does not apply here."""
+    """A step does not apply on this machine; the message is the reason."""
 
 
 class Wrong(Exception):
-    """The numbers that are wrong; ``facts`` go into the results."""
+    """A step found wrong numbers; ``facts`` are added to its result."""
 
     def __init__(self, line: str, **facts: Any) -> None:
         super().__init__(line)
@@ -50,17 +48,17 @@ class Wrong(Exception):
 
 
 def is_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: on a CPU PyTorch has no class of its own for it."""
+    """Whether memory ran out. On a CPU, PyTorch raises a RuntimeError, which only its message identifies."""
     words = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 @dataclass(frozen=True)
 class Step:
-    """``run`` gives the facts that are kept, of which "line" is printed; it raises :class:`Skip` or :class:`Wrong`.
+    """``run`` returns the facts of the result, of which "line" is printed, or raises :class:`Skip` or :class:`Wrong`.
 
-    The expected time follows from the ``kernels`` that it compiles first, the ``flops`` of its calls, and ``seconds``
-    of everything else. ``limit``: seconds until it counts as hung, by default a minute and four times what is expected.
+    The expected time is computed from the number of ``kernels`` to compile, the ``flops`` of the calls, and ``seconds``
+    for everything else. ``limit``: timeout in seconds; default: one minute plus four times the expected time.
     """
 
     name: str
@@ -69,17 +67,17 @@ class Step:
     kernels: int = 0
     flops: float = 0.0
     limit: float | None = None
-    fills: bool = False  # takes all the time that is left
+    fills: bool = False  # uses all remaining time
 
     def expected(self, peak: float) -> float:
-        """Seconds, on a GPU of ``peak`` dense 16-bit FLOP/s."""
+        """Expected seconds on a GPU with ``peak`` dense 16-bit FLOP/s."""
         return self.seconds + self.kernels * KERNEL_SECONDS + self.flops / (EFFICIENCY * peak)
 
 
 @dataclass(frozen=True)
 class Section:
-    """``until``: the part of all minutes at whose end no further step of it begins. ``processes`` run its steps side by
-    side, where each step is about numbers and not about time."""
+    """``until``: deadline as a share of the time limit. ``processes``: number of processes that run the steps in
+    parallel; 1 for sections that measure time."""
 
     name: str
     title: str
@@ -88,5 +86,5 @@ class Section:
     processes: int = 1
 
     def key(self, step: Step) -> str:
-        """The name of a step in the results."""
+        """Key of the step in the results."""
         return f"{self.name}: {step.name}"

@@ -1,4 +1,4 @@
-"""Tuning of ViT-B/16 in bfloat16 with the time that is left, into the file tuned.json of the results' folder."""
+"""Tunes ViT-B/16 in bfloat16 in the remaining time, and writes tuned.json to the results folder."""
 
 import dataclasses
 import time
@@ -15,7 +15,7 @@ from vit_triton.tuning.measure import on_gpu
 from vit_triton.tuning.shapes import Shape
 
 FILE = "tuned.json"
-SECONDS = 0.05  # for each candidate and call
+SECONDS = 0.05  # measuring time per candidate and call
 RESERVED = 5.0  # seconds before the command ends
 
 
@@ -30,7 +30,7 @@ def _tune(context: Context) -> dict[str, Any]:
     total = len(tune.choices(cases))
     left = [dataclasses.replace(case, asks={k: ask for k, ask in case.asks.items() if k not in done}) for case in cases]
     for each in tune.tune(left, lambda call: on_gpu(call, SECONDS)):
-        tune.write(path, name, arch, [each], 1)  # beside what is there: the command may end in the next choice
+        tune.write(path, name, arch, [each], 1)  # after every choice: the command may end during the next one
         if time.time() > context.end - RESERVED:
             break
     timed = tuned.read(path).timed if path.exists() else []
@@ -40,7 +40,7 @@ def _tune(context: Context) -> dict[str, Any]:
 
 
 def gain(each: tuned.Timed) -> float:
-    """The default's time over that of the choice."""
+    """Time of the default / time of the chosen candidate."""
     return each.milliseconds[0][1] / dict(each.milliseconds)[each.config]
 
 

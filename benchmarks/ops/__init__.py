@@ -1,1 +1,1 @@
-"""The cases of the operators: a file per op declares its inputs, ours and the functions of others."""
+"""Operator cases: a file per op declares its inputs, our function and other libraries' functions."""

@@ -1,4 +1,4 @@
-"""Multi-head self-attention of a packed projection (B, N, 3, H, D) -> (B, N, H * D)."""
+"""Multi-head self-attention on packed q, k and v: (B, N, 3, H, D) -> (B, N, H * D)."""
 
 import functools
 from collections.abc import Mapping

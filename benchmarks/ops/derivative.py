@@ -1,4 +1,4 @@
-"""A call of any provider in one direction."""
+"""Forward and backward calls of a provider's function."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ Function = Callable[..., Any]
 
 
 def forward(function: Function, inputs: Sequence[Tensor], gradient: Tensor | None = None) -> Call:
-    """A call without gradients; as in a model, all ``inputs`` but the first are its parameters."""
+    """A call without gradients. As in a model, all ``inputs`` after the first are parameters."""
     inputs = [inputs[0], *map(nn.Parameter, inputs[1:])]
 
     def run() -> Any:
@@ -33,7 +33,7 @@ def both(function: Function, inputs: Sequence[Tensor], gradient: Tensor) -> Call
 
 
 def backward(function: Function, inputs: Sequence[Tensor], gradient: Tensor) -> Call:
-    """A call that returns the gradients alone: the first one builds the graph, and all use it."""
+    """A call that returns the gradients alone. The first call builds the graph; all calls reuse it."""
     leaves, wanted = _leaves(inputs)
     output: list[Tensor] = []
 
@@ -59,5 +59,5 @@ def _leaves(inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Floating tensors in ``dtype``, others as they are."""
+    """Cast floating tensors to ``dtype``; others are unchanged."""
     return [x.to(dtype) if x.is_floating_point() else x for x in tensors]

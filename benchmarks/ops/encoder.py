@@ -1,4 +1,4 @@
-"""The blocks of a Transformer encoder: two, or as many as the size says where a benchmark is about depth."""
+"""Blocks of a Transformer encoder; ``shape.size.depth`` is their number."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from vit_triton import functional as F
 
 
 def tensors(size):
-    """Shapes of what a block is made of."""
+    """Shapes of a block's parameters."""
     width, hidden = size.width, size.hidden
     norm = [(width,), (width,)]
     return [

@@ -1,4 +1,4 @@
-"""LayerNorm, and residual addition with LayerNorm."""
+"""LayerNorm, and residual addition followed by LayerNorm."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""LayerNorm and the qkv projection."""
+"""LayerNorm followed by the qkv projection."""
 
 import torch
 

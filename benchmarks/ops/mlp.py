@@ -1,4 +1,4 @@
-"""The MLP of a transformer block: two products with an exact GELU between them."""
+"""The MLP of a Transformer block: two linear layers with an exact GELU between them."""
 
 import torch
 

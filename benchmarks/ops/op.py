@@ -1,4 +1,4 @@
-"""An operator as a benchmark: what its file declares, and the cases that follow from that."""
+"""The declaration of an operator benchmark, and its cases."""
 
 import functools
 import importlib.util
@@ -19,12 +19,12 @@ COMPILED = "torch.compile"
 
 @dataclass(frozen=True)
 class Op:
-    """Functions here take the shape, then the inputs; ``ours`` takes ``backend=`` too.
+    """An operator and its providers. Functions take the shape, then the inputs; ``ours`` also takes ``backend=``.
 
     Args:
-        inputs: makes the inputs of a shape on PyTorch's default device; floating ones are cast to the case's dtype.
-        peers: the functions of others for a device, the first of them PyTorch's own, which is also compiled.
-        exact: what is computed in float64 to check every provider.
+        inputs: creates the inputs for a shape on PyTorch's default device; floating ones are cast to the case's dtype.
+        peers: returns other libraries' functions for a device. The first is PyTorch's; torch.compile compiles it.
+        exact: the reference, which is computed in float64 to check every provider.
     """
 
     name: str
@@ -60,14 +60,14 @@ class Op:
                     device,
                     functools.cache(functools.partial(self._cost, shape, direction, dtype, len(functions))),
                     functools.partial(self._prepare, shape, direction, dtype, device, functions),
-                    replay=direction != "backward",  # which runs on the stream its forward pass ran on
+                    replay=direction != "backward",  # backward runs on the stream of its forward pass
                 )
 
     def _prepare(
         self, shape: Shape, direction: str, dtype: torch.dtype, device: str, functions: Mapping[str, Function]
     ) -> dict[str, Provider]:
         if COMPILED in functions:
-            torch.compiler.reset()  # it compiles for eight shapes, and computes eagerly from then on
+            torch.compiler.reset()  # past eight shapes torch.compile falls back to eager
         with torch.device(device):
             inputs = cast(self.inputs(shape), dtype)
             gradient = torch.randn(self._output(shape)).to(dtype)
@@ -107,14 +107,14 @@ class Op:
             return flops, nbytes(arguments) + nbytes(results), memory
 
         flops, size, memory = traced(direction, dtype)
-        kept = providers if direction == "backward" else 1  # each keeps its graph
+        kept = providers if direction == "backward" else 1  # every provider retains its graph
         if direction == "backward":
             flops -= traced("forward", dtype)[0]
         return Cost(flops, size, memory * kept + traced(direction, torch.float64)[2])
 
 
 def installed(device: str, functions: Mapping[str, tuple[str, Function]]) -> dict[str, Function]:
-    """Those of {name: (module, function)} whose module can be imported; all of these packages need a GPU."""
+    """{name: function} of the ``functions`` whose module is installed; empty on a CPU, because all require a GPU."""
     if device == "cpu":
         return {}
     return {name: f for name, (module, f) in functions.items() if importlib.util.find_spec(module) is not None}
@@ -123,5 +123,5 @@ def installed(device: str, functions: Mapping[str, tuple[str, Function]]) -> dic
 def compile_function(function: Function) -> Function:
     import torch._functorch.config
 
-    torch._functorch.config.donated_buffer = False  # else a compiled graph cannot be kept for a second backward pass
+    torch._functorch.config.donated_buffer = False  # required to retain a compiled graph for a second backward pass
     return torch.compile(function, dynamic=False)

@@ -1,4 +1,4 @@
-"""From uint8 images to tokens: normalise, vit-pytorch's stem (patches, norm, product, norm), positions, class token."""
+"""uint8 images to tokens: normalization, vit-pytorch's stem (patches, norm, linear, norm), positions, class token."""
 
 import functools
 
@@ -35,7 +35,7 @@ def ours(shape, image, weight, bias, g1, b1, g2, b2, pos, prefix, backend):
 
 @functools.cache
 def constant(values, dtype, device):
-    """Copied to the device once: a CUDA graph cannot hold a copy from the CPU."""
+    """A tensor that is copied to the device once: a CUDA graph cannot capture a copy from the CPU."""
     return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 

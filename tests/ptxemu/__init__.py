@@ -1,22 +1,23 @@
-"""Runs the sm_80 PTX that Triton compiles on CPU tensors: compiled kernels are checked without a GPU.
+"""Emulator for the sm_80 PTX that Triton compiles: checks compiled kernels on CPU tensors, without a GPU.
 
     with ptxemu.emulate(race="error"):
         kernel[grid](x, y, n, BLOCK=128)  # CPU tensors; the autotuner, heuristics and tensor descriptors work
         print(ptxemu.last_stats())  # opcodes, bytes, registers, spills
 
-``Options`` says what can be checked, and in which order things run. ``poison_`` and ``unwritten`` find elements that a
-kernel never wrote; ``register`` allows buffers reached through addresses in memory; ``run_ptx`` takes PTX text without
-Triton. Errors name the line of the Python source, the PTX instruction, the CTA and the thread. TRITON_INTERPRET must
-not be set when kernels are decorated.
+``Options`` lists the checks and the execution orders. ``poison_`` and ``unwritten`` find elements that a kernel leaves
+unwritten; ``register`` allows access to buffers that are reached through addresses in memory; ``run_ptx`` runs PTX text
+without Triton. Errors name the line of the Python source, the PTX instruction, the CTA and the thread. TRITON_INTERPRET
+must be unset when kernels are decorated.
 
-Not modelled: times; order and rounding of the sums inside tensor cores (products are float32, inputs of TF32 are
-truncated); the error of *.approx instructions (they are exact here); caches that disagree; errors of ptxas; wgmma, TMA,
-mbarrier and clusters (sm_90 and later); fp8 instructions of sm_89. A float32 fma is rounded twice, through float64, and
-differs in about 1 of 2^29 cases; a float64 fma is not fused.
+Not supported: time; order and rounding of sums in tensor cores (products are float32, TF32 inputs are truncated);
+errors of *.approx instructions (they are exact here); incoherent caches; errors of ptxas; wgmma, TMA, mbarrier and
+clusters (sm_90 and later); fp8 instructions of sm_89. A float32 fma is rounded twice, through float64; about 1 of 2^29 results
+differ. A float64 fma is not fused.
 
-How it works: ``parser`` reads PTX, ``blocks`` finds its control flow, ``codegen`` and ``instructions`` turn every basic
-block into a numpy function over all threads of a batch of CTAs, ``scheduler`` runs them, ``batch`` and ``memory`` hold
-shared and global memory. Global memory is the process's own, seen through one numpy view behind checks of bounds.
+Implementation: ``parser`` reads PTX, ``blocks`` builds the control flow graph, ``codegen`` and ``instructions`` convert
+each basic block into a numpy function over all threads of a batch of CTAs, ``scheduler`` runs the functions, ``batch``
+and ``memory`` hold shared and global memory. Global memory is the process's memory, accessed through one numpy view
+with bounds checks.
 """
 
 from ptxemu.driver import emulate, last_stats, poison_, register, run_ptx, track_uninit, unwritten

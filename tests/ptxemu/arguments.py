@@ -1,4 +1,4 @@
-"""Kernel arguments as the bytes of PTX parameters."""
+"""Encodes kernel arguments as PTX parameters."""
 
 import re
 import struct
@@ -11,7 +11,7 @@ from ptxemu.ops import f2bf
 
 
 def flatten(signature, args):
-    """The (type, value) pairs that a signature stands for; a tensor descriptor is several."""
+    """(type, value) pairs of the arguments; a tensor descriptor expands to several."""
     for type_, value in zip(signature, args, strict=True):
         if isinstance(type_, tuple):
             yield from flatten(type_, tuple(value))
@@ -27,7 +27,7 @@ def flatten(signature, args):
 
 
 def encode(type_, value) -> bytes:
-    """A scalar argument, or an address."""
+    """Bytes of a scalar argument or an address."""
     if type_ in ("fp32", "f32"):
         return struct.pack("<f", float(value))
     if type_ == "fp64":
@@ -43,7 +43,7 @@ def encode(type_, value) -> bytes:
 
 
 def extent(t, bounds):
-    """Address and size in bytes of what a tensor argument allows: its "storage", or its own extent ("view")."""
+    """(address, bytes) that a tensor argument gives access to: its "storage", or its own extent ("view")."""
     if bounds == "storage" and hasattr(t, "untyped_storage"):
         st = t.untyped_storage()
         return st.data_ptr(), st.nbytes()

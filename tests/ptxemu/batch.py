@@ -1,4 +1,4 @@
-"""The memory and the warps of the CTAs that run together: what generated code calls."""
+"""Memory and warp operations of the CTAs that run together, called by generated code."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from ptxemu.ops import C16, I8, POISON, U1, U2, U4, U8, UW, full
 
 
 class Batch:
-    """The CTAs that run together; generated code calls its methods (as X)."""
+    """CTAs that run together. Generated code calls its methods, as X."""
 
     def __init__(self, launch, ctas, rng):
         self.L, self.opt, self.mem, self.K, self.stats = launch, launch.opt, launch.mem, launch.kernel, launch.stats
@@ -64,7 +64,7 @@ class Batch:
         return np.array([self.K.symbol_address(name)], U8)
 
     def _vec_out(self, w, esz, vec, T, sel, olds):
-        """words -> tuple of element arrays, merged with the old values where sel leaves gaps"""
+        """words -> tuple of element arrays; threads outside sel keep the old values"""
         if vec == 1:
             cols = (w,)
         else:
@@ -89,7 +89,7 @@ class Batch:
 
     @staticmethod
     def _active(g):
-        """guard -> 'all', None (nobody), or the active positions"""
+        """guard -> 'all', None (no thread), or the active positions"""
         if g is None or g.all():
             return "all"
         sel = np.flatnonzero(g)
@@ -249,7 +249,7 @@ class Batch:
             ga = ga[sel]
         n = si.shape[0]
         data = np.zeros(n, UW[size])
-        if poison:  # what src-size 0 leaves stands for a masked-off element without `other`
+        if poison:  # src-size 0 means a masked-off element without `other`
             data.view(U2)[:] = POISON[2]
         if src is None:
             rd = None
@@ -284,7 +284,7 @@ class Batch:
         self.cp_groups[F.tids if g is None else F.tids[np.broadcast_to(g, F.T)]] += 1
 
     def cp_wait(self, F, n):
-        """Complete every group but the n youngest (n < 0: everything, committed or not)."""
+        """Complete all groups except the n latest (n < 0: all copies, including uncommitted ones)."""
         if not self.cp_pending:
             return
         everyone = F.T == self.alive_total and self.alive_total == self.total

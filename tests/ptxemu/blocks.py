@@ -1,4 +1,4 @@
-"""The control flow of a PTX kernel: basic blocks, the registers live between them, and the places of its symbols."""
+"""Control flow of a PTX kernel: basic blocks, live registers, and addresses of symbols."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import numpy as np
 from ptxemu.errors import UnsupportedInstruction
 from ptxemu.syntax import Imm, Instr, Kernel, Mem, Pair, PtxModule, Reg, Vec
 
-# opcodes whose first operand is no destination
+# opcodes without a destination operand
 NO_DST = set(
     "st stmatrix red bra bar barrier ret exit trap membar fence prefetch prefetchu call discard brkpt applypriority"
     " griddepcontrol nanosleep cp".split()
@@ -31,7 +31,7 @@ def _regs(o, out):
 
 
 def uses_defs(ins):
-    """The registers that an instruction reads, and those that it writes."""
+    """(registers read, registers written) by an instruction."""
     uses, defs = [], []
     if ins.parts[0] == "call":
         return uses, defs
@@ -53,11 +53,11 @@ def uses_defs(ins):
 
 @dataclass
 class Block:
-    """Instructions without a branch between them, and how they end: ``kind`` is "br" (to ``target``), "cbr" (to
-    ``target`` or ``next``), "bar" (a barrier: ``bar`` is its number and its count of threads) or "exit".
+    """A basic block. ``kind`` is its end: "br" (to ``target``), "cbr" (to ``target`` or ``next``), "bar" (a barrier:
+    ``bar`` is its number and its thread count) or "exit".
 
-    ``live_in`` and ``live_out``: registers that are read behind it. ``fn``: its generated function. ``collective``: it
-    holds an instruction that a whole warp executes together.
+    ``live_in`` and ``live_out``: live registers at the start and the end. ``fn``: generated function. ``collective``:
+    whether it has an instruction that a whole warp executes together.
     """
 
     index: int
@@ -76,7 +76,7 @@ class Block:
 
 
 class KernelBlocks:
-    """The basic blocks of a kernel with their live registers, and its symbols; ``codegen`` adds functions to them."""
+    """Basic blocks and symbols of a kernel; ``codegen`` adds the functions of the blocks."""
 
     def __init__(self, module: PtxModule, kernel: Kernel):
         self.name, self.files = kernel.name, kernel.files

@@ -8,7 +8,7 @@ from ptxemu.ops import F8, I4, I8, full
 
 
 def call(X, F, name, args):
-    """What a kernel calls: ``tl.device_assert`` or ``tl.device_print``."""
+    """Run a function called by a kernel: ``tl.device_assert`` or ``tl.device_print``."""
     if name == "__assertfail":
         s = [_text(X, int(F.callparams[a][0])) for a in (args[0], args[1], args[3])]
         line = int(F.callparams[args[2]][0])
@@ -25,7 +25,7 @@ def call(X, F, name, args):
 
 
 def _print(X, F, fmt, buf):
-    """A line for each thread of the frame, at most ``Options.print_limit`` in a launch."""
+    """Print a line per thread of the frame, at most ``Options.print_limit`` per launch."""
     text = _text(X, int(fmt[0]))
     spec = re.compile(r"%[-+ #0]*(?:\*|\d+)?(?:\.\d+)?(ll|l|h)?([diuxXcpsfgeE%])")
     buf = full(buf, F.T)

@@ -1,4 +1,4 @@
-"""PTX kernel to numpy source: one Python function per basic block, over all threads of a batch of CTAs."""
+"""Generates numpy source for a PTX kernel: one function per basic block, over all threads of a batch of CTAs."""
 
 import functools
 import re
@@ -20,7 +20,7 @@ _VAR = re.compile(r"\bv(\d+)\b")
 
 
 class KernelGenerator:
-    """Writes the functions of a kernel's blocks, and holds the constants they share.
+    """Generates the functions of a kernel's blocks, and holds their shared constants.
 
     ``poison``: a bool, or the positions of the masked loads without ``other`` (``ttir.loads_without_other``).
     """
@@ -40,13 +40,13 @@ class KernelGenerator:
             b.fn = namespace["block"]
 
     def poisoned(self, ins):
-        """Whether this `mov %r, 0x0` is the undefined value of a masked-off load."""
+        """Whether this `mov %r, 0x0` stands for the undefined value of a masked-off load."""
         if isinstance(self.poison, bool):
             return self.poison
         return ins.poison == "atom" or self.no_other(ins)
 
     def no_other(self, ins):
-        """Whether the instruction is at the position of a masked tt.load without `other`."""
+        """Whether the instruction belongs to a masked tt.load without `other`."""
         if isinstance(self.poison, bool):
             return False
         f, line, col = ins.asm_loc
@@ -76,10 +76,10 @@ class KernelGenerator:
 
 
 class BlockGenerator:
-    """Writes the function of one block. Its lines assign each variable once; ``_slots`` reuses names afterwards.
+    """Generates the function of one block. Each variable is assigned once; ``_slots`` reuses names afterwards.
 
-    A register's value may exist as several views (unsigned, signed, float). The result of a matrix product stays one
-    array until one of its registers is read on its own.
+    A register's value may exist in several views (unsigned, signed, float). The result of a matrix instruction stays
+    one array until one of its registers is read separately.
     """
 
     def __init__(self, gen: KernelGenerator, block: Block):
@@ -113,7 +113,7 @@ class BlockGenerator:
         self.lines.append(([], stmt))
 
     def var(self, reg: Reg, view="u"):
-        """Variable that holds reg as unsigned ('u'), signed ('i') or float ('f')."""
+        """Variable with the value of reg as unsigned ('u'), signed ('i') or float ('f')."""
         name, w = reg.name, reg.width
         if name in self.lazy:
             self.unlazy(name)
@@ -213,7 +213,7 @@ class BlockGenerator:
         return self.gen.const(image, WIDTH_DT[w])
 
     def mem(self, o):
-        """The variable of an address, and the offset to it."""
+        """(variable of the address, constant offset)."""
         if isinstance(o.base, Reg):
             return self.var(o.base), o.offset
         if isinstance(o.base, Sym):
@@ -254,7 +254,7 @@ class BlockGenerator:
 
     @staticmethod
     def _slots(lines):
-        """Rename single-assignment variables into reused slots so that dead arrays are freed early."""
+        """Rename variables to reused slots, so that dead arrays are freed early."""
         last = {}
         for i, (_, s) in enumerate(lines):
             for m in _VAR.finditer(s):
@@ -298,9 +298,9 @@ def _float_of(o: Imm):
 
 @functools.cache
 def compile_kernel(ptx: str, poison_masked=True) -> KernelBlocks:
-    """The single entry of a PTX text, compiled.
+    """Compile the single entry of a PTX text.
 
-    poison_masked: whether masked-off loads without ``other`` give NaN, or the positions of those that do
+    poison_masked: whether masked-off loads without ``other`` return NaN, or the positions of the loads that do
         (``ttir.loads_without_other``).
     """
     module = parse_ptx(ptx)

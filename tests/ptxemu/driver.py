@@ -1,6 +1,6 @@
-"""The Triton driver that runs compiled kernels in the emulator.
+"""Triton driver that runs compiled kernels in the emulator.
 
-All of Triton's own path runs, up to and including ptxas; only ``load_binary`` and the launcher are replaced.
+Triton's own code runs, including ptxas; only ``load_binary`` and the launcher are replaced.
 """
 
 import collections
@@ -24,12 +24,12 @@ from ptxemu.memory import GlobalMemory
 from ptxemu.options import Options
 from ptxemu.ttir import loads_without_other
 
-SHARED_BYTES = {80: 166912, 86: 101376, 87: 166912, 89: 101376}  # that a CTA may have, by architecture
+SHARED_BYTES = {80: 166912, 86: 101376, 87: 166912, 89: 101376}  # maximum per CTA, by architecture
 HISTORY = 10000  # launches whose statistics are kept
 
 
 class _Function:
-    """What ``load_binary`` gives as module and function."""
+    """Module and function returned by ``load_binary``."""
 
     def __init__(self, kernel):
         self.kernel, self.ptx = kernel, kernel.asm["ptx"]
@@ -54,7 +54,7 @@ class _Utils:
 
 
 def cubin_resources(cubin):
-    """(registers, bytes of spill/local frame) of a thread, from the .nv.info sections of a cubin."""
+    """(registers, bytes of local memory) per thread, from the .nv.info sections of a cubin."""
     (shoff,) = struct.unpack_from("<Q", cubin, 0x28)
     shentsize, shnum, shstr = struct.unpack_from("<HHH", cubin, 0x3A)
     secs = [struct.unpack_from("<IIQQQQIIQQ", cubin, shoff + i * shentsize) for i in range(shnum)]
@@ -96,8 +96,8 @@ class _Launcher:
 
 
 class EmulatorDriver:
-    """Takes the place of ``triton.backends.nvidia.driver.CudaDriver``. ``history``: the ``LaunchStats`` of the latest
-    launches, the newest last."""
+    """Replaces ``triton.backends.nvidia.driver.CudaDriver``. ``history``: ``LaunchStats`` of recent launches, in
+    order."""
 
     launcher_cls = _Launcher
 
@@ -105,10 +105,10 @@ class EmulatorDriver:
         if arch not in SHARED_BYTES:
             raise ValueError(f"arch must be one of {list(SHARED_BYTES)}, not {arch!r}")
         self.arch = arch
-        self.device = 1000 + arch  # Triton keeps what it compiled by device number
+        self.device = 1000 + arch  # Triton caches compiled kernels by device number
         self.options = Options(**options)
         self.utils = _Utils(self)
-        self.loading = None  # the kernel whose binary Triton loads now
+        self.loading = None  # the kernel whose binary is being loaded
         self.history = collections.deque(maxlen=HISTORY)
         self.registered = []  # (start, bytes, name, object)
         self.uninit = {}  # start -> (start, end, array of bools)
@@ -140,7 +140,7 @@ class EmulatorDriver:
         return torch.zeros(size, dtype=torch.int8)
 
     def get_benchmarker(self):
-        """For the autotuner: one run, whose "time" is ``LaunchStats.cost``, a deterministic count."""
+        """For the autotuner: runs once; the "time" is ``LaunchStats.cost``, a deterministic count."""
 
         def benchmark(run, *args, quantiles=None, **options):
             before = self.cost
@@ -151,13 +151,13 @@ class EmulatorDriver:
         return benchmark
 
     def launch(self, launcher, function, grid, args):
-        """Run a kernel; raises what the ``Options`` say."""
+        """Run a kernel. Raises according to the ``Options``."""
         memory = GlobalMemory()
         for start, size, name, owner in self.registered:
             memory.add(start, size, name, True, owner)
         flat = list(flatten(launcher.signature.values(), args))
         names = [name for name, type_ in launcher.signature.items() if type_ != "constexpr"]
-        if len(names) != len(flat):  # tuples and descriptors are several arguments
+        if len(names) != len(flat):  # tuples and descriptors expand to several arguments
             names = [f"arg{i}" for i in range(len(flat))]
         values = [
             self._pointer(memory, value, name) if type_[0] == "*" else encode(type_, value)
@@ -193,7 +193,7 @@ class EmulatorDriver:
 
 
 def _scratch(memory, name, size):
-    """Address of ``size`` bytes that a kernel uses beside its arguments."""
+    """Address of ``size`` bytes of scratch memory."""
     if not size:
         return struct.pack("<Q", 0)
     buffer = np.zeros(size + 256, np.uint8)
@@ -203,7 +203,7 @@ def _scratch(memory, name, size):
 
 
 def _parameters(kernel, values):
-    """The bytes of each parameter by name; those without a value are zero."""
+    """{name: bytes} of the parameters; parameters without a value are zero."""
     values = [*values, *(b"" for _ in kernel.params)]
     return {
         name: value.ljust(size * count, b"\0")
@@ -218,7 +218,7 @@ _current = None
 def emulate(arch=80, **options):
     """Run Triton launches on CPU tensors in the emulator, compiled for sm_``arch``. Yields the ``EmulatorDriver``.
 
-    Options: see ``Options``. Inside another ``emulate`` its registered and tracked tensors stay known.
+    Options: see ``Options``. A nested ``emulate`` inherits registered and tracked tensors.
 
     Raises TypeError for an unknown option.
     """
@@ -254,7 +254,7 @@ def _inside(function):
 
 
 def last_stats():
-    """``LaunchStats`` of the newest launch inside the innermost ``emulate``."""
+    """``LaunchStats`` of the latest launch in the innermost ``emulate``."""
     history = _inside("last_stats").history
     if not history:
         raise PtxEmuError("no kernel was launched yet")
@@ -262,7 +262,7 @@ def last_stats():
 
 
 def register(t, name="registered"):
-    """Let kernels touch a tensor that no argument names: one reached through a table of addresses, or an int."""
+    """Allow access to a tensor that is not an argument but is reached through an address in memory or an int."""
     driver = _inside("register")
     driver.registered.append((*extent(t, driver.options.bounds), name, t))
 
@@ -277,7 +277,7 @@ def poison_(t):
 
 
 def unwritten(t):
-    """How many elements of a tensor given to ``poison_`` still hold the pattern exactly."""
+    """Number of elements of a tensor passed to ``poison_`` that still hold the pattern."""
     flat = t.contiguous().reshape(-1)
     if flat.element_size() == 1:
         image = flat.view(torch.uint8).numpy()
@@ -287,7 +287,7 @@ def unwritten(t):
 
 
 def track_uninit(t):
-    """Poison a tensor, and find reads of bytes of it that no kernel wrote (option ``global_uninit``). Returns it."""
+    """Poison a tensor and detect reads of unwritten bytes (option ``global_uninit``). Returns the tensor."""
     driver = _inside("track_uninit")
     poison_(t)
     start, size = extent(t, "storage")

@@ -1,4 +1,4 @@
-"""Matrix fragments in registers, and products of them."""
+"""Matrix fragments in registers, and their products."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Threads that execute together, and the values of their special registers."""
+"""Frames: threads that execute together, and their special registers."""
 
 import functools
 
@@ -9,25 +9,25 @@ from ptxemu.ops import U4, U8
 
 
 class Frame:
-    """Threads (``tids``: places in the batch, ascending; ``T`` of them) at block ``pc``, with live registers ``R``.
+    """``T`` threads (``tids``: ascending positions in the batch) at block ``pc``, with live registers ``R``.
 
-    ``grp``: frames of different groups do not merge. Properties are arrays of one number for each thread.
+    ``grp``: frames of different groups are not merged. Properties are arrays with one number per thread.
     """
 
     def __init__(self, X, pc, tids, R, grp=0):
         self.X, self.pc, self.tids, self.T, self.R, self.grp = X, pc, tids, tids.shape[0], R, grp
-        self.bar = None  # the barrier that it waits at
+        self.bar = None  # the barrier that the frame waits at
         self.callparams = {}
         self._special = {}
 
     @functools.cached_property
     def slot(self):
-        """Which CTA of the batch each thread is of."""
+        """CTA of each thread, as an index into the batch."""
         return self.tids // self.X.nthreads
 
     @functools.cached_property
     def thread(self):
-        """Number of each thread in its CTA."""
+        """Index of each thread in its CTA."""
         return self.tids % self.X.nthreads
 
     @functools.cached_property
@@ -42,17 +42,17 @@ class Frame:
 
     @functools.cached_property
     def cta_lin(self):
-        """Number of each thread's CTA in the grid."""
+        """CTA of each thread, as an index into the grid."""
         return self.X.ctas[self.slot].astype(np.int32)
 
     @functools.cached_property
     def nwarps(self):
-        """How many warps have threads here."""
+        """Number of warps with threads in the frame."""
         return int(np.unique(self.tids >> 5).shape[0]) if self.T != self.X.total else self.X.total // 32
 
     @functools.cached_property
     def whole(self):
-        """Whether it consists of complete warps."""
+        """Whether all warps are complete."""
         if self.T % 32:
             return False
         w = self.tids.reshape(-1, 32)
@@ -60,7 +60,7 @@ class Frame:
 
     @functools.cached_property
     def W(self):
-        """How many warps it consists of; UnsupportedInstruction if one is incomplete."""
+        """Number of warps. Raises UnsupportedInstruction if one is incomplete."""
         if not self.whole:
             raise UnsupportedInstruction("warp-collective instruction executed by a partial warp")
         return self.T // 32
@@ -70,7 +70,7 @@ class Frame:
         return self.tids & 31
 
     def sreg(self, name):
-        """Value of a special register: one number for each thread, or one for all."""
+        """Value of a special register: one number per thread, or one for all threads."""
         c = self._special
         if name in c:
             return c[name]

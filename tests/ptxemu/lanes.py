@@ -1,4 +1,4 @@
-"""Exchange between the lanes of a warp."""
+"""Data exchange between the lanes of a warp."""
 
 import numpy as np
 
@@ -21,7 +21,7 @@ def _shuffle_partial(F, x, src):
 
 
 def shuffle(F, mode, x, b, c):
-    """The same with lanes that are computed; and whether each was in range."""
+    """(shuffled x, whether the source lane is in range), with source lanes computed at run time."""
     src, ok = _lanes(mode, F.lane, b, c)
     x = full(x, F.T)
     if F.whole:
@@ -104,5 +104,5 @@ def _lanes(mode, lane, b, c):
 
 
 def fixed_lanes(mode, b, c):
-    """Those of a warp, for immediate operands."""
+    """Source lanes and in-range flags of a warp, for immediate operands."""
     return _lanes(mode, np.arange(32), np.int64(b), np.int64(c))

@@ -1,4 +1,4 @@
-"""Global memory: the process's own address space seen through numpy, guarded by registered buffers."""
+"""Global memory: the process's address space as numpy arrays; access is limited to registered buffers."""
 
 import bisect
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 from ptxemu.errors import Misaligned, OutOfBounds, RaceDetected, UninitializedRead
 from ptxemu.ops import I8, UW
 
-_BASE = 16  # the view starts at address 16 so that numpy does not see a null pointer
+_BASE = 16  # the view starts at address 16, because numpy does not accept a null pointer
 
 
 class _AddressSpace:
@@ -35,7 +35,7 @@ class Buffer:
 
 
 class GlobalMemory:
-    """The buffers that a launch may touch, and which CTA wrote and read each byte last."""
+    """The buffers of a launch, and the last reader and writer of each byte."""
 
     def __init__(self):
         self.buffers: list[Buffer] = []
@@ -46,7 +46,7 @@ class GlobalMemory:
         self.last = None  # buffer hit by the previous access
 
     def add(self, start, nbytes, name, writable=True, keep=None):
-        """Allow the bytes from ``start`` on. Overlapping ones, views of one storage, become one buffer."""
+        """Register ``nbytes`` bytes from ``start``. Overlapping buffers (views of one storage) are merged."""
         if nbytes <= 0:
             return
         b = Buffer(int(start), int(start) + int(nbytes), name, writable, keep)
@@ -77,7 +77,7 @@ class GlobalMemory:
         self._starts[lo:hi] = [b.start]
 
     def begin_launch(self, uninit):
-        """Allocate the shadows that the options of this launch need."""
+        """Allocate the shadow arrays required by the options of this launch."""
         self._S = np.array([b.start for b in self.buffers], I8)
         self._E = np.array([b.end for b in self.buffers], I8)
         self.last = None
@@ -178,7 +178,7 @@ class GlobalMemory:
         else:
             bad = (w != -1) & (w != c)
             self.sh_writer[idx] = c
-            same = self.sh_writer[idx] != c  # lost against another CTA in this very instruction
+            same = self.sh_writer[idx] != c  # overwritten by another CTA in the same instruction
             bad |= same
             w = np.where(same, self.sh_writer[idx], w)
             if differs is not None:

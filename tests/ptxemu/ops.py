@@ -1,7 +1,7 @@
 """Numeric helpers used by the generated code.
 
-Every register value is a 1-d array of unsigned words (u2/u4/u8) or bools, of length T (one element per
-thread of the frame) or of length 1 (the same value in every thread).
+A register value is a 1-d array of unsigned words (u2/u4/u8) or bools, of length T (one element per thread of the frame)
+or of length 1 (the same value in all threads).
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ F2, F4, F8 = np.dtype("f2"), np.dtype("f4"), np.dtype("f8")
 C16 = np.dtype("c16")  # used as a 16-byte word
 UW = {1: U1, 2: U2, 4: U4, 8: U8, 16: C16}
 
-# NaN as f16, bf16, f32 and f64; a huge value as an integer.
+# NaN in f16, bf16, f32 and f64; a huge integer.
 POISON = {
     0: np.zeros(1, bool),
     2: np.array([0x7FFF], U2),

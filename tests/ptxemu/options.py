@@ -1,4 +1,4 @@
-"""What a launch in the emulator checks, and in which order it runs."""
+"""Options of the emulator: checks and execution order."""
 
 from dataclasses import dataclass, fields
 
@@ -16,23 +16,23 @@ CHOICES = {
 
 @dataclass
 class Options:
-    """Checks set to "record" count what they find in the ``LaunchStats``; set to "error" they raise.
+    """Checks set to "record" count findings in the ``LaunchStats``; checks set to "error" raise.
 
-    batch_threads, batch_ctas: how many threads, or CTAs, run together.
-    order: in which CTAs run; "shuffle" also permutes atomics. seed: of every random choice.
-    schedule: "warps" runs each warp alone up to the next barrier, in random order, which shows a missing bar.sync.
-    async_copy: when the data of cp.async lands: "deferred" to wait_group, which shows a missing wait, or "immediate" at
-        issue, which shows a write into what is still read.
-    poison_masked: a masked-off load without ``other`` gives NaN or a huge integer, through cp.async too.
-    shared_fill, shared_uninit: what shared memory holds first; the check of reads of bytes that nothing wrote.
-    global_uninit: the same check for tensors given to ``track_uninit``.
-    bounds: what a tensor argument allows, its "storage" or its own extent ("view").
-    race: the check of global bytes for two CTAs, of which one writes. Data behind a lock is reported too.
+    batch_threads, batch_ctas: maximum number of threads or CTAs that run together.
+    order: order of the CTAs; "shuffle" also permutes atomics. seed: seed of all random choices.
+    schedule: "warps" runs each warp alone up to the next barrier, in random order; reveals a missing bar.sync.
+    async_copy: time at which cp.async writes its data: "deferred" to wait_group reveals a missing wait; "immediate" at
+        issue reveals a write to data that is still in use.
+    poison_masked: a masked-off load without ``other`` returns NaN or a huge integer, including loads by cp.async.
+    shared_fill, shared_uninit: initial content of shared memory; check for reads of unwritten bytes.
+    global_uninit: check for reads of unwritten bytes in tensors passed to ``track_uninit``.
+    bounds: memory that a tensor argument gives access to: its "storage" or its own extent ("view").
+    race: check for global bytes that two CTAs access and at least one writes, including data protected by a lock.
     mem_stats: count distinct bytes, 32-byte sectors and bank conflicts; slower.
-    max_blocks: basic blocks of a batch before the launch is taken to hang.
-    print_limit: lines of ``tl.device_print`` in a launch.
+    max_blocks: maximum number of basic blocks per batch; a launch that exceeds it counts as hung.
+    print_limit: maximum lines of ``tl.device_print`` per launch.
 
-    Raises ValueError for a value that is none of an option's choices.
+    Raises ValueError for an invalid value.
     """
 
     batch_threads: int = 16384

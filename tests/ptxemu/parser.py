@@ -73,7 +73,7 @@ class _BodyParser:
     def __init__(self, kernel: Kernel, funcs=None):
         self.k = kernel
         self.funcs = funcs or {}  # name -> (return names, parameter names, body text)
-        self.inst, self.ninst = 0, 0  # which inlined call is being parsed; 0 is the kernel itself
+        self.inst, self.ninst = 0, 0  # number of the inlined call being parsed; 0 is the kernel
         self.pmap = {}  # formal parameter or return value -> name in the caller
         self.inlined_returns = set()
         self.scope = _Scope()
@@ -199,12 +199,12 @@ class _BodyParser:
 
     # ---------------------------------------------------------------- calls of .func bodies are inlined
     def _pseudo(self, name, off, nb):
-        """Register that carries a call parameter or return value."""
+        """Register for a call parameter or return value."""
         base = self.pmap.get(name) or f"%{name}~{self.inst}"
         return Reg(f"{base}+{off}", max(nb, 2))
 
     def _param_access(self, parts, ops, guard, text):
-        """st.param / ld.param of call arguments become moves; True if the access itself is then done."""
+        """Convert st.param / ld.param of call arguments to moves. Returns True if the access is complete."""
         if not self.funcs:
             return False
         nb = TYPE_BYTES[parts[-1]]
@@ -287,7 +287,7 @@ class _BodyParser:
         for seq in blocks.values():
             dst = {}
             for ins in seq:
-                ins.asm_loc = seq[0].loc  # LLVM advances the line inside a multi-line asm
+                ins.asm_loc = seq[0].loc  # LLVM advances the line within a multi-line asm
                 if ins.parts[0] in ("ld", "atom") and ins.guard is not None:
                     d = ins.ops[0]
                     for e in d.elems if isinstance(d, Vec) else (d,):
@@ -334,7 +334,7 @@ def parse_symbol(st: str) -> Symbol:
 
 
 def _strip(text: str):
-    """Comments, line info and debug sections out; asm markers and .loc become pseudo statements."""
+    """Remove comments, line info and debug sections; asm markers and .loc become pseudo statements."""
     files, out, skip = {}, [], 0
     for line in text.split("\n"):
         s = line.strip()
@@ -364,7 +364,7 @@ def _strip(text: str):
                 files[int(m.group(1))] = m.group(2)
             continue
         if s.startswith(".section"):
-            # everything until the matching brace
+            # up to the matching brace
             skip = 1 + s.count("{") - s.count("}")
             if skip == 1 and "}" in s:
                 skip = 0

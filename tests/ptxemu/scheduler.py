@@ -1,8 +1,8 @@
-"""Which threads of a batch run next.
+"""Scheduler of the threads in a batch.
 
-A frame is a set of threads with one program counter. It splits at a divergent branch and merges with frames that reach
-the same block; the lowest block runs first, so that threads rejoin. Where a frame spins on a value that another one has
-to produce, the next one is drawn at random.
+A frame is a set of threads with one program counter. It splits at a divergent branch and merges with frames at the same
+block; the lowest block runs first, so that threads reconverge. If a frame spins on a value from another frame, the next
+frame is chosen at random.
 """
 
 import numpy as np
@@ -11,20 +11,20 @@ from ptxemu.errors import DeadlockError
 from ptxemu.frame import Frame
 from ptxemu.ops import I8, POISON, full
 
-SPIN_LIMIT = 3000  # blocks in a row before a frame is taken to spin
+SPIN_LIMIT = 3000  # consecutive blocks after which a frame counts as spinning
 
 
 class Scheduler:
-    """Runs a batch to its end."""
+    """Runs a batch to completion."""
 
     def __init__(self, batch):
         self.X, self.blocks = batch, batch.K.blocks
         self.alive = np.full(batch.n, batch.nthreads, I8)  # threads of each CTA that have not exited
-        self.arrived = {}  # barrier -> threads of each CTA that wait at it
+        self.arrived = {}  # barrier -> waiting threads of each CTA
         self.runnable, self.waiting = self._first_frames(), []
-        self.priority = batch.rng.permutation(len(self.runnable))  # of groups: warps, where each runs alone
+        self.priority = batch.rng.permutation(len(self.runnable))  # by group: one group per warp if warps run alone
         self.steps = 0
-        self.streak = 0  # blocks that ran in a row while others could have
+        self.streak = 0  # consecutive blocks run while other frames were runnable
 
     def _first_frames(self):
         X = self.X
@@ -46,11 +46,11 @@ class Scheduler:
                 raise DeadlockError(f"kernel {self.X.K.name}: bar.sync that not all threads of a CTA reach")
 
     def _parted(self, frame):
-        """Whether it is at a warp-collective block without the rest of its warps, which may still come."""
+        """Whether the frame is at a warp-collective block and other threads of its warps may still arrive."""
         return self.blocks[frame.pc].collective and not frame.whole
 
     def _next(self):
-        """Take the frame that runs next, with all others at the same block."""
+        """Remove and return the next frame, merged with all frames at the same block."""
         runnable = self.runnable
         if len(runnable) == 1:
             return runnable.pop()
@@ -64,7 +64,7 @@ class Scheduler:
         return first if len(together) == 1 else self._merge(together)
 
     def _advance(self, f):
-        """Run ``f`` until it passes another frame of its group, splits, waits or ends. Returns it if it can go on."""
+        """Run ``f`` until it passes another frame of its group, splits, waits or ends. Returns it if it is runnable."""
         X, blocks = self.X, self.blocks
         limit = min((g.pc for g in self.runnable if g.grp == f.grp), default=1 << 60)
         budget = 64 if self.streak == 0 and self.runnable else 1 << 60
@@ -129,7 +129,7 @@ class Scheduler:
         return Frame(X, pc, F.tids[idx], R, F.grp)
 
     def _merge(self, fs):
-        """One frame of several at the same block."""
+        """Merge frames at the same block into one."""
         X = self.X
         pc = fs[0].pc
         tids = np.concatenate([f.tids for f in fs])
@@ -144,7 +144,7 @@ class Scheduler:
         return Frame(X, pc, tids[order], R, fs[0].grp)
 
     def _release(self):
-        """Make those runnable that wait at a barrier which is complete; whether there are any."""
+        """Release the frames at complete barriers. Returns whether there are any."""
         out, keep, done = [], [], {}
         for bid, arr in self.arrived.items():
             cnt = next((f.bar[1] for f in self.waiting if f.bar[0] == bid), None)

@@ -1,4 +1,4 @@
-"""Counters of one launch."""
+"""Statistics of a launch."""
 
 from collections import Counter
 
@@ -6,19 +6,20 @@ import numpy as np
 
 
 class LaunchStats:
-    """What one kernel launch executed.
+    """Counters of a kernel launch.
 
-    opcodes: instructions of warps, by opcode; warp_instructions: all of them.
+    opcodes: executed warp instructions by opcode; warp_instructions: their sum.
     global_load_bytes, global_store_bytes, global_atomics, shared_load_bytes, shared_store_bytes: of active threads.
-    races, n_races: descriptions of races and how many bytes they touched; n_same_value: bytes that CTAs wrote alike.
-    uninit_global, uninit_shared: reads of bytes that nothing wrote.
-    n_regs, n_spills: registers, and bytes of local memory, of a thread in the compiled kernel.
+    races, n_races: descriptions of races, and number of bytes; n_same_value: bytes written by several CTAs with equal
+        values.
+    uninit_global, uninit_shared: reads of unwritten bytes.
+    n_regs, n_spills: registers and bytes of local memory per thread of the compiled kernel.
 
     With ``Options.mem_stats``:
     distinct: (buffer, bytes, distinct bytes read, distinct bytes written) of each buffer.
-    sectors_load, sectors_store: 32-byte sectors, summed over the requests of warps (requests_load, requests_store).
-    shared_wavefronts, shared_ideal: of accesses to shared memory, with bank conflicts and without.
-    conflicts: wavefronts beyond the ideal, by instruction.
+    sectors_load, sectors_store: 32-byte sectors, summed over warp requests (requests_load, requests_store).
+    shared_wavefronts, shared_ideal: wavefronts of shared memory accesses, with and without bank conflicts.
+    conflicts: extra wavefronts by instruction.
     """
 
     def __init__(self, name, grid, threads):
@@ -57,7 +58,7 @@ class LaunchStats:
         t = F.tids if sel is None else F.tids[sel]
         if a.shape[0] != t.shape[0]:
             a = np.broadcast_to(a[:1], t.shape)
-        per = {16: 8, 8: 16}.get(nb, 32)  # lanes served per phase
+        per = {16: 8, 8: 16}.get(nb, 32)  # lanes per phase
         phase = t // per
         words = max(nb // 4, 1)
         w = (a[:, None] >> 2) + np.arange(words)
@@ -88,7 +89,7 @@ class LaunchStats:
 
     @property
     def cost(self):
-        """Stands for a time where the autotuner wants one: a count of instructions and bytes."""
+        """Count of instructions and bytes, used by the autotuner in place of a time."""
         mma = sum(v for k, v in self.opcodes.items() if k.startswith("mma"))
         return (self.warp_instructions + 15 * mma) * 1e-5 + (self.global_load_bytes + self.global_store_bytes) * 1e-8
 

@@ -82,7 +82,7 @@ class Instr:
     guard: Reg | None = None
     guard_neg: bool = False
     loc: tuple = (0, 0, 0)
-    asm: int = 0  # id of the inline-asm block it came from, 0 = none
+    asm: int = 0  # id of the inline-asm block, 0 = none
     text: str = ""
     poison: str = ""  # "ld"/"atom": a `mov %r, 0x0` that may stand for "masked off, no `other`"
     asm_loc: tuple = (0, 0, 0)

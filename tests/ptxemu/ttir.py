@@ -1,4 +1,4 @@
-"""What only Triton's own intermediate code says: which masked loads have no ``other``."""
+"""Reads Triton's intermediate code for masked loads without ``other``."""
 
 import re
 
@@ -6,8 +6,8 @@ import re
 def loads_without_other(ttir: str):
     """{(file name, line, column)} of the masked tt.load operations that have no `other`.
 
-    Triton writes `mov %r, 0x0` both for "no other" and for an integer other=0, so the PTX alone cannot tell.
-    A position that also occurs with an `other` (one source line, several instantiations) is left out.
+    The PTX is `mov %r, 0x0` both without `other` and for an integer other=0. A position that also occurs with an
+    `other` (one source line, several instantiations) is excluded.
     """
     table = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttir, re.M))
 

@@ -1,4 +1,4 @@
-"""Instruction by instruction, the numpy code that does the same: a module for each kind of instruction."""
+"""The numpy code of each instruction; one module per kind of instruction."""
 
 from ptxemu.instructions import access, arithmetic, collectives, conversion, logic, matrix, moves  # noqa: F401  they register
 from ptxemu.instructions.registry import EMITTERS

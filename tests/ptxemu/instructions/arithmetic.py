@@ -1,4 +1,4 @@
-"""Arithmetic of integers, floats and packed halves."""
+"""Arithmetic on integers, floats and packed halves."""
 
 import functools
 
@@ -229,7 +229,7 @@ SIGN_BITS = {  # (bytes, mask)
 
 
 def _sign_bits(code, ins, operator, inverted):
-    """A float and a mask of its sign bits, or of all others."""
+    """Combine a float with the mask of its sign bits; ``inverted``: with the mask of all other bits."""
     w, mask = SIGN_BITS[ins.type]
     d, a = ins.ops
     ftz = ins.type == "f32" and "ftz" in ins.parts
@@ -267,7 +267,7 @@ def emit_copysign(code, ins):
 
 
 def _unary(code, ins, fmt, wide=False):
-    """``fmt`` of one float operand; ``wide``: computed in float64."""
+    """Apply ``fmt`` to a float operand; ``wide``: compute in float64."""
     ty, d, a = ins.type, *ins.ops
     if ty in ("f16x2", "bf16x2"):
         _packed(code, ins, lambda x: fmt.format(f"{x}.astype(F4)"), 1)

@@ -1,4 +1,4 @@
-"""Exchange within a warp, calls, and instructions without an effect on values."""
+"""Data exchange within a warp, calls, and instructions without an effect on values."""
 
 import re
 

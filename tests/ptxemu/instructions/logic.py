@@ -1,4 +1,4 @@
-"""Bits: logic, shifts, permutations and counts."""
+"""Bit operations: logic, shifts, permutations and counts."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Products of matrix fragments in registers."""
+"""Matrix instructions on fragments in registers."""
 
 import re
 
@@ -45,7 +45,7 @@ def emit_mma(code, ins):
         A, B = _fragment(code, "mma_a8", at == "s8", a), _fragment(code, "mma_b8", bt == "s8", b)
     else:
         code.err(ins)
-    # the accumulator: straight from the previous mma when it is the same register quadruple
+    # the accumulator: directly from the previous mma if it is the same register quadruple
     names = tuple(e.name if isinstance(e, Reg) else None for e in c)
     kind = "d16" if ct == "f16" else "d32"
     hit = {code.lazy[n][0] for n in names if n in code.lazy}
@@ -68,7 +68,7 @@ def emit_mma(code, ins):
         D = code.emit(f"mma_fma({A}, {B}, {C})")
     mid = len(code.mats)
     dn = tuple(e.name for e in d)
-    # registers of D that still sit in other matrices are simply overwritten
+    # registers of D that belong to other matrices are overwritten
     code.mats[mid] = (D, kind, dn)
     for i, n in enumerate(dn):
         code.lazy[n] = (mid, i)

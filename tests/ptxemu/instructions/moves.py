@@ -3,7 +3,7 @@
 from ptxemu.instructions.registry import emits
 from ptxemu.syntax import TYPE_BYTES, Pair, Reg, Vec
 
-ORDERED = {"eq": "==", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}  # false where a side is NaN
+ORDERED = {"eq": "==", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}  # false if an operand is NaN
 
 
 @emits("mov")

@@ -1,4 +1,4 @@
-"""Opcode -> the function that writes numpy code for it."""
+"""Registry: opcode -> function that generates its numpy code."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ EMITTERS: dict[str, Callable] = {}
 
 
 def emits(*opcodes: str) -> Callable:
-    """The decorated function takes a ``codegen.BlockGenerator`` and an instruction with one of these opcodes."""
+    """Register a function for ``opcodes``; it takes a ``codegen.BlockGenerator`` and an instruction."""
 
     def register(function: Callable) -> Callable:
         EMITTERS.update(dict.fromkeys(opcodes, function))
