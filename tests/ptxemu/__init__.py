@@ -11,8 +11,8 @@ must be unset when kernels are decorated.
 
 Not supported: time; order and rounding of sums in tensor cores (products are float32, TF32 inputs are truncated);
 errors of *.approx instructions (they are exact here); incoherent caches; errors of ptxas; wgmma, TMA, mbarrier and
-clusters (sm_90 and later); fp8 instructions of sm_89. A float32 fma is rounded twice, through float64; about 1 of 2^29 results
-differ. A float64 fma is not fused.
+clusters (sm_90 and later); fp8 instructions of sm_89. A float32 fma is rounded twice, through float64; about 1 of 2^29
+results differ. A float64 fma is not fused.
 
 Implementation: ``parser`` reads PTX, ``blocks`` builds the control flow graph, ``codegen`` and ``instructions`` convert
 each basic block into a numpy function over all threads of a batch of CTAs, ``scheduler`` runs the functions, ``batch``
