@@ -70,7 +70,7 @@ def run(given: argparse.Namespace) -> None:
     options.fill(given, {**DEFAULTS[given.what, given.device], "compile": given.device == "cuda"})
     cases = options.only(CASES[given.what](given), given.only, lambda case: case.name, str)
     report = runner.Report(given.json, given.device, **options.plain(given))
-    print(runner.said(report.machine))
+    print(runner.describe(report.machine))
     least = len(cases) * given.seconds * (len(given.threads) if given.device == "cpu" else 1) / 60
     print(f"{len(cases)} cases, at least {least:.0f} min, plus checks and compilation")
     print("ratio: time of the fastest other / ours, above 1 is faster; medians; brackets: per cent of the roofline")

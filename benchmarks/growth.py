@@ -39,7 +39,7 @@ def run(given: argparse.Namespace) -> None:
     report = runner.Report(
         given.json, given.device, **options.plain(given), width=size.width, heads=size.heads, slopes=found
     )
-    print(runner.said(report.machine))
+    print(runner.describe(report.machine))
     complete = runner.run(cases, given.threads, given.seconds, report)
     for slope in slopes(report.results):
         found.append(vars(slope))

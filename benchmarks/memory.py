@@ -243,10 +243,10 @@ def count(name: str, size: Size, batch: int, tokens: int, dtype: torch.dtype) ->
         with counting(ours) as training:
             with saving([x, *module.parameters()]) as saved:
                 y = block(x)
-            kept = sum(storage.nbytes() for storage in saved.values())
+            saved_bytes = sum(storage.nbytes() for storage in saved.values())
             del saved
             y.backward(dy)
-    return Count(name, kept, inference.peak, training.peak, inference.kernels, training.kernels)
+    return Count(name, saved_bytes, inference.peak, training.peak, inference.kernels, training.kernels)
 
 
 # --- the command -------------------------------------------------------------------------------------------

@@ -222,6 +222,6 @@ def _cost(shape: Shape, direction: str, dtype: torch.dtype, providers: int) -> C
 
     flops, weights, memory = traced(dtype)
     outside = shape.batch * (3 * shape.image**2 + CLASSES) * dtype.itemsize
-    kept = 1 if direction == "forward" else 4  # weights; in training also gradients and two moments
+    copies = 1 if direction == "forward" else 4  # weights; in training also gradients and two moments
     size = weights * (1 if direction == "forward" else 8) + outside
-    return Cost(flops, size, memory + providers * weights * (kept + 1) + traced(torch.float64)[2])
+    return Cost(flops, size, memory + providers * weights * (copies + 1) + traced(torch.float64)[2])

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import gpu_path, options
-from benchmarks.runner import keep_freed_memory, machine, said, write_json
+from benchmarks.runner import describe, keep_freed_memory, machine, write_json
 from vit_triton import functional as F
 from vit_triton import ops
 from vit_triton.cli.arguments import positive
@@ -226,7 +226,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     head = {"machine": machine(), **options.plain(given), **asdict(SHAPE)}
-    print(said(head["machine"]))
+    print(describe(head["machine"]))
     print(f"{SHAPE}; Python time, no kernel ran; excludes the guard of the current device")
     torch.set_num_threads(1)
     keep_freed_memory()  # as PyTorch's CUDA allocator does

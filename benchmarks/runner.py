@@ -196,12 +196,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def run(cases: Sequence[Case], threads: Sequence[int], seconds: float, report: Report) -> bool:
@@ -292,7 +292,7 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def said(found: Mapping[str, str]) -> str:
+def describe(found: Mapping[str, str]) -> str:
     return ", ".join(f"{key} {value}" for key, value in found.items())
 
 

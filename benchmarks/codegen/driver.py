@@ -86,7 +86,7 @@ class Compiler(DriverBase):
 def compiling_for(arch: str, only: str = "", by: type[Compiler] = Compiler) -> Iterator[list[Launched]]:
     """Compile launches on CPU tensors for ``arch``, if the kernel's name contains ``only``. The yielded list is filled
     at the end of the block, with one entry per kernel. ``by``: class of the active driver."""
-    before, kept, start = driver._active, dict(launch._compiled), launch.start
+    before, compiled, start = driver._active, dict(launch._compiled), launch.start
 
     def start_some(kernel: Any, *launch: Any) -> None:
         if only in kernel.fn.__name__:
@@ -106,4 +106,4 @@ def compiling_for(arch: str, only: str = "", by: type[Compiler] = Compiler) -> I
     finally:
         driver._active = before
         launch._compiled.clear()
-        launch._compiled.update(kept)
+        launch._compiled.update(compiled)

@@ -282,8 +282,8 @@ def verdict(
     wrong = {name: e for name, e in error.items() if not e <= limit[name]}
     facts = {"errors": error, "pytorch": peers}
     if wrong:
-        said = (f"{name}: error {e:.1e}, PyTorch's {peers[name]:.1e}" for name, e in wrong.items())
-        raise Wrong("; ".join(said), **facts)
+        messages = (f"{name}: error {e:.1e}, PyTorch's {peers[name]:.1e}" for name, e in wrong.items())
+        raise Wrong("; ".join(messages), **facts)
     differs = [name for name, x in found.items() if not torch.equal(x, again[name])]
     if differs:
         raise Wrong(f"two equal calls differ in bits: {', '.join(differs)}", **facts)
@@ -486,11 +486,11 @@ def _sanitizer(context: Context) -> dict[str, Any]:
     command = [tool, *options, sys.executable, "-c", code]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # a separate block for each tensor
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("=========")]
+    output = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("=========")]
     if done.returncode:
         tail = done.stderr.strip().splitlines()[-1:]
-        raise Wrong(f"exit code {done.returncode}: {' '.join([*said[:6], *tail])}", output=said[:60])
-    return {"line": said[-1].strip("= ") if said else "no errors"}
+        raise Wrong(f"exit code {done.returncode}: {' '.join([*output[:6], *tail])}", output=output[:60])
+    return {"line": output[-1].strip("= ") if output else "no errors"}
 
 
 def steps() -> Iterator[Step]:

@@ -45,7 +45,7 @@ class Worker:
                 result = {"status": HUNG, "line": f"no result within {limit:.0f} s"}
         except (EOFError, OSError):  # also when another thread closes the connection
             process.join(5)
-            result = {"status": CRASHED, "line": _said(process.exitcode)}
+            result = {"status": CRASHED, "line": _exit_message(process.exitcode)}
         if result["status"] in (HUNG, CRASHED) or result.pop("ends", False):
             self.close()
             with self.log.open("rb") as file:
@@ -73,7 +73,7 @@ class Worker:
             self._connection.close()
 
 
-def _said(code: int | None) -> str:
+def _exit_message(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         return f"the process ended with {name}" + (

@@ -155,10 +155,10 @@ def _operators(steps: Steps) -> str:
             continue
         others = {name: value for name, value in ms.items() if not name.startswith(OURS)}
         fastest = min(others, key=lambda name: others[name], default=None)
-        told = ", ".join(f"{name} {value:.3f}" for name, value in others.items())
+        times = ", ".join(f"{name} {value:.3f}" for name, value in others.items())
         roof = _share(result, steps)
         ratio = result["ratio"].get(fastest)
-        rows.append((result["case"], result["shape"], f"{ms[OURS]:.3f}", _ratio(ratio), fastest or "", told, roof))
+        rows.append((result["case"], result["shape"], f"{ms[OURS]:.3f}", _ratio(ratio), fastest or "", times, roof))
     header = ("operator", "shape", "vit_triton, ms", "ratio", "to the fastest other", "others, ms", "of the ceiling")
     if not rows:
         return ""

@@ -44,8 +44,10 @@ class Results:
         """Set the ``machine`` of this run. Exits if the existing results are from another machine or version."""
         differ = [name for name in IDENTITY if self.machine and self.machine.get(name) != machine.get(name)]
         if differ:
-            told = ", ".join(f"{name} {self.machine.get(name)}, now {machine.get(name)}" for name in differ)
-            raise SystemExit(f"--out: {self.path} holds results of another machine or version ({told}): choose another")
+            changes = ", ".join(f"{name} {self.machine.get(name)}, now {machine.get(name)}" for name in differ)
+            raise SystemExit(
+                f"--out: {self.path} holds results of another machine or version ({changes}): choose another"
+            )
         self.machine = machine
 
     def missing(self, key: str, again: bool) -> bool:

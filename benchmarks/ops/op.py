@@ -107,10 +107,10 @@ class Op:
             return flops, nbytes(arguments) + nbytes(results), memory
 
         flops, size, memory = traced(direction, dtype)
-        kept = providers if direction == "backward" else 1  # every provider retains its graph
+        graphs = providers if direction == "backward" else 1  # every provider retains its graph
         if direction == "backward":
             flops -= traced("forward", dtype)[0]
-        return Cost(flops, size, memory * kept + traced(direction, torch.float64)[2])
+        return Cost(flops, size, memory * graphs + traced(direction, torch.float64)[2])
 
 
 def installed(device: str, functions: Mapping[str, tuple[str, Function]]) -> dict[str, Function]:
