@@ -27,6 +27,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import INTERPRETER
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -48,6 +49,7 @@ for name in ("matplotlib", "rich", "sklearn", "torchvision"):
     pytest.importorskip(name)
 from PIL import Image  # noqa: E402 - torchvision needs it
 
+BACKEND = "torch" if INTERPRETER else "triton"  # to train in the interpreter takes minutes
 SMALL = dict(image_size=8, patch_size=4, dim=16, depth=1, heads=2, mlp_dim=24, batch_size=4, epochs=3)
 FILES = {"checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", "curves.png", ".lock"}
 
@@ -69,7 +71,7 @@ def photos(tmp_path_factory) -> Path:
 
 
 def config(photos: Path, out: Path, **changes) -> TrainConfig:
-    return TrainConfig(**(dict(data=str(photos), out=out, checkpoint_every=2, backend="triton") | SMALL | changes))
+    return TrainConfig(**(dict(data=str(photos), out=out, checkpoint_every=2, backend=BACKEND) | SMALL | changes))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,7 @@ def test_a_run_learns_and_leaves_what_it_says(whole):
 def test_evaluates_what_it_trained(whole, photos, tmp_path):
     last = json.loads((whole / METRICS).read_text().splitlines()[-1])
     state = torch.get_rng_state()
-    result = evaluate(whole, backend="triton")
+    result = evaluate(whole, backend=BACKEND)
     assert torch.equal(state, torch.get_rng_state()), "drew from the caller's generator"
     assert result == {name: last[name] for name in ("test_loss", "test_accuracy")}
     torch.testing.assert_close(evaluate(whole, backend="torch")["test_loss"], result["test_loss"], rtol=1e-4, atol=1e-5)
@@ -189,7 +191,7 @@ def test_goes_on_to_the_same_bits(whole, photos, tmp_path, moment):
 
 
 def arguments(photos: Path, out: Path, **changes) -> list[str]:
-    words = ["train", str(photos), "--out", str(out), "--checkpoint-every", "2", "--backend", "triton", "--resume"]
+    words = ["train", str(photos), "--out", str(out), "--checkpoint-every", "2", "--backend", BACKEND, "--resume"]
     for name, value in (SMALL | changes).items():
         words += ["--" + name.replace("_", "-"), str(value)]
     return words
