@@ -106,7 +106,8 @@ def test_an_unknown_name():
         "from vit_triton import training; training.train, training.loop.Run, training.TrainConfig",
         "import pickle, vit_triton; assert pickle.loads(pickle.dumps(vit_triton.ViT)) is vit_triton.ViT",
         "import pickle; assert pickle.loads(b'cvit_triton\\nViT\\n.').__name__ == 'ViT'",
-        "import torch, vit_triton.ops; torch.ops.vit_triton.linear_fwd",
+        "import vit_triton, vit_triton.ops, torch; torch.ops.vit_triton.linear_fwd",
+        "import torch, vit_triton; torch.ops.vit_triton.linear_fwd",
     ],
 )
 def test_in_a_new_process(code):

@@ -34,6 +34,7 @@ ARROWS: dict[str, set[str]] = {
             "lazy",
             "models",
             "modules",
+            "ops",
             "packing",
             "portable",
         ),

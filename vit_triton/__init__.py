@@ -1,5 +1,6 @@
 """Vision Transformers on hand-written Triton kernels."""
 
+import sys
 from typing import TYPE_CHECKING
 
 from vit_triton import lazy
@@ -43,6 +44,10 @@ else:
             "weights": "weights",
         },
     )
+
+    if "torch" in sys.modules:
+        # a program that torch.export saved may hold the operators, and loads only where they are registered
+        import vit_triton.ops  # noqa: F401
 
 __version__ = "0.1.0"
 
