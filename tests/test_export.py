@@ -163,7 +163,7 @@ def test_shape_checks_of_ours_do_not_warn():
         torch.jit.TracerWarning.ignore_lib_warnings()
         backends.ignore_warnings_of_shape_checks()
         torch.jit.trace(model, images())
-    assert {each.category for each in caught} == {FutureWarning}, [str(each.message) for each in caught]
+    assert not [str(each.message) for each in caught if each.category is torch.jit.TracerWarning]
 
 
 def test_every_function_is_traced():
