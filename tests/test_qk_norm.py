@@ -1,4 +1,4 @@
-"""attention behind a norm of queries and keys, against float64: outputs, log-sum-exp and every gradient."""
+"""attention with QK norm against float64: outputs, log-sum-exp and every gradient."""
 
 import pytest
 import timm
@@ -20,8 +20,8 @@ NAMES = ("out", "lse", "q", "k", "v", "q weight", "q bias", "k weight", "k bias"
 
 
 def rows_norm(x, weight, bias, rms):
-    """(y, its size from absolute values, backward) of a float64 norm; backward makes sizes of (dx, dweight, dbias) of
-    that of dy."""
+    """The float64 norm as (y, size of y computed with absolute values, backward); backward maps the size of dy to the
+    sizes of (dx, dweight, dbias)."""
     mean = 0 if rms else x.mean(-1, keepdim=True)
     rstd = ((x - mean).square().mean(-1, keepdim=True) + EPS).rsqrt()
     xhat = (x - mean) * rstd
@@ -47,7 +47,7 @@ def absolute(inputs, grads, scale, norm_type):
     k, size_k, k_backward = rows_norm(k, k_weight, k_bias, norm_type == "rms_norm")
     out, lse, dq, dk, dv = absolute_attention(q, k, v, *double(grads), scale, sizes_of_qk=(size_q, size_k))
     (dq, q_norm), (dk, k_norm) = q_backward(dq), k_backward(dk)
-    # the log-sum-exp is float32, the operands of its scores are rounded to the dtype of q
+    # The log-sum-exp is float32, but the operands of its scores are rounded to the dtype of q.
     lse = lse * (torch.finfo(inputs[0].dtype).eps / torch.finfo(torch.float32).eps)
     return [out, lse, dq, dk, dv, *q_norm, *k_norm]
 

@@ -1,4 +1,4 @@
-"""Launches that are recorded once and run again: the same bits, whatever the tensors are."""
+"""Replayed launches give the same bits as recorded ones, for any tensors."""
 
 import gc
 import weakref
@@ -34,7 +34,7 @@ def nothing_recorded():
 
 
 def run(function, tensors, dtype):
-    """Outputs and gradients of a function of float tensors, which are made anew from their shapes."""
+    """Create random tensors of the given shapes, call the function and return its outputs and gradients."""
     leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in tensors]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -71,7 +71,7 @@ OPS = {
     ),
     "layer_norm": (lambda x, g, b: F.layer_norm(x, g, b, backend="triton"), [(2, 21, 40), 40, 40]),
     "add": (lambda x, r, g, b: F.layer_norm(x, g, b, residual=r, backend="triton"), [(21, 40), (21, 40), 40, 40]),
-    "slices": (  # of one storage, as arguments of one operator
+    "slices": (  # the operator's arguments are slices of one storage
         lambda x: F.attention(*x.unbind(2), backend="triton"),
         [(2, 21, 3, 2, 16)],
     ),
@@ -80,7 +80,7 @@ OPS = {
 
 @pytest.fixture(params=["CPU", "GPU"])
 def way(request, monkeypatch):
-    """Noted by the CPU's launcher, or by Triton's users as on a GPU, with memory for each piece of it alone."""
+    """Record in the CPU driver, or in kernels.launch as on a GPU, with one allocation per tensor."""
 
     def as_on_a_gpu(function, args):
         with driver.active() as device:
@@ -118,7 +118,7 @@ def test_a_tensor_that_is_two_arguments_is_another_function(order):
 
 def test_memory_that_lies_otherwise_is_another_function():
     weight, memory = torch.randn(40, 40), torch.randn(3, 21 * 40 + 8)
-    for start in (0, 1, 0, 4):  # aligned to 16 bytes or not
+    for start in (0, 1, 0, 4):  # 0 and 4 are aligned to 16 bytes, 1 is unaligned
         x = memory[1, start : start + 21 * 40].view(21, 40)
         torch.testing.assert_close(F.linear(x, weight, backend="triton"), x @ weight.T)
         torch.testing.assert_close(F.linear(x.T.contiguous().T, weight, backend="triton"), x @ weight.T)
@@ -139,7 +139,7 @@ def test_what_pytorch_computes_is_not_replayed():
 
 
 def test_a_part_of_memory_that_arguments_share_is_not_replayed():
-    """Which of them it belongs to cannot be told."""
+    """The argument that owns the memory is ambiguous."""
 
     def function(x, y):
         return layer_norm_fwd(y[1:], None, None, eps=1e-5)[0]
@@ -173,19 +173,19 @@ def test_a_tensor_that_is_no_argument_is_not_replayed():
 
 
 def test_an_argument_that_is_aligned_otherwise_is_another_function():
-    """A part of it may be aligned, for which Triton compiles other code, where that of another argument is not."""
+    """The alignment of an argument determines the alignment of its views, for which Triton specializes code."""
 
     def function(x):
         return layer_norm_fwd(x.view(-1)[2:82].view(5, 16), None, None, eps=1e-5)[0]
 
     memory = torch.randn(100)
-    for first in (1, 2):  # 4 and 8 bytes behind a multiple of 16
+    for first in (1, 2):  # 4 and 8 bytes after a multiple of 16
         replayed(function, memory[first : first + 90])
     assert len(replay._recordings) == 2
 
 
 def test_tensors_of_two_devices_are_refused():
-    """Of a recording Triton gets addresses, which it does not check."""
+    """A replay passes raw addresses to Triton, which does not check their device."""
 
     def function(x, y):
         return layer_norm_fwd(x, y, y, eps=1e-5)[0]
@@ -203,7 +203,7 @@ def test_a_recording_is_that_of_its_devices(monkeypatch):
 
 
 def test_parts_of_arguments_in_one_storage_are_replayed():
-    """As in a model whose parameters lie in one flat tensor."""
+    """Some models store all parameters in one flat tensor."""
 
     def function(x, y):
         return layer_norm_fwd(x[1:], None, None, eps=1e-5)[0], layer_norm_fwd(y[2:], None, None, eps=1e-5)[0]
@@ -268,7 +268,7 @@ def test_threads_share_a_bounded_cache():
 
 
 def test_a_kernel_that_was_loaded_twice_is_started_where_it_was_asked_for():
-    """Triton loads it again where two threads launch it first at the same time, and lets go of one of the two."""
+    """If two threads launch a kernel first at the same time, Triton loads it twice and drops one of the copies."""
     F.layer_norm(torch.randn(5, 16), None, None, backend="triton")
     F.layer_norm(torch.randn(5, 16), None, None, backend="triton")
     ((recording,),) = (each.values() for each in replay._recordings.values())
@@ -288,7 +288,7 @@ def test_python_threads_replay_at_once():
         torch.testing.assert_close(ours, theirs)
 
 
-# --- what a recording holds --------------------------------------------------------------------------------
+# --- contents of a recording -------------------------------------------------------------------------------
 
 
 def run_plainly(function, *args):
@@ -354,7 +354,7 @@ def test_memory_is_used_again_while_recording_and_may_have_another_size(recorder
         mix(second, x, final, 1.0)
         return result, final
 
-    for size in range(520, 2000):  # until the allocator gives the same address twice
+    for size in range(520, 2000):  # until the allocator reuses an address
         forget_recordings()
         for _ in range(3):
             x = torch.randn(512)
@@ -379,7 +379,7 @@ STEPS = st.tuples(st.sampled_from(["new", "new", "into", "view", "free", "free"]
     st.booleans(),
 )
 def test_fuzz_replayed_functions(steps, arguments, recorder, one_block):
-    """A function of views, which may overlap, of one storage and of others; it allocates, frees and launches."""
+    """The function allocates, frees and launches; its tensors are views of several storages, which may overlap."""
 
     def function(*args):
         pool, made, first = list(args), [], len(args)

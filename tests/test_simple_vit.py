@@ -1,4 +1,4 @@
-"""SimpleViT against vit_pytorch's: the same parameters, numbers, gradients and hooks."""
+"""SimpleViT against vit_pytorch.SimpleViT: the same parameters, outputs, gradients and hooks."""
 
 import copy
 import inspect
@@ -15,7 +15,7 @@ from vit_pytorch.extractor import Extractor
 import vit_triton
 from vit_triton import SimpleViT, modules
 
-# 24 = dim is heads * dim_head in none but "heads as wide as dim" and "one head as wide as dim".
+# dim = 24 equals heads * dim_head only in "heads as wide as dim" and "one head as wide as dim".
 CONFIGS = {
     "base": {},
     "one head as wide as dim": {"heads": 1, "dim_head": 24},  # keeps its output projection, unlike ViT
@@ -114,7 +114,7 @@ def test_inference_is_one_operator(backend, monkeypatch):
 
 class TestHooks:
     NAMES = [name for name, _ in TheirSimpleViT(**{**BASE, "depth": 1}).named_modules() if name]
-    # Containers whose forward nobody calls, in either library.
+    # Containers: neither library calls their forward.
     NAMES = [name for name in NAMES if name not in ("transformer.layers", "transformer.layers.0")]
 
     @pytest.mark.parametrize("name", NAMES)

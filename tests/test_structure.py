@@ -1,4 +1,4 @@
-"""The architecture, held by reading the sources: import arrows, names, and what kernels may not do."""
+"""Static checks of the sources: import directions, names and forbidden constructs in kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vit_triton"
 
-# What each part may import from the package, besides itself. Arrows point down the list only.
+# The parts of the package that each part may import, besides itself. Imports point down this list only.
 ARROWS: dict[str, set[str]] = {
     "cli": {
         *("__init__", "backend", "cpu", "images", "inspection", "integrations", "kernels", "names", "training"),
@@ -46,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "inspection": {"checks", "functional", "modules"},
     "models": {"backend", "checks", "functional", "modules", "weights"},
     "images": set(),
-    "weights": {"packing"},  # knows models by their state dicts
+    "weights": {"packing"},  # identifies models by their state dicts
     "modules": {"backend", "checks", "fallback", "functional"},
     "functional": {"arguments", "autocast", "autograd", "backend", "checks", "reference"},
     "autograd": {"ops"},
@@ -62,10 +62,10 @@ ARROWS: dict[str, set[str]] = {
     "arguments": set(),
     "names": set(),
     "lazy": set(),
-    "cpu": set(),  # a package that could stand alone
+    "cpu": set(),  # self-contained package
 }
 
-# The same for the folders of the project.
+# The folders of the project that each folder may import.
 FOLDERS: dict[str, set[str]] = {
     "tests": {"benchmarks", "vit_triton"},
     "benchmarks": {"vit_triton"},
@@ -105,7 +105,7 @@ def imported_modules(tree: ast.AST, path: Path) -> Iterator[tuple[ast.stmt, str]
 
 
 def project_modules() -> dict[str, Path]:
-    """The project's files by the names that they are imported under; the folder of the tests is on the path."""
+    """Map import names to the project's files; tests/ is on sys.path."""
     modules = {}
     for path in project_sources():
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -115,7 +115,7 @@ def project_modules() -> dict[str, Path]:
 
 
 def parts_imported(tree: ast.AST, path: Path) -> Iterator[tuple[ast.stmt, str]]:
-    """Those that come from the package, as the part they name; `from vit_triton import __version__` is __init__."""
+    """Every import from the package as (statement, part); `from vit_triton import __version__` counts as __init__."""
     for node, name in imported_modules(tree, path):
         root, *rest = name.split(".")
         if root == "vit_triton":
@@ -123,7 +123,7 @@ def parts_imported(tree: ast.AST, path: Path) -> Iterator[tuple[ast.stmt, str]]:
 
 
 def files_imported(path: Path, modules: dict[str, Path]) -> set[str]:
-    """The files of the project that `path` imports anywhere, by their names below the root."""
+    """The project's files that `path` imports, at any depth of its code, as paths relative to the root."""
     names = [name.removeprefix("tests.") for _, name in imported_modules(parse(path), path)]
     found = [modules.get(name) or modules.get(name.rpartition(".")[0]) for name in names]
     return {str(file.relative_to(ROOT)) for file in found if file is not None and file != path}
@@ -132,7 +132,7 @@ def files_imported(path: Path, modules: dict[str, Path]) -> set[str]:
 def test_no_circle_of_files() -> None:
     modules = project_modules()
     graph = {str(path.relative_to(ROOT)): files_imported(path, modules) for path in modules.values()}
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the files of a circle
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the files of the cycle
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -164,14 +164,14 @@ def module_name(path: Path) -> str:
 
 
 def test_no_import_circle_between_files_of_the_benchmarks() -> None:
-    """Counting imports inside functions; that of a name of a package is one of its file ``__init__.py``."""
+    """Imports inside functions count; importing a name from a package counts as importing its ``__init__.py``."""
     files = {module_name(path): path for path in sources(ROOT / "benchmarks")}
     graph: dict[str, set[str]] = {}
     for module, path in files.items():
         names = [name for _, name in imported_modules(parse(path), path)]
         found = {name if name in files else name.rpartition(".")[0] for name in names}
         graph[module] = (found & files.keys()) - {module}
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the files of the cycle
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_every_masked_load_names_what_masked_lanes_hold(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources(PACKAGE / "kernels"), ids=lambda path: path.name)
 def test_device_functions_return_no_none(path: Path) -> None:
-    """Triton 3.6 makes a tensor of every constant that is returned, which of None fails."""
+    """Triton 3.6 converts every returned constant to a tensor, which fails for None."""
     for function in ast.walk(parse(path)):
         if not isinstance(function, ast.FunctionDef) or "jit" not in map(_last_name, function.decorator_list):
             continue
@@ -249,7 +249,7 @@ model = vit_triton.ViT(image_size=8, patch_size=4, num_classes=3, dim=16, depth=
 assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 3)
 """
 
-# As on a machine without Triton: no finder knows it. Nor does any find package metadata.
+# Simulates a machine without Triton: no finder finds it. The finders do not find package metadata either.
 NO_TRITON = """
 import sys
 
@@ -306,6 +306,6 @@ def test_works_without_triton_from_a_bare_checkout(tmp_path: Path) -> None:
 def test_imports_in_any_order(order: str) -> None:
     for name in order.split():
         pytest.importorskip(name)
-    # The repository's root as working directory puts the link `kernels` on the path: transformers must not take it
-    # for Hugging Face's package. ViTModel makes its lazy import real.
+    # The repository's root as working directory puts the link `kernels` on the path: transformers must not mistake it
+    # for Hugging Face's package. Accessing ViTModel triggers the lazy import.
     run_python(f"import {', '.join(order.split())}\ntransformers.ViTModel\n" + FORWARD, cwd=ROOT)

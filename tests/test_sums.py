@@ -1,4 +1,4 @@
-"""The sum of what programs leave, against float64."""
+"""The sum of partial results against float64."""
 
 import pytest
 import torch

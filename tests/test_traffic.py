@@ -1,4 +1,4 @@
-"""The bytes that kernels bound by the memory touch, as the PTX emulator counts them."""
+"""Memory traffic of memory-bound kernels, counted by the PTX emulator."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ WIDTH, DTYPE = 768, torch.bfloat16
 
 
 def touched(call) -> tuple[int, int]:
-    """Distinct bytes read and written by the launches of a call, which the memory has to move once; and the bytes that
-    were asked for, in sectors of 32, most of those asked for again found in a cache."""
+    """The distinct bytes that the launches of a call read and write (minimum DRAM traffic), and the bytes that they
+    request, in sectors of 32; most repeated requests hit a cache."""
     with ptxemu.emulate(mem_stats=True) as emulator:
         call()
     distinct = sum(read + written for launch in emulator.history for _, _, read, written in launch.distinct)
@@ -30,7 +30,7 @@ def rows(n: int) -> torch.Tensor:
 
 
 def test_layer_norm():
-    """Rows are asked for once; the weight and the bias by every program, for its rows."""
+    """Each row is requested once; every program requests the weight and the bias for its rows."""
     x, norm = rows(394), [torch.randn(WIDTH).to(DTYPE) for _ in range(2)]
     least = 2 * x.nbytes + 2 * norm[0].nbytes
     moved, asked = touched(lambda: F.layer_norm(x, *norm, backend="triton"))
@@ -38,7 +38,7 @@ def test_layer_norm():
 
 
 def test_layer_norm_backward():
-    """Of 64 images; what is more than the least are the parts of the gradients of weight and bias, written and read."""
+    """64 images. The traffic above the minimum is the partial sums for dweight and dbias, written and read."""
     x, norm = rows(64 * 197).requires_grad_(), [torch.randn(WIDTH).to(DTYPE).requires_grad_() for _ in range(2)]
     y = F.layer_norm(x, *norm, backend="triton")
     dy = rows(64 * 197)
@@ -55,7 +55,7 @@ def test_add_and_layer_norm():
 
 
 def test_patch_embedding_of_bytes():
-    """No image of floats, no patches side by side: the image, the weights and the tokens are all."""
+    """Only the image, the weights and the tokens are moved; no float image and no unfolded patches are materialized."""
     image = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
     weight, bias = torch.randn(WIDTH, 768).to(DTYPE), torch.randn(WIDTH).to(DTYPE)
     pos, prefix = torch.randn(197, WIDTH).to(DTYPE), torch.randn(1, WIDTH).to(DTYPE)

@@ -1,4 +1,4 @@
-"""linear and mlp where a library multiplies, as a tuned table may choose: the rule, gradients and masks of our own."""
+"""linear and mlp with the vendor's GEMM: the same error bounds, gradients and dropout masks as with our kernels."""
 
 import itertools
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.compiled
 
 @pytest.fixture
 def vendor(monkeypatch, request):
-    """Switches to the library's products."""
+    """Return a function that switches every GEMM to the vendor's library."""
 
     def switch():
         forget_recordings()
@@ -68,7 +68,7 @@ def test_of_none(vendor):
 
 
 def forward(dtype):
-    """What linear_fwd gives with several epilogues."""
+    """Results of linear_fwd with several epilogues."""
     x, weight, bias, residual, *_ = test_linear.make((70,), 40, 150, dtype)
     dropout = Dropout(0.3, torch.tensor([7]))
     for tensors, options in [
@@ -107,7 +107,7 @@ def test_the_same_numbers_and_masks(vendor, launcher, dtype):
             assert a is b, i
             continue
         assert a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous(), i
-        assert_same(a, b, dtype=dtype)  # two roundings instead of one, and sums in another order
+        assert_same(a, b, dtype=dtype)  # two roundings instead of one, and another summation order
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -125,11 +125,11 @@ def test_the_mask_is_the_same_bit_for_bit(vendor, dtype):
     vendor()
     for a, b in zip(ours, masks(), strict=True):
         assert torch.equal(a, b) and 0 < int((a == 0).sum()) < a.numel()
-    assert torch.equal(*ours)  # of the forward and of the backward pass
+    assert torch.equal(*ours)  # forward and backward use the same mask
 
 
 def test_the_library_does_multiply(vendor, monkeypatch):
-    """The tests above would pass if a tuned choice were ignored."""
+    """The tests above also pass if the choice of GEMM is ignored; this one fails."""
     products = []
     mm = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b: products.append((tuple(a.shape), tuple(b.shape))) or mm(a, b))
@@ -137,7 +137,7 @@ def test_the_library_does_multiply(vendor, monkeypatch):
     inputs = test_mlp.make((5,), 40, 136, 50, torch.float32)
     leaves = [x.requires_grad_() for x in inputs]
     test_mlp.call(F.mlp, backend="triton")(*leaves).sum().backward()
-    products = list(dict.fromkeys(products))  # a first attempt to record an operator's launches ends at its product
+    products = list(dict.fromkeys(products))  # a first attempt to record an operator ends at its library GEMM
     m, n, h, k = 5, 50, 136, 40
     forward, backward = [((m, k), (k, h)), ((m, h), (h, n))], [((m, n), (n, h)), ((m, h), (h, k))]
     assert sorted(products) == sorted([*forward, *backward, ((n, m), (m, h)), ((h, m), (m, k))])
