@@ -1,4 +1,4 @@
-"""Training: it goes on where it was killed, bit by bit, and says what does not fit."""
+"""Training: a killed run resumes bit for bit, and errors name the invalid file, option or checkpoint."""
 
 import argparse
 import contextlib
@@ -49,7 +49,7 @@ for name in ("matplotlib", "rich", "sklearn", "torchvision"):
     pytest.importorskip(name)
 from PIL import Image  # noqa: E402 - torchvision needs it
 
-BACKEND = "torch" if INTERPRETER else "triton"  # to train in the interpreter takes minutes
+BACKEND = "torch" if INTERPRETER else "triton"  # training in the interpreter takes minutes
 SMALL = dict(image_size=8, patch_size=4, dim=16, depth=1, heads=2, mlp_dim=24, batch_size=4, epochs=3)
 FILES = {"checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", "curves.png", ".lock"}
 
@@ -76,7 +76,7 @@ def config(photos: Path, out: Path, **changes) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def whole(photos, tmp_path_factory) -> Path:
-    """The folder of a run that nothing interrupted."""
+    """The folder of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole")
     train(config(photos, out))
     return out
@@ -109,7 +109,7 @@ def assert_equal(a, b, where="") -> None:
 def test_a_run_learns_and_leaves_what_it_says(whole):
     lines = [json.loads(line) for line in (whole / METRICS).read_text().splitlines()]
     steps, tests = [x for x in lines if "loss" in x], [x for x in lines if "test_loss" in x]
-    assert [x["step"] for x in steps] == list(range(1, 19))  # 25 images to train with, 6 batches of 4, 3 epochs
+    assert [x["step"] for x in steps] == list(range(1, 19))  # 25 training images: 6 batches of 4, 3 epochs
     assert [x["step"] for x in tests] == [6, 12, 18]
     assert steps[-1]["loss"] < steps[0]["loss"] and tests[-1]["test_accuracy"] == 1
     rates = [x["learning_rate"] for x in steps]
@@ -148,11 +148,11 @@ def test_bfloat16_trains(photos, tmp_path):
 
 
 class Killed(BaseException):
-    """Nobody catches it."""
+    """A BaseException, so that ``except Exception`` does not catch it."""
 
 
 def at_call(monkeypatch, module, name, number, before=lambda *_: None):
-    """Raise Killed at a call of a function, after ``before`` with its arguments."""
+    """Make the ``number``-th call of a function raise Killed, after ``before(*args)``."""
     function, calls = getattr(module, name), []
 
     def replacement(*args, **kwargs):
@@ -184,7 +184,7 @@ def test_goes_on_to_the_same_bits(whole, photos, tmp_path, moment):
     left = {path.name for path in tmp_path.iterdir()}
     if moment == "the last one put away":
         assert "checkpoint.pt" not in left
-    torch.manual_seed(5)  # as in another process
+    torch.manual_seed(5)  # a new process has another random state
     train(config(photos, tmp_path, resume=True))
     assert_same_run(tmp_path, whole)
     assert {path.name for path in tmp_path.iterdir()} == FILES
@@ -197,7 +197,7 @@ def arguments(photos: Path, out: Path, **changes) -> list[str]:
     return words
 
 
-# starts the command in a new process for every line it reads, without importing everything again
+# Forks a process that runs the command for every line of stdin; forking avoids importing everything again.
 STARTER = """
 import os, sys
 from vit_triton.cli import commands, training
@@ -216,7 +216,7 @@ for _ in sys.stdin:
 
 
 def test_survives_kill_9(whole, photos, tmp_path):
-    """Twice, and 18 times in the thorough profile."""
+    """Kill the run twice, or 18 times in the thorough profile."""
     draw, metrics, codes = random.Random(1), tmp_path / METRICS, []
     kills = min(18, max(2, settings().max_examples // 20))
     starter = subprocess.Popen(
@@ -233,8 +233,8 @@ def test_survives_kill_9(whole, photos, tmp_path):
                 deadline = time.monotonic() + 60
                 while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_mtime_ns != before):
                     time.sleep(0.001)
-                time.sleep(draw.random() * 0.1)  # from its first line on, at any moment
-                with contextlib.suppress(ProcessLookupError):  # it was quicker
+                time.sleep(draw.random() * 0.1)  # a random moment after its first line
+                with contextlib.suppress(ProcessLookupError):  # the process may have ended
                     os.kill(process, signal.SIGKILL)
             codes.append(int(starter.stdout.readline()))
         starter.stdin.close()
@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, photos, tmp_pat
 @pytest.mark.filterwarnings("ignore:damaged:UserWarning")
 @pytest.mark.parametrize("call", [2, 3, 4])
 def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(whole, photos, tmp_path, call):
-    """Killed at any rename: one of the two is whole."""
+    """After a kill at any rename, one of the two checkpoints is intact."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / checkpoint.NAME).write_bytes(b"nothing")
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
@@ -268,7 +268,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(whole, pho
 
 
 def test_one_changed_bit_is_seen(whole, tmp_path):
-    """PyTorch reads numbers without comparing the file's checksums."""
+    """torch.load does not verify the archive's checksums."""
     content = bytearray((whole / checkpoint.NAME).read_bytes())
     with zipfile.ZipFile(whole / checkpoint.NAME) as file:
         tensors = [entry for entry in file.infolist() if "/data/" in entry.filename]
@@ -286,7 +286,7 @@ def test_one_changed_bit_is_seen(whole, tmp_path):
     kept=st.floats(0, 1) | st.just(1.0),
 )
 def test_fuzz_damaged_checkpoints(whole, tmp_path, flips, kept):
-    """The same contents, or the checkpoint before it."""
+    """load returns the unchanged contents or the previous checkpoint."""
     content = bytearray((whole / checkpoint.NAME).read_bytes())
     for place, change in flips:
         content[int(place * len(content))] ^= change
@@ -316,7 +316,7 @@ def examples(photos):
 
 @given(data=st.data())
 def test_fuzz_checkpoints_with_other_contents(whole, photos, examples, data):
-    """What is read by the one who goes on or evaluates: taken, or refused in a line that names the file."""
+    """Resuming and evaluation accept a checkpoint or raise a one-line error that names the file."""
     path = whole / checkpoint.NAME
     state = torch.load(path, weights_only=True)
     inside, name = state, data.draw(st.sampled_from(sorted(state)))
@@ -337,7 +337,7 @@ def test_fuzz_checkpoints_with_other_contents(whole, photos, examples, data):
 
 @contextlib.contextmanager
 def largest_file(size):
-    """A limit for the size of a file acts as a full disk does: a part is written, then nothing more."""
+    """Simulate a full disk by a limit on the file size: the start of a file is written, then writing fails."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
@@ -373,7 +373,7 @@ def test_a_full_disk_leaves_whole_lines_of_metrics(tmp_path):
 
 
 def hold(folder: Path) -> tuple[int, int]:
-    """A process that has locked ``folder``, and one that it forked as the workers of a data loader are."""
+    """Process ids: a process that has locked ``folder``, and its fork, which stands for a data loader's worker."""
     reader, writer = os.pipe()
     holder = os.fork()
     if not holder:
@@ -398,7 +398,7 @@ def test_a_folder_is_trained_in_by_one_process(photos, tmp_path):
             train(config(photos, tmp_path))
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
-        with checkpoint.locked(tmp_path):  # though its worker lives on
+        with checkpoint.locked(tmp_path):  # although its worker is alive
             assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
     finally:
         os.kill(worker, signal.SIGKILL)
@@ -458,7 +458,7 @@ def changed_line(name, value):
     ),
 )
 def test_fuzz_damaged_metrics(whole, tmp_path, flips, kept, line):
-    """Lines that a picture can be made of, or an error that names the file."""
+    """The metrics are read and plotted, or an error names the file."""
     content = bytearray((whole / METRICS).read_bytes())
     for place, change in flips:
         content[place % len(content)] ^= change
@@ -487,7 +487,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(whole, photos, tmp_path)
 def test_random_states_come_back():
     drawn = []
     device = torch.device("cpu")
-    random.gauss(0, 1), np.random.normal()  # both keep a second number for later
+    random.gauss(0, 1), np.random.normal()  # both cache a second number
     state = checkpoint.random_state(device)
     for _ in range(2):
         drawn.append((torch.rand(3).tolist(), np.random.normal(size=3).tolist(), random.gauss(0, 1), random.random()))
@@ -509,7 +509,7 @@ def test_torchrun_trains_the_same_and_fsdp_goes_on(photos, tmp_path):
         expected, ours = ([json.loads(x) for x in (f / METRICS).read_text().splitlines()] for f in (alone, together))
         for line, other in zip(ours, expected, strict=True):
             assert line.keys() == other.keys()
-            # float32, summed in another order; Adam divides by the gradients' size, which passes that on
+            # Sums in float32 have another order; Adam's division by the gradient's size amplifies the difference.
             assert list(line.values()) == pytest.approx(list(other.values()), rel=1e-3)
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -565,7 +565,7 @@ def test_folders_of_training_and_test_images(photos, tmp_path):
                                    {"bright/a": "../dark", "dark/b": "../bright"}])  # fmt: skip
 def test_links_that_lead_back_are_refused(links, photos, tmp_path):
     shutil.copytree(photos, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "more").symlink_to("dark")  # which is no loop
+    (tmp_path / "more").symlink_to("dark")  # a link without a loop
     assert len(load_data(TrainConfig(tmp_path)).train.examples.dataset) == 3 * 14
     for name, target in links.items():
         (tmp_path / name).symlink_to(target)
@@ -593,7 +593,7 @@ def test_says_which_file_to_put_where(tmp_path, monkeypatch, download):
 
 
 def test_the_archive_where_it_was_asked_for_is_unpacked(tmp_path, monkeypatch):
-    """One of 5 + 1 images, with its own checksums, in place of that of 163 MB."""
+    """A substitute of 5 + 1 images with its own checksums replaces the archive of 163 MB."""
     from torchvision.datasets import CIFAR10
 
     def checksum(content):
@@ -614,7 +614,7 @@ def test_the_archive_where_it_was_asked_for_is_unpacked(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
     monkeypatch.setattr(CIFAR10, "meta", meta)
-    for _ in range(2):  # unpacks, and finds what it unpacked
+    for _ in range(2):  # the first call unpacks the archive, the second finds the files
         data = load_data(TrainConfig("cifar10", data_folder=tmp_path))
         assert (len(data.train), len(data.test), data.classes) == (5, 1, tuple(names))
         image, label = data.test[0]
@@ -686,7 +686,7 @@ def test_an_option_of_another_type_is_named(field):
 
 
 def test_numbers_of_numpy_and_paths_become_plain_ones():
-    """What a checkpoint that holds nothing else may hold."""
+    """Checkpoints store only plain Python values and tensors."""
     made = TrainConfig(Path("photos"), out="run", epochs=np.int64(3), learning_rate=np.float32(0.5), clip=1, seed=0)
     assert made == TrainConfig("photos", out=Path("run"), epochs=3, learning_rate=0.5, clip=1.0)
     assert [type(x) for x in (made.data, made.epochs, made.learning_rate, made.clip)] == [str, int, float, float]
@@ -699,7 +699,7 @@ def test_numbers_of_numpy_and_paths_become_plain_ones():
     | st.just(torch.zeros(())) | st.just(Path("a")) | st.just(object()),
 )  # fmt: skip
 def test_fuzz_options(name, value):
-    """Taken as a plain value, or refused by name."""
+    """An option becomes a plain value, or the error names it."""
     try:
         made = TrainConfig(**{"data": "digits", name: value})
     except (TypeError, ValueError) as error:

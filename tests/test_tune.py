@@ -1,4 +1,4 @@
-"""Tuned tables: which file counts, for which device, what a wrong one says, and what measures and writes one."""
+"""Tuned tables: which file is used for which device, errors about invalid files, measuring and writing."""
 
 import dataclasses
 import io
@@ -50,7 +50,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Stands in for PyTorch's answer about devices: by index, (name, major, minor)."""
+    """Simulated GPUs: a list of (name, major, minor) by device index."""
     devices = []
 
     def properties(device):
@@ -86,7 +86,7 @@ def test_written_and_read_again(tmp_path):
 @pytest.mark.parametrize("arch", ["sm_80", SM, "sm_100", "gfx942"])
 @pytest.mark.parametrize("name", PICKERS)
 def test_every_candidate_can_be_written_and_read(tmp_path, name, arch):
-    """And is one configuration of its own, the default choice first."""
+    """Candidates are distinct, and the default is the first."""
     picker = PICKERS[name]
     sizes = [197, 768, 80, 3072], [1, 16, 64, 588], [577, 577, 256, 10]
     timed = []
@@ -193,7 +193,7 @@ WRONG = [
 
 
 def test_a_file_of_the_first_format_is_read(tmp_path):
-    """Its tiles have other names, and it has no number."""
+    """The first format has other field names and no format number."""
     path = tmp_path / "file.json"
     table = tuned.new_table(H100, SM, TIMED)
     tuned.write(path, table)
@@ -202,7 +202,7 @@ def test_a_file_of_the_first_format_is_read(tmp_path):
         content = content.replace(f'"{now}"', f'"{former}"')
     content = json.loads(content)
     del content["format"]
-    layer_norm = content["pickers"]["pick_layer_norm"][0]["config"]  # its names are as they were
+    layer_norm = content["pickers"]["pick_layer_norm"][0]["config"]  # its names did not change
     layer_norm["block_m"] = layer_norm.pop("rows")
     path.write_text(json.dumps(content))
     assert tuned.read(path) == table
@@ -251,7 +251,7 @@ def test_described(home):
 
 @pytest.fixture
 def small(monkeypatch, request):
-    """Cases of a tiny model, whose launchers run on the CPU; two candidates beside each default."""
+    """Cases of a tiny model, launched on the CPU, with at most two candidates besides each default."""
     forget_recordings()
     request.addfinalizer(forget_recordings)
     tiles = {
@@ -267,7 +267,7 @@ def small(monkeypatch, request):
 
 
 def asked_by(call):
-    """Every key that pickers are asked for inside."""
+    """The keys of all picker calls during ``call``."""
     keys = set()
     with choosing(lambda picker, args: keys.add(picker.key(args)) or picker.default(*args)):
         call()
@@ -275,7 +275,7 @@ def asked_by(call):
 
 
 def steps(model, image):
-    """Inference, and a training step."""
+    """Run inference and a training step."""
     with torch.no_grad():
         model.eval()(image)
     model.train()(image).sum().backward()
@@ -283,7 +283,7 @@ def steps(model, image):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_whatever_a_vit_asks_for_is_tuned(dropout):
-    """On the path of a GPU, in bfloat16; nothing is computed."""
+    """Follow the GPU code path in bfloat16 without running kernels."""
     shape = TINY.with_depth(12)
     with gpu_path.taken(lambda *launch: None):
         cases = [case for p in {0.0, dropout} for case in tune.cases(shape, torch.bfloat16, "cpu", p)]
@@ -302,7 +302,7 @@ def test_whatever_a_vit_asks_for_is_tuned(dropout):
 
 @pytest.mark.parametrize("model", TUNE_MODELS)
 def test_cases_of_every_size(model):
-    """Head sizes of 64 to 88; of a small image."""
+    """Head sizes are 64 to 88; the image is small."""
     shape = Shape.of(TUNE_MODELS[model], 32, 1)
     with gpu_path.taken(lambda *launch: None):
         asks = {key for case in tune.cases(shape, torch.bfloat16, "cpu") for key in case.asks}
@@ -319,7 +319,7 @@ def test_every_picker_is_asked_and_every_candidate_timed(small):
     assert {tuple(each.arguments.values())[:2] for each in products} == sizes
     for each in products:
         assert [config for config, _ in each.milliseconds][1:] == [GemmConfig(32, 16, 16, 4, 1), VendorGemm()]
-        assert each.config == each.milliseconds[0][0]  # times grow: the default is first
+        assert each.config == each.milliseconds[0][0]  # times increase: the default, timed first, is the fastest
     assert not any("skipped" in line for line in lines)
 
 
@@ -365,7 +365,7 @@ def test_a_candidate_that_is_wrong_or_fails_or_spills_is_named_and_not_taken(sma
         assert [line for line in lines if line.startswith("  skipped  VendorGemm") and message in line], lines
     monkeypatch.setattr(torch, "mm", mm)
     lines, run = [], tune._run
-    spilled = iter([3, 3, 0, 8])  # the default for its numbers, the default again, and the candidates
+    spilled = iter([3, 3, 0, 8])  # the default's reference run, then the default and the candidates
     monkeypatch.setattr(tune, "_run", lambda group: (run(group)[0], next(spilled)))
     (each,) = tune.tune(qkv, lambda run: 1.0, lines.append)
     assert len(each.milliseconds) == 2 and "VendorGemm" in lines[-1] and "spills 8 registers" in lines[-1]
@@ -392,7 +392,7 @@ def test_what_was_measured_before_a_stop_is_written_and_what_was_there_is_kept(t
     choices = tuned.read(path).choices
     assert choices == {TIMED[0].key: VendorGemm(), TIMED[1].key: VendorGemm(), TIMED[2].key: TIMED[2].config}
     tuned.write(path, dataclasses.replace(tuned.read(path), torch="1.0"))
-    tune.write(path, H100, SM, TIMED[:1], 1)  # of another version: no longer true
+    tune.write(path, H100, SM, TIMED[:1], 1)  # entries of another version are dropped
     assert list(tuned.read(path).choices) == [TIMED[0].key]
     before = path.read_bytes()
     tune.write(path, H100, SM, [], 0)
@@ -420,7 +420,7 @@ def test_without_a_gpu_the_command_says_so(capsys, tmp_path):
 def test_bad_options_are_refused(words, message, capsys):
     try:
         code = main(["tune", *words.split()])
-    except SystemExit as end:  # argparse's
+    except SystemExit as end:  # raised by argparse
         code = end.code
     assert code == 2 and message in capsys.readouterr().err
 
@@ -449,7 +449,7 @@ def test_the_command_needs_none_of_the_extras():
     result = subprocess.run([sys.executable, "-c", NO_EXTRAS], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "usage: vit-triton tune" in result.stdout and "--seconds" in result.stdout
-    assert "pip install 'vit_triton[cli]'" in result.stderr  # of info
+    assert "pip install 'vit_triton[cli]'" in result.stderr  # raised by the info command
 
 
 class Terminal(io.StringIO):

@@ -1,4 +1,4 @@
-"""ViT against vit_pytorch's: the same parameters, numbers, gradients, hooks and training curve."""
+"""ViT against vit_pytorch.ViT: the same parameters, outputs, gradients, hooks and training curve."""
 
 import copy
 import inspect
@@ -18,7 +18,8 @@ import vit_triton
 from vit_triton import ViT, modules
 from vit_triton.modules import Transformer
 
-# One configuration per semantic of vit_pytorch.ViT; 24 = dim is never heads * dim_head unless the name says so.
+# One configuration per feature of vit_pytorch.ViT. dim = 24 equals heads * dim_head only in "no output projection" and
+# "heads as wide as dim".
 CONFIGS = {
     "class token": {},
     "mean pool": {"pool": "mean"},
@@ -151,7 +152,7 @@ def test_training_follows_vit_pytorch(backend):
         curves.append(np.array(losses))
     theirs_curve, ours_curve = curves
     assert theirs_curve[-1] < 0.5 * theirs_curve[0]
-    # Adam divides by the gradient's size, so a rounding difference in a tiny gradient grows over the steps.
+    # Adam divides by the gradient's size, so rounding differences in tiny gradients grow over the steps.
     np.testing.assert_allclose(ours_curve, theirs_curve, rtol=1e-3)
 
 
@@ -194,7 +195,7 @@ class TestDropout:
 
 
 class TestLastBlock:
-    """With a class token, nothing reads the other tokens behind the last block's keys and values."""
+    """With a class token, the last block computes only this token after its keys and values."""
 
     @pytest.mark.parametrize(
         ("changes", "tokens"),
@@ -241,10 +242,10 @@ class TestLastBlock:
 
 
 class TestHooks:
-    """A hook sees what it would see in vit_pytorch, wherever it is."""
+    """Hooks on any module receive the same tensors as in vit_pytorch."""
 
     NAMES = [name for name, _ in vit_pytorch.ViT(**{**BASE, "depth": 1}).named_modules() if name]
-    # Containers whose forward nobody calls, in either library.
+    # Containers: neither library calls their forward.
     NAMES = [name for name in NAMES if name not in ("transformer.layers", "transformer.layers.0")]
 
     @staticmethod
@@ -290,7 +291,7 @@ class TestHooks:
 
 
 class TestReplacedParts:
-    """A part somebody replaced or wrapped is used; nothing is fused past it."""
+    """Replaced or wrapped submodules are called; fusion does not bypass them."""
 
     @pytest.mark.parametrize(
         ("name", "make"),
@@ -516,7 +517,7 @@ class TestAttentionMaps:
 
 
 class TestMemory:
-    """What a pre-norm block of width d with a 4d MLP keeps for the backward pass, in tokens x d elements."""
+    """Memory that a pre-norm block of width d with a 4d MLP saves for the backward pass, in tokens x d elements."""
 
     @staticmethod
     def kept_bytes(depth: int, tokens: int, dim: int, dtype: torch.dtype, backend: str) -> int:
@@ -527,7 +528,7 @@ class TestMemory:
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in parameters:
-                storages[storage.data_ptr()] = storage  # holding it keeps its address from being used again
+                storages[storage.data_ptr()] = storage  # the reference prevents the reuse of its address
             return tensor
 
         x = torch.randn(1, tokens, dim, dtype=dtype, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Patch embeddings of another patch size or number of channels, against timm's functions in float64."""
+"""Resampling patch embeddings to another patch size or number of channels, against timm's functions in float64."""
 
 import numpy as np
 import pytest
@@ -20,17 +20,17 @@ EPS = torch.finfo(torch.float32).eps
 
 @pytest.fixture(autouse=True)
 def in_float64(monkeypatch):
-    """timm computes in the dtype that this names."""
+    """Set the dtype of timm's computation."""
     monkeypatch.setattr(timm.layers.patch_embed, "DTYPE_INTERMEDIATE", torch.float64)
 
 
 def resampled(kernel: Tensor, size: tuple[int, int]) -> Tensor:
-    """timm's, of (dim, channels, rows, columns)."""
+    """timm's resampling of a kernel of shape (dim, channels, rows, columns)."""
     return timm.layers.resample_patch_embed(kernel.double(), list(size))
 
 
 def assert_close(ours: Tensor, expected: Tensor) -> None:
-    """Rounded to float32 after the channels and after the size."""
+    """The weights are rounded to float32 twice: after adapting the channels and after resampling the size."""
     assert ours.shape == expected.shape
     assert (ours - expected).norm() <= 4 * EPS * expected.norm()
 
@@ -46,7 +46,7 @@ def test_kernels_as_timm_resamples_them(old, new):
 
 @pytest.mark.parametrize("new", [(16, 16), (12, 20)])
 def test_a_larger_patch_gives_the_same(new):
-    """Which is what the pseudo-inverse is for."""
+    """The pseudo-inverse makes the product with an enlarged patch equal the original product."""
     kernel, patch = (torch.randn(5, 3, 8, 8, dtype=torch.float64) for _ in range(2))
     larger = torch.nn.functional.interpolate(patch, size=new, mode="bicubic", antialias=True)
     ours = resample_kernel(kernel.permute(0, 2, 3, 1), new).permute(0, 3, 1, 2)
@@ -70,7 +70,7 @@ def test_channels_that_timm_does_not_adapt(old, new):
         pass
 
 
-OTHERS = [(4, 3), (16, 3), (PATCH, 1), (16, 4)]  # patch size and channels; the file has PATCH and 3
+OTHERS = [(4, 3), (16, 3), (PATCH, 1), (16, 4)]  # (patch size, channels); the file has (PATCH, 3)
 
 
 def other(theirs: torch.nn.Module, patch: int, channels: int) -> Tensor:
@@ -126,7 +126,7 @@ class TestLoading:
     @pytest.mark.parametrize("library", [ViT, vit_pytorch.ViT, SimpleViT])
     @pytest.mark.parametrize(("patch", "channels"), [(4, 3), (16, 3), (8, 1), (16, 4)])
     def test_of_vit_pytorch(self, tmp_path, library, patch, channels):
-        """The norm in front of the projection is multiplied into it."""
+        """The parameters of the norm before the projection are folded into the projection."""
         options = {**BASE, "image_size": 32, "patch_size": 8}
         theirs = made(lambda: library(**options))
         ours = made(lambda: library(**{**options, "patch_size": patch, "channels": channels}), seed=1)
