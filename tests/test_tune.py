@@ -449,7 +449,7 @@ def test_the_command_needs_none_of_the_extras():
     result = subprocess.run([sys.executable, "-c", NO_EXTRAS], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "usage: vit-triton tune" in result.stdout and "--seconds" in result.stdout
-    assert "pip install 'vit_triton[cli]'" in result.stderr  # raised by the info command
+    assert "pip install 'vit_triton[cli]'" in result.stderr  # printed by the info command
 
 
 class Terminal(io.StringIO):

