@@ -1,5 +1,5 @@
-"""What accelerate leaves to the library: nothing that worked breaks, every such call is counted with its reason, strict
-models raise instead, and nothing is counted for a graph."""
+"""Fallbacks of accelerated models: results match the original model, each call is counted with its reason, strict
+models raise instead, and a graph counts nothing."""
 
 import copy
 import gc
@@ -105,7 +105,7 @@ def test_counts_keep_no_module_and_no_tensor():
 
 
 def test_reasons_hold_no_sizes():
-    """Each reason is kept: with sizes in them, there would be no end of them."""
+    """Reasons exclude sizes: this bounds the number of stored reasons."""
     model = nn.Sequential(nn.Conv2d(3, 5, 4, stride=4))
     report = vit_triton.accelerate(model, "triton")
     for size in range(5, 30):
@@ -258,7 +258,7 @@ def test_functions_with_an_explicit_backend_raise_and_auto_does_not(monkeypatch)
 
 
 def both(model: nn.Module, *args, **kwargs):
-    """The result of a model before and after accelerate, or the kind of its error."""
+    """The results of a model before and after accelerate; an error counts as a result."""
     results = []
     for _ in range(2):
         try:
@@ -320,7 +320,7 @@ def test_the_attention_of_transformers_is_counted():
     assert reasons == {"torch.float64 input": 1}
 
 
-# --- counters of others ------------------------------------------------------------------------------------
+# --- PyTorch's FLOP counters -------------------------------------------------------------------------------
 
 
 def test_flops_are_those_of_the_model_before():
@@ -374,7 +374,7 @@ PARTS = ["norm1", "norm2", "attn.qkv", "attn.proj", "attn.q_norm", "mlp.act", "m
 )
 @settings(max_examples=max(1, settings().max_examples // 2))
 def test_fuzz_of_edited_models(sizes, edits, gradients):
-    """Whatever is hooked, replaced or cast, before or after: the library's numbers, or an error where it has one."""
+    """Modules are hooked, replaced or cast, before or after: results match the original model's, unless it raises."""
     if sizes["qk_norm"] and sizes["num_heads"] > sizes["embed_dim"]:
         return
     theirs = make(**sizes, class_token=sizes["global_pool"] != "avg")
@@ -395,7 +395,7 @@ def test_fuzz_of_edited_models(sizes, edits, gradients):
             except Exception as error:
                 results.append(error)
     if isinstance(results[0], Exception):
-        return  # ours may be more lenient: a norm of another dtype is none of the kernels' errors
+        return  # ours may accept more: the kernels support norms of another dtype
     assert not isinstance(results[1], Exception), results[1]
     exact = copy.deepcopy(theirs).double()(images().double())
     assert_model_as_precise(results[1], results[0], exact, longest_sum(theirs))

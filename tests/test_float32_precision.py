@@ -1,4 +1,4 @@
-"""PyTorch's switches for float32 products: the older ones, the newer ones, and mixtures that it refuses to read."""
+"""PyTorch's settings for float32 matrix products: the old API, the new API, and mixtures that PyTorch rejects."""
 
 import itertools
 from unittest import mock
@@ -33,7 +33,7 @@ def switch(name, value):
 
 @pytest.fixture
 def switches():
-    """Calls of ``switch``, undone after the test; each call starts anew."""
+    """Reset all settings, then apply some with ``switch``; the end of the test resets them."""
 
     def anew(*settings):
         torch.set_float32_matmul_precision("highest")
@@ -49,7 +49,7 @@ def switches():
 
 
 def expected(settings):
-    """The last setting of products on CUDA; where there is none, the last one for all."""
+    """The last setting for CUDA matrix products; without one, the last generic setting."""
     of_cuda, of_all = "none", "none"
     old = {"high": "tf32", "medium": "tf32", "highest": "ieee", True: "tf32", False: "ieee"}
     for name, value in settings:
@@ -71,8 +71,8 @@ def test_every_pair_of_settings(switches):
 
 
 def test_operators_run_with_every_pair_of_an_old_and_a_new_setting(switches):
-    """On a CPU float32 stays IEEE, which every setting allows: the bits do not change. With a new
-    setting alone that PyTorch refuses to read all operators run, with others one in turn."""
+    """On a CPU float32 stays IEEE under every setting: the bits do not change. All operators run with a single new
+    setting that PyTorch rejects, one operator in turn with each other combination."""
     calls = {}
     for name, dtype in itertools.product(FUNCTIONS, (torch.float32, torch.bfloat16)):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks gpu`: one step costs no other, nothing is lost, and wrong numbers are found."""
+"""`python -m benchmarks gpu` isolates failing steps, keeps every result and detects wrong numbers."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ TINY = Context("cpu", Path(), tiny=True)
 
 
 def command(*arguments, faults=False, code=None):
-    """Run the command in a process of its own; ``code`` runs before it."""
+    """Run the command in a separate process; ``code`` runs before it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)} | ({"VIT_TRITON_GPU_FAULTS": "1"} if faults else {})
     program = f"{code or ''}\nimport runpy; runpy.run_module('benchmarks', run_name='__main__')"
     start = ["-c", program] if code else ["-m", "benchmarks"]
@@ -71,7 +71,7 @@ def test_a_step_that_fails_costs_no_other_and_a_second_run_goes_on(tmp_path):
     assert "SIGSEGV" in page and "no result within" in page and "on purpose" in page
     assert "can't allocate memory" in page and "## Not reached" in page
 
-    done = command(*options, "--only", "linear, no rows", faults=True)  # what is there is kept, and not repeated
+    done = command(*options, "--only", "linear, no rows", faults=True)  # existing results are kept and not repeated
     assert "faults:" not in done.stdout and done.returncode == 1
     assert statuses(tmp_path) == {**expected, **{f"numbers: linear, no rows, {d}": PASSED for d in numbers.DTYPES}}
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
@@ -85,7 +85,7 @@ def test_a_step_that_fails_costs_no_other_and_a_second_run_goes_on(tmp_path):
 
 
 def test_a_step_that_the_end_of_the_command_stops_has_no_result(tmp_path, monkeypatch):
-    """It did not hang: the next run repeats it."""
+    """The next run repeats the step; only a step that exceeds its own limit counts as hung."""
 
     class Slow(Worker):
         def run(self, section, step, limit):
@@ -113,7 +113,7 @@ def test_a_command_that_is_ended_leaves_no_process(name, tmp_path):
         while not (log.exists() and "hang" in log.read_text()) and time.time() < end:
             time.sleep(0.1)
         run.send_signal(signal.Signals[name])
-        run.communicate(timeout=4)  # its processes hold the pipe, and the fault hangs for 5 seconds or longer
+        run.communicate(timeout=4)  # its processes keep the pipe open; the fault hangs for 5 seconds or longer
     assert run.returncode == (130 if name == "SIGTERM" else -signal.SIGKILL)
     assert statuses(tmp_path) == {"machine: device and versions": PASSED}
     assert (tmp_path / "report.md").exists() == (name == "SIGTERM")
@@ -129,7 +129,7 @@ def test_the_start_of_a_process_does_not_outlast_the_command(tmp_path):
 
 
 def test_what_cannot_be_kept_ends_the_command(tmp_path):
-    """On a full disk, or where stdout is closed, every further step would be lost."""
+    """On a full disk, or with a closed stdout, every further result would be lost."""
     closed = []
 
     class Quick(Worker):
@@ -157,7 +157,7 @@ def test_one_command_at_a_time_writes_to_a_folder(tmp_path):
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_process_that_cannot_go_on_ends(broken, monkeypatch):
-    """After the failed capture of a CUDA graph PyTorch 2.11 refuses random numbers, and the step may have passed."""
+    """After a failed CUDA graph capture PyTorch 2.11 raises on random numbers, even if the step itself passed."""
 
     def randn(*size, device):
         if broken:
@@ -227,7 +227,7 @@ def test_right_numbers_pass():
 
 
 class Halved(torch.autograd.Function):
-    """Right forward, and half of the gradient."""
+    """Identity that returns half of its gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -286,7 +286,7 @@ def test_wrong_dropout_is_found(spoilt, monkeypatch):
 
 
 def test_every_operator_has_a_check():
-    """Every public function of vit_triton.functional but the encoder's, which a ViT in inference runs."""
+    """Every public function of vit_triton.functional except encoder, which a ViT runs in inference."""
     names = " ".join(check.name for check in numbers.OPERATORS)
     for name in ("attention", "linear", "mlp", "layer_norm", "patch_embed"):
         assert name in names and hasattr(F, name)
@@ -299,7 +299,7 @@ def test_what_fits_into_the_minutes():
     steps = tuple(Step(str(i), lambda context: {}, seconds) for i, seconds in enumerate((20.0, 200.0, 20.0)))
     rest = Section("rest", "rest", 1.0, (Step("tune", lambda context: {}, 600.0, fills=True),))
     first, last = plan.schedule([Section("a", "a", 0.5, steps), rest], plan.Clock(0.0, 2, 1e15))
-    assert (first.fitting, first.begins, first.ends) == (2, 0.0, START_SECONDS + 40)  # the long one does not
+    assert (first.fitting, first.begins, first.ends) == (2, 0.0, START_SECONDS + 40)  # the step of 200 s is skipped
     assert (last.fitting, last.begins, last.ends) == (1, first.ends, 120.0)
 
 
@@ -372,7 +372,7 @@ def test_missing_are_steps_without_a_result_and_parts():
     assert [name for name in "abcd" if results.missing(name, again=True)] == ["b", "c", "d"]
 
 
-# --- the page ------------------------------------------------------------------------------------------------
+# --- the report ----------------------------------------------------------------------------------------------
 
 STEPS = {
     "machine: device and versions": {"status": PASSED, "line": "", "machine": MACHINE},
@@ -466,7 +466,7 @@ def test_the_machine_of_a_gpu(mode, gib, processes, monkeypatch):
     assert found["machine"]["driver_version"] == "580.1" and found["machine"]["memory"] == f"{gib} GiB"
 
 
-# --- what it needs -------------------------------------------------------------------------------------------
+# --- requirements --------------------------------------------------------------------------------------------
 
 WITHOUT = """
 import sys
@@ -520,7 +520,7 @@ def test_the_interpreter_is_not_a_gpu(monkeypatch):
 
 
 def test_a_step_of_every_section_runs_on_a_cpu(tmp_path):
-    """Tiny sizes, on the way that a GPU takes."""
+    """Tiny sizes take the code path of a GPU."""
     options = ("--device", "cpu", "--minutes", "5", "--out", tmp_path)
     done = command(*options, "--only", "B/16, ")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""What backend "auto" takes on which GPU, and who says why. PyTorch's answers about devices are stand-ins."""
+"""The choice of backend "auto" for each GPU, and where its reason appears. PyTorch's device queries are stubs."""
 
 import types
 import warnings
@@ -29,7 +29,7 @@ def forget():
 
 @pytest.fixture(autouse=True)
 def gpus(monkeypatch, tmp_path):
-    """Adds a GPU: its kind, "cuda" or "xpu", and its properties. Tables of tuned tiles are in a folder of the test."""
+    """Add a GPU: its kind, "cuda" or "xpu", and its properties. Tables of tuned tiles are in the test's own folder."""
     found = {"cuda": [], "xpu": []}
     for kind, devices in found.items():
         module = getattr(torch, kind)
@@ -156,7 +156,7 @@ def test_an_explicit_triton_runs_and_warns_once_for_each_gpu(gpus, t4):
 
 def test_an_explicit_triton_says_nothing_where_a_table_is(t4):
     write_table(T4, "sm_75")
-    with vit_triton.use_backend("triton"):  # a warning is an error in the tests
+    with vit_triton.use_backend("triton"):  # the tests turn warnings into errors
         assert explicit(CUDA_0) == "triton"
 
 
@@ -188,7 +188,7 @@ def test_tune_does_not_advise_to_tune(t4, monkeypatch, capsys):
     asked = []
 
     def cases(shape, dtype, on, dropout):
-        with vit_triton.use_backend("triton"):  # a warning is an error in the tests
+        with vit_triton.use_backend("triton"):  # the tests turn warnings into errors
             asked.append(explicit(CUDA_0))
         return []
 
@@ -196,7 +196,7 @@ def test_tune_does_not_advise_to_tune(t4, monkeypatch, capsys):
     assert main(["tune"]) == 0 and asked == ["triton"]
 
 
-# --- who says why ------------------------------------------------------------------------------------------
+# --- where the reason appears ------------------------------------------------------------------------------
 
 
 def on_a_gpu(on=CUDA_0):

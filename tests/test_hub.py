@@ -1,4 +1,4 @@
-"""The models with huggingface_hub's mixin, and without huggingface_hub. Nothing here reaches the network."""
+"""The models with huggingface_hub's mixin, and without huggingface_hub. Uploads are stubbed."""
 
 import json
 import subprocess

@@ -1,7 +1,7 @@
-"""Defects of Triton's interpreter, mostly in bfloat16, and that ``interpreter.patch`` fixes them, bit for bit.
+"""Defects of Triton's interpreter, mostly in bfloat16, which ``interpreter.patch`` fixes bit for bit.
 
-Triton decides at import whether it interprets, and a repair cannot be taken back, so every state gets a process of its
-own: this file, run as a script, computes all cases and prints what became of them.
+Triton selects the interpreter at import, and a patch cannot be undone, so each state runs in a separate process: this
+file, run as a script, computes all cases and prints their verdicts.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def dot_kernel(a_ptr, b_ptr, out_ptr, N: tl.constexpr):
 
 
 def elementwise(op: str, out_dtype: torch.dtype, *inputs: torch.Tensor) -> torch.Tensor:
-    """Run one branch of ``elementwise_kernel`` on up to three inputs; those not given repeat the first."""
+    """Run one branch of ``elementwise_kernel`` on up to three inputs; missing ones repeat the first."""
     x, y, z = (*inputs, *[inputs[0]] * (3 - len(inputs)))
     out = torch.empty(x.numel(), dtype=out_dtype)
     elementwise_kernel[(1,)](x, y, z, out, x.numel(), OP=op, BLOCK=triton.next_power_of_2(x.numel()))
@@ -160,13 +160,13 @@ Case = tuple[str, Callable[[], torch.Tensor], Callable[[], torch.Tensor]]
 
 
 def cases() -> Iterator[Case]:
-    """Yield (name, what the interpreter computes, what PyTorch does)."""
+    """Yield (name, computation in the interpreter, computation in PyTorch)."""
     generator = torch.Generator().manual_seed(0)
 
     def integers(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.randint(low, high, shape, generator=generator, dtype=dtype)
 
-    # Every bfloat16 there is, NaN, infinities and subnormals included, against some other; `few` for the slow loops.
+    # Every bfloat16 value, including NaN, infinities and subnormals, against a random permutation.
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(BF16)
     y, z = (x[torch.randperm(x.numel(), generator=generator)] for _ in range(2))
     y[::7] = x[::7]  # equal pairs
@@ -175,14 +175,14 @@ def cases() -> Iterator[Case]:
         "x - y": lambda: x - y,
         "x * y": lambda: x * y,
         "x / y": lambda: x / y,
-        # Triton 3.6 computes 0 - x, compiled too
+        # Triton 3.6 computes 0 - x, in compiled code too
         "-x": lambda: -x if hasattr(InterpreterBuilder, "create_fneg") else 0 - x,
         "x + 0.1": lambda: x + torch.tensor(0.1, dtype=BF16),
         "full": lambda: torch.full_like(x, 0.1),
         "zeros": lambda: torch.zeros_like(x),
         "abs": lambda: x.abs(),
         "where": lambda: torch.where(y < z, x, y),
-        # Of a number and a NaN, the number. Not torch.fmax, which returns NaN for the signalling ones among them.
+        # A number and a NaN give the number. (torch.fmax returns NaN for a signalling NaN.)
         "maximum": lambda: torch.where(x.isnan(), y, torch.where(y.isnan(), x, torch.maximum(x, y))),
         "minimum": lambda: torch.where(x.isnan(), y, torch.where(y.isnan(), x, torch.minimum(x, y))),
     }
@@ -216,7 +216,7 @@ def cases() -> Iterator[Case]:
         lambda: torn.clamp(low, high),
     )
 
-    # Every upper half with the lower halves that decide the rounding: the ties, their neighbours, the ends.
+    # Every upper half with the lower halves that decide the rounding: ties, their neighbours, and both ends.
     upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
     halves = torch.stack([upper | lower for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).flatten().view(F32)
     finite = halves[halves.to(BF16).isfinite()]
@@ -252,7 +252,7 @@ def cases() -> Iterator[Case]:
         expected = torch.cat([mild[0][:100], torch.full((28,), value, dtype=BF16)])
         yield f"other={value}", lambda v=value: padded(mild[0][:100], v, 128), lambda e=expected: e
 
-    # Integers, so that sums are exact in float32 in any order, while those over 256 still round to bfloat16.
+    # Integers: float32 sums are exact in any order, and sums over 256 still round to bfloat16.
     table = integers(-100, 101, 16, 32).to(BF16)
     yield "sum", lambda: reduction("sum", table, (16,)), lambda: table.sum(1)
     yield "sum, kept", lambda: reduction("sum, kept", table, (1, 32)), lambda: table.sum(0, keepdim=True)
@@ -270,8 +270,8 @@ def cases() -> Iterator[Case]:
     yield "range", lambda: counted(5), lambda: torch.arange(5, dtype=torch.int32)
 
 
-# What the interpreter gets right by itself, and a repair must leave so. (Even its upcast to float32 is not here: it
-# loses subnormals.)
+# Cases that the unpatched interpreter computes correctly; a patch must preserve them. (Its upcast to float32 is a
+# defect: it loses subnormals.)
 SOUND = {
     "zeros",
     "abs",
@@ -282,7 +282,7 @@ SOUND = {
     "bfloat16 to int32",
 }
 VARYING = {
-    # Right in Triton 3.8, wrong since 3.9, which no longer computes these in float32.
+    # Right in Triton 3.8, which computes these in float32; wrong since 3.9.
     *("argmax", "clamp", "clamp, NaN kept"),
     "range",  # wrong in Triton 3.6, with NumPy 2.4 or later
 }
@@ -291,7 +291,7 @@ DEFECTS = [name for name in NAMES if name not in SOUND | VARYING]
 
 
 def verdict(got: torch.Tensor, expected: torch.Tensor) -> str:
-    """RIGHT where all bits are equal, any NaN being as good as any other; else an account of the first difference."""
+    """RIGHT if all bits are equal (all NaNs count as equal); else a description of the first difference."""
     assert got.dtype == expected.dtype and got.shape == expected.shape, "the case itself is wrong"
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[got.element_size()]
     wrong = (got.view(bits) != expected.view(bits)) & ~(got.isnan() & expected.isnan())
@@ -301,7 +301,7 @@ def verdict(got: torch.Tensor, expected: torch.Tensor) -> str:
 
 
 def report(patched: bool) -> dict[str, str]:
-    """Compute every case in this process: name -> verdict."""
+    """Compute every case in this process; return name -> verdict."""
     if patched:
         from vit_triton.kernels.interpreter import patch
 
@@ -319,7 +319,7 @@ def report(patched: bool) -> dict[str, str]:
 
 
 def methods() -> list[object]:
-    """Whatever a repair could have replaced."""
+    """All attributes that a patch may replace."""
     from triton.runtime import interpreter
 
     classes = (interpreter.InterpreterBuilder, interpreter.ReduceScanOpInterface)

@@ -1,4 +1,4 @@
-"""Launches on a GPU that is not there: which compiled code is found again, and what a CUDA graph's capture refuses."""
+"""Launches on a simulated GPU: the lookup of compiled code, and errors during CUDA graph capture."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture
 def kernel():
-    """A kernel that was never launched."""
+    """A new kernel, before its first launch."""
 
     @triton.jit
     def copy_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
@@ -30,7 +30,7 @@ def kernel():
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """What was compiled so far."""
+    """A function that lists the code compiled so far."""
     capture(monkeypatch, False)
     with compiling_for("sm_90", by=gpu_path._GPU):
         yield lambda: [each for key, each in launch._compiled.items() if launch.driver.active in key]

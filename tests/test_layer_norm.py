@@ -1,4 +1,4 @@
-"""layer_norm, alone and behind a residual, against the float64 reference: outputs and every gradient."""
+"""layer_norm, with and without a residual, against the float64 reference: outputs and every gradient."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.compiled
 
 
 def absolute(inputs, grads, eps, *, residual):
-    """What ``run`` returns, with absolute values in every sum."""
+    """The results of ``run``, with absolute values in every sum."""
     x, *rest = double(inputs)
     other = rest.pop(0) if residual else None
     weight, bias = rest
@@ -123,7 +123,7 @@ def test_gradient_of_one_of_two_outputs(only):
     results = run(ours, inputs, grads)
     exact = run(theirs, double(inputs), double(zeros))
     for a, b in zip(results, exact, strict=False):
-        a = torch.zeros_like(b) if a is None else a  # through the sum alone nothing reaches weight and bias
+        a = torch.zeros_like(b) if a is None else a  # the sum gives weight and bias no gradient
         assert_same(a, b, 40)
 
 

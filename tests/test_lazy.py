@@ -1,4 +1,4 @@
-"""Public names are imported on first use, and the command line answers without PyTorch."""
+"""Public names are imported on first use; help and argument errors of the command line do not import PyTorch."""
 
 import ast
 import importlib
@@ -14,7 +14,7 @@ from vit_triton.cli.commands import COMMANDS
 
 HEAVY = ("torch", "triton", "numpy", "PIL", "rich", "matplotlib", "sklearn")
 
-# run a command line, and print what it imported that takes time
+# runs a command line, then prints the slow imports that it made
 COMMAND = f"""
 import sys
 from vit_triton.cli import main
@@ -63,14 +63,14 @@ def test_help_and_wrong_arguments_import_nothing_heavy(words, code, text):
 
 
 def declared(package) -> dict[str, object]:
-    """What mypy and the API reference take each name for."""
+    """The object that mypy and the API reference assign to each name."""
     tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     names = {}
     for statement in block.body:
         for alias in statement.names:
             module = statement.module
-            if module == package.__name__:  # the name is that of a submodule
+            if module == package.__name__:  # the name is a submodule
                 names[alias.name] = importlib.import_module(f"{module}.{alias.name}")
             else:
                 names[alias.name] = getattr(importlib.import_module(module), alias.name)

@@ -1,4 +1,4 @@
-"""linear (norm, product, bias, dropout, residual) against the float64 reference: output and every gradient."""
+"""linear (norm, GEMM, bias, dropout, residual) against the float64 reference: output and every gradient."""
 
 import pytest
 import timm
@@ -16,7 +16,7 @@ EPS = 1e-5
 
 
 def absolute_norm(x, weight, bias):
-    """(normed, its size from absolute values, 1 / std, xhat) of a float64 layer norm, without a norm (x, |x|)."""
+    """(normed, its size with absolute values in every sum, 1 / std, xhat, the size of xhat) of a float64 layer norm."""
     rstd = (x.var(-1, unbiased=False, keepdim=True) + EPS).rsqrt()
     xhat = (x - x.mean(-1, keepdim=True)) * rstd
     spread = (x.abs() + x.abs().mean(-1, keepdim=True)) * rstd
@@ -26,7 +26,7 @@ def absolute_norm(x, weight, bias):
 
 
 def absolute_norm_backward(dnormed, x, weight, bias):
-    """Sizes of (dx, dweight, dbias), given that of the gradient of the norm's output."""
+    """Sizes of dx and [dweight, dbias], given the size of the gradient for the norm's output."""
     _, _, rstd, xhat, spread = absolute_norm(x, weight, bias)
     g = dnormed if weight is None else dnormed * weight.abs()
     dx = rstd * (g + g.mean(-1, keepdim=True) + xhat.abs() * (g * xhat.abs()).mean(-1, keepdim=True))
@@ -35,8 +35,8 @@ def absolute_norm_backward(dnormed, x, weight, bias):
 
 
 def absolute(inputs, dy, *, norm, keep=1.0):
-    """What ``run`` returns for (x, weight, bias, residual, norm weight, norm bias, and LayerScale if there is one),
-    absolute values in every sum; ``keep`` is what dropout and drop path multiply by."""
+    """The results of ``run`` for (x, weight, bias, residual, norm weight, norm bias, LayerScale if given), with
+    absolute values in every sum; ``keep`` is the factor of dropout and stochastic depth."""
     x, weight, bias, residual, norm_weight, norm_bias, *layer_scale = double(inputs)
     shape, x, dy = x.shape, x.flatten(0, -2), dy.double().abs().flatten(0, -2)
     size = absolute_norm(x, norm_weight, norm_bias)[1] if norm else x.abs()
@@ -154,7 +154,7 @@ def test_the_residual_may_be_x_itself(dtype, norm):
 
 
 def dropped(rows, cols, p, seed):
-    """The mask of a call, 0 or 1 / (1 - p): what a bias of ones becomes."""
+    """The dropout mask of a call, 0 or 1 / (1 - p): the output for x = 0 and a bias of ones."""
     torch.manual_seed(seed)
     x, weight = torch.zeros(rows, 16), torch.zeros(cols, 16)
     return F.linear(x, weight, torch.ones(cols), dropout_p=p, backend="triton")
@@ -197,11 +197,11 @@ def test_dropout_follows_the_seed_of_torch():
     assert torch.equal(before, torch.get_rng_state())
 
 
-# --- LayerScale and drop path ------------------------------------------------------------------------------
+# --- LayerScale and stochastic depth -----------------------------------------------------------------------
 
 
 def check_branch(inputs, dy, *, norm, drop_path_p):
-    """PyTorch, ours and the float64 formula draw the same samples from one seed."""
+    """One seed makes ours, PyTorch and the float64 reference draw the same samples."""
     options, kept = {"drop_path_p": drop_path_p}, 1.0
     if drop_path_p:
         torch.manual_seed(5)
@@ -288,7 +288,7 @@ def test_no_sample_and_no_draw():
     assert F.linear(x, torch.randn(16, 16), residual=x, drop_path_p=0.5, backend="triton").shape == (0, 5, 16)
     before = torch.get_rng_state()
     F.linear(torch.randn(16), torch.randn(16, 16), residual=torch.randn(16), drop_path_p=0.0, backend="triton")
-    assert not torch.equal(before, torch.get_rng_state())  # randn's own
+    assert not torch.equal(before, torch.get_rng_state())  # randn draws
     before = torch.get_rng_state()
     F.linear(x, torch.zeros(16, 16), residual=x, drop_path_p=0.0, backend="triton")
     assert torch.equal(before, torch.get_rng_state())

@@ -1,4 +1,4 @@
-"""What is counted of memory and kernels, and that the operators allocate nothing for nobody."""
+"""Counts of memory and kernels; the operators allocate only results, saved tensors and named scratch."""
 
 import contextlib
 import json
@@ -29,10 +29,10 @@ def test_two_counts_are_the_same():
 
 
 def test_what_our_block_saves():
-    """Everything but the block's input, which others save too."""
+    """The count excludes the block's input, which every library saves."""
     batch, tokens, width = 2, 17, 64
     rows, two, four = batch * tokens, 2, 4  # bytes of bfloat16 and float32
-    statistics = 2 * rows * four  # of each norm
+    statistics = 2 * rows * four  # per norm
     qkv, attended, lse = 3 * rows * width * two, rows * width * two, batch * SMALL.heads * tokens * four
     middle, pre_activation = rows * width * two, rows * SMALL.hidden * two  # between attention and MLP
     expected = 2 * statistics + qkv + attended + lse + middle + pre_activation
@@ -43,8 +43,8 @@ def test_what_an_eager_block_saves():
     batch, tokens, width, heads = 2, 17, 64, 2
     rows, scores = batch * tokens * width, batch * heads * tokens**2
     statistics = 2 * 2 * batch * tokens
-    # both norms' results; q, k, v (q k^T reads copies of q and k, and P v one of v); probabilities; heads side by
-    # side; the sum after attention; the hidden layer before and after its activation
+    # both norms' results; q, k, v (q k^T reads copies of q and k, and P v a copy of v); probabilities; concatenated
+    # heads; the sum after attention; the hidden layer before and after its activation
     floats = 2 * rows + 3 * rows + scores + rows + rows + 2 * 4 * rows + statistics
     counted = memory.count("vit_pytorch", SMALL, batch, tokens, torch.float32).saved
     assert floats * 4 <= counted <= (floats + scores) * 4
@@ -65,7 +65,7 @@ def test_a_ledger_follows_storages():
 
 
 def made(call, saved=()):
-    """Shapes of what a call allocates that is neither returned nor ``saved``."""
+    """Shapes of the scratch of a call: allocations other than its results and ``saved``."""
     with memory.counting(ours=True) as ledger:
         with memory.saving(list(saved)) if saved else contextlib.nullcontext({}) as kept:
             results = call()
@@ -80,7 +80,7 @@ NORM, HIDDEN_LAYER = (ROWS, WIDTH), (ROWS, HIDDEN)
 SCRATCH = {
     "linear, norm": [NORM],
     "mlp": [NORM, HIDDEN_LAYER],
-    # the statistics of the patches and the product, which the next kernels read
+    # statistics of the patches and the GEMM result, inputs of the next kernels
     "patch_embed": [(PATCHES,), (PATCHES,), (PATCHES, WIDTH)],
     "encoder, 1 block": [(ROWS, 3 * WIDTH), (1, ROWS, 2, WIDTH // 2), NORM, NORM, NORM, HIDDEN_LAYER],
 }
@@ -104,7 +104,7 @@ def test_training_allocates_what_is_returned_or_saved_and_named_scratch(name):
 
 
 def strip(scratch, name):
-    """Less the rearranged parameters of a patch embedding, which are made where the image is no patch_order's."""
+    """Drop a patch embedding's rearranged parameters, allocated if the image's layout differs from patch_order."""
     rearranged = (PIXELS, WIDTH * PIXELS) if name == "patch_embed" else ()
     return [shape for shape in scratch if math.prod(shape) not in rearranged]
 

@@ -1,5 +1,4 @@
-"""mlp (norm, product, activation, dropout, product, dropout, residual) against float64: output, every gradient, what
-is kept."""
+"""mlp (norm, GEMM, activation, dropout, GEMM, dropout, residual) against float64: output, gradients, saved tensors."""
 
 import pytest
 import timm
@@ -26,7 +25,7 @@ def derivatives(z, activation):
 
 
 def absolute(inputs, dy, activation, *, norm, hidden_keep=1.0, keep=1.0):
-    """What ``run`` returns for (x, w1, b1, w2, b2, residual, norm weight, norm bias, and LayerScale if there is one),
+    """The results of ``run`` for (x, w1, b1, w2, b2, residual, norm weight, norm bias, LayerScale if given), with
     absolute values in every sum.
 
     An error in the pre-activation z passes through the activation f as |f'(z)| dz, into f' itself as |f''(z)| dz.
@@ -147,7 +146,7 @@ def test_the_residual_may_be_x_itself(norm):
 
 
 def hidden_mask(rows, n, p, seed, activation="gelu"):
-    """The hidden mask of a call, 0 or 1 / (1 - p): hidden values of act(20) = 20, handed on as they are."""
+    """The hidden dropout mask of a call, 0 or 1 / (1 - p): constant hidden values, act(20) = 20, and w2 = I."""
     torch.manual_seed(seed)
     wide = 2 * n if activation == "swiglu" else n
     x, w1, b1 = torch.zeros(rows, 16), torch.zeros(wide, 16), torch.full((wide,), 20.0)
@@ -156,7 +155,7 @@ def hidden_mask(rows, n, p, seed, activation="gelu"):
 
 
 def output_mask(rows, n, out, p, hidden_p, seed):
-    """The output mask of the same call: with w2 = 0, a bias of ones."""
+    """The output dropout mask of the same call: the output for w2 = 0 and a bias of ones."""
     torch.manual_seed(seed)
     x, w1, w2 = torch.zeros(rows, 16), torch.zeros(n, 16), torch.zeros(out, n)
     return F.mlp(x, w1, None, w2, torch.ones(out), hidden_dropout_p=hidden_p, dropout_p=p, backend="triton")
@@ -246,9 +245,9 @@ def test_dropout_follows_the_seed_of_torch():
 def test_extreme_and_missing_values(activation, dtype):
     z = torch.tensor([1e4, -1e4, 90.0, -90.0, 0.0, -0.0, float("nan"), float("inf")]).to(dtype)[:, None]
     one = torch.ones(1, 1).to(dtype)
-    if activation == "swiglu":  # of gates beside ones
+    if activation == "swiglu":  # the gates are z, the values 1
         w1, b1 = torch.tensor([[1.0], [0.0]]).to(dtype), torch.tensor([0.0, 1.0]).to(dtype)
-        z = z[:-1]  # inf * 0 is no one
+        z = z[:-1]  # inf * 0 + 1 is NaN
         ours, exact = z.clone().requires_grad_(), z.double().requires_grad_()
         y = F.mlp(ours, w1, b1, one, None, activation=activation, backend="triton")
         expected = reference.mlp(exact, w1.double(), b1.double(), one.double(), None, activation=activation)
@@ -257,7 +256,7 @@ def test_extreme_and_missing_values(activation, dtype):
             each.backward(torch.ones_like(each))
         torch.testing.assert_close(ours.grad, exact.grad.to(dtype), equal_nan=True)
         return
-    # in float64: PyTorch's own vectorised float32 GELU of inf is NaN
+    # in float64: PyTorch's vectorised float32 GELU of inf is NaN
     ours, exact = z.clone().requires_grad_(), z.double().requires_grad_()
     y = F.mlp(ours, one, None, one, None, activation=activation, backend="triton")
     expected = reference.activate(exact, activation)
@@ -271,7 +270,7 @@ def test_extreme_and_missing_values(activation, dtype):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_activation_is_recomputed_bit_for_bit(activation):
     x, w1 = torch.randn(40, 24).bfloat16(), torch.randn(80 if activation == "swiglu" else 40, 24).bfloat16()
-    one = torch.eye(40).bfloat16()  # as w2 it makes the activation the output, as dy the gradient of w2
+    one = torch.eye(40).bfloat16()  # with w2 = I the output is the activation; with dy = I so is dw2
 
     def mlp(x, w1, w2):
         return F.mlp(x, w1, None, w2, None, activation=activation, backend="triton")
@@ -349,7 +348,7 @@ def test_saved_is_the_pre_activation_alone(dropout, activation):
             call(F.mlp, **options)(*inputs)
     made = [tuple(x.shape) for x in saved if x.numel() > 1 and not any(x is y for y in inputs)]
     rows = [s for s in made if s[0] == 7]
-    assert sorted(rows) == [(7,), (7,), (7, 96)]  # mean, 1 / std, pre-activation, beside x itself
+    assert sorted(rows) == [(7,), (7,), (7, 96)]  # mean, 1 / std, pre-activation; x is an input
 
 
 def test_offsets_past_32_bits(virtual_memory):

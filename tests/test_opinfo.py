@@ -1,4 +1,4 @@
-"""The samples with which PyTorch tests its own operators, on the kernels."""
+"""The kernels on the samples of PyTorch's own operator tests."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from precision import DTYPES
 
 from vit_triton import functional as F
 
-# in a process of its own: the import changes settings of PyTorch for the whole process
+# in a separate process: the import changes global settings of PyTorch
 WRITE = """
 import sys, torch
 from torch.testing._internal.common_methods_invocations import op_db
@@ -26,7 +26,7 @@ torch.save(plain, sys.argv[1])
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    """For each operator its (input, args, kwargs)."""
+    """Lists of (input, args, kwargs), by operator."""
     path = tmp_path_factory.mktemp("opinfo") / "samples.pt"
     subprocess.run([sys.executable, "-c", WRITE, str(path)], check=True, capture_output=True)
     return torch.load(path)
@@ -37,7 +37,7 @@ def test_linear_samples(samples, dtype):
     for x, (weight, *rest), _ in samples["linear"]:
         bias = rest[0] if rest else None
         if weight.ndim != 2 or 0 in weight.shape or x.ndim < 2:
-            continue  # no nn.Linear has such a weight; check() has inputs of rows
+            continue  # an nn.Linear has a non-empty 2D weight; check() requires rows
         inputs = [None if part is None else part.to(dtype) for part in (x, weight, bias)]
         dy = torch.randn(*x.shape[:-1], weight.shape[0]).to(dtype)
         test_linear.check([*inputs, None, None, None], dy, norm=False)
@@ -45,7 +45,7 @@ def test_linear_samples(samples, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_norm_samples(samples, dtype):
-    """A norm over several dimensions is one over the last of a flattened input."""
+    """Inputs that are normalized over several dimensions are flattened to one."""
     for x, (shape, *affine), options in samples["layer_norm"]:
         eps = options.get("eps", 1e-5)
         inputs = [x.flatten(x.ndim - len(shape))]
@@ -67,10 +67,10 @@ def test_attention_samples(samples, dtype):
         tensors = first[0], *first[1]
         plain = not any(isinstance(x, torch.Tensor) or x for x in (*tensors[3:], *options.values()))
         if not plain or tensors[1].shape != tensors[2].shape or any(x.ndim not in (3, 4) for x in tensors):
-            continue  # masks, dropout, which draws other numbers, and values that are wider than keys
+            continue  # masks, dropout (other random numbers), values wider than keys
         q, k, v = ((x if x.ndim == 4 else x[None]).transpose(1, 2).to(dtype) for x in tensors)
         if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
-            continue  # broadcast, or groups of heads
+            continue  # broadcast or grouped heads
         test_attention.check(q, k, v, torch.randn_like(q), torch.randn(q.shape[0], q.shape[2], q.shape[1]))
         tried += 1
     assert tried

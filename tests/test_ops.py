@@ -1,6 +1,6 @@
-"""The ops among PyTorch's own machinery: opcheck, torch.compile, autocast, checkpointing, other kinds of derivative.
+"""The ops under opcheck, torch.compile, autocast, checkpointing, double backward and forward-mode derivatives.
 
-A whole model: test_compile.py.
+Whole models: test_compile.py.
 """
 
 import warnings
@@ -16,7 +16,7 @@ from vit_triton import ops, reference
 
 
 def sample(name, dtype=torch.float32):
-    """Tensors of a public function, all of which require gradients, and the function of them."""
+    """Tensors that require gradients, and a callable that passes them to a public function."""
 
     def rand(*shape):
         return torch.randn(shape).to(dtype).requires_grad_()
@@ -27,7 +27,7 @@ def sample(name, dtype=torch.float32):
         return [rand(2, 5, 3, 2, 16)], lambda f, t, **o: f(*t, **o)
     if name == "normed attention":
         tensors = [rand(2, 5, 2, 16), rand(2, 7, 2, 16), rand(2, 7, 2, 16), *(rand(16) for _ in range(3))]
-        # no bias of the keys: softmax does not depend on it, and its gradient is rounding alone
+        # k_norm has no bias: softmax is invariant to it, and its gradient is rounding error only
         return tensors, lambda f, t, **o: f(*t[:3], q_norm=(*t[3:5], 1e-5), k_norm=(t[5], None, 1e-5), **o)
     if name == "normed packed":
         tensors = [rand(2, 5, 3, 2, 16), rand(16), rand(16)]
@@ -57,7 +57,7 @@ FUNCTIONS += ("add_layer_norm", "patch_embed")
 
 
 def random(name):
-    """Options with which a function draws random numbers."""
+    """Options that make a function draw random numbers."""
     if name in ("linear", "mlp"):
         return [{"dropout_p": 0.5}, {"dropout_p": 0.5, "drop_path_p": 0.5}]
     return [{"dropout_p": 0.5}] if "attention" in name or "packed" in name else []
@@ -80,7 +80,7 @@ def gradients(output, tensors):
 
 
 class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-    """Remembers the arguments with which every op of the library was called."""
+    """Records the arguments of every call to an op of the library."""
 
     def __init__(self):
         super().__init__()
@@ -119,7 +119,7 @@ def test_opcheck_of_every_op():
 
 
 class Storages(torch.utils._python_dispatch.TorchDispatchMode):
-    """Fails where a result of an operator of the library shares a storage with another one or with an argument."""
+    """Fails if a result of an op of the library shares its storage with another result or an argument."""
 
     def __init__(self):
         super().__init__()
@@ -228,7 +228,7 @@ def test_the_reference_differentiates_twice(name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_double_backward_raises(name):
     tensors, call = sample(name)
-    for power in (2, 1):  # the gradient that comes in depends on the tensors, or does not
+    for power in (2, 1):  # the incoming gradient depends on the tensors, or is constant
         output = first(call(public(name), tensors, backend="triton"))
         (grad,) = torch.autograd.grad(output.pow(power).sum(), tensors[:1], create_graph=True)
         with pytest.raises(RuntimeError, match='no second derivative.* backend="torch"'):
@@ -236,7 +236,7 @@ def test_double_backward_raises(name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # PyTorch's own, on first use
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # raised by PyTorch itself
 def test_forward_mode_raises(name):
     tensors, call = sample(name)
     with pytest.raises((RuntimeError, NotImplementedError), match="forward|jvp|functorch|setup_context"):

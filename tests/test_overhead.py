@@ -1,4 +1,4 @@
-"""The time of Python between a call and its launches: that it is measured of the calls and launches it says."""
+"""The Python time between a call and its launches: the measured calls and launches are the reported ones."""
 
 import json
 import sys
@@ -20,29 +20,29 @@ def test_every_public_function_is_measured():
 
 
 def test_launches_are_those_that_are_counted():
-    """Seen at the launch and by `memory`, which stubs it one step earlier."""
+    """The launcher and `memory`, which stubs launches one step earlier, count alike."""
     shape = overhead.Shape(tokens=5, width=64, heads=2, patch=4)
     for name, mode, call in overhead.calls(shape, torch.bfloat16):
         if name != "layer_norm":
             continue
         with torch.set_grad_enabled(mode == "training"):
             with gpu_path.taken():
-                launches = overhead.launches_of(call)  # and the gradient is made
+                launches = overhead.launches_of(call)  # the first training call also creates dy
             with memory.counting(ours=True) as ledger:
                 call()
         assert len(launches) == ledger.kernels and launches[0][0].__name__ == "layer_norm_fwd_kernel"
 
 
 def test_triton_and_the_library_start_the_same_kernels(monkeypatch):
-    """With the same arguments, and as often: the launcher is reached by both."""
+    """Both reach the launcher equally often, with the same arguments."""
     started = []
     monkeypatch.setattr(gpu_path._Launcher, "__call__", lambda self, *args: started.append(args))
     x, weight = torch.zeros(3, 64), torch.ones(64)
     with gpu_path.taken():
         call = lambda: overhead.F.layer_norm(x, weight, weight, backend="triton")  # noqa: E731
         result = overhead.measure("layer_norm", "inference", call, rounds=2)
-    assert result.launches == 1 and len(started) == 1 + 2 * (3 + 2)  # seen once; warmed up, then measured, in turn
-    kernels = {args[4] for args in started}  # behind the grid and the stream
+    assert result.launches == 1 and len(started) == 1 + 2 * (3 + 2)  # one recorded call; 3 warm-ups and 2 rounds each
+    kernels = {args[4] for args in started}  # args[:4] are the grid and the stream
     assert len(kernels) == 1
     addresses = [[x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args] for args in started]
     assert all(x.data_ptr() in each and weight.data_ptr() in each for each in addresses)

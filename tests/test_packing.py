@@ -1,4 +1,4 @@
-"""Weights of a model in inference: every way to change them shows in the next call, and prepacked ones are frozen."""
+"""Weights in inference: the next call uses a changed weight, whatever changed it; prepacked weights are frozen."""
 
 import copy
 import gc
@@ -39,14 +39,14 @@ def nothing_frozen():
 
 @pytest.fixture
 def packed(monkeypatch):
-    """The shapes of all weights that were packed, in order."""
+    """The shapes of all packed weights, in order."""
     shapes = []
     pack = linear.pack_weight
     monkeypatch.setattr(linear, "pack_weight", lambda w, *layout: shapes.append(tuple(w.shape)) or pack(w, *layout))
     return shapes
 
 
-# --- the product -------------------------------------------------------------------------------------------
+# --- the GEMM ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.compiled
@@ -66,7 +66,7 @@ def test_the_product_is_the_same_bit_for_bit(m, n, k, dtype, word):
             save_pre=True,
             panels=panels,
         )
-    if INTERPRETER or EMULATOR:  # they add in the order of the tile
+    if INTERPRETER or EMULATOR:  # their order of summation depends on the tile
         assert_same(y, expected, k)
     else:
         assert torch.equal(y, expected) and torch.equal(pre, packed_pre)
@@ -77,16 +77,16 @@ def test_panels_hold_the_weight():
     panels = linear.pack_weight(weight, 32, 2)
     assert panels.shape == (2, 17, 32, 2) and panels.is_contiguous()
     assert panels[1, 3, 5, 1] == weight[32 + 5, 2 * 3 + 1]
-    assert panels.sum() == weight.sum()  # and zeros
+    assert panels.sum() == weight.sum()  # the padding is zero
 
 
 @compiled_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_panels_are_read_where_they_lie(dtype):
-    """The compiled product has no room to pack them into."""
+    """Packed weights make the kernel's scratch memory smaller: it reads panels in place."""
     layout = vit_triton.cpu.driver.dot_panel(dtype)
     if layout is None:
-        return  # a CPU that widens bfloat16
+        return  # this CPU widens bfloat16
     x, weight = torch.randn(16, 256).to(dtype), torch.randn(32, 256).to(dtype)
     memory = []
     for panels in (None, linear.pack_weight(weight, *layout)):
@@ -133,7 +133,7 @@ class HuggingFace(nn.Module):
         return self.model(images).last_hidden_state
 
 
-WEIGHTS = {  # of each model: the weights of attention and MLP, and of the patch embedding
+WEIGHTS = {  # by model: layers of attention and MLP, and the patch embedding
     our_vit: ("layers.0.0.to_qkv", "layers.1.1.net.4", "to_patch_embedding.2"),
     timm_vit: ("blocks.0.attn.qkv", "blocks.1.mlp.fc2", "patch_embed.proj"),
     torchvision_vit: ("layers.encoder_layer_1.mlp.0", "conv_proj"),
@@ -145,7 +145,7 @@ def built(make):
     torch.manual_seed(0)
     model = make().eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # no parameter is zero or one
+        for parameter in model.parameters():  # moves parameters away from 0 and 1
             parameter.add_(0.1 * torch.randn_like(parameter))
     if make is not our_vit:
         vit_triton.accelerate(model, backend="triton")
@@ -153,14 +153,14 @@ def built(make):
 
 
 def weights_of(model, make):
-    """(module, its weight) of the layers under test."""
+    """The modules whose weights are under test."""
     found = [m for name, m in model.named_modules() if name.endswith(WEIGHTS[make])]
     assert len(found) >= len(WEIGHTS[make])
     return found
 
 
 def silently(edit):
-    """Of every weight, through a tensor whose edits have no effect on the weight's version counter."""
+    """Edit every weight through ``.data``, which leaves the version counter unchanged."""
     return lambda modules: [edit(module.weight.data) for module in modules]
 
 
@@ -311,7 +311,7 @@ def test_a_change_shows_in_the_next_call(change, make):
 @pytest.mark.parametrize("change", ["data, rows", "in place, rows", "load_state_dict", "numpy"])
 @pytest.mark.parametrize("make", WEIGHTS)
 def test_a_change_of_inference_tensors_shows_in_the_next_call(change, make):
-    """They have no version counter."""
+    """Inference tensors lack a version counter."""
     x = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         model = built(make)
@@ -367,7 +367,7 @@ def test_each_weight_is_packed_once(make, dtype, packed):
         for _ in range(3):
             model(x)
     products = 8 + (make is our_vit)  # its head runs on the kernels too
-    # float16, and bfloat16 on some CPUs, is widened while the product packs it
+    # float16, and bfloat16 on some CPUs, is widened while the GEMM packs it
     assert len(packed) == (products if vit_triton.cpu.driver.dot_panel(dtype) is not None else 0)
 
 
@@ -462,7 +462,7 @@ def test_an_edit_that_nothing_shows_is_seen_when_the_model_is_prepacked_again():
     with torch.no_grad():
         before = model(x)
         model.transformer.layers[0][0].to_qkv.weight.data[:9] = 0
-        assert torch.equal(model(x), before)  # as the docstring says
+        assert torch.equal(model(x), before)  # as prepack's docstring says
         expected = copy.deepcopy(model)(x)
         assert not torch.equal(expected, before)
         assert torch.equal(vit_triton.prepack(model)(x), expected)
@@ -587,7 +587,7 @@ def test_gradients_flow_through_a_prepacked_model():
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
     vit_triton.prepack(model)
     with torch.inference_mode():
-        model(x)  # makes the copies
+        model(x)  # creates the packed copies
     (grad,) = torch.autograd.grad(model(x).square().sum(), x)
     assert torch.equal(grad, expected)
 
@@ -606,12 +606,12 @@ SILENT = ("data, rows", "data, one value", "data.copy_", "numpy", "storage", "fu
     )
 )
 def test_fuzz_edits_and_prepacking(steps):
-    """A call gives the numbers of the parameters as they are, or as they were when the model was frozen, or raises."""
+    """A call uses the current parameters, or the frozen ones of a prepacked model, or raises."""
     model, x = FeedForward(32, 40, backend="triton").eval(), torch.randn(3, 5, 32)
     frozen_model, changed = None, False
     for step in steps:
         if step == "prepack":
-            vit_triton.prepack(model)(x)  # lays the weights out
+            vit_triton.prepack(model)(x)  # the first call packs the weights
             frozen_model, changed = copy.deepcopy(model), False
         elif step == "unpack":
             vit_triton.unpack(model)

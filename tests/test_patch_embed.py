@@ -25,7 +25,7 @@ def embed(function, image, weight, bias, pos, prefix, pre_weight, pre_bias, post
 
 
 def absolute_norm(x, weight, bias, gradient_of_y):
-    """Values and gradients of layer_norm where every sum is of absolute values; x is given as it is."""
+    """Values and gradients of layer_norm of a signed x, with absolute values in every sum."""
     mean, rstd = x.mean(-1, keepdim=True), (x.var(-1, unbiased=False, keepdim=True) + 1e-5).rsqrt()
     normal = (x - mean).abs() * rstd
     spread = (x.abs() + mean.abs()) * rstd
@@ -37,7 +37,7 @@ def absolute_norm(x, weight, bias, gradient_of_y):
 
 
 def absolute(inputs, dtokens, *, pre, post, patch_size, patch_order, mean=None, std=None):
-    """The list ``run`` returns, by the formulas of the op with absolute values in every sum."""
+    """The results of ``run``, from the op's formulas with absolute values in every sum."""
     image, weight, bias, pos, prefix, pre_weight, pre_bias, post_weight, post_bias = double(inputs)
     differentiable = image.is_floating_point() and inputs[0].is_floating_point()
     if mean is not None:
@@ -66,7 +66,7 @@ def absolute(inputs, dtokens, *, pre, post, patch_size, patch_order, mean=None, 
     dpatches, dpre = dz @ weight.abs(), ()
     if pre:
         _, dpatches, *dpre = absolute_norm(patches, pre_weight, pre_bias, dpatches)
-    grads = [dpatches] if differentiable else []  # a permutation of the image's: the norm is the same
+    grads = [dpatches] if differentiable else []  # permutes the image's gradient: its norm is equal
     grads += [dweight]
     grads += [g for g, x in ((dbias, bias), (dpos, pos), (dprefix, prefix)) if x is not None]
     return [tokens, *grads, *dpre, *dpost]
@@ -176,7 +176,7 @@ def test_several_tiles(small_tiles, layout, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_patch_as_wide_as_a_vector(dtype):
-    # within a vector of 16 such a patch lies in one piece, but not from row to row
+    # a vector of 16 is one contiguous row of the patch; the rows are apart in memory
     inputs = make_inputs(1, 1, (1, 2), (16, 16), 16, dtype)
     check(inputs, patch_size=(16, 16), patch_order="p1 p2 c", pre=False, post=False)
 

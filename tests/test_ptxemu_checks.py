@@ -122,7 +122,7 @@ def test_device_assert():
             K.asserting[(1,)](x, 64, BLOCK=64, debug=True)
 
 
-# --- broken code must be noticed ------------------------------------------------------------
+# --- defects in the PTX are detected --------------------------------------------------------
 def _gemm_args():
     a, b, c = torch.randn(64, 64).half(), torch.randn(64, 64).half(), torch.empty(64, 64)
     return a, b, c, (a, b, c, ("i32", 64), ("i32", 64), ("i32", 64), ("i32", 64), ("i32", 64))
@@ -152,7 +152,7 @@ def test_missing_wait_group_is_noticed():
 def test_missing_barrier_is_noticed():
     ptx, sh = _gemm_ptx(3)
     bad = re.sub(r"bar\.sync\s+0;", "", ptx)
-    assert _run_gemm(bad, sh) < 1e-6  # lockstep hides it
+    assert _run_gemm(bad, sh) < 1e-6  # lockstep hides the defect
     assert not _run_gemm(bad, sh, schedule="warps") < 1e-3
 
 
@@ -190,8 +190,8 @@ $A:
  bar.sync 0;
  ret;
 }"""
-    # the first warp's second barrier pairs with the other warp's first: the other one then waits alone, and
-    # completes because the first warp has exited
+    # the first warp's only barrier pairs with the second warp's first; the second warp then waits alone, and
+    # continues because the first warp has exited
     ptxemu.run_ptx(ptx, (1,), 64, [])
     with pytest.raises(ptxemu.DeadlockError):
         ptxemu.run_ptx(ptx.replace("bar.sync 0;\n$A", "bar.sync 1;\n$A"), (1,), 64, [])
@@ -385,7 +385,7 @@ def test_pipelined_load_without_other_is_poison():
         assert_same(c, ref, 80)
         K.piped_no_other[(1,)](a, b, c, 80, BM=32, BK=32, OTHER=False, num_stages=3)
         assert torch.isnan(c).all()
-        K.piped_no_other[(1,)](a, b, c, 96, BM=32, BK=32, OTHER=False, num_stages=3)  # nothing masked off
+        K.piped_no_other[(1,)](a, b, c, 96, BM=32, BK=32, OTHER=False, num_stages=3)  # the mask is true everywhere
         assert_same(c, a[:, :96].double() @ b[:96].double(), 96)
     with ptxemu.emulate(poison_masked=False):
         K.piped_no_other[(1,)](a, b, c, 80, BM=32, BK=32, OTHER=False, num_stages=3)

@@ -20,8 +20,7 @@ rng = np.random.default_rng(0)
 
 
 def run(body, ins, out_bytes=4, n=256, regs=""):
-    """Each thread loads a word of every input into %a0.. (%d0.. for 8 bytes, %s0.. for 2) and leaves its result in %x
-    (%xd, %h)."""
+    """Each thread loads a word of every input into %a0.. (8 bytes: %d0.., 2 bytes: %s0..) and stores %x (%xd, %h)."""
     loads, args = [], []
     for i, a in enumerate(ins):
         a = np.ascontiguousarray(a)
@@ -282,7 +281,7 @@ def test_float_ops():
 
 
 def _frac_round(x, mode):
-    """x: Fraction-like exact rational -> f32 under a rounding mode, by brute force on neighbours."""
+    """Round x, an exact rational, to float32 in a rounding mode: compare it with neighbouring floats."""
     from fractions import Fraction
 
     y = np.float32(float(x))
@@ -395,7 +394,7 @@ ROUNDED = {"rzi": math.trunc, "rni": round, "rmi": math.floor, "rpi": math.ceil}
 @pytest.mark.parametrize("mode", ROUNDED)
 @pytest.mark.parametrize("type_", ["s32", "u32", "s16", "u8", "s8"])
 def test_cvt_float_to_int(type_, mode):
-    """It saturates; NaN gives 0."""
+    """The conversion saturates and maps NaN to 0."""
     bits = int(type_[1:])
     low = -(1 << bits - 1) if type_[0] == "s" else 0
     high = low + (1 << bits) - 1
@@ -414,7 +413,7 @@ def test_cvt_float_to_int(type_, mode):
 
 @pytest.mark.filterwarnings("ignore")
 def test_cvt_int():
-    got = run("cvt.rzi.s64.f32 %xd, %a0;", [FA], 8)  # NaN gives the top bit when a side is 64 bits wide
+    got = run("cvt.rzi.s64.f32 %xd, %a0;", [FA], 8)  # conversions from or to 64 bits map NaN to the top bit
     for g, x in zip(got.view(np.int64), FA, strict=True):
         x = float(x)
         e = -(2**63) if x != x else (2**63 - 1 if x >= 2.0**63 else (-(2**63) if x <= -(2.0**63) else math.trunc(x)))

@@ -1,4 +1,4 @@
-"""The PTX emulator: whole Triton kernels against PyTorch, in every order that threads can run in."""
+"""The PTX emulator: whole Triton kernels against PyTorch, under different thread schedules."""
 
 import math
 
@@ -397,7 +397,7 @@ def test_gemm_of_eight_warps():
 
 
 def test_erf_before_bf16_dot():
-    """A branch whose body stands behind the block it rejoins must rejoin before a warp-collective instruction."""
+    """A branch whose body follows its join block reconverges before a warp-collective instruction."""
     M, N, Kd = 50, 40, 72
     a, b, out = (torch.randn(M, Kd) * 3).bfloat16(), torch.randn(N, Kd).bfloat16(), torch.full((M, N), float("nan"))
     for schedule in ("lockstep", "warps"):
