@@ -69,7 +69,7 @@ def test_a_step_that_fails_costs_no_other_and_a_second_run_goes_on(tmp_path):
     ):
         assert line in page
     assert "SIGSEGV" in page and "no result within" in page and "on purpose" in page
-    assert "can't allocate memory" in page and "## Not reached" in page
+    assert "can't allocate memory" in page and "## Steps without a result" in page
 
     done = command(*options, "--only", "linear, no rows", faults=True)  # existing results are kept and not repeated
     assert "faults:" not in done.stdout and done.returncode == 1
@@ -381,8 +381,9 @@ STEPS = {
     "numbers: linear, one row, bfloat16": {
         "status": "wrong",
         "line": "result 0: error 3.0e-01, PyTorch's 1.0e-03",
-        "errors": {"result 0": 0.3},
-        "pytorch": {"result 0": 0.001},
+        "errors": {"result 0": 0.3, "result 1": 0.001},
+        "pytorch": {"result 0": 0.001, "result 1": 0.01},
+        "worst": "result 0",
     },
     "numbers: CUDA graph": {"status": PASSED, "line": "captured"},
     "models: ViT-B/16, inference": {

@@ -74,6 +74,8 @@ def run(given: argparse.Namespace) -> None:
     start = time.time()
     context = Context(given.device, folder, given.device == "cpu", interpreting, start + 60 * given.minutes - RESERVED)
     chosen = _only(sections(context), given.only)
+    if context.tiny:
+        print("trial on a CPU: all sizes are tiny, and times say nothing about a GPU", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         given.out.mkdir(parents=True, exist_ok=True)

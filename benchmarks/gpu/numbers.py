@@ -280,14 +280,15 @@ def verdict(
     peers = dict(zip(exact, errors(list(plain().values()), list(exact.values())), strict=True))
     limit = {name: max(floor, 2 * peer) for name, peer in peers.items()}  # max ignores a peer's NaN
     wrong = {name: e for name, e in error.items() if not e <= limit[name]}
-    facts = {"errors": error, "pytorch": peers}
+    # NaN counts as the largest error
+    worst = max(error, key=lambda name: (error[name] != error[name], error[name] / limit[name]), default=None)
+    facts = {"errors": error, "pytorch": peers, "worst": worst}
     if wrong:
         messages = (f"{name}: error {e:.1e}, PyTorch's {peers[name]:.1e}" for name, e in wrong.items())
         raise Wrong("; ".join(messages), **facts)
     differs = [name for name, x in found.items() if not torch.equal(x, again[name])]
     if differs:
         raise Wrong(f"two equal calls differ in bits: {', '.join(differs)}", **facts)
-    worst = max(error, key=lambda name: error[name] / limit[name], default=None)
     if worst is None or not any(x.numel() for x in found.values()):
         return {"line": "no elements", **facts}
     return {"line": f"{worst}: error {error[worst]:.1e}, PyTorch's {peers[worst]:.1e}; bitwise reproducible", **facts}

@@ -58,7 +58,7 @@ def _head(results: Results, sections: Sequence[Section]) -> str:
 def _bad(steps: Steps) -> str:
     bad = {key: result for key, result in steps.items() if result["status"] in BAD}
     if not bad:
-        return "## What went wrong\n\nNothing."
+        return f"## What went wrong\n\nNothing in the {len(steps)} steps that have a result."
     parts = ["## What went wrong", _rows(("step", "what", ""), ((k, r["status"], r["line"]) for k, r in bad.items()))]
     for key, result in bad.items():
         lines = [line for line in result.get("detail", "").splitlines() if not line.startswith("== ")]
@@ -90,8 +90,9 @@ def _numbers(steps: Steps) -> str:
     others = [(key.removeprefix("numbers: "), result["status"], result["line"]) for key, result in found.items()]
     parts = [
         "## Numbers",
-        "Largest relative L2 error against float64, forward and backward; brackets: error of PyTorch's own operators. "
-        "Every call runs twice; passed includes bitwise equal results.",
+        "Relative L2 error against float64 of the result or gradient that is closest to its limit; in brackets that of "
+        "PyTorch's own operators. The limit is twice PyTorch's error, or 16 eps of the dtype if that is larger. Every "
+        "call runs twice; passed includes bitwise equal results.",
         _rows(("operator", *dtypes), rows) if rows else "",
         _rows(("check", "", ""), others) if others else "",
     ]
@@ -103,7 +104,8 @@ def _error(result: dict[str, Any] | None) -> str:
         return ""
     if not result.get("errors"):
         return result["status"]
-    return f"{result['status']} {max(result['errors'].values()):.1e} ({max(result['pytorch'].values()):.1e})"
+    worst = result["worst"]
+    return f"{result['status']} {result['errors'][worst]:.1e} ({result['pytorch'][worst]:.1e})"
 
 
 def _models(steps: Steps) -> str:
@@ -217,7 +219,7 @@ def _missing(results: Results, sections: Sequence[Section]) -> str:
     ]
     if not rows:
         return ""
-    return "## Not reached\n\nThe same command continues with these steps.\n\n" + _rows(
+    return "## Steps without a result\n\nThe same command, without `--only`, runs these steps.\n\n" + _rows(
         ("section", "steps", "names"), rows
     )
 
