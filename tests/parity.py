@@ -71,7 +71,7 @@ def assert_parity(theirs: nn.Module, ours: nn.Module, image: Tensor, **options) 
 
 def assert_accelerated(model: nn.Module, *inputs: Tensor, low: bool = False, seed: int | None = None):
     """Compare output and all gradients before and after ``accelerate`` by the precision rule, in float32 and, if
-    ``low``, in bfloat16. Every run uses the random seed ``seed``. Returns the report."""
+    ``low``, in bfloat16. ``seed`` is set before each run. Returns the report."""
     if low:  # parameters and inputs are exact in every dtype
         model, inputs = model.bfloat16().float(), tuple(x.bfloat16().float() for x in inputs)
     exact_out, exact = seeded(copy.deepcopy(model).double(), [x.double() for x in inputs], seed)

@@ -1,7 +1,7 @@
 """Backends "triton" and "torch" return the same results or raise the same errors, in every grad mode.
 
 The tests replace every argument of every function in turn by unusual, mostly invalid values; the fuzzer replaces
-several at a time. Exceptions: only "torch" supports float64, and results are compared by the precision rule.
+several at a time. Results are compared by the precision rule. Exception: only "torch" supports float64.
 """
 
 import collections

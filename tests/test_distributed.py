@@ -33,7 +33,7 @@ def data():
 
 
 def trained(model, batches, image):
-    """AdamW's losses, the logits of ``image`` after each step, and the gradients of the last step."""
+    """Train with AdamW; the loss of each step, the logits of ``image`` after it, and the last step's gradients."""
     parameters = list(model.parameters())  # FSDP's shards; after a forward, the model holds whole parameters
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     losses, logits = [], []
