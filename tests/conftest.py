@@ -1,9 +1,9 @@
-"""What executes the kernels in the tests.
+"""Select how the tests run the kernels.
 
-Code compiled for this CPU; with TRITON_INTERPRET=1 in the environment, or where the compiler for CPUs does not support
-this CPU or this Triton, Triton's interpreter; with VIT_TRITON_EMULATE=1 the code that Triton compiles for sm_80, in the
-emulator ``ptxemu``, with race and bounds checks. Triton decides while it is imported, so this comes before any other
-import.
+By default, kernels are compiled for this CPU. Triton's interpreter runs them if TRITON_INTERPRET=1 is set, or if the
+CPU compiler does not support this CPU or this Triton. With VIT_TRITON_EMULATE=1, the emulator ``ptxemu`` runs the code
+that Triton compiles for sm_80, with race and bounds checks. Triton reads the environment on import, so this module sets
+it before other imports.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ def compiles_for_this_cpu() -> bool:
 if not (INTERPRETER or EMULATOR or compiles_for_this_cpu()):
     os.environ["TRITON_INTERPRET"], INTERPRETER = "1", True
 
-# a folder of this process: what Inductor keeps on disk is not keyed by the schemas of operators, and outlives a change
+# one cache per process: Inductor's cache keys omit operator schemas, so entries would survive a schema change
 _inductor = tempfile.TemporaryDirectory(prefix="vit_triton_inductor_", ignore_cleanup_errors=True)
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor.name
 
@@ -39,14 +39,14 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-# the emulator's code is compiled first for every new head size or dtype, which takes seconds
+# under the emulator, every new head size or dtype costs a compilation of seconds
 EXAMPLES = {"interpreter": 10, "emulator": 6, "cpu": 40}
 VEHICLE = "interpreter" if INTERPRETER else "emulator" if EMULATOR else "cpu"
 hypothesis.settings.register_profile(
     VEHICLE, deadline=None, derandomize=True, max_examples=EXAMPLES[VEHICLE], database=None
 )
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=50 * EXAMPLES[VEHICLE], database=None)
-hypothesis.settings.load_profile(VEHICLE)  # --hypothesis-profile=thorough takes the larger one
+hypothesis.settings.load_profile(VEHICLE)  # --hypothesis-profile=thorough selects the larger profile
 
 torch.set_num_threads(1)  # the tests run one process per core
 
@@ -65,8 +65,7 @@ def kernels_run():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """``torch.empty`` gives NaN, and so does the scratch memory of compiled CPU code: an element that no kernel writes
-    is seen."""
+    """Fill ``torch.empty`` and the scratch memory of compiled CPU code with NaN, which exposes unwritten elements."""
     if VEHICLE == "cpu":
         from vit_triton.cpu import driver
 
@@ -86,7 +85,7 @@ def poisoned_memory(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def default_backend():
-    """The tests of a module leave no backend behind for those of others."""
+    """Fail if a test module leaves a default backend set."""
     from vit_triton import backend
 
     yield
@@ -99,7 +98,7 @@ def seeded():
 
 
 def forget_recordings():
-    """Of launches with other tiles."""
+    """Clear the recorded launches, which used other tiles."""
     if VEHICLE == "cpu":
         from vit_triton.kernels import replay
 
@@ -107,7 +106,7 @@ def forget_recordings():
 
 
 def launcher_modules():
-    """The modules of kernels and their launchers, which import pickers from the modules that define them."""
+    """The modules with kernels and launchers; they import pickers from the config modules."""
     from vit_triton.kernels import launch
 
     folder = Path(launch.__file__).parent
@@ -117,7 +116,7 @@ def launcher_modules():
 
 @pytest.fixture
 def small_tiles(monkeypatch, request):
-    """Many tiles in every direction: those the interpreter is given hold the inputs of most tests whole."""
+    """Several tiles in every direction; by default, one of the interpreter's tiles covers most tests' inputs."""
     from vit_triton.kernels.attention.config import AttentionConfig
     from vit_triton.kernels.linear.config import GemmConfig
 
@@ -144,7 +143,7 @@ def small_tiles(monkeypatch, request):
 
 @pytest.fixture
 def virtual_memory(poisoned_memory):
-    """For tensors that span gigabytes of addresses: neither poison nor watch them, which would touch every page."""
+    """For tensors that span gigabytes of addresses: disable poisoning and race checks, which touch every page."""
     torch.use_deterministic_algorithms(False)
     if not EMULATOR:
         yield

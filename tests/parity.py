@@ -1,4 +1,4 @@
-"""A model and vit_pytorch's, on the same weights and images: what the tests of the drop-ins share."""
+"""Shared helpers of the drop-in tests: compare a model with vit_pytorch's on equal weights and images."""
 
 import copy
 
@@ -18,7 +18,7 @@ BASE = {
     "mlp_dim": 40,
     "dim_head": 8,
 }
-TERMS = BASE["mlp_dim"]  # of the longest sum
+TERMS = BASE["mlp_dim"]  # length of the longest sum
 
 
 def sizes(config: dict) -> tuple[int, int, int]:
@@ -31,14 +31,14 @@ def images(config: dict, batch: int = 2) -> Tensor:
 
 
 def shake(model: nn.Module) -> None:
-    """LayerNorms start at weight 1 and bias 0, which would hide a swap."""
+    """Randomize all parameters; LayerNorms start at weight 1 and bias 0, which would hide swapped norms."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
 
 
 def pair(their_class: type, our_class: type, backend: str, **changes) -> tuple[nn.Module, nn.Module, dict]:
-    """Their model, ours with its parameters, and the configuration; in eval mode."""
+    """Their model, ours with the same parameters, and the configuration; both models in eval mode."""
     config = {**BASE, **changes}
     torch.manual_seed(0)
     theirs = their_class(**config)
@@ -49,7 +49,7 @@ def pair(their_class: type, our_class: type, backend: str, **changes) -> tuple[n
 
 
 def run(model: nn.Module, image: Tensor, **options) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """The output, and the gradients of image and parameters for a loss that weighs every output differently."""
+    """The output and the gradients of image and parameters; the loss weighs every output differently."""
     image = image.clone().requires_grad_()
     out = model(image, **options)
     out = torch.cat(out, dim=-1) if isinstance(out, tuple) else out
@@ -59,7 +59,7 @@ def run(model: nn.Module, image: Tensor, **options) -> tuple[Tensor, dict[str, T
 
 
 def assert_parity(theirs: nn.Module, ours: nn.Module, image: Tensor, **options) -> None:
-    """Outputs and every gradient, by the rule; ``options`` are tensors."""
+    """Compare outputs and all gradients by the precision rule; ``options`` are tensors."""
     exact_options = {name: value.double() for name, value in options.items()}
     exact_out, exact = run(copy.deepcopy(theirs).double(), image.double(), **exact_options)
     their_out, their_grads = run(theirs, image, **options)
@@ -70,9 +70,9 @@ def assert_parity(theirs: nn.Module, ours: nn.Module, image: Tensor, **options) 
 
 
 def assert_accelerated(model: nn.Module, *inputs: Tensor, low: bool = False, seed: int | None = None):
-    """Output and every gradient of an accelerated model, by the rule, against those of the model before, in float32
-    and, if ``low``, in bfloat16; ``seed``: of the random numbers that all draw alike. Returns the report."""
-    if low:  # the same numbers in every dtype
+    """Compare output and all gradients before and after ``accelerate`` by the precision rule, in float32 and, if
+    ``low``, in bfloat16. ``seed`` is set before each run. Returns the report."""
+    if low:  # parameters and inputs are exact in every dtype
         model, inputs = model.bfloat16().float(), tuple(x.bfloat16().float() for x in inputs)
     exact_out, exact = seeded(copy.deepcopy(model).double(), [x.double() for x in inputs], seed)
     for dtype in (torch.float32, torch.bfloat16) if low else (torch.float32,):

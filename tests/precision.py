@@ -1,10 +1,11 @@
 """The precision rule of the tests.
 
-The error of a result is the L2 norm of its difference to the float64 reference. It may be twice that of PyTorch's own
-ops in the same dtype, the worse of several where PyTorch has several, and may always be the floor, 4 eps(dtype) times
-the norm of the same quantity computed with absolute values: what rounding every operand of every sum once or twice can
-do. :func:`assert_as_precise` is the rule for ops, whose tests compute that quantity; :func:`assert_model_as_precise`
-for models, where it is estimated; :func:`assert_same` compares two results where float64 has none.
+The error of a result is the L2 norm of its difference from the float64 reference. Two limits apply, and the larger
+one counts: twice the error of PyTorch's ops in the same dtype (the worst, if PyTorch has several), and the floor,
+4 eps(dtype) times the norm of the result computed with absolute values. The floor is the error from rounding every
+operand of every sum once or twice. :func:`assert_as_precise` applies the rule to ops, whose tests compute the absolute
+values; :func:`assert_model_as_precise` to models, with an estimate; :func:`assert_same` compares two results without a
+float64 reference.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,18 +40,18 @@ def floor(absolute: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def estimate(exact: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
-    """About the size of what is computed with absolute values: that of a sum of ``terms`` numbers of either sign is
-    sqrt(terms) as large. Sums are of float32; in lower dtypes the rounding of the results outweighs theirs."""
+    """Estimate the result computed with absolute values: for a sum of ``terms`` numbers of random sign, it is
+    sqrt(terms) times larger. Sums are float32; in lower dtypes, rounding the results outweighs rounding the sums."""
     ratio = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
     return exact.double() * max(1.0, ratio * terms**0.5)
 
 
 def hold(ours: Tensor, peers: Sequence[Tensor], exact: Tensor, floor: Tensor, name: str) -> None:
-    """The rule, for one result."""
+    """Apply the rule to one result."""
     assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
     error = (ours.double() - exact).norm()
     theirs = max((peer.double() - exact).norm() for peer in peers)
-    # a comparison with a peer's NaN is false: it excuses nothing
+    # a comparison with NaN is false, so a NaN of PyTorch's allows no error
     assert error <= 2 * theirs or error <= floor, (
         f"{name} ({ours.dtype}): error {error:.3e}, PyTorch's {theirs:.3e}, floor {floor:.3e}"
     )
@@ -63,8 +64,8 @@ def assert_as_precise(
     absolute: Sequence[Tensor],
     names: Sequence[str],
 ) -> None:
-    """Hold each of ``ours`` to the rule; ``peers`` are the results of PyTorch's ops, ``absolute`` those with absolute
-    values."""
+    """Apply the rule to each of ``ours``; ``peers`` are the results of PyTorch's ops, ``absolute`` the results computed
+    with absolute values."""
     for i, name in enumerate(names):
         hold(ours[i], [peer[i] for peer in peers], exact[i], floor(absolute[i], ours[i].dtype), name)
 
@@ -75,16 +76,16 @@ Results = Tensor | Mapping[str, Tensor | None]
 def assert_model_as_precise(
     ours: Results, theirs: Results, exact: Results, terms: int, dtype: torch.dtype | None = None
 ) -> None:
-    """Hold a model's output, or its gradients by name, to the rule; None where ``theirs`` is.
+    """Apply the rule to a model's output or to its gradients by name; a gradient is None exactly if ``theirs`` is.
 
     Args:
-        terms: of the model's longest sum, see :func:`estimate`.
-        dtype: that it is computed in, where results are not of that dtype.
+        terms: Length of the model's longest sum, see :func:`estimate`.
+        dtype: Dtype of the computation, if the results have another.
     """
     if isinstance(ours, Tensor):
         ours, theirs, exact = ({"output": x} for x in (ours, theirs, exact))
     assert ours.keys() == theirs.keys()
-    # a sum that is 0 in exact arithmetic, as the gradient of a key's bias, is of terms like other gradients' elements
+    # exact sums of 0, such as the key bias gradient: assume terms as large as the other gradients' elements
     size = torch.cat([x.detach().flatten() for x in exact.values() if x is not None]).square().mean().sqrt()
     for name, result in ours.items():
         peer, truth = theirs[name], exact[name]
@@ -98,15 +99,15 @@ def assert_model_as_precise(
 
 
 def longest_sum(model: nn.Module) -> int:
-    """Of a model's products: the longest side of a weight."""
+    """Length of the longest sum in the model's GEMMs: the longest side of a weight."""
     return max(n for parameter in model.parameters() for n in parameter.shape)
 
 
 def assert_same(
     ours: Tensor | Sequence[Tensor], theirs: Tensor | Sequence[Tensor], terms: int = 1, dtype: torch.dtype | None = None
 ) -> None:
-    """Two results of one formula, or several, with the floor for their difference; ``terms`` and ``dtype`` as of
-    :func:`assert_model_as_precise`."""
+    """Compare two results, or sequences of results, of one formula; the floor limits their difference. ``terms`` and
+    ``dtype`` as in :func:`assert_model_as_precise`."""
     if not isinstance(ours, Tensor):
         for a, b in zip(ours, theirs, strict=True):
             assert_same(a, b, terms, dtype)

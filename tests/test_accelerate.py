@@ -1,4 +1,4 @@
-"""accelerate and restore themselves: what stays as it was, what is left alone, and who still gets to see what."""
+"""accelerate and restore: preserved state, replaced and unsupported modules, hooks, unusual inputs."""
 
 import copy
 import inspect
@@ -35,7 +35,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def kernels(monkeypatch) -> list[str]:
-    """The functions of vit_triton.functional that were called, by name."""
+    """Names of the called functions of vit_triton.functional."""
     called: list[str] = []
     for name in ("linear", "mlp", "attention_packed", "layer_norm", "patch_embed"):
         original = getattr(vit_triton.functional, name)
@@ -48,16 +48,16 @@ def kernels(monkeypatch) -> list[str]:
     return called
 
 
-TERMS = 192  # of the longest sum
+TERMS = 192  # length of the longest sum
 NORM, ATTENTION = "layer_norm", ["linear", "attention_packed", "linear"]
 WHOLE = ["patch_embed", *[*ATTENTION, "mlp"] * 2, NORM]
 
 
-# --- what stays --------------------------------------------------------------------------------------------
+# --- preserved state ---------------------------------------------------------------------------------------
 
 
 def snapshot(model: nn.Module) -> list[tuple]:
-    """Everything there is of every module: class, attributes and the identity of their values."""
+    """Class, attributes and the identity of their values, for every module."""
     return [
         (name, type(module), [(key, id(value), str(value)) for key, value in vars(module).items()])
         for name, module in model.named_modules()
@@ -71,7 +71,7 @@ def test_restore_gives_back_exactly_what_there_was(model, images):
     during = snapshot(model)
     assert vit_triton.restore(model) is model
     assert snapshot(model) == before and torch.equal(model(images), theirs)
-    # and while accelerated nothing but classes differs
+    # acceleration changes classes only
     assert [(name, values) for name, _, values in during] == [(name, values) for name, _, values in before]
 
 
@@ -138,7 +138,7 @@ def test_copies_are_accelerated_and_of_their_own(model, images, kernels, how):
         copied = {"deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
         other = copied[how](model)
     assert torch.equal(other(images), theirs) and kernels == WHOLE
-    if how != "copy":  # which shares the parameters
+    if how != "copy":  # copy.copy shares the parameters
         with torch.no_grad():
             other.blocks[0].norm1.weight.zero_()
         assert not torch.equal(other(images), theirs) and torch.equal(model(images), theirs)
@@ -160,7 +160,7 @@ def test_functional_call_takes_its_parameters(model, images):
     assert torch.equal(torch.func.functional_call(model, parameters, images), torch.arange(5.0).expand(2, 5))
 
 
-# --- what is replaced, and what is left --------------------------------------------------------------------
+# --- replaced and unsupported modules ----------------------------------------------------------------------
 
 
 def test_blocks_are_computed_as_wholes(model, images, kernels):
@@ -194,7 +194,7 @@ class OwnAttention(Attention):
 
 
 class SameAttention(Attention):
-    """Without a forward of its own: what FSDP makes is like that."""
+    """A subclass without its own forward, as FSDP creates."""
 
 
 class Unheard(nn.Module):
@@ -237,7 +237,7 @@ def test_what_is_not_known_is_left(model, images):
 
 
 def test_a_part_that_a_later_version_adds_is_not_ignored(model, images):
-    model.blocks[0].attn.gate = nn.Linear(24, 24)  # timm computes with it
+    model.blocks[0].attn.gate = nn.Linear(24, 24)  # timm applies it
     theirs = model(images)
     report = vit_triton.accelerate(model, "triton")
     assert_same(model(images), theirs, TERMS)
@@ -280,7 +280,7 @@ def test_a_model_of_nothing_known():
     assert vit_triton.accelerate(nn.ReLU()).entries == ()
 
 
-# --- who watches -------------------------------------------------------------------------------------------
+# --- hooks -------------------------------------------------------------------------------------------------
 
 INNER = ["blocks.0.attn.qkv", "blocks.0.attn.attn_drop", "blocks.0.mlp.act", "blocks.0.ls1", "blocks.0.norm2"]
 
@@ -289,7 +289,7 @@ INNER = ["blocks.0.attn.qkv", "blocks.0.attn.attn_drop", "blocks.0.mlp.act", "bl
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
 @pytest.mark.parametrize("where", INNER)
 def test_hooks_on_inner_modules_fire(model, images, where, kind, when):
-    model.blocks[0].attn.fused_attn = False  # with which timm calls attn_drop
+    model.blocks[0].attn.fused_attn = False  # timm then calls attn_drop
     fired: list[int] = []
     register = getattr(model.get_submodule(where), f"register_{kind}_hook")
     handle = register(lambda *_: fired.append(1)) if when == "before" else None
@@ -346,7 +346,7 @@ def test_a_forward_replaced_on_the_instance_is_computed(model, images):
     vit_triton.accelerate(model, "triton")
     attention = model.blocks[0].attn
     plain = attention.forward
-    attention.forward = lambda *args, **kwargs: 3 * plain(*args, **kwargs)  # as the wrappers of accelerate do
+    attention.forward = lambda *args, **kwargs: 3 * plain(*args, **kwargs)  # as Hugging Face Accelerate's wrappers do
     ours = model(images)
     vit_triton.restore(model)
     attention.forward = lambda *args, **kwargs: 3 * Attention.forward(attention, *args, **kwargs)
@@ -368,7 +368,7 @@ def test_a_parametrization_counts_and_outlives_restore(model, images):
     assert parametrize.is_parametrized(norm) and not any(hasattr(cls, "_replaced") for cls in type(norm).__mro__)
 
 
-# --- inputs of other kinds ---------------------------------------------------------------------------------
+# --- unusual inputs ----------------------------------------------------------------------------------------
 
 
 def test_float64_is_computed_by_the_library(model, images, kernels):
@@ -379,7 +379,7 @@ def test_float64_is_computed_by_the_library(model, images, kernels):
 
 def test_dtypes_mixed_by_hand_are_left_to_the_library(model, images, kernels):
     for block in model.blocks:
-        block.ls1.double()  # the residual is float64 behind it, and the MLP's Linear refuses that
+        block.ls1.double()  # the residual after it is float64, which the MLP's Linear rejects
         block.mlp.double()
         block.norm2.double()
     theirs = model.blocks[0](torch.ones(2, 5, 24))
@@ -442,7 +442,7 @@ def test_other_convolutions_are_left(options):
     assert "convolution" in entry.what and torch.equal(model(image), theirs)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own, at its first tangent
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own warning, at the first tangent
 def test_transforms_of_functions_are_left_to_the_library(model, images, kernels):
     parameters, tangent = dict(model.named_parameters()), torch.ones_like(images)
 
@@ -450,7 +450,7 @@ def test_transforms_of_functions_are_left_to_the_library(model, images, kernels)
         return torch.func.functional_call(model, parameters, image[None]).square().sum()
 
     def results():
-        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():  # the others have no such transforms
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():  # other SDPA backends lack these transforms
             gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
             dual = forward_ad.unpack_dual(model(forward_ad.make_dual(images, tangent)))
         return [*gradients.values(), dual.tangent]

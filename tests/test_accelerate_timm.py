@@ -1,4 +1,4 @@
-"""timm's models, accelerated: logits and every gradient, by the rule of parity.py."""
+"""Accelerated timm models: logits and all gradients, by the precision rule."""
 
 import functools
 
@@ -33,9 +33,9 @@ def model_of(architecture: str, size: int, **changes) -> tuple[nn.Module, Tensor
     model = timm.create_model(architecture, **{**SMALL, "img_size": size, **changes})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("pos_embed", "_token", "latent")):  # not set, as the weights are not drawn twice
+            if name.endswith(("pos_embed", "_token", "latent")):  # uninitialized with weight_init="skip"
                 parameter.normal_(std=0.1)
-            elif parameter.ndim == 1:  # biases that are not 0, LayerScales that are not 1e-5
+            elif parameter.ndim == 1:  # nonzero biases, LayerScales other than 1e-5
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model, torch.randn(2, 3, size, size)
 
@@ -123,7 +123,7 @@ def test_random_depth_and_patches_are_drawn_as_timm_does(changes):
 @pytest.mark.parametrize("where", ["attn.attn_drop", "attn.proj_drop", "mlp.drop1", "mlp.drop2"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_each_dropout_drops_what_it_did(where, fused):
-    # all or nothing, so that the outputs can be compared
+    # probability 1 makes the outputs comparable
     model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER)
     model.blocks[0].attn.fused_attn = fused
     model.get_submodule(f"blocks.0.{where}").p = 1.0
@@ -136,7 +136,7 @@ def test_the_mode_that_counts_for_attention_dropout(fused):
     model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER)
     attention = model.eval().blocks[0].attn
     attention.fused_attn, attention.attn_drop.p = fused, 1.0
-    attention.attn_drop.train()  # which PyTorch's fused attention does not look at
+    attention.attn_drop.train()  # PyTorch's fused attention ignores this mode
     assert_accelerated(model, images)
 
 

@@ -1,4 +1,4 @@
-"""torchvision's models, accelerated: logits and every gradient, by the rule of parity.py."""
+"""Accelerated torchvision models: logits and all gradients, by the precision rule."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def model_of(heads: int, width: int, hidden: int, **changes) -> tuple[nn.Module,
     sizes = {"image_size": 32, "patch_size": 16, "num_layers": 1, "num_classes": 5, **changes}
     model = vision_transformer.VisionTransformer(num_heads=heads, hidden_dim=width, mlp_dim=hidden, **sizes)
     with torch.no_grad():
-        model.heads.head.weight.normal_(std=0.1)  # made as 0
+        model.heads.head.weight.normal_(std=0.1)  # initialized to 0
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -46,6 +46,6 @@ def test_a_stem_of_overlapping_convolutions_is_left():
 def test_each_dropout_drops_what_it_did(where):
     model, images = model_of(3, 48, 96)
     part = model.encoder.layers[0].get_submodule(where)
-    setattr(part, "dropout" if where == "self_attention" else "p", 1.0)  # all or nothing, to compare the outputs
+    setattr(part, "dropout" if where == "self_attention" else "p", 1.0)  # deterministic outputs
     assert_accelerated(model.train(), images)
     assert_accelerated(model.eval(), images)

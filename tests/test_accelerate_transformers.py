@@ -1,4 +1,4 @@
-"""Hugging Face's models with our kernels inside, against themselves untouched."""
+"""Hugging Face models with our kernels, against the unmodified models."""
 
 import copy
 import subprocess
@@ -16,7 +16,7 @@ import vit_triton.integrations.transformers  # registers attn_implementation="vi
 from vit_triton import functional as F
 from vit_triton import reference
 
-# of the models that people have, with one or two layers, and images of few patches
+# common models, with one or two layers and small images
 CLASSES = dict(num_labels=10)
 WIDE = dict(hidden_size=384, num_attention_heads=6)
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -45,7 +45,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 GIANT = dict(hidden_size=1536, num_attention_heads=24, use_swiglu_ffn=True, image_size=42)
 SMALL = dict(hidden_size=48, num_attention_heads=2, num_hidden_layers=2)
-TERMS = 192  # of its longest sum
+TERMS = 192  # length of the longest sum
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def make(family: str, dtype: torch.dtype = torch.float32, **config) -> nn.Module
     model = MODELS[family](**config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms start at 1 and 0, LayerScale at 1, which would hide a swap
+            if parameter.ndim == 1:  # the initial values (norms 1 and 0, LayerScale 1) would hide swaps
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model.to(dtype).eval()
 
@@ -71,7 +71,7 @@ def images(model: nn.Module, batch: int = 2) -> Tensor:
 
 
 def result(output: hf.utils.ModelOutput) -> Tensor:
-    """What a model is for: logits, or the embedding of the image."""
+    """The model's result: logits or the image embedding."""
     for name in ("logits", "image_embeds", "pooler_output"):
         if output.get(name) is not None:
             return output[name]
@@ -79,7 +79,7 @@ def result(output: hf.utils.ModelOutput) -> Tensor:
 
 
 def run(model: nn.Module, image: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """The result, and the gradients of image and parameters for a loss that weighs every number differently."""
+    """The result and the gradients of image and parameters; the loss weighs every number differently."""
     image = image.clone().requires_grad_()
     out = result(model(pixel_values=image))
     (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)).sum().backward()
@@ -88,7 +88,7 @@ def run(model: nn.Module, image: Tensor) -> tuple[Tensor, dict[str, Tensor | Non
 
 
 def assert_parity(untouched: nn.Module, models: list[nn.Module], image: Tensor) -> None:
-    """Result and every gradient, by the rule."""
+    """Compare the result and all gradients by the precision rule."""
     exact = run(copy.deepcopy(untouched).double(), image.double())
     theirs = run(untouched, image)
     for ours in models:
@@ -110,7 +110,7 @@ def with_our_attention(model: nn.Module) -> nn.Module:
 
 @pytest.fixture
 def whole_layers(monkeypatch) -> list[str]:
-    """The activation of every MLP from here on that was computed in one with the residual around it."""
+    """Record the activation of every MLP that is fused with its residual."""
     calls = []
     mlp = F.mlp
 
@@ -130,7 +130,7 @@ def test_parity(family: str, dtype: torch.dtype, whole_layers: list[str], attent
     assert_parity(model, [accelerated(model), with_our_attention(model)], images(model))
     layers = model.config.num_hidden_layers
     activation = {"clip": "quick_gelu", "siglip": "gelu_tanh"}.get(family, "gelu")
-    assert whole_layers == [activation] * (layers + (family == "siglip"))  # and its head
+    assert whole_layers == [activation] * (layers + (family == "siglip"))  # SigLIP's head has an MLP too
     assert len(attention_calls) == layers + (family == "siglip")
 
 
@@ -146,7 +146,7 @@ def test_parity_of_swiglu(dtype: torch.dtype, whole_layers: list[str]) -> None:
 
 @pytest.fixture
 def attention_calls(monkeypatch) -> list[dict]:
-    """The options of every call of our attention from here on, with the storages of q, k and v."""
+    """Record the options of every call of our attention, with the storages of q, k and v."""
     calls = []
     attention = F.attention
 
@@ -173,7 +173,7 @@ def test_from_config_takes_the_name_and_the_kernel_reads_the_projections(attenti
 
 
 def mask() -> Tensor:
-    """For a ViT of 96 x 96: the first of two images is masked behind its twentieth token."""
+    """Token mask for a ViT at 96 x 96: in the first of two images, only the first 20 tokens count."""
     rows = torch.ones(2, 37, dtype=torch.long)
     rows[0, 20:] = 0
     return rows
@@ -271,7 +271,7 @@ def test_hooks_on_parts_fire(family: str, part: str, whole_layers: list[str]) ->
     names = {"norm": norm, "attention": attention, "q_proj": f"{attention}.q_proj", "mlp": "mlp", "fc1": "mlp.fc1"}
     names |= {"activation_fn": "mlp.activation_fn", "scale": "layer_scale2", "dropout": "dropout"}
     if layers + names[part] not in dict(ours.named_modules()):
-        names[part] = norm  # siglip has no LayerScale, only ViT has the Dropout
+        names[part] = norm  # SigLIP has no LayerScale; only ViT has this Dropout
     seen: dict[str, list[Tensor]] = {"theirs": [], "ours": []}
 
     def see(who: str) -> Callable[..., None]:
@@ -289,7 +289,7 @@ def test_hooks_on_parts_fire(family: str, part: str, whole_layers: list[str]) ->
     for hook in hooks:
         hook.remove()
     ours(images(ours))
-    assert len(whole_layers) == 2 * once + 1  # the other layer, and now this one
+    assert len(whole_layers) == 2 * once + 1  # the other layer, and now the one without hooks
 
 
 def test_hidden_states_are_recorded_and_layers_stay_whole(whole_layers: list[str]) -> None:
@@ -370,13 +370,13 @@ def assert_trained_alike(untouched: nn.Module, ours: nn.Module) -> None:
     (their_result, theirs), (our_result, grads) = (run(model.train(), images(model)) for model in (untouched, ours))
     assert_same(our_result, their_result, TERMS)
     for name, grad in grads.items():
-        if not name.endswith("k_proj.bias"):  # rounding alone
+        if not name.endswith("k_proj.bias"):  # the exact gradient is 0: both are rounding errors
             assert theirs[name] is grad is None or assert_same(grad, theirs[name], TERMS) is None, name
 
 
 @pytest.mark.parametrize("family, dropped", [("vit", "hidden"), ("vit", "attention"), ("clip", "attention")])
 def test_dropout_in_training(family: str, dropped: str) -> None:
-    """With probability 1, there is one outcome."""
+    """Probability 1 makes dropout deterministic."""
     untouched = small(family)
     for module in untouched.modules():
         if dropped == "attention" and hasattr(module, "is_causal"):
@@ -391,7 +391,7 @@ def test_dropout_in_training(family: str, dropped: str) -> None:
 def test_drop_path_in_training(monkeypatch, whole_layers: list[str]) -> None:
     untouched = small("dinov2", drop_path_rate=0.25)
     ours = accelerated(untouched)
-    drawn = iter([[0.1, 0.9], [0.9, 0.9], [0.9, 0.1], [0.1, 0.9]])  # below 0.25 is dropped
+    drawn = iter([[0.1, 0.9], [0.9, 0.9], [0.9, 0.1], [0.1, 0.9]])  # draws below 0.25 drop
     monkeypatch.setattr(torch, "rand", lambda shape, **kw: torch.tensor(next(drawn), **kw).view(shape))
     kept = iter([[0, 4 / 3], [4 / 3, 4 / 3], [4 / 3, 0], [0, 4 / 3]])
     monkeypatch.setattr(reference, "drop_path_factors", lambda x, p: torch.tensor(next(kept)) if p == 0.25 else None)
@@ -471,7 +471,7 @@ def test_what_no_config_makes_is_left_alone(family: str, change: Callable[[nn.Mo
 
 
 def test_a_projection_replaced_later_is_used() -> None:
-    """As adapters do."""
+    """Adapters replace projections this way."""
 
     class Doubled(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""vit_pytorch's models, accelerated: outputs and every gradient, by the rule of parity.py."""
+"""Accelerated vit_pytorch models: outputs and all gradients, by the precision rule."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_variants(changes):
 
 
 class Distilling(nn.Module):
-    """A DistillWrapper as a function of the images, its loss as the output."""
+    """A DistillWrapper that maps images to its loss."""
 
     def __init__(self, **options) -> None:
         super().__init__()
@@ -67,6 +67,6 @@ def test_student_and_teacher_inside_a_distill_wrapper(options):
 @pytest.mark.parametrize("where", ["0.dropout", "0.to_out.1", "1.net.3", "1.net.5"])
 def test_each_dropout_drops_what_it_did(where):
     model, image = model_of(vit_pytorch.ViT)
-    model.transformer.layers[0].get_submodule(where).p = 1.0  # all or nothing, so that the outputs can be compared
+    model.transformer.layers[0].get_submodule(where).p = 1.0  # deterministic outputs
     assert_accelerated(model.train(), image)
     assert_accelerated(model.eval(), image)

@@ -1,7 +1,7 @@
-"""Backends "triton" and "torch" on the same arguments: the same answer or the same error, in every grad mode.
+"""Backends "triton" and "torch" return the same results or raise the same errors, in every grad mode.
 
-Every argument of every function is replaced, one after the other, by unusual values, most of them wrong; the fuzzer
-replaces several at a time. What is exempt: float64, which only "torch" takes, and how many digits an answer has.
+The tests replace every argument of every function in turn by unusual, mostly invalid values; the fuzzer replaces
+several at a time. Results are compared by the precision rule. Exception: only "torch" supports float64.
 """
 
 import collections
@@ -21,7 +21,7 @@ from torch import nn
 from vit_triton import checks, reference
 from vit_triton import functional as F
 
-pytestmark = [  # what PyTorch says of the kinds of tensor that are made here
+pytestmark = [  # PyTorch's warnings about these kinds of tensors
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
     pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta:UserWarning"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),
@@ -56,7 +56,7 @@ def embedding():
     return dict(weight=W(16, 48), bias=R(16), patch_size=4, pre_norm=norm(48), pos=R(4, 16), prefix=R(1, 16))
 
 
-CALLS = {  # what is called, and arguments that are right
+CALLS = {  # functions with valid arguments
     "attention": (
         F.attention,
         lambda: dict(q=R(2, 5, 2, 16), k=R(2, 7, 2, 16), v=R(2, 7, 2, 16), dropout_p=0.0, return_lse=True),
@@ -118,7 +118,7 @@ def nested(x, layout):
     return torch.nested.nested_tensor(list(x) if x.ndim > 1 else [x, x], layout=layout)
 
 
-TENSORS = {  # in place of a tensor
+TENSORS = {  # replacements of a tensor
     "None": lambda x: None,
     "text": lambda x: "x",
     "a number": lambda x: 1.5,
@@ -157,7 +157,7 @@ TENSORS = {  # in place of a tensor
     "zeros": lambda x: torch.zeros_like(x),
     "NaN": lambda x: x * float("nan"),
 }
-OPTIONS = {  # in place of anything else, and of mean and std
+OPTIONS = {  # replacements of other arguments, and of mean and std
     **{repr(x)[:9]: x for x in (None, True, False, 0, 1, 2, 4, -1, 1.5, float("nan"), float("inf"), 1j, 10**400)},
     **{repr(x): x for x in ("yes", "0.1", "gelu", "silu", "rms_norm", "c p1 p2", b"gelu", [], (), {}, {0.5}, range(3))},
     **{repr(x): x for x in ([0.5] * 3, (0.5,) * 3, [0.0] * 3, [1] * 3, ["a"] * 3, [[0.5]] * 3, [10**400] * 3, (4, 4))},
@@ -168,7 +168,7 @@ OPTIONS = {  # in place of anything else, and of mean and std
     "an object": object(),
     "a class": float,
 }
-NORMS = {  # in place of a norm
+NORMS = {  # replacements of a norm
     "None": lambda parts: None,
     "without parts": lambda parts: (None, None, parts[2]),
     "without weight": lambda parts: (None, *parts[1:]),
@@ -181,7 +181,7 @@ NORMS = {  # in place of a norm
     "a module": lambda parts: nn.LayerNorm(16),
     "text": lambda parts: "abc",
 }
-BLOCKS = {  # in place of blocks
+BLOCKS = {  # replacements of blocks
     "a tuple": tuple,
     "an iterator": iter,
     "one block": lambda blocks: blocks[0],
@@ -192,7 +192,7 @@ BLOCKS = {  # in place of blocks
 
 
 def places(value, path=()):
-    """(path, what may take the place of the value there) of all that is in the arguments."""
+    """Yield (path, replacements) for every value in the arguments."""
     options = {name: lambda _, value=value: value for name, value in OPTIONS.items()}
     if isinstance(value, dict):
         for name, part in value.items():
@@ -216,7 +216,7 @@ def put(tree, path, change):
         return change(tree)
     head, *rest = path
     if not isinstance(tree, (dict, list, tuple)) or (not isinstance(tree, dict) and head >= len(tree)):
-        return tree  # another change has taken the place of what is changed here
+        return tree  # an earlier change removed this path
     if isinstance(tree, dict):
         return {**tree, head: put(tree[head], rest, change)}
     parts = [put(part, rest, change) if i == head else part for i, part in enumerate(tree)]
@@ -245,7 +245,7 @@ def changed(call, changes):
 
 
 def outcome(call, changes, mode, backend, double=False):
-    """The error, or the outputs, and the gradients of all tensors that want one."""
+    """The error, or the outputs and the gradients of all tensors that require one."""
     arguments = changed(call, changes)
     if double:
         arguments = doubled(arguments)
@@ -261,7 +261,7 @@ def outcome(call, changes, mode, backend, double=False):
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     assert outputs[0].requires_grad == (mode.startswith("gradients") and bool(leaves))
     used = [y for y in outputs if y.requires_grad]
-    # weights that differ: norms give a sum no gradient
+    # unequal weights: the gradient of the plain sum of a norm's output is 0
     weights = [torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape) for y in used]
     grads = torch.autograd.grad(used, leaves, weights, allow_unused=True) if used and leaves else ()
     return [*outputs, *grads]
@@ -279,7 +279,7 @@ def doubled(tree):
 
 
 def said(error):
-    return type(error), re.sub(r"\bj\d+", "j", str(error))  # a jagged size is numbered
+    return type(error), re.sub(r"\bj\d+", "j", str(error))  # jagged sizes are numbered
 
 
 def only_torch_takes(error):
@@ -287,7 +287,7 @@ def only_torch_takes(error):
 
 
 def assert_ours(error):
-    """One line, raised by a check, not from within PyTorch, Triton or a kernel."""
+    """The error is one line and comes from our checks instead of PyTorch, Triton or a kernel."""
     assert isinstance(error, (TypeError, ValueError, RuntimeError)), repr(error)
     file = traceback.extract_tb(error.__traceback__)[-1].filename
     assert re.search(r"vit_triton.(functional|checks|backend|modules|inspection)\.py$", file), f"{file}: {error!r}"
@@ -319,11 +319,11 @@ def assert_agree(call, changes, mode):
             assert a.is_meta or torch.equal(a.isfinite(), b.isfinite()), f"result {i}: NaN or Inf of one only"
     pairs = [i for i, a in enumerate(ours) if a is not None and not a.is_meta and a.isfinite().all()]
     if any(x == "dropout_p" or x == "hidden_dropout_p" or x == "drop_path_p" for path, _ in changes for x in path):
-        return  # drawn by another generator
+        return  # the backends draw from different generators
     exact = outcome(call, changes, mode, "torch", double=True)
     assert not isinstance(exact, Exception), repr(exact)
     plain = [[x[i].detach().as_subclass(torch.Tensor) for i in pairs] for x in (ours, theirs, exact)]
-    # a constant row of a norm has the gradient 0 but for rounding: measure it by what gradients are like
+    # a norm's constant row has gradient 0 plus rounding: scale the floor by the size of the other gradients
     size = max((float(x.abs().max()) for x in plain[2] if x.numel()), default=0.0)
     assert_as_precise(
         *(plain[0], [plain[1]], plain[2]),
@@ -356,14 +356,14 @@ def test_fuzz_several_arguments_changed(data, call, mode):
     try:
         changed(call, changes)
     except Exception:
-        reject()  # one change left nothing that the next can be made of
+        reject()  # a change made the next one impossible
     assert_agree(call, changes, mode)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("wanted", [("mean",), ("std",), ("mean", "std", "weight")])
 def test_mean_and_std_get_their_gradient(wanted, backend):
-    """PyTorch's own operators, in float64, are the truth; its own error in float32 is what is allowed, twice."""
+    """The float64 reference is exact; the limit is twice the error of the float32 reference."""
     image = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     tensors = dict(weight=W(16, 48), mean=torch.rand(3), std=0.5 + torch.rand(3))
 
@@ -393,7 +393,7 @@ def test_a_zero_in_a_tensor_std_is_not_looked_for(backend):
 
 
 def test_forms_of_an_encoder_that_passed(monkeypatch):
-    """Equal numbers of another type are another form, and the oldest form goes first."""
+    """Equal numbers of different types are different forms; the oldest form is evicted first."""
     monkeypatch.setattr(checks, "_forms", {})
     make = CALLS["encoder"][1]
     for heads in (1, 2):

@@ -30,14 +30,14 @@ def sdpa(q, k, v, scale):
 
 
 def absolute(q, k, v, do, dlse, scale, keep=None, sizes_of_qk=None):
-    """out, lse, dq, dk, dv with absolute values in every sum, of float64 (B, N, H, D) tensors; ``sizes_of_qk``: of the
-    sums that q and k are."""
+    """out, lse, dq, dk, dv with absolute values in every sum, from float64 (B, N, H, D) tensors. ``sizes_of_qk``: q and
+    k computed with absolute values, if they are themselves sums."""
     size_q, size_k = (x.transpose(1, 2) for x in sizes_of_qk or (q.abs(), k.abs()))
     q, k, v, do = (x.transpose(1, 2) for x in (q, k, v, do))
-    sizes = size_q @ size_k.transpose(-1, -2) * abs(scale)  # of what the scores are sums of
+    sizes = size_q @ size_k.transpose(-1, -2) * abs(scale)  # the scores, with absolute values
     p = (q @ k.transpose(-1, -2) * scale).softmax(-1)
     keep = torch.ones_like(p) if keep is None else keep
-    # an error of eps in a score is one of eps * score in its weight
+    # a relative error eps in a score is a relative error eps * score in its weight
     weights = p * (1 + sizes)
     out = (weights * keep) @ v.abs()
     dp = keep * (do.abs() @ v.abs().transpose(-1, -2))
@@ -109,7 +109,7 @@ def test_several_blocks(small_tiles, n, dtype):
 
 @pytest.mark.parametrize("scale", [-0.4, 0.0])
 def test_a_scale_that_is_not_positive(scale):
-    """The largest score is then the smallest product, or none; 40 keys leave a masked step."""
+    """The largest score has the smallest product (scale < 0), or all scores are 0; 40 keys need a masked step."""
     q, k, v = (torch.randn(1, 40, 2, 24) for _ in range(3))
     check(q, k, v, torch.randn_like(q), torch.randn(1, 2, 40), scale=scale)
 
@@ -117,7 +117,7 @@ def test_a_scale_that_is_not_positive(scale):
 def test_a_block_of_minus_infinity_before_others(small_tiles):
     q, k, v = make(1, 20, 50, 2, 16, torch.float32)
     q = q.abs()
-    k[:, :20, :, 3] = -math.inf  # the whole first block, and a part of the second
+    k[:, :20, :, 3] = -math.inf  # the first block and part of the second
     out, lse = F.attention(q, k, v, return_lse=True, backend="triton")
     for ours, theirs in zip((out, lse), formula(q, k, v, 0.25), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -158,7 +158,7 @@ def test_the_packed_form_is_the_same_bits(dropout_p):
 
 
 def dropped(n_q, n_k, heads, p, seed, *, batch=1):
-    """The mask (B, H, N_q, N_k) of a call: with equal scores and v = 1 on the diagonal, out is the mask."""
+    """The dropout mask (B, H, N_q, N_k) of a call: with equal scores and v = 1 on the diagonal, out is the mask."""
     size = 1 << (n_k - 1).bit_length()
     q, k = torch.zeros(batch, n_q, heads, size), torch.zeros(batch, n_k, heads, size)
     v = torch.eye(n_k, size).view(1, n_k, 1, size).expand(batch, n_k, heads, size)
@@ -173,7 +173,7 @@ def test_dropout_keeps_a_share_and_scales_it():
     assert_same(keep[kept], torch.full_like(keep[kept], 1 / 0.7))
     count, deviation = 0.7 * kept.numel(), math.sqrt(0.7 * 0.3 * kept.numel())
     assert abs(int(kept.sum()) - count) < 5 * deviation
-    # rows, columns and heads are independent: no two rows or columns alike
+    # rows, columns and heads are independent: all rows and columns differ
     rows = kept.flatten(0, 2)
     assert len(rows.unique(dim=0)) == len(rows)
     assert len(kept[0, 0].T.unique(dim=0)) == 120
@@ -246,14 +246,14 @@ def test_the_documented_limits_of_large_scores(size, dtype):
     out, _, _, dv = run(lambda *x: F.attention(*x, scale=1.0, backend="triton"), [q, k, v], [do])
     exact, _, _, exact_dv = run(lambda *x: formula(*x, 1.0)[0], double([q, k, v]), double([do]))
     rounding = 4 * torch.finfo(dtype).eps
-    close = 2e-7 * size if size < 1e6 else 0  # of the scores; where they are larger one key takes all of the weight
+    close = 2e-7 * size if size < 1e6 else 0  # from the scores; of larger ones, one key gets all the weight
     assert (out - exact).norm() <= (close + rounding) * exact.norm()
     if size < 1e6:
         assert (dv - exact_dv).norm() <= (close + rounding) * exact_dv.norm()
 
 
 def test_rows_of_very_negative_scores_only():
-    # the log-sum-exp is so small that exp(0 - it) overflows: lanes past the last key or query must not count
+    # exp(-lse) overflows, so lanes past the last key or query must be masked
     q, k, v = make(1, 21, 37, 1, 16, torch.float32)
     q, k = q.abs() + 1, -k.abs() - 1
     check(q, k, v, torch.randn_like(q), torch.zeros(1, 1, 21), scale=100.0)
@@ -264,7 +264,7 @@ def test_rows_of_very_negative_scores_only():
 @pytest.mark.parametrize("which", ["q", "k", "v", "do"])
 @pytest.mark.parametrize("n", [7, 33])
 def test_nan_and_inf_spread_as_in_the_formula(value, which, n, dropout_p):
-    """At a weight that was dropped too: 0 times NaN is NaN."""
+    """They also spread through dropped weights: 0 times NaN is NaN."""
     q, k, v = make(1, n, n, 2, 16, torch.float32)
     do = torch.randn_like(q)
     {"q": q, "k": k, "v": v, "do": do}[which][0, n // 2, 1, 3] = value
@@ -276,7 +276,7 @@ def test_nan_and_inf_spread_as_in_the_formula(value, which, n, dropout_p):
     theirs = run(lambda *x: formula(*x, 0.25, keep), [q, k, v], [do, None])
     for name, a, b in zip(NAMES, ours, theirs, strict=True):
         assert torch.equal(a.isfinite(), b.isfinite()), name
-        # an infinite gradient that comes in gives inf - inf in some orders of the sums only
+        # an infinite incoming gradient gives inf - inf in some summation orders only
         assert torch.equal(a.isnan(), b.isnan()) or name == "lse" or which == "do", name
     assert ours[0][:, :, 0].isfinite().all()
 

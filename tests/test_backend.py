@@ -1,4 +1,4 @@
-"""Which backend runs: argument, use_backend, environment, "auto"; and what runs Triton on CPU tensors."""
+"""Backend selection (argument, use_backend, environment, "auto"), and the Triton driver for CPU tensors."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from vit_triton import functional as F
 
 VARIABLE = "VIT_TRITON_BACKEND"
 X = torch.zeros(2, 4)
-measured_cpu = backend._measured_cpu  # which most tests replace
+measured_cpu = backend._measured_cpu  # most tests replace it
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_the_measurements_are_of_ops_and_dtypes_there_are():
 
 
 def test_auto_takes_triton_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(backend, "why_torch", lambda device: "")  # tests/test_gpu_defaults.py has those with a reason
+    monkeypatch.setattr(backend, "why_torch", lambda device: "")  # tests/test_gpu_defaults.py tests the reasons
 
     class OnGpu:
         device = torch.device("cuda")
@@ -263,5 +263,5 @@ assert driver.active is gpu
 
 
 def test_importing_imports_no_triton():
-    # in no test of its own process: others have imported it by now
+    # in a fresh process: here, other tests have already imported Triton
     python("import sys\nassert 'triton' not in sys.modules\n")

@@ -1,4 +1,4 @@
-"""The benchmark runner: numbers before times, ratios of interleaved runs, nothing lost when it is stopped."""
+"""The benchmark runner: numerical checks before timing, ratios of interleaved runs, results kept on interruption."""
 
 import argparse
 import dataclasses
@@ -139,13 +139,13 @@ def test_ratios_are_of_the_others_time_over_ours(monkeypatch):
     functions = {"vit_triton": spend(0.02), "vit_triton torch": spend(0.01), "slow": spend(0.06), "fast": spend(0.03)}
     result = measured(case(**functions), 1.0)
     assert result.ratio == pytest.approx({"slow": 3, "fast": 1.5, "vit_triton torch": 0.5})
-    assert result.against_the_fastest == pytest.approx(1.5)  # our other backend is no other
+    assert result.against_the_fastest == pytest.approx(1.5)  # our other backend is excluded
     assert result.milliseconds["vit_triton"] == pytest.approx(20)
 
 
 def test_rates_and_roofline():
     result = measured(case(vit_triton=lambda x: x * 2))
-    result.milliseconds = {"vit_triton": 1e-6}  # 1 ns for 16 FLOPs and 64 bytes
+    result.milliseconds = {"vit_triton": 1e-6}  # 16 FLOPs and 64 bytes in 1 ns
     rates = runner.rates(result, peaks.Peak(flops=32e9, bytes=640e9, source=""))
     assert rates["tflops"]["vit_triton"] == pytest.approx(0.016)
     assert rates["gigabytes"]["vit_triton"] == pytest.approx(64)
@@ -255,7 +255,7 @@ def test_defaults_follow_the_device(what, monkeypatch):
 
 @pytest.mark.parametrize("cases", [compare.OPS[0].cases, models.cases])
 def test_every_case_is_compiled_anew(cases, monkeypatch):
-    """More than eight shapes of a function are not compiled, but computed eagerly."""
+    """torch.compile falls back to eager after eight shapes of a function, so every case resets it."""
     resets = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
@@ -406,7 +406,7 @@ def test_cuda_is_refused_without_one(monkeypatch):
         options.device("cuda")
 
 
-# --- packages that are not installed here --------------------------------------------------------------------
+# --- packages that the tests replace by stand-ins ------------------------------------------------------------
 
 
 def stand_in(monkeypatch, name, **contents):
@@ -419,7 +419,7 @@ def stand_in(monkeypatch, name, **contents):
 
 
 def test_optional_packages_take_part_where_they_are_installed(monkeypatch):
-    def attend(q, k, v):  # (B, N, H, D), as flash-attn and xformers have it
+    def attend(q, k, v):  # (B, N, H, D), the layout of flash-attn and xformers
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
@@ -460,14 +460,14 @@ def point(case, axis, size, milliseconds, other="sdpa"):
 
 
 def test_slopes_are_of_the_same_sizes():
-    """Of two curves with a point missing each, the sizes that both have."""
+    """Two curves that each lack a point are fitted on their common sizes."""
     sizes = [1, 2, 4, 8, 16, 32]
     results = [point("a", "tokens", n, float(n)) for n in sizes]
     del results[-1].milliseconds["vit_triton"], results[-3].milliseconds["sdpa"]
     assert {(s.provider, s.sizes) for s in growth.slopes(results)} == {("vit_triton", (4, 16)), ("sdpa", (4, 16))}
     for result in results[2:]:
         result.milliseconds.pop("sdpa", None)
-    assert [s.sizes for s in growth.slopes(results)] == []  # one shared size in the upper half: nothing to fit
+    assert [s.sizes for s in growth.slopes(results)] == []  # one common size in the upper half is too few for a fit
 
 
 def test_slopes_of_a_known_power_law():
@@ -529,7 +529,7 @@ def test_operators_of_many_shapes_have_a_chart_each(tmp_path):
 
 
 def test_a_chart_needs_no_other_and_none_of_ours(tmp_path):
-    """Of a run in which one was wrong."""
+    """Results lack a provider whose numbers were wrong."""
     alone = point("mlp forward", "tokens", 1, 0.3)
     del alone.milliseconds["sdpa"], alone.ratio["sdpa"]
     lost = point("mlp forward+backward", "tokens", 1, 0.3)

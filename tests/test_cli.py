@@ -1,4 +1,4 @@
-"""The command line: what it shows is what the models compute, and what is wrong is said in a line."""
+"""The command line: outputs match the models' results, and every error is one line."""
 
 import io
 import json
@@ -36,7 +36,7 @@ TIMM = "vit_tiny_patch16_224"
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Their shorter side is what training resizes to: nothing is resampled."""
+    """Images whose shorter side has the training size, so that nothing is resampled."""
     return bright_and_dark(tmp_path_factory.mktemp("photos"), 10, 16, 18)
 
 
@@ -49,7 +49,7 @@ def trained(photos, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory) -> Path:
-    """As high as timm's transform for 224 pixels makes it."""
+    """An image with the height to which timm's transform for 224 pixels resizes."""
     path = tmp_path_factory.mktemp("photo") / "photo.png"
     Image.fromarray(np.random.default_rng(1).integers(0, 255, (248, 300, 3), dtype=np.uint8)).save(path)
     return path
@@ -57,11 +57,11 @@ def photo(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    """A model of timm's, and the file of its weights."""
+    """A timm model and its weight file."""
     torch.manual_seed(0)
     model = timm.create_model(TIMM).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # norms start at 1 and 0, which would hide a swap
+        for parameter in model.parameters():  # norms start at 1 and 0, which would hide swaps
             parameter.add_(0.05 * torch.randn_like(parameter))
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     save_weights(model, path)
@@ -72,7 +72,7 @@ def run(capsys, *words) -> tuple[int, str, str]:
     """Exit code, stdout and stderr."""
     try:
         code = main([str(word) for word in words])
-    except SystemExit as end:  # argparse's
+    except SystemExit as end:  # from argparse
         code = end.code
     return code, *capsys.readouterr()
 
@@ -142,14 +142,14 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path):
     array = np.zeros((4, 6, 3), dtype=np.uint8)
     array[0, 0] = 255
     exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter to the right shows it upright
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees clockwise
     path = save(tmp_path / "turned.png", array, exif=exif)
     assert pixels(path).shape == (6, 4, 3) and (pixels(path)[0, 3] == 255).all()
 
 
 @pytest.fixture
 def bad(tmp_path, monkeypatch) -> dict[str, str]:
-    """Names of files that are refused, and why."""
+    """Rejected files, with the reasons."""
     noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
     for name in ("cut.jpg", "cut.png"):
         data = save(tmp_path / name, noise).read_bytes()
@@ -170,7 +170,7 @@ def bad(tmp_path, monkeypatch) -> dict[str, str]:
 
 
 def test_bad_images_are_refused_by_name_and_the_others_go_on(bad, trained, tmp_path, capsys):
-    good = save(tmp_path / "good.png", np.full((36, 36, 3), 200, np.uint8))  # a warning of Pillow's, no error
+    good = save(tmp_path / "good.png", np.full((36, 36, 3), 200, np.uint8))  # only a warning from Pillow
     names = [tmp_path / name for name in bad]
     code, out, err = run(capsys, "predict", names[0], good, *names[1:], "--model", trained, "--json")
     assert code == 1
@@ -186,13 +186,13 @@ def test_bad_images_are_refused_by_name_and_the_others_go_on(bad, trained, tmp_p
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory) -> dict[str, Path]:
-    """Names in a folder that are no regular files; reading one of them waits or never ends."""
+    """Special files in a folder; reading one of them blocks or never ends."""
     folder = tmp_path_factory.mktemp("odd")
     os.mkfifo(folder / "pipe.png")
     (folder / "zeros.png").symlink_to("/dev/zero")
     (folder / "loop.png").symlink_to("loop.png")
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(os.path.relpath(folder / "socket.png"))  # at most 107 bytes
+        server.bind(os.path.relpath(folder / "socket.png"))  # a path of at most 107 bytes
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -228,7 +228,7 @@ def test_the_size_is_limited_before_anything_is_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 2000)
     for ending, options in (("png", {}), ("jpg", {"progressive": True})):
         path = save(tmp_path / f"large.{ending}", noise, **options)
-        path.write_bytes(path.read_bytes()[:-2000])  # decoding it fails
+        path.write_bytes(path.read_bytes()[:-2000])  # makes decoding fail
         with pytest.raises(ImageError, match=r"large.*: 60 x 101 pixels exceed the limit of 2,000$"):
             open_image(path)
     monkeypatch.setattr(images, "MAX_PIXELS", 60 * 101)
@@ -261,12 +261,12 @@ ENDINGS = ("png", "jpg", "gif", "bmp", "tif", "webp", "ppm", "ico", "tga", "jp2"
     rest=st.binary(max_size=40),
 )
 def test_fuzz_damaged_images(ending, mode, flips, kept, rest, tmp_path_factory):
-    """Bytes that are changed, cut off or added: an RGB image within the limit, or a line that names the file."""
+    """Changed, missing or extra bytes give an RGB image within the size limit, or a one-line error with the file."""
     stored = io.BytesIO()
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8))
     try:
         picture.convert(mode).save(stored, {"jpg": "jpeg", "tif": "tiff", "jp2": "jpeg2000"}.get(ending, ending))
-    except (OSError, ValueError, KeyError):  # a kind of file that has no such mode
+    except (OSError, ValueError, KeyError):  # the format does not support this mode
         return
     data = bytearray(stored.getvalue())
     for place, change in flips:
@@ -290,7 +290,7 @@ def test_nothing_but_bad_images(command, trained, tmp_path, capsys, monkeypatch)
 
 
 def test_an_image_of_one_row(trained, tmp_path, capsys):
-    """Resizing its shorter side, as a transform would, takes gigabytes."""
+    """A transform that resizes the shorter side would allocate gigabytes."""
     path = save(tmp_path / "line.png", np.zeros((1, 60000, 3), np.uint8))
     assert run(capsys, "predict", path, "--model", trained)[0] == 0
 
@@ -327,7 +327,7 @@ def test_trains_goes_on_and_evaluates(trained, photos, tmp_path, capsys):
 
 @torch.no_grad()
 def test_predicts_what_the_model_does_on_the_images_of_its_tests(trained, photos, capsys):
-    """More than one batch of them."""
+    """The images fill more than one batch."""
     model, config, classes = load_trained(trained, backend="torch")
     data = load_data(config).train.examples
     paths = [data.dataset.samples[i][0] for i in data.indices]
@@ -394,7 +394,7 @@ def test_what_load_weights_may_do_is_an_option(theirs, photo, tmp_path):
 
 @pytest.fixture
 def hugging_face(tmp_path) -> Path:
-    """A folder with the architecture of `theirs`, for its weights."""
+    """A Hugging Face folder with the architecture of `theirs`, for the same weights."""
     config = transformers.ViTConfig(
         hidden_size=192, num_attention_heads=3, intermediate_size=768, layer_norm_eps=1e-6, num_labels=1000
     )
@@ -407,7 +407,7 @@ def hugging_face(tmp_path) -> Path:
 @torch.no_grad()
 @pytest.mark.parametrize("size", [224, 64])
 def test_the_same_weights_in_two_libraries_give_the_same(size, theirs, hugging_face, photo):
-    """logits, features, and the attention that timm does not give away."""
+    """Logits, features, and the attention maps, which timm does not return itself."""
     images = torch.randn(2, 3, size, size)
     results = []
     for name in (f"timm:{TIMM}", f"hf:{hugging_face}"):
@@ -420,7 +420,7 @@ def test_the_same_weights_in_two_libraries_give_the_same(size, theirs, hugging_f
         )
     side = size // 16
     shapes = [(2, 1000), (2, side, side, 192), (2, 3, side, side), (2, 3, side, side)]
-    # where the sizes differ, one resamples positions with antialiasing and one without
+    # at another size, only one library resamples the position embeddings with antialiasing
     tolerance = 1e-4 if size == 224 else 0.1
     for ours, other, shape in zip(*results, shapes, strict=True):
         assert ours.shape == other.shape == shape
@@ -454,7 +454,7 @@ def test_other_libraries_models_run_on_the_kernels(purpose, library, theirs, hug
 
 @torch.no_grad()
 def test_a_folder_of_hugging_face_is_seen_as_its_processor_says(tmp_path, capsys):
-    """DINOv2's: positions for another size, a crop, special tokens, names of classes."""
+    """DINOv2: resampled position embeddings, center crop, prefix tokens, class names."""
     torch.manual_seed(0)
     model = transformers.Dinov2WithRegistersForImageClassification(
         transformers.Dinov2WithRegistersConfig(
@@ -622,8 +622,8 @@ def test_info_says_why(monkeypatch):
     cells = [cell for column in table.columns[1:] for cell in column.cells]
     rows = list(table.columns[0].cells)
     assert len(cells) == 4 * len(rows) and set(rows) == set(backend.OPS)
-    assert cells.count("by its parts") == 2  # the encoder, in training
-    for cell in cells:  # the table is what decides
+    assert cells.count("by its parts") == 2  # the encoder in training
+    for cell in cells:  # the measured ratio decides
         if cell == "by its parts":
             continue
         name, reason = cell.split(": ")
@@ -648,12 +648,12 @@ def test_bench_hands_over(capfd, monkeypatch, tmp_path):
     assert "run it in a checkout of vit_triton's repository" in err and err.count("\n") == 1
 
 
-# --- what can be wrong -------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def odd_models(tmp_path_factory) -> dict[str, Path | str]:
-    """What looks like a run, and like a model of Hugging Face."""
+    """Invalid folders that resemble a training run and a Hugging Face model."""
     run, model = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("model")
     torch.save([1], run / "checkpoint.pt")
     (model / "config.json").write_text('{"model_type": "vit", "hidden_size": "x"}')
@@ -814,7 +814,7 @@ def test_ctrl_c_under_torchrun_is_reported_by_the_first_process(monkeypatch, cap
 def test_a_missing_package_names_the_extra(package, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == package or "vit_triton.cli." in name]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("images", "cli"):  # what a package remembers of its modules
+    for name in ("images", "cli"):  # a package's references to its modules
         monkeypatch.delitem(sys.modules, f"vit_triton.{name}", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     code, _, err = run(capsys, "features", "photo.png", "--model", "run")

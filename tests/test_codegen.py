@@ -1,7 +1,7 @@
-"""What the compilers for GPUs make of the shipped tiles: facts that no run on a CPU shows.
+"""Machine code that the GPU compilers generate for the shipped tiles: properties that CPU runs cannot show.
 
-`make test` holds one form of every kernel to them on every architecture; `make codegen`, which sets
-VIT_TRITON_CODEGEN, every tile in every dtype.
+`make test` checks one form of every kernel on every architecture; `make codegen`, which sets VIT_TRITON_CODEGEN,
+checks every tile in every dtype.
 """
 
 import collections
@@ -49,25 +49,25 @@ KERNELS = {
     for name, value in vars(module).items()
     if isinstance(value, JITFunction) and name.endswith("_kernel")
 }
-# what there is one number of for each row or column; all else that kernels read and write is rows
+# lines that access one number per row or column; all other accesses are rows
 VECTORS = re.compile(
     r"\b(lse|delta|dlse|((pre|post)_)?(mean|rstd)|std|d?bias|pre_(weight|bias))_ptr \+"
     r"|\b(d(weight|bias)_partials|d?layer_scale|samples)_ptr \+"
     r"|\bweight_ptr \+ offs_d\b"
     r"|\blse = tl.load|seed_ptr\)"
-    r"|= scores_and_dp\(k, v"  # the line behind that of delta, which its load is noted at
+    r"|= scores_and_dp\(k, v"  # the line after delta's, to which debug information assigns delta's load
 )
-PARTS = re.compile(r"sums/")  # parts are narrow on purpose: pick_sum_parts says why
+PARTS = re.compile(r"sums/")  # partial sums are narrow on purpose, see pick_sum_parts
 
 
 def hold(found):
-    """Everything that is required of one compiled kernel."""
+    """Check all requirements on one compiled kernel."""
     code = found.code
     assert may_spill(found) or found.local_bytes == 0 and found.count(code.LOCAL) == 0, found
     assert found.registers > 0 and found.blocks >= 1, found
     assert found.shared_bytes <= found.shared_limit, found
     assert found.count(code.DOUBLE) == 0, found
-    assert found.per_trip or found.trips <= 3, found  # few that are known at compile time are no loop
+    assert found.per_trip or found.trips <= 3, found  # a few trips known at compile time are unrolled
     half = found.dtype in ("bfloat16", "float16")
     product = "PRECISION" in found.constants and found.constants.get("MULTIPLIED") != "True"
     if not product:
@@ -80,13 +80,13 @@ def hold(found):
     else:
         assert found.count(code.MATRIX) > 0, found
     if product and half and code is sass and found.stages > 1 and found.trips > 1:
-        assert found.count(code.COPIES) > 0, found  # the next tile comes while this one is multiplied
+        assert found.count(code.COPIES) > 0, found  # the copy of the next tile overlaps with the product
 
 
 def may_spill(found):
-    """A row of LayerNorm lies in registers, and of more than 8192 numbers it does not. Products over fewer than 16
-    numbers read them one by one. What float32 wants for heads of more than 128 does not fit 99 KiB of shared
-    memory; what does spills."""
+    """Whether a kernel may spill: LayerNorm rows of more than 8192 numbers exceed the registers; products over fewer
+    than 16 numbers read them one by one; in float32, dK and dV of head sizes above 128 need more than 99 KiB of shared
+    memory, and the tiles that fit spill."""
     if found.kernel.startswith("layer_norm"):
         return int(found.constants["BLOCK_D"]) > 8192
     if found.kernel == "linear_fwd_kernel":
@@ -96,22 +96,22 @@ def may_spill(found):
 
 
 def tile_rows(found):
-    """Of the products of a kernel, the fewest rows; wgmma and tcgen05 take no fewer than 64."""
+    """The smallest number of rows in a kernel's products; wgmma and tcgen05 need at least 64."""
     of_weight = "bwd_weight" in found.kernel or "dkdv" in found.kernel
     return int(found.constants["BLOCK_N" if of_weight else "BLOCK_M"])
 
 
 def narrow_rows(found):
-    """Lines that read or write rows of 16-bit numbers by less than 16 bytes a thread. Tiles of real sizes only give a
-    thread as many."""
-    # Triton gives a thread of an AMD GPU 8 bytes of a row of an accumulator to write
+    """Lines that access rows of 16-bit numbers with less than 16 bytes per thread. 16 bytes require tiles of realistic
+    sizes."""
+    # on AMD GPUs, Triton's accumulator layout gives a thread 8 bytes of a row
     if found.code is not sass or found.dtype not in ("bfloat16", "float16"):
         return []
     if found.kernel == "layer_scale_bwd_kernel":
-        return []  # a row of the weight lies in threads as the float32 parts beside it do
+        return []  # the weight has the thread layout of the float32 partial sums
     rows = [where for where in found.narrow if not VECTORS.search(where.split(" < ")[0]) and not PARTS.match(where)]
     if "mean_ptr" not in found.constants and found.kernel.startswith("patch_embed"):
-        rows = [where for where in rows if "a = tl.load(ptrs" not in where]  # an image of bytes
+        rows = [where for where in rows if "a = tl.load(ptrs" not in where]  # a uint8 image
     return rows
 
 
@@ -133,7 +133,7 @@ def test_each_kernel(arch, dtype):
 
 
 def test_expanded_gradients():
-    """They must not take a kernel's 16-byte loads from it, nor its registers."""
+    """Expanded gradients keep 16-byte loads and cause no spills."""
     for found in figures("sm_80", "bfloat16", workloads.expanded_gradients):
         hold(found)
         assert not narrow_rows(found), found
@@ -149,14 +149,14 @@ def test_a_head_size_of_every_row_of_tiles(arch, dtype):
 
     for found in figures(arch, dtype, workload):
         hold(found)
-        # heads of 72 and 88, whose stride 16 does not divide, too; the second tile is too small to have as much, and so
-        # is the masked step of 16 query rows where eight warps give dK and dV
+        # includes head sizes 72 and 88, whose strides are no multiples of 16; too small for 16 bytes per thread: the
+        # second tile, and dK/dV's masked step of 16 query rows with eight warps
         small = ("_tail", "= attention_bwd_dkdv_step(")
         assert not [where for where in narrow_rows(found) if not any(name in where for name in small)], found
 
 
-# of ViT-B/16 in bfloat16: most registers, fewest blocks on a multiprocessor, most instructions of a trip of the loop
-# (between them they bound how busy the matrix units can be)
+# ViT-B/16 in bfloat16: maximum registers, minimum blocks per multiprocessor, maximum instructions per loop trip
+# (together they bound the utilization of the matrix units)
 BARS = {
     ("sm_80", "attention_fwd_kernel"): (255, 2, 700),
     ("sm_80", "attention_bwd_dq_kernel"): (168, 3, 230),
@@ -187,7 +187,7 @@ def test_bars(arch):
 
 
 def test_bars_of_long_attention():
-    """With a masked step of 16, 64 and 32 keys at the end."""
+    """The sequences end with a masked step of 16, 64 or 32 keys."""
 
     def workload(dtype):
         for head_dim, n_tokens in ((64, 577), (64, 570), (72, 730), (88, 730)):
@@ -204,7 +204,7 @@ def test_bars_of_long_attention():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_instructions_of_an_activation(dtype, arch, activation):
-    """At most 12 of float32 for an element, beside the addition of the bias."""
+    """At most 12 float32 instructions per element, excluding the bias addition."""
 
     @torch.no_grad()
     def workload(dtype):
@@ -212,9 +212,9 @@ def test_instructions_of_an_activation(dtype, arch, activation):
         F.mlp(x, w1, b1, w2, None, activation=activation, backend="triton")
 
     (found,) = (each for each in figures(arch, dtype, workload) if each.constants["ACTIVATION"] == activation)
-    elements = int(found.constants["BLOCK_M"]) * int(found.constants["BLOCK_N"]) / (32 * found.warps)  # of a thread
+    elements = int(found.constants["BLOCK_M"]) * int(found.constants["BLOCK_N"]) / (32 * found.warps)  # per thread
     float32 = found.count("F(FMA|MUL|ADD)2?|FMNMX|FSETP|FSEL|MUFU") / elements - 1
-    assert 6 < float32 <= 12.1, float32  # a few more, for the whole tile
+    assert 6 < float32 <= 12.1, float32  # 0.1 for instructions per tile
 
 
 # --- every tile --------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_every_tile_is_compiled(arch, dtype, monkeypatch):
 
 
 def record_picks(monkeypatch):
-    """What the ``pick_*`` functions return from now on, by their names."""
+    """Record the results of the ``pick_*`` functions by name."""
     picked = collections.defaultdict(set)
 
     def recording(name, pick):
@@ -262,19 +262,19 @@ def record_picks(monkeypatch):
 
 
 def _in_one_part(config):
-    """In how many parts a weight's gradient is made changes nothing in the loop."""
+    """Drop split-K, which leaves the loop of a weight gradient unchanged."""
     return dataclasses.replace(config, split=1) if isinstance(config, GemmConfig) else config
 
 
 def every_pick(arch, dtype):
-    """The same for all arguments that can make a difference."""
+    """The results of the ``pick_*`` functions for all relevant arguments, by name."""
     torch_dtype, precision = DTYPES[dtype], "tf32" if dtype == "tf32" and arch != "gfx90a" else "ieee"
     lengths, sizes, powers = (1, 16, 17, 197, 513), (1, 17, 33, 64, 65, 129, 768, 1152, 4096), [2**n for n in range(17)]
     target = target_named(arch)
     attention = list(itertools.product(lengths, lengths, range(1, 257), [torch_dtype], [target], (False, True)))
     patches = [(8, n, k, torch_dtype, target, precision) for n in sizes for k in sizes]
     linear = [(*args, epilogue) for args in patches for epilogue in Epilogue]
-    parts = range(2, 300)  # a single one is the gradient
+    parts = range(2, 300)  # a single part is the gradient itself
     widths = {
         "pick_layer_norm": powers,
         "pick_qk_norm": range(1, 257),
@@ -299,7 +299,7 @@ def every_pick(arch, dtype):
     return {name: {_in_one_part(pickers[name](*args)) for args in calls} for name, calls in arguments.items()}
 
 
-# --- how the figures are made ------------------------------------------------------------------------------
+# --- computation of the figures ----------------------------------------------------------------------------
 
 
 def test_architectures_are_named_as_those_of_gpus():
@@ -309,8 +309,9 @@ def test_architectures_are_named_as_those_of_gpus():
 
 
 def test_resident_blocks():
-    """H100: 128 threads of 128 registers, 16384 of 65536; 45 1/2 KiB and 1 of the system's, 4 times in 228 KiB. MI300:
-    512 registers for each of 64 lanes hold 4 waves of 128; of 136 only 3, so that a block of 8 waves fits once."""
+    """H100: 128 threads with 128 registers use 16384 of 65536; 45.5 KiB plus 1 KiB for the system fit 4 times in
+    228 KiB. MI300: 512 registers per lane hold 4 waves with 128 registers, or 3 with 136; then a block of 8 waves fits
+    once."""
     h100, mi300 = ARCHITECTURES["sm_90"], ARCHITECTURES["gfx942"]
     assert h100.resident(128, 4, 0) == (4, "registers")
     assert h100.resident(33, 4, 45 * 1024 + 512) == (4, "shared memory")
@@ -322,7 +323,7 @@ def test_resident_blocks():
 
 
 def test_residents_agree_with_llvm():
-    """LLVM writes into AMD's assembly how many waves of a kernel the registers of a part of a compute unit hold."""
+    """LLVM's AMD assembly contains the occupancy: the waves per SIMD that the registers allow."""
     with compiling_for("gfx942") as found:
         workloads.each_kernel(torch.bfloat16)
     for each in found:
@@ -332,7 +333,7 @@ def test_residents_agree_with_llvm():
 
 
 def test_loops():
-    """0 -> 1 -> 2 -> 3 -> 4, back from 3 to 1 and from 2 to 2; 5 jumps back to 4 from behind the end: no loop."""
+    """Flow 0 -> 1 -> 2 -> 3 -> 4 with branches 3 -> 1 and 2 -> 2; the jump to 4 after EXIT forms no loop."""
     code = [Instruction("A"), Instruction("B"), Instruction("BRA", 2), Instruction("BRA", 1)]
     code += [Instruction("C"), Instruction("EXIT", falls_through=False), Instruction("BRA", 4, falls_through=False)]
     assert loops(code) == [{1, 2, 3}]
@@ -345,7 +346,7 @@ def test_a_loop_that_ends_without_a_branch():
 
 
 def test_what_a_launch_costs():
-    """197 tokens in 12 heads of 64, 8 images: two products forward, three and four backward."""
+    """197 tokens, 12 heads of 64, 8 images: attention takes two products forward, three for dQ, four for dK and dV."""
     found = {each.kernel: each for each in each_kernel("sm_80", "bfloat16")}
     product = 2 * 8 * 12 * 197 * 197 * 64
     tokens, lse = 8 * 197 * 768 * 2, 8 * 12 * 197 * 4
@@ -356,7 +357,7 @@ def test_what_a_launch_costs():
     assert found["attention_bwd_dkdv_kernel"].flops == 4 * product
     inputs = {each.flops for each in each_kernel("sm_80", "bfloat16") if each.kernel == "linear_bwd_input_kernel"}
     assert 2 * 8 * 197 * 768 * 3072 in inputs
-    image = 8 * 196 * 768 * 2  # of numbers as many as there are tokens; read, and its gradient read and written
+    image = 8 * 196 * 768 * 2  # bytes; the image is read, its gradient read and written
     assert found["patch_embed_bwd_norm_kernel"].bytes == 3 * image + 2 * 8 * 196 * 4 + 768 * 2
 
 
@@ -373,7 +374,7 @@ def test_an_expanded_tensor_counts_once():
 
 
 def test_a_loop_multiplies_a_tile():
-    """What a block computes in a trip is a step of its tile, so a loop was found whole and is not unrolled."""
+    """A loop trip computes one step of a block's tile, so the loop is found completely and is not unrolled."""
     for found in each_kernel("sm_80", "bfloat16"):
         if found.kernel == "linear_bwd_input_kernel":
             rows, cols, depth = (int(found.constants["BLOCK_" + side]) for side in "MKN")

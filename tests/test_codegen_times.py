@@ -1,4 +1,4 @@
-"""The times that are computed from machine code: what an instruction occupies, how warps overlap, what a case costs."""
+"""Times computed from machine code: pipe cycles of an instruction, overlap of warps, cost of a case."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ from vit_triton.kernels import launch
 
 
 def listing(*lines, stall=1):
-    """As nvdisasm prints it. An instruction is its text, or (text, stall, write barrier, waits); others are labels."""
+    """Code in nvdisasm's format. A line is an instruction's text, (text, stall, write barrier, waits), or a label."""
     out = []
     for i, line in enumerate(lines):
         if line[0] == ".":
@@ -57,7 +57,7 @@ def test_the_schedule_of_an_instruction():
 
 
 def test_the_bound_of_a_small_kernel():
-    """Ten trips of an HMMA, which takes 8 cycles of an A100's tensor cores, in two blocks of one warp a part."""
+    """Ten trips with one HMMA (8 tensor core cycles on an A100), in two blocks with one warp per partition."""
     kernel = small()
     assert kernel.once == [0, 4] and [loop.own for loop in kernel.loops] == [[1, 2, 3]]
     assert kernel.trips(10) == [10] and kernel.flops(kernel.loops[0].own) == 4 * 2 * 16 * 8 * 16
@@ -65,7 +65,7 @@ def test_the_bound_of_a_small_kernel():
     assert found.bound == pytest.approx(2 * 10 * 8 / 1.41e9) and (found.pipe, found.blocks) == ("tensor", 2)
     assert found.tensor_share == 1 and found.replayed >= found.bound
     assert found.limit == pytest.approx(1e6 / (2 * 1024 * 108 * 1.41e9))
-    # a third block for some multiprocessors takes the time of one more for the whole
+    # a third block on one multiprocessor takes as long as a third block on all
     assert model.times(kernel, 2 * 108 + 1, [10], 2, 0, 0).bound == pytest.approx(1.5 * found.bound)
 
 
@@ -102,14 +102,14 @@ def test_what_an_instruction_occupies(gpu, instruction, cycles):
 
 
 def test_a_scoreboard_holds_a_warp_up():
-    """MUFU starts after the 4 cycles of MOV, takes 8, and its result is there 20 later."""
+    """MUFU starts after MOV's 4 cycles and takes 8; its result arrives 20 cycles later."""
     code = listing(("MOV R1, R2", 4, 7, 0), ("MUFU.EX2 R3, R1", 1, 0, 0), ("FADD R4, R3, R3", 2, 7, 1), "EXIT")
     kernel = Kernel(sass.parse(code), 4, GPUS["A100"])
     assert replay.simulate(kernel, range(4), resident=1, total=1) == 4 + 8 + 20 + 2
 
 
 def test_warps_overlap_until_a_pipe_is_full():
-    """A warp waits for its own exponential, 20 cycles, while others begin theirs; of 16 the pipe is full."""
+    """A warp waits 20 cycles for its exponential while other warps start theirs; 16 warps saturate the pipe."""
     code = listing(("MUFU.EX2 R3, R1", 1, 0, 0), ("FADD R4, R3, R3", 1, 7, 1), "EXIT")
     kernel = Kernel(sass.parse(code), 4, GPUS["A100"])
     alone, many = (replay.simulate(kernel, range(3), n, n) for n in (1, 16))
@@ -131,8 +131,8 @@ def test_tensor_memory_limits_blocks():
 
 @pytest.mark.parametrize("gpu", ["A100", "B200"])
 def test_the_trips_of_loops_are_the_products_of_the_formula(gpu):
-    """But for the rows and columns that tiles have too many, and (B200) a product before a loop that a branch skips: so
-    a loop was found whole, is not unrolled, and a trip that was moved in front of it counts once."""
+    """The loops compute the formula's products, plus tile padding and (B200) a product before a loop that a branch
+    skips. So each loop is found completely, is not unrolled, and a trip moved in front of it counts once."""
     with compiling_for(GPUS[gpu].arch) as found:
         workloads.each_kernel(torch.bfloat16)
     products = 0
@@ -159,7 +159,7 @@ def run(monkeypatch, *arguments):
 
 
 def test_the_command(tmp_path, monkeypatch, capsys, virtual_memory):
-    """The times in docs/gpu.md, within what another version of ptxas may change."""
+    """The command gives the times in docs/gpu.md, up to differences between ptxas versions."""
     case = "attention, 197 tokens, heads of 64"
     options = ("--time", "--gpu", "A100", "B200", "--only", case, "--jobs", 1, "--json", tmp_path / "t.json")
     run(monkeypatch, *options)

@@ -1,5 +1,5 @@
-"""A whole ViT among PyTorch's own machinery: torch.compile, torch.export, a GPU that is not there, CUDA graphs,
-autocast, GradScaler, activation checkpointing, gradients of gradients."""
+"""A complete ViT with torch.compile, torch.export, fake CUDA tensors, CUDA graphs, autocast, GradScaler, activation
+checkpointing and double backward."""
 
 import contextlib
 import copy
@@ -31,7 +31,7 @@ def vit(**options):
 
 
 def gradients(function, image, model):
-    """The output of ``function``, which is made of ``model``, and the gradients of all parameters."""
+    """The output of ``function``, which calls ``model``, and the gradients of all parameters."""
     model.zero_grad()
     output = function(image)
     output.float().square().sum().backward()
@@ -101,11 +101,11 @@ def test_a_constant_of_a_trace_is_not_used_again():
     assert torch.equal(compiled(image, weight), expected)
 
 
-# --- a GPU that is not there -------------------------------------------------------------------------------
+# --- fake CUDA tensors -------------------------------------------------------------------------------------
 
 
 def fake_cuda_vit(dtype=torch.float32, **options):
-    """A model and an image on a GPU; inside a FakeTensorMode."""
+    """A model and an image on a fake GPU; call it inside a FakeTensorMode."""
     torch.set_default_dtype(dtype)
     try:
         with torch.device("cuda"):
@@ -115,7 +115,7 @@ def fake_cuda_vit(dtype=torch.float32, **options):
 
 
 def backward(output, grad):
-    """The gradients of all leaves. PyTorch's own engine asks the CUDA driver for a context, even for fake tensors."""
+    """The gradients of all leaves. PyTorch's engine would create a CUDA context, even for fake tensors."""
     order, seen = [], set()
 
     def visit(node):
@@ -134,7 +134,7 @@ def backward(output, grad):
             continue
         outputs = getattr(node, "apply", node)(*(grads.get(i) for i in range(len(node._input_metadata))))
         outputs, edges = outputs if isinstance(outputs, tuple) else (outputs,), node.next_functions
-        if hasattr(node, "needs_input_grad"):  # a Function in Python: an output for every argument
+        if hasattr(node, "needs_input_grad"):  # a Python Function has an output for every argument
             outputs = [x for x, needed in zip(outputs, node.needs_input_grad, strict=True) if needed]
             edges = [edge for edge in edges if edge[0] is not None]
         for (below, i), x in zip(edges, outputs, strict=True):
@@ -176,9 +176,9 @@ def test_is_exported_for_a_gpu():
 
 
 class Captured(TorchDispatchMode):
-    """What a CUDA graph would record of fake CUDA tensors: every allocation and launch. Launchers run in place of the
-    fake implementations they must agree with. Fake tensors refuse to tell values or to have sizes that depend on
-    values; this mode refuses copies from or to the host as well."""
+    """Record what a CUDA graph would capture with fake CUDA tensors: all allocations and launches. Launchers run too,
+    and must agree with their fake implementations. Fake tensors reject data access and data-dependent sizes; this mode
+    also rejects copies from or to the host."""
 
     def __init__(self):
         super().__init__()
@@ -188,7 +188,7 @@ class Captured(TorchDispatchMode):
         result = op(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
         assert all(x.is_cuda for x in tensors), f"{op} waits for the GPU"
-        if op.namespace != "prim":  # a question, not a computation
+        if op.namespace != "prim":  # prim operators are queries
             self.seen.append((str(op), [(x.shape, x.dtype) for x in tensors]))
         if op.namespace == "vit_triton":
             with self:
@@ -201,7 +201,7 @@ class Captured(TorchDispatchMode):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The kernels and grids that are launched, on a GPU that is not there."""
+    """Record the kernels and grids launched on a fake GPU."""
     from vit_triton.kernels import device, launch, target
 
     recorded = []
@@ -241,7 +241,7 @@ def test_inference_may_be_a_cuda_graph(launches):
 
 
 def test_inference_with_fake_weights_on_the_cpu():
-    """Weights that are laid out once would be laid out from nothing."""
+    """Fake weights have no data from which to prepare a layout."""
     with FakeTensorMode(), torch.no_grad():
         assert vit().eval()(torch.randn(2, 3, 16, 16)).shape == (2, 3)
 
@@ -265,7 +265,7 @@ def test_grad_scaler_scales_skips_and_unscales():
     loss(plain).backward()
     theirs.step()
     assert scaler.get_scale() == 2.0**11
-    # the scale is a power of two, and every backward is linear in the gradient that comes in
+    # exact: the scale is a power of two, and every backward is linear in the incoming gradient
     assert all(map(torch.equal, model.parameters(), plain.parameters()))
 
     scaler.scale(loss(model) * float("inf")).backward()
@@ -275,7 +275,7 @@ def test_grad_scaler_scales_skips_and_unscales():
     assert all(map(torch.equal, model.parameters(), plain.parameters())), "stepped along a gradient that is not finite"
 
 
-# --- activation checkpointing, gradients of gradients ------------------------------------------------------
+# --- activation checkpointing, double backward -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -321,7 +321,7 @@ def test_a_checkpoint_of_the_whole_model_keeps_the_image_alone():
 
 
 def penalised(model, image):
-    """A loss with the squared norm of the image's gradient in it (a gradient penalty)."""
+    """A loss with a gradient penalty: the squared norm of the image's gradient."""
     image = image.clone().requires_grad_()
     output = model(image)
     (grad,) = torch.autograd.grad(output.sum(), image, create_graph=True)

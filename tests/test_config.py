@@ -1,4 +1,4 @@
-"""Tile sizes and launches: what every pick must hold, on every architecture."""
+"""Tile sizes and launches: requirements on every pick, for every architecture."""
 
 import dataclasses
 import itertools
@@ -85,7 +85,7 @@ def test_attention_tiles(pick, target, dropout):
         for head_dim in (1, 16, 40, 64, 72, 80, 88, 128, 256):
             for dtype in DTYPES:
                 tile = pick(n_q, n_k, head_dim, dtype, target, dropout)
-                if tile is None:  # the other kernel of the backward pass holds all keys, and gives dq too
+                if tile is None:  # the dK/dV kernel covers all keys in one block and computes dQ too
                     assert pick is attention.pick_attention_bwd_dq
                     assert attention.pick_attention_bwd_dkdv(n_q, n_k, head_dim, dtype, target, dropout).block_n >= n_k
                     continue
@@ -144,7 +144,7 @@ def test_configurations_are_frozen_and_can_be_keys():
 
 
 class Kernel:
-    """Stands in for a Triton kernel, and for what is compiled of it; notes the first dimension of its grids."""
+    """Replaces a Triton kernel and its compiled form; records the first dimension of its grids."""
 
     arg_names = ()
     module = "loaded"
@@ -175,7 +175,7 @@ def scale_kernel(x_ptr, y_ptr, n, factor, BLOCK: tl.constexpr):
 
 @pytest.mark.compiled
 def test_launched_again_with_other_arguments():
-    """What is found again for some arguments must not be what was compiled for others."""
+    """A launch reuses a compiled kernel only for matching arguments."""
     buffer = torch.arange(3000.0)
     for x in (buffer[:2000], buffer[1:2001], buffer[:2000].bfloat16(), buffer[3:2003].double(), buffer[5:50]):
         for factor in (1.0, 3.0, 0.5):

@@ -1,4 +1,4 @@
-"""The compiler for CPUs: every operation it knows against numpy, on every kind of CPU it tells apart."""
+"""The CPU compiler: every supported operation against numpy, on every kind of CPU that it distinguishes."""
 
 import ctypes
 import errno
@@ -67,11 +67,11 @@ def run(text, arrays, arch, scalars=()):
     ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.symbol("entry"))(data)
 
 
-SIZE, COUNT = 64, 37  # a tile, and how much of it a mask leaves: two vectors and a rest
+SIZE, COUNT = 64, 37  # tile size and its unmasked part: two vectors and a remainder
 
 
 def elementwise(line, inputs, output, operand=None):
-    """A kernel that applies ``line`` (of %a, %b, %c, giving %r) to COUNT elements of its arrays."""
+    """A kernel that applies ``line`` (operands %a, %b, %c, result %r) to COUNT elements of its arrays."""
     names = "abc"[: len(inputs)]
     arguments = ", ".join(f"%p{n}: !tt.ptr<{_stored(t)}>" for n, t in zip(names, inputs, strict=True))
     body = []
@@ -239,7 +239,7 @@ SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-40, 3.4e38, 65504.0
 
 
 def sample(elem, kind, rng, place):
-    """COUNT values; what ``kind`` names restricts the second operand (a shift, a divisor) or both."""
+    """COUNT values; ``kind`` restricts the second operand (a shift, a divisor) or both."""
     if elem == "i1":
         return rng.integers(0, 2, COUNT).astype(bool)
     if elem[0] == "i":
@@ -259,7 +259,7 @@ def sample(elem, kind, rng, place):
 
 
 def distance(a, b):
-    """The largest distance in units in the last place; the same special values are no distance."""
+    """The largest distance in units in the last place; equal special values have distance 0."""
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     wide = np.where(same, 0.0, a.astype(np.float64) - b.astype(np.float64))
     spacing = np.spacing(np.maximum(np.abs(b), np.finfo(np.float32).tiny).astype(np.float32))
@@ -284,7 +284,7 @@ def test_elementwise(case, arch):
         assert distance(out, expected) <= (ulp[0] if ulp else 0)
     elif output == "bf16":
         a, b = from_bf16(out), from_bf16(expected)
-        if "avx512_bf16" in arch:  # vcvtneps2bf16 takes subnormal numbers for zero
+        if "avx512_bf16" in arch:  # vcvtneps2bf16 treats subnormal numbers as zero
             b = np.where(np.abs(b) < np.finfo(np.float32).tiny, 0.0, b)
         assert ((a == b) | (np.isnan(a) & np.isnan(b))).all()
     else:
@@ -371,7 +371,7 @@ class Kernel:
         return name
 
     def reduce(self, a, axis, op="arith.addf"):
-        """Reduced along ``axis`` and broadcast again."""
+        """Reduce along ``axis`` and broadcast the result."""
         name, wide, back = self.name(), self.name(), self.name()
         left = (self.rows, self.cols)[1 - axis]
         one = f"{self.rows}x1" if axis else f"1x{self.cols}"
@@ -427,13 +427,13 @@ def test_random_kernels(shape, cut, plan, arch, seed):
     expected = kernel.values[values[-1]]
     if not np.isfinite(expected).all() or np.abs(expected).max() > 1e30:
         return
-    scale = max(np.abs(v).max() for v in kernel.values.values())  # sums and differences lose to the largest operand
+    scale = max(np.abs(v).max() for v in kernel.values.values())  # the largest operand determines rounding
     np.testing.assert_allclose(out, expected[:m, :n], atol=scale * 3e-6, rtol=1e-5)
 
 
 @triton.jit
 def column_sums_kernel(x_ptr, out_ptr, n_steps, m, n, M: tl.constexpr, N: tl.constexpr):
-    """Over stretches of M rows: their sums, the sum of the running sums before each, and of row sums and maxima."""
+    """Column sums over blocks of M rows: of values, of running sums before each block, of row sums and maxima."""
     cols = tl.arange(0, N)
     total = tl.zeros([N], tl.float32)
     running = tl.zeros([N], tl.float32)
@@ -445,12 +445,12 @@ def column_sums_kernel(x_ptr, out_ptr, n_steps, m, n, M: tl.constexpr, N: tl.con
         mask = (rows < m)[:, None] & (cols < n)[None, :]
         x = tl.load(x_ptr + rows[:, None] * n + cols[None, :], mask=mask, other=0.0)
         sums = tl.sum(x, axis=0)
-        total += tl.sum(x * x, axis=0)  # into what the loop carries
-        before += running  # which is still needed here, before it changes
+        total += tl.sum(x * x, axis=0)  # accumulates into a loop-carried value
+        before += running  # uses the value before the update
         running += sums
-        odd, even = even, odd + tl.sum(x + x, axis=0)  # they change places
-        # one loop for both; the second pair depends on the first
-        row_sum, row_max = tl.sum(x, axis=1), tl.max(x, axis=1)  # zeros behind n count for one of them only
+        odd, even = even, odd + tl.sum(x + x, axis=0)  # swaps loop-carried values
+        # each pair of reductions shares a loop; the second pair depends on the first
+        row_sum, row_max = tl.sum(x, axis=1), tl.max(x, axis=1)  # padding zeros affect the maximum only
         spread = tl.sum(tl.where(mask, tl.abs(x - row_max[:, None]), 0.0), axis=1)
         pair += tl.sum(tl.where(mask, (row_sum + spread)[:, None] * x, 0.0), axis=0)
     mask = cols < n
@@ -487,7 +487,7 @@ def test_reductions_that_share_a_loop(m, n, tile, arch, monkeypatch):
 
 @triton.jit
 def whole_tile_masks_kernel(x_ptr, y_ptr, flags_ptr, n, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Masks that are one number for a whole tile, and conditions that the loops over what is stored make true."""
+    """Masks with one value for a whole tile, and conditions that the bounds of the store loops imply."""
     offs = tl.arange(0, COLS)
     for i in range(n):
         flag = tl.load(flags_ptr + i) != 0
@@ -539,7 +539,7 @@ def test_a_mask_of_one_row_for_all(limit):
 
 @triton.jit
 def kept_operand_kernel(a_ptr, b_ptr, y_ptr, k, TRANSPOSED: tl.constexpr, SIZE: tl.constexpr):
-    """A product with a tile that is stored first and so kept in memory, of which k rows (or columns) were written."""
+    """A product with a tile that an earlier store keeps in memory; only k rows (or columns) of it are written."""
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     a = tl.load(a_ptr + i * k + j, mask=j < k, other=0.0)
     if TRANSPOSED:
@@ -575,7 +575,7 @@ def on(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products_and_softmax(on, dtype):
     eps = torch.finfo(dtype).eps
-    # an odd K: the partner of the last element of a pair of bfloat16 is not there
+    # odd K: the last bfloat16 element has no partner in its pair
     x, weight, bias = torch.randn(21, 43).to(dtype), torch.randn(37, 43).to(dtype), torch.randn(37).to(dtype)
     y = F.linear(x, weight, bias, backend="triton")
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
@@ -587,7 +587,7 @@ def test_products_and_softmax(on, dtype):
 
 
 def test_a_long_sum_is_as_precise_as_pytorchs():
-    """Of numbers of one sign: added up one by one, 2048 of them lose several times as much."""
+    """Sequential summation of 2048 numbers of one sign would have several times the error."""
     torch.manual_seed(0)
     q, k, v = torch.rand(3, 1, 2048, 1, 64)
     exact = F.attention(q.double(), k.double(), v.double(), backend="torch")
@@ -595,7 +595,7 @@ def test_a_long_sum_is_as_precise_as_pytorchs():
     assert ours <= 2 * theirs
 
 
-# The wing's own bits do not depend on how many threads there are.
+# The results are bitwise independent of the number of threads.
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 def test_threads(threads):
     tensors = [torch.randn(300, 72), torch.randn(200, 72), torch.randn(200), torch.randn(72, 200), torch.randn(72)]
@@ -669,7 +669,7 @@ def test_workers_of_a_data_loader_run_kernels():
     assert torch.equal(torch.cat(list(loader)), expected)
 
 
-# --- what it refuses, and what it leaves behind ------------------------------------------------------------
+# --- errors, dumps and cache keys --------------------------------------------------------------------------
 
 
 def test_an_unknown_operation_is_named():
@@ -728,7 +728,7 @@ def test_the_cache_tells_cpus_apart():
     assert a.parse_options({}).hash() != b.parse_options({}).hash()
 
 
-# --- what lies on disk -------------------------------------------------------------------------------------
+# --- the cache on disk -------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -739,7 +739,7 @@ def doubled_kernel(x_ptr, y_ptr, n, SIZE: tl.constexpr):
 
 @pytest.fixture
 def kernels_on_disk(tmp_path, monkeypatch):
-    """A private cache, and a function that gets a kernel from there, runs it, and says whether it was compiled."""
+    """A function that loads a kernel through a private cache, runs it, and returns whether it was compiled."""
     monkeypatch.setattr(triton_driver, "_active", CPUDriver())
     monkeypatch.setattr(cache, "_spare", None)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))

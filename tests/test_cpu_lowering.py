@@ -1,7 +1,7 @@
-"""The loops that kernels become on the CPU, as text: masks are bounds, chains are fused, code is hoisted.
+"""The loops that the CPU compiler generates, as text: masks become bounds, chains are fused, code is hoisted.
 
-``outline`` turns the MLIR of a kernel into a few lines: loops, conditions, loads, stores, and what is computed once for
-several of them. Integer arithmetic is folded into the expressions that use it.
+``outline`` reduces a kernel's MLIR to a few lines: loops, conditions, loads, stores and the values that several of them
+share. Integer arithmetic is folded into the expressions that use it.
 """
 
 import operator
@@ -25,11 +25,11 @@ INFIX = {"addi": "+", "subi": "-", "muli": "*", "andi": "&", "divui": "/", "addf
          "divf": "/", "cmpi slt": "<", "cmpi sgt": ">", "divsi": "/", "remsi": "%"}  # fmt: skip
 FOLDED = {"addi": operator.add, "subi": operator.sub, "muli": operator.mul, "andi": operator.and_,
           "divui": operator.floordiv}  # fmt: skip
-NAMED = {"muli", "andi", "minsi", "intr.sqrt"}  # shown where they are computed
+NAMED = {"muli", "andi", "minsi", "intr.sqrt"}  # shown on their own lines
 
 
 def outline(kernel, signature, **constants):
-    """Loops, conditions, loads and stores of ``kernel``; its arguments by their names without "_ptr"."""
+    """Loops, conditions, loads and stores of ``kernel``; argument names are shown without "_ptr"."""
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     target = CPUDriver(",".join(features.REQUIRED)).get_current_target()
     mlir = triton.compile(ASTSource(kernel, types, constants), target=target).asm["mlir"]
@@ -52,7 +52,7 @@ class _Outline:
         self.lines.append("    " * self.depth + text)
 
     def named(self, text):
-        """A value that is shown where it is computed."""
+        """Show a value on its own line and return its name."""
         self.count += 1
         self.show(f"t{self.count} = {text}")
         return f"t{self.count}"
@@ -126,13 +126,13 @@ def _constant(text):
 
 
 def _element(pointer, offset):
-    """``x[i]`` and then ``+ j`` is ``x[i + j]``."""
+    """Add an offset: ``x[i]`` plus ``j`` is ``x[i + j]``."""
     base, _, before = pointer.removesuffix("]").partition("[")
     return f"{base}[{_arithmetic('addi', [before or '0', offset])}]"
 
 
 def _halves(words):
-    """The halves of a vector, combined until one element is left."""
+    """The name of a vector whose halves are combined, a step of its reduction to one element; else None."""
     if len(words) == 2 and all(word.startswith("half of ") for word in words):
         return f"lanes of {words[0].removeprefix('half of ').removeprefix('lanes of ')}"
     return None

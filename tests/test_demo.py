@@ -1,4 +1,4 @@
-"""The demo, with little training: that it runs to its end, writes what it says, and that both backends agree."""
+"""The demo with little training: it completes, writes the files it reports, and both backends agree."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def test_demo(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["digits.py", "--epochs", "2", "--out", str(tmp_path)])
     demo.main()
-    demo.main()  # a second time into the same folder
+    demo.main()  # a second run into the same folder
     printed = capsys.readouterr().out
     printed = printed[printed.rindex("scans to train on") :]
 
     accuracies = re.findall(r"backend (?:triton|torch) +held-out accuracy ([\d.]+)%", printed)
     assert len(accuracies) == 2 and accuracies[0] == accuracies[1]
-    # chance is 10 %; two epochs are enough to tell training from none
+    # chance is 10 %; two epochs of training exceed it clearly
     assert float(accuracies[0]) > 20
     difference = re.search(r"largest logit difference between the backends: (\S+)", printed)
     assert difference is not None and float(difference[1]) < 1e-4

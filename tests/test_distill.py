@@ -73,7 +73,7 @@ class TestStudent:
         assert all(torch.equal(ours.get_parameter(name), p) for name, p in theirs.named_parameters())
         theirs.load_state_dict(ours.state_dict(), strict=True)
         assert (ours.dim, ours.num_classes) == (theirs.dim, theirs.num_classes) == (24, 5)
-        # of the class itself, Python 3.11.2 gives that of an inherited __new__
+        # for a class, Python 3.11.2 returns the signature of an inherited __new__
         assert inspect.signature(DistillableViT.__init__) == inspect.signature(ViT.__init__)
 
     def test_to_vit(self, backend):
@@ -111,13 +111,13 @@ class TestStudent:
 
 TEACHERS = {
     "vit_pytorch": lambda: vit_pytorch.ViT(**{**BASE, "dropout": 0.5}),
-    "timm": lambda: timm.create_model("resnet10t", num_classes=5),  # batch norm, whose statistics must not move
+    "timm": lambda: timm.create_model("resnet10t", num_classes=5),  # batch norm statistics must not change
     "vit_triton": lambda: SimpleViT(**BASE, backend="torch"),
 }
 
 
 def wrappers(backend: str, teacher: str = "vit_triton", *, changes: dict | None = None, **options):
-    """vit_pytorch's wrapper and ours around equal teachers and students, with equal heads and tokens."""
+    """vit_pytorch's wrapper and ours, with equal teachers, students, heads and tokens."""
     theirs, ours, config = both(backend, **(changes or {}))
     torch.manual_seed(4)
     model = TEACHERS[teacher]()
@@ -149,7 +149,7 @@ class TestWrapper:
         assert_model_as_precise(*grads, TERMS)
         for name, grad in grads[2].items():
             if grad is not None and not grad.any():
-                assert not grads[0][name].any(), name  # by alpha=1, the labels teach nothing
+                assert not grads[0][name].any(), name  # with alpha=1, the labels have no gradient
 
     def test_of_one_call(self, backend):
         theirs, ours, image = wrappers(backend, temperature=2.0, alpha=0.3)

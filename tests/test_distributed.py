@@ -1,4 +1,4 @@
-"""Two processes over gloo, each with half of the batch: the losses and gradients of one process with all of it."""
+"""Two processes over gloo, each with half the batch, give the losses and gradients of one process with all of it."""
 
 import warnings
 
@@ -33,8 +33,8 @@ def data():
 
 
 def trained(model, batches, image):
-    """Losses of steps of AdamW, and the logits of ``image`` after each and the gradients of the last."""
-    parameters = list(model.parameters())  # as FSDP shards them: it has whole ones in their place after a forward
+    """Train with AdamW; the loss of each step, the logits of ``image`` after it, and the last step's gradients."""
+    parameters = list(model.parameters())  # FSDP's shards; after a forward, the model holds whole parameters
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     losses, logits = [], []
     for part, labels in batches:
@@ -50,7 +50,7 @@ def trained(model, batches, image):
 
 
 def shard(model, dtype):
-    """Every branch of every block by itself, the rest as one; an empty class token cannot be sharded."""
+    """Shard every branch of every block separately, and the rest together; FSDP cannot shard an empty class token."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     mesh = dist.init_device_mesh("cpu", (WORLD,))
     for block in model.transformer.layers:
@@ -63,7 +63,7 @@ def shard(model, dtype):
 def in_a_process(rank, folder):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated")  # PyTorch's own, on import
+    warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated")  # PyTorch's own warning, on import
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     batches, image = data()
     mine = [(images[rank::WORLD], labels[rank::WORLD]) for images, labels in batches]
@@ -91,7 +91,7 @@ def of_two_processes(tmp_path_factory):
 
 
 class Mixed(nn.Module):
-    """What FSDP's mixed precision computes, in one process: all parameters and inputs in bfloat16."""
+    """FSDP's mixed precision in one process: all parameters and inputs in bfloat16."""
 
     def __init__(self, model):
         super().__init__()

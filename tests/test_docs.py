@@ -1,4 +1,4 @@
-"""Every code block of the documentation: Python is run, on small models, and of each command every word is parsed."""
+"""Code blocks of the documentation: Python blocks run on small models, and every command line is parsed."""
 
 import re
 import shlex
@@ -44,7 +44,7 @@ BLOCKS = [
     for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 ]
 PYTHON = {where: code for where, language, code in BLOCKS if language == "python"}
-# Commands of the text, too, where they go on after their first words.
+# includes commands with arguments in running text
 COMMANDS = {
     f"{where}, {i}": command
     for where, text in [(where, code) for where, language, code in BLOCKS if language == ""]
@@ -83,7 +83,7 @@ def test_the_api_reference_has_every_public_name():
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """Where a block loads a model of others, a small one of the same kind; the files that the blocks read."""
+    """Replace other libraries' models by small ones of the same kind, and create the files that the blocks read."""
     create = timm.create_model
     sizes = dict(embed_dim=DIM, depth=DEPTH, num_heads=HEADS)
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **o: create(name, **{**sizes, **o}))
@@ -94,7 +94,7 @@ def small(monkeypatch, tmp_path):
         return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
 
     automatic = transformers.models.auto.auto_factory._BaseAutoModelClass
-    # AutoModel too: a test that has patched it leaves it with an attribute of its own
+    # AutoModel too: a patch in another test leaves its own attribute on it
     for kind in (automatic, transformers.AutoModel, transformers.PreTrainedModel):
         monkeypatch.setattr(kind, "from_pretrained", classmethod(from_pretrained))
     np.savez(tmp_path / "B_16.npz", **as_jax(timm.create_model("vit_base_patch16_224")))
@@ -103,14 +103,14 @@ def small(monkeypatch, tmp_path):
 
 @pytest.fixture
 def one_process():
-    """The process group that torchrun would make."""
+    """The process group that torchrun would create."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 def given() -> dict:
-    """What the blocks take for granted."""
+    """Names that the blocks use without defining them."""
     sizes = dict(image_size=32, patch_size=16, num_classes=3, dim=16, depth=2, heads=2, dim_head=8, mlp_dim=32)
     return {
         "img": torch.randn(1, 3, 256, 256),
@@ -137,7 +137,7 @@ def test_the_table_is_what_accelerate_prints():
 
 
 class Parsed(Exception):
-    """Instead of what the command would do."""
+    """Raised in place of the command's action."""
 
 
 @pytest.mark.parametrize("where", COMMANDS)
@@ -174,7 +174,7 @@ def test_commands_are_understood(where, monkeypatch):
         words = ["python", "-m", "benchmarks", *options.arguments]
     assert words[:3] == ["python", "-m", "benchmarks"], "a kind of command that is not known here"
     monkeypatch.setattr(sys, "argv", words[2:])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # --device cuda
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # accept --device cuda
     for command in benchmarks.__main__.COMMANDS:
         monkeypatch.setattr(benchmarks.__main__.module(command), "run", parsed)
     with pytest.raises(Parsed):

@@ -1,4 +1,4 @@
-"""vit_pytorch's wrappers around our ViT, unchanged: each gives what it gives around vit_pytorch's own."""
+"""vit_pytorch's wrappers work unchanged around our ViT and return the same results as around vit_pytorch's ViT."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""encoder against the float64 composition: one operator, or with gradients; where a Transformer makes use of it."""
+"""encoder against the float64 composition, as one operator and with gradients, and its use in a Transformer."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Bad input gets an error that names the argument, what was expected and what came, before any kernel runs."""
+"""Invalid input raises an error with the argument, the expected and the actual value, before any kernel runs."""
 
 import numpy as np
 import pytest
@@ -257,7 +257,7 @@ def test_bad_input(case, monkeypatch):
             monkeypatch.setattr(module, "launch", no_kernel)
     call, error, words = CASES[case]
     if case.startswith("ViT with a head size") or "layers of two kinds" in case:
-        monkeypatch.undo()  # kernels run before it is seen
+        monkeypatch.undo()  # detected only after kernels ran
     with pytest.raises(error) as caught:
         call()
     for word in words:

@@ -1,6 +1,6 @@
-"""What runs elsewhere holds PyTorch's operators only: torch.jit.trace, both exporters of ONNX, torch.export on request.
+"""Portable programs contain only PyTorch's operators: torch.jit.trace, both ONNX exporters, torch.export on request.
 
-Each model here has backend "triton", so that any operator of ours in a result is a fault.
+Each model has backend "triton"; any operator of ours in an exported program is an error.
 """
 
 import copy
@@ -35,8 +35,8 @@ from vit_triton import functional as F
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.torch.jit.\w+. is deprecated"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),  # transformers' own, in a trace
-    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # pytest undoes the filters of PyTorch and of ours
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),  # from transformers, in a trace
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # pytest resets PyTorch's filters and ours
 ]
 DYNAMO = pytest.param(
     True,
@@ -49,7 +49,7 @@ DYNAMO = pytest.param(
 
 
 class Logits(nn.Module):
-    """transformers' model as a function of images that gives a tensor."""
+    """A transformers model that maps images to a tensor."""
 
     def __init__(self, **config) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ THEIRS = {
 
 
 def made(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
-    """A model on the kernels, and the same model, with parameters of its own, on PyTorch's operators."""
+    """A model on the kernels, and a copy on PyTorch's operators with its own parameters."""
     torch.manual_seed(0)
     model = make()
     shake(model)
@@ -120,8 +120,8 @@ def images(batch: int = 2) -> Tensor:
 def test_traces_follow_the_parameters_and_outlive_a_file(models, gradients):
     model, plain = models
     with torch.set_grad_enabled(gradients):
-        model(images())  # what inference prepares of the weights does not get into the trace
-        # PyTorch's check refuses its own MultiheadAttention with gradients on: it takes another path in each trace
+        model(images())  # weights prepared by inference must stay out of the trace
+        # PyTorch's check fails for MultiheadAttention with gradients, which takes another path in each trace
         check = not (gradients and isinstance(plain, vision_transformer.VisionTransformer))
         traced = torch.jit.trace(model, images(), check_trace=check)
         assert "vit_triton::" not in str(traced.inlined_graph)
@@ -148,7 +148,7 @@ def test_traces_follow_the_parameters_and_outlive_a_file(models, gradients):
 
 
 def test_a_trace_takes_smaller_images():
-    """As vit_pytorch's does not: shapes are operations in it, no constants."""
+    """The trace computes shapes instead of storing constants, unlike vit_pytorch's."""
     model, plain = made(OURS["ViT"])
     traced = torch.jit.trace(model, images())
     for size in ((16, 8), (8, 8), (8, 16)):
@@ -167,7 +167,7 @@ def test_shape_checks_of_ours_do_not_warn():
 
 
 def test_every_function_is_traced():
-    """Also where it is called itself, with the backend named."""
+    """Direct calls with a named backend are traced too."""
     x, weight, wide = torch.randn(2, 5, 16), torch.randn(48, 16), torch.randn(16, 48)
     norm = (torch.randn(16), torch.randn(16), 1e-5)
     block = F.Block(norm, weight, None, torch.randn(16, 16), None, norm, weight, None, wide, None)
@@ -210,7 +210,7 @@ def test_every_function_is_traced():
     grids=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)), min_size=2, max_size=3),
     gradients=st.booleans(),
 )
-@settings(max_examples=max(1, settings().max_examples // 4))  # a second each
+@settings(max_examples=max(1, settings().max_examples // 4))  # an example takes a second
 def test_fuzz_traces_of_random_models(sizes, grids, gradients):
     patch_h, patch_w = sizes["patch_size"]
     model = vit_triton.ViT(image_size=(3 * patch_h, 3 * patch_w), **sizes, backend="triton").eval()
@@ -228,7 +228,7 @@ def test_fuzz_traces_of_random_models(sizes, grids, gradients):
 
 
 def run_onnx(file: io.BytesIO, *tensors: Tensor) -> Tensor:
-    """What onnxruntime computes of a file, which holds no operator and no function but ONNX's own."""
+    """onnxruntime's result for a file, which may contain only ONNX's operators and no functions."""
     model = onnx.load_from_string(file.getvalue())
     assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"} and not model.functions
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
@@ -240,7 +240,7 @@ def run_onnx(file: io.BytesIO, *tensors: Tensor) -> Tensor:
 def to_onnx(model: nn.Module, dynamo: bool, *tensors: Tensor) -> io.BytesIO:
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the former exporter is deprecated, and tells what it does not fold
+        warnings.simplefilter("ignore")  # the former exporter warns of its deprecation and of skipped constant folding
         if dynamo:
             torch.onnx.export(model, tensors, dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False).save(file)
         else:
@@ -266,7 +266,7 @@ def test_onnx_files_of_the_dynamo_exporter(name, dynamo):
 
 @pytest.mark.parametrize("dynamo", [pytest.param(False, id="former"), DYNAMO])
 def test_onnx_of_a_model_in_training_mode(dynamo):
-    """Dropout of probability 0 leaves nothing in the file."""
+    """The exporter removes Dropout of probability 0."""
     model, plain = made(OURS["ViT"])
     file = io.BytesIO()
     with warnings.catch_warnings():
@@ -276,7 +276,7 @@ def test_onnx_of_a_model_in_training_mode(dynamo):
 
 
 def test_a_strict_capture_for_onnx_is_portable():
-    """What the exporter tries where the other capture fails. Dynamo takes is_in_onnx_export for False."""
+    """The exporter falls back to a strict capture. Dynamo replaces is_in_onnx_export by False."""
     model, plain = made(OURS["ViT"])
     with mock.patch.object(onnx_flags, "_is_onnx_exporting", True):
         program = torch.export.export(model, (images(),), strict=True)
@@ -291,11 +291,11 @@ def test_a_program_that_holds_our_operators_names_the_portable_way():
     assert operators_of_ours(program)
     with mock.patch.object(onnx_flags, "_is_onnx_exporting", True):
         with pytest.raises(RuntimeError, match=r"vit_triton::patch_embed_fwd, .* vit_triton.portable_operators\(\)"):
-            program.run_decompositions()  # as the exporter does first
+            program.run_decompositions()  # the exporter's first step
     if importlib.util.find_spec("onnxscript") is not None:
         with pytest.raises(torch.onnx.errors.OnnxExporterError, match=r"vit_triton.portable_operators\(\)"):
             torch.onnx.export(program, dynamo=True, verbose=False)
-    program.run_decompositions()  # elsewhere they are operators like any
+    program.run_decompositions()  # allowed outside of ONNX export
 
 
 # --- torch.export ------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_a_program_captured_on_request_holds_pytorchs_operators(models):
 @pytest.mark.parametrize("make", [OURS["ViT"], THEIRS["timm"]], ids=["ours", "accelerated"])
 def test_a_strict_capture_on_request(make):
     model, plain = made(make)
-    with torch.no_grad():  # with gradients they are inside subgraphs
+    with torch.no_grad():  # with gradients, they are in subgraphs
         assert operators_of_ours(torch.export.export(model, (images(),), strict=True))
     with vit_triton.portable_operators():
         program = torch.export.export(model, (images(),), strict=True, dynamic_shapes=({0: Dim("batch")},))
@@ -341,7 +341,7 @@ def test_portable_operators_come_before_every_backend():
         with vit_triton.portable_operators():
             assert not ran()
         assert not ran()
-        F.layer_norm(x.double(), None, None, backend="triton")  # which the kernels do not take
+        F.layer_norm(x.double(), None, None, backend="triton")  # the kernels do not support float64
     with pytest.raises(ZeroDivisionError), vit_triton.portable_operators():
         raise ZeroDivisionError
     assert ran()
