@@ -283,7 +283,7 @@ def said(error):
 
 
 def only_torch_takes(error):
-    return isinstance(error, TypeError) and 'torch.float64: backend "triton" takes' in str(error)
+    return isinstance(error, TypeError) and 'torch.float64: backend "triton" supports' in str(error)
 
 
 def assert_ours(error):
