@@ -500,7 +500,7 @@ def test_hugging_face_draws_no_weights_at_random(purpose, tmp_path, photo, capsy
 def test_another_architecture_of_hugging_face_is_refused(tmp_path, photo, capsys):
     transformers.SwinConfig().save_pretrained(tmp_path)
     code, _, err = run(capsys, "features", photo, "--model", f"hf:{tmp_path}", "--out", tmp_path / "a.png")
-    assert code == 2 and "expected one of vit, deit, dinov2, dinov2_with_registers" in err and "is a swin" in err
+    assert code == 2 and "must be one of vit, deit, dinov2, dinov2_with_registers, got swin" in err
 
 
 # --- features and attention --------------------------------------------------------------------------------
@@ -604,6 +604,9 @@ def test_info_names_versions_and_what_runs_where(capsys, monkeypatch):
     code, out, _ = run(capsys, "info")
     assert code == 0 and vit_triton.__version__ in out and torch.__version__.split("+")[0] in out
     assert 'backend by default: "auto"' in out and "cpu" in out
+    for threads, text in ((1, "1 thread;"), (2, "2 threads;")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert text in info.cpu()
     monkeypatch.setenv("VIT_TRITON_BACKEND", "torch")
     assert 'backend by default: "torch" (VIT_TRITON_BACKEND)' in run(capsys, "info")[1]
 

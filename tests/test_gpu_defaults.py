@@ -1,4 +1,4 @@
-"""The backend that "auto" selects on each GPU, and the messages that explain it. PyTorch's device queries are mocked."""
+"""The backend that "auto" selects on each GPU, and its explanation. Device queries of PyTorch are mocked."""
 
 import types
 import warnings

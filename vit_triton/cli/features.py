@@ -1,7 +1,7 @@
-"""``vit-triton features``: patch features as colours.
+"""``vit-triton features``: patch features as colors.
 
 Red, green and blue are the first three principal components of the patch features, computed over all images (Oquab et
-al. 2023, arXiv:2304.07193, section 7.5 and figure 1). Semantically similar parts have similar colours in all images.
+al. 2023, arXiv:2304.07193, section 7.5 and figure 1). Semantically similar parts have similar colors in all images.
 """
 
 from __future__ import annotations
@@ -107,4 +107,4 @@ def enlarged(colour: Tensor, mask: Tensor, size: tuple[int, int]) -> np.ndarray:
     """Resize (rows, columns, 3) to (height, width, 3) with bicubic interpolation, over a white background."""
     image = torch.cat((colour, mask[..., None]), dim=-1).permute(2, 0, 1)[None]
     image = torch.nn.functional.interpolate(image, size=size[::-1], mode="bicubic")[0].permute(1, 2, 0)
-    return (image[..., :3] + 1 - image[..., 3:]).clamp(0, 1).numpy()  # the colour of masked patches is 0
+    return (image[..., :3] + 1 - image[..., 3:]).clamp(0, 1).numpy()  # the color of masked patches is 0

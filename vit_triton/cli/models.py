@@ -230,7 +230,7 @@ def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> 
             model = timm.create_model(name, **size)
         if not isinstance(model, timm.models.VisionTransformer):
             raise TypeError
-    except TypeError:  # the model does not accept img_size
+    except TypeError:  # also raised by models that do not accept img_size
         raise ValueError(f"--model: expected a VisionTransformer of timm, got {name}") from None
     look, patch = timm.data.resolve_model_data_config(model), model.patch_embed.patch_size[0]
     side = options.image_size or look["input_size"][-1]
@@ -264,7 +264,7 @@ def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: 
         _set_offline_mode()
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type not in HUGGING_FACE:
-            raise ValueError(f"--model: expected one of {', '.join(HUGGING_FACE)}, {name} is a {config.model_type}")
+            raise ValueError(f"--model: model_type must be one of {', '.join(HUGGING_FACE)}, got {config.model_type}")
         # read its settings only: creating the processor can require further packages
         look, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
         sight = _hugging_face_sight(look, options.image_size, config.image_size)
@@ -373,7 +373,7 @@ def _package(name: str) -> Any:
 
 
 def _set_offline_mode() -> None:
-    """Set huggingface_hub's offline mode if there is no network, because it retries for a minute otherwise."""
+    """Enable huggingface_hub's offline mode if there is no network. Otherwise it retries for a minute."""
     hub = _package("huggingface_hub")
     if urllib.request.getproxies():  # a proxy resolves host names
         return

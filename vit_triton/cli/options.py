@@ -18,7 +18,7 @@ def info(parser: argparse.ArgumentParser) -> None:
 
 def predict(parser: argparse.ArgumentParser) -> None:
     _model(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON: a list of image with predictions or error")
+    parser.add_argument("--json", action="store_true", help="print JSON: for each image, predictions or error")
 
 
 def features(parser: argparse.ArgumentParser) -> None:
@@ -54,9 +54,9 @@ def tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, default=64, help="number of images; default: 64")
     parser.add_argument("--dtype", nargs="+", choices=names.DTYPES, default=["bfloat16"], help="default: bfloat16")
     parser.add_argument(
-        "--dropout", action="store_true", help="time training with dropout too, which has its own tiles"
+        "--dropout", action="store_true", help="also time training with dropout, whose tiles are separate"
     )
-    parser.add_argument("--seconds", type=duration, default=0.1, help="per candidate and case; default: 0.1")
+    parser.add_argument("--seconds", type=duration, default=0.1, help="time per candidate and case; default: 0.1")
     parser.add_argument("--out", type=new_file, metavar="FILE", help="the table; default: where vit_triton reads it")
 
 
@@ -69,7 +69,9 @@ def _model(parser: argparse.ArgumentParser) -> None:
     """Add the options that select the images and the model."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files in any format that Pillow reads")
     parser.add_argument("--model", required=True, help="a folder that train wrote, timm:NAME or hf:NAME")
-    parser.add_argument("--weights", type=Path, help="file of weights for a timm: or hf: model, in any layout")
+    parser.add_argument(
+        "--weights", type=Path, help="file of weights for a timm: or hf: model, in any supported layout"
+    )
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
                         help="skip these weights of the file and the model, such as 'decoder.*'")  # fmt: skip
     parser.add_argument("--key", help="set of weights in a file with several, such as teacher or model_ema")
