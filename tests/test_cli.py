@@ -317,7 +317,7 @@ def test_trains_goes_on_and_evaluates(trained, photos, tmp_path, capsys):
     code, out, _ = run(capsys, "eval", trained, "--json")
     assert code == 0 and json.loads(out) == expected
     code, out, _ = run(capsys, "eval", trained, "--data", photos, "--backend", "torch")
-    assert out == f"loss {expected['test_loss']:.3f}, {expected['test_accuracy']:.1%} of the test images right\n"
+    assert out == f"test loss {expected['test_loss']:.3f}, test accuracy {expected['test_accuracy']:.1%}\n"
     code, _, err = run(capsys, "eval", tmp_path)
     assert code == 2 and "has no checkpoint.pt" in err
 
@@ -500,7 +500,7 @@ def test_hugging_face_draws_no_weights_at_random(purpose, tmp_path, photo, capsy
 def test_another_architecture_of_hugging_face_is_refused(tmp_path, photo, capsys):
     transformers.SwinConfig().save_pretrained(tmp_path)
     code, _, err = run(capsys, "features", photo, "--model", f"hf:{tmp_path}", "--out", tmp_path / "a.png")
-    assert code == 2 and "expected one of vit, deit, dinov2, dinov2_with_registers" in err and "is a swin" in err
+    assert code == 2 and "must be one of vit, deit, dinov2, dinov2_with_registers, got swin" in err
 
 
 # --- features and attention --------------------------------------------------------------------------------
@@ -604,6 +604,9 @@ def test_info_names_versions_and_what_runs_where(capsys, monkeypatch):
     code, out, _ = run(capsys, "info")
     assert code == 0 and vit_triton.__version__ in out and torch.__version__.split("+")[0] in out
     assert 'backend by default: "auto"' in out and "cpu" in out
+    for threads, text in ((1, "1 thread;"), (2, "2 threads;")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert text in info.cpu()
     monkeypatch.setenv("VIT_TRITON_BACKEND", "torch")
     assert 'backend by default: "torch" (VIT_TRITON_BACKEND)' in run(capsys, "info")[1]
 
@@ -622,15 +625,15 @@ def test_info_says_why(monkeypatch):
     cells = [cell for column in table.columns[1:] for cell in column.cells]
     rows = list(table.columns[0].cells)
     assert len(cells) == 4 * len(rows) and set(rows) == set(backend.OPS)
-    assert cells.count("by its parts") == 2  # the encoder in training
-    for cell in cells:  # the measured ratio decides
-        if cell == "by its parts":
+    assert cells.count("uses the other ops") == 2  # the encoder, in training
+    for cell in cells:  # the table is what decides
+        if cell == "uses the other ops":
             continue
         name, reason = cell.split(": ")
         assert name == ("triton" if reason.endswith("x") and float(reason[:-1]) > 1 else "torch"), cell
     monkeypatch.setattr(backend, "_TRITON_INSTALLED", False)
     monkeypatch.setattr(backend, "_measured_cpu", lambda: False)
-    assert info.choices("cpu") == '"auto" takes on cpu torch: triton is not installed'
+    assert info.choices("cpu") == '"auto" on cpu selects torch: triton is not installed'
 
 
 @pytest.mark.skipif(
@@ -645,7 +648,7 @@ def test_bench_hands_over(capfd, monkeypatch, tmp_path):
     capfd.readouterr()
     assert main(["bench", "ops"]) == 2
     err = capfd.readouterr().err
-    assert "run it in a checkout of vit_triton's repository" in err and err.count("\n") == 1
+    assert "run the command in a checkout of vit_triton's repository" in err and err.count("\n") == 1
 
 
 # --- errors ------------------------------------------------------------------------------------------------
@@ -665,24 +668,24 @@ def odd_models(tmp_path_factory) -> dict[str, Path | str]:
     [
         ("predict PHOTO --model nowhere", "--model: expected a folder that train wrote, timm:NAME or hf:NAME"),
         ("predict PHOTO --model FOLDER", "has no checkpoint.pt"),
-        ("predict PHOTO --model TRAINED --weights w.pt", "--weights is for a model by timm: or hf:"),
-        ("predict PHOTO --model TRAINED --key teacher", "--key is for a model by timm: or hf:"),
-        (f"predict PHOTO --model timm:{TIMM} --resample", "--resample is for a file of weights, and --weights"),
-        (f"predict PHOTO --model timm:{TIMM} --grid 2 3", "--grid is for a file of weights, and --weights"),
+        ("predict PHOTO --model TRAINED --weights w.pt", "--weights requires a timm: or hf: model"),
+        ("predict PHOTO --model TRAINED --key teacher", "--key requires a timm: or hf: model"),
+        (f"predict PHOTO --model timm:{TIMM} --resample", "--resample requires --weights"),
+        (f"predict PHOTO --model timm:{TIMM} --grid 2 3", "--grid requires --weights"),
         (f"predict PHOTO --model timm:{TIMM} --weights WEIGHTS --grid 0 3", "grid must be (rows, columns), two"),
         (f"predict PHOTO --model timm:{TIMM} --weights WEIGHTS --key ema", "contains no set of weights 'ema'"),
-        ("predict PHOTO --model TRAINED --image-size 8", "--image-size is for a model by timm: or hf:"),
-        ("predict PHOTO --model timm:nothing", "timm has no nothing"),
-        ("predict PHOTO --model timm:resnet18", "expected a VisionTransformer of timm's, resnet18 is none"),
+        ("predict PHOTO --model TRAINED --image-size 8", "--image-size requires a timm: or hf: model"),
+        ("predict PHOTO --model timm:nothing", "timm has no model nothing"),
+        ("predict PHOTO --model timm:resnet18", "expected a VisionTransformer of timm, got resnet18"),
         (f"predict PHOTO --model timm:{TIMM} --weights none.pt", "--weights: none.pt: no such file"),
         (f"predict PHOTO --model timm:{TIMM} --weights PHOTO", "photo.png: expected a file name with one of"),
-        ("predict PHOTO --model timm:vit_small_patch16_224 --weights WEIGHTS", "--ignore PATTERN names what need not"),
+        ("predict PHOTO --model timm:vit_small_patch16_224 --weights WEIGHTS", "Use --ignore PATTERN to skip weights"),
         (f"predict PHOTO --model timm:{TIMM} --image-size 100", "--image-size must be a multiple of"),
         (f"predict PHOTO --model timm:{TIMM} --image-size 0", "--image-size must be at least 1, got 0"),
         (f"attention PHOTO --model timm:{TIMM} --weights WEIGHTS --layer 12", "--layer must be from -12 to 11, got 12"),
         ("attention PHOTO --model TRAINED --layer -3", "--layer must be from -2 to 1, got -3"),
         ("features PHOTO --model TRAINED --out picture.txt", "--out must end in .png, .jpg, .webp, got picture.txt"),
-        ("features PHOTO --model TRAINED --out nowhere/a.png", "--out: there is no folder nowhere"),
+        ("features PHOTO --model TRAINED --out nowhere/a.png", "--out: folder nowhere does not exist"),
         ("predict PHOTO --model TRAINED --device nothing", "device: "),
         ("train digits --device nothing", "device: "),
         ("eval TRAINED --device nothing", "device: "),
@@ -690,7 +693,7 @@ def odd_models(tmp_path_factory) -> dict[str, Path | str]:
         ("train digits --learning-rate inf", "learning_rate must be positive and finite, got inf"),
         ("train digits --workers -1", "workers must be at least 0, got -1"),
         ("train digits --epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
-        ("train digits --dim 1000000000000", "out of memory; a smaller model, image or batch needs less: "),
+        ("train digits --dim 1000000000000", "out of memory; reduce the size of the model, image or batch: "),
         ("train digits --device meta", "device: meta is not supported"),
         ("train digits --out PHOTO", "File exists: '"),
         ("train nowhere", "nowhere/CLASS/"),
@@ -701,7 +704,7 @@ def odd_models(tmp_path_factory) -> dict[str, Path | str]:
         ("eval LIST", "checkpoint.pt: ValueError: expected a checkpoint of train with "),
         ("predict PHOTO --model LIST", "checkpoint.pt: ValueError: expected a checkpoint of train with "),
         ("predict PHOTO --model timm:vit_tiny_patch16_224.none", "--model: Invalid pretrained tag (none)"),
-        ("predict PHOTO --model hf:ODD", "has files that do not fit: "),
+        ("predict PHOTO --model hf:ODD", "has invalid files: "),
         ("predict PHOTO", "--model"),
         ("predict", "IMAGE"),
         ("nothing", "nothing"),
@@ -731,7 +734,7 @@ def test_a_simple_vit_has_no_class_token(photos, tmp_path, photo, capsys):
     words = ["train", str(photos), "--out", str(tmp_path), "--epochs", "1", "--model", "SimpleViT", *SMALL.split()]
     assert main(words) == 0
     code, _, err = run(capsys, "attention", photo, "--model", tmp_path, "--out", tmp_path / "a.png")
-    assert code == 2 and "a SimpleViT without a class token" in err
+    assert code == 2 and "attention requires a class token; this SimpleViT has none" in err
     assert run(capsys, "features", photo, "--model", tmp_path, "--out", tmp_path / "a.png")[0] == 0
 
 
@@ -740,7 +743,7 @@ def test_a_model_without_classes_does_not_predict(photo, capsys, theirs, monkeyp
     monkeypatch.setattr(timm, "create_model", lambda name: create(name, num_classes=0))
     words = ("predict", photo, "--model", f"timm:{TIMM}", "--weights", theirs[1], "--ignore", "head.*")
     code, _, err = run(capsys, *words)
-    assert (code, err) == (2, f"vit-triton: --model: timm:{TIMM} gives features, not classes\n")
+    assert (code, err) == (2, f"vit-triton: --model: timm:{TIMM} has no classification head\n")
 
 
 @pytest.fixture
@@ -758,9 +761,9 @@ def no_network(monkeypatch, tmp_path):
     ("words", "message"),
     [
         (f"timm:{TIMM}", f"Download https://huggingface.co/timm/{TIMM}.augreg_in21k_ft_in1k/resolve/main/"
-                         "model.safetensors and name the file: --weights FILE"),
-        ("hf:facebook/dinov2-small", "Put config.json and preprocessor_config.json, and model.safetensors of it "
-                                     "(https://huggingface.co/facebook/dinov2-small) in a folder: --model hf:FOLDER"),
+                         "model.safetensors and pass the file: --weights FILE"),
+        ("hf:facebook/dinov2-small", "Put config.json, preprocessor_config.json and model.safetensors from "
+                                     "https://huggingface.co/facebook/dinov2-small in a folder and pass it: --model"),
     ],
 )  # fmt: skip
 def test_without_a_network_it_says_which_file_to_put_where(words, message, photo, no_network, capsys):
@@ -775,7 +778,7 @@ def test_ctrl_c_ends_it_in_a_line(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(training.training, "train", interrupt)
     code, _, err = run(capsys, "train", "digits", "--out", tmp_path)
-    assert (code, err) == (130, "vit-triton: interrupted; --resume goes on from the last checkpoint\n")
+    assert (code, err) == (130, "vit-triton: interrupted; --resume continues from the last checkpoint\n")
 
 
 def test_under_torchrun_one_process_reports(tmp_path):

@@ -1,4 +1,4 @@
-"""The choice of backend "auto" for each GPU, and where its reason appears. PyTorch's device queries are stubs."""
+"""The backend that "auto" selects on each GPU, and its explanation. Device queries of PyTorch are mocked."""
 
 import types
 import warnings
@@ -235,10 +235,10 @@ def test_info_says_why(request, capsys, monkeypatch, gpu, on, name, architecture
     getattr(torch, on.type).get_device_properties(on).total_memory = 16 * 2**30
     monkeypatch.setenv("COLUMNS", "500")
     with FakeTensorMode():
-        assert info.choices(str(on)) == f'"auto" takes on {on} torch: {backend.why_torch(on)}'
+        assert info.choices(str(on)) == f'"auto" on {on} selects torch: {backend.why_torch(on)}'
         assert main(["info"]) == 0
     out = capsys.readouterr().out
-    assert f'"auto" takes on {on} torch: {backend.why_torch(on)}' in out and out.count(name) == 2
+    assert f'"auto" on {on} selects torch: {backend.why_torch(on)}' in out and out.count(name) == 2
 
 
 # --- Intel -------------------------------------------------------------------------------------------------

@@ -405,7 +405,7 @@ def test_what_was_measured_before_a_stop_is_written_and_what_was_there_is_kept(t
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_command_says_so(capsys, tmp_path):
     assert main(["tune", "--out", str(tmp_path / "x.json")]) == 2 and not list(tmp_path.iterdir())
-    assert "tune: needs a GPU" in capsys.readouterr().err
+    assert "tune: requires a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

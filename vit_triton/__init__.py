@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vit_triton.portable import portable_operators
     from vit_triton.weights import load_weights, save_weights
 else:
-    # each is imported on first use: PyTorch takes seconds, and `vit-triton --help` does not need it
+    # imported on first use: importing PyTorch takes seconds, and `vit-triton --help` does not require it
     __getattr__, __dir__ = lazy.attributes(
         __name__,
         {
@@ -46,7 +46,7 @@ else:
     )
 
     if "torch" in sys.modules:
-        # a program that torch.export saved may hold the operators, and loads only where they are registered
+        # a program saved by torch.export can contain the operators, and loads only after they are registered
         import vit_triton.ops  # noqa: F401
 
 __version__ = "0.1.0"

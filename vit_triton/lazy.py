@@ -1,4 +1,4 @@
-"""Public names of a package that are imported on first use (PEP 562)."""
+"""Lazy import of the public names of a package (PEP 562)."""
 
 import importlib
 import sys
@@ -7,11 +7,11 @@ from typing import Any
 
 
 def attributes(package: str, homes: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` of ``package``.
+    """Create ``__getattr__`` and ``__dir__`` for ``package``.
 
     Args:
-        package: name of the package.
-        homes: the submodule that defines each name; that of a submodule is itself.
+        package: Name of the package.
+        homes: Submodule that defines each public name. A public submodule maps to itself.
     """
     namespace = vars(sys.modules[package])
 
@@ -20,7 +20,7 @@ def attributes(package: str, homes: dict[str, str]) -> tuple[Callable[[str], Any
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module = importlib.import_module(f"{package}.{homes[name]}")
         value = module if homes[name] == name else getattr(module, name)
-        namespace[name] = value  # the next access takes the usual path
+        namespace[name] = value  # later accesses do not call __getattr__
         return value
 
     return __getattr__, lambda: sorted({*namespace, *homes})

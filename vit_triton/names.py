@@ -1,4 +1,4 @@
-"""Names that arguments take. Imports nothing, so that the command line can check them before it imports PyTorch."""
+"""Valid names of backends and dtypes. This module imports nothing, so that the command line parses without PyTorch."""
 
 BACKENDS = ("triton", "torch", "auto")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -1,8 +1,7 @@
-"""The command ``vit-triton``: what a model sees in pictures, training, and what runs where.
+"""The command ``vit-triton``: predictions, feature and attention pictures, training, and backend information.
 
-A module per command or two, imported when its command is given, after :mod:`.options` has parsed it. Its ``run``
-returns the exit code: 0, or 1 where an image was refused. What is wrong with the command itself is one line and exit
-code 2.
+:mod:`.commands` parses the command line and then imports the module of the given command. Its ``run`` returns the exit
+code: 0, or 1 if images were refused. A user error is reported in one line, with exit code 2.
 """
 
 import sys
@@ -12,7 +11,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line, that of the process where none is given; the exit code."""
+    """Run a command line, by default that of the process, and return the exit code."""
     from vit_triton.cli.commands import run
 
     return run(sys.argv[1:] if argv is None else list(argv))

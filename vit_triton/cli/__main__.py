@@ -1,4 +1,4 @@
-"""``python -m vit_triton.cli`` is ``vit-triton``; so is ``torchrun -m vit_triton.cli``, for several processes."""
+"""Entry point of ``python -m vit_triton.cli``, which is ``vit-triton``, and of ``torchrun -m vit_triton.cli``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Types of arguments for argparse, which refuse a bad value before anything runs."""
+"""Argument types for argparse. They reject invalid values while the command line is parsed."""
 
 import argparse
 import os

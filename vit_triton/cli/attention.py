@@ -1,4 +1,4 @@
-"""``vit-triton attention``: where the class token looks, head by head (Caron et al. 2021, arXiv:2104.14294, fig. 1)."""
+"""``vit-triton attention``: the class token's attention per head (Caron et al. 2021, arXiv:2104.14294, figure 1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from vit_triton.cli import models, report
 from vit_triton.images import ImageError
 
-COLUMNS = 7  # a photograph and six heads
+COLUMNS = 7  # an image and six heads
 
 
 @torch.inference_mode()
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def draw(seen: list[tuple[Path, Image.Image]], maps: list[Tensor]) -> Figure:
-    """For each image a row (or more, of many heads): the image, then it under the map of each head."""
+    """Draw each image, followed by the image overlaid with each head's map. Many heads continue on the next row."""
     heads = len(maps[0])
     columns = min(COLUMNS, heads + 1)
     lines = -(-heads // (columns - 1))
@@ -54,8 +54,8 @@ def draw(seen: list[tuple[Path, Image.Image]], maps: list[Tensor]) -> Figure:
 
 
 def over(photo: Image.Image, weights: Tensor) -> np.ndarray:
-    """The photo in gray and dark, lit by weights (rows, columns), (height, width, 3)."""
-    # Single patches that the model uses for other ends outshine everything else
+    """Overlay the darkened gray image with a heat map of ``weights`` (rows, columns); return (height, width, 3)."""
+    # a few outlier patches have far larger weights than all others (arXiv:2309.16588)
     light = (weights / weights.quantile(0.995).clamp_min(1e-12)).clamp(0, 1)
     light = torch.nn.functional.interpolate(light[None, None], size=photo.size[::-1], mode="bicubic")[0, 0].clamp(0, 1)
     heat = matplotlib.colormaps["inferno"](light.numpy())[..., :3]

@@ -1,4 +1,4 @@
-"""``vit-triton bench``: hands over to the benchmarks, which are a folder of the repository and in no wheel."""
+"""``vit-triton bench``: runs the benchmarks of the repository. The wheel does not include them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def run(options: argparse.Namespace) -> int:
 
 
 def hand_over(arguments: list[str]) -> int:
-    """Run the benchmarks of the checkout that is the working directory, or else that this package lies in.
+    """Run the benchmarks of a checkout: the working directory, or else the parent folder of this package.
 
     Raises:
-        FileNotFoundError: neither is one.
+        FileNotFoundError: Neither folder is a checkout.
     """
     roots = (Path.cwd(), Path(vit_triton.__file__).parents[1])
     root = next((root for root in roots if (root / "benchmarks/runner.py").is_file()), None)
     if root is None:
         raise FileNotFoundError(
-            "bench: the benchmarks are not installed with the package; run it in a checkout of vit_triton's "
-            "repository, which has the folder benchmarks"
+            "bench: the installed package does not include the benchmarks; run the command in a checkout of "
+            "vit_triton's repository"
         )
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "benchmarks", *arguments]

@@ -1,4 +1,4 @@
-"""Errors of the user as one line on stderr, from one process under ``torchrun``."""
+"""User errors are one line on stderr; under ``torchrun``, a single process prints it."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ import sys
 import time
 from typing import NoReturn
 
-GRACE = 10.0  # seconds; the processes of a run meet the same error within a few
+GRACE = 10.0  # seconds; the processes of a run reach the same error within a few seconds
 
 
 def report(line: str, code: int) -> int:
-    """Print ``line`` on stderr, and return ``code``."""
-    _let_the_first_report(line)
+    """Print ``line`` on stderr and return ``code``."""
+    _prepare_report(line)
     print(f"vit-triton: {line}", file=sys.stderr)
     return code
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports wrong arguments from one process."""
+    """Argument parser whose errors are printed by one process."""
 
     def error(self, message: str) -> NoReturn:
-        _let_the_first_report(message)
+        _prepare_report(message)
         super().error(message)
 
 
 def is_first() -> bool:
-    """Whether this is the only process, or that of rank 0."""
+    """Return whether this is the only process or the one with rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _let_the_first_report(line: str) -> None:
-    """Of the processes of torchrun, rank 0 reports. torchrun then ends the others, and shows ``line`` in its summary.
+def _prepare_report(line: str) -> None:
+    """Write ``line`` to torchrun's error file. Ranks other than 0 first wait for GRACE seconds.
 
-    Another process waits for that, and reports if it still runs: then rank 0 has not met the error.
+    When rank 0 exits, torchrun ends the other processes and shows ``line`` in its summary. A process that is still
+    running after GRACE seconds reports the error itself, because rank 0 did not raise it.
     """
     if not is_first():
         time.sleep(GRACE)

@@ -1,7 +1,7 @@
-"""``vit-triton features``: what a model makes of the patches, in three colours.
+"""``vit-triton features``: patch features as colors.
 
-The first three principal components of the features of all patches of all images, as red, green and blue (Oquab et al.
-2023, arXiv:2304.07193, section 7.5 and figure 1): parts that mean alike have like colours, across the images.
+Red, green and blue are the first three principal components of the patch features, computed over all images (Oquab et
+al. 2023, arXiv:2304.07193, section 7.5 and figure 1). Semantically similar parts have similar colors in all images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vit_triton.cli import models, report
 from vit_triton.images import ImageError
 from vit_triton.weights.atomic import write_atomically
 
-COLUMNS = 3  # photographs side by side at most, each with its components
+COLUMNS = 3  # images per row, each with its components
 
 
 @torch.inference_mode()
@@ -53,19 +53,22 @@ def run(options: argparse.Namespace) -> int:
 
 
 def principal(points: Tensor, number: int) -> Tensor:
-    """(points, dim) -> where they lie along their principal axes, (points, number); in float64, on the CPU."""
+    """Project points (points, dim) on their first principal axes in float64; return (points, number)."""
     points = points.double()
     centred = points - points.mean(0)
     axes = torch.linalg.svd(centred, full_matrices=False).Vh[:number]
-    # An axis has no direction of its own: the largest part of it points up.
+    # the sign of an axis is arbitrary: make its largest entry positive
     axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
     along = centred @ axes.T
-    return torch.nn.functional.pad(along, (0, number - along.shape[1]))  # fewer points than axes
+    return torch.nn.functional.pad(along, (0, number - along.shape[1]))  # there may be fewer points than axes
 
 
 def foreground(features: Tensor) -> Tensor:
-    """(images, rows, columns, dim) -> which patches lie on the side of the first component's middle that has less of
-    the images' borders, (images, rows, columns)."""
+    """Return a mask (images, rows, columns) of the foreground patches of features (images, rows, columns, dim).
+
+    The sign of the first principal component splits the patches into two groups. The foreground is the group that is
+    less frequent at the image borders than in the whole images.
+    """
     side = principal(features.flatten(0, 2), 1)[:, 0].unflatten(0, features.shape[:3]) > 0
     border = torch.ones(features.shape[1:3], dtype=torch.bool)
     border[1:-1, 1:-1] = False
@@ -74,9 +77,9 @@ def foreground(features: Tensor) -> Tensor:
 
 
 def components(features: Tensor, shown: Tensor) -> Tensor:
-    """The first three of the patches that are ``shown``, each from 0 to 1, (images, rows, columns, 3); 0 elsewhere."""
+    """Return three components, scaled to 0..1, of the ``shown`` patches; 0 elsewhere: (images, rows, columns, 3)."""
     along = principal(features[shown], 3)
-    # a few patches far out must not take the colours of all others
+    # quantiles, so that outliers do not compress the range of all other patches
     low, high = (along.quantile(q, dim=0) for q in (0.01, 0.99))
     colours = torch.zeros(*features.shape[:3], 3)
     colours[shown] = ((along - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).float()
@@ -84,7 +87,7 @@ def components(features: Tensor, shown: Tensor) -> Tensor:
 
 
 def draw(seen: list[tuple[Path, Image.Image]], colours: Tensor, shown: Tensor) -> Figure:
-    """Photographs, and the components beside each."""
+    """Draw the images, each with its components to the right."""
     rows = -(-len(seen) // COLUMNS)
     columns = -(-len(seen) // rows)
     figure = Figure(figsize=(12, rows * (12 / (2 * columns) + 0.28)), layout="constrained")
@@ -101,7 +104,7 @@ def draw(seen: list[tuple[Path, Image.Image]], colours: Tensor, shown: Tensor) -
 
 
 def enlarged(colour: Tensor, mask: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """(rows, columns, 3) -> (height, width, 3), smoothly; the background white."""
+    """Resize (rows, columns, 3) to (height, width, 3) with bicubic interpolation, over a white background."""
     image = torch.cat((colour, mask[..., None]), dim=-1).permute(2, 0, 1)[None]
     image = torch.nn.functional.interpolate(image, size=size[::-1], mode="bicubic")[0].permute(1, 2, 0)
-    return (image[..., :3] + 1 - image[..., 3:]).clamp(0, 1).numpy()  # where it is not shown, the colour is 0
+    return (image[..., :3] + 1 - image[..., 3:]).clamp(0, 1).numpy()  # the color of masked patches is 0

@@ -1,4 +1,4 @@
-"""``vit-triton info``: versions, devices, and what runs on which of them."""
+"""``vit-triton info``: versions, devices, and the backend of each operation."""
 
 from __future__ import annotations
 
@@ -53,16 +53,17 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def cpu() -> str:
-    """What runs kernels on CPU tensors."""
+    """Describe the CPU and how it runs the kernels."""
     from vit_triton import cpu
     from vit_triton.backend import cpu_vehicle
     from vit_triton.cpu import features
 
-    threads = f"{torch.get_num_threads()} threads"
+    number = torch.get_num_threads()
+    threads = f"{number} thread{'' if number == 1 else 's'}"
     try:
         vehicle = {
             "compiled": f"kernels compiled for {', '.join(features.detect())}",
-            "interpreter": "kernels in Triton's interpreter, to check results",
+            "interpreter": "kernels in Triton's interpreter, for checking results",
             "driver": "kernels on the active Triton driver",
         }[cpu_vehicle()]
     except (ImportError, RuntimeError) as error:
@@ -86,8 +87,8 @@ def _gpus() -> Iterator[tuple[str, str]]:
 
 
 def choices(device: str) -> Table | str:
-    """What "auto" takes for each op, and why; a line where that is one answer."""
-    table = Table(title=f'what "auto" takes on {device}', title_justify="left")
+    """Return a table of the backend that "auto" selects for each op, or one line if all ops have the same."""
+    table = Table(title=f'backend that "auto" selects on {device}', title_justify="left")
     table.add_column("op")
     for what in ("inference", "training"):
         for dtype in DTYPES:
@@ -97,13 +98,13 @@ def choices(device: str) -> Table | str:
         cells = []
         for training in (False, True):
             for dtype in DTYPES:
-                if training and op == "encoder":  # the function is made of the others then
-                    cells.append("by its parts")
+                if training and op == "encoder":  # in training, it calls the other ops
+                    cells.append("uses the other ops")
                     continue
                 x = torch.empty(0, dtype=dtype, device=device)
                 with torch.set_grad_enabled(training):
                     cells.append(f"{resolve_backend('auto', op, x)}: {auto_reason(op, x)}")
                 answers.add(cells[-1])
         table.add_row(op, *cells)
-    table.caption = "1.24x: so many times as fast as PyTorch, where it was timed (docs/cpu.md)"
-    return table if len(answers) > 1 else f'"auto" takes on {device} {answers.pop()}'
+    table.caption = "1.24x: speed-up over PyTorch, where measured (docs/cpu.md)"
+    return table if len(answers) > 1 else f'"auto" on {device} selects {answers.pop()}'

@@ -1,7 +1,7 @@
-"""Models by their names on the command line, and how each of them wants to be shown an image.
+"""Models selected by the option ``--model``, and the image preprocessing of each.
 
-``RUN`` is a folder that ``vit-triton train`` wrote, ``timm:NAME`` one of timm's Vision Transformers, ``hf:NAME`` one of
-Hugging Face's, by its name on the Hub or as a folder with its ``config.json``.
+``RUN`` is a folder that ``vit-triton train`` wrote. ``timm:NAME`` is a ``VisionTransformer`` of timm. ``hf:NAME`` is a
+model of Hugging Face transformers: its name on the Hub, or a local folder with its ``config.json``.
 """
 
 from __future__ import annotations
@@ -31,64 +31,64 @@ from vit_triton.training import load_trained
 from vit_triton.training.loop import device_for
 from vit_triton.weights import WeightsError, load_weights
 
-BATCH = 8  # images at once
-# What classifies, under every library's names: what is computed before it does not need it to fit.
+BATCH = 8  # images per forward pass
+# Classification heads in the naming of each library. Their weights are optional for features and attention.
 HEADS = ("head.*", "heads.*", "head_dist.*", "mlp_head.*", "*classifier.*", "*pooler.*", "pre_logits/*")
-HUGGING_FACE = ("vit", "deit", "dinov2", "dinov2_with_registers")  # whose tokens are a class token, others, patches
+HUGGING_FACE = ("vit", "deit", "dinov2", "dinov2_with_registers")  # the class token comes first, the patches last
 
 
 @dataclass(frozen=True)
 class Sight:
-    """What a model sees of an image: the middle of it, so many pixels wide and high, normalised."""
+    """Preprocessing of a model: a square center crop, resized to ``size`` and normalized."""
 
     size: int
-    crop: float = 1.0  # side of what it sees / shorter side of the image
+    crop: float = 1.0  # side of the crop / shorter side of the image
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     resample: int = Image.Resampling.BILINEAR
 
     def cut(self, image: Image.Image) -> Image.Image:
-        """RGB of any size -> RGB or gray, ``size`` x ``size``."""
+        """Crop and resize an RGB image to ``size`` x ``size``; gray for models with one channel."""
         side = min(image.size) * self.crop
         left, top = (image.width - side) / 2, (image.height - side) / 2
         cut = image.resize((self.size, self.size), self.resample, box=(left, top, left + side, top + side))
         return cut if len(self.mean) == 3 else cut.convert("L")
 
     def tensor(self, cuts: Iterable[Image.Image]) -> Tensor:
-        """(B, C, size, size)"""
+        """Return the normalized images, (B, C, size, size)."""
         pixels = torch.stack([torch.from_numpy(np.array(cut)).view(self.size, self.size, -1) for cut in cuts])
         values = (pixels.float() / 255 - torch.tensor(self.mean)) / torch.tensor(self.std)
         return values.permute(0, 3, 1, 2).contiguous()
 
 
 class Named:
-    """A model in eval mode on its device. The methods take images (B, C, H, W) as :class:`Sight` makes them."""
+    """A model in eval mode on its device. The methods accept images (B, C, H, W) from :meth:`Sight.tensor`."""
 
     def __init__(self, model: nn.Module, sight: Sight, patch: int, classes: tuple[str, ...], device: str) -> None:
         self.model, self.sight, self.patch, self.classes = model, sight, patch, classes
         self.device = device
 
     def grid(self, tokens: Tensor) -> Tensor:
-        """(..., special tokens + rows * columns, dim) -> (..., rows, columns, dim)."""
+        """Drop the prefix tokens: (..., prefix tokens + rows * columns, dim) -> (..., rows, columns, dim)."""
         side = self.sight.size // self.patch
         return tokens[..., -side * side :, :].unflatten(-2, (side, side))
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, classes)"""
+        """Return the logits, (B, classes)."""
         return self.model(images)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the last norm gives for the patches, (B, rows, columns, dim)."""
+        """Return the output of the last norm for the patches, (B, rows, columns, dim)."""
         raise NotImplementedError
 
     def attention(self, images: Tensor, layer: int) -> Tensor:
-        """Of the class token for the patches, (B, heads, rows, columns)."""
+        """Return the attention of the class token to the patches, (B, heads, rows, columns)."""
         raise NotImplementedError
 
     def batches(
         self, paths: list[Path], refused: dict[Path, ImageError]
     ) -> Iterator[tuple[list[Path], list[Image.Image], Tensor]]:
-        """Paths, what is seen of their images, and that as a tensor; what cannot be opened is added to ``refused``."""
+        """Yield the paths, crops and tensor of each batch. Images that cannot be opened are added to ``refused``."""
         starts = range(0, len(paths), BATCH)
         console = Console(stderr=True)
         quiet = len(starts) < 2 or not console.is_terminal
@@ -115,13 +115,13 @@ class Trained(Named):
     def attention(self, images: Tensor, layer: int) -> Tensor:
         model: Any = self.model
         if model.pool != "cls":
-            raise ValueError(f"--model: a {type(model).__name__} without a class token, whose attention is asked for")
+            raise ValueError(f"--model: attention requires a class token; this {type(model).__name__} has none")
         maps = attention_maps(model, images, query=0)
         return self.grid(maps[:, _layer(layer, maps.shape[1])].unsqueeze(-1))[..., 0]
 
 
 class Timm(Named):
-    """A VisionTransformer of timm's."""
+    """A VisionTransformer of timm."""
 
     def features(self, images: Tensor) -> Tensor:
         model: Any = self.model
@@ -130,9 +130,9 @@ class Timm(Named):
     def attention(self, images: Tensor, layer: int) -> Tensor:
         model: Any = self.model
         if not model.has_class_token:
-            raise ValueError("--model: it has no class token, whose attention is asked for")
+            raise ValueError("--model: attention requires a class token; this model has none")
         attention = model.blocks[_layer(layer, len(model.blocks))].attn
-        attention.fused_attn = False  # which never has them as a tensor; the other way drops some out of it
+        attention.fused_attn = False  # fused attention does not materialize the map
         maps: list[Tensor] = []
         hook = attention.attn_drop.register_forward_pre_hook(lambda module, inputs: maps.append(inputs[0]))
         try:
@@ -143,7 +143,7 @@ class Timm(Named):
 
 
 class HuggingFace(Named):
-    """A ViT, DeiT or DINOv2 of transformers'."""
+    """A ViT, DeiT or DINOv2 of transformers."""
 
     def _run(self, images: Tensor, **options: Any) -> Any:
         model: Any = self.model
@@ -168,16 +168,16 @@ def _layer(layer: int, layers: int) -> int:
     return layer
 
 
-# --- by name ----------------------------------------------------------------------------------------------
+# --- opening models ---------------------------------------------------------------------------------------
 
 
 def open_model(options: argparse.Namespace, *, purpose: str) -> Named:
-    """The model that ``options`` name, for the "logits", "features" or "attention" of it.
+    """Open the model of ``options.model`` for a purpose: "logits", "features" or "attention".
 
     Raises:
-        FileNotFoundError: it, or its weights, are not there; the message says what to put where.
-        ImportError: it needs a package that is not installed.
-        ValueError: an option does not fit; the message names it.
+        FileNotFoundError: The model or its weights are missing; the message names the file and where to put it.
+        ImportError: A required package is not installed.
+        ValueError: An option is invalid; the message names it.
     """
     kind, _, name = options.model.partition(":")
     device = str(device_for(options.device, options.backend))
@@ -188,16 +188,16 @@ def open_model(options: argparse.Namespace, *, purpose: str) -> Named:
             raise FileNotFoundError(f"--weights: {options.weights}: no such file")
         for option in ("key", "grid", "resample"):
             if getattr(options, option) and options.weights is None:
-                raise ValueError(f"--{option} is for a file of weights, and --weights names none")
+                raise ValueError(f"--{option} requires --weights")
         named = (_timm if kind == "timm" else _hugging_face)(name, options, device, purpose)
         accelerate(named.model, options.backend)
     else:
         for option in ("weights", "ignore", "key", "grid", "resample", "image_size"):
             if getattr(options, option):
-                raise ValueError(f"--{option.replace('_', '-')} is for a model by timm: or hf:, got {options.model}")
+                raise ValueError(f"--{option.replace('_', '-')} requires a timm: or hf: model, got {options.model}")
         named = _trained(Path(options.model), options.backend, device)
     if purpose == "logits" and not named.classes:
-        raise ValueError(f"--model: {options.model} gives features, not classes")
+        raise ValueError(f"--model: {options.model} has no classification head")
     named.model.eval().to(device)
     return named
 
@@ -219,23 +219,23 @@ def _trained(folder: Path, backend: str | None, device: str) -> Named:
 def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> Named:
     timm = _package("timm")
     if not timm.is_model(name):
-        raise ValueError(f"--model: timm has no {name}; timm.list_models('*vit*') names those that it has")
+        raise ValueError(f"--model: timm has no model {name}; timm.list_models('*vit*') lists the available names")
     size = {"img_size": options.image_size} if options.image_size else {}
     try:
         facts = timm.get_pretrained_cfg(name)
-    except RuntimeError as error:  # of a name with a tag that there is not
+    except RuntimeError as error:  # unknown tag of pretrained weights
         raise ValueError(f"--model: {error}") from error
     try:
         with torch.device("meta"):
             model = timm.create_model(name, **size)
         if not isinstance(model, timm.models.VisionTransformer):
             raise TypeError
-    except TypeError:  # of one that takes no size
-        raise ValueError(f"--model: expected a VisionTransformer of timm's, {name} is none") from None
+    except TypeError:  # also raised by models that do not accept img_size
+        raise ValueError(f"--model: expected a VisionTransformer of timm, got {name}") from None
     look, patch = timm.data.resolve_model_data_config(model), model.patch_embed.patch_size[0]
     side = options.image_size or look["input_size"][-1]
     resample = getattr(Image.Resampling, look["interpolation"].upper())
-    crop = side / int(side / look["crop_pct"])  # as its transforms round
+    crop = side / int(side / look["crop_pct"])  # timm's transforms truncate the resized side
     sight = Sight(side, crop, tuple(look["mean"]), tuple(look["std"]), resample)
     _check_size(sight, patch)
     if options.weights is not None:
@@ -244,13 +244,13 @@ def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> 
     else:
         url = f"https://huggingface.co/{facts.hf_hub_id}/resolve/main/model.safetensors"
         try:
-            _say_if_offline()
+            _set_offline_mode()
             model = timm.create_model(name, pretrained=True, **size)
-        except Exception as error:  # a download fails with nearly anything
+        except Exception as error:  # a failed download can raise many types
             where = url if facts.hf_hub_id else facts.url
-            get = f"Download {where} and name the file" if where else "Name a file"
+            get = f"Download {where} and pass the file" if where else "Pass a file"
             raise FileNotFoundError(
-                f"the weights of {options.model} are not here and cannot be downloaded ({_first_line(error)}). "
+                f"the weights of {options.model} are not cached and cannot be downloaded ({_first_line(error)}). "
                 f"{get}: --weights FILE"
             ) from error
     return Timm(model, sight, patch, _classes(model.num_classes), device)
@@ -259,13 +259,13 @@ def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> 
 def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: str) -> Named:
     transformers = _package("transformers")
     auto = transformers.AutoModelForImageClassification if purpose == "logits" else transformers.AutoModel
-    how = {"attn_implementation": "eager"} if purpose == "attention" else {}  # the others never have it as a tensor
+    how = {"attn_implementation": "eager"} if purpose == "attention" else {}  # the others do not materialize the map
     try:
-        _say_if_offline()
+        _set_offline_mode()
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type not in HUGGING_FACE:
-            raise ValueError(f"--model: expected one of {', '.join(HUGGING_FACE)}, {name} is a {config.model_type}")
-        # the processor itself might need more packages than its facts
+            raise ValueError(f"--model: model_type must be one of {', '.join(HUGGING_FACE)}, got {config.model_type}")
+        # read its settings only: creating the processor can require further packages
         look, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
         sight = _hugging_face_sight(look, options.image_size, config.image_size)
         _check_size(sight, config.patch_size)
@@ -273,22 +273,22 @@ def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: 
             model, loaded = auto.from_pretrained(name, output_loading_info=True, **how)
             needless = _ignored(options, purpose)
             lacking = [part for part in loaded["missing_keys"] if not any(fnmatchcase(part, p) for p in needless)]
-            if lacking:  # transformers draws it at random
+            if lacking:  # transformers initializes it randomly
                 raise ValueError(f"--model: {options.model} has no weights for {', '.join(sorted(lacking)[:3])}")
         else:
             model = auto.from_config(config, **how)
     except (OSError, json.JSONDecodeError) as error:
-        files = "config.json and preprocessor_config.json" + ("" if options.weights else ", and model.safetensors")
+        files = "config.json and preprocessor_config.json"
+        if options.weights is None:
+            files = "config.json, preprocessor_config.json and model.safetensors"
         raise FileNotFoundError(
-            f"{options.model} is not here and cannot be downloaded ({_first_line(error)}). Put {files} of it "
-            f"(https://huggingface.co/{name}) in a folder: --model hf:FOLDER"
+            f"{options.model} is not cached and cannot be downloaded ({_first_line(error)}). Put {files} "
+            f"from https://huggingface.co/{name} in a folder and pass it: --model hf:FOLDER"
         ) from error
     except ValueError:
         raise
-    except Exception as error:  # values in the files that transformers does not expect raise nearly anything
-        raise ValueError(
-            f"--model: {options.model} has files that do not fit: {type(error).__name__}: {error}"
-        ) from error
+    except Exception as error:  # invalid values in the files can raise many types
+        raise ValueError(f"--model: {options.model} has invalid files: {type(error).__name__}: {error}") from error
     if options.weights is not None:
         _load(model, options, purpose)
     classes: tuple[str, ...] = ()
@@ -299,7 +299,7 @@ def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: 
 
 
 def _hugging_face_sight(look: dict[str, Any], size: int | None, default: int) -> Sight:
-    """Of the facts of an image processor. Where that would squeeze an image into a square, its middle is cut out."""
+    """Convert the settings of an image processor. Images are center-cropped, never stretched to a square."""
     resized = _side(look.get("size"), default)
     seen = _side(look.get("crop_size"), resized) if look.get("do_center_crop") else resized
     return Sight(
@@ -313,11 +313,11 @@ def _hugging_face_sight(look: dict[str, Any], size: int | None, default: int) ->
 
 def _check_size(sight: Sight, patch: int) -> None:
     if sight.size % patch:
-        raise ValueError(f"--image-size must be a multiple of {patch}, the side of a patch, got {sight.size}")
+        raise ValueError(f"--image-size must be a multiple of the patch size {patch}, got {sight.size}")
 
 
 def _side(size: Any, default: int) -> int:
-    """Of what Hugging Face's processors were given over the years: a number, height and width, or the shorter edge."""
+    """Return the side of a processor's size: a number, a dict with height and width, or one with shortest_edge."""
     if isinstance(size, dict):
         size = size.get("height", size.get("shortest_edge"))
     return default if size is None else size
@@ -338,7 +338,7 @@ def _load(model: nn.Module, options: argparse.Namespace, purpose: str) -> None:
 
 
 def _misfit(error: WeightsError) -> str:
-    """What does not fit, in one line: there may be hundreds of names."""
+    """Describe mismatched weights in one line, with the first name of each kind."""
     parts = []
     for what, names in (
         ("not in the file", error.missing),
@@ -349,7 +349,7 @@ def _misfit(error: WeightsError) -> str:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             parts.append(f"{what}: {names[0]}{more}")
     first = str(error).splitlines()[0]
-    return f"{first} {'; '.join(parts)}. --ignore PATTERN names what need not fit" if parts else first
+    return f"{first} {'; '.join(parts)}. Use --ignore PATTERN to skip weights" if parts else first
 
 
 def _ignored(options: argparse.Namespace, purpose: str) -> tuple[str, ...]:
@@ -357,7 +357,7 @@ def _ignored(options: argparse.Namespace, purpose: str) -> tuple[str, ...]:
 
 
 def _classes(number: int) -> tuple[str, ...]:
-    """Names: those of ImageNet if there are as many, else their numbers."""
+    """Return class names: ImageNet's for 1000 classes, else the class indices."""
     if number == 1000:
         from torchvision.models._meta import _IMAGENET_CATEGORIES
 
@@ -369,13 +369,13 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"--model: {error}: it needs the package {name}, pip install {name}") from error
+        raise ImportError(f"--model: {error}; install the package: pip install {name}") from error
 
 
-def _say_if_offline() -> None:
-    """Tell huggingface_hub, which tries for a minute before it believes that there is no network."""
+def _set_offline_mode() -> None:
+    """Enable huggingface_hub's offline mode if there is no network. Otherwise it retries for a minute."""
     hub = _package("huggingface_hub")
-    if urllib.request.getproxies():  # they look names up
+    if urllib.request.getproxies():  # a proxy resolves host names
         return
     try:
         socket.getaddrinfo("huggingface.co", 443)

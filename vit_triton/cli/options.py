@@ -1,4 +1,4 @@
-"""The options of every command. Imports no PyTorch: help and errors of the command line come at once."""
+"""The options of every command. This module does not import PyTorch, so that help and usage errors appear at once."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def info(parser: argparse.ArgumentParser) -> None:
 
 def predict(parser: argparse.ArgumentParser) -> None:
     _model(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON: a list with image and predictions, or error")
+    parser.add_argument("--json", action="store_true", help="print JSON: for each image, predictions or error")
 
 
 def features(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     parser.add_argument("--out", type=Path, default=Path("features.png"),
-                        help="the picture (default: features.png); the .npz lies beside it")  # fmt: skip
+                        help="the picture; the .npz is written next to it (default: features.png)")  # fmt: skip
     parser.add_argument("--foreground", action="store_true",
-                        help="colours for the foreground only, which the first component tells apart")  # fmt: skip
+                        help="color the foreground only, selected by the first component")  # fmt: skip
 
 
 def attention(parser: argparse.ArgumentParser) -> None:
     _model(parser)
-    parser.add_argument("--layer", type=int, default=-1, help="which block, from 0; -1 is the last (default)")
+    parser.add_argument("--layer", type=int, default=-1, help="index of the block; -1 is the last (default)")
     parser.add_argument("--out", type=Path, default=Path("attention.png"), help="the picture (default: attention.png)")
 
 
@@ -40,10 +40,10 @@ def train(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder that train wrote")
-    parser.add_argument("--data", help="other data than its own test images: a folder, digits or cifar10")
-    parser.add_argument("--backend", choices=names.BACKENDS, help="of the model")
-    parser.add_argument("--device", help="cuda if there is one, else cpu")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train wrote")
+    parser.add_argument("--data", help="a folder, digits or cifar10 (default: the test images of the run)")
+    parser.add_argument("--backend", choices=names.BACKENDS, help="backend of the model")
+    parser.add_argument("--device", help="device of the model (default: cuda if available, else cpu)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -51,30 +51,34 @@ def tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", choices=TUNE_MODELS, default=["ViT-B/16"], metavar="SIZE",
                         help=f"{', '.join(TUNE_MODELS)}; default: ViT-B/16")  # fmt: skip
     parser.add_argument("--image", type=positive, default=224, help="height and width in pixels; default: 224")
-    parser.add_argument("--batch", type=positive, default=64, help="images of the measurement; default: 64")
+    parser.add_argument("--batch", type=positive, default=64, help="number of images; default: 64")
     parser.add_argument("--dtype", nargs="+", choices=names.DTYPES, default=["bfloat16"], help="default: bfloat16")
-    parser.add_argument("--dropout", action="store_true", help="training with dropout too, which asks for other tiles")
-    parser.add_argument("--seconds", type=duration, default=0.1, help="for each candidate and case; default: 0.1")
-    parser.add_argument("--out", type=new_file, metavar="FILE", help="by default where vit_triton finds it by itself")
+    parser.add_argument(
+        "--dropout", action="store_true", help="also time training with dropout, whose tiles are separate"
+    )
+    parser.add_argument("--seconds", type=duration, default=0.1, help="time per candidate and case; default: 0.1")
+    parser.add_argument("--out", type=new_file, metavar="FILE", help="the table; default: where vit_triton reads it")
 
 
 def bench(parser: argparse.ArgumentParser) -> None:
-    """For the help only: see :func:`vit_triton.cli.bench.hand_over`."""
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of python -m benchmarks")
+    """Add the arguments for the help text; :func:`vit_triton.cli.bench.hand_over` receives them unparsed."""
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of python -m benchmarks")
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
-    """Which images, and which model."""
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files of any kind that Pillow reads")
+    """Add the options that select the images and the model."""
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files in any format that Pillow reads")
     parser.add_argument("--model", required=True, help="a folder that train wrote, timm:NAME or hf:NAME")
-    parser.add_argument("--weights", type=Path, help="file of weights, of any library, for a model by timm: or hf:")
+    parser.add_argument(
+        "--weights", type=Path, help="file of weights for a timm: or hf: model, in any supported layout"
+    )
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
-                        help="names in the file or the model that need not fit, such as 'decoder.*'")  # fmt: skip
-    parser.add_argument("--key", help="set of weights in the file, such as teacher or model_ema, where it has several")
+                        help="skip these weights of the file and the model, such as 'decoder.*'")  # fmt: skip
+    parser.add_argument("--key", help="set of weights in a file with several, such as teacher or model_ema")
     parser.add_argument("--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"),
-                        help="of patches that the file has positions for, where that is no square")  # fmt: skip
+                        help="patch grid of the file's position embeddings, if it is not square")  # fmt: skip
     parser.add_argument("--resample", action="store_true",
-                        help="fit a patch embedding of other patch size or number of channels")  # fmt: skip
-    parser.add_argument("--image-size", type=int, help="side of what the model sees (default: as it was trained)")
-    parser.add_argument("--backend", choices=names.BACKENDS, help="what computes the model")
-    parser.add_argument("--device", help="cuda if there is one, else cpu")
+                        help="resample a patch embedding with another patch size or channel count")  # fmt: skip
+    parser.add_argument("--image-size", type=int, help="side of the model's input in pixels (default: as trained)")
+    parser.add_argument("--backend", choices=names.BACKENDS, help="backend of the model")
+    parser.add_argument("--device", help="device of the model (default: cuda if available, else cpu)")

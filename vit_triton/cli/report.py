@@ -1,4 +1,4 @@
-"""What images were refused, and files of pictures."""
+"""Reports of refused images, and output of pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMATS = (".png", ".jpg", ".webp")
 
 
 def exit_code(refused: dict[Path, ImageError], images: int) -> int:
-    """1 where some of ``images`` were refused, which stderr then lists."""
+    """List the refused images on stderr; return 1 if there are any, else 0."""
     if refused:
         print(f"vit-triton: {len(refused)} of {images} images refused", file=sys.stderr)
         for error in refused.values():
@@ -28,15 +28,15 @@ def exit_code(refused: dict[Path, ImageError], images: int) -> int:
 
 
 def check_picture(path: Path) -> None:
-    """Before anything is computed: that a picture can go to ``path``."""
+    """Check the ending and folder of ``path`` before the model runs."""
     if path.suffix not in FORMATS:
         raise ValueError(f"--out must end in {', '.join(FORMATS)}, got {path}")
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out: there is no folder {path.parent}")
+        raise FileNotFoundError(f"--out: folder {path.parent} does not exist")
 
 
 def save_picture(figure: Figure, path: Path) -> None:
-    """Whole or not at all."""
+    """Write a picture atomically."""
     options: dict[str, Any] = dict(dpi=100, format=path.suffix[1:], facecolor="white", pil_kwargs={"quality": 90})
     write_atomically(path, lambda file: figure.savefig(file, **options))
     print(f"wrote {path}")

@@ -16,5 +16,5 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result))
     else:
-        print(f"loss {result['test_loss']:.3f}, {result['test_accuracy']:.1%} of the test images right")
+        print(f"test loss {result['test_loss']:.3f}, test accuracy {result['test_accuracy']:.1%}")
     return 0

@@ -1,4 +1,4 @@
-"""``vit-triton tune``: the fastest tiles for the GPU at hand, in a file that vit_triton then reads."""
+"""``vit-triton tune``: writes the fastest tiles for this GPU to a table that vit_triton reads."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise ValueError(f"--image: {error}") from None
     if INTERPRETING or not torch.cuda.is_available():
-        reason = "TRITON_INTERPRET is set" if INTERPRETING else "PyTorch finds none"
-        raise ValueError(f"tune: needs a GPU, and {reason}; without one the computed choices are used")
+        reason = "TRITON_INTERPRET is set" if INTERPRETING else "PyTorch finds no GPU"
+        raise ValueError(f"tune: requires a GPU, but {reason}")
     device = torch.device("cuda", torch.cuda.current_device())
     name, arch = torch.cuda.get_device_name(device), target_of(device).name
     with warnings.catch_warnings():

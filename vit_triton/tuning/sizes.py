@@ -1,11 +1,11 @@
-"""The sizes of published Vision Transformers as data."""
+"""Sizes of published Vision Transformers."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model: ``width`` of its tokens, ``hidden`` width of its MLP, side of a ``patch`` in pixels."""
+    """Size of a model: ``width`` of the tokens, ``hidden`` width of the MLP, side of a ``patch`` in pixels."""
 
     width: int
     depth: int
