@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.runner import OURS
-from vit_triton.cli.arguments import duration, new_file, positive
+from vit_triton.cli.arguments import duration, folder, new_file, positive
 from vit_triton.tuning.shapes import DTYPES, Shape
 
 T = TypeVar("T")
@@ -27,10 +27,7 @@ def device(text: str) -> str:
 def plot_folder(text: str) -> Path:
     if importlib.util.find_spec("matplotlib") is None:
         raise argparse.ArgumentTypeError("charts require matplotlib: pip install 'vit_triton[bench]'")
-    path = Path(text)
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a folder, got the file {text!r}")
-    return path
+    return folder(text)
 
 
 def add(parser: argparse.ArgumentParser) -> None:

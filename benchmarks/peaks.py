@@ -59,6 +59,7 @@ def peak(device: str, dtype: torch.dtype, threads: int) -> Peak | None:
     return Peak((single if dtype == torch.float32 else half) * 1e12, bandwidth * 1e9, f"data sheet of {name}")
 
 
+CALLS = 5  # of a measurement
 _measured: dict[tuple[torch.dtype, int], Peak] = {}
 
 
@@ -71,8 +72,8 @@ def measured(dtype: torch.dtype, threads: int) -> Peak:
         a, b = torch.randn(2, 1024, 1024).to(dtype)
         source = torch.zeros(2**28, dtype=torch.uint8)
         target = torch.empty_like(source)
-        flops = 2 * 1024**3 / _shortest(lambda: a @ b)
-        rate = 2 * source.numel() / _shortest(lambda: target.copy_(source))
+        flops = 2 * 1024**3 / shortest(lambda: a @ b, CALLS)
+        rate = 2 * source.numel() / shortest(lambda: target.copy_(source), CALLS)
     finally:
         torch.set_num_threads(before)
     best = _measured.get((dtype, threads), Peak(0, 0, ""))
@@ -81,10 +82,19 @@ def measured(dtype: torch.dtype, threads: int) -> Peak:
     return _measured[dtype, threads]
 
 
-def _shortest(call: Callable[[], object]) -> float:
+def shortest(call: Callable[[], object], calls: int, device: str = "cpu") -> float:
+    """Seconds of the fastest of several calls on "cpu" or "cuda"."""
     times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
+    for _ in range(calls):
+        if device == "cuda":
+            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first.record()
+            call()
+            last.record()
+            torch.cuda.synchronize()
+            times.append(first.elapsed_time(last) / 1e3)
+        else:
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
     return min(times)

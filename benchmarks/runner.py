@@ -24,7 +24,7 @@ import triton
 import vit_triton
 from benchmarks.cost import Cost
 from benchmarks.peaks import Peak, peak
-from benchmarks.timing import METHODS, Times
+from benchmarks.timing import METHODS, Times, ratios
 from vit_triton.kernels.device import target_of
 from vit_triton.tuning.measure import errors
 from vit_triton.tuning.progress import progress
@@ -94,6 +94,18 @@ class Result:
         return min((ratio for name, ratio in self.ratio.items() if not name.startswith(OURS)), default=None)
 
 
+def limits(plain: Iterable[float], dtype: torch.dtype) -> list[float]:
+    """The largest errors that count as right: twice those of PyTorch's operators, but at least TOLERANCE."""
+    least = TOLERANCE * torch.finfo(dtype).eps
+    return [max(least, 2 * error) for error in plain]  # max ignores a NaN in second place
+
+
+def lack_of_memory(case: Case) -> str:
+    """The reason why a case does not fit into the free memory; "" if it fits."""
+    need, free = case.cost().memory, free_memory(case.device)
+    return f"needs {need / 2**30:.1f} GiB (computed), {free / 2**30:.1f} GiB are free" if need > free else ""
+
+
 def check(providers: dict[str, Provider], dtype: torch.dtype) -> dict[str, str]:
     """{provider: reason} of the providers that fail or give wrong numbers."""
     allowed = TOLERANCE * torch.finfo(dtype).eps
@@ -103,8 +115,7 @@ def check(providers: dict[str, Provider], dtype: torch.dtype) -> dict[str, str]:
             found = errors((provider.numbers or provider.run)(), provider.exact())
             if all(error <= allowed for error in found):
                 continue
-            limits = [max(allowed, 2 * error) if error == error else allowed for error in provider.plain()]
-            for error, limit in zip(found, limits, strict=True):
+            for error, limit in zip(found, limits(provider.plain(), dtype), strict=True):
                 if not error <= limit:
                     wrong[name] = f"error {error:.1e}, allowed {limit:.1e}"
         except Exception as error:  # from any package; the other providers still run
@@ -122,15 +133,9 @@ def measure(case: Case, threads: Sequence[int], seconds: float) -> Iterator[Resu
         wrong = check(providers, case.dtype)
         calls = {name: provider.run for name, provider in providers.items() if name not in wrong}
         times = METHODS[case.device](calls, seconds, case.replay) if calls else Times("none", {})
-        ours = times.rounds.get(OURS, [])
-        ratio = {
-            name: statistics.median(a / b for a, b in zip(rounds, ours, strict=True))
-            for name, rounds in times.rounds.items()
-            if name != OURS and ours
-        }
         medians = {name: 1e3 * statistics.median(rounds) for name, rounds in times.rounds.items()}
         at = (case.name, case.shape, _name(case.dtype), case.device, count, times.method)
-        yield Result(*at, medians, ratio, wrong, cost.flops, cost.bytes, case.at)
+        yield Result(*at, medians, ratios(times.rounds, OURS), wrong, cost.flops, cost.bytes, case.at)
 
 
 def rates(result: Result, roof: Peak | None) -> dict[str, dict[str, float]]:
@@ -209,10 +214,9 @@ def run(cases: Sequence[Case], threads: Sequence[int], seconds: float, report: R
     keep_freed_memory()
     with progress(len(cases)) as bar:
         for case in cases:
-            need, free = case.cost().memory, free_memory(case.device)
-            if need > free:
-                report.skipped[str(case)] = f"needs {need / 2**30:.1f} GiB (computed), {free / 2**30:.1f} GiB are free"
-                print(f"skipped {case}: {report.skipped[str(case)]}", flush=True)
+            if reason := lack_of_memory(case):
+                report.skipped[str(case)] = reason
+                print(f"skipped {case}: {reason}", flush=True)
             else:
                 for result in measure(case, threads, seconds):
                     report.add(result)
@@ -278,12 +282,12 @@ def machine(device: str = "cpu") -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "vit_triton": vit_triton.__version__,
-        **_versions(PACKAGES),
+        **versions(PACKAGES),
     }
     return {**_gpu(), **found} if device == "cuda" else found
 
 
-def _versions(packages: Iterable[str]) -> dict[str, str]:
+def versions(packages: Iterable[str]) -> dict[str, str]:
     """Versions of the installed ``packages``."""
     found = {}
     for package in packages:

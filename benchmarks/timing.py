@@ -25,6 +25,15 @@ class Times:
     rounds: Rounds
 
 
+def ratios(rounds: Rounds, ours: str) -> dict[str, float]:
+    """Median over the rounds of the time of each other call / that of ``ours``; empty if ``ours`` was not timed."""
+    return {
+        name: statistics.median(a / b for a, b in zip(times, rounds[ours], strict=True))
+        for name, times in rounds.items()
+        if name != ours and rounds.get(ours)
+    }
+
+
 def interleaved(calls: Calls, seconds: float) -> Rounds:
     """On a CPU: each round runs each call once, or often enough to fill 2 ms."""
     repeats = {}

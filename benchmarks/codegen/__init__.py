@@ -15,7 +15,6 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,18 +26,11 @@ from benchmarks.codegen.cost import COSTS
 from benchmarks.codegen.figures import DTYPES, HEADER, figures, line
 from benchmarks.codegen.gpus import GPUS
 from benchmarks.runner import machine, write_json
-from vit_triton.cli.arguments import positive
+from vit_triton.cli.arguments import folder, positive
 from vit_triton.tuning.progress import progress
 
 DEFAULT = (["sm_80", "sm_90", "sm_100"], ["bfloat16", "float32"])
 DEFAULT_TIMED = (["A100", "H100", "B200"], ["bfloat16"])
-
-
-def _folder(name: str) -> Path:
-    path = Path(name)
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a folder, got the file {name!r}")
-    return path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_only(parser, "kernels (with --time, cases too)")
     options.add_json(parser)
     parser.add_argument(
-        "--dump", type=_folder, metavar="DIR", help="write binary, assembly and figures of each kernel to this folder"
+        "--dump", type=folder, metavar="DIR", help="write binary, assembly and figures of each kernel to this folder"
     )
     parser.add_argument(
         "--jobs",

@@ -25,8 +25,9 @@ from benchmarks.gpu.process import BAD, Worker
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.running import run_steps
 from benchmarks.gpu.sections import sections
-from benchmarks.gpu.step import Context, Section
+from benchmarks.gpu.step import Context, Section, environment
 from benchmarks.runner import write_text
+from vit_triton.cli.arguments import folder
 
 RESERVED = 3.0  # seconds to write the report
 
@@ -41,13 +42,6 @@ def _minutes(text: str) -> float:
     return minutes
 
 
-def _folder(text: str) -> Path:
-    path = Path(text)
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a folder, got the file {text!r}")
-    return path
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
@@ -55,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda",
                         help="cuda (default), or cpu: a trial with tiny sizes")  # fmt: skip
     parser.add_argument(
-        "--out", type=_folder, default=Path("gpu_report"), metavar="FOLDER", help="output folder; default: gpu_report"
+        "--out", type=folder, default=Path("gpu_report"), metavar="FOLDER", help="output folder; default: gpu_report"
     )
     parser.add_argument("--only", default="", metavar="NAME", help="only steps whose printed name contains NAME")
     parser.add_argument("--again", action="store_true", help="also repeat steps with a bad result")
@@ -63,25 +57,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    folder = given.out.resolve()
+    out = given.out.resolve()
     if given.dry_run:
         for gpu in plan.PLANNED:
-            every = sections(Context("cuda", folder), plan.CORES)
+            every = sections(Context("cuda", out), plan.CORES)
             print("\n".join([*plan.table(_only(every, given.only), given.minutes, gpu), ""]))
         print("expected times are computed from kernels to compile, FLOPs and measuring time; none is measured")
         return
     interpreting = _interpreting(given.device)
     start = time.time()
-    context = Context(given.device, folder, given.device == "cpu", interpreting, start + 60 * given.minutes - RESERVED)
-    chosen = _only(sections(context), given.only)
+    context = Context(given.device, out, given.device == "cpu", interpreting, start + 60 * given.minutes - RESERVED)
+    every = sections(context)
+    chosen = _only(every, given.only)
     if context.tiny:
         print("trial on a CPU: all sizes are tiny, and times say nothing about a GPU", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         given.out.mkdir(parents=True, exist_ok=True)
-        with _alone(folder), _environment({"TRITON_INTERPRET": "1"} if context.interpreting else {}):
+        with _alone(out), environment({"TRITON_INTERPRET": "1"} if context.interpreting else {}):
             results = Results(given.out, {"minutes": given.minutes, "device": given.device, "only": given.only})
-            complete = _run(context, chosen, given.again, results, start)
+            complete = _run(context, every, chosen, given.again, results, start)
     except OSError as error:
         raise SystemExit(f"cannot continue: {error}") from None  # disk full, stdout closed
     if not complete:
@@ -123,21 +118,6 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for processes started within the block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def _only(every: list[Section], text: str) -> list[Section]:
     """Sections reduced to the steps whose name contains ``text``."""
     chosen = [
@@ -150,9 +130,10 @@ def _only(every: list[Section], text: str) -> list[Section]:
     return chosen
 
 
-def _run(context: Context, chosen: list[Section], again: bool, results: Results, start: float) -> bool:
-    """Run the steps. Returns False if interrupted."""
-    every = sections(context)
+def _run(
+    context: Context, every: list[Section], chosen: list[Section], again: bool, results: Results, start: float
+) -> bool:
+    """Run the steps of the ``chosen`` sections. Returns False if interrupted."""
 
     def keep(key: str, result: dict[str, Any]) -> None:
         results.add(key, result)

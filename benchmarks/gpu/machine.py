@@ -2,8 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib.metadata
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -18,11 +16,13 @@ import numpy
 import torch
 
 import vit_triton
-from benchmarks.gpu.step import Context, Step, Wrong
-from benchmarks.runner import PACKAGES, machine
+from benchmarks.gpu.step import Context, Step, Wrong, environment
+from benchmarks.peaks import shortest
+from benchmarks.runner import machine, versions
 from vit_triton.kernels import tuned
 
 DEVICE = "device and versions"
+CALLS = 20  # the fastest counts; the first ones warm up
 PROCESS_BYTES = 2 * 2**30  # GPU memory of a process: CUDA context and the inputs of a check
 # facts that must be equal for results to share a file
 IDENTITY = (
@@ -46,9 +46,7 @@ NVIDIA_SMI = (
 def _device(context: Context) -> dict[str, Any]:
     found = {**machine(context.device), "numpy": numpy.__version__, "source": source()}
     found["kernels"] = _kernels(context)
-    for package in (*PACKAGES, "rich", "matplotlib"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
+    found |= versions(("rich", "matplotlib"))
     processes = 64  # limit of concurrent processes on the device
     if context.device == "cuda":
         facts = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -104,8 +102,7 @@ def _first_kernel(context: Context) -> dict[str, Any]:
     """Compile and run a kernel with an empty cache, as on first use."""
     from vit_triton import functional as F
 
-    with tempfile.TemporaryDirectory() as folder:
-        before, os.environ["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR"), folder
+    with tempfile.TemporaryDirectory() as folder, environment({"TRITON_CACHE_DIR": folder}):
         start = time.perf_counter()
         try:
             x = torch.randn(64, 256, device=context.device)
@@ -114,10 +111,6 @@ def _first_kernel(context: Context) -> dict[str, Any]:
                 torch.cuda.synchronize()
         except Exception as error:
             raise Wrong(f"{' '.join(f'{type(error).__name__}: {error}'.split())[:300]}; {_compiler()}") from error
-        finally:
-            del os.environ["TRITON_CACHE_DIR"]
-            if before is not None:
-                os.environ["TRITON_CACHE_DIR"] = before
         seconds = time.perf_counter() - start
     right = torch.allclose(y.cpu(), torch.nn.functional.layer_norm(x.cpu(), (256,)), atol=1e-4)
     if not right:
@@ -135,7 +128,7 @@ def _compiler() -> str:
 def _copy(context: Context) -> dict[str, Any]:
     source = torch.zeros(context.at(2**30, 2**26), dtype=torch.uint8, device=context.device)
     target = torch.empty_like(source)
-    seconds = _shortest(lambda: target.copy_(source), context)
+    seconds = shortest(lambda: target.copy_(source), CALLS, context.device)
     rate = 2 * source.numel() / seconds / 1e9
     return {"line": f"{rate:.0f} GB/s read and written", "gigabytes": rate}
 
@@ -143,26 +136,8 @@ def _copy(context: Context) -> dict[str, Any]:
 def _product(dtype: torch.dtype, context: Context) -> dict[str, Any]:
     n = context.at(8192, 512)
     a, b = torch.randn(2, n, n, device=context.device).to(dtype)
-    rate = 2 * n**3 / _shortest(lambda: a @ b, context) / 1e12
+    rate = 2 * n**3 / shortest(lambda: a @ b, CALLS, context.device) / 1e12
     return {"line": f"{rate:.4g} TFLOP/s, {n} x {n} matrices", "tflops": rate}
-
-
-def _shortest(call: Any, context: Context) -> float:
-    """Seconds of the fastest of 20 calls; the first ones warm up."""
-    times = []
-    for _ in range(20):
-        if context.device == "cuda":
-            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            first.record()
-            call()
-            last.record()
-            torch.cuda.synchronize()
-            times.append(first.elapsed_time(last) / 1e3)
-        else:
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def steps() -> Iterator[Step]:

@@ -6,6 +6,7 @@ random. Before timing, the logits (in training: the loss and all gradients) are 
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import gc
 import importlib.util
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 import vit_triton
 from benchmarks.gpu.step import COMPILE_SECONDS, SEED, Context, Skip, Step, Wrong, is_of_memory
 from benchmarks.models import gradients, hugging_face, inference, loss, ours, torchvision
-from benchmarks.runner import TOLERANCE
-from benchmarks.timing import METHODS
+from benchmarks.runner import limits
+from benchmarks.timing import METHODS, ratios
 from vit_triton.tuning.measure import errors
 from vit_triton.tuning.shapes import CLASSES, Shape
 from vit_triton.tuning.sizes import SIZES, Size
@@ -30,6 +31,7 @@ SECONDS = 3.0  # measuring time of a step
 CHECKED = 2  # images in the comparison with float64
 CALLS = 40  # expected calls per measurement, over all variants
 TINY = Size(48, 2, 2, 96)
+DINOV2_S = dataclasses.replace(SIZES["S"], patch=14)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Model:
 MODELS = (
     Model("ViT-B/16", "vit_base_patch16_224", SIZES["B"], 224, (256, 128)),
     Model("ViT-L/16", "vit_large_patch16_224", SIZES["L"], 224, (128, 64)),
-    Model("DINOv2-S at 518", "vit_small_patch14_dinov2", Size(384, 12, 6, 1536, patch=14), 518, (64, 32)),
+    Model("DINOv2-S at 518", "vit_small_patch14_dinov2", DINOV2_S, 518, (64, 32)),
     Model("SO400M/14", "vit_so400m_patch14_siglip_224", SIZES["SO400M"], 224, (128, 32)),
 )
 INFERENCE, TRAINING = "inference", "training step"
@@ -124,9 +126,8 @@ def _compare(what: str, plain: nn.Module, ours: nn.Module, image: Tensor, labels
     exact = (inference(double, image.double()) if what == INFERENCE else gradients(double, image.double(), labels))()
     del double
     theirs, found = (_errors(what, model, exact, image, labels) for model in (plain, ours))
-    floor = TOLERANCE * torch.finfo(torch.bfloat16).eps
-    for error, peer in zip(found, theirs, strict=True):
-        if not error <= max(floor, 2 * peer):
+    for error, peer, limit in zip(found, theirs, limits(theirs, torch.bfloat16), strict=True):
+        if not error <= limit:
             raise Wrong(f"error {error:.1e}, PyTorch's {peer:.1e}", error=error, pytorch=peer)
     return {"error": max(found), "pytorch": max(theirs)}
 
@@ -165,14 +166,9 @@ def _measure_batch(what: str, model: Model, compiled: bool, context: Context, ba
     rounds = METHODS[context.device](calls, context.at(SECONDS, 0.2), False).rounds
     seconds = {name: statistics.median(each) for name, each in rounds.items()}
     facts["images_per_second"] = {name: batch / each for name, each in seconds.items()}
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(rounds[name], rounds["accelerated"], strict=True))
-        for name in rounds
-        if name != "accelerated"
-    }
-    facts["ratio"] = ratios
+    facts["ratio"] = ratios(rounds, "accelerated")
     rates = ", ".join(f"{name} {rate:.0f}" for name, rate in facts["images_per_second"].items())
-    against = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in ratios.items())
+    against = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in facts["ratio"].items())
     return {"line": f"{rates} images/s at batch {batch}; {against} ({library})", **facts}
 
 

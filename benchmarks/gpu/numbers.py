@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.step import SEED, Context, Skip, Step, Wrong
-from benchmarks.runner import TOLERANCE
+from benchmarks.runner import TOLERANCE, limits
 from vit_triton import ViT
 from vit_triton import functional as F
 from vit_triton.tuning.measure import errors, flat
@@ -275,10 +275,9 @@ def verdict(
 
     Returns the facts of a step, or raises :class:`Wrong`.
     """
-    floor = TOLERANCE * torch.finfo(dtype).eps
     error = dict(zip(exact, errors(list(found.values()), list(exact.values())), strict=True))
     peers = dict(zip(exact, errors(list(plain().values()), list(exact.values())), strict=True))
-    limit = {name: max(floor, 2 * peer) for name, peer in peers.items()}  # max ignores a peer's NaN
+    limit = dict(zip(exact, limits(peers.values(), dtype), strict=True))
     wrong = {name: e for name, e in error.items() if not e <= limit[name]}
     # NaN counts as the largest error
     worst = max(error, key=lambda name: (error[name] != error[name], error[name] / limit[name]), default=None)

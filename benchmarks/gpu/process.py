@@ -5,13 +5,14 @@ import gc
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.gpu.step import SEED, Context, Skip, Wrong, is_of_memory
 
@@ -110,8 +111,6 @@ def _end_with(command: Any) -> None:
 
 
 def _result(step: Any, context: Context) -> dict[str, Any]:
-    import torch
-
     torch.manual_seed(SEED)
     try:
         facts = step.run(context)
@@ -133,9 +132,6 @@ def _result(step: Any, context: Context) -> dict[str, Any]:
 def _is_usable(context: Context) -> bool:
     """Whether the process can run further steps. After an illegal access all GPU calls fail; after a failed CUDA graph
     capture, random numbers fail."""
-    import torch
-
-    sys.last_value = None
     gc.collect()
     if context.device == "cuda":
         try:

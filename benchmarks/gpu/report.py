@@ -10,6 +10,7 @@ from benchmarks.gpu import machine, models, numbers, tiles
 from benchmarks.gpu.process import BAD
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.step import Section
+from benchmarks.peaks import Peak
 from benchmarks.runner import OURS
 from vit_triton.kernels import tuned
 
@@ -176,7 +177,7 @@ def _share(result: dict[str, Any], steps: Steps) -> str:
     copy = steps.get("machine: copy bandwidth", {}).get("gigabytes")
     if not product or not copy:
         return ""
-    least = max(result["flops"] / product / 1e12, result["bytes"] / copy / 1e9)
+    least = Peak(product * 1e12, copy * 1e9, "").seconds(result["flops"], result["bytes"])
     return f"{100 * least / (result['milliseconds'][OURS] / 1e3):.0f} %"
 
 

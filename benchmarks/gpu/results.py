@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ class Results:
         self.machine: dict[str, str] = {}
         self.steps: dict[str, dict[str, Any]] = {}
         self.runs: list[dict[str, Any]] = []
-        self._lock = threading.Lock()
         if self.path.exists():
             self._read()
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -56,10 +54,7 @@ class Results:
         return result is None or result.get("complete") is False or (again and result["status"] in BAD)
 
     def add(self, key: str, result: dict[str, Any]) -> None:
-        with self._lock:
-            self.steps[key] = result
-            self.write()
-
-    def write(self) -> None:
+        """Keep a result and write the file; calls must not overlap."""
+        self.steps[key] = result
         content = {"format": FORMAT, "machine": self.machine, "runs": self.runs, "steps": self.steps}
         write_json(self.path, content)

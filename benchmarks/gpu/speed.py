@@ -10,19 +10,20 @@ import torch
 
 from benchmarks import runner
 from benchmarks.compare import OPS
+from benchmarks.gpu.models import DINOV2_S
 from benchmarks.gpu.step import Context, Skip, Step, Wrong
 from benchmarks.ops.op import Op
-from benchmarks.timing import METHODS
+from benchmarks.timing import METHODS, ratios
 from vit_triton.kernels.linear.config import VendorGemm
 from vit_triton.kernels.picker import choosing
 from vit_triton.tuning import tune
 from vit_triton.tuning.shapes import Shape
-from vit_triton.tuning.sizes import SIZES, Size
+from vit_triton.tuning.sizes import SIZES
 
 SECONDS = 1.0  # measuring time of an operator in one direction
 BATCH = 64
 BLOCKS = 2  # depth of the encoder
-DINOV2_S = Shape("DINOv2-S/14 at 518, batch 16", 16, 518, 37 * 37 + 1, Size(384, 12, 6, 1536, patch=14))
+DINOV2_518 = Shape("DINOv2-S/14 at 518, batch 16", 16, 518, 37 * 37 + 1, DINOV2_S)
 PRODUCTS = ("pick_linear_fwd", "pick_linear_bwd_input", "pick_linear_bwd_weight")
 TINY = Shape("tiny", 2, 32, 5, dataclasses.replace(SIZES["Ti"], width=64, heads=1, hidden=128, depth=1))
 
@@ -32,9 +33,8 @@ def _operator(op: Op, shape: Shape, direction: str, context: Context) -> dict[st
     dtype = context.at(torch.bfloat16, torch.float32)
     functions = op.functions(context.device, compiled=False)
     (case,) = op.cases([shape], [direction], dtype, context.device, functions)
-    need, free = case.cost().memory, runner.free_memory(context.device)
-    if need > free:
-        raise Skip(f"needs {need / 2**30:.1f} GiB (computed), {free / 2**30:.1f} GiB are free")
+    if reason := runner.lack_of_memory(case):
+        raise Skip(reason)
     (result,) = runner.measure(case, [torch.get_num_threads()], context.at(SECONDS, 0.05))
     facts = dataclasses.asdict(result)
     if runner.OURS in result.wrong:
@@ -67,10 +67,10 @@ def _products(picker: str, context: Context) -> dict[str, Any]:
             calls = {name: functools.partial(run, config) for name, config in configs.items()}
             rounds = METHODS["cuda"](calls, SECONDS / 2, False).rounds
             ms = {name: 1e3 * statistics.median(each) for name, each in rounds.items()}
-            ratio = statistics.median(b / a for a, b in zip(rounds["ours"], rounds["vendor"], strict=True))
+            ratio = ratios(rounds, "ours")["vendor"]
             rows.append({"case": case.name, "milliseconds": ms, "ratio": ratio, "tile": str(configs["ours"])})
-    ratios = [row["ratio"] for row in rows]
-    line = f"{len(rows)} GEMMs, ours {min(ratios):.2f} to {max(ratios):.2f} x the vendor's" if rows else "none"
+    found = [row["ratio"] for row in rows]
+    line = f"{len(rows)} GEMMs, ours {min(found):.2f} to {max(found):.2f} x the vendor's" if rows else "none"
     return {"line": line, "products": rows}
 
 
@@ -78,7 +78,7 @@ def steps() -> Iterator[Step]:
     base = Shape.of("B", 224, BATCH)
     attention = next(op for op in OPS if op.name == "attention")
     shapes = [(op, base) for op in OPS]
-    shapes.insert(1, (attention, DINOV2_S))
+    shapes.insert(1, (attention, DINOV2_518))
     for op, shape in shapes:
         for direction in ("forward", "both"):
             name = f"{op.name}, {'forward' if direction == 'forward' else 'forward + backward'}, {shape.label}"
