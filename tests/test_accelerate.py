@@ -114,8 +114,8 @@ def test_twice_is_once(model, images, kernels):
     assert type(model.blocks[0]) is Block
 
 
-def test_without_a_backend_it_is_the_one_in_force(model, images):
-    vit_triton.accelerate(model, None)
+def test_the_default_backend_applies_on_every_call(model, images):
+    vit_triton.accelerate(model)
     counts = []
     for name in ("triton", "torch"):
         with vit_triton.use_backend(name), torch.profiler.profile() as profile:

@@ -104,7 +104,7 @@ def _unpickle(cls: Any, options: tuple[str | None, bool], name: str, *arguments:
 
 def accelerate(
     model: nn.Module,
-    backend: str | None = "auto",
+    backend: str | None = None,
     *,
     attention: bool = True,
     mlp: bool = True,
@@ -126,7 +126,7 @@ def accelerate(
 
     Args:
         model: any module. Unsupported modules are left unchanged and listed in the report.
-        backend: "triton", "torch", "auto" or None, as in :mod:`vit_triton.functional`.
+        backend: "triton", "torch" or "auto"; None is the default backend, see :class:`vit_triton.use_backend`.
         attention, mlp, layer_norm, patch_embedding: modules to replace. Blocks require attention, mlp and layer_norm.
         strict: raise RuntimeError with module and reason instead of falling back.
 

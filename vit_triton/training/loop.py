@@ -415,7 +415,7 @@ def load_trained(
         raise TypeError(f"folder must be a path, got {folder!r}")
     found = checkpoint.load(Path(folder))
     if found is None:
-        raise FileNotFoundError(f"{folder} has no {checkpoint.NAME}: train with out={folder}")
+        raise FileNotFoundError(f"{folder} has no {checkpoint.NAME}; expected the output folder of a training run")
     state, path = found
     with checkpoint.invalid_contents(path):
         config = TrainConfig(**state["config"])
