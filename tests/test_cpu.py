@@ -563,6 +563,34 @@ def test_products_look_at_nothing_past_an_odd_depth(transposed, arch, monkeypatc
     assert_same(y, a.double() @ (right.T if transposed else right), k)
 
 
+@triton.jit
+def two_sums_kernel(a_ptr, b_ptr, y_ptr, m, steps, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    """Two products are summed in tiles that are neighbors in memory: y[0] = sum of a @ b, y[1] = sum of -a @ b."""
+    i, j, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    first, second = tl.zeros([M, N], tl.float32), tl.zeros([M, N], tl.float32)
+    for step in range(steps):
+        a = tl.load(a_ptr + (step * m + i[:, None]) * K + k[None, :], mask=i[:, None] < m, other=0.0)
+        b = tl.load(b_ptr + (step * K + k[:, None]) * N + j[None, :])
+        first = tl.dot(a, b, first)
+        second = tl.dot(-a, b, second)
+    y_ptrs = y_ptr + i[:, None] * N + j[None, :]
+    tl.store(y_ptrs, first, mask=i[:, None] < m)
+    tl.store(y_ptrs + m * N, second, mask=i[:, None] < m)
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids=NAMES.get)
+@pytest.mark.parametrize("columns", [16, 64])
+@pytest.mark.parametrize(("rows", "tile"), [(1, 1), (3, 4), (8, 8), (15, 16), (32, 32), (61, 64), (64, 64)])
+def test_products_of_any_number_of_rows(rows, tile, columns, arch, monkeypatch):
+    monkeypatch.setattr(triton_driver, "_active", CPUDriver(arch))
+    steps, depth = 3, 16
+    a, b = torch.randn(steps, rows, depth), torch.randn(steps, depth, columns)
+    y = torch.full((2, rows, columns), torch.nan)
+    two_sums_kernel[(1,)](a, b, y, rows, steps, tile, columns, depth)
+    exact = (a.double() @ b.double()).sum(0)
+    assert_same(y, torch.stack([exact, -exact]), steps * depth)
+
+
 # --- the ops, on every kind of CPU -------------------------------------------------------------------------
 
 

@@ -76,7 +76,7 @@ class CPUBackend(BaseBackend):
         return metadata
 
     def get_codegen_implementation(self, options: Options) -> dict[str, Any]:
-        return {"min_dot_size": lambda lhs, rhs: (1, 1, 1)}
+        return {"min_dot_size": lambda lhs, rhs: (1, 16, 1)}
 
     def get_module_map(self) -> dict[str, ModuleType]:
         return {}

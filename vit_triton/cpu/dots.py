@@ -1,9 +1,9 @@
-"""Dots pass: a tt.dot is computed in blocks of 8 x 32 results in registers.
+"""Dots pass: a tt.dot is computed in blocks of results in registers (:func:`.features.register_block`).
 
     for each panel of B                     packed once in words of 4 bytes: float32, or pairs of bfloat16 along K;
                                             read in place if it is loaded from memory with that layout
-        for each 8 rows of A
-            for each k                      2 vectors of B, 8 elements of A, 16 multiply-adds
+        for each block of rows of A
+            for each k                      the vectors of B times each element of A
 
 bfloat16 uses vdpbf16ps if the CPU supports it. The operands are prepared by :mod:`vit_triton.cpu.panels`.
 """
@@ -18,8 +18,6 @@ from vit_triton.cpu.memory import Buffer, address, load_vector, store_vector
 from vit_triton.cpu.panels import Product, Rows, loaded_panel, pack_panel, product_of, reserve_panel, rows_of_a
 from vit_triton.cpu.state import LANES, State
 from vit_triton.cpu.ttir import Op, Unsupported
-
-ROWS = 8  # per block
 
 
 class Accumulator(NamedTuple):
@@ -47,8 +45,8 @@ def dot(s: State, op: Op) -> None:
         with b.loop(b.index(0), n, b.index(product.width)) as columns, b.pinned_here():
             if in_memory is None:
                 pack_panel(s, product, panel, columns.index, n, k)
-            with b.loop(b.index(0), m, b.index(min(ROWS, rows))) as block, b.pinned_here():
-                count = min(ROWS, rows)
+            count = -(-rows // -(-rows // s.block.rows))  # blocks of equal size
+            with b.loop(b.index(0), m, b.index(count)) as block, b.pinned_here():
                 words = _row_addresses(s, a_rows, block.index, m, count)
                 places = _result_addresses(s, target.buffer, block.index, columns.index, count, product.width)
                 results = _multiply(s, product, words, a_rows.step, panel, k)

@@ -25,7 +25,6 @@ from vit_triton.cpu.cache import CheckedCache
 from vit_triton.cpu.compiler import CPUBackend
 from vit_triton.cpu.elf import Code
 from vit_triton.cpu.entry import LaunchBlock
-from vit_triton.cpu.panels import PANEL
 
 _CPU = torch.device("cpu")
 _PAGE = 4096
@@ -186,9 +185,10 @@ class CPUDriver(DriverBase):
         self.target = GPUTarget("cpu", arch or ",".join(features.detect()), 1)
         self.device = _DEVICE + zlib.crc32(str(self.target.arch).encode()) % 1000  # code depends on the features
         self.staying = contextlib.nullcontext(self.device)
-        self.panels = {torch.float32: (PANEL, 1)}  # see dot_panel
+        columns = features.register_block(self.target.arch.split(",")).columns
+        self.panels = {torch.float32: (columns, 1)}  # see dot_panel
         if "avx512_bf16" in self.target.arch:
-            self.panels[torch.bfloat16] = PANEL, 2
+            self.panels[torch.bfloat16] = columns, 2
 
     @classmethod
     def is_active(cls) -> bool:

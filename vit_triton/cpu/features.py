@@ -3,11 +3,31 @@
 import ctypes
 import functools
 import platform
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 # Features used by the generated code; x86-64-v3 is required.
 REQUIRED = ("avx2", "fma", "f16c", "bmi2")
 OPTIONAL = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
+
+
+class Block(NamedTuple):
+    """The results of a product that are in registers at a time. The columns are also the width of a panel."""
+
+    rows: int
+    columns: int
+
+    @property
+    def spare_rows(self) -> int:
+        """Rows after the end of a tile that its last block may compute; tiles have a power of two of rows."""
+        return self.rows - 1 if self.rows & (self.rows - 1) else 0
+
+
+def register_block(features: Sequence[str]) -> Block:
+    """With AVX-512, 8 x 32 takes 16 of 32 registers; 12 and 14 rows were not faster. AVX2 has 16 registers of half the
+    width: 6 x 16 takes 12 of them and leaves three for B and a broadcast element of A."""
+    return Block(8, 32) if "avx512f" in features else Block(6, 16)
 
 
 @functools.cache

@@ -23,8 +23,9 @@ class Buffer:
 class Scratch:
     """A stack allocator for the scratch memory of a thread; reset ``used`` to free the last allocations."""
 
-    def __init__(self, builder: Builder, pointer: Val) -> None:
-        self.b, self.pointer = builder, pointer
+    def __init__(self, builder: Builder, pointer: Val, spare_rows: int) -> None:
+        """``spare_rows``: see :attr:`.features.Block.spare_rows`."""
+        self.b, self.pointer, self.spare_rows = builder, pointer, spare_rows
         self.used = self.most_used = 0  # bytes
 
     def reserve(self, size: int) -> Val:
@@ -39,7 +40,7 @@ class Scratch:
         stride = columns
         if len(type_.shape) > 1 and columns * BYTES[type_.elem] >= 1024:
             stride += ALIGN // BYTES[type_.elem]  # rows at a distance of a power of two share cache sets
-        rows = math.prod(type_.shape[:-1])
+        rows = math.prod(type_.shape[:-1]) + (self.spare_rows if len(type_.shape) == 2 else 0)
         return Buffer(self.reserve(rows * stride * BYTES[type_.elem]), type_.elem, stride)
 
 

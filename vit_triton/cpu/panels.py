@@ -1,8 +1,8 @@
-"""Panels pass: the operands of tt.dot, A in rows and B in panels of 32 columns, read in place or packed.
+"""Panels pass: the operands of tt.dot, A in rows and B in panels of columns, read in place or packed.
 
 A word is the operand of one multiplication: a float32, or a pair of bfloat16 consecutive along K if the CPU multiplies
 bfloat16. A row of A is a sequence of words with a constant stride. A panel of B contains, for each word along K, that
-word of 32 columns contiguously. float16, and bfloat16 without CPU support, are converted to float32 when packed.
+word of all columns contiguously. float16, and bfloat16 without CPU support, are converted to float32 when packed.
 """
 
 import contextlib
@@ -18,16 +18,15 @@ from vit_triton.cpu.memory import Buffer, address, store_vector
 from vit_triton.cpu.state import LANES, Position, State
 from vit_triton.cpu.ttir import Op, Type, Value
 
-PANEL = 2 * LANES  # columns
-
 
 @dataclass(frozen=True)
 class Product:
-    """A (M, K) times B (K, N); ``pairs``: words are pairs of bfloat16. Outside the conditions on rows and columns,
+    """A (M, K) times B (K, N); ``width``: columns of a panel; ``pairs``: words are pairs of bfloat16. Outside the conditions on rows and columns,
     results are not read; outside those on depth, elements of A or B are 0."""
 
     a: Value
     b: Value
+    width: int
     pairs: bool
     rows: Sequence[Condition]
     cols: Sequence[Condition]
@@ -41,17 +40,13 @@ class Product:
     def elem(self) -> str:
         return "bf16" if self.pairs else "f32"
 
-    @property
-    def width(self) -> int:
-        """The number of columns of a panel."""
-        return min(PANEL, self.b.type.shape[1])
-
 
 def product_of(s: State, op: Op) -> Product:
     a, b = op.operands[:2]
     rows, cols = demanded(s, op.results[0])
     pairs = a.type.elem == "bf16" and s.bf16_dot
-    return Product(a, b, pairs, rows, cols, available(s, s.masks.contracted(op)))
+    width = min(s.block.columns, b.type.shape[1])
+    return Product(a, b, width, pairs, rows, cols, available(s, s.masks.contracted(op)))
 
 
 @dataclass
@@ -156,7 +151,7 @@ def loaded_panel(s: State, p: Product) -> Val | None:
     source, transposed = _before_transposes(s, p.b)
     op, k_axis = source.op, 1 if transposed else 0
     depth, cols = p.b.type.shape
-    if op is None or op.name != "tt.load" or source in s.buffers or cols != PANEL:
+    if op is None or op.name != "tt.load" or source in s.buffers or cols != s.block.columns:
         return None
     conditions = s.masks.conditions(op.operands[1] if len(op.operands) > 1 else None)
     if not conditions.complete or any(axis != k_axis or c not in p.depth for axis, c in conditions.by_axis):

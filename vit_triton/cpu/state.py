@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from vit_triton.cpu.axes import Axes
 from vit_triton.cpu.builder import Builder, Val
 from vit_triton.cpu.demand import Demand
+from vit_triton.cpu.features import Block, register_block
 from vit_triton.cpu.masks import Condition, Masks
 from vit_triton.cpu.memory import Buffer, Scratch
 from vit_triton.cpu.sinks import Sinks
@@ -49,6 +50,7 @@ class State:
     sinks: Sinks
     b: Builder
     math: Math
+    block: Block
     bf16_dot: bool  # the CPU multiplies pairs of bfloat16
     scratch: Scratch
     scalars: dict[Value, Val] = field(default_factory=dict)
@@ -100,7 +102,7 @@ def begin(function: Function, features: Sequence[str]) -> State:
     ops = list(walk(function.body))
     axes = Axes(ops)
     masks = Masks(axes)
-    b = Builder()
+    b, block = Builder(), register_block(features)
     return State(
         axes=axes,
         masks=masks,
@@ -108,6 +110,7 @@ def begin(function: Function, features: Sequence[str]) -> State:
         sinks=Sinks(ops, axes, masks),
         b=b,
         math=Math(b, features),
+        block=block,
         bf16_dot="avx512_bf16" in features,
-        scratch=Scratch(b, Val("%scratch", "ptr")),
+        scratch=Scratch(b, Val("%scratch", "ptr"), spare_rows=block.spare_rows),
     )
