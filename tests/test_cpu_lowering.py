@@ -31,7 +31,7 @@ NAMED = {"muli", "andi", "minsi", "intr.sqrt"}  # shown on their own lines
 def outline(kernel, signature, **constants):
     """Loops, conditions, loads and stores of ``kernel``; argument names are shown without "_ptr"."""
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    target = CPUDriver(",".join(features.REQUIRED)).get_current_target()
+    target = CPUDriver(",".join((*features.REQUIRED, "avx512f"))).get_current_target()
     mlir = triton.compile(ASTSource(kernel, types, constants), target=target).asm["mlir"]
     names = [name.removesuffix("_ptr") for name in kernel.arg_names if name in signature]
     body = mlir.split("llvm.func internal @kernel(")[1].split("llvm.return")[0]

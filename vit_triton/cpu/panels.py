@@ -21,8 +21,8 @@ from vit_triton.cpu.ttir import Op, Type, Value
 
 @dataclass(frozen=True)
 class Product:
-    """A (M, K) times B (K, N); ``width``: columns of a panel; ``pairs``: words are pairs of bfloat16. Outside the conditions on rows and columns,
-    results are not read; outside those on depth, elements of A or B are 0."""
+    """A (M, K) times B (K, N); ``width``: columns of a panel; ``pairs``: words are pairs of bfloat16. Outside the
+    conditions on rows and columns, results are not read; outside those on depth, elements of A or B are 0."""
 
     a: Value
     b: Value
