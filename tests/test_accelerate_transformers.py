@@ -158,7 +158,7 @@ def attention_calls(monkeypatch) -> list[dict]:
     return calls
 
 
-def test_from_config_takes_the_name_and_the_kernel_reads_the_projections(attention_calls) -> None:
+def test_from_config_runs_the_kernel_on_uncopied_projections(attention_calls) -> None:
     config = hf.ViTConfig(**WIDE, num_hidden_layers=2, image_size=32, attention_probs_dropout_prob=0.25)
     model = hf.AutoModel.from_config(config, attn_implementation="vit_triton").eval()
     projected: list[int] = []
@@ -179,7 +179,7 @@ def mask() -> Tensor:
     return rows
 
 
-def test_a_mask_gives_what_sdpa_gives(attention_calls) -> None:
+def test_masked_attention_falls_back_to_sdpa(attention_calls) -> None:
     untouched = make("vit")
     ours = with_our_attention(untouched)
     theirs, found = (result(m(images(m), attention_mask=mask())) for m in (untouched, ours))
@@ -188,7 +188,7 @@ def test_a_mask_gives_what_sdpa_gives(attention_calls) -> None:
     assert len(attention_calls) == 1
 
 
-def test_a_causal_model_gives_what_sdpa_gives(attention_calls) -> None:
+def test_causal_attention_falls_back_to_sdpa(attention_calls) -> None:
     untouched = hf.CLIPTextModel(hf.CLIPTextConfig(**SMALL)).eval()
     ours = with_our_attention(untouched)
     tokens = torch.arange(2 * 9).view(2, 9)
@@ -206,7 +206,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_attention_that_the_kernels_lack_is_sdpas(case: str, attention_calls) -> None:
+def test_unsupported_attention_falls_back_to_sdpa(case: str, attention_calls) -> None:
     options = dict(heads=4, groups=1, size=16, causal=False, position_bias=False, batch=2) | OTHERS[case]
     module = nn.Module()
     module.is_causal, module.num_key_value_groups = options["causal"], options["groups"]
@@ -230,7 +230,7 @@ def test_cross_attention_runs_the_kernel(attention_calls) -> None:
     assert len(attention_calls) == 1
 
 
-def test_backend_torch_is_sdpa(attention_calls) -> None:
+def test_float64_with_auto_runs_sdpa(attention_calls) -> None:
     untouched = make("vit", torch.float64)
     ours = with_our_attention(untouched)
     with vit_triton.use_backend("auto"):
@@ -262,7 +262,7 @@ def test_restore() -> None:
 
 @pytest.mark.parametrize("family", ["vit", "dinov2", "siglip"])
 @pytest.mark.parametrize("part", ["norm", "attention", "q_proj", "mlp", "fc1", "activation_fn", "scale", "dropout"])
-def test_hooks_on_parts_fire(family: str, part: str, whole_layers: list[str]) -> None:
+def test_hooks_on_submodules_fire(family: str, part: str, whole_layers: list[str]) -> None:
     untouched = small(family)
     ours = accelerated(untouched)
     layers = {"vit": "vit.layers.0.", "dinov2": "dinov2.encoder.layer.0.", "siglip": "encoder.layers.0."}[family]
@@ -292,7 +292,7 @@ def test_hooks_on_parts_fire(family: str, part: str, whole_layers: list[str]) ->
     assert len(whole_layers) == 2 * once + 1  # the other layer, and now the one without hooks
 
 
-def test_hidden_states_are_recorded_and_layers_stay_whole(whole_layers: list[str]) -> None:
+def test_hidden_states_are_recorded_by_fused_layers(whole_layers: list[str]) -> None:
     untouched = small("dinov2")
     ours = accelerated(untouched)
     theirs, found = (m(images(m), output_hidden_states=True).hidden_states for m in (untouched, ours))
@@ -304,7 +304,7 @@ def test_hidden_states_are_recorded_and_layers_stay_whole(whole_layers: list[str
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2_with_registers", "siglip", "clip"])
-def test_attention_weights_are_given_where_they_were(family: str) -> None:
+def test_eager_attention_still_returns_weights(family: str) -> None:
     untouched = small(family, attn_implementation="eager")
     ours = accelerated(untouched)
     assert "eager" in str(vit_triton.accelerate(ours, backend="triton"))
@@ -322,14 +322,14 @@ def test_attention_weights_are_given_where_they_were(family: str) -> None:
     assert ours(images(ours), output_attentions=True).attentions == ()
 
 
-def test_eager_layers_are_whole_until_weights_are_asked_for(whole_layers: list[str]) -> None:
+def test_eager_layers_are_fused_without_output_attentions(whole_layers: list[str]) -> None:
     untouched = small("vit", attn_implementation="eager")
     ours = accelerated(untouched)
     assert_same(result(ours(images(ours))), result(untouched(images(ours))), TERMS)
     assert len(whole_layers) == 2
 
 
-def test_a_mask_is_heeded(attention_calls: list[dict]) -> None:
+def test_attention_mask_is_applied(attention_calls: list[dict]) -> None:
     untouched = small("vit", image_size=96)
     ours = accelerated(untouched)
     expected = result(untouched(images(ours), attention_mask=mask()))
@@ -337,7 +337,7 @@ def test_a_mask_is_heeded(attention_calls: list[dict]) -> None:
     assert not attention_calls
 
 
-def test_an_attention_of_the_users_own_is_used() -> None:
+def test_custom_attention_function_is_called() -> None:
     def nothing(module, query, key, value, mask, **options):
         return torch.zeros_like(query).transpose(1, 2), None
 
@@ -351,7 +351,7 @@ def test_an_attention_of_the_users_own_is_used() -> None:
         hf.AttentionInterface._global_mapping.pop("nothing")
 
 
-def test_two_towers() -> None:
+def test_image_text_models() -> None:
     text = SMALL | dict(intermediate_size=96)
     vision = text | dict(image_size=32, patch_size=16)
     tokens = dict(input_ids=torch.tensor([[5, 6, 7, 49407], [8, 9, 49407, 1]]))
@@ -422,7 +422,7 @@ def test_autocast() -> None:
     assert_model_as_precise(found, theirs, exact, longest_sum(untouched))
 
 
-def test_a_layer_of_the_users_own_is_left_alone() -> None:
+def test_custom_layer_class_is_not_replaced() -> None:
     class Louder(hf.models.vit.modeling_vit.ViTLayer):
         def forward(self, *args, **kwargs):
             return 2 * super().forward(*args, **kwargs)
@@ -462,7 +462,7 @@ def another_gate(model: nn.Module) -> None:
         ("dinov2", another_gate, "gate activation is not SiLU"),
     ],
 )
-def test_what_no_config_makes_is_left_alone(family: str, change: Callable[[nn.Module], None], why: str) -> None:
+def test_modified_layers_are_not_replaced(family: str, change: Callable[[nn.Module], None], why: str) -> None:
     untouched = small(family, **(dict(use_swiglu_ffn=True) if family == "dinov2" else {}))
     change(untouched)
     ours = copy.deepcopy(untouched)
@@ -470,7 +470,7 @@ def test_what_no_config_makes_is_left_alone(family: str, change: Callable[[nn.Mo
     assert_same(result(ours(images(ours))), result(untouched(images(ours))), TERMS)
 
 
-def test_a_projection_replaced_later_is_used() -> None:
+def test_projection_replaced_after_accelerate_is_called() -> None:
     """Adapters replace projections this way."""
 
     class Doubled(nn.Linear):
@@ -484,7 +484,7 @@ def test_a_projection_replaced_later_is_used() -> None:
     assert_same(result(ours(images(ours))), result(untouched(images(ours))), TERMS)
 
 
-def test_compiles_whole(whole_layers: list[str]) -> None:
+def test_compiles_into_one_graph(whole_layers: list[str]) -> None:
     ours = accelerated(small("vit"))
     expected = result(ours(images(ours)))
     compiled = torch.compile(ours, backend="eager", fullgraph=True)

@@ -362,7 +362,7 @@ def test_fuzz_several_arguments_changed(data, call, mode):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("wanted", [("mean",), ("std",), ("mean", "std", "weight")])
-def test_mean_and_std_get_their_gradient(wanted, backend):
+def test_gradients_of_mean_and_std(wanted, backend):
     """The float64 reference is exact; the limit is twice the error of the float32 reference."""
     image = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     tensors = dict(weight=W(16, 48), mean=torch.rand(3), std=0.5 + torch.rand(3))
@@ -381,7 +381,7 @@ def test_mean_and_std_get_their_gradient(wanted, backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_a_zero_in_a_tensor_std_is_not_looked_for(backend):
+def test_zero_in_tensor_std_is_not_checked(backend):
     image = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
     options = dict(patch_size=4, mean=torch.tensor([0.5, 1.0, 0.5]), backend=backend)
     y = F.patch_embed(image, W(16, 48), std=torch.tensor([0.5, 0.0, 0.5]), **options)  # 0 / 0
@@ -392,7 +392,7 @@ def test_a_zero_in_a_tensor_std_is_not_looked_for(backend):
         F.patch_embed(image, W(16, 48), std=[0.0, 1, 0.5], **options)
 
 
-def test_forms_of_an_encoder_that_passed(monkeypatch):
+def test_cache_of_validated_encoder_calls(monkeypatch):
     """Equal numbers of different types are different forms; the oldest form is evicted first."""
     monkeypatch.setattr(checks, "_forms", {})
     make = CALLS["encoder"][1]

@@ -110,7 +110,7 @@ def of_one_process(kind, pool):
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_logits_and_gradients_are_those_of_one_process(of_two_processes, kind, pool):
+def test_losses_logits_and_gradients_match_one_process(of_two_processes, kind, pool):
     batches, image = data()
     batches = [(images.double(), labels) for images, labels in batches]
     losses, rest = trained(vit(pool, backend="torch").double(), batches, image.double())

@@ -86,14 +86,14 @@ def test_depths(depth, first_token):
             F.encoder(x, blocks, heads=2, first_token=True, backend=backend)
 
 
-def test_an_empty_batch():
+def test_empty_batch():
     x, blocks = torch.randn(0, 5, 32), make(32, 2, 16, 40, torch.float32)
     with torch.no_grad():
         assert F.encoder(x, blocks, heads=2, backend="triton").shape == (0, 5, 32)
         assert F.encoder(x, blocks, heads=2, first_token=True, backend="triton").shape == (0, 1, 32)
 
 
-def test_with_gradients_it_is_made_of_the_other_functions():
+def test_outputs_and_gradients_with_autograd():
     results = []
     for backend in ("triton", "torch"):
         torch.manual_seed(0)
@@ -156,7 +156,7 @@ APART = {
 
 
 @pytest.mark.parametrize("change", APART)
-def test_what_could_tell_the_difference_is_run_apart(change, calls):
+def test_hooked_or_modified_models_do_not_run_the_encoder_operator(change, calls):
     model = vit(dropout=0.1, heads=1, dim_head=48 if "projection" in change else 16).eval()
     APART[change](model)
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_what_could_tell_the_difference_is_run_apart(change, calls):
     assert calls == []
 
 
-def test_autocast_reaches_inside(calls):
+def test_autocast_applies_inside_the_encoder(calls):
     model, images = vit().eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         exact = model(images)

@@ -70,7 +70,7 @@ def test_every_pair_of_settings(switches):
         assert launch.input_precision(torch.bfloat16, target_named("sm_80")) == "ieee"
 
 
-def test_operators_run_with_every_pair_of_an_old_and_a_new_setting(switches):
+def test_operators_run_with_every_pair_of_old_and_new_settings(switches):
     """On a CPU float32 stays IEEE under every setting: the bits do not change. All operators run with a single new
     setting that PyTorch rejects, one operator in turn with each other combination."""
     calls = {}
@@ -102,7 +102,7 @@ def test_operators_run_with_every_pair_of_an_old_and_a_new_setting(switches):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_switch_is_read_for_float32_products_only_and_recordings_follow_it(dtype, switches):
+def test_setting_is_read_and_recorded_for_float32_products_only(dtype, switches):
     gpu_path = pytest.importorskip("benchmarks.gpu_path")
     if launch.INTERPRETING:
         pytest.skip("nothing is recorded")

@@ -348,7 +348,7 @@ def patched() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", DEFECTS)
-def test_defect_is_still_there(name: str, unpatched: dict[str, str]) -> None:
+def test_defect_still_exists(name: str, unpatched: dict[str, str]) -> None:
     assert unpatched[name] != RIGHT, (
         f"Good news: the interpreter of Triton {triton.__version__} computes {name!r} correctly by itself. Move it to "
         "SOUND; once every case is there in the oldest Triton supported, delete vit_triton/kernels/interpreter.py, "
@@ -357,16 +357,16 @@ def test_defect_is_still_there(name: str, unpatched: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SOUND))
-def test_sound_without_patches(name: str, unpatched: dict[str, str]) -> None:
+def test_correct_without_patches(name: str, unpatched: dict[str, str]) -> None:
     assert unpatched[name] == RIGHT
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_patched_is_pytorch_bit_for_bit(name: str, patched: dict[str, str]) -> None:
+def test_patched_results_are_bitwise_equal_to_pytorch(name: str, patched: dict[str, str]) -> None:
     assert patched[name] == RIGHT
 
 
-def test_nothing_is_touched_where_kernels_are_compiled() -> None:
+def test_compiled_mode_applies_no_patch() -> None:
     assert run("compiled", interpret=False) == {"interpreter": "untouched"}
 
 

@@ -54,7 +54,7 @@ def test_add_and_layer_norm():
     assert least == moved and asked <= 1.25 * least
 
 
-def test_patch_embedding_of_bytes():
+def test_patch_embed_of_uint8_images():
     """Only the image, the weights and the tokens are moved; no float image and no unfolded patches are materialized."""
     image = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
     weight, bias = torch.randn(WIDTH, 768).to(DTYPE), torch.randn(WIDTH).to(DTYPE)
