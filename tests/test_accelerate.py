@@ -50,7 +50,7 @@ def kernels(monkeypatch) -> list[str]:
 
 TERMS = 192  # length of the longest sum
 NORM, ATTENTION = "layer_norm", ["linear", "attention_packed", "linear"]
-WHOLE = ["patch_embed", *[*ATTENTION, "mlp"] * 2, NORM]
+FUSED = ["patch_embed", *[*ATTENTION, "mlp"] * 2, NORM]
 
 
 # --- preserved state ---------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_accelerate_is_idempotent(model, images, kernels):
     again = vit_triton.accelerate(model, "triton")
     assert {entry.name for entry in again.replaced} >= {"blocks.0", "blocks.1"}
     model(images)
-    assert kernels == WHOLE
+    assert kernels == FUSED
     vit_triton.restore(model)
     vit_triton.restore(model)
     assert type(model.blocks[0]) is Block
@@ -137,7 +137,7 @@ def test_copies_are_accelerated_and_independent(model, images, kernels, how):
     else:
         copied = {"deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
         other = copied[how](model)
-    assert torch.equal(other(images), theirs) and kernels == WHOLE
+    assert torch.equal(other(images), theirs) and kernels == FUSED
     if how != "copy":  # copy.copy shares the parameters
         with torch.no_grad():
             other.blocks[0].norm1.weight.zero_()
@@ -167,7 +167,7 @@ def test_blocks_run_fused(model, images, kernels):
     theirs = model(images)
     vit_triton.accelerate(model, "triton")
     assert_same(model(images), theirs, TERMS)
-    assert kernels == WHOLE
+    assert kernels == FUSED
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_blocks_run_fused(model, images, kernels):
         ({"mlp": False}, ["patch_embed", *[NORM, *ATTENTION, NORM] * 2, NORM]),
         ({"attention": False}, ["patch_embed", *[NORM, NORM, "mlp"] * 2, NORM]),
         ({"layer_norm": False}, ["patch_embed", *[*ATTENTION, "mlp"] * 2]),
-        ({"patch_embedding": False}, WHOLE[1:]),
+        ({"patch_embedding": False}, FUSED[1:]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -197,7 +197,7 @@ class SameAttention(Attention):
     """A subclass without its own forward, as FSDP creates."""
 
 
-class Unheard(nn.Module):
+class UnknownModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc1 = nn.Linear(24, 24)
@@ -222,18 +222,18 @@ def test_subclass_with_inherited_forward_is_replaced(model, images, kernels):
     theirs = model(images)
     vit_triton.accelerate(model, "triton")
     assert_same(model(images), theirs, TERMS)
-    assert kernels == WHOLE
+    assert kernels == FUSED
     vit_triton.restore(model)
     assert type(model.blocks[1].attn) is SameAttention
 
 
 def test_unknown_module_is_not_replaced(model, images):
-    model.blocks[0].mlp = Unheard()
+    model.blocks[0].mlp = UnknownModule()
     theirs = model(images)
     report = vit_triton.accelerate(model, "triton")
     assert_same(model(images), theirs, TERMS)
     left = {entry.name: entry.what for entry in report.left}
-    assert "Unheard" in left["blocks.0"] and "blocks.0.mlp.fc1" in left
+    assert "UnknownModule" in left["blocks.0"] and "blocks.0.mlp.fc1" in left
 
 
 def test_unknown_submodule_prevents_replacement(model, images):
@@ -315,7 +315,7 @@ def test_block_hooks_receive_the_same_output(model, images, kernels):
     vit_triton.accelerate(model, "triton")
     model(images)
     assert_same(*seen, TERMS)
-    assert kernels == WHOLE
+    assert kernels == FUSED
     handle.remove()
 
 
@@ -458,13 +458,13 @@ def test_function_transforms_fall_back_to_the_library(model, images, kernels):
     theirs = results()
     vit_triton.accelerate(model, "triton")
     assert all(map(torch.equal, results(), theirs)) and not kernels
-    assert model(images).requires_grad and kernels == WHOLE
+    assert model(images).requires_grad and kernels == FUSED
 
 
 def test_forward_and_backward_on_the_meta_device(model, images, kernels):
     vit_triton.accelerate(model.to("meta"), "triton")
     model(images.to("meta")).sum().backward()
-    assert model.patch_embed.proj.weight.grad.is_meta and kernels == WHOLE
+    assert model.patch_embed.proj.weight.grad.is_meta and kernels == FUSED
 
 
 # --- bad arguments -----------------------------------------------------------------------------------------

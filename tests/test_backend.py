@@ -116,14 +116,14 @@ def test_backend_of_a_model_overrides_the_default():
     layer = vit_triton.modules.Linear(4, 4)
     seen = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class RecordCalls(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             seen.append(function.namespace == "vit_triton")
             return function(*args, **(kwargs or {}))
 
     def kernels_ran():
         seen.clear()
-        with Watch():
+        with RecordCalls():
             layer(X)
         return any(seen)
 

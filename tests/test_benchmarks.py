@@ -286,11 +286,11 @@ def test_results_file_is_complete_after_every_case(tmp_path):
     report = runner.Report(path, "cpu")
     seen = []
 
-    def look(x):
+    def count_results(x):
         seen.append(len(json.loads(path.read_text())["results"]))
         return x * 2
 
-    runner.run([case(vit_triton=lambda x: x * 2), case(vit_triton=look)], [1], 0.0, report)
+    runner.run([case(vit_triton=lambda x: x * 2), case(vit_triton=count_results)], [1], 0.0, report)
     assert set(seen) == {1} and len(json.loads(path.read_text())["results"]) == 2
     assert os.listdir(tmp_path) == ["results.json"]
 

@@ -426,7 +426,7 @@ def test_equal_weights_in_two_libraries_give_equal_results(size, theirs, hugging
         assert ours.shape == other.shape == shape
         assert (ours - other).norm() <= tolerance * ours.norm()
     shares = results[0][2].sum((-1, -2))
-    assert ((shares > 0.5) & (shares < 1)).all(), "the class token looks at itself a little"
+    assert ((shares > 0.5) & (shares < 1)).all(), "the share of the class token itself is excluded"
 
 
 @torch.no_grad()
@@ -435,7 +435,7 @@ def test_equal_weights_in_two_libraries_give_equal_results(size, theirs, hugging
 def test_models_of_other_libraries_run_on_the_kernels(purpose, library, theirs, hugging_face, photo):
     seen: set[str] = set()
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class RecordCalls(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             seen.add(function.namespace)
             return function(*args, **(kwargs or {}))
@@ -446,7 +446,7 @@ def test_models_of_other_libraries_run_on_the_kernels(purpose, library, theirs, 
         options = _options(photo, "--model", name, "--weights", theirs[1], "--image-size", 64, "--backend", backend)
         named = models.open_model(options, purpose=purpose)
         seen.clear()
-        with Watch():
+        with RecordCalls():
             results.append(named.attention(images, -1) if purpose == "attention" else getattr(named, purpose)(images))
         assert ("vit_triton" in seen) == (backend == "triton")
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
@@ -552,7 +552,7 @@ def test_masked_colours_are_drawn_over_white():
     assert picture.shape == (80, 40, 3)
     np.testing.assert_allclose(picture[0], 0.5, atol=1e-6)
     np.testing.assert_allclose(picture[-1], 1, atol=1e-6)
-    assert picture.min() > 0.4, "no dark edge between them"
+    assert picture.min() > 0.4, "a dark edge between colour and background"
 
 
 @pytest.mark.parametrize(("images", "ending", "options"), [(1, "png", []), (4, "jpg", ["--foreground"])])
@@ -562,7 +562,7 @@ def test_pictures_of_features(images, ending, options, trained, photos, tmp_path
     with Image.open(out) as picture:
         assert picture.width == 1200
         corner = np.asarray(picture.convert("RGB"))[:3, :3]
-    assert (corner == 255).all(), "the background is white"
+    assert (corner == 255).all(), "the background must be white"
     assert (tmp_path / "picture.npz").is_file()
 
 
@@ -769,7 +769,7 @@ def no_network(monkeypatch, tmp_path):
 def test_offline_error_names_the_missing_file(words, message, photo, no_network, capsys):
     code, _, err = run(capsys, "features", photo, "--model", words)
     assert code == 2 and message in err and err.count("\n") == 1
-    assert huggingface_hub.constants.HF_HUB_OFFLINE, "or it tries for a minute"
+    assert huggingface_hub.constants.HF_HUB_OFFLINE, "otherwise the client retries for a minute"
 
 
 def test_ctrl_c_gives_a_one_line_message(monkeypatch, capsys, tmp_path):
@@ -788,9 +788,9 @@ def test_one_process_reports_under_torchrun(tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     line = "argument --heads: invalid int value: 'many'"
     assert result.returncode != 0
-    assert result.stderr.count(f"vit-triton train: error: {line}\n") == 1, "printed by one process"
+    assert result.stderr.count(f"vit-triton train: error: {line}\n") == 1, "exactly one process must print the error"
     *_, last, end = result.stderr.splitlines()
-    assert last == f"  traceback : vit-triton: {line}" and set(end) == {"="}, "the summary of torchrun ends with it"
+    assert last == f"  traceback : vit-triton: {line}" and set(end) == {"="}, "torchrun's summary lacks the error"
 
 
 @pytest.mark.parametrize("words", [("eval", "nowhere"), ("eval",)])

@@ -60,7 +60,7 @@ VECTORS = re.compile(
 PARTS = re.compile(r"sums/")  # partial sums are narrow on purpose, see pick_sum_parts
 
 
-def hold(found):
+def check_requirements(found):
     """Check all requirements on one compiled kernel."""
     code = found.code
     assert may_spill(found) or found.local_bytes == 0 and found.count(code.LOCAL) == 0, found
@@ -128,14 +128,14 @@ def each_kernel(arch, dtype):
 def test_each_kernel(arch, dtype):
     assert {found.kernel for found in each_kernel(arch, dtype)} == KERNELS == set(COSTS)
     for found in each_kernel(arch, dtype):
-        hold(found)
+        check_requirements(found)
         assert not narrow_rows(found), found
 
 
 def test_expanded_gradients():
     """Expanded gradients keep 16-byte loads and cause no spills."""
     for found in figures("sm_80", "bfloat16", workloads.expanded_gradients):
-        hold(found)
+        check_requirements(found)
         assert not narrow_rows(found), found
 
 
@@ -148,7 +148,7 @@ def test_one_head_size_for_every_attention_tile(arch, dtype):
             workloads.attention(dtype, head_dim, dropout_p)
 
     for found in figures(arch, dtype, workload):
-        hold(found)
+        check_requirements(found)
         # includes head sizes 72 and 88, whose strides are no multiples of 16; too small for 16 bytes per thread: the
         # second tile, and dK/dV's masked step of 16 query rows with eight warps
         small = ("_tail", "tile[1]", "= attention_bwd_dkdv_step(")
@@ -157,7 +157,7 @@ def test_one_head_size_for_every_attention_tile(arch, dtype):
 
 # ViT-B/16 in bfloat16: maximum registers, minimum blocks per multiprocessor, maximum instructions per loop trip
 # (together they bound the utilization of the matrix units)
-BARS = {
+LIMITS = {
     ("sm_80", "attention_fwd_kernel"): (255, 2, 700),
     ("sm_80", "attention_bwd_dq_kernel"): (168, 3, 230),
     ("sm_80", "attention_bwd_dkdv_kernel"): (255, 2, 300),
@@ -179,9 +179,9 @@ BARS = {
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_registers_blocks_and_instructions_of_vit_b_16(arch):
     products = [found for found in each_kernel(arch, "bfloat16") if "PRECISION" in found.constants]
-    assert {kernel for of, kernel in BARS if of == arch} <= {found.kernel for found in products}
+    assert {kernel for of, kernel in LIMITS if of == arch} <= {found.kernel for found in products}
     for found in products:
-        registers, blocks, instructions = BARS.get((arch, found.kernel), (255, 2, 10**4))
+        registers, blocks, instructions = LIMITS.get((arch, found.kernel), (255, 2, 10**4))
         assert found.registers <= registers and found.blocks >= blocks, found
         assert max(found.per_trip) <= instructions, found
 
@@ -196,7 +196,7 @@ def test_registers_blocks_and_instructions_of_long_attention():
     long = figures("sm_90", "bfloat16", workload, only="attention_fwd")
     assert len(long) == 4
     for found in long:
-        hold(found)
+        check_requirements(found)
         assert found.constants["BLOCK_M"] == "128" and found.registers <= 128 and found.blocks >= 2, found
 
 
@@ -227,7 +227,7 @@ def test_every_tile(arch, dtype):
     failed = []
     for found in figures(arch, dtype, workloads.every_tile):
         try:
-            hold(found)
+            check_requirements(found)
         except AssertionError as error:
             failed.append(f"{line(found)}  {traceback.extract_tb(error.__traceback__)[-1].line}")
     assert not failed, "\n".join(failed)

@@ -55,7 +55,7 @@ def test_one_graph_for_any_batch_and_image_size(backend, options):
         image = torch.randn(shape)
         torch.testing.assert_close(gradients(compiled, image, model), gradients(model, image, model))
         counts.append(count.frame_count)
-    assert counts[0] == counts[-1], "compiled again for other sizes"
+    assert counts[0] == counts[-1], "recompiled for other sizes"
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -187,7 +187,7 @@ class Captured(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         result = op(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
-        assert all(x.is_cuda for x in tensors), f"{op} waits for the GPU"
+        assert all(x.is_cuda for x in tensors), f"{op} synchronizes with the GPU"
         if op.namespace != "prim":  # prim operators are queries
             self.seen.append((str(op), [(x.shape, x.dtype) for x in tensors]))
         if op.namespace == "vit_triton":
@@ -272,7 +272,7 @@ def test_grad_scaler_scales_skips_and_unscales():
     scaler.step(ours)
     scaler.update()
     assert scaler.get_scale() == 2.0**10
-    assert all(map(torch.equal, model.parameters(), plain.parameters())), "stepped along a gradient that is not finite"
+    assert all(map(torch.equal, model.parameters(), plain.parameters())), "stepped with a non-finite gradient"
 
 
 # --- activation checkpointing, double backward -------------------------------------------------------------

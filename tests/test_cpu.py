@@ -278,7 +278,7 @@ def test_elementwise(case, arch):
     wide = [a.astype(np.float64) if ulp and a.dtype == np.float32 else a for a in arrays]
     expected = np.asarray(function(*wide))
     untouched, out = out[COUNT:], out[:COUNT]
-    assert (untouched == np.asarray(77).astype(NUMPY[output])).all(), "a store past the mask"
+    assert (untouched == np.asarray(77).astype(NUMPY[output])).all(), "stored outside the mask"
     if output == "f32" or output == "f64":
         expected = expected.astype(NUMPY[output])
         assert distance(out, expected) <= (ulp[0] if ulp else 0)
@@ -510,7 +510,7 @@ def test_masks_of_whole_tiles(tile, arch, monkeypatch):
     torch.testing.assert_close(y, torch.where(stored, x - x.sum(1, keepdim=True), 5.0))
 
 
-ONE_ROW_FOR_ALL = """module {
+BROADCAST_ROW_MASK = """module {
   tt.func public @one_row_for_all(%y: !tt.ptr<f32>, %n: i64) {
     %limit = arith.trunci %n : i64 to i32
     %rows = tt.make_range {end = 1 : i32, start = 0 : i32} : tensor<1xi32>
@@ -533,7 +533,7 @@ ONE_ROW_FOR_ALL = """module {
 @pytest.mark.parametrize("limit", [0, 1])
 def test_broadcast_mask_of_one_row(limit):
     y = np.zeros(4, np.float32)
-    run(ONE_ROW_FOR_ALL, [y], HERE, [limit])
+    run(BROADCAST_ROW_MASK, [y], HERE, [limit])
     assert (y == limit).all()
 
 
@@ -820,7 +820,7 @@ def test_fuzz_damaged_caches(damages, kernels_on_disk, tmp_path):
     assert [path.read_bytes() for path in files] == whole
 
 
-@pytest.mark.parametrize("obstacle", ["no folder", "full", "a folder in the way"])
+@pytest.mark.parametrize("obstacle", ["no folder", "full", "a folder at the path of the file"])
 def test_unwritable_cache_gives_one_warning(obstacle, kernels_on_disk, tmp_path, monkeypatch):
     message = "the cache of compiled kernels in .* cannot be written .*Set TRITON_CACHE_DIR to a writable folder"
     if obstacle == "no folder":

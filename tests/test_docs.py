@@ -172,7 +172,7 @@ def test_commands_are_parsed(where, monkeypatch):
         if options.command != "bench":
             return
         words = ["python", "-m", "benchmarks", *options.arguments]
-    assert words[:3] == ["python", "-m", "benchmarks"], "a kind of command that is not known here"
+    assert words[:3] == ["python", "-m", "benchmarks"], "unknown command"
     monkeypatch.setattr(sys, "argv", words[2:])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # accept --device cuda
     for command in benchmarks.__main__.COMMANDS:

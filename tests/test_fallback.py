@@ -37,11 +37,11 @@ def images(batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def watch(model: nn.Module):
+def add_hook(model: nn.Module):
     return model.blocks[0].norm2.register_forward_hook(lambda *_: None)
 
 
-WATCHED = {"blocks.0": {"norm2: has hooks": 1}}
+HOOKED = {"blocks.0": {"norm2: has hooks": 1}}
 
 
 # --- counting ----------------------------------------------------------------------------------------------
@@ -52,9 +52,9 @@ def test_calls_are_counted_by_module_and_reason():
     report = vit_triton.accelerate(model, "triton")
     model(images())
     assert report.fallbacks() == vit_triton.fallbacks(model) == {}
-    with watch(model):
+    with add_hook(model):
         model(images())
-    assert report.fallbacks() == vit_triton.fallbacks(model) == WATCHED
+    assert report.fallbacks() == vit_triton.fallbacks(model) == HOOKED
     model.norm(torch.randn(2, 24).double().float())
     model.blocks[1](torch.randn(1, 5, 24), attn_mask=torch.zeros(5, 5))
     model.blocks[1](torch.randn(1, 5, 24), torch.zeros(5, 5))
@@ -63,7 +63,7 @@ def test_calls_are_counted_by_module_and_reason():
     assert counted.pop("blocks.1") == {"called with attn_mask": 1, "called with argument 2": 1}
     assert counted.pop("blocks.1.attn")
     assert counted.pop("patch_embed.proj") == {"image size is not divisible by the patch size": 1}
-    assert {name: counted[name] for name in WATCHED} == WATCHED and "norm" not in counted
+    assert {name: counted[name] for name in HOOKED} == HOOKED and "norm" not in counted
 
 
 def test_backend_torch_is_not_counted():
@@ -76,32 +76,32 @@ def test_backend_torch_is_not_counted():
 def test_copies_have_their_own_counts_and_restore_clears_them():
     model = make()
     report = vit_triton.accelerate(model, "triton")
-    watch(model)
+    add_hook(model)
     model(images())
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(vit_triton.accelerate(make(), "triton")))):
         if isinstance(copied, nn.Module):
             assert vit_triton.fallbacks(copied) == {}
             copied(images())
-            assert vit_triton.fallbacks(copied) == vit_triton.fallbacks(model) == WATCHED
+            assert vit_triton.fallbacks(copied) == vit_triton.fallbacks(model) == HOOKED
         else:
             assert copied.fallbacks() == {} and copied.replaced  # a report is plain data
     vit_triton.restore(model)
     model(images())
     assert vit_triton.fallbacks(model) == {}
-    assert report.fallbacks() == WATCHED
+    assert report.fallbacks() == HOOKED
 
 
 def test_counts_hold_no_reference_to_modules_or_tensors():
     model = make()
     report = vit_triton.accelerate(model, "triton")
-    watch(model)
+    add_hook(model)
     model(images())
     module, weight = weakref.ref(model.blocks[0]), weakref.ref(model.norm.weight)
     before = len(vit_triton.fallback._counters)
     del model
     gc.collect()
     assert module() is None and weight() is None and len(vit_triton.fallback._counters) < before
-    assert report.fallbacks() == WATCHED
+    assert report.fallbacks() == HOOKED
 
 
 def test_reasons_contain_no_sizes():
@@ -147,7 +147,7 @@ def test_strict_error_is_raised_in_compiled_models():
     vit_triton.accelerate(model, "triton", strict=True)
     compiled = torch.compile(model, backend="eager")
     compiled(images())
-    watch(model)
+    add_hook(model)
     torch._dynamo.reset()
     with pytest.raises(RuntimeError, match=r"blocks\.0 \(Block\) would fall back .* norm2: has hooks"):
         compiled(images())
@@ -161,7 +161,7 @@ def test_strict_error_is_raised_in_compiled_models():
 def test_tracing_counts_nothing_and_does_not_raise(strict):
     model = make()
     report = vit_triton.accelerate(model, "triton", strict=strict)
-    watch(model)
+    add_hook(model)
     with torch.no_grad():
         torch.jit.trace(model, images())
         torch.export.export(model, (images(),))
@@ -175,7 +175,7 @@ def test_tracing_counts_nothing_and_does_not_raise(strict):
 def test_compiling_counts_nothing_and_compiles_once():
     model = make()
     report = vit_triton.accelerate(model, "triton")
-    watch(model)
+    add_hook(model)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for _ in range(4):
@@ -273,7 +273,7 @@ LIMITS = {
     "no tokens": lambda: (make().blocks[0], torch.zeros(2, 0, 24)),
     "no images": lambda: (make(), torch.zeros(0, 3, 16, 16)),
     "complex": lambda: (nn.Sequential(nn.Conv2d(3, 5, 4, stride=4)).to(torch.complex64), images().to(torch.complex64)),
-    "more rows than 32 bits count": lambda: (make().to("meta").blocks[0], torch.empty(2**31, 1, 24, device="meta")),
+    "more rows than int32 holds": lambda: (make().to("meta").blocks[0], torch.empty(2**31, 1, 24, device="meta")),
     "more patches": lambda: (make().to("meta").patch_embed.proj, torch.empty(2**30, 3, 16, 16, device="meta")),
     "a hidden width of 0": lambda: (timm.layers.Mlp(24, 0), torch.randn(2, 5, 24)),
     "a sparse input": lambda: (make().norm, torch.randn(2, 24).to_sparse()),

@@ -188,10 +188,10 @@ def test_expanded_gradients_have_stride_0(dtype):
 
 @pytest.mark.parametrize("code, message", [(0, "ERROR SUMMARY: 0 errors"), (99, "exit code 99: .*Invalid __global__")])
 def test_the_sanitizer(code, message, tmp_path, monkeypatch):
-    said = "========= Invalid __global__ read of size 2 bytes" if code else "========= ERROR SUMMARY: 0 errors"
+    output = "========= Invalid __global__ read of size 2 bytes" if code else "========= ERROR SUMMARY: 0 errors"
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(
-        f'#!/bin/sh\necho "$@" "$PYTORCH_NO_CUDA_MEMORY_CACHING" > {tmp_path}/given\necho "{said}"\nexit {code}'
+        f'#!/bin/sh\necho "$@" "$PYTORCH_NO_CUDA_MEMORY_CACHING" > {tmp_path}/given\necho "{output}"\nexit {code}'
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -458,8 +458,8 @@ def test_machine_facts_of_a_gpu(mode, gib, processes, monkeypatch):
     def nvidia_smi(command, **options):
         assert command[-1] == "--id=00000000:65:00.0"
         values = {"driver_version": "580.1", "compute_mode": mode}
-        said = ", ".join(values.get(name, "1") for name in machine.NVIDIA_SMI.split(","))
-        return types.SimpleNamespace(returncode=0, stdout=said)
+        output = ", ".join(values.get(name, "1") for name in machine.NVIDIA_SMI.split(","))
+        return types.SimpleNamespace(returncode=0, stdout=output)
 
     monkeypatch.setattr(machine.subprocess, "run", nvidia_smi)
     found = machine._device(Context("cuda", Path()))

@@ -185,15 +185,15 @@ def test_tune_command_does_not_warn_about_a_missing_table(t4, monkeypatch, capsy
     monkeypatch.setattr(device, "INTERPRETING", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    asked = []
+    selected = []
 
     def cases(shape, dtype, on, dropout):
         with vit_triton.use_backend("triton"):  # the tests turn warnings into errors
-            asked.append(explicit(CUDA_0))
+            selected.append(explicit(CUDA_0))
         return []
 
     monkeypatch.setattr(tune, "cases", cases)
-    assert main(["tune"]) == 0 and asked == ["triton"]
+    assert main(["tune"]) == 0 and selected == ["triton"]
 
 
 # --- where the reason appears ------------------------------------------------------------------------------

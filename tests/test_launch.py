@@ -59,7 +59,7 @@ def test_unaligned_tensors_reuse_their_compiled_kernel(kernel, compiled, monkeyp
     for first in (0, 1, 3, 4):
         start(kernel, first=first)
     assert len(searches) == len(compiled()) == 2
-    assert len({each.hash for each in compiled()}) == 2, "aligned tensors have code of their own"
+    assert len({each.hash for each in compiled()}) == 2, "aligned and unaligned tensors need different code"
 
 
 def test_loading_a_kernel_during_graph_capture_raises(kernel, compiled, monkeypatch):
@@ -74,11 +74,11 @@ def test_loading_a_kernel_during_graph_capture_raises(kernel, compiled, monkeypa
     assert not compiled() and not noted
 
 
-@pytest.mark.parametrize("again", ["found again", "searched for"])
+@pytest.mark.parametrize("again", ["reused", "looked up"])
 def test_loaded_kernel_can_be_captured(kernel, compiled, monkeypatch, again):
     start(kernel)
     capture(monkeypatch, True)
-    if again == "searched for":
+    if again == "looked up":
         launch._compiled.clear()
     start(kernel)
     assert len(compiled()) == 1

@@ -59,7 +59,7 @@ def test_ledger_tracks_storages():
         assert (ledger.now, ledger.kernels, len(ledger.born)) == (150, 2, 2)
         view = x[:1]
         del x
-        assert ledger.now == 150, "a view holds the storage"
+        assert ledger.now == 150, "the view must keep the storage"
         del view, y
         assert (ledger.now, ledger.peak) == (0, 150)
 

@@ -159,7 +159,7 @@ def weights_of(model, make):
     return found
 
 
-def silently(edit):
+def through_data(edit):
     """Edit every weight through ``.data``, which leaves the version counter unchanged."""
     return lambda modules: [edit(module.weight.data) for module in modules]
 
@@ -266,12 +266,12 @@ def cast(modules):
 
 
 CHANGES = {
-    "data, rows": silently(zero_rows),
-    "data, a neuron": silently(scale_neuron),
-    "data, pruned": silently(prune),
-    "data, clamped": silently(clamp),
-    "data, one value": silently(one_value),
-    "data.copy_": silently(lambda weight: weight.copy_(torch.randn_like(weight))),
+    "data, rows": through_data(zero_rows),
+    "data, a neuron": through_data(scale_neuron),
+    "data, pruned": through_data(prune),
+    "data, clamped": through_data(clamp),
+    "data, one value": through_data(one_value),
+    "data.copy_": through_data(lambda weight: weight.copy_(torch.randn_like(weight))),
     "numpy": numpy_write,
     "in place": counted(lambda weight: weight.mul_(2)),
     "in place, rows": counted(zero_rows),
@@ -422,12 +422,12 @@ def test_prepacked_model_rejects_acceleration_and_loading(tmp_path):
     vit_triton.restore(vit_triton.unpack(model))
 
 
-SHOWS = ("in place", "in place, rows", "data =", "set_", "swap_tensors", "SGD")
+DETECTED = ("in place", "in place, rows", "data =", "set_", "swap_tensors", "SGD")
 
 
 @compiled_only
 @pytest.mark.parametrize("make", WEIGHTS)
-@pytest.mark.parametrize("change", SHOWS)
+@pytest.mark.parametrize("change", DETECTED)
 def test_next_call_after_a_detected_edit_raises(change, make):
     model, x = vit_triton.prepack(built(make)), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -592,7 +592,7 @@ def test_gradients_flow_through_a_prepacked_model():
     assert torch.equal(grad, expected)
 
 
-SILENT = ("data, rows", "data, one value", "data.copy_", "numpy", "storage", "fused SGD")
+UNDETECTED = ("data, rows", "data, one value", "data.copy_", "numpy", "storage", "fused SGD")
 
 
 @compiled_only
@@ -600,7 +600,7 @@ SILENT = ("data, rows", "data, one value", "data.copy_", "numpy", "storage", "fu
     steps=st.lists(
         st.one_of(
             st.sampled_from(["call", "call without gradients", "prepack", "unpack"]),
-            st.tuples(st.sampled_from(SHOWS + SILENT), st.sampled_from(["net.1", "net.4"])),
+            st.tuples(st.sampled_from(DETECTED + UNDETECTED), st.sampled_from(["net.1", "net.4"])),
         ),
         max_size=12,
     )
@@ -619,7 +619,7 @@ def test_fuzz_edits_and_prepacking(steps):
         elif isinstance(step, tuple):
             edit, part = step
             CHANGES[edit]([model.get_submodule(part)])
-            changed = changed or (frozen_model is not None and edit in SHOWS)
+            changed = changed or (frozen_model is not None and edit in DETECTED)
         else:
             with torch.set_grad_enabled(step == "call"):
                 if changed:

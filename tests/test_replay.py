@@ -99,7 +99,7 @@ def test_replay_is_bitwise_equal(name, dtype, way):
     known = dict(replay._recordings)
     torch.manual_seed(1)
     replayed = run(function, shapes, dtype)
-    assert known == replay._recordings, "nothing new was recorded"
+    assert known == replay._recordings, "the second call was recorded"
     forget_recordings()
     torch.manual_seed(1)
     for again, first in zip(replayed, run(function, shapes, dtype), strict=True):
@@ -262,7 +262,7 @@ def test_threads_share_a_bounded_cache():
     cache = {}
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: launch.remember(cache, i, i, 50), range(5000)))
-    assert len(cache) <= 50 + 8, "each thread may add one after it made room"
+    assert len(cache) <= 50 + 8, "each thread may exceed the limit by one"
     launch.remember(cache, "new", 0, 50)
     assert len(cache) == 50 and "new" in cache
 
@@ -328,7 +328,7 @@ def test_recording_holds_no_tensor(recorder, one_block):
     storages = []
     for _ in range(2):
         replayed(function, torch.randn(40), torch.randn(50), recorder=RECORDERS[recorder], one_block=one_block)
-    assert len(storages) == 4, "the second call was not recorded but replayed"
+    assert len(storages) == 4, "the second call was recorded instead of replayed"
     gc.collect()
     assert [x() for x in references] == [None] * len(references)
     assert all(storage.expired() for storage in storages)
@@ -363,7 +363,7 @@ def test_memory_is_reused_for_another_size_while_recording(recorder, one_block):
         address, again = addresses[-1]
         if address == again:
             break
-    assert address == again, "never was one address that of two storages"
+    assert address == again, "the allocator reused no address"
     ((recording,),) = (each.values() for each in replay._recordings.values())
     sizes = sorted(piece.shape[0] for step in recording.steps for piece in step.fresh if piece.dtype == torch.uint8)
     assert sizes == ([-(-4 * size // 64) * 64] if one_block else [4 * size - 32, 4 * size])
@@ -403,7 +403,7 @@ def test_fuzz_replayed_functions(steps, arguments, recorder, one_block):
                 left = right = y = half = None
                 del pool[own]
                 used = any(x.untyped_storage()._cdata == storage.cdata for x in pool)
-                assert storage.expired() != used, "a recording holds what the function frees"
+                assert storage.expired() != used, "the recording holds a freed storage"
         left = right = y = half = None
         return tuple(x for x in (each() for each in made) if x is not None and any(x is z for z in pool))[-2:]
 

@@ -123,7 +123,7 @@ def test_evaluate_matches_the_last_epoch(whole, photos, tmp_path):
     last = json.loads((whole / METRICS).read_text().splitlines()[-1])
     state = torch.get_rng_state()
     result = evaluate(whole, backend=BACKEND)
-    assert torch.equal(state, torch.get_rng_state()), "drew from the caller's generator"
+    assert torch.equal(state, torch.get_rng_state()), "changed the caller's generator"
     assert result == {name: last[name] for name in ("test_loss", "test_accuracy")}
     torch.testing.assert_close(evaluate(whole, backend="torch")["test_loss"], result["test_loss"], rtol=1e-4, atol=1e-5)
     model, _, classes = load_trained(whole, backend="torch")
@@ -166,12 +166,12 @@ def at_call(monkeypatch, module, name, number, before=lambda *_: None):
 
 
 MOMENTS = {
-    "a step": lambda patch: at_call(patch, Run, "training_step", 9),
-    "a test": lambda patch: at_call(patch, loop, "test", 2),
-    "tested, not saved": lambda patch: at_call(patch, Run, "save", 6),
-    "half written": lambda patch: at_call(patch, torch, "save", 5, lambda state, file: file.write(b"PK\3\4" * 100)),
-    "written, not flushed": lambda patch: at_call(patch, os, "fsync", 18),
-    "the last one put away": lambda patch: at_call(patch, os, "replace", 8),
+    "during a step": lambda patch: at_call(patch, Run, "training_step", 9),
+    "during a test": lambda patch: at_call(patch, loop, "test", 2),
+    "before a checkpoint": lambda patch: at_call(patch, Run, "save", 6),
+    "during the write": lambda patch: at_call(patch, torch, "save", 5, lambda state, file: file.write(b"PK\3\4" * 100)),
+    "before the flush": lambda patch: at_call(patch, os, "fsync", 18),
+    "between the two renames": lambda patch: at_call(patch, os, "replace", 8),
     "before the first checkpoint": lambda patch: at_call(patch, Run, "training_step", 2),
 }
 
@@ -182,7 +182,7 @@ def test_resumed_run_is_bitwise_equal(whole, photos, tmp_path, moment):
         MOMENTS[moment](patch)
         train(config(photos, tmp_path))
     left = {path.name for path in tmp_path.iterdir()}
-    if moment == "the last one put away":
+    if moment == "between the two renames":
         assert "checkpoint.pt" not in left
     torch.manual_seed(5)  # a new process has another random state
     train(config(photos, tmp_path, resume=True))
@@ -372,7 +372,7 @@ def test_full_disk_keeps_complete_lines_of_metrics(tmp_path):
     assert [line["step"] for line in curves.read(tmp_path / METRICS)] == [1, 2]
 
 
-def hold(folder: Path) -> tuple[int, int]:
+def lock_folder(folder: Path) -> tuple[int, int]:
     """Process ids: a process that has locked ``folder``, and its fork, which stands for a data loader's worker."""
     reader, writer = os.pipe()
     holder = os.fork()
@@ -391,7 +391,7 @@ def hold(folder: Path) -> tuple[int, int]:
 def test_output_folder_is_locked(photos, tmp_path):
     for name in (".checkpoint.pt.0123.part", ".metrics.jsonl.4567.part", ".of somebody.0123.part"):
         (tmp_path / name).write_text("of a killed process")
-    holder, worker = hold(tmp_path)
+    holder, worker = lock_folder(tmp_path)
     try:
         assert {path.name for path in tmp_path.iterdir()} == {".lock", ".of somebody.0123.part"}
         with pytest.raises(BlockingIOError, match=f"out: {tmp_path} is in use by process {holder} on [^ ]+; wait"):
@@ -514,7 +514,7 @@ def test_torchrun_matches_one_process_and_fsdp_resumes(photos, tmp_path):
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    assert printed.count("epoch 1 of 1") == 1, "every process says it"
+    assert printed.count("epoch 1 of 1") == 1, "printed by every process"
     compare()
     os.replace(together / checkpoint.PREVIOUS, together / checkpoint.NAME)  # after step 4 of 6
     assert checkpoint.load(together)[0]["step"] == 4
@@ -628,7 +628,7 @@ def test_missing_extra_is_named_in_the_error(photos, tmp_path, monkeypatch, modu
     data = "digits" if module == "sklearn" else str(photos)
     with pytest.raises(ImportError, match=r"pip install 'vit_triton\[train\]'"):
         train(replace(config(photos, tmp_path, epochs=1), data=data))
-    assert not any(tmp_path.iterdir()), "found out after the training"
+    assert not any(tmp_path.iterdir()), "detected only after the training"
 
 
 # --- options -----------------------------------------------------------------------------------------------

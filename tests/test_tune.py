@@ -266,7 +266,7 @@ def small(monkeypatch, request):
         yield tune.cases(TINY, torch.float32, "cpu")
 
 
-def asked_by(call):
+def picker_keys(call):
     """The keys of all picker calls during ``call``."""
     keys = set()
     with choosing(lambda picker, args: keys.add(picker.key(args)) or picker.default(*args)):
@@ -290,14 +290,14 @@ def test_every_configuration_of_a_vit_is_tuned(dropout):
         tuned = {key for case in cases for key in case.asks}
         image = torch.randn(2, 3, 16, 16, dtype=torch.bfloat16)
         ours = vit_triton.ViT(**shape.vit(), dropout=dropout, emb_dropout=dropout, backend="triton")
-        asked = asked_by(lambda: steps(ours.bfloat16(), image))
-        assert len(asked) > 30 and asked <= tuned
+        used = picker_keys(lambda: steps(ours.bfloat16(), image))
+        assert len(used) > 30 and used <= tuned
         timm = pytest.importorskip("timm.models.vision_transformer")
         size = dict(img_size=16, patch_size=8, num_classes=0, embed_dim=32, depth=2, num_heads=2)
         other = timm.VisionTransformer(**size, proj_drop_rate=dropout, attn_drop_rate=dropout)
         vit_triton.accelerate(other.bfloat16(), backend="triton")
-        asked = asked_by(lambda: steps(other, image))
-        assert len(asked) > 15 and asked <= tuned
+        used = picker_keys(lambda: steps(other, image))
+        assert len(used) > 15 and used <= tuned
 
 
 @pytest.mark.parametrize("model", TUNE_MODELS)
