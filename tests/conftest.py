@@ -89,7 +89,7 @@ def default_backend():
     from vit_triton import backend
 
     yield
-    assert backend._default is None, f"use_backend({backend._default!r}) was left on"
+    assert backend._default is None, f"use_backend({backend._default!r}) is still set"
 
 
 @pytest.fixture(autouse=True)

@@ -46,7 +46,7 @@ def estimate(exact: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
     return exact.double() * max(1.0, ratio * terms**0.5)
 
 
-def hold(ours: Tensor, peers: Sequence[Tensor], exact: Tensor, floor: Tensor, name: str) -> None:
+def apply_rule(ours: Tensor, peers: Sequence[Tensor], exact: Tensor, floor: Tensor, name: str) -> None:
     """Apply the rule to one result."""
     assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
     error = (ours.double() - exact).norm()
@@ -67,7 +67,7 @@ def assert_as_precise(
     """Apply the rule to each of ``ours``; ``peers`` are the results of PyTorch's ops, ``absolute`` the results computed
     with absolute values."""
     for i, name in enumerate(names):
-        hold(ours[i], [peer[i] for peer in peers], exact[i], floor(absolute[i], ours[i].dtype), name)
+        apply_rule(ours[i], [peer[i] for peer in peers], exact[i], floor(absolute[i], ours[i].dtype), name)
 
 
 Results = Tensor | Mapping[str, Tensor | None]
@@ -95,7 +95,7 @@ def assert_model_as_precise(
         assert result.dtype == peer.dtype and result.shape == peer.shape, name
         terms_of = truth.detach() if truth.norm() > 1e-9 * size * truth.numel() ** 0.5 else size.expand_as(truth)
         allowed = floor(estimate(terms_of, dtype or peer.dtype, terms), dtype or peer.dtype)
-        hold(result.detach(), [peer.detach()], truth.detach(), allowed, name)
+        apply_rule(result.detach(), [peer.detach()], truth.detach(), allowed, name)
 
 
 def longest_sum(model: nn.Module) -> int:

@@ -50,7 +50,7 @@ def kernels(monkeypatch) -> list[str]:
 
 TERMS = 192  # length of the longest sum
 NORM, ATTENTION = "layer_norm", ["linear", "attention_packed", "linear"]
-WHOLE = ["patch_embed", *[*ATTENTION, "mlp"] * 2, NORM]
+FUSED = ["patch_embed", *[*ATTENTION, "mlp"] * 2, NORM]
 
 
 # --- preserved state ---------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def snapshot(model: nn.Module) -> list[tuple]:
     ]
 
 
-def test_restore_gives_back_exactly_what_there_was(model, images):
+def test_restore_recovers_the_original_model(model, images):
     before, theirs = snapshot(model), model(images)
     vit_triton.accelerate(model, "triton")
     assert type(model.blocks[0]) is not Block
@@ -75,7 +75,7 @@ def test_restore_gives_back_exactly_what_there_was(model, images):
     assert [(name, values) for name, _, values in during] == [(name, values) for name, _, values in before]
 
 
-def test_looks_like_the_model_before(model):
+def test_accelerate_preserves_repr_state_dict_and_parameters(model):
     shown, state, parameters = repr(model), model.state_dict(), list(model.parameters())
     vit_triton.accelerate(model, "triton")
     assert repr(model) == shown
@@ -86,7 +86,7 @@ def test_looks_like_the_model_before(model):
     assert inspect.signature(block.forward) == inspect.signature(Block(24, 2).forward)
 
 
-def test_an_optimizer_made_before_trains_as_it_would(model, images):
+def test_optimizer_created_before_accelerate_trains_alike(model, images):
     losses = []
     for accelerated in (False, True):
         here = copy.deepcopy(model).train()
@@ -103,18 +103,18 @@ def test_an_optimizer_made_before_trains_as_it_would(model, images):
     assert losses[0] < 1
 
 
-def test_twice_is_once(model, images, kernels):
+def test_accelerate_is_idempotent(model, images, kernels):
     vit_triton.accelerate(model, "torch")
     again = vit_triton.accelerate(model, "triton")
     assert {entry.name for entry in again.replaced} >= {"blocks.0", "blocks.1"}
     model(images)
-    assert kernels == WHOLE
+    assert kernels == FUSED
     vit_triton.restore(model)
     vit_triton.restore(model)
     assert type(model.blocks[0]) is Block
 
 
-def test_the_default_backend_applies_on_every_call(model, images):
+def test_default_backend_applies_on_every_call(model, images):
     vit_triton.accelerate(model)
     counts = []
     for name in ("triton", "torch"):
@@ -125,7 +125,7 @@ def test_the_default_backend_applies_on_every_call(model, images):
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "save"])
-def test_copies_are_accelerated_and_of_their_own(model, images, kernels, how):
+def test_copies_are_accelerated_and_independent(model, images, kernels, how):
     vit_triton.accelerate(model, "triton")
     theirs = model(images)
     kernels.clear()
@@ -137,7 +137,7 @@ def test_copies_are_accelerated_and_of_their_own(model, images, kernels, how):
     else:
         copied = {"deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
         other = copied[how](model)
-    assert torch.equal(other(images), theirs) and kernels == WHOLE
+    assert torch.equal(other(images), theirs) and kernels == FUSED
     if how != "copy":  # copy.copy shares the parameters
         with torch.no_grad():
             other.blocks[0].norm1.weight.zero_()
@@ -146,14 +146,14 @@ def test_copies_are_accelerated_and_of_their_own(model, images, kernels, how):
     assert type(other.blocks[0]) is Block and (how == "copy" or type(model.blocks[0]) is not Block)
 
 
-def test_a_replica_computes_with_its_own_parameters(model):
+def test_data_parallel_replica_uses_its_own_parameters(model):
     vit_triton.accelerate(model, "triton")
     replica = model.norm._replicate_for_data_parallel()  # as DataParallel makes for every device
     replica.weight, replica.bias = torch.zeros(24), torch.full((24,), 3.0)
     assert torch.equal(replica(torch.randn(2, 24)), torch.full((2, 24), 3.0))
 
 
-def test_functional_call_takes_its_parameters(model, images):
+def test_functional_call_uses_the_given_parameters(model, images):
     vit_triton.accelerate(model, "triton")
     parameters = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     parameters["head.bias"] = torch.arange(5.0)
@@ -163,11 +163,11 @@ def test_functional_call_takes_its_parameters(model, images):
 # --- replaced and unsupported modules ----------------------------------------------------------------------
 
 
-def test_blocks_are_computed_as_wholes(model, images, kernels):
+def test_blocks_run_fused(model, images, kernels):
     theirs = model(images)
     vit_triton.accelerate(model, "triton")
     assert_same(model(images), theirs, TERMS)
-    assert kernels == WHOLE
+    assert kernels == FUSED
 
 
 @pytest.mark.parametrize(
@@ -176,11 +176,11 @@ def test_blocks_are_computed_as_wholes(model, images, kernels):
         ({"mlp": False}, ["patch_embed", *[NORM, *ATTENTION, NORM] * 2, NORM]),
         ({"attention": False}, ["patch_embed", *[NORM, NORM, "mlp"] * 2, NORM]),
         ({"layer_norm": False}, ["patch_embed", *[*ATTENTION, "mlp"] * 2]),
-        ({"patch_embedding": False}, WHOLE[1:]),
+        ({"patch_embedding": False}, FUSED[1:]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_choices(model, images, kernels, choices, calls):
+def test_disabled_options_are_not_replaced(model, images, kernels, choices, calls):
     theirs = model(images)
     report = vit_triton.accelerate(model, "triton", **choices)
     assert_same(model(images), theirs, TERMS)
@@ -197,7 +197,7 @@ class SameAttention(Attention):
     """A subclass without its own forward, as FSDP creates."""
 
 
-class Unheard(nn.Module):
+class UnknownModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc1 = nn.Linear(24, 24)
@@ -206,7 +206,7 @@ class Unheard(nn.Module):
         return self.fc1(x)
 
 
-def test_a_subclass_with_its_own_forward_is_left(model, images):
+def test_subclass_with_overridden_forward_is_not_replaced(model, images):
     model.blocks[1].attn = OwnAttention(24, 2).eval()
     theirs = model(images)
     report = vit_triton.accelerate(model, "triton")
@@ -217,26 +217,26 @@ def test_a_subclass_with_its_own_forward_is_left(model, images):
     assert "blocks.0" in {entry.name for entry in report.replaced}
 
 
-def test_a_subclass_with_the_known_forward_is_replaced(model, images, kernels):
+def test_subclass_with_inherited_forward_is_replaced(model, images, kernels):
     model.blocks[1].attn = SameAttention(24, 2).eval()
     theirs = model(images)
     vit_triton.accelerate(model, "triton")
     assert_same(model(images), theirs, TERMS)
-    assert kernels == WHOLE
+    assert kernels == FUSED
     vit_triton.restore(model)
     assert type(model.blocks[1].attn) is SameAttention
 
 
-def test_what_is_not_known_is_left(model, images):
-    model.blocks[0].mlp = Unheard()
+def test_unknown_module_is_not_replaced(model, images):
+    model.blocks[0].mlp = UnknownModule()
     theirs = model(images)
     report = vit_triton.accelerate(model, "triton")
     assert_same(model(images), theirs, TERMS)
     left = {entry.name: entry.what for entry in report.left}
-    assert "Unheard" in left["blocks.0"] and "blocks.0.mlp.fc1" in left
+    assert "UnknownModule" in left["blocks.0"] and "blocks.0.mlp.fc1" in left
 
 
-def test_a_part_that_a_later_version_adds_is_not_ignored(model, images):
+def test_unknown_submodule_prevents_replacement(model, images):
     model.blocks[0].attn.gate = nn.Linear(24, 24)  # timm applies it
     theirs = model(images)
     report = vit_triton.accelerate(model, "triton")
@@ -244,7 +244,7 @@ def test_a_part_that_a_later_version_adds_is_not_ignored(model, images):
     assert "gate" in {entry.name: entry.what for entry in report.left}["blocks.0.attn"]
 
 
-def test_a_class_whose_forward_was_replaced_is_left(model, images, kernels, monkeypatch):
+def test_class_with_patched_forward_is_not_replaced(model, images, kernels, monkeypatch):
     vit_triton.accelerate(model, "triton")
     monkeypatch.setattr(Mlp, "forward", lambda self, x: torch.zeros_like(x))
     ours = model(images)
@@ -255,7 +255,7 @@ def test_a_class_whose_forward_was_replaced_is_left(model, images, kernels, monk
     assert "blocks.0.mlp" in {entry.name for entry in report.left}
 
 
-def test_heads_too_wide_for_the_kernels_are_left(images):
+def test_unsupported_head_size_is_not_replaced(images):
     sizes = dict(img_size=16, patch_size=8, embed_dim=264, num_heads=1, num_classes=5, depth=1)
     model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
     theirs = model(images)
@@ -264,7 +264,7 @@ def test_heads_too_wide_for_the_kernels_are_left(images):
     assert "264" in {entry.name: entry.what for entry in report.left}["blocks.0.attn"]
 
 
-def test_the_report_is_a_table(model):
+def test_report_is_a_table(model):
     report = vit_triton.accelerate(model, "triton")
     assert isinstance(report, Report) and len(report.replaced) + len(report.left) == len(report.entries)
     lines = str(report).splitlines()
@@ -274,7 +274,7 @@ def test_the_report_is_a_table(model):
     assert len({line.index("left" if " left " in line else "replaced") for line in lines[1:]}) == 1
 
 
-def test_a_model_of_nothing_known():
+def test_model_without_supported_modules():
     report = vit_triton.accelerate(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
     assert not report.replaced and [entry.cls for entry in report.left] == ["Linear"]
     assert vit_triton.accelerate(nn.ReLU()).entries == ()
@@ -308,14 +308,14 @@ def test_hooks_on_inner_modules_fire(model, images, where, kind, when):
     handle.remove()
 
 
-def test_the_hooks_of_a_block_see_what_they_did(model, images, kernels):
+def test_block_hooks_receive_the_same_output(model, images, kernels):
     seen: list[torch.Tensor] = []
     handle = model.blocks[0].register_forward_hook(lambda module, args, output: seen.append(output))
     model(images)
     vit_triton.accelerate(model, "triton")
     model(images)
     assert_same(*seen, TERMS)
-    assert kernels == WHOLE
+    assert kernels == FUSED
     handle.remove()
 
 
@@ -327,7 +327,7 @@ def test_global_hooks_fire(model, images):
     assert model.blocks[0].attn.qkv in seen
 
 
-def test_a_replaced_part_is_computed(model, images):
+def test_replaced_submodule_is_called(model, images):
     class Lora(nn.Module):
         def __init__(self, base: nn.Module) -> None:
             super().__init__()
@@ -342,7 +342,7 @@ def test_a_replaced_part_is_computed(model, images):
     assert_same(ours, vit_triton.restore(model)(images), TERMS)
 
 
-def test_a_forward_replaced_on_the_instance_is_computed(model, images):
+def test_forward_replaced_on_the_instance_is_called(model, images):
     vit_triton.accelerate(model, "triton")
     attention = model.blocks[0].attn
     plain = attention.forward
@@ -353,7 +353,7 @@ def test_a_forward_replaced_on_the_instance_is_computed(model, images):
     assert_same(ours, model(images), TERMS)
 
 
-def test_a_parametrization_counts_and_outlives_restore(model, images):
+def test_parametrization_is_applied_and_survives_restore(model, images):
     class Doubled(nn.Module):
         def forward(self, weight):
             return 2 * weight
@@ -371,13 +371,13 @@ def test_a_parametrization_counts_and_outlives_restore(model, images):
 # --- unusual inputs ----------------------------------------------------------------------------------------
 
 
-def test_float64_is_computed_by_the_library(model, images, kernels):
+def test_float64_falls_back_to_the_library(model, images, kernels):
     theirs = model.double()(images.double())
     vit_triton.accelerate(model, "triton")
     assert torch.equal(model(images.double()), theirs) and not kernels
 
 
-def test_dtypes_mixed_by_hand_are_left_to_the_library(model, images, kernels):
+def test_mixed_parameter_dtypes_fall_back_to_the_library(model, images, kernels):
     for block in model.blocks:
         block.ls1.double()  # the residual after it is float64, which the MLP's Linear rejects
         block.mlp.double()
@@ -391,7 +391,7 @@ def test_dtypes_mixed_by_hand_are_left_to_the_library(model, images, kernels):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_gives_the_dtypes_it_gave(model, images, dtype):
+def test_autocast_output_dtypes_match_the_library(model, images, dtype):
     with torch.autocast("cpu", dtype):
         theirs, tokens = model(images), model.forward_features(images)
         vit_triton.accelerate(model, "triton")
@@ -414,7 +414,7 @@ def test_exports(model, images):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 10, 8), (3, 8, 8), (0, 3, 8, 8)], ids=["ragged", "unbatched", "empty"])
-def test_images_that_are_no_batch_of_patches_are_convolved(kernels, shape):
+def test_unsupported_image_shapes_run_the_convolution(kernels, shape):
     model = nn.Sequential(nn.Conv2d(3, 5, 4, stride=4))
     image = torch.randn(shape)
     theirs = model(image)
@@ -435,7 +435,7 @@ def test_images_that_are_no_batch_of_patches_are_convolved(kernels, shape):
     ],
     ids=str,
 )
-def test_other_convolutions_are_left(options):
+def test_non_patch_convolutions_are_not_replaced(options):
     model, image = nn.Sequential(nn.Conv2d(3, 6, **options)), torch.randn(2, 3, 8, 8)
     theirs = model(image)
     (entry,) = vit_triton.accelerate(model, "triton").left
@@ -443,7 +443,7 @@ def test_other_convolutions_are_left(options):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own warning, at the first tangent
-def test_transforms_of_functions_are_left_to_the_library(model, images, kernels):
+def test_function_transforms_fall_back_to_the_library(model, images, kernels):
     parameters, tangent = dict(model.named_parameters()), torch.ones_like(images)
 
     def loss(parameters, image):
@@ -458,13 +458,13 @@ def test_transforms_of_functions_are_left_to_the_library(model, images, kernels)
     theirs = results()
     vit_triton.accelerate(model, "triton")
     assert all(map(torch.equal, results(), theirs)) and not kernels
-    assert model(images).requires_grad and kernels == WHOLE
+    assert model(images).requires_grad and kernels == FUSED
 
 
-def test_on_the_meta_device(model, images, kernels):
+def test_forward_and_backward_on_the_meta_device(model, images, kernels):
     vit_triton.accelerate(model.to("meta"), "triton")
     model(images.to("meta")).sum().backward()
-    assert model.patch_embed.proj.weight.grad.is_meta and kernels == WHOLE
+    assert model.patch_embed.proj.weight.grad.is_meta and kernels == FUSED
 
 
 # --- bad arguments -----------------------------------------------------------------------------------------

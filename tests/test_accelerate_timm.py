@@ -41,7 +41,7 @@ def model_of(architecture: str, size: int, **changes) -> tuple[nn.Module, Tensor
 
 
 @pytest.mark.parametrize("name, size", MODELS.values(), ids=MODELS)
-def test_outputs_and_gradients_are_those_of_timm(name, size):
+def test_outputs_and_gradients_match_timm(name, size):
     model, images = model_of(name, size)
     report = assert_accelerated(model, images, low=True)
     replaced = {entry.cls for entry in report.replaced}
@@ -77,7 +77,7 @@ def test_variants(changes):
     assert_accelerated(model, images)
 
 
-def test_norms_that_have_no_kernel_leave_the_block_alone():
+def test_block_with_unsupported_norm_is_not_replaced():
     model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER, norm_layer="rmsnorm", mlp_layer=SwiGLU)
     report = assert_accelerated(model, images)
     reasons = {entry.name: entry.what for entry in report.left}
@@ -85,7 +85,7 @@ def test_norms_that_have_no_kernel_leave_the_block_alone():
     assert "blocks.0.attn" in {entry.name for entry in report.replaced}
 
 
-def test_a_gate_behind_the_values_is_left():
+def test_gate_last_mlp_is_not_replaced():
     gate_last = functools.partial(GluMlp, gate_last=True)
     model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER, mlp_layer=gate_last, act_layer=nn.SiLU)
     report = assert_accelerated(model, images)
@@ -103,7 +103,7 @@ def test_dynamic_padding():
     assert_accelerated(model, torch.randn(2, 3, 21, 24))
 
 
-def test_an_image_of_the_wrong_size_is_still_refused():
+def test_wrong_image_size_still_raises():
     model, _ = model_of("vit_tiny_patch16_224", 24, **SMALLER)
     vit_triton.accelerate(model, "triton")
     with pytest.raises(AssertionError, match="doesn't match model"):
@@ -115,14 +115,14 @@ def test_an_image_of_the_wrong_size_is_still_refused():
     [{"drop_path_rate": 0.5, "init_values": 0.1}, {"patch_drop_rate": 0.5}],
     ids=["drop path", "patch dropout"],
 )
-def test_random_depth_and_patches_are_drawn_as_timm_does(changes):
+def test_drop_path_and_patch_dropout_draw_as_in_timm(changes):
     model, _ = model_of("vit_tiny_patch16_224", 24, **SMALLER, depth=3, **changes)
     assert_accelerated(model.train(), torch.randn(7, 3, 24, 24), seed=3)
 
 
 @pytest.mark.parametrize("where", ["attn.attn_drop", "attn.proj_drop", "mlp.drop1", "mlp.drop2"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_each_dropout_drops_what_it_did(where, fused):
+def test_each_dropout_is_applied(where, fused):
     # probability 1 makes the outputs comparable
     model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER)
     model.blocks[0].attn.fused_attn = fused
@@ -132,7 +132,7 @@ def test_each_dropout_drops_what_it_did(where, fused):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_the_mode_that_counts_for_attention_dropout(fused):
+def test_training_mode_for_attention_dropout_matches_timm(fused):
     model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER)
     attention = model.eval().blocks[0].attn
     attention.fused_attn, attention.attn_drop.p = fused, 1.0
@@ -140,14 +140,14 @@ def test_the_mode_that_counts_for_attention_dropout(fused):
     assert_accelerated(model, images)
 
 
-def test_a_drop_path_that_does_not_scale_is_left():
+def test_drop_path_without_scaling_is_not_replaced():
     model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER, drop_path_rate=0.5, depth=2)
     model.blocks[1].drop_path1.scale_by_keep = False
     report = assert_accelerated(model.train(), images, seed=0)
     assert "drop_path1" in {entry.name: entry.what for entry in report.left}["blocks.1"]
 
 
-def test_a_mask_goes_to_timm():
+def test_attention_mask_falls_back_to_timm():
     model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER)
     mask = torch.rand(2, 1, 10, 10, generator=torch.Generator().manual_seed(0)) > 0.3
     mask[..., 0] = True

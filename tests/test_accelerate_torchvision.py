@@ -22,7 +22,7 @@ def model_of(heads: int, width: int, hidden: int, **changes) -> tuple[nn.Module,
 
 
 @pytest.mark.parametrize("sizes", WIDTHS.values(), ids=WIDTHS)
-def test_outputs_and_gradients_are_those_of_torchvision(sizes):
+def test_outputs_and_gradients_match_torchvision(sizes):
     model, images = model_of(*sizes)
     report = assert_accelerated(model, images, low=True)
     replaced = {"EncoderBlock", "MultiheadAttention", "MLPBlock", "LayerNorm", "Conv2d"}
@@ -30,12 +30,12 @@ def test_outputs_and_gradients_are_those_of_torchvision(sizes):
     assert [entry.name for entry in report.left] == ["heads.head"]
 
 
-def test_two_layers_and_a_representation():
+def test_two_layers_and_representation_layer():
     model, images = model_of(3, 48, 96, num_layers=2, representation_size=24)
     assert_accelerated(model, images)
 
 
-def test_a_stem_of_overlapping_convolutions_is_left():
+def test_convolutional_stem_is_not_replaced():
     stem = [vision_transformer.ConvStemConfig(8, 3, 4), vision_transformer.ConvStemConfig(16, 3, 4)]
     model, images = model_of(3, 48, 96, conv_stem_configs=stem)
     report = assert_accelerated(model, images)
@@ -43,7 +43,7 @@ def test_a_stem_of_overlapping_convolutions_is_left():
 
 
 @pytest.mark.parametrize("where", ["self_attention", "dropout", "mlp.2", "mlp.4"])
-def test_each_dropout_drops_what_it_did(where):
+def test_each_dropout_is_applied(where):
     model, images = model_of(3, 48, 96)
     part = model.encoder.layers[0].get_submodule(where)
     setattr(part, "dropout" if where == "self_attention" else "p", 1.0)  # deterministic outputs

@@ -109,7 +109,7 @@ def with_our_attention(model: nn.Module) -> nn.Module:
 
 
 @pytest.fixture
-def whole_layers(monkeypatch) -> list[str]:
+def fused_layers(monkeypatch) -> list[str]:
     """Record the activation of every MLP that is fused with its residual."""
     calls = []
     mlp = F.mlp
@@ -125,20 +125,20 @@ def whole_layers(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", MODELS)
-def test_parity(family: str, dtype: torch.dtype, whole_layers: list[str], attention_calls: list[dict]) -> None:
+def test_parity(family: str, dtype: torch.dtype, fused_layers: list[str], attention_calls: list[dict]) -> None:
     model = make(family, dtype)
     assert_parity(model, [accelerated(model), with_our_attention(model)], images(model))
     layers = model.config.num_hidden_layers
     activation = {"clip": "quick_gelu", "siglip": "gelu_tanh"}.get(family, "gelu")
-    assert whole_layers == [activation] * (layers + (family == "siglip"))  # SigLIP's head has an MLP too
+    assert fused_layers == [activation] * (layers + (family == "siglip"))  # SigLIP's head has an MLP too
     assert len(attention_calls) == layers + (family == "siglip")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parity_of_swiglu(dtype: torch.dtype, whole_layers: list[str]) -> None:
+def test_parity_of_swiglu(dtype: torch.dtype, fused_layers: list[str]) -> None:
     model = make("dinov2_with_registers", dtype, **GIANT)
     assert_parity(model, [accelerated(model)], images(model))
-    assert whole_layers == ["swiglu"]
+    assert fused_layers == ["swiglu"]
 
 
 # --- attn_implementation -----------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def attention_calls(monkeypatch) -> list[dict]:
     return calls
 
 
-def test_from_config_takes_the_name_and_the_kernel_reads_the_projections(attention_calls) -> None:
+def test_from_config_runs_the_kernel_on_uncopied_projections(attention_calls) -> None:
     config = hf.ViTConfig(**WIDE, num_hidden_layers=2, image_size=32, attention_probs_dropout_prob=0.25)
     model = hf.AutoModel.from_config(config, attn_implementation="vit_triton").eval()
     projected: list[int] = []
@@ -179,7 +179,7 @@ def mask() -> Tensor:
     return rows
 
 
-def test_a_mask_gives_what_sdpa_gives(attention_calls) -> None:
+def test_masked_attention_falls_back_to_sdpa(attention_calls) -> None:
     untouched = make("vit")
     ours = with_our_attention(untouched)
     theirs, found = (result(m(images(m), attention_mask=mask())) for m in (untouched, ours))
@@ -188,7 +188,7 @@ def test_a_mask_gives_what_sdpa_gives(attention_calls) -> None:
     assert len(attention_calls) == 1
 
 
-def test_a_causal_model_gives_what_sdpa_gives(attention_calls) -> None:
+def test_causal_attention_falls_back_to_sdpa(attention_calls) -> None:
     untouched = hf.CLIPTextModel(hf.CLIPTextConfig(**SMALL)).eval()
     ours = with_our_attention(untouched)
     tokens = torch.arange(2 * 9).view(2, 9)
@@ -199,14 +199,14 @@ def test_a_causal_model_gives_what_sdpa_gives(attention_calls) -> None:
 OTHERS = {
     "fewer heads of keys": dict(heads=2, groups=2),
     "a wide head": dict(size=264),
-    "one causal by its module": dict(causal=True),
+    "causal module": dict(causal=True),
     "a position bias": dict(position_bias=True),
     "one query for all": dict(batch=1),
 }
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_attention_that_the_kernels_lack_is_sdpas(case: str, attention_calls) -> None:
+def test_unsupported_attention_falls_back_to_sdpa(case: str, attention_calls) -> None:
     options = dict(heads=4, groups=1, size=16, causal=False, position_bias=False, batch=2) | OTHERS[case]
     module = nn.Module()
     module.is_causal, module.num_key_value_groups = options["causal"], options["groups"]
@@ -230,7 +230,7 @@ def test_cross_attention_runs_the_kernel(attention_calls) -> None:
     assert len(attention_calls) == 1
 
 
-def test_backend_torch_is_sdpa(attention_calls) -> None:
+def test_float64_with_auto_runs_sdpa(attention_calls) -> None:
     untouched = make("vit", torch.float64)
     ours = with_our_attention(untouched)
     with vit_triton.use_backend("auto"):
@@ -262,7 +262,7 @@ def test_restore() -> None:
 
 @pytest.mark.parametrize("family", ["vit", "dinov2", "siglip"])
 @pytest.mark.parametrize("part", ["norm", "attention", "q_proj", "mlp", "fc1", "activation_fn", "scale", "dropout"])
-def test_hooks_on_parts_fire(family: str, part: str, whole_layers: list[str]) -> None:
+def test_hooks_on_submodules_fire(family: str, part: str, fused_layers: list[str]) -> None:
     untouched = small(family)
     ours = accelerated(untouched)
     layers = {"vit": "vit.layers.0.", "dinov2": "dinov2.encoder.layer.0.", "siglip": "encoder.layers.0."}[family]
@@ -274,37 +274,37 @@ def test_hooks_on_parts_fire(family: str, part: str, whole_layers: list[str]) ->
         names[part] = norm  # SigLIP has no LayerScale; only ViT has this Dropout
     seen: dict[str, list[Tensor]] = {"theirs": [], "ours": []}
 
-    def see(who: str) -> Callable[..., None]:
+    def record(who: str) -> Callable[..., None]:
         return lambda module, args, out: seen[who].append((out[0] if isinstance(out, tuple) else out).detach())
 
     hooks = [
-        model.get_submodule(layers + names[part]).register_forward_hook(see(who))
+        model.get_submodule(layers + names[part]).register_forward_hook(record(who))
         for who, model in (("theirs", untouched), ("ours", ours))
     ]
     theirs, found = (result(model(images(model))) for model in (untouched, ours))
     assert_same(found, theirs, TERMS)
     assert len(seen["ours"]) == len(seen["theirs"]) == (2 if part == "dropout" and family == "vit" else 1)
     assert_same(seen["ours"], seen["theirs"], TERMS)
-    once = len(whole_layers)
+    once = len(fused_layers)
     for hook in hooks:
         hook.remove()
     ours(images(ours))
-    assert len(whole_layers) == 2 * once + 1  # the other layer, and now the one without hooks
+    assert len(fused_layers) == 2 * once + 1  # the other layer, and now the one without hooks
 
 
-def test_hidden_states_are_recorded_and_layers_stay_whole(whole_layers: list[str]) -> None:
+def test_hidden_states_are_recorded_by_fused_layers(fused_layers: list[str]) -> None:
     untouched = small("dinov2")
     ours = accelerated(untouched)
     theirs, found = (m(images(m), output_hidden_states=True).hidden_states for m in (untouched, ours))
     assert len(found) == 3
     assert_same(found, theirs, TERMS)
-    assert len(whole_layers) == 2
+    assert len(fused_layers) == 2
     ours(images(ours))
-    assert len(whole_layers) == 4
+    assert len(fused_layers) == 4
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2_with_registers", "siglip", "clip"])
-def test_attention_weights_are_given_where_they_were(family: str) -> None:
+def test_eager_attention_still_returns_weights(family: str) -> None:
     untouched = small(family, attn_implementation="eager")
     ours = accelerated(untouched)
     assert "eager" in str(vit_triton.accelerate(ours, backend="triton"))
@@ -322,14 +322,14 @@ def test_attention_weights_are_given_where_they_were(family: str) -> None:
     assert ours(images(ours), output_attentions=True).attentions == ()
 
 
-def test_eager_layers_are_whole_until_weights_are_asked_for(whole_layers: list[str]) -> None:
+def test_eager_layers_are_fused_without_output_attentions(fused_layers: list[str]) -> None:
     untouched = small("vit", attn_implementation="eager")
     ours = accelerated(untouched)
     assert_same(result(ours(images(ours))), result(untouched(images(ours))), TERMS)
-    assert len(whole_layers) == 2
+    assert len(fused_layers) == 2
 
 
-def test_a_mask_is_heeded(attention_calls: list[dict]) -> None:
+def test_attention_mask_is_applied(attention_calls: list[dict]) -> None:
     untouched = small("vit", image_size=96)
     ours = accelerated(untouched)
     expected = result(untouched(images(ours), attention_mask=mask()))
@@ -337,7 +337,7 @@ def test_a_mask_is_heeded(attention_calls: list[dict]) -> None:
     assert not attention_calls
 
 
-def test_an_attention_of_the_users_own_is_used() -> None:
+def test_custom_attention_function_is_called() -> None:
     def nothing(module, query, key, value, mask, **options):
         return torch.zeros_like(query).transpose(1, 2), None
 
@@ -351,7 +351,7 @@ def test_an_attention_of_the_users_own_is_used() -> None:
         hf.AttentionInterface._global_mapping.pop("nothing")
 
 
-def test_two_towers() -> None:
+def test_image_text_models() -> None:
     text = SMALL | dict(intermediate_size=96)
     vision = text | dict(image_size=32, patch_size=16)
     tokens = dict(input_ids=torch.tensor([[5, 6, 7, 49407], [8, 9, 49407, 1]]))
@@ -388,7 +388,7 @@ def test_dropout_in_training(family: str, dropped: str) -> None:
     assert not torch.allclose(result(ours(images(ours))), result(ours.eval()(images(ours))))
 
 
-def test_drop_path_in_training(monkeypatch, whole_layers: list[str]) -> None:
+def test_drop_path_in_training(monkeypatch, fused_layers: list[str]) -> None:
     untouched = small("dinov2", drop_path_rate=0.25)
     ours = accelerated(untouched)
     drawn = iter([[0.1, 0.9], [0.9, 0.9], [0.9, 0.1], [0.1, 0.9]])  # draws below 0.25 drop
@@ -396,7 +396,7 @@ def test_drop_path_in_training(monkeypatch, whole_layers: list[str]) -> None:
     kept = iter([[0, 4 / 3], [4 / 3, 4 / 3], [4 / 3, 0], [0, 4 / 3]])
     monkeypatch.setattr(reference, "drop_path_factors", lambda x, p: torch.tensor(next(kept)) if p == 0.25 else None)
     assert_trained_alike(untouched, ours)
-    assert len(whole_layers) == 2 and next(drawn, None) is next(kept, None) is None
+    assert len(fused_layers) == 2 and next(drawn, None) is next(kept, None) is None
 
 
 def test_gradient_checkpointing() -> None:
@@ -422,7 +422,7 @@ def test_autocast() -> None:
     assert_model_as_precise(found, theirs, exact, longest_sum(untouched))
 
 
-def test_a_layer_of_the_users_own_is_left_alone() -> None:
+def test_custom_layer_class_is_not_replaced() -> None:
     class Louder(hf.models.vit.modeling_vit.ViTLayer):
         def forward(self, *args, **kwargs):
             return 2 * super().forward(*args, **kwargs)
@@ -462,7 +462,7 @@ def another_gate(model: nn.Module) -> None:
         ("dinov2", another_gate, "gate activation is not SiLU"),
     ],
 )
-def test_what_no_config_makes_is_left_alone(family: str, change: Callable[[nn.Module], None], why: str) -> None:
+def test_modified_layers_are_not_replaced(family: str, change: Callable[[nn.Module], None], why: str) -> None:
     untouched = small(family, **(dict(use_swiglu_ffn=True) if family == "dinov2" else {}))
     change(untouched)
     ours = copy.deepcopy(untouched)
@@ -470,7 +470,7 @@ def test_what_no_config_makes_is_left_alone(family: str, change: Callable[[nn.Mo
     assert_same(result(ours(images(ours))), result(untouched(images(ours))), TERMS)
 
 
-def test_a_projection_replaced_later_is_used() -> None:
+def test_projection_replaced_after_accelerate_is_called() -> None:
     """Adapters replace projections this way."""
 
     class Doubled(nn.Linear):
@@ -484,12 +484,12 @@ def test_a_projection_replaced_later_is_used() -> None:
     assert_same(result(ours(images(ours))), result(untouched(images(ours))), TERMS)
 
 
-def test_compiles_whole(whole_layers: list[str]) -> None:
+def test_compiles_into_one_graph(fused_layers: list[str]) -> None:
     ours = accelerated(small("vit"))
     expected = result(ours(images(ours)))
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     assert_same(result(compiled(images(ours))), expected, TERMS)
-    assert len(whole_layers) == 4
+    assert len(fused_layers) == 4
 
 
 def test_transformers_is_not_imported_for_other_models() -> None:

@@ -20,7 +20,7 @@ def model_of(cls: type, **changes) -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize("cls", [vit_pytorch.ViT, vit_pytorch.SimpleViT], ids=["ViT", "SimpleViT"])
-def test_outputs_and_gradients_are_those_of_vit_pytorch(cls):
+def test_outputs_and_gradients_match_vit_pytorch(cls):
     torch.manual_seed(0)
     model = cls(**{**BASE, **REAL})
     report = assert_accelerated(model, images(REAL), low=True)
@@ -65,7 +65,7 @@ def test_student_and_teacher_inside_a_distill_wrapper(options):
 
 
 @pytest.mark.parametrize("where", ["0.dropout", "0.to_out.1", "1.net.3", "1.net.5"])
-def test_each_dropout_drops_what_it_did(where):
+def test_each_dropout_is_applied(where):
     model, image = model_of(vit_pytorch.ViT)
     model.transformer.layers[0].get_submodule(where).p = 1.0  # deterministic outputs
     assert_accelerated(model.train(), image)

@@ -146,7 +146,7 @@ TENSORS = {  # replacements of a tensor
     "expanded": lambda x: x[:1].expand_as(x),
     "strided": lambda x: torch.stack((x, x), -1)[..., 0],
     "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
-    "wants a gradient": lambda x: x.detach().clone().requires_grad_(x.is_floating_point()),
+    "requires grad": lambda x: x.detach().clone().requires_grad_(x.is_floating_point()),
     "a Parameter": lambda x: nn.Parameter(x, x.is_floating_point()),
     "of a subclass": lambda x: x.as_subclass(Subclass),
     "of a subclass of Parameter": lambda x: SubclassOfParameter(x, x.is_floating_point()),
@@ -278,11 +278,11 @@ def doubled(tree):
     return tree
 
 
-def said(error):
+def type_and_message(error):
     return type(error), re.sub(r"\bj\d+", "j", str(error))  # jagged sizes are numbered
 
 
-def only_torch_takes(error):
+def is_float64_rejection(error):
     return isinstance(error, TypeError) and 'torch.float64: backend "triton" supports' in str(error)
 
 
@@ -302,13 +302,13 @@ def assert_agree(call, changes, mode):
         if isinstance(theirs, Exception):
             assert_ours(theirs)
             assert isinstance(ours, Exception), f'"torch" raises {theirs!r}, "triton" computes'
-        elif only_torch_takes(ours):
+        elif is_float64_rejection(ours):
             return
         assert isinstance(theirs, Exception), f'"triton" raises {ours!r}, "torch" computes'
-        assert said(ours) == said(theirs)
+        assert type_and_message(ours) == type_and_message(theirs)
         arguments = re.findall(r"\w+", str(ours))
         names = {*CALLS[call][1](), "norm", "heads", "head", "k", "v", "q", "backend"}
-        assert names & set(arguments), f"no argument is named: {ours}"
+        assert names & set(arguments), f"the error names no argument: {ours}"
         return
     assert len(ours) == len(theirs)
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -342,7 +342,7 @@ def test_one_argument_changed(call, mode):
                 assert_agree(call, [(path, change)], mode)
             except AssertionError as error:
                 wrong.append(f"{path} {name}: {str(error)[:300]}")
-    assert not wrong, f"{len(wrong)} of them:\n" + "\n".join(wrong)
+    assert not wrong, f"{len(wrong)} failures:\n" + "\n".join(wrong)
 
 
 @given(data=st.data(), call=st.sampled_from(list(CALLS)), mode=st.sampled_from(list(MODES)))
@@ -362,7 +362,7 @@ def test_fuzz_several_arguments_changed(data, call, mode):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("wanted", [("mean",), ("std",), ("mean", "std", "weight")])
-def test_mean_and_std_get_their_gradient(wanted, backend):
+def test_gradients_of_mean_and_std(wanted, backend):
     """The float64 reference is exact; the limit is twice the error of the float32 reference."""
     image = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     tensors = dict(weight=W(16, 48), mean=torch.rand(3), std=0.5 + torch.rand(3))
@@ -381,7 +381,7 @@ def test_mean_and_std_get_their_gradient(wanted, backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_a_zero_in_a_tensor_std_is_not_looked_for(backend):
+def test_zero_in_tensor_std_is_not_checked(backend):
     image = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
     options = dict(patch_size=4, mean=torch.tensor([0.5, 1.0, 0.5]), backend=backend)
     y = F.patch_embed(image, W(16, 48), std=torch.tensor([0.5, 0.0, 0.5]), **options)  # 0 / 0
@@ -392,7 +392,7 @@ def test_a_zero_in_a_tensor_std_is_not_looked_for(backend):
         F.patch_embed(image, W(16, 48), std=[0.0, 1, 0.5], **options)
 
 
-def test_forms_of_an_encoder_that_passed(monkeypatch):
+def test_cache_of_validated_encoder_calls(monkeypatch):
     """Equal numbers of different types are different forms; the oldest form is evicted first."""
     monkeypatch.setattr(checks, "_forms", {})
     make = CALLS["encoder"][1]

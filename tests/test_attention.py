@@ -108,13 +108,13 @@ def test_several_blocks(small_tiles, n, dtype):
 
 
 @pytest.mark.parametrize("scale", [-0.4, 0.0])
-def test_a_scale_that_is_not_positive(scale):
+def test_non_positive_scale(scale):
     """The largest score has the smallest product (scale < 0), or all scores are 0; 40 keys need a masked step."""
     q, k, v = (torch.randn(1, 40, 2, 24) for _ in range(3))
     check(q, k, v, torch.randn_like(q), torch.randn(1, 2, 40), scale=scale)
 
 
-def test_a_block_of_minus_infinity_before_others(small_tiles):
+def test_first_block_of_minus_infinity(small_tiles):
     q, k, v = make(1, 20, 50, 2, 16, torch.float32)
     q = q.abs()
     k[:, :20, :, 3] = -math.inf  # the first block and part of the second
@@ -137,7 +137,7 @@ def test_vit_b_16_at_224(dtype):
 
 @pytest.mark.parametrize("head_dim", [64, 72])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_program_that_holds_all_keys_gives_every_gradient(dtype, head_dim, small_tiles, monkeypatch):
+def test_dkdv_kernel_with_all_keys_computes_every_gradient(dtype, head_dim, small_tiles, monkeypatch):
     from vit_triton.kernels.attention import backward as kernels
 
     monkeypatch.setattr(kernels, "pick_attention_bwd_dq", lambda *args: None)
@@ -147,7 +147,7 @@ def test_one_program_that_holds_all_keys_gives_every_gradient(dtype, head_dim, s
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_the_packed_form_is_the_same_bits(dropout_p):
+def test_packed_form_is_bitwise_equal(dropout_p):
     qkv = torch.randn(2, 19, 3, 2, 40).bfloat16()
     do = torch.randn(2, 19, 2, 40).bfloat16()
     results = []
@@ -167,7 +167,7 @@ def dropped(n_q, n_k, heads, p, seed, *, batch=1):
     return (out[..., :n_k] * n_k).transpose(1, 2)
 
 
-def test_dropout_keeps_a_share_and_scales_it():
+def test_dropout_share_and_scale():
     keep = dropped(90, 120, 2, 0.3, seed=0)
     kept = keep != 0
     assert_same(keep[kept], torch.full_like(keep[kept], 1 / 0.7))
@@ -180,7 +180,7 @@ def test_dropout_keeps_a_share_and_scales_it():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_has_one_mask_in_both_directions(dtype):
+def test_dropout_mask_is_the_same_in_forward_and_backward(dtype):
     n_q, n_k, heads, scale = 37, 50, 2, 0.25
     keep = dropped(n_q, n_k, heads, 0.3, seed=7, batch=2).round(decimals=5).double()
     keep = torch.where(keep != 0, 1 / 0.7, 0.0)
@@ -212,7 +212,7 @@ def test_without_dropout_no_random_number_is_drawn():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_dropout_of_everything():
+def test_dropout_probability_one():
     q, k, v = make(1, 5, 9, 2, 16, torch.float32)
     results = run(lambda *x: F.attention(*x, dropout_p=1.0, backend="triton"), [q, k, v], [torch.randn_like(q)])
     assert all(not x.any() for x in results)
@@ -252,7 +252,7 @@ def test_the_documented_limits_of_large_scores(size, dtype):
         assert (dv - exact_dv).norm() <= (close + rounding) * exact_dv.norm()
 
 
-def test_rows_of_very_negative_scores_only():
+def test_rows_of_only_very_negative_scores():
     # exp(-lse) overflows, so lanes past the last key or query must be masked
     q, k, v = make(1, 21, 37, 1, 16, torch.float32)
     q, k = q.abs() + 1, -k.abs() - 1
@@ -263,7 +263,7 @@ def test_rows_of_very_negative_scores_only():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("which", ["q", "k", "v", "do"])
 @pytest.mark.parametrize("n", [7, 33])
-def test_nan_and_inf_spread_as_in_the_formula(value, which, n, dropout_p):
+def test_nan_and_inf_propagate_as_in_the_formula(value, which, n, dropout_p):
     """They also spread through dropped weights: 0 times NaN is NaN."""
     q, k, v = make(1, n, n, 2, 16, torch.float32)
     do = torch.randn_like(q)
@@ -281,7 +281,7 @@ def test_nan_and_inf_spread_as_in_the_formula(value, which, n, dropout_p):
     assert ours[0][:, :, 0].isfinite().all()
 
 
-def test_the_same_bits_every_time():
+def test_bitwise_reproducible():
     q, k, v = make(2, 70, 90, 2, 72, torch.bfloat16)
     do = torch.randn_like(q)
     first, second = (
@@ -291,7 +291,7 @@ def test_the_same_bits_every_time():
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 2, 16), (2, 0, 2, 16)])
-def test_batch_and_query_of_none(shape):
+def test_empty_batch_and_empty_query(shape):
     q, k = torch.randn(shape), torch.randn(shape[0], 7, 2, 16)
     out, dq, dk, dv = run(lambda *x: F.attention(*x, backend="triton"), [q, k, k.clone()], [torch.randn(shape)])
     assert out.shape == dq.shape == shape
@@ -299,7 +299,7 @@ def test_batch_and_query_of_none(shape):
 
 
 @pytest.mark.parametrize("wanted", range(1, 8))
-def test_gradients_of_those_that_require_one(wanted):
+def test_only_required_gradients_are_computed(wanted):
     tensors = make(1, 5, 6, 2, 16, torch.float32)
     leaves, others = ([x.clone() for x in tensors] for _ in range(2))
     for i in range(3):
@@ -313,7 +313,7 @@ def test_gradients_of_those_that_require_one(wanted):
             assert_same(leaf.grad, other.grad, 16)
 
 
-def test_saved_are_the_operands_the_output_and_the_log_sum_exp():
+def test_saved_tensors_are_operands_output_and_log_sum_exp():
     saved = []
     q, k, v = (x.requires_grad_() for x in make(2, 6, 7, 2, 16, torch.float32))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
@@ -343,9 +343,9 @@ def test_offsets_past_32_bits(axis, virtual_memory):
     [(1, (16, 0)), (16, (16, 0)), (40, (32, 16)), (64, (64, 0)), (72, (64, 16)), (80, (64, 16)), (88, (64, 32)),
      (96, (64, 32)), (104, (128, 0)), (128, (128, 0)), (160, (128, 32)), (256, (256, 0))],
 )  # fmt: skip
-def test_a_head_size_is_covered_by_two_tiles(head_dim, split):
+def test_head_size_is_covered_by_two_tiles(head_dim, split):
     assert split_head_dim(head_dim, torch.bfloat16, "sm_90") == split
 
 
-def test_the_last_block_of_keys_is_as_small_as_it_can_be():
+def test_last_block_of_keys_is_minimal():
     assert [attention_tail(n, 64) for n in (64, 65, 197, 257, 577, 1370, 100)] == [0, 16, 16, 16, 16, 32, 64]

@@ -28,11 +28,11 @@ def resolve(name=None, x=X):
     return backend.resolve_backend(name, "no op that was measured", x)
 
 
-def test_auto_takes_torch_on_a_cpu():
+def test_auto_selects_torch_on_a_cpu():
     assert resolve() == resolve("auto") == "torch"
 
 
-def test_auto_takes_triton_on_a_cpu_where_it_was_measured_to_be_faster(monkeypatch):
+def test_auto_selects_triton_on_a_cpu_where_measured_faster(monkeypatch):
     monkeypatch.setattr(backend, "_CPU_SPEED", {("mlp", torch.float32): (1.2, 0.9)})
     monkeypatch.setattr(backend, "_measured_cpu", lambda: True)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_auto_takes_triton_on_a_cpu_where_it_was_measured_to_be_faster(monkeypat
     ("vendor", "has", "measured"),
     [("AuthenticAMD", True, True), ("GenuineIntel", True, False), ("AuthenticAMD", False, False), ("", True, False)],
 )
-def test_auto_knows_the_kind_of_cpu_that_was_measured(monkeypatch, vendor, has, measured):
+def test_measured_cpu_requires_vendor_and_features(monkeypatch, vendor, has, measured):
     monkeypatch.setattr("vit_triton.cpu.features.vendor", lambda: vendor)
     monkeypatch.setattr("vit_triton.cpu.features.detect", lambda: ("avx512_bf16",) * has)
     monkeypatch.setattr(cpu, "why_not", lambda: None)
@@ -58,12 +58,12 @@ def test_auto_knows_the_kind_of_cpu_that_was_measured(monkeypatch, vendor, has, 
     assert measured_cpu() == measured
 
 
-def test_the_measurements_are_of_ops_and_dtypes_there_are():
+def test_cpu_measurements_use_existing_ops_and_dtypes():
     for op, dtype in backend._CPU_SPEED:
         assert callable(getattr(F, op)) and dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
-def test_auto_takes_triton_on_a_gpu(monkeypatch):
+def test_auto_selects_triton_on_a_gpu(monkeypatch):
     monkeypatch.setattr(backend, "why_torch", lambda device: "")  # tests/test_gpu_defaults.py tests the reasons
 
     class OnGpu:
@@ -77,21 +77,21 @@ def test_auto_takes_triton_on_a_gpu(monkeypatch):
     assert resolve("auto", Double) == "torch"
 
 
-def test_the_environment_is_asked_at_every_call(monkeypatch):
+def test_environment_variable_is_read_at_every_call(monkeypatch):
     monkeypatch.setenv(VARIABLE, "triton")
     assert resolve() == "triton"
     monkeypatch.setenv(VARIABLE, "torch")
     assert resolve() == "torch"
 
 
-def test_an_unknown_name_in_the_environment_is_an_error(monkeypatch):
+def test_unknown_name_in_the_environment_variable_raises(monkeypatch):
     monkeypatch.setenv(VARIABLE, "trition")
     with pytest.raises(ValueError, match="VIT_TRITON_BACKEND must be one of 'triton', 'torch', 'auto', got 'trition'"):
         resolve()
     assert resolve("torch") == "torch"
 
 
-def test_use_backend_goes_before_the_environment_and_an_argument_before_both(monkeypatch):
+def test_precedence_of_argument_use_backend_and_environment(monkeypatch):
     monkeypatch.setenv(VARIABLE, "torch")
     vit_triton.use_backend("triton")
     assert resolve() == "triton"
@@ -99,7 +99,7 @@ def test_use_backend_goes_before_the_environment_and_an_argument_before_both(mon
     assert resolve("auto") == "torch"
 
 
-def test_use_backend_nests_and_ends_even_with_an_error():
+def test_use_backend_nests_and_ends_on_an_error():
     with vit_triton.use_backend("triton"):
         assert resolve() == "triton"
         with pytest.raises(KeyError), vit_triton.use_backend("torch"):
@@ -112,18 +112,18 @@ def test_use_backend_nests_and_ends_even_with_an_error():
     assert resolve() == "torch"
 
 
-def test_a_model_follows_the_default_until_it_has_a_backend_of_its_own():
+def test_backend_of_a_model_overrides_the_default():
     layer = vit_triton.modules.Linear(4, 4)
     seen = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class RecordCalls(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             seen.append(function.namespace == "vit_triton")
             return function(*args, **(kwargs or {}))
 
     def kernels_ran():
         seen.clear()
-        with Watch():
+        with RecordCalls():
             layer(X)
         return any(seen)
 
@@ -171,7 +171,7 @@ def python(code, **environment):
 
 
 @COMPILED
-def test_on_a_cpu_kernels_are_compiled_without_a_word():
+def test_cpu_kernels_are_compiled_without_a_warning():
     python("""
 from vit_triton import backend, cpu
 warnings.simplefilter("error")
@@ -196,7 +196,7 @@ assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 3)
 
 
 @pytest.mark.parametrize("before", ["0", "1"])
-def test_switching_the_interpreter_after_the_import_is_an_error(before):
+def test_changing_triton_interpret_after_the_import_raises(before):
     python(
         f"""
 import triton
@@ -222,7 +222,7 @@ assert ours[0].category is RuntimeWarning and "hundreds of times slower" in str(
     )
 
 
-def test_an_active_driver_that_serves_the_cpu_is_taken_and_left_in_place():
+def test_active_driver_for_the_cpu_is_used_and_kept():
     python("""
 import triton
 from triton.runtime import driver
@@ -247,7 +247,7 @@ assert driver.active is emulator
 
 
 @COMPILED
-def test_beside_a_gpu_the_driver_is_switched_for_cpu_tensors_only():
+def test_gpu_driver_is_restored_after_a_cpu_launch():
     python("""
 from triton.runtime import driver
 
@@ -262,6 +262,6 @@ assert driver.active is gpu
 """)
 
 
-def test_importing_imports_no_triton():
+def test_import_does_not_import_triton():
     # in a fresh process: here, other tests have already imported Triton
     python("import sys\nassert 'triton' not in sys.modules\n")

@@ -67,7 +67,7 @@ def test_a_wrong_result_is_not_timed():
     assert "WRONG other: error 5.0e-02" in runner.line(result)
 
 
-def test_a_result_that_is_no_number_is_wrong_and_a_failure_ends_no_run():
+def test_nan_results_and_exceptions_count_as_wrong():
     def fails(x):
         raise RuntimeError("no kernel")
 
@@ -76,7 +76,7 @@ def test_a_result_that_is_no_number_is_wrong_and_a_failure_ends_no_run():
     assert result.wrong["broken"] == "RuntimeError: no kernel"
 
 
-def test_an_error_may_be_twice_that_of_pytorch():
+def test_error_limit_is_twice_that_of_pytorch():
     call, exact = lambda: torch.ones(4) * 1.001, lambda: torch.ones(4).double()
     for plain, right in ((6e-4, True), (4e-4, False), (float("nan"), False)):
         provider = runner.Provider(call, exact, lambda plain=plain: [plain])
@@ -101,7 +101,7 @@ def _first(results):
 
 
 @pytest.mark.parametrize("direction", models.LABELS)
-def test_every_model_is_checked_also_after_its_steps(direction):
+def test_every_model_is_checked_after_its_runs(direction):
     (case,) = models.cases([TINY], [direction], torch.float32, "cpu", models.BUILDS)
     providers = case.prepare()
     for provider in providers.values():
@@ -125,7 +125,7 @@ class Noisy(torch.nn.Module):
 # --- times ---------------------------------------------------------------------------------------------------
 
 
-def test_ratios_are_of_the_others_time_over_ours(monkeypatch):
+def test_ratio_is_other_time_divided_by_ours(monkeypatch):
     ticks = {"now": 0.0}
 
     def spend(seconds):
@@ -161,7 +161,7 @@ def test_rates_and_roofline():
         (1.0, True, True, "do_bench, L2 flushed"),
     ],
 )
-def test_the_method_on_a_gpu(monkeypatch, milliseconds, replay, captures, method):
+def test_timing_method_on_a_gpu(monkeypatch, milliseconds, replay, captures, method):
     def do_bench(call, warmup, rep, return_mode):
         assert return_mode == "median" and rep > 0
         return milliseconds * call()
@@ -181,7 +181,7 @@ def test_the_method_on_a_gpu(monkeypatch, milliseconds, replay, captures, method
     assert times.rounds["b"] == pytest.approx([2 * milliseconds / 1e3] * timing.MIN_ROUNDS)
 
 
-def test_the_same_inputs_in_every_run():
+def test_every_run_has_the_same_inputs():
     seen = []
 
     def prepare():
@@ -194,7 +194,7 @@ def test_the_same_inputs_in_every_run():
 
 
 @pytest.mark.parametrize(("hip", "expected"), [(None, ("sm_90", "cuda")), ("7.1.2", ("gfx942", "hip"))])
-def test_the_machine_names_its_gpu(hip, expected, monkeypatch):
+def test_machine_facts_contain_the_gpu(hip, expected, monkeypatch):
     properties = types.SimpleNamespace(name="a GPU", major=9, minor=0, gcnArchName="gfx942:sramecc+:xnack-")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
@@ -206,7 +206,7 @@ def test_the_machine_names_its_gpu(hip, expected, monkeypatch):
     assert {"cuda", "hip"} & found.keys() == {expected[1]} and (hip is None or found["hip"] == hip)
 
 
-def test_peaks_of_known_gpus_only(monkeypatch):
+def test_peaks_exist_for_known_gpus_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert peaks.peak("cuda", torch.bfloat16, 1).flops == 989e12
     assert peaks.peak("cuda", torch.float32, 1).flops == 67e12
@@ -219,7 +219,7 @@ def test_peaks_of_known_gpus_only(monkeypatch):
 # --- cost ----------------------------------------------------------------------------------------------------
 
 
-def test_costs_are_those_of_the_formulas():
+def test_costs_match_the_formulas():
     shape = Shape.of("B", 224, 8)
     (op,) = attention.OPS
     forward, backward, both = (c.cost() for c in op.cases([shape], DIRECTIONS, torch.bfloat16, "cpu", {"a": None}))
@@ -254,7 +254,7 @@ def test_defaults_follow_the_device(what, monkeypatch):
 
 
 @pytest.mark.parametrize("cases", [compare.OPS[0].cases, models.cases])
-def test_every_case_is_compiled_anew(cases, monkeypatch):
+def test_every_case_is_recompiled(cases, monkeypatch):
     """torch.compile falls back to eager after eight shapes of a function, so every case resets it."""
     resets = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
@@ -265,12 +265,12 @@ def test_every_case_is_compiled_anew(cases, monkeypatch):
     assert resets == [1]
 
 
-def test_images_are_cut_to_whole_patches():
+def test_image_sizes_are_rounded_down_to_whole_patches():
     assert (Shape.of("SO400M", 384, 1).image, Shape.of("SO400M", 384, 1).tokens) == (378, 27**2 + 1)
     assert (Shape.of("B", 224, 1).tokens, Shape.of("g", 518, 1).tokens) == (197, 37**2 + 1)
 
 
-def test_what_does_not_fit_is_skipped_and_said(monkeypatch, capsys):
+def test_cases_beyond_free_memory_are_skipped_and_reported(monkeypatch, capsys):
     monkeypatch.setattr(runner, "free_memory", lambda device: 2**30)
     report = runner.Report(None, "cpu")
     assert runner.run([case(2**31, vit_triton=lambda x: 1 / 0)], [1], 0.0, report)
@@ -281,21 +281,21 @@ def test_what_does_not_fit_is_skipped_and_said(monkeypatch, capsys):
 # --- the report ----------------------------------------------------------------------------------------------
 
 
-def test_the_file_is_whole_after_every_case(tmp_path):
+def test_results_file_is_complete_after_every_case(tmp_path):
     path = tmp_path / "results.json"
     report = runner.Report(path, "cpu")
     seen = []
 
-    def look(x):
+    def count_results(x):
         seen.append(len(json.loads(path.read_text())["results"]))
         return x * 2
 
-    runner.run([case(vit_triton=lambda x: x * 2), case(vit_triton=look)], [1], 0.0, report)
+    runner.run([case(vit_triton=lambda x: x * 2), case(vit_triton=count_results)], [1], 0.0, report)
     assert set(seen) == {1} and len(json.loads(path.read_text())["results"]) == 2
     assert os.listdir(tmp_path) == ["results.json"]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     report = runner.Report(path, "cpu")
     before = path.read_text()
@@ -310,7 +310,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == before and os.listdir(tmp_path) == ["results.json"]
 
 
-def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
+def test_ctrl_c_keeps_measured_results(tmp_path, monkeypatch):
     def stop(x):
         raise KeyboardInterrupt
 
@@ -323,7 +323,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["overhead", "memory"])
-def test_ctrl_c_keeps_what_was_counted(what, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_counted_results(what, tmp_path, monkeypatch, capsys):
     module, name = {"overhead": (overhead, "measure"), "memory": (memory, "count")}[what]
     real, calls = getattr(module, name), []
 
@@ -341,14 +341,14 @@ def test_ctrl_c_keeps_what_was_counted(what, tmp_path, monkeypatch, capsys):
     assert len(written["results"]) == 2 and written["command"] == what and "torch" in written["machine"]
 
 
-def test_our_wrong_numbers_fail_the_command(monkeypatch):
+def test_wrong_results_of_vit_triton_fail_the_command(monkeypatch):
     monkeypatch.setitem(compare.CASES, "ops", lambda given: iter([case(vit_triton=lambda x: x * 3)]))
     with pytest.raises(SystemExit) as failed:
         main(monkeypatch, "ops", "--threads", "1", "--seconds", "0")
     assert failed.value.code == 1
 
 
-def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
+def test_command_writes_its_results(tmp_path, monkeypatch, capsys):
     path = tmp_path / "results.json"
     arguments = ["ops", "--only", "add + layer_norm forward,", "--dtype", "bfloat16", "--model", "Ti", "--image", "32"]
     main(monkeypatch, *arguments, "--batch", "2", "--threads", "1", "--seconds", "0", "--json", path)
@@ -387,20 +387,20 @@ def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
         (["memory", "--json", "/nowhere/r.json"], "must be a file in a folder that exists, got '/nowhere/r.json'"),
     ],
 )
-def test_bad_options_are_refused(monkeypatch, capsys, arguments, message):
+def test_bad_options_are_rejected(monkeypatch, capsys, arguments, message):
     with pytest.raises(SystemExit) as refused:
         main(monkeypatch, *arguments)
     assert refused.value.code not in (0, None)
     assert message in capsys.readouterr().err + str(refused.value.code)
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_first(tmp_path, monkeypatch):
+def test_unwritable_output_folder_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
     with pytest.raises(argparse.ArgumentTypeError, match="must be in a folder that can be written to, got "):
         new_file(str(tmp_path / "r.json"))
 
 
-def test_cuda_is_refused_without_one(monkeypatch):
+def test_cuda_is_rejected_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(argparse.ArgumentTypeError, match="finds no GPU"):
         options.device("cuda")
@@ -418,7 +418,7 @@ def stand_in(monkeypatch, name, **contents):
     vars(sys.modules[name]).update(contents)
 
 
-def test_optional_packages_take_part_where_they_are_installed(monkeypatch):
+def test_installed_optional_packages_are_measured(monkeypatch):
     def attend(q, k, v):  # (B, N, H, D), the layout of flash-attn and xformers
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -459,7 +459,7 @@ def point(case, axis, size, milliseconds, other="sdpa"):
     return runner.Result(case, "s", "float32", "cpu", 1, "interleaved", times, {other: 2.0}, {}, 64 * size, size, at)
 
 
-def test_slopes_are_of_the_same_sizes():
+def test_slopes_use_common_sizes():
     """Two curves that each lack a point are fitted on their common sizes."""
     sizes = [1, 2, 4, 8, 16, 32]
     results = [point("a", "tokens", n, float(n)) for n in sizes]
@@ -519,7 +519,7 @@ def test_charts_are_drawn(tmp_path, what):
         assert_picture(path)
 
 
-def test_operators_of_many_shapes_have_a_chart_each(tmp_path):
+def test_every_shape_has_its_own_chart(tmp_path):
     report = runner.Report(None, "cpu", command="ops")
     for i, model in enumerate("LB"):
         report.add(dataclasses.replace(point("mlp forward", "tokens", 1, 0.3), shape=f"{model}/16 at 224, batch {i}"))
@@ -528,7 +528,7 @@ def test_operators_of_many_shapes_have_a_chart_each(tmp_path):
     assert names == {f"ops_{kind}_float32_1_threads_{s}.png" for kind in ("ratios", "roofline") for s in shapes}
 
 
-def test_a_chart_needs_no_other_and_none_of_ours(tmp_path):
+def test_charts_with_missing_providers(tmp_path):
     """Results lack a provider whose numbers were wrong."""
     alone = point("mlp forward", "tokens", 1, 0.3)
     del alone.milliseconds["sdpa"], alone.ratio["sdpa"]

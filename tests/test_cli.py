@@ -93,13 +93,13 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(image)
 
 
-def test_gray_of_16_bits_is_scaled(tmp_path):
+def test_16_bit_gray_is_scaled(tmp_path):
     for ending in ("png", "tif"):
         path = save(tmp_path / f"gray.{ending}", RAMP.astype(np.uint16))
         assert (pixels(path) == np.round(RAMP / 257)[..., None]).all()
 
 
-def test_gray_of_floats_and_wide_integers_must_have_a_known_range(tmp_path):
+def test_float_and_32_bit_gray_require_a_known_range(tmp_path):
     path = save(tmp_path / "gray.tif", (RAMP / 65536).astype(np.float32))
     assert (pixels(path) == np.round(RAMP / 65536 * 255)[..., None]).all()
     path = save(tmp_path / "wide.tif", RAMP.astype(np.int32))
@@ -118,7 +118,7 @@ def test_modes_are_converted_as_pillow_does(mode, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_what_is_transparent_becomes_white(mode, tmp_path):
+def test_transparent_pixels_become_white(mode, tmp_path):
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     image.paste((0, 0, 0, 255), (0, 0, 2, 4))
     if mode == "P":
@@ -129,7 +129,7 @@ def test_what_is_transparent_becomes_white(mode, tmp_path):
     assert (pixels(tmp_path / "image.png") == expected).all()
 
 
-def test_of_an_animation_the_first_frame(tmp_path):
+def test_first_frame_of_an_animation_is_read(tmp_path):
     frames = [Image.new("RGB", (6, 5), colour) for colour in ("red", "blue")]
     for ending in ("gif", "png", "webp"):
         path = tmp_path / f"film.{ending}"
@@ -138,7 +138,7 @@ def test_of_an_animation_the_first_frame(tmp_path):
         assert (pixels(path) == (255, 0, 0)).all()
 
 
-def test_a_photo_is_turned_as_its_camera_says(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     array = np.zeros((4, 6, 3), dtype=np.uint8)
     array[0, 0] = 255
     exif = Image.Exif()
@@ -169,7 +169,7 @@ def bad(tmp_path, monkeypatch) -> dict[str, str]:
     }  # fmt: skip
 
 
-def test_bad_images_are_refused_by_name_and_the_others_go_on(bad, trained, tmp_path, capsys):
+def test_bad_images_are_reported_and_the_others_processed(bad, trained, tmp_path, capsys):
     good = save(tmp_path / "good.png", np.full((36, 36, 3), 200, np.uint8))  # only a warning from Pillow
     names = [tmp_path / name for name in bad]
     code, out, err = run(capsys, "predict", names[0], good, *names[1:], "--model", trained, "--json")
@@ -211,7 +211,7 @@ def test_only_regular_files_are_opened(name, why, odd):
         open_image(odd.get(name, name))
 
 
-def test_a_pipe_among_the_images_to_train_with_is_named(tmp_path, capsys):
+def test_pipe_among_training_images_is_reported(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         save(tmp_path / "photos" / name / "1.png", np.zeros((16, 16, 3), np.uint8))
@@ -223,7 +223,7 @@ def test_a_pipe_among_the_images_to_train_with_is_named(tmp_path, capsys):
         assert err.endswith("/2.png: not a regular file\n")
 
 
-def test_the_size_is_limited_before_anything_is_decoded(tmp_path, monkeypatch):
+def test_size_limit_applies_before_decoding(tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 255, (101, 60, 3), dtype=np.uint8)
     monkeypatch.setattr(images, "MAX_PIXELS", 2000)
     for ending, options in (("png", {}), ("jpg", {"progressive": True})):
@@ -236,7 +236,7 @@ def test_the_size_is_limited_before_anything_is_decoded(tmp_path, monkeypatch):
         open_image(path)
 
 
-def test_a_large_jpeg_is_halved_by_its_decoder(tmp_path, monkeypatch):
+def test_large_jpeg_is_decoded_at_half_size(tmp_path, monkeypatch):
     across = np.linspace(0, 255, 101)[:, None, None] * np.linspace(0, 1, 60)[:, None] * np.ones(3)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -283,7 +283,7 @@ def test_fuzz_damaged_images(ending, mode, flips, kept, rest, tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", ["predict", "features", "attention"])
-def test_nothing_but_bad_images(command, trained, tmp_path, capsys, monkeypatch):
+def test_only_bad_images(command, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, command, "missing.png", "--model", trained)
     assert (code, out) == (1, "") and "missing.png: no such file" in err and not list(tmp_path.iterdir())
@@ -295,7 +295,7 @@ def test_an_image_of_one_row(trained, tmp_path, capsys):
     assert run(capsys, "predict", path, "--model", trained)[0] == 0
 
 
-def test_a_bad_image_among_those_to_train_with_is_named(tmp_path, capsys):
+def test_bad_training_image_is_reported(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         save(tmp_path / "photos" / name / "1.png", np.zeros((16, 16, 3), np.uint8))
@@ -307,7 +307,7 @@ def test_a_bad_image_among_those_to_train_with_is_named(tmp_path, capsys):
 # --- train and eval ----------------------------------------------------------------------------------------
 
 
-def test_trains_goes_on_and_evaluates(trained, photos, tmp_path, capsys):
+def test_train_resume_and_evaluate(trained, photos, tmp_path, capsys):
     assert {path.name for path in trained.iterdir()} >= {"checkpoint.pt", "metrics.jsonl", "curves.png"}
     again = ["train", photos, "--out", trained, "--epochs", 2, *SMALL.split()]
     code, _, err = run(capsys, *again)
@@ -326,7 +326,7 @@ def test_trains_goes_on_and_evaluates(trained, photos, tmp_path, capsys):
 
 
 @torch.no_grad()
-def test_predicts_what_the_model_does_on_the_images_of_its_tests(trained, photos, capsys):
+def test_predictions_match_the_model_on_test_images(trained, photos, capsys):
     """The images fill more than one batch."""
     model, config, classes = load_trained(trained, backend="torch")
     data = load_data(config).train.examples
@@ -345,7 +345,7 @@ def test_predicts_what_the_model_does_on_the_images_of_its_tests(trained, photos
             assert each["probability"] == pytest.approx(expected[each["class"]].item(), abs=1e-6)
 
 
-def test_digits_are_seen_in_gray(tmp_path, capsys):
+def test_digits_are_converted_to_gray(tmp_path, capsys):
     words = "--epochs 1 --batch-size 1000 --dim 16 --heads 2 --depth 1 --mlp-dim 24"
     assert main(["train", "digits", "--out", str(tmp_path / "run"), *words.split()]) == 0
     image, _ = load_data(load_trained(tmp_path / "run")[1]).test[0]
@@ -362,7 +362,7 @@ def _options(*words):
 
 
 @torch.no_grad()
-def test_a_model_of_timm_sees_what_timm_shows_it(theirs, photo, capsys):
+def test_timm_models_receive_timms_preprocessing(theirs, photo, capsys):
     model, file = theirs
     show = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     expected = model(show(open_image(photo))[None]).softmax(-1)[0]
@@ -375,7 +375,7 @@ def test_a_model_of_timm_sees_what_timm_shows_it(theirs, photo, capsys):
     assert models._classes(1000)[281] == "tabby" and models._classes(3) == ("0", "1", "2")
 
 
-def test_what_load_weights_may_do_is_an_option(theirs, photo, tmp_path):
+def test_load_weights_arguments_are_options(theirs, photo, tmp_path):
     state = {"backbone." + name: tensor for name, tensor in theirs[0].state_dict().items()}
     state["backbone.patch_embed.proj.weight"] = state["backbone.patch_embed.proj.weight"][:, :, ::2, ::2].clone()
     path = tmp_path / "checkpoint.pth.tar"
@@ -406,7 +406,7 @@ def hugging_face(tmp_path) -> Path:
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [224, 64])
-def test_the_same_weights_in_two_libraries_give_the_same(size, theirs, hugging_face, photo):
+def test_equal_weights_in_two_libraries_give_equal_results(size, theirs, hugging_face, photo):
     """Logits, features, and the attention maps, which timm does not return itself."""
     images = torch.randn(2, 3, size, size)
     results = []
@@ -426,16 +426,16 @@ def test_the_same_weights_in_two_libraries_give_the_same(size, theirs, hugging_f
         assert ours.shape == other.shape == shape
         assert (ours - other).norm() <= tolerance * ours.norm()
     shares = results[0][2].sum((-1, -2))
-    assert ((shares > 0.5) & (shares < 1)).all(), "the class token looks at itself a little"
+    assert ((shares > 0.5) & (shares < 1)).all(), "the share of the class token itself is excluded"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("library", ["timm", "hf"])
 @pytest.mark.parametrize("purpose", ["logits", "features", "attention"])
-def test_other_libraries_models_run_on_the_kernels(purpose, library, theirs, hugging_face, photo):
+def test_models_of_other_libraries_run_on_the_kernels(purpose, library, theirs, hugging_face, photo):
     seen: set[str] = set()
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class RecordCalls(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             seen.add(function.namespace)
             return function(*args, **(kwargs or {}))
@@ -446,14 +446,14 @@ def test_other_libraries_models_run_on_the_kernels(purpose, library, theirs, hug
         options = _options(photo, "--model", name, "--weights", theirs[1], "--image-size", 64, "--backend", backend)
         named = models.open_model(options, purpose=purpose)
         seen.clear()
-        with Watch():
+        with RecordCalls():
             results.append(named.attention(images, -1) if purpose == "attention" else getattr(named, purpose)(images))
         assert ("vit_triton" in seen) == (backend == "triton")
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
-def test_a_folder_of_hugging_face_is_seen_as_its_processor_says(tmp_path, capsys):
+def test_hugging_face_folder_uses_its_image_processor(tmp_path, capsys):
     """DINOv2: resampled position embeddings, center crop, prefix tokens, class names."""
     torch.manual_seed(0)
     model = transformers.Dinov2WithRegistersForImageClassification(
@@ -484,7 +484,7 @@ def test_a_folder_of_hugging_face_is_seen_as_its_processor_says(tmp_path, capsys
 
 
 @pytest.mark.parametrize("purpose", ["predict", "features"])
-def test_hugging_face_draws_no_weights_at_random(purpose, tmp_path, photo, capsys, monkeypatch):
+def test_missing_hugging_face_weights_are_reported(purpose, tmp_path, photo, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
     model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
@@ -497,7 +497,7 @@ def test_hugging_face_draws_no_weights_at_random(purpose, tmp_path, photo, capsy
     assert (code, out) == (2, "") and err.endswith(f"hf:{tmp_path} has no weights for {lacking}\n")
 
 
-def test_another_architecture_of_hugging_face_is_refused(tmp_path, photo, capsys):
+def test_unsupported_hugging_face_architecture_is_rejected(tmp_path, photo, capsys):
     transformers.SwinConfig().save_pretrained(tmp_path)
     code, _, err = run(capsys, "features", photo, "--model", f"hf:{tmp_path}", "--out", tmp_path / "a.png")
     assert code == 2 and "must be one of vit, deit, dinov2, dinov2_with_registers, got swin" in err
@@ -507,7 +507,7 @@ def test_another_architecture_of_hugging_face_is_refused(tmp_path, photo, capsys
 
 
 @torch.no_grad()
-def test_features_are_what_the_blocks_give(trained, photos, tmp_path, capsys, monkeypatch):
+def test_features_match_the_block_outputs(trained, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = sorted((photos / "dark").iterdir())[:2]
     code, out, _ = run(capsys, "features", *paths, "--model", trained, "--backend", "torch")
@@ -523,7 +523,7 @@ def test_features_are_what_the_blocks_give(trained, photos, tmp_path, capsys, mo
         assert file["components"].shape == (2, 2, 2, 3) and file["foreground"].all()
 
 
-def test_principal_components_are_those_of_scikit_learn():
+def test_principal_components_match_scikit_learn():
     points = torch.randn(50, 7) * torch.arange(1, 8) + 3
     ours = features.principal(points, 3)
     theirs = sklearn.decomposition.PCA(3).fit_transform(points.double().numpy())
@@ -534,7 +534,7 @@ def test_principal_components_are_those_of_scikit_learn():
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_foreground_is_what_touches_the_border_less(sign):
+def test_foreground_is_the_part_with_less_contact_to_the_border(sign):
     blob = torch.zeros(2, 9, 9, dtype=torch.bool)
     blob[0, 2:6, 3:8] = blob[1, 4:, 2:5] = True
     maps = torch.randn(2, 9, 9, 8) * 0.1
@@ -544,7 +544,7 @@ def test_the_foreground_is_what_touches_the_border_less(sign):
     assert (colours[~blob] == 0).all() and colours[blob].amax(0).tolist() == [1, 1, 1]
 
 
-def test_colours_are_those_of_the_photo_over_white():
+def test_masked_colours_are_drawn_over_white():
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[:2] = True
     colour = 0.5 * mask[..., None].expand(4, 4, 3)
@@ -552,7 +552,7 @@ def test_colours_are_those_of_the_photo_over_white():
     assert picture.shape == (80, 40, 3)
     np.testing.assert_allclose(picture[0], 0.5, atol=1e-6)
     np.testing.assert_allclose(picture[-1], 1, atol=1e-6)
-    assert picture.min() > 0.4, "no dark edge between them"
+    assert picture.min() > 0.4, "a dark edge between colour and background"
 
 
 @pytest.mark.parametrize(("images", "ending", "options"), [(1, "png", []), (4, "jpg", ["--foreground"])])
@@ -562,7 +562,7 @@ def test_pictures_of_features(images, ending, options, trained, photos, tmp_path
     with Image.open(out) as picture:
         assert picture.width == 1200
         corner = np.asarray(picture.convert("RGB"))[:3, :3]
-    assert (corner == 255).all(), "the background is white"
+    assert (corner == 255).all(), "the background must be white"
     assert (tmp_path / "picture.npz").is_file()
 
 
@@ -581,7 +581,7 @@ def test_pictures_of_attention(trained, photos, tmp_path, capsys):
         torch.testing.assert_close(got, expected[:, layer, :, 0, 1:].unflatten(-1, (2, 2)))
 
 
-def test_many_heads_take_more_lines():
+def test_many_heads_are_drawn_in_several_rows():
     photo = Image.new("RGB", (28, 28), "gray")
     figure = attention.draw([(Path("a.png"), photo)] * 2, [torch.rand(16, 2, 2)] * 2)
     titles = [axes.get_title() for axes in figure.axes if axes.get_images()]
@@ -589,7 +589,7 @@ def test_many_heads_take_more_lines():
     assert len(figure.axes) == 2 * 3 * attention.COLUMNS
 
 
-def test_attention_lights_the_photo():
+def test_attention_brightens_the_photo():
     weights = torch.zeros(4, 4)
     weights[0, 0] = 0.1
     picture = attention.over(Image.new("RGB", (32, 32), (90, 90, 90)), weights)
@@ -600,7 +600,7 @@ def test_attention_lights_the_photo():
 # --- info and bench ----------------------------------------------------------------------------------------
 
 
-def test_info_names_versions_and_what_runs_where(capsys, monkeypatch):
+def test_info_shows_versions_and_backends(capsys, monkeypatch):
     code, out, _ = run(capsys, "info")
     assert code == 0 and vit_triton.__version__ in out and torch.__version__.split("+")[0] in out
     assert 'backend by default: "auto"' in out and "cpu" in out
@@ -611,13 +611,13 @@ def test_info_names_versions_and_what_runs_where(capsys, monkeypatch):
     assert 'backend by default: "torch" (VIT_TRITON_BACKEND)' in run(capsys, "info")[1]
 
 
-def test_info_refuses_a_backend_that_there_is_not(capsys, monkeypatch):
+def test_info_rejects_an_unknown_backend(capsys, monkeypatch):
     monkeypatch.setenv("VIT_TRITON_BACKEND", "none")
     code, out, err = run(capsys, "info")
     assert (code, out) == (2, "") and "VIT_TRITON_BACKEND must be one of 'triton', 'torch', 'auto', got 'none'" in err
 
 
-def test_info_says_why(monkeypatch):
+def test_info_shows_the_reasons(monkeypatch):
     from vit_triton import backend
 
     monkeypatch.setattr(backend, "_measured_cpu", lambda: True)
@@ -639,7 +639,7 @@ def test_info_says_why(monkeypatch):
 @pytest.mark.skipif(
     not (Path(vit_triton.__file__).parents[1] / "benchmarks").is_dir(), reason="the package is not that of a checkout"
 )
-def test_bench_hands_over(capfd, monkeypatch, tmp_path):
+def test_bench_forwards_to_the_benchmarks(capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "memory", "--help"]) == 0
     assert "usage: python -m benchmarks memory" in capfd.readouterr().out
@@ -712,7 +712,7 @@ def odd_models(tmp_path_factory) -> dict[str, Path | str]:
         ("", "info|predict|"),
     ],
 )
-def test_wrong_usage_is_a_line(words, message, photo, trained, theirs, odd_models, tmp_path, capsys, monkeypatch):
+def test_usage_errors_are_one_line(words, message, photo, trained, theirs, odd_models, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     named = {"PHOTO": photo, "TRAINED": trained, "FOLDER": tmp_path, "WEIGHTS": theirs[1], "EMPTY": "", **odd_models}
     code, out, err = run(capsys, *(named.get(word, word) for word in words.split()))
@@ -723,7 +723,7 @@ def test_wrong_usage_is_a_line(words, message, photo, trained, theirs, odd_model
 
 
 @pytest.mark.parametrize("words", ["predict PHOTO --model TRAINED", "train digits", "eval TRAINED"])
-def test_a_backend_that_cannot_run_is_a_line(words, photo, trained, capsys, monkeypatch, tmp_path):
+def test_unavailable_backend_gives_a_one_line_error(words, photo, trained, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vit_triton.backend._TRITON_INSTALLED", False)
     named = {"PHOTO": photo, "TRAINED": trained}
@@ -731,7 +731,7 @@ def test_a_backend_that_cannot_run_is_a_line(words, photo, trained, capsys, monk
     assert code == 2 and err.startswith('vit-triton: backend: backend "triton" requires the package triton')
 
 
-def test_a_simple_vit_has_no_class_token(photos, tmp_path, photo, capsys):
+def test_attention_of_a_simple_vit_is_rejected(photos, tmp_path, photo, capsys):
     words = ["train", str(photos), "--out", str(tmp_path), "--epochs", "1", "--model", "SimpleViT", *SMALL.split()]
     assert main(words) == 0
     code, _, err = run(capsys, "attention", photo, "--model", tmp_path, "--out", tmp_path / "a.png")
@@ -739,7 +739,7 @@ def test_a_simple_vit_has_no_class_token(photos, tmp_path, photo, capsys):
     assert run(capsys, "features", photo, "--model", tmp_path, "--out", tmp_path / "a.png")[0] == 0
 
 
-def test_a_model_without_classes_does_not_predict(photo, capsys, theirs, monkeypatch):
+def test_predict_requires_a_classification_head(photo, capsys, theirs, monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name: create(name, num_classes=0))
     words = ("predict", photo, "--model", f"timm:{TIMM}", "--weights", theirs[1], "--ignore", "head.*")
@@ -767,13 +767,13 @@ def no_network(monkeypatch, tmp_path):
                                      "https://huggingface.co/facebook/dinov2-small in a folder and pass it: --model"),
     ],
 )  # fmt: skip
-def test_without_a_network_it_says_which_file_to_put_where(words, message, photo, no_network, capsys):
+def test_offline_error_names_the_missing_file(words, message, photo, no_network, capsys):
     code, _, err = run(capsys, "features", photo, "--model", words)
     assert code == 2 and message in err and err.count("\n") == 1
-    assert huggingface_hub.constants.HF_HUB_OFFLINE, "or it tries for a minute"
+    assert huggingface_hub.constants.HF_HUB_OFFLINE, "otherwise the client retries for a minute"
 
 
-def test_ctrl_c_ends_it_in_a_line(monkeypatch, capsys, tmp_path):
+def test_ctrl_c_gives_a_one_line_message(monkeypatch, capsys, tmp_path):
     def interrupt(config):
         raise KeyboardInterrupt
 
@@ -782,20 +782,20 @@ def test_ctrl_c_ends_it_in_a_line(monkeypatch, capsys, tmp_path):
     assert (code, err) == (130, "vit-triton: interrupted; --resume continues from the last checkpoint\n")
 
 
-def test_under_torchrun_one_process_reports(tmp_path):
+def test_one_process_reports_under_torchrun(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "vit_triton.cli", "train", "digits", "--out", str(tmp_path), "--heads", "many"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     line = "argument --heads: invalid int value: 'many'"
     assert result.returncode != 0
-    assert result.stderr.count(f"vit-triton train: error: {line}\n") == 1, "printed by one process"
+    assert result.stderr.count(f"vit-triton train: error: {line}\n") == 1, "exactly one process must print the error"
     *_, last, end = result.stderr.splitlines()
-    assert last == f"  traceback : vit-triton: {line}" and set(end) == {"="}, "the summary of torchrun ends with it"
+    assert last == f"  traceback : vit-triton: {line}" and set(end) == {"="}, "torchrun's summary lacks the error"
 
 
 @pytest.mark.parametrize("words", [("eval", "nowhere"), ("eval",)])
-def test_a_process_reports_alone_if_the_first_one_goes_on(words, monkeypatch, capsys):
+def test_other_processes_report_after_a_grace_period(words, monkeypatch, capsys):
     waited = []
     monkeypatch.setattr(errors.time, "sleep", waited.append)
     for rank in ("0", "1"):
@@ -805,7 +805,7 @@ def test_a_process_reports_alone_if_the_first_one_goes_on(words, monkeypatch, ca
     assert waited == [errors.GRACE]
 
 
-def test_ctrl_c_under_torchrun_is_reported_by_the_first_process(monkeypatch, capsys, tmp_path):
+def test_ctrl_c_under_torchrun_is_reported_by_rank_0_only(monkeypatch, capsys, tmp_path):
     def interrupt(config):
         raise KeyboardInterrupt
 
@@ -815,7 +815,7 @@ def test_ctrl_c_under_torchrun_is_reported_by_the_first_process(monkeypatch, cap
 
 
 @pytest.mark.parametrize("package", ["rich", "matplotlib", "PIL"])
-def test_a_missing_package_names_the_extra(package, monkeypatch, capsys):
+def test_missing_package_error_names_the_extra(package, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == package or "vit_triton.cli." in name]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("images", "cli"):  # a package's references to its modules
@@ -825,7 +825,7 @@ def test_a_missing_package_names_the_extra(package, monkeypatch, capsys):
     assert code == 2 and package in err and "pip install 'vit_triton[cli]'" in err and err.count("\n") == 1
 
 
-def test_timm_or_transformers_missing(monkeypatch, capsys, photo):
+def test_missing_timm_is_reported(monkeypatch, capsys, photo):
     monkeypatch.setitem(sys.modules, "timm", None)
     code, _, err = run(capsys, "predict", photo, "--model", f"timm:{TIMM}")
     assert code == 2 and "pip install timm" in err and err.count("\n") == 1

@@ -19,7 +19,7 @@ import torch
 from conftest import EMULATOR, INTERPRETER, launcher_modules
 
 if INTERPRETER or EMULATOR:
-    pytest.skip("another vehicle was chosen: it takes the place of the driver", allow_module_level=True)
+    pytest.skip("the interpreter or the emulator replaces the driver", allow_module_level=True)
 
 from triton.runtime.jit import JITFunction
 
@@ -60,7 +60,7 @@ VECTORS = re.compile(
 PARTS = re.compile(r"sums/")  # partial sums are narrow on purpose, see pick_sum_parts
 
 
-def hold(found):
+def check_requirements(found):
     """Check all requirements on one compiled kernel."""
     code = found.code
     assert may_spill(found) or found.local_bytes == 0 and found.count(code.LOCAL) == 0, found
@@ -128,27 +128,27 @@ def each_kernel(arch, dtype):
 def test_each_kernel(arch, dtype):
     assert {found.kernel for found in each_kernel(arch, dtype)} == KERNELS == set(COSTS)
     for found in each_kernel(arch, dtype):
-        hold(found)
+        check_requirements(found)
         assert not narrow_rows(found), found
 
 
 def test_expanded_gradients():
     """Expanded gradients keep 16-byte loads and cause no spills."""
     for found in figures("sm_80", "bfloat16", workloads.expanded_gradients):
-        hold(found)
+        check_requirements(found)
         assert not narrow_rows(found), found
 
 
 @pytest.mark.parametrize(
     ("arch", "dtype"), [*((f"sm_{n}", "bfloat16") for n in (80, 86, 90, 100)), ("sm_80", "float32")]
 )
-def test_a_head_size_of_every_row_of_tiles(arch, dtype):
+def test_one_head_size_for_every_attention_tile(arch, dtype):
     def workload(dtype):
         for head_dim, dropout_p in itertools.product((72, 88, 128, 192, 256), (0.0, 0.1)):
             workloads.attention(dtype, head_dim, dropout_p)
 
     for found in figures(arch, dtype, workload):
-        hold(found)
+        check_requirements(found)
         # includes head sizes 72 and 88, whose strides are no multiples of 16; too small for 16 bytes per thread: the
         # second tile, and dK/dV's masked step of 16 query rows with eight warps
         small = ("_tail", "tile[1]", "= attention_bwd_dkdv_step(")
@@ -157,7 +157,7 @@ def test_a_head_size_of_every_row_of_tiles(arch, dtype):
 
 # ViT-B/16 in bfloat16: maximum registers, minimum blocks per multiprocessor, maximum instructions per loop trip
 # (together they bound the utilization of the matrix units)
-BARS = {
+LIMITS = {
     ("sm_80", "attention_fwd_kernel"): (255, 2, 700),
     ("sm_80", "attention_bwd_dq_kernel"): (168, 3, 230),
     ("sm_80", "attention_bwd_dkdv_kernel"): (255, 2, 300),
@@ -177,16 +177,16 @@ BARS = {
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-def test_bars(arch):
+def test_registers_blocks_and_instructions_of_vit_b_16(arch):
     products = [found for found in each_kernel(arch, "bfloat16") if "PRECISION" in found.constants]
-    assert {kernel for of, kernel in BARS if of == arch} <= {found.kernel for found in products}
+    assert {kernel for of, kernel in LIMITS if of == arch} <= {found.kernel for found in products}
     for found in products:
-        registers, blocks, instructions = BARS.get((arch, found.kernel), (255, 2, 10**4))
+        registers, blocks, instructions = LIMITS.get((arch, found.kernel), (255, 2, 10**4))
         assert found.registers <= registers and found.blocks >= blocks, found
         assert max(found.per_trip) <= instructions, found
 
 
-def test_bars_of_long_attention():
+def test_registers_blocks_and_instructions_of_long_attention():
     """The sequences end with a masked step of 16, 64 or 32 keys."""
 
     def workload(dtype):
@@ -196,7 +196,7 @@ def test_bars_of_long_attention():
     long = figures("sm_90", "bfloat16", workload, only="attention_fwd")
     assert len(long) == 4
     for found in long:
-        hold(found)
+        check_requirements(found)
         assert found.constants["BLOCK_M"] == "128" and found.registers <= 128 and found.blocks >= 2, found
 
 
@@ -227,7 +227,7 @@ def test_every_tile(arch, dtype):
     failed = []
     for found in figures(arch, dtype, workloads.every_tile):
         try:
-            hold(found)
+            check_requirements(found)
         except AssertionError as error:
             failed.append(f"{line(found)}  {traceback.extract_tb(error.__traceback__)[-1].line}")
     assert not failed, "\n".join(failed)
@@ -302,7 +302,7 @@ def every_pick(arch, dtype):
 # --- computation of the figures ----------------------------------------------------------------------------
 
 
-def test_architectures_are_named_as_those_of_gpus():
+def test_architecture_names_match_the_targets():
     for arch in ARCHITECTURES:
         with compiling_for(arch):
             assert target_of(torch.device("cpu")).name == arch
@@ -322,7 +322,7 @@ def test_resident_blocks():
     assert mi300.resident(32, 4, 20 * 1024) == (3, "shared memory")
 
 
-def test_residents_agree_with_llvm():
+def test_resident_blocks_agree_with_llvm():
     """LLVM's AMD assembly contains the occupancy: the waves per SIMD that the registers allow."""
     with compiling_for("gfx942") as found:
         workloads.each_kernel(torch.bfloat16)
@@ -345,7 +345,7 @@ def test_a_loop_that_ends_without_a_branch():
     assert loops(code) == [{1, 2, 3, 4}]
 
 
-def test_what_a_launch_costs():
+def test_flops_and_bytes_of_a_launch():
     """197 tokens, 12 heads of 64, 8 images: attention takes two products forward, three for dQ, four for dK and dV."""
     found = {each.kernel: each for each in each_kernel("sm_80", "bfloat16")}
     product = 2 * 8 * 12 * 197 * 197 * 64
@@ -362,7 +362,7 @@ def test_what_a_launch_costs():
 
 
 @torch.no_grad()
-def test_attention_in_inference_costs_no_log_sum_exp():
+def test_inference_attention_writes_no_log_sum_exp():
     (found,) = figures("sm_80", "bfloat16", lambda dtype: workloads.attention(dtype, 64, 0.0), only="attention_fwd")
     rows = 2 * 197
     assert (found.flops, found.bytes) == (2 * 2 * rows * 197 * 64, 4 * rows * 64 * 2)
@@ -373,7 +373,7 @@ def test_an_expanded_tensor_counts_once():
     assert least_bytes("any", {"x_ptr": x, "y_ptr": torch.zeros(3), "n": 5}) == 4 + 12
 
 
-def test_a_loop_multiplies_a_tile():
+def test_loop_trip_computes_one_step_of_a_tile():
     """A loop trip computes one step of a block's tile, so the loop is found completely and is not unrolled."""
     for found in each_kernel("sm_80", "bfloat16"):
         if found.kernel == "linear_bwd_input_kernel":
@@ -410,13 +410,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert dumped == {".cubin", ".ptx", ".json"}
 
 
-def test_only_what_was_asked_for_is_compiled():
+def test_only_selected_kernels_are_compiled():
     with compiling_for("sm_80", "sum_parts") as found:
         workloads.each_kernel(torch.bfloat16)
     assert {each.kernel.name for each in found} == {"sum_parts_kernel"}
 
 
-def test_what_was_compiled_before_an_interrupt_is_kept(tmp_path, monkeypatch, capsys):
+def test_results_before_an_interrupt_are_kept(tmp_path, monkeypatch, capsys):
     read = command.figures
 
     def interrupted(arch, dtype, **options):

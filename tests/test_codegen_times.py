@@ -8,7 +8,7 @@ import torch
 from conftest import EMULATOR, INTERPRETER
 
 if INTERPRETER or EMULATOR:
-    pytest.skip("another vehicle was chosen: it takes the place of the driver", allow_module_level=True)
+    pytest.skip("the interpreter or the emulator replaces the driver", allow_module_level=True)
 
 from benchmarks import __main__ as benchmarks
 from benchmarks.codegen import model, replay, sass, times, workloads
@@ -69,7 +69,7 @@ def test_the_bound_of_a_small_kernel():
     assert model.times(kernel, 2 * 108 + 1, [10], 2, 0, 0).bound == pytest.approx(1.5 * found.bound)
 
 
-def test_bytes_can_take_longer_than_instructions():
+def test_bound_of_a_memory_bound_kernel():
     found = model.times(small(), 216, [10], blocks=2, flops=0, n_bytes=2.039e9)
     assert found.bound == found.replayed == found.limit == pytest.approx(1e-3)
 
@@ -96,12 +96,12 @@ def test_bytes_can_take_longer_than_instructions():
         ("A100", "BAR.SYNC.DEFER_BLOCKING 0x0", {}),
     ],
 )
-def test_what_an_instruction_occupies(gpu, instruction, cycles):
+def test_pipe_cycles_of_an_instruction(gpu, instruction, cycles):
     (work, _) = Kernel(sass.parse(listing(instruction, "EXIT")), 4, GPUS[gpu]).work
     assert work.cycles == {"issue": 1, **cycles}
 
 
-def test_a_scoreboard_holds_a_warp_up():
+def test_scoreboard_stalls_a_warp():
     """MUFU starts after MOV's 4 cycles and takes 8; its result arrives 20 cycles later."""
     code = listing(("MOV R1, R2", 4, 7, 0), ("MUFU.EX2 R3, R1", 1, 0, 0), ("FADD R4, R3, R3", 2, 7, 1), "EXIT")
     kernel = Kernel(sass.parse(code), 4, GPUS["A100"])
@@ -116,7 +116,7 @@ def test_warps_overlap_until_a_pipe_is_full():
     assert alone == 8 + 20 + 1 and 16 * 8 <= many <= 16 * 8 + 20 + 16
 
 
-def test_long_loops_are_continued_linearly():
+def test_long_loops_are_extrapolated_linearly():
     kernel = small()
     run = [replay.extrapolated(kernel, [n], 2, 2, dram_latency=0, stagger=0) for n in (20, 30, 40)]
     trace = replay._trace(kernel, [20])
@@ -130,7 +130,7 @@ def test_tensor_memory_limits_blocks():
 
 
 @pytest.mark.parametrize("gpu", ["A100", "B200"])
-def test_the_trips_of_loops_are_the_products_of_the_formula(gpu):
+def test_loop_trips_match_the_products_of_the_formula(gpu):
     """The loops compute the formula's products, plus tile padding and (B200) a product before a loop that a branch
     skips. So each loop is found completely, is not unrolled, and a trip moved in front of it counts once."""
     with compiling_for(GPUS[gpu].arch) as found:
@@ -173,7 +173,7 @@ def test_the_command(tmp_path, monkeypatch, capsys, virtual_memory):
     assert len({len(line) for line in lines[1:]}) == 1
 
 
-def test_every_case_names_one_launch(virtual_memory):
+def test_every_case_selects_one_launch(virtual_memory):
     launched = []
     note = lambda kernel, grid, device, arguments: launched.append((kernel, arguments))  # noqa: E731
     for case in times.CASES:

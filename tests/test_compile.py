@@ -46,7 +46,7 @@ SHAPES = [(2, 3, 16, 8), (5, 3, 16, 12), (4, 3, 8, 16)]
 @pytest.mark.parametrize(
     ("backend", "options"), [("inductor", {"depth": 1}), ("aot_eager", {"pool": "mean"})], ids=lambda x: str(x)
 )
-def test_one_graph_serves_any_batch_and_image_size(backend, options):
+def test_one_graph_for_any_batch_and_image_size(backend, options):
     model = vit(**options)
     count = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=count, dynamic=True)
@@ -55,7 +55,7 @@ def test_one_graph_serves_any_batch_and_image_size(backend, options):
         image = torch.randn(shape)
         torch.testing.assert_close(gradients(compiled, image, model), gradients(model, image, model))
         counts.append(count.frame_count)
-    assert counts[0] == counts[-1], "compiled again for other sizes"
+    assert counts[0] == counts[-1], "recompiled for other sizes"
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -73,7 +73,7 @@ def test_one_graph_with_dropout_and_autocast(training):
 # --- torch.export ------------------------------------------------------------------------------------------
 
 
-def test_an_exported_vit_is_loaded_again_and_takes_other_sizes(tmp_path):
+def test_reloaded_export_accepts_other_sizes(tmp_path):
     model = vit().eval()
     batch, grid = Dim("batch", min=1, max=64), Dim("grid", min=1, max=4)
     shapes = ({0: batch, 2: 4 * grid},)
@@ -85,7 +85,7 @@ def test_an_exported_vit_is_loaded_again_and_takes_other_sizes(tmp_path):
         torch.testing.assert_close(loaded(image), model(image))
 
 
-def test_a_constant_of_a_trace_is_not_used_again():
+def test_traced_constants_are_not_reused():
     class Embed(torch.nn.Module):
         def forward(self, image, weight):
             mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
@@ -144,7 +144,7 @@ def backward(output, grad):
     return leaves
 
 
-def test_the_backward_of_these_tests_is_autograds():
+def test_backward_helper_matches_autograd():
     model, image = vit(), torch.randn(2, 3, 16, 16)
     output = model(image)
     grads = backward(output, output.detach() * 2)
@@ -167,7 +167,7 @@ def test_compiles_as_one_graph_for_a_gpu(pool, training):
     assert called == forward | ({name.replace("fwd", "bwd") for name in forward} if training else set())
 
 
-def test_is_exported_for_a_gpu():
+def test_exports_for_a_gpu():
     with FakeTensorMode():
         model, image = fake_cuda_vit()
         exported = torch.export.export(model.eval(), (image,))
@@ -187,7 +187,7 @@ class Captured(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         result = op(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
-        assert all(x.is_cuda for x in tensors), f"{op} waits for the GPU"
+        assert all(x.is_cuda for x in tensors), f"{op} synchronizes with the GPU"
         if op.namespace != "prim":  # prim operators are queries
             self.seen.append((str(op), [(x.shape, x.dtype) for x in tensors]))
         if op.namespace == "vit_triton":
@@ -215,7 +215,7 @@ def launches(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{"dropout": 0.1, "emb_dropout": 0.1}, {"pool": "mean"}], ids=str)
-def test_a_training_step_may_be_a_cuda_graph(launches, dtype, options):
+def test_training_step_can_be_captured_in_a_cuda_graph(launches, dtype, options):
     with FakeTensorMode():
         model, image = fake_cuda_vit(dtype, **options)
         steps = []
@@ -232,7 +232,7 @@ def test_a_training_step_may_be_a_cuda_graph(launches, dtype, options):
     assert {"patch_embed_fwd_kernel", "attention_bwd_dkdv_kernel", "linear_bwd_weight_kernel"} <= started
 
 
-def test_inference_may_be_a_cuda_graph(launches):
+def test_inference_can_be_captured_in_a_cuda_graph(launches):
     with FakeTensorMode(), torch.no_grad():
         model, image = fake_cuda_vit()
         with Captured() as captured:
@@ -272,14 +272,14 @@ def test_grad_scaler_scales_skips_and_unscales():
     scaler.step(ours)
     scaler.update()
     assert scaler.get_scale() == 2.0**10
-    assert all(map(torch.equal, model.parameters(), plain.parameters())), "stepped along a gradient that is not finite"
+    assert all(map(torch.equal, model.parameters(), plain.parameters())), "stepped with a non-finite gradient"
 
 
 # --- activation checkpointing, double backward -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_the_blocks_changes_no_bit(use_reentrant):
+def test_checkpointed_blocks_are_bitwise_equal(use_reentrant):
     model, image = vit(dropout=0.2), torch.randn(2, 3, 16, 16, requires_grad=True)
 
     def checkpointed(image):
@@ -306,7 +306,7 @@ def test_checkpointing_the_blocks_changes_no_bit(use_reentrant):
     assert all(map(torch.equal, *results))
 
 
-def test_a_checkpoint_of_the_whole_model_keeps_the_image_alone():
+def test_checkpointed_model_saves_only_the_image():
     model, image = vit(dropout=0.2), torch.randn(2, 3, 16, 16)
     results, kept = [], []
     for function in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
@@ -328,7 +328,7 @@ def penalised(model, image):
     return output.square().mean() + grad.square().sum()
 
 
-def test_a_gradient_penalty_works_through_the_reference_and_raises_through_the_kernels():
+def test_gradient_penalty_works_in_the_reference_and_raises_in_the_kernels():
     model, image = vit(backend="torch").double(), torch.randn(1, 3, 16, 16, dtype=torch.float64)
     penalised(model, image).backward()
     weight = model.mlp_head.weight

@@ -62,7 +62,7 @@ def test_gemm_tiles(pick, target):
 
 
 @pytest.mark.parametrize("name", ["gfx942", "xpu"])
-def test_options_of_nvidias_compiler_go_to_nvidia_gpus_only(name):
+def test_nvidia_compiler_options_are_set_for_nvidia_gpus_only(name):
     for pick in GEMMS:
         assert not any("maxnreg" in tile.options for tile in gemms(pick, target_named(name), 1576))
     for pick in ATTENTIONS:
@@ -73,7 +73,7 @@ def test_options_of_nvidias_compiler_go_to_nvidia_gpus_only(name):
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.is_gpu or target.name == "cpu"], ids=str_of)
 @pytest.mark.parametrize("pick", GEMMS, ids=lambda pick: pick.__name__)
-def test_a_sample_does_not_depend_on_its_neighbours(pick, target):
+def test_tiles_do_not_depend_on_the_batch_size(pick, target):
     assert list(gemms(pick, target, 197)) == list(gemms(pick, target, 64 * 197))
 
 
@@ -95,7 +95,7 @@ def test_attention_tiles(pick, target, dropout):
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str_of)
-def test_layer_norm_holds_a_row(target):
+def test_layer_norm_tile_covers_a_row(target):
     for width in (*WIDTHS, MAX_LAYER_NORM_WIDTH):
         tile = pick_layer_norm(width, target)
         assert is_power_of_2(tile.block_d) and width <= tile.block_d < 2 * width or width == 1, tile
@@ -104,7 +104,7 @@ def test_layer_norm_holds_a_row(target):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("target", TARGETS, ids=str_of)
-def test_a_split_head_covers_its_size_and_pads_no_more_than_the_next_power_of_two(target, dtype):
+def test_split_head_is_padded_to_at_most_the_next_power_of_two(target, dtype):
     for head_dim in range(1, 257):
         main, tail = attention.split_head_dim(head_dim, dtype, target)
         whole = max(16, next_power_of_2(head_dim))
@@ -112,13 +112,13 @@ def test_a_split_head_covers_its_size_and_pads_no_more_than_the_next_power_of_tw
         assert head_dim <= main + tail <= whole
 
 
-def test_the_real_head_sizes():
+def test_split_of_common_head_sizes():
     sizes, sm_90 = (64, 72, 80, 88, 96, 104), target_named("sm_90")
     covered = {d: sum(attention.split_head_dim(d, torch.bfloat16, sm_90)) for d in sizes}
     assert covered == {64: 64, 72: 80, 80: 80, 88: 96, 96: 96, 104: 128}
 
 
-def test_two_tiles_of_a_float32_head_are_no_wider_than_a_gpu_has_registers_for():
+def test_split_of_float32_heads_depends_on_the_target():
     heads = (72, 80, 88, 96, 160)
     for name, covered in {"sm_80": (80, 80, 128, 128, 256), "cpu": (80, 80, 96, 96, 160)}.items():
         sums = tuple(sum(attention.split_head_dim(d, torch.float32, target_named(name))) for d in heads)
@@ -126,13 +126,13 @@ def test_two_tiles_of_a_float32_head_are_no_wider_than_a_gpu_has_registers_for()
 
 
 @pytest.mark.parametrize("length", [1, 16, 64, 65, 196, 197, 257, 577, 1370])
-def test_the_tail_of_a_sequence_covers_what_the_full_blocks_leave(length):
+def test_tail_block_covers_the_rest_of_the_sequence(length):
     for block in (16, 32, 64, 128):
         tail = attention.attention_tail(length, block)
         assert length % block <= tail < max(32, 2 * (length % block)) if length % block else tail == 0
 
 
-def test_configurations_are_frozen_and_can_be_keys():
+def test_configurations_are_frozen_and_hashable():
     for tile in (
         pick_layer_norm(768, target_named("sm_80")),
         attention.pick_attention_fwd(197, 197, 64, torch.float16, target_named("sm_80"), False),
@@ -174,7 +174,7 @@ def scale_kernel(x_ptr, y_ptr, n, factor, BLOCK: tl.constexpr):
 
 
 @pytest.mark.compiled
-def test_launched_again_with_other_arguments():
+def test_compiled_kernel_is_reused_for_matching_arguments_only():
     """A launch reuses a compiled kernel only for matching arguments."""
     buffer = torch.arange(3000.0)
     for x in (buffer[:2000], buffer[1:2001], buffer[:2000].bfloat16(), buffer[3:2003].double(), buffer[5:50]):
@@ -188,7 +188,7 @@ def test_launched_again_with_other_arguments():
 
 
 @pytest.mark.compiled
-def test_a_second_launch_does_not_search(monkeypatch):
+def test_repeated_launch_skips_the_kernel_lookup(monkeypatch):
     if launch.INTERPRETING:
         return  # nothing is compiled
     x = torch.arange(64.0)
@@ -202,7 +202,7 @@ def test_a_second_launch_does_not_search(monkeypatch):
         assert torch.equal(y, x * factor) and len(calls) == searches
 
 
-def test_a_grid_beyond_the_limit_is_an_error():
+def test_grid_beyond_the_limit_raises():
     kernel = Kernel()
     kernel.__name__ = "some_kernel"
     with pytest.raises(ValueError, match="2147483648 programs of some_kernel, a GPU supports 2147483647"):

@@ -25,7 +25,7 @@ from vit_triton import cpu, reference
 from vit_triton import functional as F
 
 if INTERPRETER or EMULATOR:
-    pytest.skip("another vehicle was chosen: nothing is compiled for the CPU", allow_module_level=True)
+    pytest.skip("nothing is compiled for the CPU with the interpreter or the emulator", allow_module_level=True)
 
 from triton import knobs
 from triton.compiler import ASTSource
@@ -278,7 +278,7 @@ def test_elementwise(case, arch):
     wide = [a.astype(np.float64) if ulp and a.dtype == np.float32 else a for a in arrays]
     expected = np.asarray(function(*wide))
     untouched, out = out[COUNT:], out[:COUNT]
-    assert (untouched == np.asarray(77).astype(NUMPY[output])).all(), "a store past the mask"
+    assert (untouched == np.asarray(77).astype(NUMPY[output])).all(), "stored outside the mask"
     if output == "f32" or output == "f64":
         expected = expected.astype(NUMPY[output])
         assert distance(out, expected) <= (ulp[0] if ulp else 0)
@@ -510,7 +510,7 @@ def test_masks_of_whole_tiles(tile, arch, monkeypatch):
     torch.testing.assert_close(y, torch.where(stored, x - x.sum(1, keepdim=True), 5.0))
 
 
-ONE_ROW_FOR_ALL = """module {
+BROADCAST_ROW_MASK = """module {
   tt.func public @one_row_for_all(%y: !tt.ptr<f32>, %n: i64) {
     %limit = arith.trunci %n : i64 to i32
     %rows = tt.make_range {end = 1 : i32, start = 0 : i32} : tensor<1xi32>
@@ -531,9 +531,9 @@ ONE_ROW_FOR_ALL = """module {
 
 
 @pytest.mark.parametrize("limit", [0, 1])
-def test_a_mask_of_one_row_for_all(limit):
+def test_broadcast_mask_of_one_row(limit):
     y = np.zeros(4, np.float32)
-    run(ONE_ROW_FOR_ALL, [y], HERE, [limit])
+    run(BROADCAST_ROW_MASK, [y], HERE, [limit])
     assert (y == limit).all()
 
 
@@ -554,7 +554,7 @@ def kept_operand_kernel(a_ptr, b_ptr, y_ptr, k, TRANSPOSED: tl.constexpr, SIZE: 
 
 @pytest.mark.parametrize("arch", ARCHS, ids=NAMES.get)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_products_look_at_nothing_past_an_odd_depth(transposed, arch, monkeypatch):
+def test_products_read_nothing_past_an_odd_depth(transposed, arch, monkeypatch):
     monkeypatch.setattr(triton_driver, "_active", CPUDriver(arch))
     size, k = 32, 21
     a, b = torch.randn(size, k).bfloat16(), torch.randn((size, k) if transposed else (k, size)).bfloat16()
@@ -614,7 +614,7 @@ def test_products_and_softmax(on, dtype):
     assert (out - exact).norm() <= 4 * eps * exact.norm()
 
 
-def test_a_long_sum_is_as_precise_as_pytorchs():
+def test_long_sums_are_as_precise_as_in_pytorch():
     """Sequential summation of 2048 numbers of one sign would have several times the error."""
     torch.manual_seed(0)
     q, k, v = torch.rand(3, 1, 2048, 1, 64)
@@ -637,7 +637,7 @@ def test_threads(threads):
         torch.set_num_threads(before)
 
 
-def test_python_threads_launch_at_once():
+def test_concurrent_launches_from_python_threads():
     qkv = [torch.randn(1, 50 + i, 3, 2, 16) for i in range(12)]
     expected = [F.attention_packed(x, backend="triton") for x in qkv]
     before = torch.get_num_threads()
@@ -655,7 +655,7 @@ def _child(x, queue):
     queue.put(F.layer_norm(x, None, None, backend="triton").sum(1).tolist())
 
 
-def test_a_forked_child_runs_kernels():
+def test_kernels_run_in_a_forked_process():
     torch.set_num_threads(2)
     try:
         x = torch.randn(40, 33)
@@ -684,7 +684,7 @@ class Normed(torch.utils.data.Dataset):
         return F.layer_norm(self.rows[i], None, None, backend="triton")
 
 
-def test_workers_of_a_data_loader_run_kernels():
+def test_kernels_run_in_data_loader_workers():
     torch.set_num_threads(2)
     try:
         rows = torch.randn(12, 33)
@@ -700,7 +700,7 @@ def test_workers_of_a_data_loader_run_kernels():
 # --- errors, dumps and cache keys --------------------------------------------------------------------------
 
 
-def test_an_unknown_operation_is_named():
+def test_unsupported_operation_is_named_in_the_error():
     text = elementwise("%r = math.cbrt %a : tensor<64xf32>", ("f32",), "f32")
     with pytest.raises(ttir.Unsupported, match=r"operation math\.cbrt"):
         lower.lower(ttir.parse(text), HERE.split(","))
@@ -724,7 +724,7 @@ def test_an_unknown_operation_is_named():
         ("vit_triton.cpu.features.llvm_has_x86", lambda: False, "lacks LLVM's code generator for x86-64"),
     ],
 )
-def test_what_it_cannot_serve_is_said(what, value, message, monkeypatch):
+def test_unsupported_platforms_are_reported(what, value, message, monkeypatch):
     assert cpu.why_not() is None
     monkeypatch.setattr(what, value)
     assert message in cpu.why_not()
@@ -750,7 +750,7 @@ F.layer_norm(torch.randn(3, 40), None, None, backend="triton")
     assert "entry:" in files[".s"]
 
 
-def test_the_cache_tells_cpus_apart():
+def test_cache_keys_differ_between_cpus():
     a, b = (compiler.CPUBackend(CPUDriver(arch).get_current_target()) for arch in (AVX2, AVX512))
     assert a.hash() != b.hash()
     assert a.parse_options({}).hash() != b.parse_options({}).hash()
@@ -797,7 +797,7 @@ def test_a_kernel_is_compiled_once(kernels_on_disk, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "longer", "missing", "other text", "pipe"])
-def test_a_damaged_file_is_compiled_anew(damage, kernels_on_disk, tmp_path):
+def test_damaged_cache_file_is_recompiled(damage, kernels_on_disk, tmp_path):
     kernels_on_disk()
     for path in files_of(tmp_path):
         content = path.read_bytes()
@@ -848,8 +848,8 @@ def test_fuzz_damaged_caches(damages, kernels_on_disk, tmp_path):
     assert [path.read_bytes() for path in files] == whole
 
 
-@pytest.mark.parametrize("obstacle", ["no folder", "full", "a folder in the way"])
-def test_a_cache_that_cannot_be_written_is_one_warning(obstacle, kernels_on_disk, tmp_path, monkeypatch):
+@pytest.mark.parametrize("obstacle", ["no folder", "full", "a folder at the path of the file"])
+def test_unwritable_cache_gives_one_warning(obstacle, kernels_on_disk, tmp_path, monkeypatch):
     message = "the cache of compiled kernels in .* cannot be written .*Set TRITON_CACHE_DIR to a writable folder"
     if obstacle == "no folder":
         monkeypatch.setenv("TRITON_CACHE_DIR", "/dev/null/cache")
@@ -877,7 +877,7 @@ def test_a_cache_that_cannot_be_written_is_one_warning(obstacle, kernels_on_disk
     cache._spare.cleanup()
 
 
-def test_kernels_for_gpus_are_kept_as_triton_keeps_them(tmp_path, monkeypatch):
+def test_gpu_kernels_are_cached_in_tritons_format(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     key = hashlib.sha256(b"a kernel").hexdigest()
     for ours, theirs in ((cache.CheckedCache, FileCacheManager), (FileCacheManager, cache.CheckedCache)):
@@ -887,7 +887,7 @@ def test_kernels_for_gpus_are_kept_as_triton_keeps_them(tmp_path, monkeypatch):
         assert theirs(key).get_group("k.json") == group and theirs(key).get_group("other.json") is None
 
 
-def test_a_cache_manager_of_the_user_stays(monkeypatch):
+def test_custom_cache_manager_is_kept(monkeypatch):
     monkeypatch.setattr(knobs.cache, "manager_class", FileCacheManager)
     CPUDriver()
     assert knobs.cache.manager_class is FileCacheManager

@@ -14,7 +14,7 @@ import triton.language as tl
 from conftest import EMULATOR, INTERPRETER
 
 if INTERPRETER or EMULATOR:
-    pytest.skip("another vehicle was chosen: nothing is compiled for the CPU", allow_module_level=True)
+    pytest.skip("nothing is compiled for the CPU with the interpreter or the emulator", allow_module_level=True)
 
 from triton.compiler import ASTSource
 
@@ -164,7 +164,7 @@ def chain_kernel(x_ptr, y_ptr, n, SIZE: tl.constexpr):
     tl.store(y_ptr + offs, (x * 2 + 1) * x, mask=offs < n)
 
 
-def test_a_mask_becomes_the_bound_of_a_loop_that_computes_a_whole_chain():
+def test_mask_becomes_the_bound_of_one_fused_loop():
     expected = """\
 t1 = min(max(n, 0), 64)
 t2 = t1 & -16
@@ -198,7 +198,7 @@ def flag_kernel(x_ptr, y_ptr, flag, n, SIZE: tl.constexpr):
     tl.store(y_ptr + offs, tl.where(mask, x, 7.0), mask=mask)
 
 
-def test_a_condition_on_a_whole_tile_becomes_a_bound_that_makes_a_where_true():
+def test_condition_on_a_whole_tile_becomes_a_loop_bound():
     expected = """\
 t1 = min(max(n, 0), 64)
 t2 = (t1 if flag > 0 else 0) & -16
@@ -220,7 +220,7 @@ def remainder_kernel(x_ptr, y_ptr, n, SIZE: tl.constexpr):
     tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=offs % 3 < n, other=0.0))
 
 
-def test_another_mask_is_tested():
+def test_other_masks_are_evaluated_per_lane():
     expected = """\
 for i in 0 to 32 step 16:
     t1 = x[i] where ((i + lane) % 3) < n else 0.0
@@ -238,7 +238,7 @@ def moments_kernel(x_ptr, y_ptr, n, SIZE: tl.constexpr):
     tl.store(y_ptr + 1, squares)
 
 
-def test_two_reductions_share_a_loop_that_ends_at_the_mask_of_their_load():
+def test_two_reductions_share_a_loop_bounded_by_their_mask():
     expected = """\
 t1 = min(max(n, 0), 64)
 t2 = t1 & -16
@@ -262,7 +262,7 @@ def rows_kernel(x_ptr, w_ptr, y_ptr, n, M: tl.constexpr, N: tl.constexpr):
     tl.store(y_ptr + i[:, None] * n + j[None, :], x * tl.load(w_ptr + i)[:, None])
 
 
-def test_code_that_depends_on_the_row_alone_is_hoisted():
+def test_code_that_depends_only_on_the_row_is_hoisted():
     expected = """\
 for i in 0 to 2:
     t1 = i * n
@@ -281,7 +281,7 @@ def normalise_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
     tl.store(y_ptr + offs, root / tl.sum(root, axis=0))
 
 
-def test_an_expensive_expression_of_two_sinks_is_kept_in_memory():
+def test_expensive_expression_with_two_uses_is_stored():
     expected = """\
 for i in 0 to 32 step 16:
     t1 = x[i]
@@ -303,7 +303,7 @@ def strides_kernel(x_ptr, y_ptr, stride, SIZE: tl.constexpr):
     tl.store(y_ptr + offs, tl.load(x_ptr + offs * stride) + tl.load(x_ptr + offs // 16))
 
 
-def test_addresses_of_an_unknown_stride_are_gathered_and_uniform_ones_are_one_load():
+def test_unknown_strides_are_gathered_and_uniform_addresses_loaded_once():
     expected = """\
 for i in 0 to 64 step 16:
     t1 = (i + lane) * stride
@@ -325,7 +325,7 @@ def blocks_kernel(x_ptr, y_ptr, n, SIZE: tl.constexpr):
     tl.store(y_ptr + offs, total)
 
 
-def test_a_loop_carries_a_tile_in_memory_and_pointers_as_one_offset():
+def test_loop_carried_tile_is_in_memory_and_pointers_are_one_offset():
     expected = """\
 for i in 0 to 32 step 16:
     scratch[i] = 0.0
@@ -350,7 +350,7 @@ def dot_kernel(x_ptr, y_ptr, z_ptr, n, M: tl.constexpr, N: tl.constexpr):
     tl.store(z_ptr + i[:, None] * N + j[None, :], tl.dot(x, y))
 
 
-def test_a_product_reads_its_operands_where_they_lie_and_ends_at_their_masks():
+def test_product_reads_its_operands_in_place_within_their_masks():
     expected = """\
 t1 = min(max(n, 0), 32)
 for i in 0 to 32 step 32:

@@ -46,7 +46,7 @@ def test_demo(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_missing_extra_is_named() -> None:
+def test_missing_extra_is_named_in_the_error() -> None:
     code = f"import sys, runpy; sys.modules['sklearn'] = None; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert result.returncode != 0

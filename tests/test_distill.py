@@ -49,7 +49,7 @@ class TestStudent:
         ],
     )
     @pytest.mark.parametrize("distilling", [False, True])
-    def test_outputs_and_gradients_are_those_of_vit_pytorch(self, backend, changes, distilling):
+    def test_outputs_and_gradients_match_vit_pytorch(self, backend, changes, distilling):
         theirs, ours, config = both(backend, **changes)
         assert_parity(theirs, ours, images(config), **({"distill_token": token()} if distilling else {}))
 
@@ -59,12 +59,12 @@ class TestStudent:
         assert_parity(theirs.bfloat16(), ours.bfloat16(), image, distill_token=token().bfloat16())
 
     @pytest.mark.parametrize("batch", [0, 1])
-    def test_no_image_and_one(self, backend, batch):
+    def test_batch_of_zero_and_one(self, backend, batch):
         theirs, ours, config = both(backend)
         image = images(config, batch)
         assert_same(ours(image, distill_token=token()), theirs(image, distill_token=token()), TERMS)
 
-    def test_state_dicts_and_seeds_are_shared(self):
+    def test_state_dicts_and_initial_weights_match_vit_pytorch(self):
         torch.manual_seed(3)
         theirs = TheirDistillableViT(**BASE)
         torch.manual_seed(3)
@@ -100,7 +100,7 @@ class TestStudent:
             runs.append(ours(images(config), distill_token=token())[1])
         assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
-    def test_bad_token_is_refused(self, backend):
+    def test_bad_token_is_rejected(self, backend):
         _, ours, config = both(backend)
         with pytest.raises(ValueError, match=r"distill_token must have shape \(1, 24\), got \(2, 24\)"):
             ours(images(config), distill_token=torch.zeros(2, 24))
@@ -138,7 +138,7 @@ class TestWrapper:
     @pytest.mark.parametrize(
         "options", [{}, {"temperature": 3.0, "alpha": 0.2}, {"mlp_layernorm": True}, {"alpha": 1}], ids=str
     )
-    def test_loss_and_gradients_are_those_of_vit_pytorch(self, backend, teacher, hard, options):
+    def test_loss_and_gradients_match_vit_pytorch(self, backend, teacher, hard, options):
         theirs, ours, image = wrappers(backend, teacher, hard=hard, **options)
         exact = copy.deepcopy(theirs).double()
         losses = [model(image.to(model.distillation_token.dtype), LABELS) for model in (theirs, ours, exact)]
@@ -151,13 +151,13 @@ class TestWrapper:
             if grad is not None and not grad.any():
                 assert not grads[0][name].any(), name  # with alpha=1, the labels have no gradient
 
-    def test_of_one_call(self, backend):
+    def test_options_of_a_single_call(self, backend):
         theirs, ours, image = wrappers(backend, temperature=2.0, alpha=0.3)
         for options in ({"temperature": 5.0}, {"alpha": 0.9}, {"temperature": 1, "alpha": 0}):
             torch.testing.assert_close(ours(image, LABELS, **options), theirs(image, LABELS, **options))
             assert not torch.equal(ours(image, LABELS, **options), ours(image, LABELS))
 
-    def test_signature_and_seeds_are_theirs(self):
+    def test_signature_and_initial_weights_match_vit_pytorch(self):
         theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (TheirDistillWrapper, DistillWrapper))
         assert [(p.name, p.kind, p.default) for p in ours.values()] == [
             (p.name, p.kind, p.default) for p in theirs.values()
@@ -182,7 +182,7 @@ class TestWrapper:
         ours.eval()
         assert not ours.student.training
 
-    def test_teacher_may_give_an_object_with_logits(self, backend):
+    def test_teacher_may_return_an_object_with_logits(self, backend):
         _, ours, image = wrappers(backend)
         expected = ours(image, LABELS)
         teacher = ours.teacher
@@ -235,7 +235,7 @@ class TestWrapper:
         ({"alpha": 1.5}, ValueError, r"alpha must be between 0 and 1, got 1.5"),
     ],
 )
-def test_bad_wrapper_is_refused_by_name(changes, error, message):
+def test_bad_wrapper_arguments_are_rejected(changes, error, message):
     options = {"teacher": nn.Linear(2, 2), "student": DistillableViT(**BASE), **changes}
     with pytest.raises(error, match=message):
         DistillWrapper(**options)
@@ -250,7 +250,7 @@ def test_bad_wrapper_is_refused_by_name(changes, error, message):
     ],
 )
 @pytest.mark.parametrize("hard", [False, True])
-def test_teacher_with_other_classes_is_refused(teacher, message, hard):
+def test_teacher_with_other_classes_is_rejected(teacher, message, hard):
     wrapper = DistillWrapper(teacher=teacher, student=DistillableViT(**BASE, backend="torch"), hard=hard)
     with pytest.raises(ValueError, match=message):
         wrapper(images(BASE, batch=3), LABELS)

@@ -110,7 +110,7 @@ def of_one_process(kind, pool):
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_logits_and_gradients_are_those_of_one_process(of_two_processes, kind, pool):
+def test_losses_logits_and_gradients_match_one_process(of_two_processes, kind, pool):
     batches, image = data()
     batches = [(images.double(), labels) for images, labels in batches]
     losses, rest = trained(vit(pool, backend="torch").double(), batches, image.double())
@@ -119,4 +119,4 @@ def test_losses_logits_and_gradients_are_those_of_one_process(of_two_processes, 
         for ours, theirs, true in zip(results[kind, pool], single, exact, strict=True):
             assert ours.dtype == torch.float32
             assert_model_as_precise(ours, theirs, true, terms, KINDS[kind])
-    assert all(map(torch.equal, *(results[kind, pool] for results in of_two_processes))), "the processes disagree"
+    assert all(map(torch.equal, *(results[kind, pool] for results in of_two_processes))), "results differ by process"

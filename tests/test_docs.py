@@ -61,7 +61,7 @@ def test_blocks_are_python_or_commands():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_what_it_links_to_is_there(page):
+def test_link_targets_exist(page):
     for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
         path, _, heading = target.partition("#")
         if target.startswith("https://"):
@@ -129,7 +129,7 @@ def test_python_runs(where, small, one_process, capsys):
         assert names[result].shape == (1, 1000) and torch.isfinite(names[result]).all()
 
 
-def test_the_table_is_what_accelerate_prints():
+def test_table_matches_the_output_of_accelerate():
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224")
     tables = [text for where, language, text in BLOCKS if language == "text" and where.startswith("README.md")]
@@ -141,7 +141,7 @@ class Parsed(Exception):
 
 
 @pytest.mark.parametrize("where", COMMANDS)
-def test_commands_are_understood(where, monkeypatch):
+def test_commands_are_parsed(where, monkeypatch):
     def parsed(*args, **options):
         raise Parsed
 
@@ -172,7 +172,7 @@ def test_commands_are_understood(where, monkeypatch):
         if options.command != "bench":
             return
         words = ["python", "-m", "benchmarks", *options.arguments]
-    assert words[:3] == ["python", "-m", "benchmarks"], "a kind of command that is not known here"
+    assert words[:3] == ["python", "-m", "benchmarks"], "unknown command"
     monkeypatch.setattr(sys, "argv", words[2:])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # accept --device cuda
     for command in benchmarks.__main__.COMMANDS:

@@ -56,7 +56,7 @@ def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
 class TestExtractor:
     @pytest.mark.parametrize("layer_name", ["to_patch_embedding", "dropout", "transformer", "to_latent", "mlp_head"])
     @pytest.mark.parametrize("layer_save_input", [False, True], ids=["output", "input"])
-    def test_of_a_child(self, backend, image, layer_name, layer_save_input):
+    def test_layer_given_by_name(self, backend, image, layer_name, layer_save_input):
         results = []
         for model in both(backend):
             extractor = Extractor(model, layer_name=layer_name, layer_save_input=layer_save_input)
@@ -67,7 +67,7 @@ class TestExtractor:
             assert_same(ours, theirs, BASE["mlp_dim"])
 
     @pytest.mark.parametrize("name", ["transformer.norm", "transformer.layers.0.0", "transformer.layers.0.1.net.0"])
-    def test_of_a_layer_given_as_a_module(self, backend, image, name):
+    def test_layer_given_as_a_module(self, backend, image, name):
         theirs, ours = (Extractor(model, layer=model.get_submodule(name))(image) for model in both(backend))
         assert_same(ours[0], theirs[0], BASE["mlp_dim"])
         assert_same(ours[1], theirs[1], BASE["mlp_dim"])

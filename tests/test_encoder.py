@@ -86,14 +86,14 @@ def test_depths(depth, first_token):
             F.encoder(x, blocks, heads=2, first_token=True, backend=backend)
 
 
-def test_an_empty_batch():
+def test_empty_batch():
     x, blocks = torch.randn(0, 5, 32), make(32, 2, 16, 40, torch.float32)
     with torch.no_grad():
         assert F.encoder(x, blocks, heads=2, backend="triton").shape == (0, 5, 32)
         assert F.encoder(x, blocks, heads=2, first_token=True, backend="triton").shape == (0, 1, 32)
 
 
-def test_with_gradients_it_is_made_of_the_other_functions():
+def test_outputs_and_gradients_with_autograd():
     results = []
     for backend in ("triton", "torch"):
         torch.manual_seed(0)
@@ -143,7 +143,7 @@ def replace_norm(model):
     model.transformer.layers[1][0].norm = nn.LayerNorm(48)
 
 
-APART = {
+CHANGES = {
     "dropout": lambda model: model.train(),
     "a hook": lambda model: model.transformer.layers[0][1].net[1].register_forward_hook(hook),
     "a hook on a block": lambda model: model.transformer.layers[0][0].register_forward_pre_hook(hook),
@@ -155,16 +155,16 @@ APART = {
 }
 
 
-@pytest.mark.parametrize("change", APART)
-def test_what_could_tell_the_difference_is_run_apart(change, calls):
+@pytest.mark.parametrize("change", CHANGES)
+def test_hooked_or_modified_models_do_not_run_the_encoder_operator(change, calls):
     model = vit(dropout=0.1, heads=1, dim_head=48 if "projection" in change else 16).eval()
-    APART[change](model)
+    CHANGES[change](model)
     with torch.no_grad():
         model(torch.randn(2, 3, 32, 32))
     assert calls == []
 
 
-def test_autocast_reaches_inside(calls):
+def test_autocast_applies_inside_the_encoder(calls):
     model, images = vit().eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         exact = model(images)
@@ -176,4 +176,4 @@ def test_autocast_reaches_inside(calls):
         tokens = F.encoder(x, blocks, heads=2, backend="triton")
     for ours, wide in ((y, exact), (tokens, reference.encoder(x, blocks, heads=2))):
         error = (ours - wide).norm() / wide.norm()
-        assert 1e-4 < error < 4e-2, "the products are bfloat16"
+        assert 1e-4 < error < 4e-2, "the products must be bfloat16"

@@ -90,13 +90,13 @@ CASES = {
     "dropout of NaN": (lambda: packed((1, 4, 3, 2, 16), dropout_p=NAN), ValueError, ["dropout_p", "nan"]),
     "dropout is text": (lambda: attention(dropout_p="0.1"), TypeError, ["dropout_p", "number", "'0.1'"]),
     "scale is text": (lambda: attention(scale="1"), TypeError, ["scale", "number", "'1'"]),
-    "more rows than are counted": (
+    "more rows than the limit": (
         lambda: F.attention_packed(torch.empty(1, 1, device="meta").expand(2**25, 640).view(2**25, 1, 1, 40, 16)
                                    .expand(2**25, 2, 3, 40, 16), backend="triton"),
         ValueError, ["batch * heads * rows", str(2**31 - 1)]),
     "q_norm of another length": (
         lambda: attention(q_norm=(R(15), None, 1e-5)), ValueError, ["weight of q_norm", "(16,)", "(15,)"]),
-    "k_norm is no triple": (
+    "k_norm is not a triple": (
         lambda: packed((1, 4, 3, 2, 16), k_norm=R(16)), TypeError, ["k_norm", "(weight, bias, eps)", "Tensor"]),
     "unknown norm_type": (lambda: attention(norm_type="batch"), ValueError, ["norm_type", "'rms_norm'", "'batch'"]),
     "unknown backend": (
@@ -122,7 +122,7 @@ CASES = {
     "drop path above 1": (lambda: linear(drop_path_p=1.1, residual=R(5, 4)), ValueError, ["drop_path_p", "1.1"]),
     "drop path without samples": (
         lambda: F.linear(R(8), R(8, 8), residual=R(8), drop_path_p=0.1), ValueError, ["drop_path_p", "(8,)"]),
-    "norm is no triple": (lambda: linear(norm=(R(8), R(8))), TypeError, ["norm", "(weight, bias, eps)", "tuple"]),
+    "norm is not a triple": (lambda: linear(norm=(R(8), R(8))), TypeError, ["norm", "(weight, bias, eps)", "tuple"]),
     "norm is a module": (
         lambda: linear(norm=torch.nn.LayerNorm(8)), TypeError, ["norm", "(weight, bias, eps)", "LayerNorm"]),
     "weight of the norm of another length": (
@@ -134,16 +134,16 @@ CASES = {
     "unknown activation": (lambda: mlp(activation="elu"), ValueError, ["activation", "'quick_gelu'", "'elu'"]),
     "w1 of an odd gate": (lambda: mlp(w1=(13, 8), activation="swiglu"), ValueError, ["w1", "2 * hidden", "(13, 8)"]),
     "w2 as wide as gate and value": (lambda: mlp(activation="swiglu"), ValueError, ["w2", "6 columns", "(8, 12)"]),
-    "w2 does not follow w1": (lambda: mlp(w2=(8, 11)), ValueError, ["w2", "12 columns", "w1", "(8, 11)"]),
+    "w2 does not match w1": (lambda: mlp(w2=(8, 11)), ValueError, ["w2", "12 columns", "w1", "(8, 11)"]),
     "b1 of another length": (lambda: mlp(b1=(8,)), ValueError, ["b1", "(12,)", "(8,)"]),
     "hidden dropout below 0": (lambda: mlp(hidden_dropout_p=-0.1), ValueError, ["hidden_dropout_p", "-0.1"]),
     # encoder
     "tokens without a batch": (lambda: encoder((5, 8)), ValueError, ["x", "(B, N, D)", "(5, 8)"]),
     "no tokens": (lambda: encoder((1, 0, 8)), ValueError, ["at least one", "0"]),
-    "qkv that is no three": (lambda: encoder(qkv_weight=(25, 8)), ValueError, ["blocks[0].qkv_weight", "(25, 8)"]),
+    "qkv rows indivisible by 3": (lambda: encoder(qkv_weight=(25, 8)), ValueError, ["blocks[0].qkv_weight", "(25, 8)"]),
     "qkv of other heads": (lambda: encoder(heads=3), ValueError, ["blocks[0].qkv_weight", "3 heads", "(24, 8)"]),
     "qkv of other columns": (lambda: encoder(qkv_weight=(24, 9)), ValueError, ["blocks[0].qkv_weight", "8 columns"]),
-    "out that does not follow qkv": (lambda: encoder(out_weight=(8, 9)), ValueError, ["blocks[0].out_weight", "8 col"]),
+    "out does not match qkv": (lambda: encoder(out_weight=(8, 9)), ValueError, ["blocks[0].out_weight", "8 col"]),
     "out of other rows": (lambda: encoder(out_weight=(9, 8)), ValueError, ["blocks[0].out_weight", "8 rows", "(9, 8)"]),
     "a layer scale of another length": (
         lambda: encoder(layer_scale2=R(9)), ValueError, ["blocks[0].layer_scale2", "(8,)", "(9,)"]),
@@ -164,7 +164,7 @@ CASES = {
     "residual on another device": (lambda: norm(residual=META), ValueError, ["residual", "cpu", "meta"]),
     # patch_embed
     "image without a batch": (lambda: embed((3, 8, 8)), ValueError, ["image", "(B, C, H, W)", "(3, 8, 8)"]),
-    "image that does not divide": (lambda: embed((1, 3, 8, 9)), ValueError, ["image", "8 x 9", "4 x 4"]),
+    "image not divisible into patches": (lambda: embed((1, 3, 8, 9)), ValueError, ["image", "8 x 9", "4 x 4"]),
     "image without a row": (lambda: embed((1, 3, 0, 8)), ValueError, ["image", "0 x 8"]),
     "image of other channels": (lambda: embed((1, 4, 8, 8)), ValueError, ["image", "4 channels", "64 columns"]),
     "more patches than positions": (lambda: embed(pos=R(3, 16)), ValueError, ["image", "4 patches", "3 positions"]),
@@ -239,9 +239,9 @@ CASES = {
             torch.nn.Sequential(vit_triton.modules.Attention(8, 2, 4), vit_triton.modules.Attention(8, 1, 4)),
             R(1, 5, 8)),
         ValueError, ["model", "heads", "(2, 5, 5)", "(1, 5, 5)"]),
-    "tokens that are sparse": (
+    "sparse tokens": (
         lambda: vit_triton.modules.Attention(8, 2, 4)(R(1, 5, 8).to_sparse()), TypeError, ["x", "dense", "sparse_coo"]),
-    "images that are nested": (
+    "nested images": (
         lambda: vit()(torch.nested.nested_tensor([R(3, 8, 8)])), TypeError, ["image", "dense", "nested"]),
 }  # fmt: skip
 

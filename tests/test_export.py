@@ -117,7 +117,7 @@ def images(batch: int = 2) -> Tensor:
 
 
 @pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "no gradients"])
-def test_traces_follow_the_parameters_and_outlive_a_file(models, gradients):
+def test_traces_use_current_parameters_and_survive_saving(models, gradients):
     model, plain = models
     with torch.set_grad_enabled(gradients):
         model(images())  # weights prepared by inference must stay out of the trace
@@ -147,7 +147,7 @@ def test_traces_follow_the_parameters_and_outlive_a_file(models, gradients):
         assert_model_as_precise(*grads, longest_sum(plain))
 
 
-def test_a_trace_takes_smaller_images():
+def test_trace_accepts_smaller_images():
     """The trace computes shapes instead of storing constants, unlike vit_pytorch's."""
     model, plain = made(OURS["ViT"])
     traced = torch.jit.trace(model, images())
@@ -156,7 +156,7 @@ def test_a_trace_takes_smaller_images():
         assert_same(traced(image), plain(image))
 
 
-def test_shape_checks_of_ours_do_not_warn():
+def test_shape_checks_do_not_warn_in_a_trace():
     model, _ = made(OURS["ViT"])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -249,7 +249,7 @@ def to_onnx(model: nn.Module, dynamo: bool, *tensors: Tensor) -> io.BytesIO:
     return file
 
 
-def test_onnx_files_hold_no_operator_of_ours_and_give_the_numbers(models):
+def test_onnx_files_use_standard_operators_and_match(models):
     model, plain = models
     file, image = to_onnx(model, False, images()), images(3)
     assert_same(run_onnx(file, image), plain(image).detach(), TERMS)
@@ -285,7 +285,7 @@ def test_a_strict_capture_for_onnx_is_portable():
     assert_same(program.module()(image), plain(image))
 
 
-def test_a_program_that_holds_our_operators_names_the_portable_way():
+def test_error_for_custom_operators_names_portable_operators():
     model, _ = made(THEIRS["timm"])
     program = torch.export.export(model, (images(),))
     assert operators_of_ours(program)
@@ -305,7 +305,7 @@ def operators_of_ours(program: torch.export.ExportedProgram) -> list[str]:
     return [str(node.target) for node in program.graph.nodes if "vit_triton" in str(node.target)]
 
 
-def test_a_program_captured_on_request_holds_pytorchs_operators(models):
+def test_portable_export_has_only_pytorch_operators(models):
     model, plain = models
     with vit_triton.portable_operators():
         program = torch.export.export(model, (images(),), dynamic_shapes=({0: Dim("batch")},))
@@ -317,7 +317,7 @@ def test_a_program_captured_on_request_holds_pytorchs_operators(models):
 
 
 @pytest.mark.parametrize("make", [OURS["ViT"], THEIRS["timm"]], ids=["ours", "accelerated"])
-def test_a_strict_capture_on_request(make):
+def test_portable_strict_export(make):
     model, plain = made(make)
     with torch.no_grad():  # with gradients, they are in subgraphs
         assert operators_of_ours(torch.export.export(model, (images(),), strict=True))
@@ -328,7 +328,7 @@ def test_a_strict_capture_on_request(make):
     assert_same(program.module()(image), plain(image))
 
 
-def test_portable_operators_come_before_every_backend():
+def test_portable_operators_override_every_backend():
     x = torch.randn(3, 4)
 
     def ran() -> list[str]:
@@ -348,7 +348,7 @@ def test_portable_operators_come_before_every_backend():
 
 
 @pytest.mark.parametrize("make", [OURS["ViT"], THEIRS["timm"]], ids=["ours", "accelerated"])
-def test_torch_compile_has_one_graph_for_each(make):
+def test_torch_compile_has_one_graph_per_mode(make):
     model, plain = made(make)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)

@@ -37,11 +37,11 @@ def images(batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def watch(model: nn.Module):
+def add_hook(model: nn.Module):
     return model.blocks[0].norm2.register_forward_hook(lambda *_: None)
 
 
-WATCHED = {"blocks.0": {"norm2: has hooks": 1}}
+HOOKED = {"blocks.0": {"norm2: has hooks": 1}}
 
 
 # --- counting ----------------------------------------------------------------------------------------------
@@ -52,9 +52,9 @@ def test_calls_are_counted_by_module_and_reason():
     report = vit_triton.accelerate(model, "triton")
     model(images())
     assert report.fallbacks() == vit_triton.fallbacks(model) == {}
-    with watch(model):
+    with add_hook(model):
         model(images())
-    assert report.fallbacks() == vit_triton.fallbacks(model) == WATCHED
+    assert report.fallbacks() == vit_triton.fallbacks(model) == HOOKED
     model.norm(torch.randn(2, 24).double().float())
     model.blocks[1](torch.randn(1, 5, 24), attn_mask=torch.zeros(5, 5))
     model.blocks[1](torch.randn(1, 5, 24), torch.zeros(5, 5))
@@ -63,48 +63,48 @@ def test_calls_are_counted_by_module_and_reason():
     assert counted.pop("blocks.1") == {"called with attn_mask": 1, "called with argument 2": 1}
     assert counted.pop("blocks.1.attn")
     assert counted.pop("patch_embed.proj") == {"image size is not divisible by the patch size": 1}
-    assert {name: counted[name] for name in WATCHED} == WATCHED and "norm" not in counted
+    assert {name: counted[name] for name in HOOKED} == HOOKED and "norm" not in counted
 
 
-def test_backend_torch_is_no_fallback():
+def test_backend_torch_is_not_counted():
     model = make()
     report = vit_triton.accelerate(model, "torch")
     model(images())
     assert report.fallbacks() == {}
 
 
-def test_copies_count_for_themselves_and_restore_forgets():
+def test_copies_have_their_own_counts_and_restore_clears_them():
     model = make()
     report = vit_triton.accelerate(model, "triton")
-    watch(model)
+    add_hook(model)
     model(images())
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(vit_triton.accelerate(make(), "triton")))):
         if isinstance(copied, nn.Module):
             assert vit_triton.fallbacks(copied) == {}
             copied(images())
-            assert vit_triton.fallbacks(copied) == vit_triton.fallbacks(model) == WATCHED
+            assert vit_triton.fallbacks(copied) == vit_triton.fallbacks(model) == HOOKED
         else:
             assert copied.fallbacks() == {} and copied.replaced  # a report is plain data
     vit_triton.restore(model)
     model(images())
     assert vit_triton.fallbacks(model) == {}
-    assert report.fallbacks() == WATCHED
+    assert report.fallbacks() == HOOKED
 
 
-def test_counts_keep_no_module_and_no_tensor():
+def test_counts_hold_no_reference_to_modules_or_tensors():
     model = make()
     report = vit_triton.accelerate(model, "triton")
-    watch(model)
+    add_hook(model)
     model(images())
     module, weight = weakref.ref(model.blocks[0]), weakref.ref(model.norm.weight)
     before = len(vit_triton.fallback._counters)
     del model
     gc.collect()
     assert module() is None and weight() is None and len(vit_triton.fallback._counters) < before
-    assert report.fallbacks() == WATCHED
+    assert report.fallbacks() == HOOKED
 
 
-def test_reasons_hold_no_sizes():
+def test_reasons_contain_no_sizes():
     """Reasons exclude sizes: this bounds the number of stored reasons."""
     model = nn.Sequential(nn.Conv2d(3, 5, 4, stride=4))
     report = vit_triton.accelerate(model, "triton")
@@ -124,7 +124,7 @@ def test_bad_arguments():
 
 
 @pytest.mark.parametrize("how", ["itself", "deepcopy", "pickle"])
-def test_a_strict_model_names_module_and_reason(how):
+def test_strict_error_names_module_and_reason(how):
     model = make()
     report = vit_triton.accelerate(model, "triton", strict=True)
     model = {"itself": lambda m: m, "deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}[how](
@@ -142,12 +142,12 @@ def test_a_strict_model_names_module_and_reason(how):
 
 
 @torch.no_grad()
-def test_a_strict_model_compiles_and_raises_from_there():
+def test_strict_error_is_raised_in_compiled_models():
     model = make()
     vit_triton.accelerate(model, "triton", strict=True)
     compiled = torch.compile(model, backend="eager")
     compiled(images())
-    watch(model)
+    add_hook(model)
     torch._dynamo.reset()
     with pytest.raises(RuntimeError, match=r"blocks\.0 \(Block\) would fall back .* norm2: has hooks"):
         compiled(images())
@@ -158,10 +158,10 @@ def test_a_strict_model_compiles_and_raises_from_there():
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.filterwarnings("ignore:.torch.jit.\\w+. is deprecated", "ignore::torch.jit.TracerWarning")
-def test_nothing_is_counted_for_a_graph_and_strict_models_have_one(strict):
+def test_tracing_counts_nothing_and_does_not_raise(strict):
     model = make()
     report = vit_triton.accelerate(model, "triton", strict=strict)
-    watch(model)
+    add_hook(model)
     with torch.no_grad():
         torch.jit.trace(model, images())
         torch.export.export(model, (images(),))
@@ -175,7 +175,7 @@ def test_nothing_is_counted_for_a_graph_and_strict_models_have_one(strict):
 def test_compiling_counts_nothing_and_compiles_once():
     model = make()
     report = vit_triton.accelerate(model, "triton")
-    watch(model)
+    add_hook(model)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for _ in range(4):
@@ -183,7 +183,7 @@ def test_compiling_counts_nothing_and_compiles_once():
     assert counter.frame_count == 1 and report.fallbacks() == {}
 
 
-def test_features_of_an_accelerated_model_by_torch_fx():
+def test_torch_fx_feature_extraction():
     from torchvision.models import vision_transformer
 
     sizes = dict(image_size=16, patch_size=8, num_layers=1, num_heads=2, hidden_dim=24, mlp_dim=32, num_classes=5)
@@ -196,14 +196,14 @@ def test_features_of_an_accelerated_model_by_torch_fx():
 # --- the limits of the kernels -----------------------------------------------------------------------------
 
 
-def test_the_limits_are_those_of_the_kernels():
+def test_limits_match_the_kernels():
     assert backends.MAX_NORM_WIDTH == MAX_LAYER_NORM_WIDTH
 
 
 WIDE = backends.MAX_NORM_WIDTH + 4
 
 
-def test_a_norm_that_is_too_wide_is_left_and_listed():
+def test_too_wide_norm_is_listed_and_not_replaced():
     model = nn.Sequential(nn.LayerNorm(WIDE), nn.LayerNorm(8))
     report = vit_triton.accelerate(model, "triton")
     left, replaced = report.entries
@@ -212,7 +212,7 @@ def test_a_norm_that_is_too_wide_is_left_and_listed():
     assert torch.equal(model[0](x), nn.functional.layer_norm(x, (WIDE,)))
 
 
-def test_our_vit_has_one_norm_on_the_reference():
+def test_too_wide_patch_norm_of_our_vit_falls_back():
     sizes = dict(image_size=160, patch_size=160, num_classes=5, dim=24, depth=1, heads=1, mlp_dim=24)
     model, image = vit_triton.ViT(**sizes, backend="triton"), torch.randn(2, 3, 160, 160)
     with torch.profiler.profile() as profile:
@@ -228,7 +228,7 @@ def test_our_vit_has_one_norm_on_the_reference():
 
 
 @pytest.mark.parametrize("dim", [24, WIDE])
-def test_our_blocks_with_wide_norms(dim):
+def test_too_wide_norms_of_our_blocks_fall_back(dim):
     block = vit_triton.modules.Transformer(dim, 1, 1, 8, 8, backend="triton")
     x = torch.randn(1, 3, dim)
     for gradients in (False, True):
@@ -242,7 +242,7 @@ def test_our_blocks_with_wide_norms(dim):
     assert_same(ours, block(x), dim)
 
 
-def test_functions_with_an_explicit_backend_raise_and_auto_does_not(monkeypatch):
+def test_too_wide_norm_raises_for_explicit_triton_only(monkeypatch):
     x = torch.randn(2, WIDE)
     with pytest.raises(ValueError, match="width must be 1 to 65536"):
         F.layer_norm(x, None, None, backend="triton")
@@ -273,7 +273,7 @@ LIMITS = {
     "no tokens": lambda: (make().blocks[0], torch.zeros(2, 0, 24)),
     "no images": lambda: (make(), torch.zeros(0, 3, 16, 16)),
     "complex": lambda: (nn.Sequential(nn.Conv2d(3, 5, 4, stride=4)).to(torch.complex64), images().to(torch.complex64)),
-    "more rows than 32 bits count": lambda: (make().to("meta").blocks[0], torch.empty(2**31, 1, 24, device="meta")),
+    "more rows than int32 holds": lambda: (make().to("meta").blocks[0], torch.empty(2**31, 1, 24, device="meta")),
     "more patches": lambda: (make().to("meta").patch_embed.proj, torch.empty(2**30, 3, 16, 16, device="meta")),
     "a hidden width of 0": lambda: (timm.layers.Mlp(24, 0), torch.randn(2, 5, 24)),
     "a sparse input": lambda: (make().norm, torch.randn(2, 24).to_sparse()),
@@ -284,7 +284,7 @@ LIMITS = {
 
 @pytest.mark.parametrize("name", LIMITS)
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors", "ignore:Complex modules are a new feature")
-def test_what_worked_goes_on_working(name):
+def test_inputs_beyond_the_limits_match_the_library(name):
     theirs, ours = both(*LIMITS[name]())
     if isinstance(theirs, Exception):
         assert isinstance(ours, Exception), name
@@ -301,7 +301,7 @@ def of_transformers(implementation: str, heads: int = 2, **changes) -> nn.Module
     return transformers.ViTModel._from_config(config, attn_implementation=implementation).eval()
 
 
-def test_heads_of_transformers_that_are_too_wide_are_left():
+def test_unsupported_head_size_of_transformers_is_not_replaced():
     model = of_transformers("sdpa", heads=1, hidden_size=264)
     theirs = model(images()).last_hidden_state
     report = vit_triton.accelerate(model, "triton")
@@ -310,7 +310,7 @@ def test_heads_of_transformers_that_are_too_wide_are_left():
     assert_same(model(images()).last_hidden_state, theirs, 264)
 
 
-def test_the_attention_of_transformers_is_counted():
+def test_fallbacks_of_transformers_attention_are_counted():
     model = of_transformers("vit_triton")
     with vit_triton.use_backend("triton"):
         model(images())
@@ -323,7 +323,7 @@ def test_the_attention_of_transformers_is_counted():
 # --- PyTorch's FLOP counters -------------------------------------------------------------------------------
 
 
-def test_flops_are_those_of_the_model_before():
+def test_flops_match_the_original_model():
     def flops(model: nn.Module) -> tuple[int, int]:
         with torch.no_grad(), FlopCounterMode(display=False) as counted:
             model(images())

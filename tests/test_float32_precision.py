@@ -35,7 +35,7 @@ def switch(name, value):
 def switches():
     """Reset all settings, then apply some with ``switch``; the end of the test resets them."""
 
-    def anew(*settings):
+    def set_switches(*settings):
         torch.set_float32_matmul_precision("highest")
         for each in SWITCHES.values():
             each.fp32_precision = "none"
@@ -44,8 +44,8 @@ def switches():
 
     before = [each.fp32_precision for each in SWITCHES.values()], torch.get_float32_matmul_precision()
     assert before == (["none"] * len(SWITCHES), "highest")
-    yield anew
-    anew()
+    yield set_switches
+    set_switches()
 
 
 def expected(settings):
@@ -70,7 +70,7 @@ def test_every_pair_of_settings(switches):
         assert launch.input_precision(torch.bfloat16, target_named("sm_80")) == "ieee"
 
 
-def test_operators_run_with_every_pair_of_an_old_and_a_new_setting(switches):
+def test_operators_run_with_every_pair_of_old_and_new_settings(switches):
     """On a CPU float32 stays IEEE under every setting: the bits do not change. All operators run with a single new
     setting that PyTorch rejects, one operator in turn with each other combination."""
     calls = {}
@@ -84,7 +84,7 @@ def test_operators_run_with_every_pair_of_an_old_and_a_new_setting(switches):
             return output, *torch.autograd.grad(output, tensors, grad)
 
         calls[name, dtype] = run, run()
-    refused, in_turn = 0, itertools.cycle(calls)
+    rejected, in_turn = 0, itertools.cycle(calls)
     for settings in itertools.chain(
         itertools.product(OLD, NEW), itertools.product(NEW, OLD), ((each,) for each in NEW)
     ):
@@ -93,16 +93,16 @@ def test_operators_run_with_every_pair_of_an_old_and_a_new_setting(switches):
             torch.get_float32_matmul_precision()
             names = [next(in_turn)]
         except RuntimeError:
-            refused += 1
+            rejected += 1
             names = list(calls) if len(settings) == 1 else [next(in_turn)]
         for name in names:
             run, plain = calls[name]
             assert all(map(torch.equal, run(), plain)), (name, settings)
-    assert refused > 5, "PyTorch refuses to read no such mixture: the test tests nothing"
+    assert rejected > 5, "PyTorch rejects no mixture of settings: the test covers nothing"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_switch_is_read_for_float32_products_only_and_recordings_follow_it(dtype, switches):
+def test_setting_is_read_and_recorded_for_float32_products_only(dtype, switches):
     gpu_path = pytest.importorskip("benchmarks.gpu_path")
     if launch.INTERPRETING:
         pytest.skip("nothing is recorded")

@@ -48,7 +48,7 @@ def statuses(folder):
 # --- steps that fail -----------------------------------------------------------------------------------------
 
 
-def test_a_step_that_fails_costs_no_other_and_a_second_run_goes_on(tmp_path):
+def test_failed_step_does_not_stop_others_and_a_second_run_resumes(tmp_path):
     options = ("--device", "cpu", "--minutes", "3", "--out", tmp_path)
     done = command(*options, "--only", "faults", faults=True)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -84,7 +84,7 @@ def test_a_step_that_fails_costs_no_other_and_a_second_run_goes_on(tmp_path):
     assert "faults: raise" in done.stdout and "faults: abort" not in done.stdout
 
 
-def test_a_step_that_the_end_of_the_command_stops_has_no_result(tmp_path, monkeypatch):
+def test_step_stopped_by_the_end_of_the_command_has_no_result(tmp_path, monkeypatch):
     """The next run repeats the step; only a step that exceeds its own limit counts as hung."""
 
     class Slow(Worker):
@@ -104,7 +104,7 @@ def test_a_step_that_the_end_of_the_command_stops_has_no_result(tmp_path, monkey
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
-def test_a_command_that_is_ended_leaves_no_process(name, tmp_path):
+def test_terminated_command_leaves_no_process(name, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "VIT_TRITON_GPU_FAULTS": "1"}
     words = [sys.executable, "-m", "benchmarks", "gpu", "--device", "cpu", "--out", str(tmp_path), "--only", "hang"]
     log = tmp_path / "logs" / "faults-0.txt"
@@ -119,7 +119,7 @@ def test_a_command_that_is_ended_leaves_no_process(name, tmp_path):
     assert (tmp_path / "report.md").exists() == (name == "SIGTERM")
 
 
-def test_the_start_of_a_process_does_not_outlast_the_command(tmp_path):
+def test_process_start_is_limited_by_the_end_of_the_command(tmp_path):
     worker = Worker(TINY, tmp_path / "log")
     result = worker.run("machine", "copy bandwidth", 0.5)
     assert (result["status"], result["line"]) == (HUNG, "no result within 0 s") and result["seconds"] < 4
@@ -128,7 +128,7 @@ def test_the_start_of_a_process_does_not_outlast_the_command(tmp_path):
     assert clock.limit(Step("one", lambda context: {}, 1.0, limit=1e5)) <= 600
 
 
-def test_what_cannot_be_kept_ends_the_command(tmp_path):
+def test_failed_writes_end_the_command(tmp_path):
     """On a full disk, or with a closed stdout, every further result would be lost."""
     closed = []
 
@@ -149,14 +149,14 @@ def test_what_cannot_be_kept_ends_the_command(tmp_path):
     assert set(closed) == set(workers)
 
 
-def test_one_command_at_a_time_writes_to_a_folder(tmp_path):
+def test_output_folder_is_locked(tmp_path):
     for _ in range(2):
         with gpu._alone(tmp_path), pytest.raises(SystemExit, match="another command writes to"), gpu._alone(tmp_path):
             pass
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_process_that_cannot_go_on_ends(broken, monkeypatch):
+def test_unusable_process_ends(broken, monkeypatch):
     """After a failed CUDA graph capture PyTorch 2.11 raises on random numbers, even if the step itself passed."""
 
     def randn(*size, device):
@@ -170,7 +170,7 @@ def test_a_process_that_cannot_go_on_ends(broken, monkeypatch):
     assert result == {"status": PASSED, "line": "", "ends": broken}
 
 
-def test_memory_that_a_library_lacks_is_memory():
+def test_library_allocation_failure_is_out_of_memory():
     assert is_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert not is_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
@@ -188,10 +188,10 @@ def test_expanded_gradients_have_stride_0(dtype):
 
 @pytest.mark.parametrize("code, message", [(0, "ERROR SUMMARY: 0 errors"), (99, "exit code 99: .*Invalid __global__")])
 def test_the_sanitizer(code, message, tmp_path, monkeypatch):
-    said = "========= Invalid __global__ read of size 2 bytes" if code else "========= ERROR SUMMARY: 0 errors"
+    output = "========= Invalid __global__ read of size 2 bytes" if code else "========= ERROR SUMMARY: 0 errors"
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(
-        f'#!/bin/sh\necho "$@" "$PYTORCH_NO_CUDA_MEMORY_CACHING" > {tmp_path}/given\necho "{said}"\nexit {code}'
+        f'#!/bin/sh\necho "$@" "$PYTORCH_NO_CUDA_MEMORY_CACHING" > {tmp_path}/given\necho "{output}"\nexit {code}'
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -204,7 +204,7 @@ def test_the_sanitizer(code, message, tmp_path, monkeypatch):
     assert "--error-exitcode 99" in given and "--report-api-errors no" in given and given.endswith("small_call() 1\n")
 
 
-def test_what_a_graph_captures_copies_nothing_from_the_cpu(monkeypatch):
+def test_captured_baseline_copies_nothing_from_the_cpu(monkeypatch):
     image, *others = patch_embed.inputs(speed.TINY)
     first = patch_embed.pytorch(speed.TINY, image, *others)
     monkeypatch.setattr(torch, "tensor", None)
@@ -220,7 +220,7 @@ def by_backend(ours, torchs=lambda x, w: x * w):
     return lambda x, w, backend: (ours if backend == "triton" else torchs)(x, w)
 
 
-def test_right_numbers_pass():
+def test_correct_results_pass():
     facts = check(by_backend(lambda x, w: x * w))
     assert set(facts["errors"]) == {"inference result 0", "result 0", "gradient of input 0", "gradient of input 1"}
     assert facts["line"].endswith("bitwise reproducible")
@@ -248,13 +248,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_wrong_numbers_are_found(what):
+def test_wrong_results_are_detected(what):
     ours, message = WRONG[what]
     with pytest.raises(Wrong, match=message):
         check(by_backend(ours))
 
 
-def test_an_error_may_be_twice_that_of_pytorch():
+def test_error_limit_is_twice_that_of_pytorch():
     ours, exact = {"x": torch.full((4,), 1.1)}, {"x": torch.ones(4).double()}
     for theirs, right in ((1.06, True), (1.04, False), (float("nan"), False)):
         plain = {"x": torch.full((4,), theirs)}
@@ -266,7 +266,7 @@ def test_an_error_may_be_twice_that_of_pytorch():
 
 
 @pytest.mark.parametrize("spoilt", ["share", "values", "seed"])
-def test_wrong_dropout_is_found(spoilt, monkeypatch):
+def test_wrong_dropout_is_detected(spoilt, monkeypatch):
     def linear(x, weight, dropout_p, backend):
         y = x @ weight.T
         if dropout_p:
@@ -295,7 +295,7 @@ def test_every_operator_has_a_check():
 # --- time ----------------------------------------------------------------------------------------------------
 
 
-def test_what_fits_into_the_minutes():
+def test_schedule_skips_steps_beyond_the_time_limit():
     steps = tuple(Step(str(i), lambda context: {}, seconds) for i, seconds in enumerate((20.0, 200.0, 20.0)))
     rest = Section("rest", "rest", 1.0, (Step("tune", lambda context: {}, 600.0, fills=True),))
     first, last = plan.schedule([Section("a", "a", 0.5, steps), rest], plan.Clock(0.0, 2, 1e15))
@@ -303,7 +303,7 @@ def test_what_fits_into_the_minutes():
     assert (last.fitting, last.begins, last.ends) == (1, first.ends, 120.0)
 
 
-def test_side_by_side_takes_less_time():
+def test_parallel_processes_shorten_the_schedule():
     steps = tuple(Step(str(i), lambda context: {}, 10.0) for i in range(6))
     (row,) = plan.schedule([Section("a", "a", 1.0, steps, processes=3)], plan.Clock(0.0, 2, 1e15))
     assert row.ends == pytest.approx(START_SECONDS + 20)
@@ -342,7 +342,7 @@ def made(folder, steps):
 
 
 @pytest.mark.parametrize("name", ["gpu", "torch", "source"])
-def test_results_of_another_machine_are_refused(name, tmp_path):
+def test_results_of_another_machine_are_rejected(name, tmp_path):
     made(tmp_path, {"a: b": {"status": PASSED}})
     again = Results(tmp_path, RUN)
     before = (tmp_path / "results.json").read_text()
@@ -358,14 +358,14 @@ OTHER_FORMAT = '{"format": 2, "machine": {}, "steps": {}, "runs": []}'
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", OTHER_FORMAT, "\x00"])
-def test_another_file_is_refused_and_kept(content, tmp_path):
+def test_foreign_file_is_rejected_and_kept(content, tmp_path):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(SystemExit, match="holds no results of this command"):
         Results(tmp_path, RUN)
     assert (tmp_path / "results.json").read_text() == content
 
 
-def test_missing_are_steps_without_a_result_and_parts():
+def test_missing_steps_include_incomplete_results():
     results = Results(Path("no folder"), RUN)
     results.steps = {"a": {"status": PASSED}, "b": {"status": CRASHED}, "c": {"status": PASSED, "complete": False}}
     assert [name for name in "abcd" if results.missing(name, again=False)] == ["c", "d"]
@@ -425,7 +425,7 @@ STEPS = {
 }
 
 
-def test_the_page_says_what_is_wrong_and_what_was_measured(tmp_path):
+def test_report_page_shows_failures_and_measurements(tmp_path):
     default, other, *_ = PICKERS["pick_layer_norm"].candidates((768, target_named("sm_90")))
     entry = tuned.Timed("pick_layer_norm", {"width": 768}, other, [(default, 2.0), (other, 1.0)])
     tuned.write(tmp_path / tiles.FILE, tuned.new_table("NVIDIA H200", "sm_90", [entry]))
@@ -446,7 +446,7 @@ def test_the_page_says_what_is_wrong_and_what_was_measured(tmp_path):
 
 
 @pytest.mark.parametrize("mode, gib, processes", [("Default", 8, 4), ("Exclusive_Process", 80, 1), ("Default", 1, 1)])
-def test_the_machine_of_a_gpu(mode, gib, processes, monkeypatch):
+def test_machine_facts_of_a_gpu(mode, gib, processes, monkeypatch):
     facts = dict(total_memory=gib * 2**30, multi_processor_count=9, pci_domain_id=0, pci_bus_id=0x65, pci_device_id=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(**facts))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -458,8 +458,8 @@ def test_the_machine_of_a_gpu(mode, gib, processes, monkeypatch):
     def nvidia_smi(command, **options):
         assert command[-1] == "--id=00000000:65:00.0"
         values = {"driver_version": "580.1", "compute_mode": mode}
-        said = ", ".join(values.get(name, "1") for name in machine.NVIDIA_SMI.split(","))
-        return types.SimpleNamespace(returncode=0, stdout=said)
+        output = ", ".join(values.get(name, "1") for name in machine.NVIDIA_SMI.split(","))
+        return types.SimpleNamespace(returncode=0, stdout=output)
 
     monkeypatch.setattr(machine.subprocess, "run", nvidia_smi)
     found = machine._device(Context("cuda", Path()))
@@ -476,12 +476,12 @@ for name in ("rich", "matplotlib", "timm", "transformers", "torchvision", "vit_p
 """
 
 
-def test_it_needs_none_of_the_extras():
+def test_command_requires_no_extras():
     done = command("--dry-run", code=WITHOUT)
     assert done.returncode == 0 and "NVIDIA H200" in done.stdout, done.stderr
 
 
-def test_it_says_that_triton_is_missing():
+def test_missing_triton_is_reported():
     done = command("--dry-run", code="import sys\nsys.modules['triton'] = None")
     assert (done.returncode, done.stderr) == (
         1,
@@ -500,7 +500,7 @@ def test_it_says_that_triton_is_missing():
         (("--device", "cpu", "--out", "/dev/null/folder"), "cannot continue: [Errno 20] Not a directory: "),
     ],
 )
-def test_bad_options_are_refused(words, message, monkeypatch, capsys, tmp_path):
+def test_bad_options_are_rejected(words, message, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(signal, "signal", lambda *handler: None)
@@ -513,7 +513,7 @@ def test_bad_options_are_refused(words, message, monkeypatch, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_interpreter_is_not_a_gpu(monkeypatch):
+def test_interpreter_is_rejected_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit, match="TRITON_INTERPRET is set"):

@@ -80,26 +80,26 @@ def auto(on):
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
-def test_auto_takes_triton_on_nvidia_gpus_whose_tensor_cores_triton_uses(gpus, capability):
+def test_auto_selects_triton_on_nvidia_gpus_with_supported_tensor_cores(gpus, capability):
     gpus("cuda", name="a GPU", major=capability[0], minor=capability[1])
     assert auto(CUDA_0)[0] == "triton"
 
 
 @pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 2)])
-def test_auto_takes_torch_on_older_ones(gpus, capability):
+def test_auto_selects_torch_on_older_nvidia_gpus(gpus, capability):
     gpus("cuda", name="an old GPU", major=capability[0], minor=capability[1])
     taken, reason = auto(CUDA_0)
     assert taken == "torch" and "GEMMs for an old GPU (compute capability {}.{})".format(*capability) in reason
 
 
-def test_each_gpu_has_its_own_answer(gpus, t4):
+def test_auto_selects_for_each_gpu_separately(gpus, t4):
     gpus("cuda", name="NVIDIA A100", major=8, minor=0)
     assert [auto(each)[0] for each in (CUDA_0, CUDA_1, CUDA_0)] == ["torch", "triton", "torch"]
     assert auto(CUDA_0) == ("torch", T4_REASON)
 
 
 @pytest.mark.parametrize("on", [CUDA_0, XPU_0], ids=str)
-def test_auto_takes_triton_for_fake_tensors_of_a_gpu_that_is_not_there(on):
+def test_auto_selects_triton_for_fake_tensors_of_an_absent_gpu(on):
     assert auto(on)[0] == "triton"
 
 
@@ -107,7 +107,7 @@ GPUS = [("t4", CUDA_0, T4, "sm_75"), ("mi300x", CUDA_0, MI300X, "gfx942"), ("arc
 
 
 @pytest.mark.parametrize(("gpu", "on", "name", "architecture"), GPUS, ids=[gpu[0] for gpu in GPUS])
-def test_only_a_tuned_table_of_the_device_makes_auto_take_triton(request, tmp_path, gpu, on, name, architecture):
+def test_auto_selects_triton_only_with_a_tuned_table_of_the_device(request, tmp_path, gpu, on, name, architecture):
     request.getfixturevalue(gpu)
     taken, reason = auto(on)
     assert taken == "torch" and name in reason and ("vit-triton tune" in reason) == (gpu != "arc")
@@ -121,7 +121,7 @@ def test_only_a_tuned_table_of_the_device_makes_auto_take_triton(request, tmp_pa
         forget()
 
 
-def test_a_table_that_is_damaged_or_missing_is_an_error_where_the_answer_depends_on_it(gpus, t4, monkeypatch, tmp_path):
+def test_damaged_or_missing_table_raises_only_where_it_is_read(gpus, t4, monkeypatch, tmp_path):
     gpus("cuda", name="NVIDIA A100", major=8, minor=0)
     (tmp_path / "table.json").write_text("{")
     for name, error in (("table.json", ValueError), ("missing.json", FileNotFoundError)):
@@ -140,7 +140,7 @@ def explicit(on):
     return backend.resolve_backend(None, "linear", x)
 
 
-def test_an_explicit_triton_runs_and_warns_once_for_each_gpu(gpus, t4):
+def test_explicit_triton_warns_once_per_gpu(gpus, t4):
     gpus("cuda", name="NVIDIA A100", major=8, minor=0)
     gpus("cuda", name=T4, major=7, minor=5)
     with warnings.catch_warnings(record=True) as caught, vit_triton.use_backend("triton"):
@@ -154,13 +154,13 @@ def test_an_explicit_triton_runs_and_warns_once_for_each_gpu(gpus, t4):
         )
 
 
-def test_an_explicit_triton_says_nothing_where_a_table_is(t4):
+def test_explicit_triton_with_a_tuned_table_does_not_warn(t4):
     write_table(T4, "sm_75")
     with vit_triton.use_backend("triton"):  # the tests turn warnings into errors
         assert explicit(CUDA_0) == "triton"
 
 
-def test_compiled_code_has_the_answers_as_constants(gpus, t4):
+def test_compiled_code_has_the_selection_as_a_constant(gpus, t4):
     gpus("cuda", name="NVIDIA A100", major=8, minor=0)
 
     def both(old, new):
@@ -177,7 +177,7 @@ def test_compiled_code_has_the_answers_as_constants(gpus, t4):
     assert [node.target.__name__ for node in graph.nodes if node.op == "call_function"] == ["add", "mul"]
 
 
-def test_tune_does_not_advise_to_tune(t4, monkeypatch, capsys):
+def test_tune_command_does_not_warn_about_a_missing_table(t4, monkeypatch, capsys):
     from vit_triton.cli import main
     from vit_triton.tuning import tune
 
@@ -185,15 +185,15 @@ def test_tune_does_not_advise_to_tune(t4, monkeypatch, capsys):
     monkeypatch.setattr(device, "INTERPRETING", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    asked = []
+    selected = []
 
     def cases(shape, dtype, on, dropout):
         with vit_triton.use_backend("triton"):  # the tests turn warnings into errors
-            asked.append(explicit(CUDA_0))
+            selected.append(explicit(CUDA_0))
         return []
 
     monkeypatch.setattr(tune, "cases", cases)
-    assert main(["tune"]) == 0 and asked == ["triton"]
+    assert main(["tune"]) == 0 and selected == ["triton"]
 
 
 # --- where the reason appears ------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def on_a_gpu(on=CUDA_0):
         return nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True, device=on)
 
 
-def test_the_report_of_accelerate_begins_with_the_reason(t4):
+def test_accelerate_report_begins_with_the_reason(t4):
     report = vit_triton.accelerate(on_a_gpu())
     note = f'backend "auto" selects PyTorch on cuda:0: {T4_REASON}'
     assert report.notes == (note,) and report.replaced
@@ -215,11 +215,11 @@ def test_the_report_of_accelerate_begins_with_the_reason(t4):
 
 
 @pytest.mark.parametrize("name", ["triton", "torch"])
-def test_the_report_has_no_note_where_nothing_is_automatic(t4, name):
+def test_accelerate_report_has_no_note_for_an_explicit_backend(t4, name):
     assert vit_triton.accelerate(on_a_gpu(), name).notes == ()
 
 
-def test_the_report_has_no_note_where_auto_takes_triton_or_the_model_is_on_a_cpu(t4):
+def test_accelerate_report_has_no_note_where_auto_selects_triton_or_on_a_cpu(t4):
     write_table(T4, "sm_75")
     for on in ("cuda:0", "cpu"):
         report = vit_triton.accelerate(on_a_gpu(on))
@@ -227,7 +227,7 @@ def test_the_report_has_no_note_where_auto_takes_triton_or_the_model_is_on_a_cpu
 
 
 @pytest.mark.parametrize(("gpu", "on", "name", "architecture"), GPUS, ids=[gpu[0] for gpu in GPUS])
-def test_info_says_why(request, capsys, monkeypatch, gpu, on, name, architecture):
+def test_info_shows_the_reasons(request, capsys, monkeypatch, gpu, on, name, architecture):
     pytest.importorskip("rich")
     from vit_triton.cli import info, main
 
@@ -245,13 +245,13 @@ def test_info_says_why(request, capsys, monkeypatch, gpu, on, name, architecture
 
 
 @pytest.mark.skipif(INTERPRETING, reason="every target is the interpreter's")
-def test_an_explicit_triton_has_a_target_on_an_intel_gpu(arc):
+def test_target_of_an_intel_gpu(arc):
     target = device.target_of(XPU_0)
     assert (target.name, target.family, target.device, target.tuned) == ("xpu", "gfx", ARC, None)
     assert target.is_gpu and not target.is_nvidia and not target.has_tf32
 
 
-def test_a_launch_is_on_the_device_of_its_tensor(monkeypatch):
+def test_launch_runs_on_the_device_of_its_tensor(monkeypatch):
     for kind in ("cuda", "xpu"):
         monkeypatch.setattr(getattr(torch, kind), "device", lambda which, kind=kind: (kind, which))
     with FakeTensorMode():

@@ -30,7 +30,7 @@ def model(request):
     return model
 
 
-def test_a_folder_gives_the_model_back(model, tmp_path):
+def test_save_and_load_pretrained(model, tmp_path):
     model.save_pretrained(tmp_path)
     copy = type(model).from_pretrained(tmp_path)
     assert type(copy) is type(model) and not copy.training and str(copy) == str(model)
@@ -41,14 +41,14 @@ def test_a_folder_gives_the_model_back(model, tmp_path):
     assert "vit_triton" in (tmp_path / "README.md").read_text()
 
 
-def test_config_is_what_the_model_was_made_with(tmp_path):
+def test_config_contains_the_constructor_arguments(tmp_path):
     MODELS["ViT"]().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     defaults = {"channels": 3, "dropout": 0.0, "emb_dropout": 0.0}
     assert config == {**BASE, **defaults, "image_size": [16, 24], "pool": "mean", "backend": "torch"}
 
 
-def test_a_damaged_folder_gives_an_error(model, tmp_path):
+def test_damaged_weights_file_raises(model, tmp_path):
     model.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
@@ -56,7 +56,7 @@ def test_a_damaged_folder_gives_an_error(model, tmp_path):
         type(model).from_pretrained(tmp_path)
 
 
-def test_weights_of_another_model_are_refused(tmp_path):
+def test_weights_of_another_model_are_rejected(tmp_path):
     """The mixin's own loading is not strict."""
     ViT(**BASE).save_pretrained(tmp_path)
     ViT(**{**BASE, "depth": 1}).save_pretrained(tmp_path / "shallow")

@@ -272,7 +272,7 @@ def cases() -> Iterator[Case]:
 
 # Cases that the unpatched interpreter computes correctly; a patch must preserve them. (Its upcast to float32 is a
 # defect: it loses subnormals.)
-SOUND = {
+CORRECT = {
     "zeros",
     "abs",
     "max",
@@ -287,12 +287,12 @@ VARYING = {
     "range",  # wrong in Triton 3.6, with NumPy 2.4 or later
 }
 NAMES = [name for name, _, _ in cases()]
-DEFECTS = [name for name in NAMES if name not in SOUND | VARYING]
+DEFECTS = [name for name in NAMES if name not in CORRECT | VARYING]
 
 
 def verdict(got: torch.Tensor, expected: torch.Tensor) -> str:
     """RIGHT if all bits are equal (all NaNs count as equal); else a description of the first difference."""
-    assert got.dtype == expected.dtype and got.shape == expected.shape, "the case itself is wrong"
+    assert got.dtype == expected.dtype and got.shape == expected.shape, "the test case is wrong"
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[got.element_size()]
     wrong = (got.view(bits) != expected.view(bits)) & ~(got.isnan() & expected.isnan())
     if not wrong.any():
@@ -348,25 +348,25 @@ def patched() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", DEFECTS)
-def test_defect_is_still_there(name: str, unpatched: dict[str, str]) -> None:
+def test_defect_still_exists(name: str, unpatched: dict[str, str]) -> None:
     assert unpatched[name] != RIGHT, (
         f"Good news: the interpreter of Triton {triton.__version__} computes {name!r} correctly by itself. Move it to "
-        "SOUND; once every case is there in the oldest Triton supported, delete vit_triton/kernels/interpreter.py, "
+        "CORRECT; once every case is there in the oldest Triton supported, delete vit_triton/kernels/interpreter.py, "
         "its call in the launcher, and this file."
     )
 
 
-@pytest.mark.parametrize("name", sorted(SOUND))
-def test_sound_without_patches(name: str, unpatched: dict[str, str]) -> None:
+@pytest.mark.parametrize("name", sorted(CORRECT))
+def test_correct_without_patches(name: str, unpatched: dict[str, str]) -> None:
     assert unpatched[name] == RIGHT
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_patched_is_pytorch_bit_for_bit(name: str, patched: dict[str, str]) -> None:
+def test_patched_results_are_bitwise_equal_to_pytorch(name: str, patched: dict[str, str]) -> None:
     assert patched[name] == RIGHT
 
 
-def test_nothing_is_touched_where_kernels_are_compiled() -> None:
+def test_compiled_mode_applies_no_patch() -> None:
     assert run("compiled", interpret=False) == {"interpreter": "untouched"}
 
 

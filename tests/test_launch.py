@@ -7,7 +7,7 @@ import triton.language as tl
 from conftest import EMULATOR, INTERPRETER
 
 if INTERPRETER or EMULATOR:
-    pytest.skip("another vehicle was chosen: it takes the place of the driver", allow_module_level=True)
+    pytest.skip("the interpreter or the emulator replaces the driver", allow_module_level=True)
 
 from benchmarks import gpu_path
 from benchmarks.codegen.driver import compiling_for
@@ -45,7 +45,7 @@ def start(kernel, *, first=0, **options):
     launch._run(kernel, (1,), CUDA, dict(x_ptr=x[first:], y_ptr=x, BLOCK=16, **options))
 
 
-def test_an_option_that_not_every_configuration_gives_is_told_apart(kernel, compiled):
+def test_optional_launch_option_selects_its_own_kernel(kernel, compiled):
     for options in ({}, {"maxnreg": 32}, {"maxnreg": 64}, {"num_warps": 8}, {}):
         start(kernel, **options)
     assert [(each.metadata.maxnreg, each.metadata.num_warps) for each in compiled()] == [
@@ -53,16 +53,16 @@ def test_an_option_that_not_every_configuration_gives_is_told_apart(kernel, comp
     ]
 
 
-def test_tensors_that_are_not_aligned_do_not_search_again(kernel, compiled, monkeypatch):
+def test_unaligned_tensors_reuse_their_compiled_kernel(kernel, compiled, monkeypatch):
     searches = []
     monkeypatch.setattr(kernel, "run", lambda *args, run=kernel.run, **kw: searches.append(1) or run(*args, **kw))
     for first in (0, 1, 3, 4):
         start(kernel, first=first)
     assert len(searches) == len(compiled()) == 2
-    assert len({each.hash for each in compiled()}) == 2, "aligned tensors have code of their own"
+    assert len({each.hash for each in compiled()}) == 2, "aligned and unaligned tensors need different code"
 
 
-def test_a_kernel_is_not_loaded_while_a_graph_is_captured(kernel, compiled, monkeypatch):
+def test_loading_a_kernel_during_graph_capture_raises(kernel, compiled, monkeypatch):
     capture(monkeypatch, True)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="copy_kernel cannot be loaded .* call the function once .*warm up"):
@@ -74,11 +74,11 @@ def test_a_kernel_is_not_loaded_while_a_graph_is_captured(kernel, compiled, monk
     assert not compiled() and not noted
 
 
-@pytest.mark.parametrize("again", ["found again", "searched for"])
-def test_what_was_loaded_before_is_captured(kernel, compiled, monkeypatch, again):
+@pytest.mark.parametrize("again", ["reused", "looked up"])
+def test_loaded_kernel_can_be_captured(kernel, compiled, monkeypatch, again):
     start(kernel)
     capture(monkeypatch, True)
-    if again == "searched for":
+    if again == "looked up":
         launch._compiled.clear()
     start(kernel)
     assert len(compiled()) == 1

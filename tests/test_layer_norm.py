@@ -92,12 +92,12 @@ def test_outputs_and_gradients(shape, dtype, layout, gradient, residual, affine,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_several_stretches_of_rows(small_tiles, dtype):
+def test_several_blocks_of_rows(small_tiles, dtype):
     check(make((25, 72), dtype, residual=True), [torch.randn(25, 72).to(dtype) for _ in range(2)], residual=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_large_mean_does_not_cancel(dtype):
+def test_large_mean_causes_no_cancellation(dtype):
     check(make((5, 200), dtype, residual=False, offset=1000.0), [torch.randn(5, 200).to(dtype)], residual=False)
 
 
@@ -148,14 +148,14 @@ def test_nan_and_inf_stay_in_their_row(value):
         assert a[[0, 1, 3, 4]].isfinite().all() and a[2].isnan().any()
 
 
-def test_the_sum_is_normalised_as_it_is_returned():
+def test_returned_sum_is_normalised():
     x, residual, weight, bias = make((5, 72), torch.bfloat16, residual=True)
     y, total = F.layer_norm(x, weight, bias, residual=residual, backend="triton")
     assert torch.equal(total, x + residual)
     assert torch.equal(y, F.layer_norm(total, weight, bias, backend="triton"))
 
 
-def test_the_same_bits_every_time():
+def test_bitwise_reproducible():
     inputs = make((700, 40), torch.float32, residual=True)
     grads = [torch.randn(700, 40), torch.randn(700, 40)]
 
@@ -167,7 +167,7 @@ def test_the_same_bits_every_time():
 
 
 @pytest.mark.parametrize("residual", [False, True])
-def test_batch_of_none(residual):
+def test_empty_batch(residual):
     inputs = make((0, 3, 40), torch.float32, residual=residual)
 
     def call(x, *rest):

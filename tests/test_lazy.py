@@ -32,7 +32,7 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
 
 
-def test_importing_the_package_imports_nothing_heavy():
+def test_import_loads_no_slow_modules():
     code = f"""
 import sys, vit_triton
 assert not (found := [name for name in {HEAVY} if name in sys.modules]), found
@@ -56,7 +56,7 @@ assert "ViT" in dir(vit_triton) and "torch" not in sys.modules
         ("tune --model ViT-X/16", 2, "--model: invalid choice: 'ViT-X/16'"),
     ],
 )
-def test_help_and_wrong_arguments_import_nothing_heavy(words, code, text):
+def test_help_and_usage_errors_load_no_slow_modules(words, code, text):
     result = python(COMMAND, *words.split())
     assert result.returncode == code and text in result.stdout + result.stderr, result.stderr
     assert result.stdout.splitlines()[-1] == "imported []"
@@ -78,7 +78,7 @@ def declared(package) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("package", [vit_triton, training], ids=lambda package: package.__name__)
-def test_a_name_is_the_object_that_type_checkers_see(package, monkeypatch):
+def test_lazy_names_match_the_declared_objects(package, monkeypatch):
     expected = declared(package)
     assert expected.keys() <= set(package.__all__) <= set(dir(package))
     for name, value in expected.items():
@@ -110,12 +110,12 @@ def test_an_unknown_name():
         "import torch, vit_triton; torch.ops.vit_triton.linear_fwd",
     ],
 )
-def test_in_a_new_process(code):
+def test_first_use_in_a_new_process(code):
     result = python(code)
     assert result.returncode == 0, result.stderr
 
 
-def test_the_first_use_may_be_inside_torch_compile():
+def test_first_use_inside_torch_compile():
     result = python("""
 import torch, vit_triton
 

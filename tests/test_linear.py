@@ -160,7 +160,7 @@ def dropped(rows, cols, p, seed):
     return F.linear(x, weight, torch.ones(cols), dropout_p=p, backend="triton")
 
 
-def test_dropout_keeps_a_share_and_scales_it():
+def test_dropout_share_and_scale():
     keep = dropped(400, 300, 0.2, seed=0)
     kept = keep != 0
     torch.testing.assert_close(keep[kept], torch.full_like(keep[kept], 1.25))
@@ -169,7 +169,7 @@ def test_dropout_keeps_a_share_and_scales_it():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dropout_has_one_mask_in_both_directions(dtype):
+def test_dropout_mask_is_the_same_in_forward_and_backward(dtype):
     keep = dropped(70, 50, 0.2, seed=5).double()
     inputs = make((70,), 40, 50, dtype)
     dy = torch.randn(70, 50).to(dtype)
@@ -249,7 +249,7 @@ def test_layer_scale_and_drop_path_of_several_tiles(small_tiles, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dropout_and_drop_path_have_one_mask_each_in_both_directions(dtype):
+def test_dropout_and_drop_path_masks_are_the_same_in_forward_and_backward(dtype):
     options = dict(drop_path_p=0.4, dropout_p=0.2, backend="triton")
     torch.manual_seed(5)
     zeros, weight, residual = torch.zeros(7, 10, 40), torch.zeros(50, 40), torch.zeros(7, 10, 50)
@@ -274,7 +274,7 @@ def test_dropout_and_drop_path_have_one_mask_each_in_both_directions(dtype):
 
 @pytest.mark.parametrize("shape", [(6, 5, 8), (11, 8), (4, 3, 2, 8)])
 @pytest.mark.parametrize("p", [0.25, 1.0])
-def test_drop_path_draws_as_timm_does(shape, p):
+def test_drop_path_draws_as_in_timm(shape, p):
     x, weight = torch.randn(shape), torch.randn(8, 8)
     torch.manual_seed(2)
     ours = F.linear(x, weight, residual=x, drop_path_p=p, backend="triton")
@@ -283,7 +283,7 @@ def test_drop_path_draws_as_timm_does(shape, p):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_no_sample_and_no_draw():
+def test_drop_path_with_empty_batch_and_with_probability_zero():
     x = torch.randn(0, 5, 16)
     assert F.linear(x, torch.randn(16, 16), residual=x, drop_path_p=0.5, backend="triton").shape == (0, 5, 16)
     before = torch.get_rng_state()
@@ -303,7 +303,7 @@ def test_only_layer_scale_requires_a_gradient():
     assert_same(ours.grad, theirs.grad, 40)
 
 
-def test_layer_scale_keeps_nothing_more_than_parameters():
+def test_layer_scale_saves_only_parameters():
     inputs, saved = [x.requires_grad_() for x in [*make((7, 2), 40, 24, torch.float32), torch.randn(24)]], []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
         call(F.linear, False, drop_path_p=0.5, backend="triton")(*inputs)
@@ -318,14 +318,14 @@ def test_nan_and_inf_stay_in_their_row(value):
     assert torch.equal(ours.isfinite(), theirs.isfinite()) and torch.equal(ours.isnan(), theirs.isnan())
 
 
-def test_the_same_bits_every_time():
+def test_bitwise_reproducible():
     inputs, dy = make((200,), 72, 50, torch.bfloat16), torch.randn(200, 50).bfloat16()
     copies = [[x.clone() for x in inputs] for _ in range(2)]
     first, second = (run(call(F.linear, True, backend="triton"), x, [dy]) for x in copies)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_batch_of_none():
+def test_empty_batch():
     y, *grads = run(
         call(F.linear, True, backend="triton"), make((0, 5), 40, 24, torch.float32), [torch.randn(0, 5, 24)]
     )
@@ -345,7 +345,7 @@ def test_one_input_requires_a_gradient(wanted):
     assert_same(leaves[wanted].grad, others[wanted].grad, 40)
 
 
-def test_saved_are_x_the_weights_and_the_statistics():
+def test_saved_tensors_are_x_weights_and_statistics():
     inputs, saved = [x.requires_grad_() for x in make((7,), 40, 24, torch.float32)], []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
         call(F.linear, True, backend="triton")(*inputs)

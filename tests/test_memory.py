@@ -11,7 +11,7 @@ import torch
 from conftest import EMULATOR, INTERPRETER
 
 if INTERPRETER or EMULATOR:
-    pytest.skip("another vehicle was chosen: it takes the place of the driver", allow_module_level=True)
+    pytest.skip("the interpreter or the emulator replaces the driver", allow_module_level=True)
 
 from benchmarks import __main__ as command
 from benchmarks import memory, overhead
@@ -22,13 +22,13 @@ SHAPE = overhead.Shape(tokens=5, width=64, heads=2, patch=4)
 CALLS = {name: (function, tensors) for name, function, tensors in overhead.operators(SHAPE, torch.bfloat16)}
 
 
-def test_two_counts_are_the_same():
+def test_counts_are_deterministic():
     for name in memory.BLOCKS:
         first, again = (memory.count(name, SMALL, 2, 17, torch.bfloat16) for _ in range(2))
         assert first == again
 
 
-def test_what_our_block_saves():
+def test_memory_saved_by_our_block():
     """The count excludes the block's input, which every library saves."""
     batch, tokens, width = 2, 17, 64
     rows, two, four = batch * tokens, 2, 4  # bytes of bfloat16 and float32
@@ -39,7 +39,7 @@ def test_what_our_block_saves():
     assert memory.count(OURS, SMALL, batch, tokens, torch.bfloat16).saved == expected
 
 
-def test_what_an_eager_block_saves():
+def test_memory_saved_by_an_eager_block():
     batch, tokens, width, heads = 2, 17, 64, 2
     rows, scores = batch * tokens * width, batch * heads * tokens**2
     statistics = 2 * 2 * batch * tokens
@@ -50,7 +50,7 @@ def test_what_an_eager_block_saves():
     assert floats * 4 <= counted <= (floats + scores) * 4
 
 
-def test_a_ledger_follows_storages():
+def test_ledger_tracks_storages():
     with memory.Ledger() as ledger:
         x = torch.empty(100, dtype=torch.uint8)
         y = torch.zeros(50, dtype=torch.uint8)
@@ -59,7 +59,7 @@ def test_a_ledger_follows_storages():
         assert (ledger.now, ledger.kernels, len(ledger.born)) == (150, 2, 2)
         view = x[:1]
         del x
-        assert ledger.now == 150, "a view holds the storage"
+        assert ledger.now == 150, "the view must keep the storage"
         del view, y
         assert (ledger.now, ledger.peak) == (0, 150)
 
@@ -87,7 +87,7 @@ SCRATCH = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_inference_allocates_results_and_named_scratch(name):
+def test_inference_allocates_only_results_and_listed_scratch(name):
     function, tensors = CALLS[name]
     with torch.no_grad():
         scratch = made(lambda: function(*tensors))
@@ -95,7 +95,7 @@ def test_inference_allocates_results_and_named_scratch(name):
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if "encoder" not in name])
-def test_training_allocates_what_is_returned_or_saved_and_named_scratch(name):
+def test_training_allocates_only_results_saved_tensors_and_listed_scratch(name):
     function, tensors = CALLS[name]
     leaves = [x.detach().requires_grad_() for x in tensors]
     scratch = made(lambda: function(*leaves), saved=leaves)
@@ -109,7 +109,7 @@ def strip(scratch, name):
     return [shape for shape in scratch if math.prod(shape) not in rearranged]
 
 
-def test_the_tables_in_the_documentation(tmp_path, monkeypatch, capsys):
+def test_tables_in_the_documentation_are_current(tmp_path, monkeypatch, capsys):
     path = tmp_path / "counts.json"
     monkeypatch.setattr(sys, "argv", ["benchmarks", "memory", "--json", str(path)])
     command.main()

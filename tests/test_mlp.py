@@ -163,7 +163,7 @@ def output_mask(rows, n, out, p, hidden_p, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_dropout_has_its_masks_in_both_directions(dtype, activation):
+def test_dropout_masks_are_the_same_in_forward_and_backward(dtype, activation):
     hidden_keep, keep = (
         hidden_mask(70, 50, 0.3, seed=5, activation=activation),
         output_mask(70, 50, 24, 0.2, 0.3, seed=5),
@@ -242,7 +242,7 @@ def test_dropout_follows_the_seed_of_torch():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_extreme_and_missing_values(activation, dtype):
+def test_extreme_values_and_nan(activation, dtype):
     z = torch.tensor([1e4, -1e4, 90.0, -90.0, 0.0, -0.0, float("nan"), float("inf")]).to(dtype)[:, None]
     one = torch.ones(1, 1).to(dtype)
     if activation == "swiglu":  # the gates are z, the values 1
@@ -268,7 +268,7 @@ def test_extreme_and_missing_values(activation, dtype):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_activation_is_recomputed_bit_for_bit(activation):
+def test_recomputed_activation_is_bitwise_equal(activation):
     x, w1 = torch.randn(40, 24).bfloat16(), torch.randn(80 if activation == "swiglu" else 40, 24).bfloat16()
     one = torch.eye(40).bfloat16()  # with w2 = I the output is the activation; with dy = I so is dw2
 
@@ -279,7 +279,7 @@ def test_the_activation_is_recomputed_bit_for_bit(activation):
     assert torch.equal(hidden, dw2)
 
 
-def test_swiglu_takes_the_parameters_of_timm_and_of_hugging_face():
+def test_swiglu_accepts_parameters_of_timm_and_hugging_face():
     from transformers import Dinov2Config
     from transformers.models.dinov2.modeling_dinov2 import Dinov2SwiGLUFFN
 
@@ -309,7 +309,7 @@ def test_swiglu_where_one_input_requires_a_gradient(wanted):
     assert_same(leaves[wanted].grad, others[wanted].grad, 40)
 
 
-def test_the_same_bits_every_time():
+def test_bitwise_reproducible():
     inputs, dy = make((200,), 72, 50, 24, torch.bfloat16), torch.randn(200, 24).bfloat16()
     copies = [[x.clone() for x in inputs] for _ in range(2)]
     first, second = (run(call(F.mlp, backend="triton"), x, [dy]) for x in copies)
@@ -317,7 +317,7 @@ def test_the_same_bits_every_time():
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_batch_of_none(activation):
+def test_empty_batch(activation):
     inputs = make((0, 5), 40, 24, 16, torch.float32, activation=activation)
     y, *grads = run(call(F.mlp, activation=activation, backend="triton"), inputs, [torch.randn(0, 5, 16)])
     assert y.shape == (0, 5, 16)
@@ -338,7 +338,7 @@ def test_one_input_requires_a_gradient(wanted):
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_saved_is_the_pre_activation_alone(dropout, activation):
+def test_only_the_pre_activation_is_saved(dropout, activation):
     n = 48 if activation == "swiglu" else 96
     inputs, saved = [x.requires_grad_() for x in make((7,), 40, n, 16, torch.float32, activation=activation)], []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):

@@ -215,7 +215,7 @@ def test_compiles_as_one_graph(name, dynamic):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_reference_differentiates_twice(name):
+def test_reference_supports_second_derivatives(name):
     tensors, call = sample(name, torch.float64)
 
     def function(*t):
@@ -255,7 +255,7 @@ def test_forward_mode_raises(name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_autocast_has_the_dtypes_of_pytorch(name):
+def test_autocast_dtypes_match_pytorch(name):
     tensors, call = sample(name)
     results = []
     with torch.autocast("cpu", torch.bfloat16):
@@ -271,7 +271,7 @@ def test_autocast_has_the_dtypes_of_pytorch(name):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize(("name", "options"), [(name, options) for name in FUNCTIONS for options in random(name)])
-def test_checkpointing_repeats_what_was_drawn(name, options, use_reentrant):
+def test_checkpointing_repeats_random_draws(name, options, use_reentrant):
     tensors, call = sample(name)
 
     def function(*t):
@@ -289,14 +289,14 @@ def test_checkpointing_repeats_what_was_drawn(name, options, use_reentrant):
     assert all(torch.equal(t.grad, g) for t, g in zip(tensors, plain, strict=True))
 
 
-def test_the_private_ops_are_all_there_is():
+def test_namespace_and_public_functions():
     assert ops._library.ns == "vit_triton"
     assert {n for n in F.__dict__ if callable(F.__dict__[n]) and not n.startswith("_")} >= {
         n for n in FUNCTIONS if hasattr(reference, n)
     }
 
 
-def test_threads_may_launch_at_once():
+def test_concurrent_launches_from_threads():
     tensors = [torch.randn(7, 40) for _ in range(8)]
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda x: F.layer_norm(x, None, None, backend="triton"), tensors * 30))

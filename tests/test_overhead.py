@@ -8,7 +8,7 @@ import torch
 from conftest import EMULATOR, INTERPRETER
 
 if INTERPRETER or EMULATOR:
-    pytest.skip("another vehicle was chosen: it takes the place of the driver", allow_module_level=True)
+    pytest.skip("the interpreter or the emulator replaces the driver", allow_module_level=True)
 
 from benchmarks import __main__ as command
 from benchmarks import gpu_path, memory, overhead
@@ -19,7 +19,7 @@ def test_every_public_function_is_measured():
     assert names == {"layer_norm", "linear", "mlp", "attention", "attention_packed", "patch_embed", "encoder"}
 
 
-def test_launches_are_those_that_are_counted():
+def test_launcher_and_memory_count_the_same_launches():
     """The launcher and `memory`, which stubs launches one step earlier, count alike."""
     shape = overhead.Shape(tokens=5, width=64, heads=2, patch=4)
     for name, mode, call in overhead.calls(shape, torch.bfloat16):
@@ -48,7 +48,7 @@ def test_triton_and_the_library_start_the_same_kernels(monkeypatch):
     assert all(x.data_ptr() in each and weight.data_ptr() in each for each in addresses)
 
 
-def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
+def test_command_writes_its_results(tmp_path, monkeypatch, capsys):
     path = tmp_path / "overhead.json"
     monkeypatch.setattr(
         sys, "argv", ["benchmarks", "overhead", "--only", "layer_norm", "--rounds", "2", "--json", str(path)]

@@ -52,7 +52,7 @@ def packed(monkeypatch):
 @pytest.mark.compiled
 @pytest.mark.parametrize(("dtype", "word"), [(torch.float32, 1), (torch.bfloat16, 2)])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 32, 64), (5, 50, 33), (197, 97, 72), (3, 1, 1), (40, 64, 256)])
-def test_the_product_is_the_same_bit_for_bit(m, n, k, dtype, word):
+def test_packed_product_is_bitwise_equal(m, n, k, dtype, word):
     x, weight, bias, residual = (torch.randn(*s).to(dtype) for s in ((m, k), (n, k), (n,), (m, n)))
     with active():
         expected, pre = linear.linear_fwd(x, weight, bias, residual, activation="gelu", save_pre=True)
@@ -72,7 +72,7 @@ def test_the_product_is_the_same_bit_for_bit(m, n, k, dtype, word):
         assert torch.equal(y, expected) and torch.equal(pre, packed_pre)
 
 
-def test_panels_hold_the_weight():
+def test_panels_contain_the_weight():
     weight = torch.arange(50.0 * 33).view(50, 33)
     panels = linear.pack_weight(weight, 32, 2)
     assert panels.shape == (2, 17, 32, 2) and panels.is_contiguous()
@@ -82,7 +82,7 @@ def test_panels_hold_the_weight():
 
 @compiled_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_panels_are_read_where_they_lie(dtype):
+def test_panels_are_read_in_place(dtype):
     """Packed weights make the kernel's scratch memory smaller: it reads panels in place."""
     layout = vit_triton.cpu.driver.dot_panel(dtype)
     if layout is None:
@@ -159,7 +159,7 @@ def weights_of(model, make):
     return found
 
 
-def silently(edit):
+def through_data(edit):
     """Edit every weight through ``.data``, which leaves the version counter unchanged."""
     return lambda modules: [edit(module.weight.data) for module in modules]
 
@@ -266,12 +266,12 @@ def cast(modules):
 
 
 CHANGES = {
-    "data, rows": silently(zero_rows),
-    "data, a neuron": silently(scale_neuron),
-    "data, pruned": silently(prune),
-    "data, clamped": silently(clamp),
-    "data, one value": silently(one_value),
-    "data.copy_": silently(lambda weight: weight.copy_(torch.randn_like(weight))),
+    "data, rows": through_data(zero_rows),
+    "data, a neuron": through_data(scale_neuron),
+    "data, pruned": through_data(prune),
+    "data, clamped": through_data(clamp),
+    "data, one value": through_data(one_value),
+    "data.copy_": through_data(lambda weight: weight.copy_(torch.randn_like(weight))),
     "numpy": numpy_write,
     "in place": counted(lambda weight: weight.mul_(2)),
     "in place, rows": counted(zero_rows),
@@ -294,7 +294,7 @@ CHANGES = {
 @compiled_only
 @pytest.mark.parametrize("make", WEIGHTS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_shows_in_the_next_call(change, make):
+def test_changed_weight_applies_to_the_next_call(change, make):
     model, x = built(make), torch.randn(2, 3, 32, 32)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -310,7 +310,7 @@ def test_a_change_shows_in_the_next_call(change, make):
 @compiled_only
 @pytest.mark.parametrize("change", ["data, rows", "in place, rows", "load_state_dict", "numpy"])
 @pytest.mark.parametrize("make", WEIGHTS)
-def test_a_change_of_inference_tensors_shows_in_the_next_call(change, make):
+def test_changed_inference_tensor_applies_to_the_next_call(change, make):
     """Inference tensors lack a version counter."""
     x = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
@@ -323,7 +323,7 @@ def test_a_change_of_inference_tensors_shows_in_the_next_call(change, make):
 
 
 @compiled_only
-def test_a_write_by_another_process_shows_in_the_next_call(tmp_path):
+def test_write_by_another_process_applies_to_the_next_call(tmp_path):
     model, x = built(timm_vit), torch.randn(2, 3, 32, 32)
     weight = model.blocks[0].attn.qkv.weight
     shared = torch.from_file(str(tmp_path / "weight"), shared=True, size=weight.numel()).view_as(weight)
@@ -373,7 +373,7 @@ def test_each_weight_is_packed_once(make, dtype, packed):
 
 @compiled_only
 @pytest.mark.parametrize("make", [our_vit, timm_vit])
-def test_the_weight_of_the_patches_is_kept_in_the_order_of_the_image(make):
+def test_patch_weight_is_packed_in_the_order_of_the_image(make):
     model, weight = built(make), WEIGHTS[make][-1] + ".weight"
     planes = torch.randn(2, 3, 32, 32)
     images = planes, planes.to(memory_format=torch.channels_last)
@@ -396,7 +396,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("part", ["", "layers.0", "layers.0.0.to_qkv"])
 @pytest.mark.parametrize("what", REFUSED)
-def test_a_prepacked_model_refuses(what, part):
+def test_prepacked_model_rejects_changes(what, part):
     model = vit_triton.prepack(built(our_vit))
     state = {name: x.clone() for name, x in model.state_dict().items()}
     inner = model.transformer.get_submodule(part) if part else model
@@ -408,7 +408,7 @@ def test_a_prepacked_model_refuses(what, part):
     REFUSED[what](inner)
 
 
-def test_a_prepacked_model_refuses_to_be_replaced_or_loaded(tmp_path):
+def test_prepacked_model_rejects_acceleration_and_loading(tmp_path):
     model = built(timm_vit)
     vit_triton.save_weights(model, tmp_path / "weights.pt")
     vit_triton.prepack(model)
@@ -422,13 +422,13 @@ def test_a_prepacked_model_refuses_to_be_replaced_or_loaded(tmp_path):
     vit_triton.restore(vit_triton.unpack(model))
 
 
-SHOWS = ("in place", "in place, rows", "data =", "set_", "swap_tensors", "SGD")
+DETECTED = ("in place", "in place, rows", "data =", "set_", "swap_tensors", "SGD")
 
 
 @compiled_only
 @pytest.mark.parametrize("make", WEIGHTS)
-@pytest.mark.parametrize("change", SHOWS)
-def test_an_edit_that_shows_makes_the_next_call_raise(change, make):
+@pytest.mark.parametrize("change", DETECTED)
+def test_next_call_after_a_detected_edit_raises(change, make):
     model, x = vit_triton.prepack(built(make)), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         model(x)
@@ -446,7 +446,7 @@ def test_an_edit_that_shows_makes_the_next_call_raise(change, make):
 
 
 @compiled_only
-def test_an_edit_of_a_bias_or_a_norm_that_shows_raises_too():
+def test_next_call_after_a_detected_edit_of_bias_or_norm_raises():
     x = torch.randn(2, 3, 32, 32)
     for name in ("transformer.norm.weight", "transformer.layers.0.1.net.1.bias"):
         model = vit_triton.prepack(built(our_vit))
@@ -457,7 +457,7 @@ def test_an_edit_of_a_bias_or_a_norm_that_shows_raises_too():
 
 
 @compiled_only
-def test_an_edit_that_nothing_shows_is_seen_when_the_model_is_prepacked_again():
+def test_undetected_edit_applies_after_prepacking_again():
     model, x = vit_triton.prepack(built(our_vit)), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         before = model(x)
@@ -494,7 +494,7 @@ def test_only_modules_are_prepacked(function):
 
 
 @pytest.mark.parametrize("make", WEIGHTS)
-def test_copies_of_a_prepacked_model_are_free(make):
+def test_copies_of_a_prepacked_model_are_not_prepacked(make):
     model, x = vit_triton.prepack(built(make)), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         before = model(x)
@@ -507,7 +507,7 @@ def test_copies_of_a_prepacked_model_are_free(make):
         assert torch.equal(model(x), before)
 
 
-def test_copies_go_with_the_model():
+def test_packed_weights_are_freed_with_the_model():
     model, x = vit_triton.prepack(built(our_vit)), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         model(x)
@@ -518,7 +518,7 @@ def test_copies_go_with_the_model():
 
 
 @compiled_only
-def test_a_part_that_is_prepacked_again_is_concatenated_again():
+def test_prepacking_a_part_again_renews_concatenated_weights():
     model, x = vit_triton.prepack(built(hugging_face_vit)), torch.randn(2, 3, 32, 32)
     (key, *_) = (part for name, part in model.named_modules() if name.endswith("k_proj"))
     with torch.no_grad():
@@ -529,7 +529,7 @@ def test_a_part_that_is_prepacked_again_is_concatenated_again():
         assert torch.equal(after, copy.deepcopy(model)(x)) and not torch.equal(after, before)
 
 
-def test_a_model_that_was_parametrized_after_prepack_can_be_unpacked():
+def test_model_parametrized_after_prepack_can_be_unpacked():
     model, x = vit_triton.prepack(built(our_vit)), torch.randn(2, 3, 32, 32)
     linear = model.transformer.layers[0][0].to_qkv
     cls = type(built(our_vit).transformer.layers[0][0].to_qkv)
@@ -543,13 +543,13 @@ def test_a_model_that_was_parametrized_after_prepack_can_be_unpacked():
     assert type(linear) is cls
 
 
-def test_copies_of_a_parametrized_model_are_free():
+def test_copies_of_a_parametrized_model_are_not_prepacked():
     model = built(our_vit)
     nn.utils.parametrizations.weight_norm(model.transformer.layers[0][0].to_qkv)
     copy.deepcopy(vit_triton.prepack(model.eval())).train()
 
 
-def test_unpack_lets_go_of_parameters_that_were_replaced():
+def test_unpack_releases_replaced_parameters():
     model = vit_triton.prepack(built(our_vit))
     replace([model.transformer.layers[0][0].to_qkv])
     vit_triton.unpack(model)
@@ -557,7 +557,7 @@ def test_unpack_lets_go_of_parameters_that_were_replaced():
 
 
 @compiled_only
-def test_a_shared_parameter_stays_frozen_until_all_that_have_it_are_gone():
+def test_shared_parameter_stays_frozen_while_a_module_uses_it():
     parts = [FeedForward(32, 40, backend="triton").eval() for _ in range(2)]
     parts[1].net[1].weight = parts[0].net[1].weight
     vit_triton.prepack(nn.ModuleList(parts).eval())
@@ -573,7 +573,7 @@ def test_a_shared_parameter_stays_frozen_until_all_that_have_it_are_gone():
 
 
 @compiled_only
-def test_unpack_lets_go_of_concatenated_weights():
+def test_unpack_releases_concatenated_weights():
     model, x = vit_triton.prepack(built(hugging_face_vit)), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         model(x)
@@ -592,7 +592,7 @@ def test_gradients_flow_through_a_prepacked_model():
     assert torch.equal(grad, expected)
 
 
-SILENT = ("data, rows", "data, one value", "data.copy_", "numpy", "storage", "fused SGD")
+UNDETECTED = ("data, rows", "data, one value", "data.copy_", "numpy", "storage", "fused SGD")
 
 
 @compiled_only
@@ -600,7 +600,7 @@ SILENT = ("data, rows", "data, one value", "data.copy_", "numpy", "storage", "fu
     steps=st.lists(
         st.one_of(
             st.sampled_from(["call", "call without gradients", "prepack", "unpack"]),
-            st.tuples(st.sampled_from(SHOWS + SILENT), st.sampled_from(["net.1", "net.4"])),
+            st.tuples(st.sampled_from(DETECTED + UNDETECTED), st.sampled_from(["net.1", "net.4"])),
         ),
         max_size=12,
     )
@@ -619,7 +619,7 @@ def test_fuzz_edits_and_prepacking(steps):
         elif isinstance(step, tuple):
             edit, part = step
             CHANGES[edit]([model.get_submodule(part)])
-            changed = changed or (frozen_model is not None and edit in SHOWS)
+            changed = changed or (frozen_model is not None and edit in DETECTED)
         else:
             with torch.set_grad_enabled(step == "call"):
                 if changed:

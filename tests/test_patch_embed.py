@@ -157,7 +157,7 @@ def test_statistics_may_be_views():
         assert torch.equal(ours, expected)
 
 
-def test_numbers_given_in_inference_mode_are_taken_in_training():
+def test_statistics_cached_in_inference_mode_work_in_training():
     image, weight, *_ = make_inputs(1, 3, (2, 2), (4, 4), 16, torch.float32, layout="uint8")
     numbers = dict(patch_size=4, mean=[0.11, 0.12, 0.13], std=[0.21, 0.22, 0.23], backend="triton")
     with torch.inference_mode():
@@ -181,7 +181,7 @@ def test_a_patch_as_wide_as_a_vector(dtype):
     check(inputs, patch_size=(16, 16), patch_order="p1 p2 c", pre=False, post=False)
 
 
-def test_gradient_of_a_sum_has_no_strides():
+def test_gradient_with_zero_strides():
     inputs = make_inputs(2, 3, (3, 3), (4, 4), 40, torch.float32)
     ones = torch.ones(()).expand
     check(inputs, gradient=ones, patch_size=(4, 4), patch_order="p1 p2 c", pre=True, post=False)
@@ -212,7 +212,7 @@ def test_autocast_keeps_tokens_in_float32(post):
 
 
 @pytest.mark.parametrize("post", [False, True])
-def test_batch_of_none(post):
+def test_empty_batch(post):
     inputs = make_inputs(0, 3, (2, 2), (4, 4), 24, torch.float32)
     function = functools.partial(embed, F.patch_embed, patch_size=4, pre=True, post=post, backend="triton")
     results = run(function, inputs, [torch.randn(0, 5, 24)])
@@ -220,7 +220,7 @@ def test_batch_of_none(post):
     assert all(not result.any() for result in results[1:] if result is not None)
 
 
-def test_the_image_needs_no_gradient():
+def test_image_that_requires_no_gradient():
     inputs = make_inputs(1, 3, (2, 2), (4, 4), 24, torch.float32)
     leaves = [inputs[0], *(x.requires_grad_() for x in inputs[1:])]
     embed(F.patch_embed, *leaves, patch_size=4, pre=True, post=True, backend="triton").sum().backward()
@@ -247,7 +247,7 @@ def test_nan_and_inf_stay_in_their_patch(value):
     assert not ours[:, 1].isfinite().any() and ours[:, [0, 2, 3]].isfinite().all()
 
 
-def test_the_same_bits_every_time():
+def test_bitwise_reproducible():
     inputs = make_inputs(2, 3, (3, 3), (4, 4), 40, torch.bfloat16)
     function = functools.partial(embed, F.patch_embed, patch_size=4, pre=True, post=True, backend="triton")
     dtokens = torch.randn(2, 10, 40).bfloat16()

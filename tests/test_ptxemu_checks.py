@@ -60,7 +60,7 @@ def test_misaligned():
             k[(1, 1, 1)](buf[1:], y, z, 1024, 1024)
 
 
-def test_race_is_caught():
+def test_race_is_detected():
     z = torch.zeros(128)
     with ptxemu.emulate(race="error"):
         with pytest.raises(ptxemu.RaceDetected):
@@ -141,7 +141,7 @@ def _run_gemm(ptx, shared, **opt):
     return ((c.double() - a.double() @ b.double()).norm() / c.double().norm()).item()
 
 
-def test_missing_wait_group_is_noticed():
+def test_missing_wait_group_is_detected():
     ptx, sh = _gemm_ptx(3)
     assert _run_gemm(ptx, sh) < 1e-6
     bad = re.sub(r"cp\.async\.wait_group\s+\w+;", "", ptx)
@@ -149,7 +149,7 @@ def test_missing_wait_group_is_noticed():
     assert not e < 1e-3
 
 
-def test_missing_barrier_is_noticed():
+def test_missing_barrier_is_detected():
     ptx, sh = _gemm_ptx(3)
     bad = re.sub(r"bar\.sync\s+0;", "", ptx)
     assert _run_gemm(bad, sh) < 1e-6  # lockstep hides the defect
@@ -269,7 +269,7 @@ def test_semaphore_between_ctas():
         assert all(torch.equal(y[p * 64 : p * 64 + 64], x * 3 + p) for p in range(1, 4))
 
 
-def test_launch_on_nonemulated_device_is_refused():
+def test_launch_on_nonemulated_device_is_rejected():
     with ptxemu.emulate():
         with pytest.raises(ptxemu.PtxEmuError):
             K.vadd[(1,)](torch.empty(4, device="meta"), torch.empty(4), torch.empty(4), 4, BLOCK=32)
@@ -367,7 +367,7 @@ def test_device_print(capsys):
     assert len(out) == 32 and "pid (0, 0, 0) idx ( 7) val: 7.0" in out[7]
 
 
-def test_unknown_options_are_refused():
+def test_unknown_options_are_rejected():
     with pytest.raises(TypeError, match="unknown option 'races'; known: batch_threads"), ptxemu.emulate(races="error"):
         pass
     with pytest.raises(ValueError, match="schedule must be one of .* not 'warp'"), ptxemu.emulate(schedule="warp"):

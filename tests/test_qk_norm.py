@@ -112,7 +112,7 @@ def test_several_blocks(small_tiles, dtype, norm_type):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
-def test_the_packed_form_is_the_same_bits(norm_type, dropout_p):
+def test_packed_form_is_bitwise_equal(norm_type, dropout_p):
     qkv, *weights = torch.randn(2, 19, 3, 2, 40).bfloat16(), *(torch.randn(40) for _ in range(4))
     do = torch.randn(2, 19, 2, 40).bfloat16()
 
@@ -137,7 +137,7 @@ def test_the_packed_form_is_the_same_bits(norm_type, dropout_p):
 
 
 @pytest.mark.parametrize("which", ["q_norm", "k_norm"])
-def test_one_norm_alone(which):
+def test_only_one_norm(which):
     q, k, v, weight, bias, *_ = make(2, 9, 11, 2, 40, torch.float32)
     results = []
     for backend, dtype in (("triton", torch.float32), ("torch", torch.float32), ("torch", torch.float64)):
@@ -175,7 +175,7 @@ def test_one_input_requires_a_gradient(wanted):
     assert_model_as_precise(*({i: x.grad for i, x in enumerate(each)} for each in (leaves, others, exact)), 16)
 
 
-def test_saved_are_the_operands_as_they_came():
+def test_saved_operands_are_not_normalised():
     saved = []
     qkv, weight = torch.randn(2, 6, 3, 2, 16).requires_grad_(), torch.randn(16)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
@@ -185,14 +185,14 @@ def test_saved_are_the_operands_as_they_came():
     assert sorted(saved) == [(2, 2, 6), (2, 6, 2, 16), (2, 6, 3, 2, 16), (16,), (16,)]
 
 
-def test_batch_of_none():
+def test_empty_batch():
     inputs = make(0, 5, 7, 2, 16, torch.float32)
     results = run(call(F.attention, backend="triton"), inputs, [torch.randn(0, 5, 2, 16), None])
     assert [x.shape for x in results[2:]] == [x.shape for x in inputs]
     assert not any(x.any() for x in results[2:])
 
 
-def test_the_same_bits_every_time():
+def test_bitwise_reproducible():
     inputs = make(3, 70, 90, 2, 72, torch.bfloat16)
     do = torch.randn_like(inputs[0])
     copies = [[x.clone() for x in inputs] for _ in range(2)]
@@ -204,7 +204,7 @@ def test_the_same_bits_every_time():
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", [0, 1, 2, 3, 6])
-def test_nan_and_inf_spread_as_in_pytorch(which, value, dropout_p, norm_type):
+def test_nan_and_inf_propagate_as_in_pytorch(which, value, dropout_p, norm_type):
     inputs = make(1, 9, 9, 2, 16, torch.float32)
     inputs[which].view(-1)[35 % inputs[which].numel()] = value
     do = torch.randn(1, 9, 2, 16)

@@ -14,7 +14,7 @@ from vit_triton import functional as F
 from vit_triton import ops
 
 if INTERPRETER or EMULATOR:
-    pytest.skip("another vehicle was chosen: nothing is compiled for the CPU", allow_module_level=True)
+    pytest.skip("nothing is compiled for the CPU with the interpreter or the emulator", allow_module_level=True)
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,14 +92,14 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPS)
-def test_replayed_is_the_same_bits(name, dtype, way):
+def test_replay_is_bitwise_equal(name, dtype, way):
     function, shapes = OPS[name]
     run(function, shapes, dtype)  # records
     assert all(all(each.values()) for each in replay._recordings.values()) and len(replay._recordings) == 2
     known = dict(replay._recordings)
     torch.manual_seed(1)
     replayed = run(function, shapes, dtype)
-    assert known == replay._recordings, "nothing new was recorded"
+    assert known == replay._recordings, "the second call was recorded"
     forget_recordings()
     torch.manual_seed(1)
     for again, first in zip(replayed, run(function, shapes, dtype), strict=True):
@@ -107,7 +107,7 @@ def test_replayed_is_the_same_bits(name, dtype, way):
 
 
 @pytest.mark.parametrize("order", [(True, False), (False, True)])
-def test_a_tensor_that_is_two_arguments_is_another_function(order):
+def test_aliased_arguments_have_their_own_recording(order):
     weight = torch.randn(40, 40)
     for same in order * 2:
         x = torch.randn(21, 40)
@@ -116,7 +116,7 @@ def test_a_tensor_that_is_two_arguments_is_another_function(order):
         torch.testing.assert_close(y, x @ weight.T + residual)
 
 
-def test_memory_that_lies_otherwise_is_another_function():
+def test_other_strides_or_alignment_have_their_own_recording():
     weight, memory = torch.randn(40, 40), torch.randn(3, 21 * 40 + 8)
     for start in (0, 1, 0, 4):  # 0 and 4 are aligned to 16 bytes, 1 is unaligned
         x = memory[1, start : start + 21 * 40].view(21, 40)
@@ -129,7 +129,7 @@ def replayed(function, *args, recorder=driver.recording, one_block=False):
         return replay.replay(function, args, device, recorder, one_block=one_block)
 
 
-def test_what_pytorch_computes_is_not_replayed():
+def test_function_with_pytorch_operations_is_not_replayed():
     def function(x):
         return layer_norm_fwd(x, None, None, eps=1e-5)[0] + 1
 
@@ -138,7 +138,7 @@ def test_what_pytorch_computes_is_not_replayed():
         torch.testing.assert_close(replayed(function, x), torch.nn.functional.layer_norm(x, (16,)) + 1)
 
 
-def test_a_part_of_memory_that_arguments_share_is_not_replayed():
+def test_view_of_memory_shared_by_arguments_is_not_replayed():
     """The argument that owns the memory is ambiguous."""
 
     def function(x, y):
@@ -150,7 +150,7 @@ def test_a_part_of_memory_that_arguments_share_is_not_replayed():
 
 
 @pytest.mark.parametrize("start", [(1, 1), (1, 2)])
-def test_a_part_that_starts_where_another_argument_does_is_not_replayed(start):
+def test_view_that_starts_at_another_argument_is_not_replayed(start):
     def function(x, y):
         return layer_norm_fwd(x[1:], None, None, eps=1e-5)[0]
 
@@ -162,7 +162,7 @@ def test_a_part_that_starts_where_another_argument_does_is_not_replayed(start):
         )
 
 
-def test_a_tensor_that_is_no_argument_is_not_replayed():
+def test_function_with_a_captured_tensor_is_not_replayed():
     held = torch.randn(5, 16)
 
     def function(x):
@@ -172,7 +172,7 @@ def test_a_tensor_that_is_no_argument_is_not_replayed():
         torch.testing.assert_close(replayed(function, torch.randn(3)), torch.nn.functional.layer_norm(held, (16,)))
 
 
-def test_an_argument_that_is_aligned_otherwise_is_another_function():
+def test_argument_with_another_alignment_has_its_own_recording():
     """The alignment of an argument determines the alignment of its views, for which Triton specializes code."""
 
     def function(x):
@@ -184,7 +184,7 @@ def test_an_argument_that_is_aligned_otherwise_is_another_function():
     assert len(replay._recordings) == 2
 
 
-def test_tensors_of_two_devices_are_refused():
+def test_tensors_of_two_devices_are_rejected():
     """A replay passes raw addresses to Triton, which does not check their device."""
 
     def function(x, y):
@@ -194,7 +194,7 @@ def test_tensors_of_two_devices_are_refused():
         replayed(function, torch.randn(5, 16), torch.ones(16, device="meta"))
 
 
-def test_a_recording_is_that_of_its_devices(monkeypatch):
+def test_other_devices_have_their_own_recording(monkeypatch):
     x, weight = torch.randn(5, 16), torch.ones(16)
     F.layer_norm(x, weight, weight, backend="triton")
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0 if tensor is weight else -1)
@@ -202,7 +202,7 @@ def test_a_recording_is_that_of_its_devices(monkeypatch):
     assert len(replay._recordings) == 2
 
 
-def test_parts_of_arguments_in_one_storage_are_replayed():
+def test_views_of_arguments_in_one_storage_are_replayed():
     """Some models store all parameters in one flat tensor."""
 
     def function(x, y):
@@ -215,7 +215,7 @@ def test_parts_of_arguments_in_one_storage_are_replayed():
     assert all(all(each.values()) for each in replay._recordings.values())
 
 
-def test_a_part_of_an_argument_is_replayed():
+def test_view_of_an_argument_is_replayed():
     def function(x):
         return layer_norm_fwd(x[1:], None, None, eps=1e-5)[0]
 
@@ -225,7 +225,7 @@ def test_a_part_of_an_argument_is_replayed():
     assert all(all(each.values()) for each in replay._recordings.values())
 
 
-def test_hooks_see_every_launch():
+def test_launch_hooks_are_called_in_a_replay():
     seen = []
     x = torch.randn(5, 16)
     F.layer_norm(x, None, None, backend="triton")
@@ -238,7 +238,7 @@ def test_hooks_see_every_launch():
     assert len(seen) == 1
 
 
-def test_the_oldest_recordings_make_room(monkeypatch):
+def test_oldest_recordings_are_evicted(monkeypatch):
     monkeypatch.setattr(replay, "_MOST_RECORDED", 3)
     keys = []
     for rows in range(1, 9):
@@ -247,7 +247,7 @@ def test_the_oldest_recordings_make_room(monkeypatch):
     assert list(replay._recordings) == keys[-3:]
 
 
-def test_the_oldest_compiled_kernels_make_room(monkeypatch):
+def test_oldest_compiled_kernels_are_evicted(monkeypatch):
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(launch, "_MOST_COMPILED", 3)
     monkeypatch.setattr(ops, "_on_cpu", lambda function, args: run_plainly(function, *args))
@@ -262,12 +262,12 @@ def test_threads_share_a_bounded_cache():
     cache = {}
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: launch.remember(cache, i, i, 50), range(5000)))
-    assert len(cache) <= 50 + 8, "each thread may add one after it made room"
+    assert len(cache) <= 50 + 8, "each thread may exceed the limit by one"
     launch.remember(cache, "new", 0, 50)
     assert len(cache) == 50 and "new" in cache
 
 
-def test_a_kernel_that_was_loaded_twice_is_started_where_it_was_asked_for():
+def test_launch_starts_the_given_copy_of_a_kernel_loaded_twice():
     """If two threads launch a kernel first at the same time, Triton loads it twice and drops one of the copies."""
     F.layer_norm(torch.randn(5, 16), None, None, backend="triton")
     F.layer_norm(torch.randn(5, 16), None, None, backend="triton")
@@ -279,7 +279,7 @@ def test_a_kernel_that_was_loaded_twice_is_started_where_it_was_asked_for():
     assert len(started) == 1
 
 
-def test_python_threads_replay_at_once():
+def test_concurrent_replays_from_python_threads():
     inputs = [torch.randn(1, 50, 3, 2, 16) for _ in range(12)]
     expected = [F.attention_packed(x, backend="torch") for x in inputs]
     with ThreadPoolExecutor(4) as pool:
@@ -313,7 +313,7 @@ RECORDERS = {"CPU": driver.recording, "GPU": launch.recording}
 
 @pytest.mark.parametrize("one_block", [False, True])
 @pytest.mark.parametrize("recorder", RECORDERS)
-def test_a_recording_holds_no_tensor(recorder, one_block):
+def test_recording_holds_no_tensor(recorder, one_block):
     references = []
 
     def function(x, y):
@@ -328,7 +328,7 @@ def test_a_recording_holds_no_tensor(recorder, one_block):
     storages = []
     for _ in range(2):
         replayed(function, torch.randn(40), torch.randn(50), recorder=RECORDERS[recorder], one_block=one_block)
-    assert len(storages) == 4, "the second call was not recorded but replayed"
+    assert len(storages) == 4, "the second call was recorded instead of replayed"
     gc.collect()
     assert [x() for x in references] == [None] * len(references)
     assert all(storage.expired() for storage in storages)
@@ -336,7 +336,7 @@ def test_a_recording_holds_no_tensor(recorder, one_block):
 
 @pytest.mark.parametrize("one_block", [False, True])
 @pytest.mark.parametrize("recorder", RECORDERS)
-def test_memory_is_used_again_while_recording_and_may_have_another_size(recorder, one_block):
+def test_memory_is_reused_for_another_size_while_recording(recorder, one_block):
     addresses = []
 
     def function(x, size):
@@ -363,7 +363,7 @@ def test_memory_is_used_again_while_recording_and_may_have_another_size(recorder
         address, again = addresses[-1]
         if address == again:
             break
-    assert address == again, "never was one address that of two storages"
+    assert address == again, "the allocator reused no address"
     ((recording,),) = (each.values() for each in replay._recordings.values())
     sizes = sorted(piece.shape[0] for step in recording.steps for piece in step.fresh if piece.dtype == torch.uint8)
     assert sizes == ([-(-4 * size // 64) * 64] if one_block else [4 * size - 32, 4 * size])
@@ -403,7 +403,7 @@ def test_fuzz_replayed_functions(steps, arguments, recorder, one_block):
                 left = right = y = half = None
                 del pool[own]
                 used = any(x.untyped_storage()._cdata == storage.cdata for x in pool)
-                assert storage.expired() != used, "a recording holds what the function frees"
+                assert storage.expired() != used, "the recording holds a freed storage"
         left = right = y = half = None
         return tuple(x for x in (each() for each in made) if x is not None and any(x is z for z in pool))[-2:]
 

@@ -45,7 +45,7 @@ def both(backend: str, **changes) -> tuple[nn.Module, nn.Module, dict]:
         for name, changes in CONFIGS.items()
     ],
 )
-def test_outputs_and_gradients_are_those_of_vit_pytorch(backend, changes):
+def test_outputs_and_gradients_match_vit_pytorch(backend, changes):
     theirs, ours, config = both(backend, **changes)
     assert_parity(theirs, ours, images(config))
 
@@ -66,7 +66,7 @@ def test_autocast(backend):
 
 
 @pytest.mark.parametrize("batch", [0, 1])
-def test_no_image_and_one(backend, batch):
+def test_batch_of_zero_and_one(backend, batch):
     theirs, ours, config = both(backend)
     image = images(config, batch)
     assert_same(ours(image), theirs(image), TERMS)
@@ -76,7 +76,7 @@ def test_no_image_and_one(backend, batch):
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
-def test_state_dicts_children_and_seeds_are_shared(changes):
+def test_state_dicts_children_and_initial_weights_match_vit_pytorch(changes):
     config = {**BASE, **changes}
     torch.manual_seed(3)
     theirs = TheirSimpleViT(**config)
@@ -92,7 +92,7 @@ def test_state_dicts_children_and_seeds_are_shared(changes):
     theirs.load_state_dict(SimpleViT(**config).state_dict(), strict=True)
 
 
-def test_signature_is_theirs_plus_backend():
+def test_signature_matches_vit_pytorch_plus_backend():
     theirs = inspect.signature(TheirSimpleViT.__init__).parameters
     ours = dict(inspect.signature(SimpleViT.__init__).parameters)
     assert ours.pop("backend").default is None
@@ -178,7 +178,7 @@ def test_training_draws_no_random_numbers(backend):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_positions_follow_the_model(backend):
+def test_positions_follow_dtype_and_device_of_the_model(backend):
     _, ours, _ = both(backend)
     assert ours.bfloat16().pos_embedding.dtype == torch.bfloat16
     assert ours.to("meta").pos_embedding.device.type == "meta"
@@ -215,7 +215,7 @@ def test_backend_can_be_changed():
         ({"backend": "cuda"}, ValueError, r"backend.*'cuda'"),
     ],
 )
-def test_bad_configuration_names_argument_and_values(changes, error, message):
+def test_configuration_errors_name_argument_and_values(changes, error, message):
     with pytest.raises(error, match=message):
         SimpleViT(**{**BASE, **changes})
 
@@ -230,6 +230,6 @@ def test_bad_configuration_names_argument_and_values(changes, error, message):
         (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), TypeError, r"torch.uint8.*normalize"),
     ],
 )
-def test_bad_image_is_refused_by_name(backend, image, error, message):
+def test_bad_images_are_rejected(backend, image, error, message):
     with pytest.raises(error, match=message):
         SimpleViT(**BASE, backend=backend)(image)

@@ -129,7 +129,7 @@ def files_imported(path: Path, modules: dict[str, Path]) -> set[str]:
     return {str(file.relative_to(ROOT)) for file in found if file is not None and file != path}
 
 
-def test_no_circle_of_files() -> None:
+def test_no_import_cycle_between_files() -> None:
     modules = project_modules()
     graph = {str(path.relative_to(ROOT)): files_imported(path, modules) for path in modules.values()}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the files of the cycle
@@ -144,7 +144,7 @@ def test_folders_import_downwards(folder: str) -> None:
             assert root == folder or root in FOLDERS[folder], f"{path.relative_to(ROOT)} must not import {target}"
 
 
-def test_the_arrows_have_no_cycle() -> None:
+def test_allowed_imports_have_no_cycle() -> None:
     order = list(ARROWS)
     for part, targets in ARROWS.items():
         assert all(order.index(target) > order.index(part) for target in targets), part
@@ -153,7 +153,7 @@ def test_the_arrows_have_no_cycle() -> None:
 @pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_downwards(path: Path) -> None:
     part = part_of(path)
-    assert part in ARROWS, f"{path.name} has no place in ARROWS: give it one"
+    assert part in ARROWS, f"{path.name} is missing in ARROWS"
     for node, target in parts_imported(parse(path), path):
         assert target == part or target in ARROWS[part], f"line {node.lineno}: {part} must not import {target}"
 
@@ -163,7 +163,7 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_no_import_circle_between_files_of_the_benchmarks() -> None:
+def test_no_import_cycle_in_the_benchmarks() -> None:
     """Imports inside functions count; importing a name from a package counts as importing its ``__init__.py``."""
     files = {module_name(path): path for path in sources(ROOT / "benchmarks")}
     graph: dict[str, set[str]] = {}
@@ -185,7 +185,7 @@ def test_triton_and_the_kernels_are_imported_lazily(path: Path) -> None:
     inside_functions = {id(inner) for function in functions for inner in ast.walk(function)}
     for node, name in imported_modules(tree, path):
         if name.split(".")[0] == "triton" or name.startswith(("vit_triton.kernels", "vit_triton.cpu")):
-            assert id(node) in inside_functions, f"line {node.lineno}: {name} is imported when the module is"
+            assert id(node) in inside_functions, f"line {node.lineno}: {name} is imported at module level"
 
 
 def test_nothing_imports_the_bare_name_kernels() -> None:
@@ -194,11 +194,11 @@ def test_nothing_imports_the_bare_name_kernels() -> None:
             assert name.split(".")[0] != "kernels", f"{path.relative_to(ROOT)}, line {node.lineno}"
 
 
-def test_the_kernels_folder_is_no_regular_package() -> None:
+def test_kernels_folder_is_a_namespace_package() -> None:
     assert not (PACKAGE / "kernels" / "__init__.py").exists()
 
 
-def test_the_link_leads_to_the_kernels() -> None:
+def test_kernels_link_points_to_the_package() -> None:
     link = ROOT / "kernels"
     if not link.is_symlink():
         pytest.skip("checked out without symbolic links")
@@ -206,17 +206,17 @@ def test_the_link_leads_to_the_kernels() -> None:
 
 
 @pytest.mark.parametrize("path", sources(PACKAGE / "kernels"), ids=lambda path: path.name)
-def test_what_kernels_may_not_do(path: Path) -> None:
+def test_kernels_use_no_atomics_and_no_autotune(path: Path) -> None:
     for node in ast.walk(parse(path)):
         if not isinstance(node, ast.Attribute):
             continue
         name = ast.unparse(node)
         assert not name.startswith("tl.atomic"), f"line {node.lineno}: atomics make the result depend on the order"
-        assert name != "triton.autotune", f"line {node.lineno}: pick_* chooses tiles"
+        assert name != "triton.autotune", f"line {node.lineno}: tiles are chosen by pick_*"
 
 
 @pytest.mark.parametrize("path", sources(PACKAGE / "kernels"), ids=lambda path: path.name)
-def test_every_masked_load_names_what_masked_lanes_hold(path: Path) -> None:
+def test_every_masked_load_has_other(path: Path) -> None:
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load":
             keywords = {keyword.arg for keyword in node.keywords}

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.compiled
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 5), (3, 7, 11), (32, 257), (33, 64), (264, 40)])
-def test_the_sum_of_parts(shape, dtype):
+def test_sum_of_parts(shape, dtype):
     parts = torch.randn(shape)
     with active():
         total = kernels.sum_parts(parts, dtype)
@@ -23,7 +23,7 @@ def test_the_sum_of_parts(shape, dtype):
     assert ((total - exact).abs() <= bound).all()
 
 
-def test_parts_may_lie_apart():
+def test_strided_parts():
     parts = torch.randn(9, 2, 50)
     with active():
         total = kernels.sum_parts(parts[:, 1], torch.float32)
@@ -31,7 +31,7 @@ def test_parts_may_lie_apart():
 
 
 @pytest.mark.parametrize("block_p", [1, 4])
-def test_tiles_do_not_matter(block_p, monkeypatch):
+def test_sum_with_every_tile_size(block_p, monkeypatch):
     monkeypatch.setattr(kernels, "pick_sum_parts", lambda *args: SumConfig(block_p, 16, 1))
     parts = torch.randn(10, 37)
     with active():
@@ -40,7 +40,7 @@ def test_tiles_do_not_matter(block_p, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_single_part_is_the_sum(dtype):
+def test_single_part_is_returned_uncopied(dtype):
     assert kernels.new_partials(torch.empty(0), 2, 5, dtype=dtype).dtype == torch.float32
     partials = kernels.new_partials(torch.empty(0), 1, 5, dtype=dtype)
     total = kernels.sum_parts(partials, dtype)

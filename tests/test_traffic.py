@@ -33,8 +33,8 @@ def test_layer_norm():
     """Each row is requested once; every program requests the weight and the bias for its rows."""
     x, norm = rows(394), [torch.randn(WIDTH).to(DTYPE) for _ in range(2)]
     least = 2 * x.nbytes + 2 * norm[0].nbytes
-    moved, asked = touched(lambda: F.layer_norm(x, *norm, backend="triton"))
-    assert least == moved and asked <= 1.5 * least
+    moved, requested = touched(lambda: F.layer_norm(x, *norm, backend="triton"))
+    assert least == moved and requested <= 1.5 * least
 
 
 def test_layer_norm_backward():
@@ -50,11 +50,11 @@ def test_layer_norm_backward():
 def test_add_and_layer_norm():
     x, residual, norm = rows(394), rows(394), [torch.randn(WIDTH).to(DTYPE) for _ in range(2)]
     least = 4 * x.nbytes + 2 * norm[0].nbytes
-    moved, asked = touched(lambda: F.layer_norm(x, *norm, residual=residual, backend="triton"))
-    assert least == moved and asked <= 1.25 * least
+    moved, requested = touched(lambda: F.layer_norm(x, *norm, residual=residual, backend="triton"))
+    assert least == moved and requested <= 1.25 * least
 
 
-def test_patch_embedding_of_bytes():
+def test_patch_embed_of_uint8_images():
     """Only the image, the weights and the tokens are moved; no float image and no unfolded patches are materialized."""
     image = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
     weight, bias = torch.randn(WIDTH, 768).to(DTYPE), torch.randn(WIDTH).to(DTYPE)

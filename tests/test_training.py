@@ -106,7 +106,7 @@ def assert_equal(a, b, where="") -> None:
 # --- the loop ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_learns_and_leaves_what_it_says(whole):
+def test_run_learns_and_writes_the_documented_files(whole):
     lines = [json.loads(line) for line in (whole / METRICS).read_text().splitlines()]
     steps, tests = [x for x in lines if "loss" in x], [x for x in lines if "test_loss" in x]
     assert [x["step"] for x in steps] == list(range(1, 19))  # 25 training images: 6 batches of 4, 3 epochs
@@ -119,11 +119,11 @@ def test_a_run_learns_and_leaves_what_it_says(whole):
         assert picture.size == (1200, 480)
 
 
-def test_evaluates_what_it_trained(whole, photos, tmp_path):
+def test_evaluate_matches_the_last_epoch(whole, photos, tmp_path):
     last = json.loads((whole / METRICS).read_text().splitlines()[-1])
     state = torch.get_rng_state()
     result = evaluate(whole, backend=BACKEND)
-    assert torch.equal(state, torch.get_rng_state()), "drew from the caller's generator"
+    assert torch.equal(state, torch.get_rng_state()), "changed the caller's generator"
     assert result == {name: last[name] for name in ("test_loss", "test_accuracy")}
     torch.testing.assert_close(evaluate(whole, backend="torch")["test_loss"], result["test_loss"], rtol=1e-4, atol=1e-5)
     model, _, classes = load_trained(whole, backend="torch")
@@ -134,12 +134,12 @@ def test_evaluates_what_it_trained(whole, photos, tmp_path):
         evaluate(tmp_path)
 
 
-def test_processes_that_read_images_change_nothing(whole, photos, tmp_path):
+def test_loader_workers_do_not_change_results(whole, photos, tmp_path):
     train(config(photos, tmp_path, workers=2))
     assert (tmp_path / METRICS).read_text() == (whole / METRICS).read_text()
 
 
-def test_bfloat16_trains(photos, tmp_path):
+def test_training_in_bfloat16(photos, tmp_path):
     result = train(config(photos, tmp_path, precision="bfloat16", epochs=1))
     assert np.isfinite(result["test_loss"])
 
@@ -166,23 +166,23 @@ def at_call(monkeypatch, module, name, number, before=lambda *_: None):
 
 
 MOMENTS = {
-    "a step": lambda patch: at_call(patch, Run, "training_step", 9),
-    "a test": lambda patch: at_call(patch, loop, "test", 2),
-    "tested, not saved": lambda patch: at_call(patch, Run, "save", 6),
-    "half written": lambda patch: at_call(patch, torch, "save", 5, lambda state, file: file.write(b"PK\3\4" * 100)),
-    "written, not flushed": lambda patch: at_call(patch, os, "fsync", 18),
-    "the last one put away": lambda patch: at_call(patch, os, "replace", 8),
+    "during a step": lambda patch: at_call(patch, Run, "training_step", 9),
+    "during a test": lambda patch: at_call(patch, loop, "test", 2),
+    "before a checkpoint": lambda patch: at_call(patch, Run, "save", 6),
+    "during the write": lambda patch: at_call(patch, torch, "save", 5, lambda state, file: file.write(b"PK\3\4" * 100)),
+    "before the flush": lambda patch: at_call(patch, os, "fsync", 18),
+    "between the two renames": lambda patch: at_call(patch, os, "replace", 8),
     "before the first checkpoint": lambda patch: at_call(patch, Run, "training_step", 2),
 }
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_goes_on_to_the_same_bits(whole, photos, tmp_path, moment):
+def test_resumed_run_is_bitwise_equal(whole, photos, tmp_path, moment):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         MOMENTS[moment](patch)
         train(config(photos, tmp_path))
     left = {path.name for path in tmp_path.iterdir()}
-    if moment == "the last one put away":
+    if moment == "between the two renames":
         assert "checkpoint.pt" not in left
     torch.manual_seed(5)  # a new process has another random state
     train(config(photos, tmp_path, resume=True))
@@ -215,7 +215,7 @@ for _ in sys.stdin:
 """
 
 
-def test_survives_kill_9(whole, photos, tmp_path):
+def test_resumes_after_kill_9(whole, photos, tmp_path):
     """Kill the run twice, or 18 times in the thorough profile."""
     draw, metrics, codes = random.Random(1), tmp_path / METRICS, []
     kills = min(18, max(2, settings().max_examples // 20))
@@ -243,7 +243,7 @@ def test_survives_kill_9(whole, photos, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == FILES
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, photos, tmp_path):
+def test_damaged_checkpoint_falls_back_to_the_previous_one(whole, photos, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / checkpoint.NAME).write_bytes((whole / checkpoint.NAME).read_bytes()[:1000])
     with pytest.warns(UserWarning, match="checkpoint.previous.pt is used instead: .*checkpoint.pt: BadZipFile"):
@@ -257,7 +257,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, photos, tmp_pat
 
 @pytest.mark.filterwarnings("ignore:damaged:UserWarning")
 @pytest.mark.parametrize("call", [2, 3, 4])
-def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(whole, photos, tmp_path, call):
+def test_damaged_checkpoint_never_replaces_the_previous_one(whole, photos, tmp_path, call):
     """After a kill at any rename, one of the two checkpoints is intact."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / checkpoint.NAME).write_bytes(b"nothing")
@@ -267,7 +267,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(whole, pho
     assert checkpoint.load(tmp_path)[0]["step"] in (16, 18)
 
 
-def test_one_changed_bit_is_seen(whole, tmp_path):
+def test_one_changed_bit_is_detected(whole, tmp_path):
     """torch.load does not verify the archive's checksums."""
     content = bytearray((whole / checkpoint.NAME).read_bytes())
     with zipfile.ZipFile(whole / checkpoint.NAME) as file:
@@ -301,7 +301,7 @@ JUNK = [None, True, -1, 2**70, 0.5, float("nan"), "text", b"bytes", [], [1], {},
 
 
 @pytest.mark.parametrize("contents", JUNK)
-def test_a_checkpoint_that_holds_something_else_is_named(contents, photos, tmp_path):
+def test_file_without_a_checkpoint_is_rejected(contents, photos, tmp_path):
     torch.save(contents, tmp_path / checkpoint.NAME)
     message = r"^no checkpoint can be read: \S*checkpoint.pt: ValueError: expected a checkpoint of train with [^\n]*$"
     for use in (lambda: train(config(photos, tmp_path, resume=True)), lambda: load_trained(tmp_path)):
@@ -348,7 +348,7 @@ def largest_file(size):
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(whole, photos, tmp_path):
+def test_full_disk_keeps_the_last_checkpoint(whole, photos, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     os.replace(tmp_path / checkpoint.PREVIOUS, tmp_path / checkpoint.NAME)
     before = (tmp_path / checkpoint.NAME).read_bytes()
@@ -360,7 +360,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(whole, photos, tmp_path):
     assert_same_run(tmp_path, whole)
 
 
-def test_a_full_disk_leaves_whole_lines_of_metrics(tmp_path):
+def test_full_disk_keeps_complete_lines_of_metrics(tmp_path):
     metrics = loop.Metrics(tmp_path / METRICS, Process(torch.device("cpu")), 0)
     line = {"step": 1, "epoch": 1, "test_loss": 0.5, "test_accuracy": 0.5}
     metrics.flush(line)
@@ -372,7 +372,7 @@ def test_a_full_disk_leaves_whole_lines_of_metrics(tmp_path):
     assert [line["step"] for line in curves.read(tmp_path / METRICS)] == [1, 2]
 
 
-def hold(folder: Path) -> tuple[int, int]:
+def lock_folder(folder: Path) -> tuple[int, int]:
     """Process ids: a process that has locked ``folder``, and its fork, which stands for a data loader's worker."""
     reader, writer = os.pipe()
     holder = os.fork()
@@ -388,10 +388,10 @@ def hold(folder: Path) -> tuple[int, int]:
     return holder, worker
 
 
-def test_a_folder_is_trained_in_by_one_process(photos, tmp_path):
+def test_output_folder_is_locked(photos, tmp_path):
     for name in (".checkpoint.pt.0123.part", ".metrics.jsonl.4567.part", ".of somebody.0123.part"):
         (tmp_path / name).write_text("of a killed process")
-    holder, worker = hold(tmp_path)
+    holder, worker = lock_folder(tmp_path)
     try:
         assert {path.name for path in tmp_path.iterdir()} == {".lock", ".of somebody.0123.part"}
         with pytest.raises(BlockingIOError, match=f"out: {tmp_path} is in use by process {holder} on [^ ]+; wait"):
@@ -404,12 +404,12 @@ def test_a_folder_is_trained_in_by_one_process(photos, tmp_path):
         os.kill(worker, signal.SIGKILL)
 
 
-def test_a_full_disk_takes_no_lock_away(tmp_path):
+def test_full_disk_does_not_prevent_locking(tmp_path):
     with largest_file(0), checkpoint.locked(tmp_path):
         pass
 
 
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+def test_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch):
     def no_locks(*args):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -427,7 +427,7 @@ BAD_LINES = [b"{", b"\xff\xfe", b"[1]", b"3", b'{"step": 1}', LINE.strip().repla
 
 
 @pytest.mark.parametrize("bad", BAD_LINES, ids=range(len(BAD_LINES)))
-def test_damaged_metrics_are_named(bad, whole, photos, tmp_path):
+def test_damaged_metrics_line_is_named_in_the_error(bad, whole, photos, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / METRICS).write_bytes(LINE + bad + b"\n" + LINE)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"}
@@ -436,7 +436,7 @@ def test_damaged_metrics_are_named(bad, whole, photos, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"} == before
 
 
-def test_metrics_that_are_no_file_are_named(tmp_path):
+def test_non_regular_metrics_file_is_rejected(tmp_path):
     os.mkfifo(tmp_path / METRICS)
     with pytest.raises(ValueError, match="metrics.jsonl: not a regular file"):
         curves.read(tmp_path / METRICS)
@@ -472,7 +472,7 @@ def test_fuzz_damaged_metrics(whole, tmp_path, flips, kept, line):
             assert set(line) in (curves.STEP, curves.TEST) and {*map(type, line.values())} <= {int, float}
 
 
-def test_a_checkpoint_of_another_run_is_refused_by_name(whole, photos, tmp_path):
+def test_checkpoint_of_another_run_is_rejected(whole, photos, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     before = (tmp_path / checkpoint.NAME).read_bytes()
     with pytest.raises(FileExistsError, match="out: .* contains a checkpoint; resume"):
@@ -484,7 +484,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(whole, photos, tmp_path)
     assert (tmp_path / checkpoint.NAME).read_bytes() == before
 
 
-def test_random_states_come_back():
+def test_random_states_are_restored():
     drawn = []
     device = torch.device("cpu")
     random.gauss(0, 1), np.random.normal()  # both cache a second number
@@ -498,7 +498,7 @@ def test_random_states_come_back():
 # --- processes ---------------------------------------------------------------------------------------------
 
 
-def test_torchrun_trains_the_same_and_fsdp_goes_on(photos, tmp_path):
+def test_torchrun_matches_one_process_and_fsdp_resumes(photos, tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     changes = dict(dropout=0.0, epochs=1, backend="torch")
     train(config(photos, alone, **changes))
@@ -514,7 +514,7 @@ def test_torchrun_trains_the_same_and_fsdp_goes_on(photos, tmp_path):
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    assert printed.count("epoch 1 of 1") == 1, "every process says it"
+    assert printed.count("epoch 1 of 1") == 1, "printed by every process"
     compare()
     os.replace(together / checkpoint.PREVIOUS, together / checkpoint.NAME)  # after step 4 of 6
     assert checkpoint.load(together)[0]["step"] == 4
@@ -527,7 +527,7 @@ def test_torchrun_trains_the_same_and_fsdp_goes_on(photos, tmp_path):
 # --- data --------------------------------------------------------------------------------------------------
 
 
-def test_batches_follow_from_seed_and_epoch():
+def test_batches_depend_on_seed_and_epoch():
     first = batches(23, 4, seed=1, epoch=2)
     assert [len(batch) for batch in first] == [4] * 5
     assert len({i for batch in first for i in batch}) == 20
@@ -538,7 +538,7 @@ def test_batches_follow_from_seed_and_epoch():
     assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in first]
 
 
-def test_an_image_is_changed_by_seed_epoch_and_index_alone():
+def test_augmentation_depends_only_on_seed_epoch_and_index():
     data = Seeded([(torch.zeros(3), 0)] * 2, lambda x: x + torch.rand(3), seed=1)
     state = torch.get_rng_state()
     first = data[0][0]
@@ -563,7 +563,7 @@ def test_folders_of_training_and_test_images(photos, tmp_path):
 
 @pytest.mark.parametrize("links", [{"bright/loop": "."}, {"dark/a": "..", "dark/b": ".."},
                                    {"bright/a": "../dark", "dark/b": "../bright"}])  # fmt: skip
-def test_links_that_lead_back_are_refused(links, photos, tmp_path):
+def test_symlink_loops_are_rejected(links, photos, tmp_path):
     shutil.copytree(photos, tmp_path, dirs_exist_ok=True)
     (tmp_path / "more").symlink_to("dark")  # a link without a loop
     assert len(load_data(TrainConfig(tmp_path)).train.examples.dataset) == 3 * 14
@@ -573,7 +573,7 @@ def test_links_that_lead_back_are_refused(links, photos, tmp_path):
         load_data(TrainConfig(tmp_path))
 
 
-def test_digits_are_split_the_same_whatever_the_seed():
+def test_split_of_digits_does_not_depend_on_the_seed():
     ours, theirs = (load_data(TrainConfig("digits", seed=seed)) for seed in (0, 1))
     assert (len(ours.train), len(ours.test)) == (1438, 359)
     assert torch.equal(ours.test[5][0], theirs.test[5][0]) and ours.test[5][0].shape == (1, 16, 16)
@@ -581,7 +581,7 @@ def test_digits_are_split_the_same_whatever_the_seed():
 
 
 @pytest.mark.parametrize("download", [False, True])
-def test_says_which_file_to_put_where(tmp_path, monkeypatch, download):
+def test_download_error_names_file_and_folder(tmp_path, monkeypatch, download):
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
 
@@ -592,7 +592,7 @@ def test_says_which_file_to_put_where(tmp_path, monkeypatch, download):
         load_data(TrainConfig(str(tmp_path / "nowhere")))
 
 
-def test_the_archive_where_it_was_asked_for_is_unpacked(tmp_path, monkeypatch):
+def test_manually_downloaded_archive_is_unpacked(tmp_path, monkeypatch):
     """A substitute of 5 + 1 images with its own checksums replaces the archive of 163 MB."""
     from torchvision.datasets import CIFAR10
 
@@ -622,19 +622,19 @@ def test_the_archive_where_it_was_asked_for_is_unpacked(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("module", ["rich", "torchvision", "matplotlib", "sklearn"])
-def test_a_missing_extra_is_named(photos, tmp_path, monkeypatch, module):
+def test_missing_extra_is_named_in_the_error(photos, tmp_path, monkeypatch, module):
     for name in [module, *(name for name in sys.modules if name.startswith(module + "."))]:
         monkeypatch.setitem(sys.modules, name, None)
     data = "digits" if module == "sklearn" else str(photos)
     with pytest.raises(ImportError, match=r"pip install 'vit_triton\[train\]'"):
         train(replace(config(photos, tmp_path, epochs=1), data=data))
-    assert not any(tmp_path.iterdir()), "found out after the training"
+    assert not any(tmp_path.iterdir()), "detected only after the training"
 
 
 # --- options -----------------------------------------------------------------------------------------------
 
 
-def test_the_command_line_is_the_configuration():
+def test_command_line_matches_the_configuration():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     assert config_from(parser.parse_args(["digits"])) == TrainConfig("digits")
@@ -662,7 +662,7 @@ def test_the_command_line_is_the_configuration():
         ({"dim": 30, "heads": 4}, "dim must be divisible by heads, got 30 and 4"),
     ],
 )
-def test_a_bad_option_is_named(changes, message):
+def test_bad_option_is_named_in_the_error(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig("digits", **changes).sizes()
 
@@ -677,7 +677,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)
-def test_an_option_of_another_type_is_named(field):
+def test_option_of_a_wrong_type_is_named_in_the_error(field):
     kind = field.metadata.get("type", bool if field.default is False else str)
     wrong = WRONG[kind] + ([] if field.default is None else [None])
     for value in wrong if field.name != "data" else [3, None, b"digits"]:
@@ -685,7 +685,7 @@ def test_an_option_of_another_type_is_named(field):
             TrainConfig(**{"data": "digits", field.name: value})
 
 
-def test_numbers_of_numpy_and_paths_become_plain_ones():
+def test_numpy_numbers_and_paths_become_plain_values():
     """Checkpoints store only plain Python values and tensors."""
     made = TrainConfig(Path("photos"), out="run", epochs=np.int64(3), learning_rate=np.float32(0.5), clip=1, seed=0)
     assert made == TrainConfig("photos", out=Path("run"), epochs=3, learning_rate=0.5, clip=1.0)
@@ -711,14 +711,14 @@ def test_fuzz_options(name, value):
 
 @pytest.mark.parametrize("use", [train, evaluate, load_trained])
 @pytest.mark.parametrize("value", [None, 3, {"data": "digits"}])
-def test_what_is_no_run_is_named(use, value):
+def test_config_and_folder_of_a_wrong_type_are_rejected(use, value):
     with pytest.raises(
         TypeError, match=rf"^(config must be a TrainConfig|folder must be a path), got {re.escape(repr(value))}$"
     ):
         use(value)
 
 
-def test_batches_must_fit_images_and_processes(photos, tmp_path):
+def test_batch_size_must_fit_images_and_processes(photos, tmp_path):
     small = config(photos, tmp_path, batch_size=26)
     with pytest.raises(ValueError, match="batch_size must be at most the number of training images, 25, got 26"):
         train(small)

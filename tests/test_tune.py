@@ -74,7 +74,7 @@ def computed(name, epilogue=Epilogue.NONE):
     return PICKERS["pick_linear_fwd"].default(197, 768, 3072, torch.bfloat16, target, "ieee", epilogue)
 
 
-def test_written_and_read_again(tmp_path):
+def test_table_can_be_written_and_read(tmp_path):
     path = tmp_path / "some" / "folder" / "file.json"
     table = tuned.new_table(H100, SM, TIMED)
     tuned.write(path, table)
@@ -103,7 +103,7 @@ def test_every_candidate_can_be_written_and_read(tmp_path, name, arch):
     assert tuned.read(tmp_path / "file.json").timed == timed
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "file.json"
     tuned.write(path, tuned.new_table(H100, SM, TIMED))
     before = path.read_bytes()
@@ -112,7 +112,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_tuned_choice_is_for_its_device_alone(home, gpus):
+def test_tuned_choice_applies_to_its_device_only(home, gpus):
     gpus += [(H100, 9, 0), ("NVIDIA H200", 9, 0), (H100, 8, 0)]
     tuned.write(tuned.default_path(H100), tuned.new_table(H100, SM, TIMED))
     assert [path.name for path in home.iterdir()] == ["nvidia-h100-80gb-hbm3.json"]
@@ -128,7 +128,7 @@ def test_the_tuned_choice_is_for_its_device_alone(home, gpus):
         assert target_of(torch.device("cpu")).tuned is None
 
 
-def test_two_devices_of_one_architecture_have_a_choice_each(home, gpus):
+def test_devices_of_one_architecture_have_separate_choices(home, gpus):
     gpus += [(H100, 9, 0), ("NVIDIA H200", 9, 0)]
     tuned.write(tuned.default_path(H100), tuned.new_table(H100, SM, TIMED))
     other = [dataclasses.replace(TIMED[0], config=GemmConfig(64, 64, 64, 4, 3))]
@@ -136,7 +136,7 @@ def test_two_devices_of_one_architecture_have_a_choice_each(home, gpus):
     assert [picked(f"cuda:{i}") for i in (0, 1, 0, 1)] == [VendorGemm(), GemmConfig(64, 64, 64, 4, 3)] * 2
 
 
-def test_the_environment_names_another_file_or_none(home, gpus, monkeypatch, tmp_path):
+def test_environment_variable_selects_another_file_or_none(home, gpus, monkeypatch, tmp_path):
     gpus += [(H100, 9, 0)]
     tuned.write(tuned.default_path(H100), tuned.new_table(H100, SM, TIMED))
     mine = dataclasses.replace(TIMED[0], config=GemmConfig(64, 64, 64, 4, 3))
@@ -152,7 +152,7 @@ def test_the_environment_names_another_file_or_none(home, gpus, monkeypatch, tmp
             picked("cuda:0")
 
 
-def test_without_a_folder_of_its_own_the_home_is_taken(monkeypatch, tmp_path):
+def test_default_folder_is_in_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for value in ("", "relative"):
         monkeypatch.setenv("XDG_CONFIG_HOME", value)
@@ -213,7 +213,7 @@ def first(content):
 
 
 @pytest.mark.parametrize(("spoil", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_a_wrong_file_says_what_is_wrong(home, gpus, spoil, message):
+def test_error_for_a_wrong_file_names_the_fault(home, gpus, spoil, message):
     gpus += [(H100, 9, 0)]
     path = tuned.default_path(H100)
     tuned.write(path, tuned.new_table(H100, SM, TIMED))
@@ -224,7 +224,7 @@ def test_a_wrong_file_says_what_is_wrong(home, gpus, spoil, message):
         picked("cuda:0")
 
 
-def test_a_file_that_is_no_json(home, gpus):
+def test_invalid_json_raises(home, gpus):
     gpus += [(H100, 9, 0)]
     path = tuned.default_path(H100)
     path.parent.mkdir(parents=True)
@@ -234,7 +234,7 @@ def test_a_file_that_is_no_json(home, gpus):
             picked("cuda:0")
 
 
-def test_described(home):
+def test_description_of_the_tuned_state(home):
     assert tuned.describe(H100, SM).startswith(f"{H100}, sm_90: no tuned tiles, using defaults")
     path = tuned.default_path(H100)
     tuned.write(path, dataclasses.replace(tuned.new_table(H100, SM, TIMED), triton="1.0"))
@@ -266,7 +266,7 @@ def small(monkeypatch, request):
         yield tune.cases(TINY, torch.float32, "cpu")
 
 
-def asked_by(call):
+def picker_keys(call):
     """The keys of all picker calls during ``call``."""
     keys = set()
     with choosing(lambda picker, args: keys.add(picker.key(args)) or picker.default(*args)):
@@ -282,7 +282,7 @@ def steps(model, image):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_whatever_a_vit_asks_for_is_tuned(dropout):
+def test_every_configuration_of_a_vit_is_tuned(dropout):
     """Follow the GPU code path in bfloat16 without running kernels."""
     shape = TINY.with_depth(12)
     with gpu_path.taken(lambda *launch: None):
@@ -290,14 +290,14 @@ def test_whatever_a_vit_asks_for_is_tuned(dropout):
         tuned = {key for case in cases for key in case.asks}
         image = torch.randn(2, 3, 16, 16, dtype=torch.bfloat16)
         ours = vit_triton.ViT(**shape.vit(), dropout=dropout, emb_dropout=dropout, backend="triton")
-        asked = asked_by(lambda: steps(ours.bfloat16(), image))
-        assert len(asked) > 30 and asked <= tuned
+        used = picker_keys(lambda: steps(ours.bfloat16(), image))
+        assert len(used) > 30 and used <= tuned
         timm = pytest.importorskip("timm.models.vision_transformer")
         size = dict(img_size=16, patch_size=8, num_classes=0, embed_dim=32, depth=2, num_heads=2)
         other = timm.VisionTransformer(**size, proj_drop_rate=dropout, attn_drop_rate=dropout)
         vit_triton.accelerate(other.bfloat16(), backend="triton")
-        asked = asked_by(lambda: steps(other, image))
-        assert len(asked) > 15 and asked <= tuned
+        used = picker_keys(lambda: steps(other, image))
+        assert len(used) > 15 and used <= tuned
 
 
 @pytest.mark.parametrize("model", TUNE_MODELS)
@@ -310,7 +310,7 @@ def test_cases_of_every_size(model):
     assert attended == {(n, shape.tokens, shape.head_dim) for n in (1, shape.tokens)}
 
 
-def test_every_picker_is_asked_and_every_candidate_timed(small):
+def test_every_picker_is_called_and_every_candidate_timed(small):
     lines, timer = [], iter(range(10**6))
     measured = list(tune.tune(small, lambda run: run() and 1.0 + next(timer), lines.append))
     assert {each.picker for each in measured} == set(PICKERS)
@@ -332,7 +332,7 @@ def only(cases, *launches):
     return found
 
 
-def test_the_fastest_is_taken_where_it_is_worth_it(small):
+def test_fastest_candidate_is_chosen_above_a_minimum_gain(small):
     qkv = only(small, QKV)
     for vendor, expected in ((0.5, VendorGemm()), (0.99, None)):
         times = iter([1.0, 1.5, vendor])
@@ -341,7 +341,7 @@ def test_the_fastest_is_taken_where_it_is_worth_it(small):
         assert [ms for _, ms in each.milliseconds] == [1.0, 1.5, vendor]
 
 
-def test_what_several_cases_share_is_judged_by_their_sum(small):
+def test_shared_choice_is_timed_as_the_sum_of_its_cases(small):
     both = only(
         small, "layer_norm_fwd(10x32, 32, 32, eps=1e-05, save=True)", "layer_norm_bwd(10x32, 10x32, 32, 10, 10)"
     )
@@ -350,7 +350,7 @@ def test_what_several_cases_share_is_judged_by_their_sum(small):
     assert [ms for _, ms in rows.milliseconds] == [2.0]
 
 
-def test_a_candidate_that_is_wrong_or_fails_or_spills_is_named_and_not_taken(small, monkeypatch):
+def test_wrong_failing_or_spilling_candidates_are_reported_and_not_chosen(small, monkeypatch):
     qkv = only(small, QKV)
     mm = torch.mm
     for spoil, message in (
@@ -371,14 +371,14 @@ def test_a_candidate_that_is_wrong_or_fails_or_spills_is_named_and_not_taken(sma
     assert len(each.milliseconds) == 2 and "VendorGemm" in lines[-1] and "spills 8 registers" in lines[-1]
 
 
-def test_the_launchers_ask_the_pickers_again_afterwards(small):
+def test_pickers_are_restored_after_tuning(small):
     pick = forward.linear_fwd
     with pytest.raises(ZeroDivisionError):
         list(tune.tune(small[:1], lambda run: 1 / 0, lambda line: None))
     assert forward.linear_fwd is pick and pickers._choose is None
 
 
-def test_what_was_measured_before_a_stop_is_written_and_what_was_there_is_kept(tmp_path, capsys):
+def test_interrupted_tuning_writes_its_results_and_keeps_old_ones(tmp_path, capsys):
     path = tmp_path / "table.json"
     tune.write(path, H100, SM, TIMED[:2], 2)
 
@@ -403,7 +403,7 @@ def test_what_was_measured_before_a_stop_is_written_and_what_was_there_is_kept(t
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_command_says_so(capsys, tmp_path):
+def test_command_requires_a_gpu(capsys, tmp_path):
     assert main(["tune", "--out", str(tmp_path / "x.json")]) == 2 and not list(tmp_path.iterdir())
     assert "tune: requires a GPU" in capsys.readouterr().err
 
@@ -417,7 +417,7 @@ def test_without_a_gpu_the_command_says_so(capsys, tmp_path):
         ("--out /nowhere/r.json", "must be a file in a folder that exists, got '/nowhere/r.json'"),
     ],
 )
-def test_bad_options_are_refused(words, message, capsys):
+def test_bad_options_are_rejected(words, message, capsys):
     try:
         code = main(["tune", *words.split()])
     except SystemExit as end:  # raised by argparse
@@ -445,7 +445,7 @@ assert main(["info"]) == 2
 """
 
 
-def test_the_command_needs_none_of_the_extras():
+def test_command_requires_no_extras():
     result = subprocess.run([sys.executable, "-c", NO_EXTRAS], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "usage: vit-triton tune" in result.stdout and "--seconds" in result.stdout
@@ -457,7 +457,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_bar_stays_below_what_is_printed(monkeypatch):
+def test_progress_bar_stays_below_printed_lines(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -472,7 +472,7 @@ def test_the_bar_stays_below_what_is_printed(monkeypatch):
     assert f"{empty} 0/2 -:--:--" in terminal.getvalue()
 
 
-def test_there_is_no_bar_where_stderr_is_no_terminal(capsys):
+def test_no_progress_bar_without_a_terminal(capsys):
     with progress(2) as bar:
         bar.advance("first")
     assert bar.complete and capsys.readouterr().err == ""

@@ -55,13 +55,13 @@ def test_a_linear_layer(vendor, case, gradient, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("whole", [True, False])
-def test_an_mlp_with_everything_and_with_nothing_around(vendor, whole, dtype):
+def test_an_mlp_with_and_without_all_options(vendor, whole, dtype):
     vendor()
     inputs = test_mlp.make((3, 29), 40, 136, 50, dtype, bias=whole, residual=whole, norm=whole)
     test_mlp.check(inputs, torch.randn(3, 29, 50).to(dtype), "gelu" if whole else "quick_gelu", norm=whole)
 
 
-def test_of_none(vendor):
+def test_empty_batch(vendor):
     vendor()
     x, weight, bias, *_ = test_linear.make((0, 5), 40, 24, torch.float32)
     assert F.linear(x, weight, bias, backend="triton").shape == (0, 5, 24)
@@ -94,7 +94,7 @@ def backward(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("launcher", [forward, backward])
-def test_the_same_numbers_and_masks(vendor, launcher, dtype):
+def test_results_and_masks_match_the_kernels(vendor, launcher, dtype):
     with active():
         torch.manual_seed(1)
         ours = list(launcher(dtype))
@@ -111,7 +111,7 @@ def test_the_same_numbers_and_masks(vendor, launcher, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_mask_is_the_same_bit_for_bit(vendor, dtype):
+def test_dropout_mask_is_bitwise_equal(vendor, dtype):
     ones, zeros = torch.ones(70, 50, dtype=dtype), torch.zeros(70, 50, dtype=dtype)
     dropout = Dropout(0.25, torch.tensor([3]))
     eye = torch.eye(50, dtype=dtype)
@@ -128,7 +128,7 @@ def test_the_mask_is_the_same_bit_for_bit(vendor, dtype):
     assert torch.equal(*ours)  # forward and backward use the same mask
 
 
-def test_the_library_does_multiply(vendor, monkeypatch):
+def test_vendor_gemm_is_called(vendor, monkeypatch):
     """The tests above also pass if the choice of GEMM is ignored; this one fails."""
     products = []
     mm = torch.mm
@@ -143,7 +143,7 @@ def test_the_library_does_multiply(vendor, monkeypatch):
     assert sorted(products) == sorted([*forward, *backward, ((n, m), (m, h)), ((h, m), (m, k))])
 
 
-def test_only_a_tuned_table_chooses_it():
+def test_only_tuned_tables_choose_the_vendor_gemm():
     for name, picker in PICKERS.items():
         if VendorGemm not in picker.kinds:
             continue

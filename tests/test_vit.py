@@ -55,13 +55,13 @@ def both(backend: str, **changes) -> tuple[nn.Module, nn.Module, dict]:
         for name, changes in CONFIGS.items()
     ],
 )
-def test_outputs_and_gradients_are_those_of_vit_pytorch(backend, changes):
+def test_outputs_and_gradients_match_vit_pytorch(backend, changes):
     theirs, ours, config = both(backend, **changes)
     assert_parity(theirs, ours, images(config))
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
-def test_state_dicts_are_exchanged_both_ways(changes):
+def test_state_dicts_load_in_both_directions(changes):
     config = {**BASE, **changes}
     theirs, ours = vit_pytorch.ViT(**config), ViT(**config)
     shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
@@ -71,7 +71,7 @@ def test_state_dicts_are_exchanged_both_ways(changes):
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
-def test_same_children_and_same_weights_from_one_seed(changes):
+def test_children_and_initial_weights_match_vit_pytorch(changes):
     config = {**BASE, **changes}
     torch.manual_seed(3)
     theirs = vit_pytorch.ViT(**config)
@@ -83,7 +83,7 @@ def test_same_children_and_same_weights_from_one_seed(changes):
         assert torch.equal(parameter, ours.get_parameter(name)), name
 
 
-def test_signature_is_theirs_plus_backend():
+def test_signature_matches_vit_pytorch_plus_backend():
     theirs = inspect.signature(vit_pytorch.ViT.__init__).parameters
     ours = dict(inspect.signature(ViT.__init__).parameters)
     assert ours.pop("backend").default is None
@@ -182,7 +182,7 @@ class TestDropout:
             "transformer.layers.0.1.net.5",
         ],
     )
-    def test_each_place_obeys_its_own_module(self, backend, name):
+    def test_each_dropout_follows_the_mode_of_its_module(self, backend, name):
         """As for Monte-Carlo dropout: the model in eval mode, single Dropout modules switched to train."""
         _, model, config = both(backend, dropout=0.5, emb_dropout=0.5)
         image = images(config)
@@ -206,7 +206,7 @@ class TestLastBlock:
             ({"num_classes": 0}, [17, 17]),
         ],
     )
-    def test_tokens_that_reach_the_mlp(self, backend, changes, tokens, monkeypatch):
+    def test_number_of_tokens_in_the_mlp(self, backend, changes, tokens, monkeypatch):
         _, model, config = both(backend, **{**BASE, "image_size": 16, "patch_size": 4, "depth": 2, **changes})
         seen = []
         mlp = modules.F.mlp
@@ -226,7 +226,7 @@ class TestLastBlock:
             "transformer.layers.1.1.net.1",
         ],
     )
-    def test_who_watches_sees_all_tokens(self, backend, name):
+    def test_hooks_receive_all_tokens(self, backend, name):
         _, model, config = both(backend, depth=2)
         image = images(config)
         expected, seen = model(image), []
@@ -234,7 +234,7 @@ class TestLastBlock:
         torch.testing.assert_close(model(image), expected)
         assert seen == [model.pos_embedding.shape[0]]
 
-    def test_others_who_call_the_transformer_get_all_tokens(self, backend):
+    def test_transformer_returns_all_tokens(self, backend):
         _, model, config = both(backend)
         tokens = torch.randn(2, 6, config["dim"])
         assert model.transformer(tokens).shape == tokens.shape
@@ -308,7 +308,7 @@ class TestReplacedParts:
             ("mlp_head", lambda: nn.Linear(24, 3)),
         ],
     )
-    def test_is_called(self, backend, name, make):
+    def test_replaced_module_is_called(self, backend, name, make):
         theirs, ours, config = both(backend, depth=1)
         torch.manual_seed(5)
         part = make()
@@ -336,7 +336,7 @@ class TestReplacedParts:
         assert calls == [(2, 5, 24)]
 
 
-def test_parts_of_the_patch_embedding_work_alone(backend):
+def test_submodules_of_the_patch_embedding_can_be_called(backend):
     theirs, ours, config = both(backend)
     image = images(config)
     rows = ours.to_patch_embedding[0](image)
@@ -353,7 +353,7 @@ def test_parts_of_the_patch_embedding_work_alone(backend):
     assert_same(chained, whole, 192)
 
 
-def test_transformer_takes_tokens_from_others(backend):
+def test_transformer_accepts_any_tokens(backend):
     theirs, ours, _ = both(backend)
     tokens = torch.randn(3, 7, 24)
     assert_same(ours.transformer(tokens), theirs.transformer(tokens), TERMS)
@@ -383,7 +383,7 @@ class TestCopies:
 
 
 class TestBackend:
-    def test_is_remembered_by_every_part_and_can_be_changed(self):
+    def test_backend_is_set_on_every_part_and_can_be_changed(self):
         model = ViT(**BASE, backend="torch")
         parts = [module for module in model.modules() if hasattr(module, "backend")]
         assert len(parts) > 10 and {part.backend for part in parts} == {"torch"}
@@ -399,7 +399,7 @@ class TestBackend:
         model.backend = "torch"
         assert_same(out, model(image), TERMS)
 
-    def test_none_follows_the_context(self, backend):
+    def test_backend_none_follows_use_backend(self, backend):
         _, model, config = both(backend)
         image = images(config)
         expected = model(image)
@@ -444,12 +444,12 @@ def test_compiles_into_one_graph(backend):
         ({"emb_dropout": -0.1}, ValueError, r"emb_dropout must be between 0 and 1, got -0.1"),
     ],
 )
-def test_bad_configuration_names_argument_and_values(changes, error, message):
+def test_configuration_errors_name_argument_and_values(changes, error, message):
     with pytest.raises(error, match=message):
         ViT(**{**BASE, **changes})
 
 
-def test_numpy_integers_are_integers():
+def test_numpy_integers_are_accepted():
     model = ViT(**{**BASE, "dim": np.int64(24), "num_classes": np.int32(5)}, backend="torch")
     assert model(images(BASE)).shape == (2, 5)
 
@@ -473,7 +473,7 @@ def test_numpy_integers_are_integers():
     ],
     ids=lambda value: f"{value.dtype} {tuple(value.shape)}" if hasattr(value, "shape") else None,
 )
-def test_bad_image_is_refused_by_name(backend, image, error, message):
+def test_bad_images_are_rejected(backend, image, error, message):
     model = ViT(**BASE, backend=backend)
     with pytest.raises(error, match=message):
         model(image)
@@ -481,7 +481,7 @@ def test_bad_image_is_refused_by_name(backend, image, error, message):
 
 class TestAttentionMaps:
     @pytest.mark.parametrize("changes", [{}, {"pool": "mean"}, {"heads": 1, "dim_head": 24}], ids=str)
-    def test_equal_recorder(self, backend, changes):
+    def test_maps_match_the_recorder(self, backend, changes):
         theirs, ours, config = both(backend, **changes)
         image = images(config)
         with torch.no_grad():
@@ -511,7 +511,7 @@ class TestAttentionMaps:
         maps = vit_triton.attention_maps(ours.bfloat16(), images(config).bfloat16())
         assert_same(maps.sum(-1), torch.ones(maps.shape[:-1]))
 
-    def test_refuses_a_model_without_attention(self):
+    def test_model_without_attention_is_rejected(self):
         with pytest.raises(ValueError, match="model must contain .*got a Linear"):
             vit_triton.attention_maps(nn.Linear(2, 2), torch.zeros(1, 2))
 
@@ -540,13 +540,13 @@ class TestMemory:
     @pytest.mark.parametrize(
         ("dim", "dtype"), [(192, torch.bfloat16), (768, torch.bfloat16), (768, torch.float32)], ids=str
     )
-    def test_of_a_block(self, dim, dtype):
+    def test_memory_saved_by_a_block(self, dim, dtype):
         tokens = 5
         kept = [self.kept_bytes(depth, tokens, dim, dtype, "triton") for depth in (1, 2)]
         per_block = (kept[1] - kept[0]) / (tokens * dim * dtype.itemsize)
         assert 10 <= per_block <= 10.3
 
-    def test_nothing_in_inference(self, backend):
+    def test_inference_saves_nothing(self, backend):
         _, model, config = both(backend)
         saved = []
         with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):

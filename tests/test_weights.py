@@ -168,7 +168,7 @@ class TestDino:
         load_weights(target, tmp_path / "a.pth")
         assert_untouched(target, state)
 
-    def test_a_mask_token_the_model_has_is_needed(self, tmp_path):
+    def test_mask_token_of_the_model_is_required(self, tmp_path):
         model = made(hf_model, "Dinov2Model")
         path = write(made(hf_model, "Dinov2Model", use_mask_token=False), tmp_path)
         with pytest.raises(WeightsError, match="embeddings.mask_token") as caught:
@@ -195,7 +195,7 @@ class TestPytorchWrappings:
     @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
     @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
     @pytest.mark.parametrize("key", [None, "state_dict", "model", "model_state_dict"])
-    def test_are_taken_off(self, tmp_path, suffix, prefix, key):
+    def test_wrappings_are_removed(self, tmp_path, suffix, prefix, key):
         state = snapshot(made(timm_model))
         content = {prefix + name: tensor for name, tensor in state.items()}
         torch.save({key: content, "epoch": 3} if key else content, tmp_path / f"model{suffix}")
@@ -268,7 +268,7 @@ class TestJax:
         assert_same(run(ours, image()), theirs(image()), TERMS)
 
     @torch.no_grad()
-    def test_as_timm_reads_it(self, tmp_path):
+    def test_result_matches_timms_loader(self, tmp_path):
         np.savez(tmp_path / "model.npz", **as_jax(made(timm_model)))
         theirs, ours = made(timm_model, seed=1), made(timm_model, seed=2)
         theirs.load_pretrained(str(tmp_path / "model.npz"))
@@ -295,7 +295,7 @@ class TestJax:
 
 class TestPositions:
     @pytest.mark.parametrize(("old", "new"), [((4, 4), (6, 6)), ((6, 6), (3, 5)), ((2, 8), (4, 4)), ((3, 3), (3, 3))])
-    def test_as_timm_resamples(self, old, new):
+    def test_resampling_matches_timm(self, old, new):
         positions = torch.randn(1, 1 + old[0] * old[1], DIM)
         expected = resample_abs_pos_embed(positions, list(new), list(old), num_prefix_tokens=1)[0, 1:]
         torch.testing.assert_close(resample(positions[0, 1:], old, new), expected, rtol=0, atol=0)
@@ -312,7 +312,7 @@ class TestPositions:
 
     @pytest.mark.parametrize("prefix", ["", "vision_model."])
     @pytest.mark.parametrize("name", ["CLIPVisionModel", "SiglipVisionModel"])
-    def test_of_what_sees_images_beside_text(self, tmp_path, name, prefix):
+    def test_image_encoders_of_image_text_models(self, tmp_path, name, prefix):
         theirs, ours = made(hf_model, name), made(hf_model, name, 48, seed=1)
         state = snapshot(theirs)
         torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "model.pt")
@@ -322,14 +322,14 @@ class TestPositions:
         assert_untouched(ours, {**state, "embeddings.position_embedding.weight": expected})
 
     @pytest.mark.parametrize("name", ["CLIPText", "SiglipText"])
-    def test_of_text_have_no_grid(self, tmp_path, name):
+    def test_text_positions_are_not_resampled(self, tmp_path, name):
         sizes = dict(hidden_size=DIM, num_hidden_layers=1, num_attention_heads=HEADS, intermediate_size=HIDDEN)
         config, kind = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}Model")
         theirs, ours = (kind(config(**sizes, max_position_embeddings=n)) for n in (64, 16))
         with pytest.raises(WeightsError, match=r"position_embedding.weight \(64, 24\) in the file"):
             load_weights(ours, write(theirs, tmp_path))
 
-    def test_register_tokens_keep_theirs(self, tmp_path):
+    def test_positions_of_register_tokens_are_kept(self, tmp_path):
         theirs, ours = (made(timm_model, size, seed=seed, reg_tokens=2) for size, seed in ((32, 0), (48, 1)))
         load_weights(ours, write(theirs, tmp_path))
         expected = resample_abs_pos_embed(theirs.pos_embed, [6, 6], num_prefix_tokens=3)
@@ -337,7 +337,7 @@ class TestPositions:
 
     @pytest.mark.parametrize("library", [vit_pytorch.ViT, ViT], ids=["vit_pytorch", "vit_triton"])
     @pytest.mark.parametrize("pool", ["cls", "mean"])
-    def test_of_vit_pytorch(self, tmp_path, library, pool):
+    def test_positions_of_vit_pytorch(self, tmp_path, library, pool):
         prefix = pool == "cls"
         theirs = made(lambda: vit_pytorch.ViT(**{**BASE, "image_size": 32}, pool=pool))
         ours = made(lambda: library(**{**BASE, "image_size": 48}, pool=pool), seed=1)
@@ -364,12 +364,12 @@ class TestPositions:
         assert_untouched(again, snapshot(theirs))
 
     @pytest.mark.parametrize("no_embed_class", [False, True])
-    def test_of_one_patch(self, tmp_path, no_embed_class):
+    def test_positions_of_one_patch(self, tmp_path, no_embed_class):
         theirs, ours = (made(timm_model, size, seed=size, no_embed_class=no_embed_class) for size in (8, 24))
         load_weights(ours, write(theirs, tmp_path))
         assert torch.equal(ours.pos_embed[:, -9:], theirs.pos_embed[:, -1:].expand(-1, 9, -1))
 
-    def test_of_a_model_of_unknown_grid(self, tmp_path):
+    def test_model_with_an_unknown_grid_is_rejected(self, tmp_path):
         path = write(made(lambda: ViT(**{**BASE, "image_size": 32})), tmp_path)
         with pytest.raises(WeightsError, match="the model has 11 positions, which are not a square grid$"):
             load_weights(vit_pytorch.ViT(**{**BASE, "image_size": (16, 40)}), path)
@@ -411,7 +411,7 @@ class TestVitPytorch:
         ],
     )
     @torch.no_grad()
-    def test_the_same_model(self, tmp_path, theirs, ours):
+    def test_same_model_in_both_libraries(self, tmp_path, theirs, ours):
         theirs, ours = made(lambda: theirs(**BASE)), made(lambda: ours(**BASE), seed=1)
         load_weights(ours, write(theirs, tmp_path))
         assert_same(ours(image(16)), theirs(image(16)), TERMS)
@@ -425,7 +425,7 @@ class TestVitPytorch:
         assert_same(ours(image(16)), theirs(image(16)), TERMS)
 
     @pytest.mark.parametrize("version", ["0.24", "0.7"])
-    def test_without_norms_around_the_patches_it_is_another_architecture(self, tmp_path, version):
+    def test_versions_without_patch_norms_are_rejected(self, tmp_path, version):
         """timm's model without qkv biases has this architecture."""
         config = {**BASE, "image_size": 32, "dim_head": DIM // HEADS, "mlp_dim": HIDDEN}
         theirs, ours = made(lambda: vit_pytorch.ViT(**config)), made(lambda: ViT(**config), seed=1)
@@ -446,21 +446,21 @@ class TestVitPytorch:
         with torch.no_grad():
             assert_same(with_timm(image()), theirs(image()), TERMS)
 
-    def test_the_first_versions_scaled_attention_otherwise(self, tmp_path):
+    def test_first_versions_with_another_scale_are_rejected(self, tmp_path):
         old = older(vit_pytorch.ViT(**BASE).state_dict(), "0.7")
         first = {name.replace("to_out.0.", "to_out."): tensor for name, tensor in old.items()}
         torch.save(first, tmp_path / "model.pt")
         with pytest.raises(WeightsError, match="fn.fn.to_out.weight"):
             load_weights(ViT(**BASE), tmp_path / "model.pt")
 
-    def test_old_simple_vit_normalised_behind_the_mean(self, tmp_path):
+    def test_old_simple_vit_with_norm_after_pooling_is_rejected(self, tmp_path):
         state = SimpleViT(**BASE).state_dict()
         old = {name.replace("transformer.norm.", "linear_head.0."): tensor for name, tensor in state.items()}
         torch.save(old, tmp_path / "model.pt")
         with pytest.raises(WeightsError, match=r"not in the file:\n  transformer.norm.weight"):
             load_weights(SimpleViT(**BASE), tmp_path / "model.pt")
 
-    def test_kernels_see_new_weights(self, tmp_path):
+    def test_loading_invalidates_cached_weights(self, tmp_path):
         """Inference caches weights in the layout of the kernels; loading invalidates the cache."""
         model, other = (made(lambda: ViT(**BASE, backend="triton"), seed=seed) for seed in (0, 1))
         save_weights(other, tmp_path / "model.pt")
@@ -469,7 +469,7 @@ class TestVitPytorch:
             load_weights(model, tmp_path / "model.pt")
             assert torch.equal(model(image(16)), other(image(16)))
 
-    def test_dtypes_are_the_models(self, tmp_path):
+    def test_weights_are_cast_to_the_dtype_of_the_model(self, tmp_path):
         model = made(lambda: ViT(**BASE))
         save_weights(model, tmp_path / "model.pt")
         half = ViT(**BASE).bfloat16()
@@ -516,7 +516,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "content", [b"", b"no weights at all, but long enough to be read" * 9], ids=["empty", "text"]
     )
-    def test_something_else(self, tmp_path, suffix, content):
+    def test_file_with_other_contents(self, tmp_path, suffix, content):
         (tmp_path / f"model{suffix}").write_bytes(content)
         self.refuse(made(timm_model), tmp_path / f"model{suffix}", f"model{suffix}")
 
@@ -531,7 +531,7 @@ class TestRefusals:
         pickle.loads(pickle.dumps(Bomb(fuse)))
         assert fuse.exists()  # plain unpickling runs the code
 
-    def test_a_whole_model(self, tmp_path):
+    def test_pickled_model(self, tmp_path):
         model = made(timm_model)
         torch.save(model, tmp_path / "model.pt")
         self.refuse(model, tmp_path / "model.pt", "VisionTransformer")
@@ -576,7 +576,7 @@ class TestRefusals:
             assert name in str(error)
 
     @pytest.mark.parametrize("shape", [(), (3, DIM), (1, 2, 3, 4, 7)], ids=str)
-    def test_any_tensor_in_any_shape(self, tmp_path, shape):
+    def test_wrong_shape_of_any_tensor(self, tmp_path, shape):
         model, with_registers = made(timm_model), made(timm_model, reg_tokens=2)
         state, arrays = snapshot(with_registers), as_jax(model)
         for name in state:
@@ -586,13 +586,13 @@ class TestRefusals:
             np.savez(tmp_path / "model.npz", **{**arrays, name: np.ones(shape, np.float32)})
             self.refuse(model, tmp_path / "model.npz", re.escape(name))
 
-    def test_names_are_those_of_file_and_model(self, tmp_path):
+    def test_errors_use_the_names_of_file_and_model(self, tmp_path):
         path = write(made(timm_model, classes=7), tmp_path)
         error = self.refuse(made(hf_model, "ViTModel"), path, "does not match ViTModel")
         assert error.missing == (f"pooler.dense.weight ({DIM}, {DIM})", f"pooler.dense.bias ({DIM},)")
         assert set(error.surplus) == {f"head.weight (7, {DIM})", "head.bias (7,)"}
 
-    def test_biases_count_unless_they_are_zero(self, tmp_path):
+    def test_surplus_biases_must_be_zero(self, tmp_path):
         theirs, ours = made(timm_model), made(timm_model, seed=1, qkv_bias=False)
         error = self.refuse(ours, write(theirs, tmp_path), "not in the model")
         assert error.surplus == tuple(f"blocks.{i}.attn.qkv.bias ({3 * DIM},)" for i in range(DEPTH))
@@ -602,7 +602,7 @@ class TestRefusals:
             load_weights(ours, write(theirs, tmp_path))
             assert_same(ours(image()), theirs(image()), TERMS)
 
-    def test_a_checkpoint_of_timm_is_no_vit_pytorch(self, tmp_path):
+    def test_timm_checkpoint_for_our_vit(self, tmp_path):
         path = write(made(timm_model), tmp_path)
         ours = made(lambda: ViT(**{**BASE, "image_size": 32, "dim_head": DIM // HEADS, "mlp_dim": HIDDEN}))
         error = self.refuse(ours, path, "does not match ViT")
@@ -626,12 +626,12 @@ class TestRefusals:
         error = self.refuse(ours, write(theirs, tmp_path), "patch_embed.proj.weight")
         assert error.unlike[-1].startswith("patch_embed.proj.weight (8, 1, 8, 8) in the file")
 
-    def test_a_name_that_is_there_twice(self, tmp_path):
+    def test_duplicate_name(self, tmp_path):
         state = snapshot(made(timm_model, reg_tokens=1))
         torch.save({**state, "register_tokens": state["reg_token"]}, tmp_path / "model.pt")
         self.refuse(made(timm_model, reg_tokens=1), tmp_path / "model.pt", "register_tokens is a duplicate")
 
-    def test_unknown_ending_and_no_file(self, tmp_path):
+    def test_unknown_suffix_and_missing_file(self, tmp_path):
         model = made(timm_model)
         (tmp_path / "model.h5").write_bytes(b"x")
         self.refuse(
@@ -640,26 +640,26 @@ class TestRefusals:
         with pytest.raises(FileNotFoundError, match="nowhere.pt"):
             load_weights(model, tmp_path / "nowhere.pt")
 
-    def test_model_without_memory(self, tmp_path):
+    def test_model_on_the_meta_device(self, tmp_path):
         path = write(made(timm_model), tmp_path)
         with pytest.raises(ValueError, match="meta device"), torch.device("meta"):
             load_weights(timm_model(), path)
 
 
 class TestIgnore:
-    def test_a_head_for_other_classes(self, tmp_path):
+    def test_head_with_other_classes(self, tmp_path):
         theirs, ours = made(hf_model, "ViTForImageClassification"), made(timm_model, seed=1, classes=9)
         path, head = write(theirs, tmp_path), ours.head.weight.clone()
         load_weights(ours, path, ignore=["head.*"])
         assert torch.equal(ours.head.weight, head)
         assert torch.equal(ours.norm.weight, theirs.vit.layernorm.weight)
 
-    def test_the_names_may_be_the_files(self, tmp_path):
+    def test_patterns_may_use_names_of_the_file(self, tmp_path):
         theirs, ours = made(hf_model, "ViTForImageClassification"), made(timm_model, seed=1, classes=0)
         load_weights(ours, write(theirs, tmp_path), ignore=["classifier.*"])
         assert torch.equal(ours.norm.weight, theirs.vit.layernorm.weight)
 
-    def test_a_part_of_a_packed_tensor(self, tmp_path):
+    def test_part_of_a_packed_tensor(self, tmp_path):
         """q, k and v are one tensor in timm: ignoring one of them leaves all three unchanged."""
         theirs, ours = made(hf_model, "ViTForImageClassification"), made(timm_model, seed=1)
         packed = ours.blocks[0].attn.qkv.weight.clone()
@@ -667,13 +667,13 @@ class TestIgnore:
         assert torch.equal(ours.blocks[0].attn.qkv.weight, packed)
 
 
-def test_other_models_take_their_own_names(tmp_path):
+def test_other_models_keep_their_own_names(tmp_path):
     theirs, ours = made(lambda: timm.create_model("resnet10t")), made(lambda: timm.create_model("resnet10t"), seed=1)
     load_weights(ours, write(theirs, tmp_path))
     assert_untouched(ours, snapshot(theirs))
 
 
-def test_what_looks_like_a_wrapper_may_be_a_part(tmp_path):
+def test_submodule_may_be_named_like_a_wrapper(tmp_path):
     theirs, ours = nn.Linear(3, 3), nn.Linear(3, 3)
     theirs.model, ours.model = nn.Linear(3, 3), nn.Linear(3, 3)
     load_weights(ours, write(theirs, tmp_path))
@@ -750,7 +750,7 @@ class TestSaving:
             save_weights(ViT(**BASE), tmp_path / "model.pt")
         assert not list(tmp_path.iterdir())
 
-    def test_no_folder(self, tmp_path):
+    def test_missing_folder(self, tmp_path):
         path = tmp_path / "folder" / "model.pt"
         with pytest.raises(FileNotFoundError, match=f"'{path}'$"):
             save_weights(ViT(**BASE), path)
@@ -760,7 +760,7 @@ class TestSaving:
         save_weights(ViT(**BASE), tmp_path / "link.pt")
         assert (tmp_path / "link.pt").is_symlink() and zipfile.is_zipfile(tmp_path / "model.pt")
 
-    def test_unknown_ending(self, tmp_path):
+    def test_unknown_suffix(self, tmp_path):
         with pytest.raises(
             WeightsError, match=r"model.npz: expected a file name with one of the suffixes .safetensors, .pt, .pth"
         ):

@@ -77,7 +77,7 @@ def refuse(model: nn.Module, path: Path, match: str, **options) -> WeightsError:
     ],
     ids=str,
 )
-def test_an_argument_of_another_kind_is_named(tmp_path, argument, error, message):
+def test_argument_of_a_wrong_type_is_named_in_the_error(tmp_path, argument, error, message):
     model = nn.Linear(2, 2)
     save_weights(model, tmp_path / "model.pt")
     arguments = {"model": model, "path": tmp_path / "model.pt", **argument}
@@ -86,7 +86,7 @@ def test_an_argument_of_another_kind_is_named(tmp_path, argument, error, message
     assert "\n" not in str(caught.value)
 
 
-def test_save_weights_names_its_arguments_and_what_is_no_tensor(tmp_path):
+def test_save_weights_errors_name_arguments_and_non_tensors(tmp_path):
     class Extra(nn.Linear):
         def get_extra_state(self):
             return {"a": 1}
@@ -151,7 +151,7 @@ class Holder(nn.Module):
 @pytest.mark.usefixtures("virtual_memory")  # the poison is not implemented for sub-byte dtypes
 @pytest.mark.parametrize("new", OF_KIND)
 @pytest.mark.parametrize("old", OF_KIND)
-def test_a_dtype_keeps_its_kind_or_nothing_is_written(tmp_path, old, new):
+def test_dtypes_of_another_kind_are_rejected(tmp_path, old, new):
     torch.save({"first": torch.ones(3), "second": OF_KIND[old]}, tmp_path / "model.pt")
     model = Holder(OF_KIND[new])
     if KIND_OF[old] == KIND_OF[new]:
@@ -168,7 +168,7 @@ def test_a_dtype_keeps_its_kind_or_nothing_is_written(tmp_path, old, new):
 
 @pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support is experimental")
 @pytest.mark.usefixtures("virtual_memory")
-def test_every_dtype_of_pytorch_converts_or_does_not():
+def test_convertible_dtypes():
     dtypes = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
     ordinary = {dtype for dtype in dtypes if converts(dtype, dtype)} & {
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int16, torch.int32),
@@ -238,7 +238,7 @@ def test_a_file_of_quantized_tensors(tmp_path):
 
 @pytest.mark.parametrize("odd", [torch.eye(3).to_sparse(), torch.zeros(1).expand(3), QUANTIZED, NESTED], ids=str)
 @pytest.mark.usefixtures("virtual_memory")
-def test_a_model_of_tensors_that_cannot_be_written(tmp_path, odd):
+def test_model_with_unwritable_tensors(tmp_path, odd):
     torch.save({"first": torch.ones(3), "second": torch.ones(3)}, tmp_path / "model.pt")
     model = Holder(torch.zeros(3))
     model.second = odd
@@ -296,7 +296,7 @@ class TestSmallFilesLargeMemory:
 
     @pytest.mark.parametrize("name", ["weight", "foo.bias", "bias"])
     @pytest.mark.parametrize("zipped", [True, False])
-    def test_a_number_that_is_repeated(self, tmp_path, name, zipped):
+    def test_expanded_tensor(self, tmp_path, name, zipped):
         model = nn.Linear(2, 2)
         state = {**model.state_dict(), name: torch.zeros(1).expand(10**6, 10**6)}
         torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
@@ -318,7 +318,7 @@ class TestSmallFilesLargeMemory:
         refuse(model, tmp_path / "model.pt", f"patch_embed.proj.weight: .*{match}", resample=True)
 
     @pytest.mark.parametrize("zipped", [True, False])
-    def test_bytes_of_any_number(self, tmp_path, zipped):
+    def test_large_bytearray(self, tmp_path, zipped):
         model = nn.Linear(2, 2)
         content = {"state_dict": model.state_dict(), "x": Written("builtins", "bytearray", (2**30,))}
         write_pickle(content, tmp_path / "model.pt", zipped)
@@ -397,7 +397,7 @@ PLAIN = {
 class TestTrainingCheckpoints:
     @pytest.mark.parametrize("zipped", [True, False])
     @pytest.mark.parametrize("kind", PLAIN)
-    def test_plain_data_beside_the_weights(self, tmp_path, kind, zipped):
+    def test_plain_data_next_to_the_weights(self, tmp_path, kind, zipped):
         theirs, ours = nn.Linear(3, 3), nn.Linear(3, 3)
         args = argparse.Namespace(value=PLAIN[kind])
         content = {"model": theirs.state_dict(), "epoch": 3, "args": args, "value": PLAIN[kind]}
@@ -407,13 +407,13 @@ class TestTrainingCheckpoints:
         assert_untouched(ours, snapshot(theirs))
         assert set(torch.serialization.get_safe_globals()) == allowed
 
-    def test_no_other_class(self, tmp_path):
+    def test_other_classes_are_rejected(self, tmp_path):
         for module, name in (("pathlib", "Path.home"), ("numpy", "fromfile"), ("argparse", "ArgumentParser")):
             write_pickle({"model": nn.Linear(2, 2).state_dict(), "x": Written(module, name, ())}, tmp_path / "model.pt")
             refuse(nn.Linear(2, 2), tmp_path / "model.pt", f"it contains {module}.{name}, but only tensors")
 
     @pytest.mark.filterwarnings(r"ignore:.torch.jit.\w+. is deprecated")
-    def test_archives_that_torch_load_advises_to_run(self, tmp_path):
+    def test_torchscript_and_tar_archives_are_rejected(self, tmp_path):
         model, path = nn.Linear(2, 2), tmp_path / "model.pth.tar"
         torch.jit.save(torch.jit.script(model), path)
         refuse(model, path, r"TorchScript is not supported; save the state_dict\(\)")
@@ -422,7 +422,7 @@ class TestTrainingCheckpoints:
         refuse(model, path, "it is not a pickle of tensors$")
 
     @pytest.mark.parametrize("ema", [False, True])
-    def test_as_timm_saves_it(self, tmp_path, ema):
+    def test_training_checkpoint_of_timm(self, tmp_path, ema):
         model = made(timm_model)
         other = ModelEmaV3(model)
         nn.init.zeros_(other.module.norm.bias)
@@ -440,7 +440,7 @@ class TestTrainingCheckpoints:
             load_weights(ours, path, key=key)
             assert_untouched(ours, snapshot(expected))
 
-    def test_as_dino_saves_it(self, tmp_path):
+    def test_training_checkpoint_of_dino(self, tmp_path):
         student, teacher = made(lambda: timm_model(classes=0)), made(lambda: timm_model(classes=0), seed=1)
         head = {"head.mlp.0.weight": torch.ones(3, DIM), "head.last_layer.weight_g": torch.ones(3, 1)}
 
@@ -469,7 +469,7 @@ class TestTrainingCheckpoints:
             ours, path, "contains no set of weights 'ema' .* its mappings are student, teacher, optimizer", key="ema"
         )
 
-    def test_names_of_one_state_dict_by_key(self, tmp_path):
+    def test_key_selects_part_of_a_state_dict(self, tmp_path):
         """DINOv2 saves the student and the teacher in one state dict."""
         student, teacher = (made(lambda: timm_model(classes=0), seed=seed) for seed in (0, 1))
         state = {**student.state_dict(prefix="student.backbone."), **teacher.state_dict(prefix="teacher.backbone.")}
@@ -495,14 +495,14 @@ class TestTrainingCheckpoints:
         load_weights(ours, path, ignore=["decoder.*"])
         assert_untouched(ours, snapshot(theirs))
 
-    def test_a_prefix_is_a_part_where_the_rest_does_not_fit(self, tmp_path):
+    def test_prefix_that_names_a_submodule_is_kept(self, tmp_path):
         theirs, ours = nn.Linear(3, 3), nn.Linear(3, 3)
         theirs.encoder, ours.encoder = nn.Linear(3, 3), nn.Linear(3, 3)
         save_weights(theirs, tmp_path / "model.pt")
         load_weights(ours, tmp_path / "model.pt")
         assert_untouched(ours, snapshot(theirs))
 
-    def test_a_checkpoint_that_holds_itself(self, tmp_path):
+    def test_self_referencing_checkpoint(self, tmp_path):
         content: dict = {"epoch": 1}
         content["model"] = content
         torch.save(content, tmp_path / "model.pt")
@@ -522,7 +522,7 @@ class TestOnnxGraphs:
         numpy_helper.from_array(np.ones((1, 3, 2), np.float32), "onnx::Add_1"),
     ]
 
-    def test_casts_in_a_circle(self, tmp_path):
+    def test_cycle_of_casts(self, tmp_path):
         nodes = [
             helper.make_node("Concat", ["cls_token", "b"], ["a"], axis=1),
             helper.make_node("Cast", ["a"], ["b"], to=1),
@@ -530,7 +530,7 @@ class TestOnnxGraphs:
         write_graph(nodes, self.TENSORS, tmp_path / "model.onnx")
         refuse(nn.Linear(2, 2), tmp_path / "model.onnx", "does not match")
 
-    def test_a_circle_of_makers(self, tmp_path):
+    def test_cycle_of_adds(self, tmp_path):
         nodes = [
             helper.make_node("Add", ["cls_token", "a"], ["c"]),
             helper.make_node("Add", ["a", "b"], ["a"]),
@@ -541,7 +541,7 @@ class TestOnnxGraphs:
         assert "position_embeddings (1, 3, 2)" in error.surplus
 
     @pytest.mark.parametrize("length", [40, 5000])
-    def test_many_adds_in_a_row(self, tmp_path, length):
+    def test_long_chain_of_adds(self, tmp_path, length):
         nodes = [helper.make_node("Add", ["cls_token", f"x{length}"], ["y"])]
         nodes += [helper.make_node("Add", [f"x{i}", f"x{i}"], [f"x{i + 1}"]) for i in range(length)]
         nodes += [helper.make_node("Identity", ["onnx::Add_1"], ["x0"])]

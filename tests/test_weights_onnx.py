@@ -53,7 +53,7 @@ def assert_same_features(ours: Tensor, theirs: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_features_on_photographs_are_those_of_onnxruntime(photographs, features):
+def test_features_on_photographs_match_onnxruntime(photographs, features):
     config = transformers.Dinov2Config(
         hidden_size=384,
         num_hidden_layers=12,
@@ -82,7 +82,7 @@ def test_into_timm_for_another_image_size(photographs, features):
     assert_same_features(model.forward_features(photographs), features)
 
 
-def test_what_the_model_lacks_is_named():
+def test_surplus_weights_are_named_in_the_error():
     model = timm.create_model("vit_small_patch14_dinov2", img_size=224)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(WeightsError, match="decoder.upconv1.weight") as caught:

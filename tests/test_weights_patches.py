@@ -37,7 +37,7 @@ def assert_close(ours: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("old", [(8, 8), (14, 14), (16, 16), (1, 1), (5, 9)])
 @pytest.mark.parametrize("new", [(8, 8), (16, 16), (32, 32), (4, 4), (14, 10), (1, 1)])
-def test_kernels_as_timm_resamples_them(old, new):
+def test_resampled_kernels_match_timm(old, new):
     kernel = torch.randn(5, 3, *old, dtype=torch.float64)
     ours = resample_kernel(kernel.permute(0, 2, 3, 1), new).permute(0, 3, 1, 2)
     assert ours.dtype == kernel.dtype
@@ -45,7 +45,7 @@ def test_kernels_as_timm_resamples_them(old, new):
 
 
 @pytest.mark.parametrize("new", [(16, 16), (12, 20)])
-def test_a_larger_patch_gives_the_same(new):
+def test_resampled_kernel_preserves_the_product(new):
     """The pseudo-inverse makes the product with an enlarged patch equal the original product."""
     kernel, patch = (torch.randn(5, 3, 8, 8, dtype=torch.float64) for _ in range(2))
     larger = torch.nn.functional.interpolate(patch, size=new, mode="bicubic", antialias=True)
@@ -55,14 +55,14 @@ def test_a_larger_patch_gives_the_same(new):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("old", "new"), [(3, 1), (2, 1), (3, 4), (3, 2), (3, 6), (3, 8), (3, 3)])
-def test_channels_as_timm_adapts_them(old, new, dtype):
+def test_adapted_channels_match_timm(old, new, dtype):
     kernel = torch.randn(5, old, 4, 4).to(dtype)
     ours = adapt_channels(kernel.permute(0, 2, 3, 1), new)
     torch.testing.assert_close(ours.permute(0, 3, 1, 2), adapt_input_conv(new, kernel), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("old", "new"), [(1, 3), (4, 3), (4, 1), (4, 5), (1, 2)])
-def test_channels_that_timm_does_not_adapt(old, new):
+def test_unsupported_channel_counts(old, new):
     assert adapt_channels(torch.randn(5, 4, 4, old), new) is None
     try:
         assert adapt_input_conv(new, torch.randn(5, old, 4, 4)).shape[1] != new
@@ -116,7 +116,7 @@ class TestLoading:
         assert_close(ours.patch_embed.proj.weight, other(theirs, 16, 1))
 
     @pytest.mark.parametrize("name", ["CLIPVisionModel", "SiglipVisionModel"])
-    def test_of_what_sees_images_beside_text(self, tmp_path, name):
+    def test_image_encoders_of_image_text_models(self, tmp_path, name):
         theirs, ours = made(hf_model, name), made(hf_model, name, 64, seed=1, patch_size=16)
         torch.save(theirs.state_dict(), tmp_path / "model.pt")
         load_weights(ours, tmp_path / "model.pt", resample=True)
@@ -125,7 +125,7 @@ class TestLoading:
 
     @pytest.mark.parametrize("library", [ViT, vit_pytorch.ViT, SimpleViT])
     @pytest.mark.parametrize(("patch", "channels"), [(4, 3), (16, 3), (8, 1), (16, 4)])
-    def test_of_vit_pytorch(self, tmp_path, library, patch, channels):
+    def test_from_vit_pytorch(self, tmp_path, library, patch, channels):
         """The parameters of the norm before the projection are folded into the projection."""
         options = {**BASE, "image_size": 32, "patch_size": 8}
         theirs = made(lambda: library(**options))
@@ -142,13 +142,13 @@ class TestLoading:
         bias = projection.bias.double() + projection.weight.double() @ theirs.to_patch_embedding[1].bias.double()
         assert_close(new.bias, bias)
 
-    def test_without_need_nothing_changes(self, tmp_path):
+    def test_matching_patches_are_loaded_unchanged(self, tmp_path):
         theirs, ours = (made(lambda: ViT(**BASE), seed=seed) for seed in (0, 1))
         save_weights(theirs, tmp_path / "model.pt")
         load_weights(ours, tmp_path / "model.pt", resample=True)
         assert_untouched(ours, snapshot(theirs))
 
-    def test_what_cannot_be_resampled(self, tmp_path):
+    def test_unsupported_resampling_raises(self, tmp_path):
         save_weights(made(timm_other, 8, 4), tmp_path / "model.pt")
         ours = made(timm_other, 8, 3, seed=1)
         with pytest.raises(WeightsError, match="patches with 4 channels are not resampled to 3"):
@@ -158,7 +158,7 @@ class TestLoading:
         with pytest.raises(WeightsError, match="rows, columns and channels of the file's patches are ambiguous"):
             load_weights(ours, tmp_path / "model.pt", resample=True)
 
-    def test_dtype_is_the_models(self, tmp_path):
+    def test_weights_are_cast_to_the_dtype_of_the_model(self, tmp_path):
         theirs, ours = made(timm_model).bfloat16(), made(timm_other, 16, 4, seed=1)
         save_weights(theirs, tmp_path / "model.pt")
         load_weights(ours, tmp_path / "model.pt", resample=True)
