@@ -24,6 +24,7 @@ from vit_triton import packing
 from vit_triton.cpu.driver import active
 from vit_triton.kernels import launch
 from vit_triton.kernels.linear import forward as linear
+from vit_triton.kernels.linear import pack
 from vit_triton.modules import FeedForward
 
 compiled_only = pytest.mark.skipif(
@@ -41,8 +42,8 @@ def nothing_frozen():
 def packed(monkeypatch):
     """The shapes of all packed weights, in order."""
     shapes = []
-    pack = linear.pack_weight
-    monkeypatch.setattr(linear, "pack_weight", lambda w, *layout: shapes.append(tuple(w.shape)) or pack(w, *layout))
+    original = pack.pack_weight
+    monkeypatch.setattr(pack, "pack_weight", lambda w, *layout: shapes.append(tuple(w.shape)) or original(w, *layout))
     return shapes
 
 
@@ -56,7 +57,7 @@ def test_packed_product_is_bitwise_equal(m, n, k, dtype, word):
     x, weight, bias, residual = (torch.randn(*s).to(dtype) for s in ((m, k), (n, k), (n,), (m, n)))
     with active():
         expected, pre = linear.linear_fwd(x, weight, bias, residual, activation="gelu", save_pre=True)
-        panels = linear.pack_weight(weight, 32, word)
+        panels = pack.pack_weight(weight, 32, word)
         y, packed_pre = linear.linear_fwd(
             x,
             weight.new_full(weight.shape, torch.nan),
@@ -72,12 +73,22 @@ def test_packed_product_is_bitwise_equal(m, n, k, dtype, word):
         assert torch.equal(y, expected) and torch.equal(pre, packed_pre)
 
 
-def test_panels_contain_the_weight():
-    weight = torch.arange(50.0 * 33).view(50, 33)
-    panels = linear.pack_weight(weight, 32, 2)
-    assert panels.shape == (2, 17, 32, 2) and panels.is_contiguous()
-    assert panels[1, 3, 5, 1] == weight[32 + 5, 2 * 3 + 1]
-    assert panels.sum() == weight.sum()  # the padding is zero
+@pytest.mark.compiled
+@pytest.mark.parametrize(("n", "k"), [(50, 33), (32, 16), (1, 1), (97, 300), (64, 1024)])
+@pytest.mark.parametrize("how", ["contiguous", "rows of a wider weight", "transposed"])
+@pytest.mark.parametrize(("dtype", "panel", "word"), [(torch.float32, 16, 1), (torch.bfloat16, 32, 2)])
+def test_panels_contain_the_weight(n, k, how, dtype, panel, word):
+    weight = torch.randn(n, k).to(dtype)
+    if how == "rows of a wider weight":
+        weight = torch.nn.functional.pad(weight, (1, 2))[:, 1 : k + 1]
+    elif how == "transposed":
+        weight = weight.T.contiguous().T
+    with active():
+        panels = pack.pack_weight(weight, panel, word)
+    padded = torch.nn.functional.pad(weight, (0, -k % word, 0, -n % panel))
+    expected = padded.view(-(-n // panel), panel, -(-k // word), word).transpose(1, 2)
+    assert panels.shape == expected.shape and panels.is_contiguous()
+    assert torch.equal(panels, expected)
 
 
 @compiled_only
@@ -89,7 +100,7 @@ def test_panels_are_read_in_place(dtype):
         return  # this CPU widens bfloat16
     x, weight = torch.randn(16, 256).to(dtype), torch.randn(32, 256).to(dtype)
     memory = []
-    for panels in (None, linear.pack_weight(weight, *layout)):
+    for panels in (None, pack.pack_weight(weight, *layout)):
         launch._compiled.clear()
         with active():
             linear.linear_fwd(x, weight, None, panels=panels)

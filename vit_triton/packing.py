@@ -1,6 +1,6 @@
 """Prepacked models, whose weights are packed once for the GEMMs of the CPU target.
 
-A GEMM on the CPU reads its weight in panels (:func:`.kernels.linear.forward.pack_weight`), and a patch embedding reads
+A GEMM on the CPU reads its weight in panels (:func:`.kernels.linear.pack.pack_weight`), and a patch embedding reads
 its weight with the columns in the memory order of the image. By default every call packs the weights, so that it uses
 the current values of the parameters. :func:`prepack` caches the packed copies.
 """
@@ -228,11 +228,12 @@ def panels(weight: Tensor) -> Tensor | None:
     entry = _entry(weight)
     if entry is None:
         return None
-    from vit_triton.cpu.driver import dot_panel
-    from vit_triton.kernels.linear.forward import pack_weight
+    from vit_triton.cpu.driver import active, dot_panel
+    from vit_triton.kernels.linear.pack import pack_weight
 
     layout = dot_panel(weight.dtype)
-    return None if layout is None else entry.copy(weight, layout, lambda x: pack_weight(x, *layout))
+    with active():
+        return None if layout is None else entry.copy(weight, layout, lambda x: pack_weight(x, *layout))
 
 
 def in_image_order(weight: Tensor, image: Tensor, patch_size: tuple[int, int], patch_order: str) -> Tensor | None:

@@ -16,6 +16,7 @@ from vit_triton.cpu.buffers import is_in_place, leaves, write
 from vit_triton.cpu.builder import Val, mlir_type
 from vit_triton.cpu.memory import Buffer, address, load_vector, store_vector
 from vit_triton.cpu.panels import Product, Rows, loaded_panel, pack_panel, product_of, reserve_panel, rows_of_a
+from vit_triton.cpu.prefetch import prefetch, stored_to
 from vit_triton.cpu.state import LANES, State
 from vit_triton.cpu.ttir import Op, Unsupported
 
@@ -35,6 +36,7 @@ def dot(s: State, op: Op) -> None:
     b = s.b
     target = _accumulator(s, op)
     product = product_of(s, op)
+    store = stored_to(s, op) if s.prefetches_stores else None
     with s.scope(), s.evaluation():
         a_rows = rows_of_a(s, product)
         m = bound_value(s, loop_bound(s, product.rows, rows))
@@ -49,6 +51,9 @@ def dot(s: State, op: Op) -> None:
             with b.loop(b.index(0), m, b.index(count)) as block, b.pinned_here():
                 words = _row_addresses(s, a_rows, block.index, m, count)
                 places = _result_addresses(s, target.buffer, block.index, columns.index, count, product.width)
+                if store is not None:
+                    numbers = [b.add(block.index, b.index(r)) for r in range(count)]
+                    prefetch(s, store, numbers, columns.index, product.width)
                 results = _multiply(s, product, words, a_rows.step, panel, k)
                 for result, place in zip(results, places, strict=True):
                     if not target.fresh:  # added last, which is more accurate than starting from a large sum

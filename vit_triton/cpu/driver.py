@@ -177,18 +177,19 @@ class CPUDriver(DriverBase):
     launcher_cls = _Launcher
 
     def __init__(self, arch: str | None = None) -> None:
-        """``arch``: names of CPU features, joined by commas; default: the features of this CPU."""
+        """``arch``: as :func:`.features.arch`, the default."""
         backends.setdefault("cpu", Backend(CPUBackend, CPUDriver))
         if knobs.cache.manager_class is None:  # else set by TRITON_CACHE_MANAGER
             knobs.cache.manager_class = CheckedCache
         self.utils = _Utils()
-        self.target = GPUTarget("cpu", arch or ",".join(features.detect()), 1)
+        self.target = GPUTarget("cpu", arch or features.arch(), 1)
         self.device = _DEVICE + zlib.crc32(str(self.target.arch).encode()) % 1000  # code depends on the features
         self.staying = contextlib.nullcontext(self.device)
         columns = features.register_block(self.target.arch.split(",")).columns
-        self.panels = {torch.float32: (columns, 1)}  # see dot_panel
+        # dtype, columns, values per word of the panels that tl.dot reads in place, see panels.py
+        self.panels: tuple[tuple[torch.dtype, int, int], ...] = ((torch.float32, columns, 1),)
         if "avx512_bf16" in self.target.arch:
-            self.panels[torch.bfloat16] = columns, 2
+            self.panels += ((torch.bfloat16, columns, 2),)
 
     @classmethod
     def is_active(cls) -> bool:
@@ -220,7 +221,8 @@ def dot_panel(dtype: torch.dtype) -> tuple[int, int] | None:
     """(columns, values per word) of the panels that ``tl.dot`` reads in place as its second operand, see
     :mod:`vit_triton.cpu.panels`; None if it must pack that dtype, or if kernels are not compiled for the CPU."""
     serving = _serving()
-    return serving.panels.get(dtype) if isinstance(serving, CPUDriver) else None
+    panels = serving.panels if isinstance(serving, CPUDriver) else ()
+    return next(((columns, word) for x, columns, word in panels if x == dtype), None)
 
 
 _lock = threading.RLock()

@@ -37,6 +37,11 @@ def detect() -> tuple[str, ...]:
     return tuple(name for name in (*REQUIRED, *OPTIONAL) if name in has)
 
 
+def arch() -> str:
+    """The name of this CPU as a target: its features, and "intel" for choices that were measured on Intel's CPUs."""
+    return ",".join([*detect(), *(["intel"] if vendor() == "GenuineIntel" else [])])
+
+
 def vendor() -> str:
     """The vendor in /proc/cpuinfo, e.g. "AuthenticAMD" or "GenuineIntel"; "" on other systems."""
     return _cpuinfo("vendor_id")

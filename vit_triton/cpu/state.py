@@ -52,6 +52,7 @@ class State:
     math: Math
     block: Block
     bf16_dot: bool  # the CPU multiplies pairs of bfloat16
+    prefetches_stores: bool
     scratch: Scratch
     scalars: dict[Value, Val] = field(default_factory=dict)
     buffers: dict[Value, Buffer] = field(default_factory=dict)
@@ -112,5 +113,6 @@ def begin(function: Function, features: Sequence[str]) -> State:
         math=Math(b, features),
         block=block,
         bf16_dot="avx512_bf16" in features,
+        prefetches_stores="intel" in features,  # measured there only
         scratch=Scratch(b, Val("%scratch", "ptr"), spare_rows=block.spare_rows),
     )

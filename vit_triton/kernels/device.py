@@ -22,7 +22,14 @@ def target_of(device: torch.device) -> Target:
     if device.type != "cpu":
         return target_of_gpu(device)
     target = driver.active.get_current_target()
-    return target_named({"cpu": "cpu", "cuda": f"sm_{target.arch}"}.get(target.backend, target.arch))
+    if target.backend == "cpu":
+        return _target_of_cpu(str(target.arch), driver.active.panels)
+    return target_named(f"sm_{target.arch}" if target.backend == "cuda" else target.arch)
+
+
+@functools.cache
+def _target_of_cpu(arch: str, panels: tuple[tuple[torch.dtype, int, int], ...]) -> Target:
+    return replace(target_named("cpu"), features=tuple(arch.split(",")), panels=panels)
 
 
 @functools.cache

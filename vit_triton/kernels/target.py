@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -27,13 +28,19 @@ class Target:
     """``name``: "cpu", "interpreter", "xpu" (Intel GPUs), or a GPU architecture such as "sm_90" or "gfx942".
     ``family``: the architecture family whose tiles it uses: "cpu", "interpreter", "sm_100" (tcgen05), "sm_90" (wgmma),
     "sm_80" (mma, all other NVIDIA GPUs) or "gfx" (AMD and Intel). ``shared_memory``: bytes per block, 0 if not a GPU.
-    ``device``: the driver's name of the device, "" if unknown."""
+    ``device``: the driver's name of the device, "" if unknown. ``features``, ``panels``: of the family "cpu"."""
 
     name: str
     family: str
     shared_memory: int
     device: str = ""
     tuned: Tuned | None = None
+    features: tuple[str, ...] = ()
+    panels: tuple[tuple[torch.dtype, int, int], ...] = ()
+
+    def panel(self, dtype: torch.dtype) -> tuple[int, int] | None:
+        """The layout of packed weights of a dtype, see :func:`.linear.pack.pack_weight`; None if not supported."""
+        return next((layout for x, *layout in self.panels if x == dtype), None)
 
     @property
     def is_gpu(self) -> bool:

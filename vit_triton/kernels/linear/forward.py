@@ -42,6 +42,7 @@ from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import contiguous, input_precision, launch
 from vit_triton.kernels.linear.config import Epilogue, VendorGemm, pick_linear_fwd
 from vit_triton.kernels.linear.elements import dropout_scale, offsets, rows_per_sample_of, sample_scale, within
+from vit_triton.kernels.linear.pack import can_pack, pack_weight
 from vit_triton.kernels.picker import cdiv
 from vit_triton.kernels.tiles import activate, columns_of, grouped_tile
 
@@ -149,7 +150,10 @@ def linear_fwd(
             return x, None
     if multiplied:
         config, panels = VendorGemm(), None
-    elif panels is not None:
+    elif panels is None and m > config.block_m:  # on a CPU, every tile of rows would pack the weight
+        layout = target.panel(weight.dtype)
+        panels = pack_weight(weight, *layout) if layout and can_pack(weight, layout[1]) else None
+    if panels is not None:
         config = replace(config, block_n=panels.shape[2])
     launch(
         linear_fwd_kernel,
@@ -197,11 +201,3 @@ def output_dtype(weight: torch.Tensor, residual: torch.Tensor | None, layer_scal
     autocast."""
     dtype = (weight if residual is None else residual).dtype
     return dtype if layer_scale is None or layer_scale.dtype == dtype else torch.float32
-
-
-def pack_weight(weight: torch.Tensor, panel: int, word: int) -> torch.Tensor:
-    """Reorder a weight (N, K) into panels of ``panel`` rows, (N / panel, K / word, panel, word), the order in which CPU
-    kernels read it. N and K are padded with zeros."""
-    n, k = weight.shape
-    padded = torch.nn.functional.pad(weight, (0, -k % word, 0, -n % panel))
-    return padded.unflatten(1, (-1, word)).unflatten(0, (-1, panel)).transpose(1, 2).contiguous()
