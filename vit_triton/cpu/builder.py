@@ -112,6 +112,21 @@ class Builder:
         picks = ", ".join(map(str, lanes))
         return self.op(f"llvm.shufflevector {{0}}, {{1}} [{picks}] : {a.type}", (a, b), a.elem, len(lanes))
 
+    def transpose(self, vectors: Sequence[Val]) -> list[Val]:
+        """Transpose n vectors of n elements in log2(n) rounds, which swap halves, quarters, ..., neighbors."""
+        rows, n = list(vectors), len(vectors)
+        distance = n // 2
+        while distance:
+            for i in range(n):
+                if i & distance:
+                    continue
+                low, high = rows[i], rows[i + distance]
+                first = [lane if not lane & distance else n + lane - distance for lane in range(n)]
+                second = [lane + distance if not lane & distance else n + lane for lane in range(n)]
+                rows[i], rows[i + distance] = self.shuffle(low, high, first), self.shuffle(low, high, second)
+            distance //= 2
+        return rows
+
     def iota(self, elem: str, lanes: int) -> Val:
         text = ", ".join(map(str, range(lanes)))
         return self.op(f"arith.constant dense<[{text}]> : {mlir_type(elem, lanes)}", (), elem, lanes)

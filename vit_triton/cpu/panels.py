@@ -221,20 +221,6 @@ def _pack_transposed_b(s: State, p: Product, panel: Val, columns: Sequence[Val],
                     words = b.convert("arith.extf", words, "f32")
                 vectors.append(words)
             start = b.mul(loop.index, b.index(p.width // p.word))
-            for i, words in enumerate(_transpose(s, vectors)[: span // p.word]):
+            for i, words in enumerate(b.transpose(vectors)[: span // p.word]):
                 offset = b.add(start, b.index(i * p.width + c))
                 store_vector(b, words, b.gep(panel, offset, words.elem))
-
-
-def _transpose(s: State, rows: Sequence[Val]) -> list[Val]:
-    """Transpose 16 vectors of 16 elements in four rounds, which swap halves, quarters, pairs and neighbours."""
-    rows = list(rows)
-    for distance in (8, 4, 2, 1):
-        for i in range(LANES):
-            if i & distance:
-                continue
-            low, high = rows[i], rows[i + distance]
-            first = [lane if not lane & distance else LANES + lane - distance for lane in range(LANES)]
-            second = [lane + distance if not lane & distance else LANES + lane for lane in range(LANES)]
-            rows[i], rows[i + distance] = s.b.shuffle(low, high, first), s.b.shuffle(low, high, second)
-    return rows

@@ -40,7 +40,7 @@ class Target:
 
     def panel(self, dtype: torch.dtype) -> tuple[int, int] | None:
         """The layout of packed weights of a dtype, see :func:`.linear.pack.pack_weight`; None if not supported."""
-        return next((layout for x, *layout in self.panels if x == dtype), None)
+        return next(((panel, word) for x, panel, word in self.panels if x == dtype), None)
 
     @property
     def is_gpu(self) -> bool:

@@ -51,4 +51,6 @@ def pack_weight(weight: torch.Tensor, panel: int, word: int) -> torch.Tensor:
 
 def can_pack(weight: torch.Tensor, word: int) -> bool:
     """Whether `pack_weight` reads the weight in place."""
-    return weight.stride(1) == 1 and not any(x % word for x in (weight.shape[1], weight.stride(0), weight.storage_offset()))
+    return weight.stride(1) == 1 and not any(
+        x % word for x in (weight.shape[1], weight.stride(0), weight.storage_offset())
+    )
