@@ -113,7 +113,7 @@ class Ledger(TorchDispatchMode):
         self.now -= size
         self.born[which] = self.born[which][0], None
 
-    def launched(self, kernel: Any, grid: Any, device: Any, arguments: Any) -> None:
+    def on_launch(self, kernel: Any, grid: Any, device: Any, arguments: Any) -> None:
         self.kernels += 1
 
 
@@ -123,7 +123,7 @@ def counting(ours: bool) -> Iterator[Ledger]:
     ledger = Ledger()
     with contextlib.ExitStack() as stack:
         if ours:
-            stack.enter_context(gpu_path.taken(ledger.launched, inside=ledger))
+            stack.enter_context(gpu_path.use_gpu_path(ledger.on_launch, operator_context=ledger))
         stack.enter_context(ledger)
         yield ledger
 

@@ -159,7 +159,7 @@ def _both(name: str, function: Callable[..., Any], x: Tensor, tensors: list[Tens
 
 
 def launches_of(call: Call) -> list[tuple[Any, Any, dict[str, Any]]]:
-    """(kernel, grid, arguments) of each launch of ``call``; runs within ``gpu_path.taken()``."""
+    """(kernel, grid, arguments) of each launch of ``call``; runs within ``gpu_path.use_gpu_path()``."""
     seen: list[tuple[Any, Any, dict[str, Any]]] = []
     start = launch.start
 
@@ -167,7 +167,7 @@ def launches_of(call: Call) -> list[tuple[Any, Any, dict[str, Any]]]:
         seen.append((kernel, grid, arguments))
         start(kernel, grid, device, arguments)
 
-    with launch.starting(note), ops.running(ops.run_directly):
+    with launch.override_start(note), ops.override_run(ops.run_directly):
         call()
     return seen
 
@@ -231,7 +231,7 @@ def run(given: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # as PyTorch's CUDA allocator does
     results: list[Overhead] = []
-    with gpu_path.taken():
+    with gpu_path.use_gpu_path():
         chosen = options.only(calls(SHAPE, DTYPES[given.dtype]), given.only, lambda call: call[0])
         with progress(len(chosen)) as bar:
             for name, mode, call in chosen:

@@ -19,7 +19,7 @@ import torch
 from conftest import EMULATOR, INTERPRETER, launcher_modules
 
 if INTERPRETER or EMULATOR:
-    pytest.skip("another vehicle was chosen: it takes the place of the driver", allow_module_level=True)
+    pytest.skip("the kernels run in another mode, without our driver", allow_module_level=True)
 
 from triton.runtime.jit import JITFunction
 

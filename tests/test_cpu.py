@@ -25,7 +25,7 @@ from vit_triton import cpu, reference
 from vit_triton import functional as F
 
 if INTERPRETER or EMULATOR:
-    pytest.skip("another vehicle was chosen: nothing is compiled for the CPU", allow_module_level=True)
+    pytest.skip("the kernels run in another mode: nothing is compiled for the CPU", allow_module_level=True)
 
 from triton import knobs
 from triton.compiler import ASTSource
@@ -697,14 +697,14 @@ def test_an_unknown_operation_is_named():
     ],
 )
 def test_what_it_cannot_serve_is_said(what, value, message, monkeypatch):
-    assert cpu.why_not() is None
+    assert cpu.unsupported_reason() is None
     monkeypatch.setattr(what, value)
-    assert message in cpu.why_not()
+    assert message in cpu.unsupported_reason()
     monkeypatch.setattr(triton_driver, "_active", None)
     from vit_triton import backend
 
     with pytest.raises(RuntimeError, match='use backend="torch"') as error:
-        backend.cpu_vehicle()
+        backend.cpu_mode()
     assert message in str(error.value)
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from conftest import EMULATOR, INTERPRETER
 
 if INTERPRETER or EMULATOR:
-    pytest.skip("another vehicle was chosen: nothing is compiled for the CPU", allow_module_level=True)
+    pytest.skip("the kernels run in another mode: nothing is compiled for the CPU", allow_module_level=True)
 
 from triton.compiler import ASTSource
 

@@ -7,7 +7,7 @@ import triton.language as tl
 from conftest import EMULATOR, INTERPRETER
 
 if INTERPRETER or EMULATOR:
-    pytest.skip("another vehicle was chosen: it takes the place of the driver", allow_module_level=True)
+    pytest.skip("the kernels run in another mode, without our driver", allow_module_level=True)
 
 from benchmarks import gpu_path
 from benchmarks.codegen.driver import compiling_for
@@ -68,7 +68,7 @@ def test_a_kernel_is_not_loaded_while_a_graph_is_captured(kernel, compiled, monk
         with pytest.raises(RuntimeError, match="copy_kernel cannot be loaded .* call the function once .*warm up"):
             start(kernel)
     noted = []
-    with launch.recording(lambda *launched: noted.append(launched)):
+    with launch.record_launches(lambda *launched: noted.append(launched)):
         with pytest.raises(RuntimeError, match="copy_kernel cannot be loaded"):
             start(kernel)
     assert not compiled() and not noted

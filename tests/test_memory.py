@@ -11,7 +11,7 @@ import torch
 from conftest import EMULATOR, INTERPRETER
 
 if INTERPRETER or EMULATOR:
-    pytest.skip("another vehicle was chosen: it takes the place of the driver", allow_module_level=True)
+    pytest.skip("the kernels run in another mode, without our driver", allow_module_level=True)
 
 from benchmarks import __main__ as command
 from benchmarks import memory, overhead

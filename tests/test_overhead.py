@@ -8,7 +8,7 @@ import torch
 from conftest import EMULATOR, INTERPRETER
 
 if INTERPRETER or EMULATOR:
-    pytest.skip("another vehicle was chosen: it takes the place of the driver", allow_module_level=True)
+    pytest.skip("the kernels run in another mode, without our driver", allow_module_level=True)
 
 from benchmarks import __main__ as command
 from benchmarks import gpu_path, memory, overhead
@@ -26,7 +26,7 @@ def test_launches_are_those_that_are_counted():
         if name != "layer_norm":
             continue
         with torch.set_grad_enabled(mode == "training"):
-            with gpu_path.taken():
+            with gpu_path.use_gpu_path():
                 launches = overhead.launches_of(call)  # the first training call also creates dy
             with memory.counting(ours=True) as ledger:
                 call()
@@ -38,7 +38,7 @@ def test_triton_and_the_library_start_the_same_kernels(monkeypatch):
     started = []
     monkeypatch.setattr(gpu_path._Launcher, "__call__", lambda self, *args: started.append(args))
     x, weight = torch.zeros(3, 64), torch.ones(64)
-    with gpu_path.taken():
+    with gpu_path.use_gpu_path():
         call = lambda: overhead.F.layer_norm(x, weight, weight, backend="triton")  # noqa: E731
         result = overhead.measure("layer_norm", "inference", call, rounds=2)
     assert result.launches == 1 and len(started) == 1 + 2 * (3 + 2)  # one recorded call; 3 warm-ups and 2 rounds each

@@ -14,7 +14,7 @@ from vit_triton import functional as F
 from vit_triton import ops
 
 if INTERPRETER or EMULATOR:
-    pytest.skip("another vehicle was chosen: nothing is compiled for the CPU", allow_module_level=True)
+    pytest.skip("the kernels run in another mode: nothing is compiled for the CPU", allow_module_level=True)
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,7 +84,7 @@ def way(request, monkeypatch):
 
     def as_on_a_gpu(function, args):
         with driver.active() as device:
-            return replay.replay(function, args, device, launch.recording)
+            return replay.replay(function, args, device, launch.record_launches)
 
     if request.param == "GPU":
         monkeypatch.setattr(ops, "_on_cpu", as_on_a_gpu)
@@ -124,7 +124,7 @@ def test_memory_that_lies_otherwise_is_another_function():
         torch.testing.assert_close(F.linear(x.T.contiguous().T, weight, backend="triton"), x @ weight.T)
 
 
-def replayed(function, *args, recorder=driver.recording, one_block=False):
+def replayed(function, *args, recorder=driver.record_launches, one_block=False):
     with driver.active() as device:
         return replay.replay(function, args, device, recorder, one_block=one_block)
 
@@ -239,7 +239,7 @@ def test_hooks_see_every_launch():
 
 
 def test_the_oldest_recordings_make_room(monkeypatch):
-    monkeypatch.setattr(replay, "_MOST_RECORDED", 3)
+    monkeypatch.setattr(replay, "_MAX_RECORDED", 3)
     keys = []
     for rows in range(1, 9):
         F.layer_norm(torch.randn(rows, 16), None, None, backend="triton")
@@ -249,7 +249,7 @@ def test_the_oldest_recordings_make_room(monkeypatch):
 
 def test_the_oldest_compiled_kernels_make_room(monkeypatch):
     monkeypatch.setattr(launch, "_compiled", {})
-    monkeypatch.setattr(launch, "_MOST_COMPILED", 3)
+    monkeypatch.setattr(launch, "_MAX_COMPILED", 3)
     monkeypatch.setattr(ops, "_on_cpu", lambda function, args: run_plainly(function, *args))
     keys = []
     for width in (16, 32, 48, 64, 80):
@@ -261,9 +261,9 @@ def test_the_oldest_compiled_kernels_make_room(monkeypatch):
 def test_threads_share_a_bounded_cache():
     cache = {}
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: launch.remember(cache, i, i, 50), range(5000)))
+        list(pool.map(lambda i: launch.add_to_cache(cache, i, i, 50), range(5000)))
     assert len(cache) <= 50 + 8, "each thread may add one after it made room"
-    launch.remember(cache, "new", 0, 50)
+    launch.add_to_cache(cache, "new", 0, 50)
     assert len(cache) == 50 and "new" in cache
 
 
@@ -308,7 +308,7 @@ def mix(a, b, y, factor):
     launch.launch(mix_kernel, (1,), a, a_ptr=a, b_ptr=b, y_ptr=y, n=n, factor=factor, BLOCK=512)
 
 
-RECORDERS = {"CPU": driver.recording, "GPU": launch.recording}
+RECORDERS = {"CPU": driver.record_launches, "GPU": launch.record_launches}
 
 
 @pytest.mark.parametrize("one_block", [False, True])

@@ -23,7 +23,7 @@ from vit_triton.kernels.device import target_of
 from vit_triton.kernels.linear import forward
 from vit_triton.kernels.linear.config import Epilogue, GemmConfig, VendorGemm, pick_linear_fwd
 from vit_triton.kernels.norm.config import LayerNormConfig, pick_layer_norm
-from vit_triton.kernels.picker import PICKERS, choosing
+from vit_triton.kernels.picker import PICKERS, override_choice
 from vit_triton.kernels.target import target_named
 from vit_triton.tuning import tune
 from vit_triton.tuning.progress import progress
@@ -269,7 +269,7 @@ def small(monkeypatch, request):
 def asked_by(call):
     """The keys of all picker calls during ``call``."""
     keys = set()
-    with choosing(lambda picker, args: keys.add(picker.key(args)) or picker.default(*args)):
+    with override_choice(lambda picker, args: keys.add(picker.key(args)) or picker.default(*args)):
         call()
     return keys
 
@@ -285,9 +285,9 @@ def steps(model, image):
 def test_whatever_a_vit_asks_for_is_tuned(dropout):
     """Follow the GPU code path in bfloat16 without running kernels."""
     shape = TINY.with_depth(12)
-    with gpu_path.taken(lambda *launch: None):
+    with gpu_path.use_gpu_path(lambda *launch: None):
         cases = [case for p in {0.0, dropout} for case in tune.cases(shape, torch.bfloat16, "cpu", p)]
-        tuned = {key for case in cases for key in case.asks}
+        tuned = {key for case in cases for key in case.picker_calls}
         image = torch.randn(2, 3, 16, 16, dtype=torch.bfloat16)
         ours = vit_triton.ViT(**shape.vit(), dropout=dropout, emb_dropout=dropout, backend="triton")
         asked = asked_by(lambda: steps(ours.bfloat16(), image))
@@ -304,9 +304,9 @@ def test_whatever_a_vit_asks_for_is_tuned(dropout):
 def test_cases_of_every_size(model):
     """Head sizes are 64 to 88; the image is small."""
     shape = Shape.of(TUNE_MODELS[model], 32, 1)
-    with gpu_path.taken(lambda *launch: None):
-        asks = {key for case in tune.cases(shape, torch.bfloat16, "cpu") for key in case.asks}
-    attended = {key[1:4] for key in asks if key[0] == "pick_attention_fwd"}
+    with gpu_path.use_gpu_path(lambda *launch: None):
+        keys = {key for case in tune.cases(shape, torch.bfloat16, "cpu") for key in case.picker_calls}
+    attended = {key[1:4] for key in keys if key[0] == "pick_attention_fwd"}
     assert attended == {(n, shape.tokens, shape.head_dim) for n in (1, shape.tokens)}
 
 

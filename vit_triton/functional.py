@@ -38,7 +38,7 @@ from vit_triton.checks import (
     check_residual,
     check_rows,
     check_tensor,
-    given,
+    format_value,
     hidden_features,
     shape_of,
 )
@@ -498,7 +498,9 @@ def _channel_values(name: str, values: Tensor | Sequence[float] | None, image: T
             raise ValueError(f"image and {name} must be on one device, got {image.device} and {values.device}")
     else:
         if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
-            raise TypeError(f"{name} must be a tensor or a sequence of numbers, one per channel, got {given(values)}")
+            raise TypeError(
+                f"{name} must be a tensor or a sequence of numbers, one per channel, got {format_value(values)}"
+            )
         values = tuple(values)
         for i, value in enumerate(values):
             check_number(f"{name}[{i}]", value)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vit_triton import functional as F
 from vit_triton.backend import MAX_NORM_WIDTH, check_backend_name, resolve_backend
-from vit_triton.checks import check_count, check_dense, check_probability, given, kind
+from vit_triton.checks import check_count, check_dense, check_probability, format_value, type_name
 from vit_triton.fallback import count_fallback
 
 __all__ = ["Attention", "FeedForward", "LayerNorm", "Linear", "PatchEmbedding", "PatchRows", "Transformer"]
@@ -138,7 +138,7 @@ class PatchRows(nn.Module):
     def __init__(self, patch_size: tuple[int, int]) -> None:
         super().__init__()
         if not isinstance(patch_size, (tuple, list)) or len(patch_size) != 2:
-            raise TypeError(f"patch_size must be (height, width), got {given(patch_size)}")
+            raise TypeError(f"patch_size must be (height, width), got {format_value(patch_size)}")
         for side in patch_size:
             check_count("patch_size", side, at_least=1)
         self.patch_size = patch_size
@@ -162,7 +162,7 @@ class PatchRows(nn.Module):
 def patch_grid(image: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
     """Return the number of rows and columns of patches in `image`; raise TypeError or ValueError if it is invalid."""
     if not isinstance(image, Tensor):
-        raise TypeError(f"image must be a torch.Tensor of shape (B, C, H, W), got {kind(image)}")
+        raise TypeError(f"image must be a torch.Tensor of shape (B, C, H, W), got {type_name(image)}")
     check_dense("image", image)
     if image.dim() != 4:
         hint = "; add a batch dimension to a single image: image[None]" if image.dim() == 3 else ""
@@ -545,7 +545,7 @@ def add_residual(x: Tensor, residual: Tensor | None) -> Tensor:
 
 def check_tokens(x: Tensor) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor of shape (B, N, dim), got {kind(x)}")
+        raise TypeError(f"x must be a torch.Tensor of shape (B, N, dim), got {type_name(x)}")
     check_dense("x", x)
     if x.dim() != 3:
         raise ValueError(f"x must be 3-D, (B, N, dim), got shape {tuple(x.shape)}")

@@ -96,7 +96,7 @@ def compiling_for(arch: str, only: str = "", by: type[Compiler] = Compiler) -> I
     driver.set_active(compiler)
     found: list[Launched] = []
     try:
-        with launch.starting(start_some):
+        with launch.override_start(start_some):
             yield found
         kernels = {kernel.hash: Launched(kernel) for key, kernel in launch._compiled.items() if compiler in key}
         for hash_, grid, arguments in compiler.launches:

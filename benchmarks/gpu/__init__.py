@@ -97,7 +97,7 @@ def _interpreting(device: str) -> bool:
         return False
     from vit_triton import cpu
 
-    return asked or cpu.why_not() is not None
+    return asked or cpu.unsupported_reason() is not None
 
 
 @contextlib.contextmanager

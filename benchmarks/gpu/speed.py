@@ -15,7 +15,7 @@ from benchmarks.gpu.step import Context, Skip, Step, Wrong
 from benchmarks.ops.op import Op
 from benchmarks.timing import METHODS, ratios
 from vit_triton.kernels.linear.config import VendorGemm
-from vit_triton.kernels.picker import choosing
+from vit_triton.kernels.picker import override_choice
 from vit_triton.tuning import tune
 from vit_triton.tuning.shapes import Shape
 from vit_triton.tuning.sizes import SIZES
@@ -53,17 +53,20 @@ def _products(picker: str, context: Context) -> dict[str, Any]:
     shape = Shape.of("B", 224, BATCH)
     cases = tune.cases(shape, torch.bfloat16, context.device)
     rows = []
-    for asked, args, group in tune.choices(cases):
-        if asked.name != picker:
+    for current, args, group in tune.choices(cases):
+        if current.name != picker:
             continue
-        key = asked.key(args)
+        key = current.key(args)
         for case in group:
 
             def run(config: Any, case: Any = case, key: Any = key) -> Any:
-                with choosing(lambda p, its: config if p.key(its) == key else p.default(*its)), torch.no_grad():
+                with (
+                    override_choice(lambda p, values: config if p.key(values) == key else p.default(*values)),
+                    torch.no_grad(),
+                ):
                     return case.run()
 
-            configs = {"ours": asked.default(*args), "vendor": VendorGemm()}
+            configs = {"ours": current.default(*args), "vendor": VendorGemm()}
             calls = {name: functools.partial(run, config) for name, config in configs.items()}
             rounds = METHODS["cuda"](calls, SECONDS / 2, False).rounds
             ms = {name: 1e3 * statistics.median(each) for name, each in rounds.items()}

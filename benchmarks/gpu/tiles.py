@@ -28,7 +28,12 @@ def _tune(context: Context) -> dict[str, Any]:
     done = {each.key for each in tuned.read(path).timed} if path.exists() else set()
     cases = tune.cases(Shape.of("B", 224, 64), torch.bfloat16, "cuda")
     total = len(tune.choices(cases))
-    left = [dataclasses.replace(case, asks={k: ask for k, ask in case.asks.items() if k not in done}) for case in cases]
+    left = [
+        dataclasses.replace(
+            case, picker_calls={k: picker_call for k, picker_call in case.picker_calls.items() if k not in done}
+        )
+        for case in cases
+    ]
     for each in tune.tune(left, lambda call: on_gpu(call, SECONDS)):
         tune.write(path, name, arch, [each], 1)  # after every choice: the command may end during the next one
         if time.time() > context.end - RESERVED:

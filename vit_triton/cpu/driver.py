@@ -117,10 +117,10 @@ class _Launcher:
         total = grid_x * grid_y * grid_z
         if total == 0:
             return
-        if (note := getattr(_recorder, "note", None)) is not None:
+        if (callback := getattr(_recorder, "callback", None)) is not None:
             tensors = [(slot, args[i]) for slot, (i, pointer) in enumerate(self.positions) if pointer]
             values = [None if pointer else args[i] for i, pointer in self.positions]
-            note(Launch(self, (grid_x, grid_y, grid_z), function, values), tensors)
+            callback(Launch(self, (grid_x, grid_y, grid_z), function, values), tensors)
             return
         values = [args[i] for i, _ in self.positions]
         values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in values]
@@ -164,14 +164,14 @@ _recorder = threading.local()
 
 
 @contextlib.contextmanager
-def recording(note: Callable[[Launch, list[tuple[int, torch.Tensor]]], None]) -> Iterator[None]:
-    """Context manager: launches of this thread call ``note(launch, tensors)`` instead, where tensors are pairs of
+def record_launches(callback: Callable[[Launch, list[tuple[int, torch.Tensor]]], None]) -> Iterator[None]:
+    """Context manager: launches of this thread call ``callback(launch, tensors)`` instead, where tensors are pairs of
     position and tensor."""
-    _recorder.note = note
+    _recorder.callback = callback
     try:
         yield
     finally:
-        _recorder.note = None
+        _recorder.callback = None
 
 
 class CPUDriver(DriverBase):

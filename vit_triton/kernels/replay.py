@@ -18,10 +18,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
-from vit_triton.kernels.launch import float32_precision, remember, seen
+from vit_triton.kernels.launch import add_to_cache, float32_precision, last_gemm
 
 _ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
-_MOST_RECORDED = 4096  # a bound, because the number of shapes is unlimited
+_MAX_RECORDED = 4096  # a bound, because the number of shapes is unlimited
 _ALIGN = 64
 
 
@@ -116,10 +116,10 @@ def replay(
     if known is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
         return function(*args)
     if known is _NEW:
-        seen.precision = ""
+        last_gemm.precision = ""
         _expect_one_device(args)
         known = _record(function, args, recorder, one_block)
-        remember(_recordings, call, {**(entry or {}), seen.precision: known}, _MOST_RECORDED)
+        add_to_cache(_recordings, call, {**(entry or {}), last_gemm.precision: known}, _MAX_RECORDED)
         if known is None:
             return function(*args)
     return known.run(given)

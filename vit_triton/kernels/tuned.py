@@ -35,7 +35,7 @@ _FORMER_NAMES = {"rows": "block_m", "cols": "block_n", "depth": "block_k", "part
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _PRECISIONS = ("ieee", "tf32")
 _SIDES = ("block_m", "block_n", "block_k")  # at least 16, the minimum of tl.dot
-_MOST = {"num_warps": 32, "num_stages": 8, "group": 64, "split": 64, "partials": 2**16, "max_registers": 255}
+_MAXIMA = {"num_warps": 32, "num_stages": 8, "group": 64, "split": 64, "partials": 2**16, "max_registers": 255}
 _ANY_NUMBER = ("num_stages", "group", "partials", "max_registers")  # other fields are powers of two
 
 
@@ -286,7 +286,7 @@ def _config(where: str, value: Any, picker: Picker) -> Any:
                 raise _Wrong(f"{where}.{name}", "true or false", value[name])
             continue
         least = 16 if name in _SIDES and issubclass(kind, (AttentionConfig, GemmConfig)) else 1
-        most = _MOST.get(name, 2**16)
+        most = _MAXIMA.get(name, 2**16)
         whole = type(value[name]) is int and least <= value[name] <= most
         power = name in _ANY_NUMBER or whole and value[name] & (value[name] - 1) == 0
         if not (whole and power):
