@@ -342,8 +342,8 @@ def _misfit(error: WeightsError) -> str:
     parts = []
     for what, names in (
         ("not in the file", error.missing),
-        ("not in the model", error.surplus),
-        ("different", error.unlike),
+        ("not in the model", error.unexpected),
+        ("different", error.mismatched),
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
