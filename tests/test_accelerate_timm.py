@@ -47,7 +47,7 @@ def test_outputs_and_gradients_are_those_of_timm(name, size):
     replaced = {entry.cls for entry in report.replaced}
     assert {"Block", "Conv2d", "Attention", "Mlp", "LayerNorm"} <= replaced
     assert ("AttentionPoolLatent" in replaced) == ("siglip" in name)
-    assert {entry.cls for entry in report.left} == {"Linear"}  # the heads
+    assert {entry.cls for entry in report.not_replaced} == {"Linear"}  # the heads
 
 
 SMALLER = dict(embed_dim=48, num_heads=3, patch_size=8)
@@ -80,7 +80,7 @@ def test_variants(changes):
 def test_norms_that_have_no_kernel_leave_the_block_alone():
     model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER, norm_layer="rmsnorm", mlp_layer=SwiGLU)
     report = assert_accelerated(model, images)
-    reasons = {entry.name: entry.what for entry in report.left}
+    reasons = {entry.name: entry.detail for entry in report.not_replaced}
     assert "RmsNorm" in reasons["blocks.0"] and "SiLU" in reasons["blocks.0.mlp"]
     assert "blocks.0.attn" in {entry.name for entry in report.replaced}
 
@@ -89,7 +89,7 @@ def test_a_gate_behind_the_values_is_left():
     gate_last = functools.partial(GluMlp, gate_last=True)
     model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER, mlp_layer=gate_last, act_layer=nn.SiLU)
     report = assert_accelerated(model, images)
-    assert "gate" in {entry.name: entry.what for entry in report.left}["blocks.0.mlp"]
+    assert "gate" in {entry.name: entry.detail for entry in report.not_replaced}["blocks.0.mlp"]
 
 
 @pytest.mark.parametrize("size", [24, 40])
@@ -144,7 +144,7 @@ def test_a_drop_path_that_does_not_scale_is_left():
     model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER, drop_path_rate=0.5, depth=2)
     model.blocks[1].drop_path1.scale_by_keep = False
     report = assert_accelerated(model.train(), images, seed=0)
-    assert "drop_path1" in {entry.name: entry.what for entry in report.left}["blocks.1"]
+    assert "drop_path1" in {entry.name: entry.detail for entry in report.not_replaced}["blocks.1"]
 
 
 def test_a_mask_goes_to_timm():

@@ -20,9 +20,10 @@ from benchmarks.gpu.process import CRASHED, FAILED, HUNG, OUT_OF_MEMORY, PASSED,
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.running import run_steps
 from benchmarks.gpu.sections import sections
-from benchmarks.gpu.step import START_SECONDS, Context, Section, Step, Wrong, is_of_memory
+from benchmarks.gpu.step import START_SECONDS, Context, Section, Step, Wrong
 from benchmarks.ops import patch_embed
 from vit_triton import functional as F
+from vit_triton.cli.errors import is_out_of_memory
 from vit_triton.kernels import tuned
 from vit_triton.kernels.picker import PICKERS
 from vit_triton.kernels.target import target_named
@@ -171,8 +172,8 @@ def test_a_process_that_cannot_go_on_ends(broken, monkeypatch):
 
 
 def test_memory_that_a_library_lacks_is_memory():
-    assert is_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
-    assert not is_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 # --- numbers -------------------------------------------------------------------------------------------------

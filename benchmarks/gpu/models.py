@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 import vit_triton
-from benchmarks.gpu.step import COMPILE_SECONDS, SEED, Context, Skip, Step, Wrong, is_of_memory
+from benchmarks.gpu.step import COMPILE_SECONDS, SEED, Context, Skip, Step, Wrong
 from benchmarks.models import gradients, hugging_face, inference, loss, ours, torchvision
 from benchmarks.runner import limits
 from benchmarks.timing import METHODS, ratios
+from vit_triton.cli.errors import is_out_of_memory
 from vit_triton.tuning.measure import errors
 from vit_triton.tuning.shapes import CLASSES, Shape
 from vit_triton.tuning.sizes import SIZES, Size
@@ -140,7 +141,7 @@ def _measure(what: str, model: Model, compiled: bool, context: Context) -> dict[
         try:
             return _measure_batch(what, model, compiled, context, batch)
         except Exception as error:  # out of memory is a RuntimeError on a CPU
-            if not is_of_memory(error) or batch == 1:
+            if not is_out_of_memory(error) or batch == 1:
                 raise
             batch //= 2
         gc.collect()

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 SEED = 0  # for the inputs of every step
 KERNEL_SECONDS = 0.8  # compilation of a kernel and its launcher; an assumption
 COMPILE_SECONDS = 45.0  # torch.compile of a 12-block ViT in one direction; an assumption
@@ -47,12 +45,6 @@ class Wrong(Exception):
     def __init__(self, line: str, **facts: Any) -> None:
         super().__init__(line)
         self.facts = facts
-
-
-def is_of_memory(error: Exception) -> bool:
-    """Whether memory ran out. On a CPU, PyTorch raises a RuntimeError, which only its message identifies."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 @contextlib.contextmanager

@@ -159,13 +159,13 @@ def accelerate(
         if recipe is None and name.startswith(inside):
             continue
         try:
-            what = _replaced_parts(module, recipe, chosen)
+            parts = _replaced_parts(module, recipe, chosen)
         except UnsupportedModule as reason:
             entries.append(Entry(name, kind.__name__, False, str(reason)))
             continue
-        if what is not None and recipe is not None:
+        if parts is not None and recipe is not None:
             accelerated.append((name, module, _accelerated(kind, recipe, backend, strict)))
-            entries.append(Entry(name, kind.__name__, True, what))
+            entries.append(Entry(name, kind.__name__, True, parts))
             inside += (f"{name}." if name else "",)
     for name, module, cls in accelerated:
         module.__class__ = cls
@@ -176,7 +176,7 @@ def accelerate(
         tuple(
             entry
             for entry in entries
-            if entry.what != NOT_SUPPORTED
+            if entry.detail != NOT_SUPPORTED
             or not any(name.startswith(f"{entry.name}.".lstrip(".")) for name in replaced)
         ),
         notes,
