@@ -51,7 +51,7 @@ def use_gpu_path(
             around an operator is inactive within it.
     """
     run = ops.run_on_gpu if on_launch is None else _run_within(operator_context or contextlib.nullcontext())
-    with driver.compiling_for(ARCH, by=_GPU), ops.override_run(run), backend.assume_cpu_mode("driver"):
+    with driver.compile_for(ARCH, driver_class=_GPU), ops.override_run(run), backend.assume_cpu_mode("driver"):
         with contextlib.nullcontext() if on_launch is None else launch.override_start(on_launch):
             yield
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import gpu_path, options
-from benchmarks.runner import describe, keep_freed_memory, machine, write_json
+from benchmarks.runner import describe, disable_memory_trim, machine, write_json
 from vit_triton import functional as F
 from vit_triton import ops
 from vit_triton.cli.arguments import positive
@@ -224,21 +224,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_json(parser)
 
 
-def run(given: argparse.Namespace) -> None:
-    head = {"machine": machine(), **options.plain(given), **asdict(SHAPE)}
+def run(args: argparse.Namespace) -> None:
+    head = {"machine": machine(), **options.as_json(args), **asdict(SHAPE)}
     print(describe(head["machine"]))
     print(f"{SHAPE}; Python time, no kernel ran; excludes the guard of the current device")
     torch.set_num_threads(1)
-    keep_freed_memory()  # as PyTorch's CUDA allocator does
+    disable_memory_trim()  # as PyTorch's CUDA allocator does
     results: list[Overhead] = []
     with gpu_path.use_gpu_path():
-        chosen = options.only(calls(SHAPE, DTYPES[given.dtype]), given.only, lambda call: call[0])
+        chosen = options.filter_by_name(calls(SHAPE, DTYPES[args.dtype]), args.only, lambda call: call[0])
         with progress(len(chosen)) as bar:
             for name, mode, call in chosen:
-                results.append(measure(name, mode, call, given.rounds))
-                if given.json:
+                results.append(measure(name, mode, call, args.rounds))
+                if args.json:
                     shown = [{**asdict(each), "above": each.above} for each in results]
-                    write_json(given.json, {**head, "results": shown})
+                    write_json(args.json, {**head, "results": shown})
                 bar.advance(f"{name}, {mode}")
     Console(width=100).print(table(results))
     if not bar.complete:

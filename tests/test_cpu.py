@@ -741,7 +741,7 @@ def doubled_kernel(x_ptr, y_ptr, n, SIZE: tl.constexpr):
 def kernels_on_disk(tmp_path, monkeypatch):
     """A function that loads a kernel through a private cache, runs it, and returns whether it was compiled."""
     monkeypatch.setattr(triton_driver, "_active", CPUDriver())
-    monkeypatch.setattr(cache, "_spare", None)
+    monkeypatch.setattr(cache, "_temporary_folder", None)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     compiled, make = [], compiler._make_object
     monkeypatch.setattr(compiler, "_make_object", lambda *args: compiled.append(args) or make(*args))
@@ -844,9 +844,9 @@ def test_a_cache_that_cannot_be_written_is_one_warning(obstacle, kernels_on_disk
         kernels_on_disk()
     assert len(warned) == 1
     assert not list(tmp_path.rglob("tmp.pid_*"))
-    spare = Path(cache._spare.name)
+    spare = Path(cache._temporary_folder.name)
     assert any(spare.rglob("*.obj"))
-    cache._spare.cleanup()
+    cache._temporary_folder.cleanup()
 
 
 def test_kernels_for_gpus_are_kept_as_triton_keeps_them(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ if INTERPRETER or EMULATOR:
     pytest.skip("the kernels run in another mode, without our driver", allow_module_level=True)
 
 from benchmarks import gpu_path
-from benchmarks.codegen.driver import compiling_for
+from benchmarks.codegen.driver import compile_for
 from vit_triton.kernels import launch
 
 CUDA = torch.device("cuda")
@@ -32,7 +32,7 @@ def kernel():
 def compiled(monkeypatch):
     """A function that lists the code compiled so far."""
     capture(monkeypatch, False)
-    with compiling_for("sm_90", by=gpu_path._GPU):
+    with compile_for("sm_90", driver_class=gpu_path._GPU):
         yield lambda: [each for key, each in launch._compiled.items() if launch.driver.active in key]
 
 

@@ -28,9 +28,9 @@ def test_launches_are_those_that_are_counted():
         with torch.set_grad_enabled(mode == "training"):
             with gpu_path.use_gpu_path():
                 launches = overhead.launches_of(call)  # the first training call also creates dy
-            with memory.counting(ours=True) as ledger:
+            with memory.count_storages(ours=True) as tracker:
                 call()
-        assert len(launches) == ledger.kernels and launches[0][0].__name__ == "layer_norm_fwd_kernel"
+        assert len(launches) == tracker.kernels and launches[0][0].__name__ == "layer_norm_fwd_kernel"
 
 
 def test_triton_and_the_library_start_the_same_kernels(monkeypatch):

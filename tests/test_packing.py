@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 import vit_triton
 from vit_triton import packing
-from vit_triton.cpu.driver import active
+from vit_triton.cpu.driver import use_cpu_driver
 from vit_triton.kernels import launch
 from vit_triton.kernels.linear import forward as linear
 from vit_triton.modules import FeedForward
@@ -54,7 +54,7 @@ def packed(monkeypatch):
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 32, 64), (5, 50, 33), (197, 97, 72), (3, 1, 1), (40, 64, 256)])
 def test_the_product_is_the_same_bit_for_bit(m, n, k, dtype, word):
     x, weight, bias, residual = (torch.randn(*s).to(dtype) for s in ((m, k), (n, k), (n,), (m, n)))
-    with active():
+    with use_cpu_driver():
         expected, pre = linear.linear_fwd(x, weight, bias, residual, activation="gelu", save_pre=True)
         panels = linear.pack_weight(weight, 32, word)
         y, packed_pre = linear.linear_fwd(
@@ -91,7 +91,7 @@ def test_panels_are_read_where_they_lie(dtype):
     memory = []
     for panels in (None, linear.pack_weight(weight, *layout)):
         launch._compiled.clear()
-        with active():
+        with use_cpu_driver():
             linear.linear_fwd(x, weight, None, panels=panels)
         (kernel,) = launch._compiled.values()
         memory.append(kernel.metadata.scratch_bytes)

@@ -83,7 +83,7 @@ def way(request, monkeypatch):
     """Record in the CPU driver, or in kernels.launch as on a GPU, with one allocation per tensor."""
 
     def as_on_a_gpu(function, args):
-        with driver.active() as device:
+        with driver.use_cpu_driver() as device:
             return replay.replay(function, args, device, launch.record_launches)
 
     if request.param == "GPU":
@@ -125,7 +125,7 @@ def test_memory_that_lies_otherwise_is_another_function():
 
 
 def replayed(function, *args, recorder=driver.record_launches, one_block=False):
-    with driver.active() as device:
+    with driver.use_cpu_driver() as device:
         return replay.replay(function, args, device, recorder, one_block=one_block)
 
 
@@ -292,7 +292,7 @@ def test_python_threads_replay_at_once():
 
 
 def run_plainly(function, *args):
-    with driver.active():
+    with driver.use_cpu_driver():
         return function(*args)
 
 

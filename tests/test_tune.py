@@ -15,7 +15,7 @@ import vit_triton
 from benchmarks import gpu_path
 from vit_triton.cli import main
 from vit_triton.cli.options import TUNE_MODELS
-from vit_triton.cpu.driver import active
+from vit_triton.cpu.driver import use_cpu_driver
 from vit_triton.kernels import device, tuned
 from vit_triton.kernels import picker as pickers
 from vit_triton.kernels.attention.config import AttentionConfig
@@ -124,7 +124,7 @@ def test_the_tuned_choice_is_for_its_device_alone(home, gpus):
     assert pick_layer_norm(768, target_named(SM)) != LayerNormConfig(8, 1024, 8)
     target = target_of(torch.device("cuda:0"))
     assert (target.name, target.device) == (SM, H100)
-    with active():
+    with use_cpu_driver():
         assert target_of(torch.device("cpu")).tuned is None
 
 
@@ -262,7 +262,7 @@ def small(monkeypatch, request):
         few = tiles.get(name, [])
         picker = dataclasses.replace(picker, others=lambda *args, few=few: few)
         monkeypatch.setitem(PICKERS, name, picker)
-    with active():
+    with use_cpu_driver():
         yield tune.cases(TINY, torch.float32, "cpu")
 
 

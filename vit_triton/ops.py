@@ -57,10 +57,10 @@ def _register(schema: str, copies: Callable[..., list[Tensor | None]] | None = N
 
 def run_on_cpu(function: Any, args: tuple[Any, ...]) -> Any:
     """Call ``function`` with an active Triton driver for CPU tensors; record its launches if it is our driver."""
-    from vit_triton.cpu.driver import active, record_launches
+    from vit_triton.cpu.driver import record_launches, use_cpu_driver
     from vit_triton.kernels.replay import replay
 
-    with active() as device:
+    with use_cpu_driver() as device:
         # one block: the system clears every page of newly allocated memory
         return function(*args) if device is None else replay(function, args, device, record_launches, one_block=True)
 

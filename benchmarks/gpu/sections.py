@@ -23,4 +23,4 @@ def sections(context: Context, cores: int | None = None) -> list[Section]:
         Section("speed", "operators against PyTorch's", 0.9, tuple(speed.steps())),
         Section("tiles", "tuning", 1.0, tuple(tiles.steps())),
     ]
-    return [Section("faults", "faults", 1.0, tuple(faults.steps())), *every] if faults.wanted() else every
+    return [Section("faults", "faults", 1.0, tuple(faults.steps())), *every] if faults.enabled() else every

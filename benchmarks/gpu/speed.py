@@ -11,7 +11,7 @@ import torch
 from benchmarks import runner
 from benchmarks.compare import OPS
 from benchmarks.gpu.models import DINOV2_S
-from benchmarks.gpu.step import Context, Skip, Step, Wrong
+from benchmarks.gpu.step import Context, Skip, Step, WrongNumbers
 from benchmarks.ops.op import Op
 from benchmarks.timing import METHODS, ratios
 from vit_triton.kernels.linear.config import VendorGemm
@@ -29,18 +29,18 @@ TINY = Shape("tiny", 2, 32, 5, dataclasses.replace(SIZES["Ti"], width=64, heads=
 
 
 def _operator(op: Op, shape: Shape, direction: str, context: Context) -> dict[str, Any]:
-    shape = context.at(shape, TINY).with_depth(context.at(BLOCKS, 1))
-    dtype = context.at(torch.bfloat16, torch.float32)
+    shape = context.select(shape, TINY).with_depth(context.select(BLOCKS, 1))
+    dtype = context.select(torch.bfloat16, torch.float32)
     functions = op.functions(context.device, compiled=False)
     (case,) = op.cases([shape], [direction], dtype, context.device, functions)
-    if reason := runner.lack_of_memory(case):
+    if reason := runner.insufficient_memory(case):
         raise Skip(reason)
-    (result,) = runner.measure(case, [torch.get_num_threads()], context.at(SECONDS, 0.05))
+    (result,) = runner.measure(case, [torch.get_num_threads()], context.select(SECONDS, 0.05))
     facts = dataclasses.asdict(result)
     if runner.OURS in result.wrong:
-        raise Wrong(result.wrong[runner.OURS], **facts)
+        raise WrongNumbers(result.wrong[runner.OURS], **facts)
     times = ", ".join(f"{name} {ms:.3f}" for name, ms in result.milliseconds.items())
-    fastest = result.against_the_fastest
+    fastest = result.ratio_to_fastest
     ratio = "" if fastest is None else f"{fastest:.2f} x the fastest other; "
     failed = "".join(f"; {name}: {why}" for name, why in result.wrong.items())
     return {"line": f"{ratio}ms: {times} ({result.method}){failed}", **facts}

@@ -25,7 +25,7 @@ class Context:
     interpreting: bool = False
     end: float = float("inf")
 
-    def at(self, real: Any, tiny: Any) -> Any:
+    def select(self, real: Any, tiny: Any) -> Any:
         """``tiny`` if inputs are tiny, otherwise ``real``."""
         return tiny if self.tiny else real
 
@@ -39,7 +39,7 @@ class Skip(Exception):
     """A step does not apply on this machine; the message is the reason."""
 
 
-class Wrong(Exception):
+class WrongNumbers(Exception):
     """A step found wrong numbers; ``facts`` are added to its result."""
 
     def __init__(self, line: str, **facts: Any) -> None:
@@ -64,7 +64,8 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Step:
-    """``run`` returns the facts of the result, of which "line" is printed, or raises :class:`Skip` or :class:`Wrong`.
+    """``run`` returns the facts of the result, of which "line" is printed, or raises :class:`Skip` or
+    :class:`WrongNumbers`.
 
     The expected time is computed from the number of ``kernels`` to compile, the ``flops`` of the calls, and ``seconds``
     for everything else. ``limit``: timeout in seconds; default: one minute plus four times the expected time.
@@ -76,7 +77,7 @@ class Step:
     kernels: int = 0
     flops: float = 0.0
     limit: float | None = None
-    fills: bool = False  # uses all remaining time
+    uses_remaining_time: bool = False
 
     def expected(self, peak: float) -> float:
         """Expected seconds on a GPU with ``peak`` dense 16-bit FLOP/s."""

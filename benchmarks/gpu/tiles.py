@@ -39,15 +39,15 @@ def _tune(context: Context) -> dict[str, Any]:
         if time.time() > context.end - RESERVED:
             break
     timed = tuned.read(path).timed if path.exists() else []
-    faster = sum(gain(each) > 1 for each in timed)
+    faster = sum(speedup(each) > 1 for each in timed)
     line = f"{len(timed)} of {total} choices timed, {faster} differ from the default; {path.name}"
     return {"line": line, "complete": len(timed) >= total}
 
 
-def gain(each: tuned.Timed) -> float:
+def speedup(each: tuned.Timed) -> float:
     """Time of the default / time of the chosen candidate."""
     return each.milliseconds[0][1] / dict(each.milliseconds)[each.config]
 
 
 def steps() -> Iterator[Step]:
-    yield Step("ViT-B/16, bfloat16, batch 64", _tune, seconds=600.0, limit=24 * 3600.0, fills=True)
+    yield Step("ViT-B/16, bfloat16, batch 64", _tune, seconds=600.0, limit=24 * 3600.0, uses_remaining_time=True)

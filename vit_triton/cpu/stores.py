@@ -1,6 +1,6 @@
 """Stores pass: a tt.store is a loop that evaluates the value over the part of the tile that satisfies its mask."""
 
-from vit_triton.cpu.bounds import demanded
+from vit_triton.cpu.bounds import demanded_conditions
 from vit_triton.cpu.buffers import materialize_deferred
 from vit_triton.cpu.builder import Val
 from vit_triton.cpu.expressions import evaluate, vector
@@ -62,4 +62,4 @@ def is_stored_next(s: State, op: Op) -> bool:
     conditions = s.masks.conditions(sink.operands[2])
     stored = [conditions.along(axis) for axis in range(rank)]
     contiguous = s.axes.along(sink.operands[0], rank - 1).contiguous
-    return conditions.complete and stored == demanded(s, value) and contiguous
+    return conditions.complete and stored == demanded_conditions(s, value) and contiguous
