@@ -365,7 +365,9 @@ def test_memory_is_used_again_while_recording_and_may_have_another_size(recorder
             break
     assert address == again, "never was one address that of two storages"
     ((recording,),) = (each.values() for each in replay._recordings.values())
-    sizes = sorted(piece.shape[0] for step in recording.steps for piece in step.fresh if piece.dtype == torch.uint8)
+    sizes = sorted(
+        piece.shape[0] for step in recording.steps for piece in step.allocations if piece.dtype == torch.uint8
+    )
     assert sizes == ([-(-4 * size // 64) * 64] if one_block else [4 * size - 32, 4 * size])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn, strided
 
 from vit_triton.arguments import Block, Norm
 from vit_triton.autocast import FLOATS as KERNEL_DTYPES
-from vit_triton.autocast import autocasting
+from vit_triton.autocast import is_autocast_enabled
 from vit_triton.portable import is_portable
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
@@ -116,7 +116,9 @@ def check_alike(first: str, x: Tensor, **others: Tensor | None) -> None:
             continue
         if other.device != x.device:
             raise ValueError(f"{first} and {name} must be on one device, got {x.device} and {other.device}")
-        if other.dtype != x.dtype and (torch.float64 in (x.dtype, other.dtype) or not autocasting(x.device.type)):
+        if other.dtype != x.dtype and (
+            torch.float64 in (x.dtype, other.dtype) or not is_autocast_enabled(x.device.type)
+        ):
             raise TypeError(f"{first} and {name} must have one dtype, got {x.dtype} and {other.dtype}")
 
 

@@ -80,7 +80,7 @@ def source() -> str:
 
 
 def _tiles(gpu: str) -> str:
-    path = tuned.found(gpu)
+    path = tuned.table_path(gpu)
     return "computed" if path is None else f"tuned, {path}"
 
 

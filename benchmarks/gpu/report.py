@@ -199,7 +199,9 @@ def _tuning(folder: Path) -> str:
     if not path.exists():
         return ""
     timed = tuned.read(path).timed
-    speedups = {f"{each.picker}({tuned.spelled(each.arguments)})": (tiles.speedup(each), each.config) for each in timed}
+    speedups = {
+        f"{each.picker}({tuned.format_arguments(each.arguments)})": (tiles.speedup(each), each.config) for each in timed
+    }
     rows = [(name, f"{speedup:.2f}", config) for name, (speedup, config) in speedups.items() if speedup > 1]
     return (
         f"## Tuning\n\n{len(timed)} choices were timed, and {len(rows)} differ from the default. To use "

@@ -33,7 +33,7 @@ def clip(tile: int, size: int) -> int:
     return min(tile, max(16, next_power_of_2(size)))
 
 
-class Compiled:
+class CompilerOptions:
     """Mixin for configurations of kernels with tl.dot: compiler options. ``max_registers`` limits the registers per
     thread; 255 is no limit."""
 

@@ -199,7 +199,7 @@ def tune(every: Iterable[Case], measure: Measure, log: Callable[[str], None] = p
     for picker, args, group in choices(every):
         key = picker.key(args)
         arguments = dict(zip(picker.arguments, key[1:], strict=True))
-        log(f"{picker.name}({tuned.spelled(arguments)}), in")
+        log(f"{picker.name}({tuned.format_arguments(arguments)}), in")
         for case in group:
             log(f"    {case.name}")
         default, *others = picker.candidates(args)

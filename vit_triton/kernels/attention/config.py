@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from vit_triton.kernels.picker import Compiled, clip, next_power_of_2, tunable
+from vit_triton.kernels.picker import CompilerOptions, clip, next_power_of_2, tunable
 from vit_triton.kernels.target import Target
 
 
 @dataclass(frozen=True)
-class AttentionConfig(Compiled):
+class AttentionConfig(CompilerOptions):
     """A tile of ``block_m`` query rows and ``block_n`` keys per step."""
 
     block_m: int
