@@ -331,7 +331,7 @@ def test_predicts_what_the_model_does_on_the_images_of_its_tests(trained, photos
     model, config, classes = load_trained(trained, backend="torch")
     data = load_data(config).train.examples
     paths = [data.dataset.samples[i][0] for i in data.indices]
-    test = load_data(config).test.change
+    test = load_data(config).test.transform
     images = torch.stack([test(open_image(path)) for path in paths])
     code, out, _ = run(capsys, "predict", *paths, "--model", trained, "--json", "--backend", "torch")
     answers = json.loads(out)
@@ -517,7 +517,7 @@ def test_features_are_what_the_blocks_give(trained, photos, tmp_path, capsys, mo
     model, config, _ = load_trained(trained, backend="torch")
     bare = ViT(**config.sizes(), num_classes=0, backend="torch").eval()
     bare.load_state_dict({name: x for name, x in model.state_dict().items() if "mlp_head" not in name})
-    images = torch.stack([load_data(config).test.change(open_image(path)) for path in paths])
+    images = torch.stack([load_data(config).test.transform(open_image(path)) for path in paths])
     with np.load("features.npz") as file:
         assert file["images"].tolist() == list(map(str, paths))
         expected = bare(images)[:, 1:].reshape(2, 2, 2, 16).numpy()
