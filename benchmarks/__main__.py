@@ -33,8 +33,8 @@ def main() -> None:
         one = commands.add_parser(name, help=summary, description=summary)
         if name == next(iter(sys.argv[1:]), None):
             module(name).add_arguments(one)
-    given = parser.parse_args()
-    module(given.what).run(given)
+    args = parser.parse_args()
+    module(args.what).run(args)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
-def _spelled(device: str, defaults: dict[str, Any]) -> str:
+def _format_defaults(device: str, defaults: dict[str, Any]) -> str:
     values = {name: " ".join(map(str, x)) if isinstance(x, list) else x for name, x in defaults.items()}
     return f"defaults on {device}: {', '.join(f'--{name} {value}' for name, value in sorted(values.items()))}"
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", nargs="+", type=positive, metavar="PIXELS", help="side of the square images")
     parser.add_argument("--batch", nargs="+", type=positive, metavar="N", help="images per batch")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "\n".join(_spelled(device, DEFAULTS[what, device]) for device in ("cpu", "cuda"))
+    parser.epilog = "\n".join(_format_defaults(device, DEFAULTS[what, device]) for device in ("cpu", "cuda"))
     parser.add_argument(
         "--direction",
         nargs="+",
@@ -66,43 +66,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(given: argparse.Namespace) -> None:
-    options.fill(given, {**DEFAULTS[given.what, given.device], "compile": given.device == "cuda"})
-    cases = options.only(CASES[given.what](given), given.only, lambda case: case.name, str)
-    report = runner.Report(given.json, given.device, **options.plain(given))
+def run(args: argparse.Namespace) -> None:
+    options.set_defaults(args, {**DEFAULTS[args.what, args.device], "compile": args.device == "cuda"})
+    cases = options.filter_by_name(CASES[args.what](args), args.only, lambda case: case.name, str)
+    report = runner.Report(args.json, args.device, **options.as_json(args))
     print(runner.describe(report.machine))
-    least = len(cases) * given.seconds * (len(given.threads) if given.device == "cpu" else 1) / 60
+    least = len(cases) * args.seconds * (len(args.threads) if args.device == "cpu" else 1) / 60
     print(f"{len(cases)} cases, at least {least:.0f} min, plus checks and compilation")
     print("ratio: time of the fastest other / ours, above 1 is faster; medians; brackets: per cent of the roofline")
-    complete = runner.run(cases, given.threads, given.seconds, report)
-    if given.plot:
+    complete = runner.run(cases, args.threads, args.seconds, report)
+    if args.plot:
         from benchmarks import plot
 
-        for path in plot.compare(report, given.plot):
+        for path in plot.compare(report, args.plot):
             print(path)
-    runner.raise_for(complete, report)
+    runner.exit_on_failure(complete, report)
 
 
-def _ops(given: argparse.Namespace) -> Iterator[runner.Case]:
-    known = dict.fromkeys(name for op in OPS for name in op.functions(given.device, given.compile))
-    options.refuse_unknown(given.providers, known)
-    directions = given.direction or ["forward", "both"]
-    for shape in options.shapes(given.model, given.image, given.batch):
-        for dtype in given.dtype:
+def _ops(args: argparse.Namespace) -> Iterator[runner.Case]:
+    known = dict.fromkeys(name for op in OPS for name in op.functions(args.device, args.compile))
+    options.check_providers(args.providers, known)
+    directions = args.direction or ["forward", "both"]
+    for shape in options.shapes(args.model, args.image, args.batch):
+        for dtype in args.dtype:
             for op in OPS:
-                functions = options.chosen(op.functions(given.device, given.compile), given.providers)
+                functions = options.select_providers(op.functions(args.device, args.compile), args.providers)
                 shapes = [shape.with_depth(BLOCKS)]
-                yield from op.cases(shapes, directions, DTYPES[dtype], given.device, functions)
+                yield from op.cases(shapes, directions, DTYPES[dtype], args.device, functions)
 
 
-def _models(given: argparse.Namespace) -> Iterator[runner.Case]:
-    known = models.builds(given.compile)
-    options.refuse_unknown(given.providers, known)
-    directions = given.direction or (["forward"] if given.device == "cpu" else ["forward", "both"])
-    wanted = options.chosen(known, given.providers)
-    shapes = options.shapes(given.model, given.image, given.batch)
-    for dtype in given.dtype:
-        yield from models.cases(shapes, directions, DTYPES[dtype], given.device, wanted)
+def _models(args: argparse.Namespace) -> Iterator[runner.Case]:
+    known = models.builds(args.compile)
+    options.check_providers(args.providers, known)
+    directions = args.direction or (["forward"] if args.device == "cpu" else ["forward", "both"])
+    wanted = options.select_providers(known, args.providers)
+    shapes = options.shapes(args.model, args.image, args.batch)
+    for dtype in args.dtype:
+        yield from models.cases(shapes, directions, DTYPES[dtype], args.device, wanted)
 
 
 CASES: dict[str, Callable[[argparse.Namespace], Iterator[runner.Case]]] = {"ops": _ops, "models": _models}

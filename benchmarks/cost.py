@@ -25,13 +25,13 @@ class Cost:
     memory: int
 
 
-class _Peak(TorchDispatchMode):
-    """Tracks the bytes of all live tensors (``now``) and their peak (``most``)."""
+class _MemoryTracker(TorchDispatchMode):
+    """Tracks the bytes of all live tensors (``bytes``) and their peak (``peak``)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = 0
-        self._alive: dict[int, Any] = {}
+        self.bytes = self.peak = 0
+        self._storages: dict[int, Any] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = function(*args, **(kwargs or {}))
@@ -42,14 +42,14 @@ class _Peak(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key not in self._alive:
-            self.now += size
-            self.most = max(self.most, self.now)
-            self._alive[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+        if key not in self._storages:
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            self._storages[key] = weakref.ref(storage, lambda _: self._remove(key, size))
 
-    def _drop(self, key: int, size: int) -> None:
-        self.now -= size
-        del self._alive[key]
+    def _remove(self, key: int, size: int) -> None:
+        self.bytes -= size
+        del self._storages[key]
 
 
 def nbytes(tensors: Any) -> int:
@@ -58,8 +58,8 @@ def nbytes(tensors: Any) -> int:
 
 def trace(make: Callable[[], Callable[[], Any]]) -> tuple[Any, int, int]:
     """Results, FLOPs and peak bytes of the call that ``make`` returns; the peak includes tensors made by ``make``."""
-    with torch.device("meta"), _Peak() as peak:
+    with torch.device("meta"), _MemoryTracker() as tracker:
         call = make()
         with FlopCounterMode(display=False) as counter:
             results = call()
-    return results, counter.get_total_flops(), peak.most
+    return results, counter.get_total_flops(), tracker.peak

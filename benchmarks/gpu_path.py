@@ -1,6 +1,6 @@
 """The library's GPU code path on CPU tensors: kernels are compiled for sm_90, and launches do nothing.
 
-The choice of a CPU vehicle (compiler, interpreter) is skipped, because it costs time on a CPU only. The guard of the
+The choice of the CPU mode (compiler, interpreter) is skipped, because it costs time on a CPU only. The guard of the
 current device is missing, because it requires a GPU.
 """
 
@@ -38,29 +38,29 @@ class _GPU(driver.Compiler):
 
 
 @contextlib.contextmanager
-def taken(
-    launched: Callable[..., None] | None = None,
-    inside: contextlib.AbstractContextManager[Any] | None = None,
+def use_gpu_path(
+    on_launch: Callable[..., None] | None = None,
+    operator_context: contextlib.AbstractContextManager[Any] | None = None,
 ) -> Iterator[None]:
     """Run the library on the GPU path.
 
     Args:
-        launched: called as ``launched(kernel, grid, device, arguments)`` in place of each launch; the kernel is not
+        on_launch: called as ``on_launch(kernel, grid, device, arguments)`` in place of each launch; the kernel is not
             compiled. By default every launch runs up to the driver call, which does nothing.
-        inside: context manager entered within each of the library's operators. A dispatch mode that is active around
-            an operator is inactive within it.
+        operator_context: context manager entered within each of the library's operators. A dispatch mode that is active
+            around an operator is inactive within it.
     """
-    run = ops.run_on_gpu if launched is None else _launching(inside or contextlib.nullcontext())
-    with driver.compiling_for(ARCH, by=_GPU), ops.running(run), backend.assume_cpu_vehicle("driver"):
-        with contextlib.nullcontext() if launched is None else launch.starting(launched):
+    run = ops.run_on_gpu if on_launch is None else _run_within(operator_context or contextlib.nullcontext())
+    with driver.compile_for(ARCH, driver_class=_GPU), ops.override_run(run), backend.assume_cpu_mode("driver"):
+        with contextlib.nullcontext() if on_launch is None else launch.override_start(on_launch):
             yield
 
 
-def _launching(inside: contextlib.AbstractContextManager[Any]) -> Callable[..., Any]:
+def _run_within(operator_context: contextlib.AbstractContextManager[Any]) -> Callable[..., Any]:
     """Runs an operator directly, as on its first call: its launches are not replayed."""
 
     def run(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        with inside:
+        with operator_context:
             return function(*args)
 
     return run

@@ -32,40 +32,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--direction", nargs="+", choices=["forward", "backward", "both"], default=["forward", "both"])
 
 
-def run(given: argparse.Namespace) -> None:
-    cases = options.only(_cases(given), given.only, lambda case: case.name, str)
+def run(args: argparse.Namespace) -> None:
+    cases = options.filter_by_name(_cases(args), args.only, lambda case: case.name, str)
     found: list[dict[str, Any]] = []
-    size = SIZES[given.model]
+    size = SIZES[args.model]
     report = runner.Report(
-        given.json, given.device, **options.plain(given), width=size.width, heads=size.heads, slopes=found
+        args.json, args.device, **options.as_json(args), width=size.width, heads=size.heads, slopes=found
     )
     print(runner.describe(report.machine))
-    complete = runner.run(cases, given.threads, given.seconds, report)
+    complete = runner.run(cases, args.threads, args.seconds, report)
     for slope in slopes(report.results):
         found.append(vars(slope))
         law = f"time ~ {slope.axis}^{slope.slope:.2f}"
         fitted = f"from {', '.join(map(str, slope.sizes))}"
         print(f"{slope.case:<28} {slope.dtype:<9} {slope.threads} thr  {law:<22} {slope.provider:<12} {fitted}")
     report.write()
-    if given.plot:
+    if args.plot:
         from benchmarks import plot
 
-        for path in plot.growth(report, slopes(report.results), given.plot):
+        for path in plot.growth(report, slopes(report.results), args.plot):
             print(path)
-    runner.raise_for(complete, report)
+    runner.exit_on_failure(complete, report)
 
 
-def _cases(given: argparse.Namespace) -> Iterator[runner.Case]:
-    for dtype in given.dtype:
+def _cases(args: argparse.Namespace) -> Iterator[runner.Case]:
+    for dtype in args.dtype:
         for op in OPS:
-            functions = op.functions(given.device, compiled=False)
+            functions = op.functions(args.device, compiled=False)
             functions = {name: functions[name] for name in (runner.OURS, PEERS[op.name])}
             for axis in AXES:
                 if axis == "depth" and op.name == "attention":
                     continue
-                for size in sorted(set(getattr(given, axis))):
-                    shape = _shape(given.model, **{axis: size})
-                    for case in op.cases([shape], given.direction, DTYPES[dtype], given.device, functions):
+                for size in sorted(set(getattr(args, axis))):
+                    shape = _shape(args.model, **{axis: size})
+                    for case in op.cases([shape], args.direction, DTYPES[dtype], args.device, functions):
                         yield replace(case, at={"axis": axis, "size": size})
 
 

@@ -74,62 +74,62 @@ def _key(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Tracks the storages that operators allocate, and counts kernels.
 
-    ``now``: bytes of live storages; ``peak``: maximum of ``now``. ``born``: (shape, key) of every tensor with a new
-    storage; the key is None once the storage is freed.
+    ``bytes``: bytes of live storages; ``peak``: maximum of ``bytes``. ``tensors``: (shape, key) of every tensor with a
+    new storage; the key is None once the storage is freed.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive: dict[int, tuple[int, int]] = {}  # key -> (bytes, index into ``born``)
-        self.now = self.peak = self.kernels = 0
-        self.born: list[tuple[tuple[int, ...], int | None]] = []
+        self.storages: dict[int, tuple[int, int]] = {}  # key -> (bytes, index into ``tensors``)
+        self.bytes = self.peak = self.kernels = 0
+        self.tensors: list[tuple[tuple[int, ...], int | None]] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        inputs = {_key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         result = op(*args, **(kwargs or {}))
-        made = [x for x in tree_leaves(result) if isinstance(x, Tensor) and _key(x) not in given]
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor) and _key(x) not in inputs]
         for x in made:
-            self._birth(x)
+            self._add_storage(x)
         launches = op.namespace != "vit_triton" and op.overloadpacket.__name__ not in _ALLOCATIONS
         if launches and (op._schema.is_mutable or made):
             self.kernels += 1
         return result
 
-    def _birth(self, x: Tensor) -> None:
+    def _add_storage(self, x: Tensor) -> None:
         key, storage = _key(x), x.untyped_storage()
-        if key in self.alive:
+        if key in self.storages:
             return
-        self.alive[key] = storage.nbytes(), len(self.born)
-        self.born.append((tuple(x.shape), key))
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._death, key).atexit = False
+        self.storages[key] = storage.nbytes(), len(self.tensors)
+        self.tensors.append((tuple(x.shape), key))
+        self.bytes += storage.nbytes()
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._remove_storage, key).atexit = False
 
-    def _death(self, key: int) -> None:
-        size, which = self.alive.pop(key)
-        self.now -= size
-        self.born[which] = self.born[which][0], None
+    def _remove_storage(self, key: int) -> None:
+        size, which = self.storages.pop(key)
+        self.bytes -= size
+        self.tensors[which] = self.tensors[which][0], None
 
-    def launched(self, kernel: Any, grid: Any, device: Any, arguments: Any) -> None:
+    def on_launch(self, kernel: Any, grid: Any, device: Any, arguments: Any) -> None:
         self.kernels += 1
 
 
 @contextlib.contextmanager
-def counting(ours: bool) -> Iterator[Ledger]:
+def count_storages(ours: bool) -> Iterator[MemoryTracker]:
     """Count within the block: on the GPU code path for ``ours``, otherwise on fake tensors."""
-    ledger = Ledger()
+    tracker = MemoryTracker()
     with contextlib.ExitStack() as stack:
         if ours:
-            stack.enter_context(gpu_path.taken(ledger.launched, inside=ledger))
-        stack.enter_context(ledger)
-        yield ledger
+            stack.enter_context(gpu_path.use_gpu_path(tracker.on_launch, operator_context=tracker))
+        stack.enter_context(tracker)
+        yield tracker
 
 
 @contextlib.contextmanager
-def saving(excluded: list[Tensor]) -> Iterator[dict[int, torch.UntypedStorage]]:
+def saved_storages(excluded: list[Tensor]) -> Iterator[dict[int, torch.UntypedStorage]]:
     """Storages saved for backward within the block, except those of ``excluded``."""
     known, found = set(map(_key, excluded)), {}
 
@@ -235,13 +235,13 @@ def count(name: str, size: Size, batch: int, tokens: int, dtype: torch.dtype) ->
         x = torch.empty(batch, tokens, size.width, dtype=dtype)
         dy = torch.empty_like(x)
         module.eval()
-        with counting(ours) as inference, torch.no_grad():
+        with count_storages(ours) as inference, torch.no_grad():
             y = block(x)
         del y
         module.train()
         x.requires_grad_()
-        with counting(ours) as training:
-            with saving([x, *module.parameters()]) as saved:
+        with count_storages(ours) as training:
+            with saved_storages([x, *module.parameters()]) as saved:
                 y = block(x)
             saved_bytes = sum(storage.nbytes() for storage in saved.values())
             del saved
@@ -279,20 +279,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_json(parser)
 
 
-def run(given: argparse.Namespace) -> None:
-    if given.image < PATCH:
-        raise SystemExit(f"--image must be at least {PATCH}, the patch size, got {given.image}")
-    size, tokens = SIZES[given.model], 1 + (given.image // PATCH) ** 2
-    head = {"machine": machine(), **options.plain(given), **asdict(size), "tokens": tokens}
+def run(args: argparse.Namespace) -> None:
+    if args.image < PATCH:
+        raise SystemExit(f"--image must be at least {PATCH}, the patch size, got {args.image}")
+    size, tokens = SIZES[args.model], 1 + (args.image // PATCH) ** 2
+    head = {"machine": machine(), **options.as_json(args), **asdict(size), "tokens": tokens}
     counts: list[Count] = []
     with progress(len(BLOCKS)) as bar:
         for name in BLOCKS:
-            counts.append(count(name, size, given.batch, tokens, DTYPES[given.dtype]))
-            if given.json:
-                write_json(given.json, {**head, "results": [asdict(each) for each in counts]})
+            counts.append(count(name, size, args.batch, tokens, DTYPES[args.dtype]))
+            if args.json:
+                write_json(args.json, {**head, "results": [asdict(each) for each in counts]})
             bar.advance(name)
-    what = f"one block of ViT-{given.model}/{PATCH}, {given.batch} images of {given.image} x {given.image}"
-    print(f"{what}, {given.dtype}; counted, no kernel ran")
+    what = f"one block of ViT-{args.model}/{PATCH}, {args.batch} images of {args.image} x {args.image}"
+    print(f"{what}, {args.dtype}; counted, no kernel ran")
     print(NOTE)
     if counts:
         Console(width=120).print(table(counts))

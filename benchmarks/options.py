@@ -31,7 +31,7 @@ def plot_folder(text: str) -> Path:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Add the shared options. Defaults that depend on the device are set by :func:`fill`."""
+    """Add the shared options. Defaults that depend on the device are set by :func:`set_defaults`."""
     parser.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=", ".join(DTYPES))
     parser.add_argument(
@@ -47,11 +47,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=plot_folder, metavar="FOLDER", help="write charts of the results to this folder")
 
 
-def fill(given: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+def set_defaults(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
     """Set the options that were not given to their ``defaults``."""
     for name, value in defaults.items():
-        if getattr(given, name) is None:
-            setattr(given, name, value)
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def add_only(parser: argparse.ArgumentParser, what: str) -> None:
@@ -62,13 +62,15 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the results to this file after every case")
 
 
-def plain(given: argparse.Namespace) -> dict[str, Any]:
+def as_json(args: argparse.Namespace) -> dict[str, Any]:
     """Head of a results file: the command and its options, as JSON values."""
-    named = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
+    named = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     return {"command": named.pop("what"), "options": named}
 
 
-def only(items: Iterable[T], text: str, name: Callable[[T], str], label: Callable[[T], str] | None = None) -> list[T]:
+def filter_by_name(
+    items: Iterable[T], text: str, name: Callable[[T], str], label: Callable[[T], str] | None = None
+) -> list[T]:
     """Items whose ``label`` (default: the name) contains ``text``. Exits with a list of all names if there are none."""
     every = list(items)
     found = [each for each in every if text in (label or name)(each)]
@@ -86,12 +88,12 @@ def shapes(models: Sequence[str], images: Sequence[int], batches: Sequence[int])
         raise SystemExit(f"--image: {error}") from None
 
 
-def chosen(available: Mapping[str, Any], wanted: Iterable[str] | None) -> dict[str, Any]:
+def select_providers(available: Mapping[str, Any], wanted: Iterable[str] | None) -> dict[str, Any]:
     """The ``wanted`` providers and always ours, the base of all ratios. None selects all."""
     return {name: x for name, x in available.items() if wanted is None or name == OURS or name in wanted}
 
 
-def refuse_unknown(names: Iterable[str] | None, known: Iterable[str]) -> None:
+def check_providers(names: Iterable[str] | None, known: Iterable[str]) -> None:
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
         raise SystemExit(f"--providers: unknown {', '.join(map(repr, unknown))}; available: {', '.join(known)}")

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import gpu_path, options
-from benchmarks.runner import describe, keep_freed_memory, machine, write_json
+from benchmarks.runner import describe, disable_memory_trim, machine, write_json
 from vit_triton import functional as F
 from vit_triton import ops
 from vit_triton.cli.arguments import positive
@@ -159,7 +159,7 @@ def _both(name: str, function: Callable[..., Any], x: Tensor, tensors: list[Tens
 
 
 def launches_of(call: Call) -> list[tuple[Any, Any, dict[str, Any]]]:
-    """(kernel, grid, arguments) of each launch of ``call``; runs within ``gpu_path.taken()``."""
+    """(kernel, grid, arguments) of each launch of ``call``; runs within ``gpu_path.use_gpu_path()``."""
     seen: list[tuple[Any, Any, dict[str, Any]]] = []
     start = launch.start
 
@@ -167,7 +167,7 @@ def launches_of(call: Call) -> list[tuple[Any, Any, dict[str, Any]]]:
         seen.append((kernel, grid, arguments))
         start(kernel, grid, device, arguments)
 
-    with launch.starting(note), ops.running(ops.run_directly):
+    with launch.override_start(note), ops.override_run(ops.run_directly):
         call()
     return seen
 
@@ -224,21 +224,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_json(parser)
 
 
-def run(given: argparse.Namespace) -> None:
-    head = {"machine": machine(), **options.plain(given), **asdict(SHAPE)}
+def run(args: argparse.Namespace) -> None:
+    head = {"machine": machine(), **options.as_json(args), **asdict(SHAPE)}
     print(describe(head["machine"]))
     print(f"{SHAPE}; Python time, no kernel ran; excludes the guard of the current device")
     torch.set_num_threads(1)
-    keep_freed_memory()  # as PyTorch's CUDA allocator does
+    disable_memory_trim()  # as PyTorch's CUDA allocator does
     results: list[Overhead] = []
-    with gpu_path.taken():
-        chosen = options.only(calls(SHAPE, DTYPES[given.dtype]), given.only, lambda call: call[0])
+    with gpu_path.use_gpu_path():
+        chosen = options.filter_by_name(calls(SHAPE, DTYPES[args.dtype]), args.only, lambda call: call[0])
         with progress(len(chosen)) as bar:
             for name, mode, call in chosen:
-                results.append(measure(name, mode, call, given.rounds))
-                if given.json:
+                results.append(measure(name, mode, call, args.rounds))
+                if args.json:
                     shown = [{**asdict(each), "above": each.above} for each in results]
-                    write_json(given.json, {**head, "results": shown})
+                    write_json(args.json, {**head, "results": shown})
                 bar.advance(f"{name}, {mode}")
     Console(width=100).print(table(results))
     if not bar.complete:

@@ -33,7 +33,7 @@ def compare(report: Report, folder: Path) -> list[Path]:
     """Charts of `ops` (ratios, roofline) and `models` (ratios, times): one file per dtype and thread count, and for
     `ops` per shape."""
     paths = []
-    command = report.also["command"]
+    command = report.metadata["command"]
     for group, results in _groups(report.results, by_shape=command == "ops").items():
         if any(r.ratio for r in results):
             paths.append(_ratios(report, results, folder / f"{command}_ratios_{group}.png"))
@@ -129,14 +129,14 @@ def _others(by_name: dict[str, T]) -> dict[str, T]:
 
 def _ratios(report: Report, results: Sequence[Result], path: Path) -> Path:
     """A bar from 1 to the ratio to the fastest other, a mark for each other, on a logarithmic axis."""
-    shown = [r for r in results if r.against_the_fastest is not None]
+    shown = [r for r in results if r.ratio_to_fastest is not None]
     colours = _others(_colours(name for r in shown for name in _others(r.ratio)))
     marks = dict(zip(colours, itertools.cycle(MARKERS), strict=False))
     height = 2.0 + 0.36 * len(shown) * (1.3 if "\n" in _label(shown[0], results) else 1) + 0.2 * (len(colours) // 4 + 1)
     figure, axes = _figure(report, results, height, _title(f"{OURS} against others", results))
     ax = axes[0, 0]
     for y, r in enumerate(shown):
-        best = r.against_the_fastest or 1.0
+        best = r.ratio_to_fastest or 1.0
         ax.barh(y, best - 1, left=1, color=HIGHLIGHT if best >= 1 else SLOWER, height=0.62, zorder=2)
         for name, ratio in _others(r.ratio).items():
             ax.plot(ratio, y, marks[name], ms=6, color=colours[name], mec="white", mew=0.7, zorder=4)
@@ -225,7 +225,7 @@ def _op(result: Result) -> str:
 def growth(report: Report, slopes: Sequence[Slope], folder: Path) -> list[Path]:
     """Time over size, both logarithmic: a row per case, a column per axis, slopes in the legends."""
     fitted = {(s.case, s.dtype, s.threads, s.axis, s.provider): s.slope for s in slopes}
-    model, width, heads = report.also["options"]["model"], report.also["width"], report.also["heads"]
+    model, width, heads = report.metadata["options"]["model"], report.metadata["width"], report.metadata["heads"]
     paths = []
     for group, results in _groups(report.results, by_shape=False).items():
         found = curves(results)

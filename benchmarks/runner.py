@@ -89,7 +89,7 @@ class Result:
     at: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def against_the_fastest(self) -> float | None:
+    def ratio_to_fastest(self) -> float | None:
         """Ratio to the fastest other library; our own variants (backend "torch") are excluded."""
         return min((ratio for name, ratio in self.ratio.items() if not name.startswith(OURS)), default=None)
 
@@ -100,7 +100,7 @@ def limits(plain: Iterable[float], dtype: torch.dtype) -> list[float]:
     return [max(least, 2 * error) for error in plain]  # max ignores a NaN in second place
 
 
-def lack_of_memory(case: Case) -> str:
+def insufficient_memory(case: Case) -> str:
     """The reason why a case does not fit into the free memory; "" if it fits."""
     need, free = case.cost().memory, free_memory(case.device)
     return f"needs {need / 2**30:.1f} GiB (computed), {free / 2**30:.1f} GiB are free" if need > free else ""
@@ -163,13 +163,13 @@ def _roof_of(result: Result) -> str:
 class Report:
     """The results of a run, written to the file after every case."""
 
-    def __init__(self, path: Path | None, device: str, **also: Any) -> None:
+    def __init__(self, path: Path | None, device: str, **metadata: Any) -> None:
         self.path = path
         self.machine = machine(device)
         self.results: list[Result] = []
         self.skipped: dict[str, str] = {}
         self.roofs: dict[str, Peak] = {}
-        self.also = also
+        self.metadata = metadata
         self.write()
 
     def add(self, result: Result) -> None:
@@ -187,7 +187,7 @@ class Report:
             return
         content = {
             "machine": self.machine,
-            **self.also,
+            **self.metadata,
             "peaks": {name: asdict(roof) for name, roof in self.roofs.items()},
             "results": [asdict(r) | rates(r, self.roof(r)) for r in self.results],
             "skipped": self.skipped,
@@ -211,10 +211,10 @@ def write_text(path: Path, text: str) -> None:
 
 def run(cases: Sequence[Case], threads: Sequence[int], seconds: float, report: Report) -> bool:
     """Measure the cases, add them to the report and print them. Returns False if interrupted."""
-    keep_freed_memory()
+    disable_memory_trim()
     with progress(len(cases)) as bar:
         for case in cases:
-            if reason := lack_of_memory(case):
+            if reason := insufficient_memory(case):
                 report.skipped[str(case)] = reason
                 print(f"skipped {case}: {reason}", flush=True)
             else:
@@ -226,7 +226,7 @@ def run(cases: Sequence[Case], threads: Sequence[int], seconds: float, report: R
     return bar.complete
 
 
-def raise_for(complete: bool, report: Report) -> None:
+def exit_on_failure(complete: bool, report: Report) -> None:
     """Exit with 130 after Ctrl-C, or with 1 if any of our results is wrong."""
     if not complete:
         raise SystemExit(130)
@@ -234,7 +234,7 @@ def raise_for(complete: bool, report: Report) -> None:
         raise SystemExit(1)
 
 
-def keep_freed_memory() -> None:
+def disable_memory_trim() -> None:
     """Make glibc keep freed memory. Otherwise the pages of a result may be mapped and zeroed again on any call, which
     takes longer than many of the timed ops."""
     libc = ctypes.CDLL(None)
@@ -259,7 +259,7 @@ def line(result: Result, roof: Peak | None = None) -> str:
         f"{name} {ms:.3f}" + (f" ({rate['roofline'][name]:.0f}%)" if roof else "")
         for name, ms in result.milliseconds.items()
     )
-    fastest = result.against_the_fastest
+    fastest = result.ratio_to_fastest
     ratio = "-" if fastest is None else f"{fastest:.2f}"
     ours = ""
     if OURS in result.milliseconds:

@@ -41,12 +41,10 @@ import torch  # noqa: E402
 
 # under the emulator, every new head size or dtype costs a compilation of seconds
 EXAMPLES = {"interpreter": 10, "emulator": 6, "cpu": 40}
-VEHICLE = "interpreter" if INTERPRETER else "emulator" if EMULATOR else "cpu"
-hypothesis.settings.register_profile(
-    VEHICLE, deadline=None, derandomize=True, max_examples=EXAMPLES[VEHICLE], database=None
-)
-hypothesis.settings.register_profile("thorough", deadline=None, max_examples=50 * EXAMPLES[VEHICLE], database=None)
-hypothesis.settings.load_profile(VEHICLE)  # --hypothesis-profile=thorough selects the larger profile
+MODE = "interpreter" if INTERPRETER else "emulator" if EMULATOR else "cpu"
+hypothesis.settings.register_profile(MODE, deadline=None, derandomize=True, max_examples=EXAMPLES[MODE], database=None)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=50 * EXAMPLES[MODE], database=None)
+hypothesis.settings.load_profile(MODE)  # --hypothesis-profile=thorough selects the larger profile
 
 torch.set_num_threads(1)  # the tests run one process per core
 
@@ -55,18 +53,18 @@ torch.set_num_threads(1)  # the tests run one process per core
 def kernels_run():
     """Make backend "triton" work on CPU tensors."""
     if not EMULATOR:
-        yield VEHICLE
+        yield MODE
         return
     import ptxemu
 
     with ptxemu.emulate(race="error"):
-        yield VEHICLE
+        yield MODE
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """Fill ``torch.empty`` and the scratch memory of compiled CPU code with NaN, which exposes unwritten elements."""
-    if VEHICLE == "cpu":
+    if MODE == "cpu":
         from vit_triton.cpu import driver
 
         take = driver._Scratch.take
@@ -99,7 +97,7 @@ def seeded():
 
 def forget_recordings():
     """Clear the recorded launches, which used other tiles."""
-    if VEHICLE == "cpu":
+    if MODE == "cpu":
         from vit_triton.kernels import replay
 
         replay._recordings.clear()

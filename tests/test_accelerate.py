@@ -185,7 +185,7 @@ def test_disabled_options_are_not_replaced(model, images, kernels, choices, call
     report = vit_triton.accelerate(model, "triton", **choices)
     assert_same(model(images), theirs, TERMS)
     assert kernels == calls
-    assert f"{next(iter(choices))}=False" in {entry.what for entry in report.left}
+    assert f"{next(iter(choices))}=False" in {entry.detail for entry in report.not_replaced}
 
 
 class OwnAttention(Attention):
@@ -211,7 +211,7 @@ def test_subclass_with_overridden_forward_is_not_replaced(model, images):
     theirs = model(images)
     report = vit_triton.accelerate(model, "triton")
     assert_same(model(images), theirs, TERMS)
-    left = {entry.name: entry.what for entry in report.left}
+    left = {entry.name: entry.detail for entry in report.not_replaced}
     assert type(model.blocks[1].attn) is OwnAttention and "forward" in left["blocks.1.attn"]
     assert "attn" in left["blocks.1"] and "OwnAttention" in left["blocks.1"]
     assert "blocks.0" in {entry.name for entry in report.replaced}
@@ -232,7 +232,7 @@ def test_unknown_module_is_not_replaced(model, images):
     theirs = model(images)
     report = vit_triton.accelerate(model, "triton")
     assert_same(model(images), theirs, TERMS)
-    left = {entry.name: entry.what for entry in report.left}
+    left = {entry.name: entry.detail for entry in report.not_replaced}
     assert "UnknownModule" in left["blocks.0"] and "blocks.0.mlp.fc1" in left
 
 
@@ -241,7 +241,7 @@ def test_unknown_submodule_prevents_replacement(model, images):
     theirs = model(images)
     report = vit_triton.accelerate(model, "triton")
     assert_same(model(images), theirs, TERMS)
-    assert "gate" in {entry.name: entry.what for entry in report.left}["blocks.0.attn"]
+    assert "gate" in {entry.name: entry.detail for entry in report.not_replaced}["blocks.0.attn"]
 
 
 def test_class_with_patched_forward_is_not_replaced(model, images, kernels, monkeypatch):
@@ -252,7 +252,7 @@ def test_class_with_patched_forward_is_not_replaced(model, images, kernels, monk
     vit_triton.restore(model)
     assert_same(ours, model(images), TERMS)
     report = vit_triton.accelerate(model, "triton")
-    assert "blocks.0.mlp" in {entry.name for entry in report.left}
+    assert "blocks.0.mlp" in {entry.name for entry in report.not_replaced}
 
 
 def test_unsupported_head_size_is_not_replaced(images):
@@ -261,12 +261,12 @@ def test_unsupported_head_size_is_not_replaced(images):
     theirs = model(images)
     report = vit_triton.accelerate(model, "triton")
     assert_same(model(images), theirs, TERMS)
-    assert "264" in {entry.name: entry.what for entry in report.left}["blocks.0.attn"]
+    assert "264" in {entry.name: entry.detail for entry in report.not_replaced}["blocks.0.attn"]
 
 
 def test_report_is_a_table(model):
     report = vit_triton.accelerate(model, "triton")
-    assert isinstance(report, Report) and len(report.replaced) + len(report.left) == len(report.entries)
+    assert isinstance(report, Report) and len(report.replaced) + len(report.not_replaced) == len(report.entries)
     lines = str(report).splitlines()
     assert lines[0].split() == ["module", "class", "parts", "or", "reason"]
     assert ["blocks.*.norm*", "LayerNorm", "4", "x", "replaced", "layer", "norm"] in [line.split() for line in lines]
@@ -276,7 +276,7 @@ def test_report_is_a_table(model):
 
 def test_model_without_supported_modules():
     report = vit_triton.accelerate(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
-    assert not report.replaced and [entry.cls for entry in report.left] == ["Linear"]
+    assert not report.replaced and [entry.cls for entry in report.not_replaced] == ["Linear"]
     assert vit_triton.accelerate(nn.ReLU()).entries == ()
 
 
@@ -299,7 +299,7 @@ def test_hooks_on_inner_modules_fire(model, images, where, kind, when):
     if handle is None:
         handle = register(lambda *_: fired.append(1))
     else:
-        assert "has hooks" in {entry.name: entry.what for entry in report.left}["blocks.0"]
+        assert "has hooks" in {entry.name: entry.detail for entry in report.not_replaced}["blocks.0"]
     model.zero_grad()
     ours, our_grads = run(model, images)
     assert fired == [1]
@@ -438,8 +438,8 @@ def test_unsupported_image_shapes_run_the_convolution(kernels, shape):
 def test_non_patch_convolutions_are_not_replaced(options):
     model, image = nn.Sequential(nn.Conv2d(3, 6, **options)), torch.randn(2, 3, 8, 8)
     theirs = model(image)
-    (entry,) = vit_triton.accelerate(model, "triton").left
-    assert "convolution" in entry.what and torch.equal(model(image), theirs)
+    (entry,) = vit_triton.accelerate(model, "triton").not_replaced
+    assert "convolution" in entry.detail and torch.equal(model(image), theirs)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own warning, at the first tangent

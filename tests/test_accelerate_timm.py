@@ -47,7 +47,7 @@ def test_outputs_and_gradients_match_timm(name, size):
     replaced = {entry.cls for entry in report.replaced}
     assert {"Block", "Conv2d", "Attention", "Mlp", "LayerNorm"} <= replaced
     assert ("AttentionPoolLatent" in replaced) == ("siglip" in name)
-    assert {entry.cls for entry in report.left} == {"Linear"}  # the heads
+    assert {entry.cls for entry in report.not_replaced} == {"Linear"}  # the heads
 
 
 SMALLER = dict(embed_dim=48, num_heads=3, patch_size=8)
@@ -80,7 +80,7 @@ def test_variants(changes):
 def test_block_with_unsupported_norm_is_not_replaced():
     model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER, norm_layer="rmsnorm", mlp_layer=SwiGLU)
     report = assert_accelerated(model, images)
-    reasons = {entry.name: entry.what for entry in report.left}
+    reasons = {entry.name: entry.detail for entry in report.not_replaced}
     assert "RmsNorm" in reasons["blocks.0"] and "SiLU" in reasons["blocks.0.mlp"]
     assert "blocks.0.attn" in {entry.name for entry in report.replaced}
 
@@ -89,7 +89,7 @@ def test_gate_last_mlp_is_not_replaced():
     gate_last = functools.partial(GluMlp, gate_last=True)
     model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER, mlp_layer=gate_last, act_layer=nn.SiLU)
     report = assert_accelerated(model, images)
-    assert "gate" in {entry.name: entry.what for entry in report.left}["blocks.0.mlp"]
+    assert "gate" in {entry.name: entry.detail for entry in report.not_replaced}["blocks.0.mlp"]
 
 
 @pytest.mark.parametrize("size", [24, 40])
@@ -144,7 +144,7 @@ def test_drop_path_without_scaling_is_not_replaced():
     model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER, drop_path_rate=0.5, depth=2)
     model.blocks[1].drop_path1.scale_by_keep = False
     report = assert_accelerated(model.train(), images, seed=0)
-    assert "drop_path1" in {entry.name: entry.what for entry in report.left}["blocks.1"]
+    assert "drop_path1" in {entry.name: entry.detail for entry in report.not_replaced}["blocks.1"]
 
 
 def test_attention_mask_falls_back_to_timm():

@@ -27,7 +27,7 @@ def test_outputs_and_gradients_match_torchvision(sizes):
     report = assert_accelerated(model, images, low=True)
     replaced = {"EncoderBlock", "MultiheadAttention", "MLPBlock", "LayerNorm", "Conv2d"}
     assert {entry.cls for entry in report.replaced} == replaced
-    assert [entry.name for entry in report.left] == ["heads.head"]
+    assert [entry.name for entry in report.not_replaced] == ["heads.head"]
 
 
 def test_two_layers_and_representation_layer():
@@ -39,7 +39,7 @@ def test_convolutional_stem_is_not_replaced():
     stem = [vision_transformer.ConvStemConfig(8, 3, 4), vision_transformer.ConvStemConfig(16, 3, 4)]
     model, images = model_of(3, 48, 96, conv_stem_configs=stem)
     report = assert_accelerated(model, images)
-    assert "conv_proj.conv_bn_relu_0.0" in {entry.name for entry in report.left}
+    assert "conv_proj.conv_bn_relu_0.0" in {entry.name for entry in report.not_replaced}
 
 
 @pytest.mark.parametrize("where", ["self_attention", "dropout", "mlp.2", "mlp.4"])

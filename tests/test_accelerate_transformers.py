@@ -432,7 +432,7 @@ def test_custom_layer_class_is_not_replaced() -> None:
     expected = result(model(images(model)))
     report = vit_triton.accelerate(model, backend="triton")
     assert type(model.vit.layers[0]) is Louder
-    assert "vit.layers.0" in [entry.name for entry in report.left]
+    assert "vit.layers.0" in [entry.name for entry in report.not_replaced]
     assert_same(result(model(images(model))), expected, TERMS)
 
 

@@ -25,7 +25,7 @@ def test_outputs_and_gradients_match_vit_pytorch(cls):
     model = cls(**{**BASE, **REAL})
     report = assert_accelerated(model, images(REAL), low=True)
     assert {entry.cls for entry in report.replaced} == REPLACED
-    assert [entry.cls for entry in report.left] == ["Linear"]  # the head
+    assert [entry.cls for entry in report.not_replaced] == ["Linear"]  # the head
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ def test_auto_selects_triton_on_a_cpu_where_measured_faster(monkeypatch):
 def test_measured_cpu_requires_vendor_and_features(monkeypatch, vendor, has, measured):
     monkeypatch.setattr("vit_triton.cpu.features.vendor", lambda: vendor)
     monkeypatch.setattr("vit_triton.cpu.features.detect", lambda: ("avx512_bf16",) * has)
-    monkeypatch.setattr(cpu, "why_not", lambda: None)
-    monkeypatch.setattr(backend, "cpu_vehicle", lambda: "compiled")
+    monkeypatch.setattr(cpu, "unsupported_reason", lambda: None)
+    monkeypatch.setattr(backend, "cpu_mode", lambda: "compiled")
     assert measured_cpu() == measured
 
 
@@ -64,7 +64,7 @@ def test_cpu_measurements_use_existing_ops_and_dtypes():
 
 
 def test_auto_selects_triton_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(backend, "why_torch", lambda device: "")  # tests/test_gpu_defaults.py tests the reasons
+    monkeypatch.setattr(backend, "torch_reason", lambda device: "")  # tests/test_gpu_defaults.py tests the reasons
 
     class OnGpu:
         device = torch.device("cuda")
@@ -145,7 +145,9 @@ def test_float64_runs_in_torch_and_raises_in_triton(name):
 
 # --- in a fresh Python -------------------------------------------------------------------------------------
 
-COMPILED = pytest.mark.skipif(cpu.why_not() is not None, reason=f"no compiled CPU code here: {cpu.why_not()}")
+COMPILED = pytest.mark.skipif(
+    cpu.unsupported_reason() is not None, reason=f"no compiled CPU code here: {cpu.unsupported_reason()}"
+)
 START = """
 import os, warnings
 import torch, vit_triton
@@ -175,9 +177,9 @@ def test_cpu_kernels_are_compiled_without_a_warning():
     python("""
 from vit_triton import backend, cpu
 warnings.simplefilter("error")
-assert backend.cpu_vehicle() == "compiled"
+assert backend.cpu_mode() == "compiled"
 assert torch.equal(norm(), torch.zeros(2, 4))
-assert backend.cpu_vehicle() == "compiled"
+assert backend.cpu_mode() == "compiled"
 """)
 
 
@@ -241,7 +243,7 @@ class Gpu:
 
 emulator = Emulator()
 driver.set_active(emulator)
-assert backend.cpu_vehicle() == "driver"
+assert backend.cpu_mode() == "driver"
 assert driver.active is emulator
 """)
 

@@ -63,7 +63,7 @@ def main(monkeypatch, *arguments):
 def test_a_wrong_result_is_not_timed():
     result = measured(case(vit_triton=lambda x: x * 2, other=lambda x: x * 2.1))
     assert list(result.milliseconds) == ["vit_triton"] and list(result.wrong) == ["other"]
-    assert result.ratio == {} and result.against_the_fastest is None
+    assert result.ratio == {} and result.ratio_to_fastest is None
     assert "WRONG other: error 5.0e-02" in runner.line(result)
 
 
@@ -139,7 +139,7 @@ def test_ratio_is_other_time_divided_by_ours(monkeypatch):
     functions = {"vit_triton": spend(0.02), "vit_triton torch": spend(0.01), "slow": spend(0.06), "fast": spend(0.03)}
     result = measured(case(**functions), 1.0)
     assert result.ratio == pytest.approx({"slow": 3, "fast": 1.5, "vit_triton torch": 0.5})
-    assert result.against_the_fastest == pytest.approx(1.5)  # our other backend is excluded
+    assert result.ratio_to_fastest == pytest.approx(1.5)  # our other backend is excluded
     assert result.milliseconds["vit_triton"] == pytest.approx(20)
 
 
@@ -299,7 +299,7 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     report = runner.Report(path, "cpu")
     before = path.read_text()
-    report.also["more"] = 1
+    report.metadata["more"] = 1
 
     def full(source, target):
         raise OSError("no space")
@@ -315,7 +315,7 @@ def test_ctrl_c_keeps_measured_results(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     two = case(vit_triton=lambda x: x * 2), case(vit_triton=stop)
-    monkeypatch.setitem(compare.CASES, "ops", lambda given: iter(two))
+    monkeypatch.setitem(compare.CASES, "ops", lambda args: iter(two))
     with pytest.raises(SystemExit) as stopped:
         main(monkeypatch, "ops", "--json", tmp_path / "r.json", "--threads", "1", "--seconds", "0")
     assert stopped.value.code == 130
@@ -342,7 +342,7 @@ def test_ctrl_c_keeps_counted_results(what, tmp_path, monkeypatch, capsys):
 
 
 def test_wrong_results_of_vit_triton_fail_the_command(monkeypatch):
-    monkeypatch.setitem(compare.CASES, "ops", lambda given: iter([case(vit_triton=lambda x: x * 3)]))
+    monkeypatch.setitem(compare.CASES, "ops", lambda args: iter([case(vit_triton=lambda x: x * 3)]))
     with pytest.raises(SystemExit) as failed:
         main(monkeypatch, "ops", "--threads", "1", "--seconds", "0")
     assert failed.value.code == 1

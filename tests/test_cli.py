@@ -331,7 +331,7 @@ def test_predictions_match_the_model_on_test_images(trained, photos, capsys):
     model, config, classes = load_trained(trained, backend="torch")
     data = load_data(config).train.examples
     paths = [data.dataset.samples[i][0] for i in data.indices]
-    test = load_data(config).test.change
+    test = load_data(config).test.transform
     images = torch.stack([test(open_image(path)) for path in paths])
     code, out, _ = run(capsys, "predict", *paths, "--model", trained, "--json", "--backend", "torch")
     answers = json.loads(out)
@@ -351,8 +351,10 @@ def test_digits_are_converted_to_gray(tmp_path, capsys):
     image, _ = load_data(load_trained(tmp_path / "run")[1]).test[0]
     path = save(tmp_path / "digit.png", (image[0] * 255).round().byte().numpy())
     capsys.readouterr()
-    sight = models.open_model(_options("--model", tmp_path / "run", path), purpose="logits").sight
-    torch.testing.assert_close(sight.tensor([sight.cut(open_image(path))])[0], image, rtol=0, atol=0.51 / 255)
+    preprocessing = models.open_model(_options("--model", tmp_path / "run", path), purpose="logits").preprocessing
+    torch.testing.assert_close(
+        preprocessing.to_tensor([preprocessing.crop_image(open_image(path))])[0], image, rtol=0, atol=0.51 / 255
+    )
     code, out, _ = run(capsys, "predict", path, "--model", tmp_path / "run")
     assert code == 0 and out.count("%") == 5
 
@@ -515,7 +517,7 @@ def test_features_match_the_block_outputs(trained, photos, tmp_path, capsys, mon
     model, config, _ = load_trained(trained, backend="torch")
     bare = ViT(**config.sizes(), num_classes=0, backend="torch").eval()
     bare.load_state_dict({name: x for name, x in model.state_dict().items() if "mlp_head" not in name})
-    images = torch.stack([load_data(config).test.change(open_image(path)) for path in paths])
+    images = torch.stack([load_data(config).test.transform(open_image(path)) for path in paths])
     with np.load("features.npz") as file:
         assert file["images"].tolist() == list(map(str, paths))
         expected = bare(images)[:, 1:].reshape(2, 2, 2, 16).numpy()
@@ -548,7 +550,7 @@ def test_masked_colours_are_drawn_over_white():
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[:2] = True
     colour = 0.5 * mask[..., None].expand(4, 4, 3)
-    picture = features.enlarged(colour, mask, (40, 80))
+    picture = features.upsample(colour, mask, (40, 80))
     assert picture.shape == (80, 40, 3)
     np.testing.assert_allclose(picture[0], 0.5, atol=1e-6)
     np.testing.assert_allclose(picture[-1], 1, atol=1e-6)
@@ -592,9 +594,9 @@ def test_many_heads_are_drawn_in_several_rows():
 def test_attention_brightens_the_photo():
     weights = torch.zeros(4, 4)
     weights[0, 0] = 0.1
-    picture = attention.over(Image.new("RGB", (32, 32), (90, 90, 90)), weights)
+    picture = attention.overlay(Image.new("RGB", (32, 32), (90, 90, 90)), weights)
     assert picture.shape == (32, 32, 3) and picture[0, 0].sum() > 2 * picture[-1, -1].sum()
-    assert np.isfinite(attention.over(Image.new("L", (32, 32)), torch.zeros(4, 4))).all()
+    assert np.isfinite(attention.overlay(Image.new("L", (32, 32)), torch.zeros(4, 4))).all()
 
 
 # --- info and bench ----------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ import benchmarks.codegen as command
 from benchmarks import __main__ as benchmarks
 from benchmarks.codegen import amdgcn, sass, workloads
 from benchmarks.codegen.architectures import ARCHITECTURES
-from benchmarks.codegen.cost import COSTS, least_bytes
-from benchmarks.codegen.driver import compiling_for
+from benchmarks.codegen.cost import COSTS, min_bytes
+from benchmarks.codegen.driver import compile_for
 from benchmarks.codegen.figures import DTYPES, figures, line
 from benchmarks.codegen.instructions import Instruction, loops
 from vit_triton import functional as F
@@ -304,7 +304,7 @@ def every_pick(arch, dtype):
 
 def test_architecture_names_match_the_targets():
     for arch in ARCHITECTURES:
-        with compiling_for(arch):
+        with compile_for(arch):
             assert target_of(torch.device("cpu")).name == arch
 
 
@@ -324,7 +324,7 @@ def test_resident_blocks():
 
 def test_resident_blocks_agree_with_llvm():
     """LLVM's AMD assembly contains the occupancy: the waves per SIMD that the registers allow."""
-    with compiling_for("gfx942") as found:
+    with compile_for("gfx942") as found:
         workloads.each_kernel(torch.bfloat16)
     for each in found:
         registers, _, _ = amdgcn.read(each.kernel)
@@ -370,7 +370,7 @@ def test_inference_attention_writes_no_log_sum_exp():
 
 def test_an_expanded_tensor_counts_once():
     x = torch.zeros(1).expand(1000, 1000)
-    assert least_bytes("any", {"x_ptr": x, "y_ptr": torch.zeros(3), "n": 5}) == 4 + 12
+    assert min_bytes("any", {"x_ptr": x, "y_ptr": torch.zeros(3), "n": 5}) == 4 + 12
 
 
 def test_loop_trip_computes_one_step_of_a_tile():
@@ -378,7 +378,7 @@ def test_loop_trip_computes_one_step_of_a_tile():
     for found in each_kernel("sm_80", "bfloat16"):
         if found.kernel == "linear_bwd_input_kernel":
             rows, cols, depth = (int(found.constants["BLOCK_" + side]) for side in "MKN")
-            with compiling_for("sm_80") as again:
+            with compile_for("sm_80") as again:
                 workloads.each_kernel(torch.bfloat16)
             (code,) = (sass.read(each.kernel)[2] for each in again if each.kernel.hash == found.hash)
             (body,) = loops(code)
@@ -411,7 +411,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 
 def test_only_selected_kernels_are_compiled():
-    with compiling_for("sm_80", "sum_parts") as found:
+    with compile_for("sm_80", "sum_parts") as found:
         workloads.each_kernel(torch.bfloat16)
     assert {each.kernel.name for each in found} == {"sum_parts_kernel"}
 

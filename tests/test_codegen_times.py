@@ -14,7 +14,7 @@ from benchmarks import __main__ as benchmarks
 from benchmarks.codegen import model, replay, sass, times, workloads
 from benchmarks.codegen.architectures import ARCHITECTURES
 from benchmarks.codegen.cost import COSTS
-from benchmarks.codegen.driver import compiling_for
+from benchmarks.codegen.driver import compile_for
 from benchmarks.codegen.gpus import GPUS
 from benchmarks.codegen.program import Kernel
 from vit_triton.kernels import launch
@@ -133,7 +133,7 @@ def test_tensor_memory_limits_blocks():
 def test_loop_trips_match_the_products_of_the_formula(gpu):
     """The loops compute the formula's products, plus tile padding and (B200) a product before a loop that a branch
     skips. So each loop is found completely, is not unrolled, and a trip moved in front of it counts once."""
-    with compiling_for(GPUS[gpu].arch) as found:
+    with compile_for(GPUS[gpu].arch) as found:
         workloads.each_kernel(torch.bfloat16)
     products = 0
     for each in found:
@@ -178,7 +178,7 @@ def test_every_case_selects_one_launch(virtual_memory):
     note = lambda kernel, grid, device, arguments: launched.append((kernel, arguments))  # noqa: E731
     for case in times.CASES:
         launched.clear()
-        with launch.starting(note), compiling_for("sm_80", case.kernel):
+        with launch.override_start(note), compile_for("sm_80", case.kernel):
             case.call(torch.bfloat16)
         assert {kernel.fn.__name__ for kernel, _ in launched} == {case.kernel}
         (arguments,) = (arguments for _, arguments in launched if case.where.items() <= arguments.items())

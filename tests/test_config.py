@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vit_triton.cpu.driver import active
+from vit_triton.cpu.driver import use_cpu_driver
 from vit_triton.kernels import launch
 from vit_triton.kernels.attention import config as attention
 from vit_triton.kernels.linear import config as linear
@@ -162,7 +162,7 @@ class Kernel:
 @pytest.mark.parametrize(("programs", "launched"), [(0, []), (1, [1]), (2**31 - 1, [2**31 - 1])])
 def test_launch(programs, launched):
     kernel = Kernel()
-    with active():
+    with use_cpu_driver():
         launch.launch(kernel, (programs,), torch.zeros(1))
     assert kernel.grids == launched
 
@@ -182,7 +182,7 @@ def test_compiled_kernel_is_reused_for_matching_arguments_only():
             for block in (16, 1024):
                 y = torch.zeros_like(x)
                 arguments = dict(x_ptr=x, y_ptr=y, n=len(x), factor=factor, BLOCK=block)
-                with active():
+                with use_cpu_driver():
                     launch.launch(scale_kernel, (-(-len(x) // block),), x, **arguments)
                 assert torch.equal(y, x * factor), (x.dtype, len(x), factor, block)
 
@@ -197,7 +197,7 @@ def test_repeated_launch_skips_the_kernel_lookup(monkeypatch):
     monkeypatch.setattr(scale_kernel, "run", lambda *args, **kwargs: calls.append(1) or run(*args, **kwargs))
     for factor, searches in ((7.0, 1), (7.0, 1), (9.0, 2), (7.0, 2)):
         y = torch.empty_like(x)
-        with active():
+        with use_cpu_driver():
             launch.launch(scale_kernel, (1,), x, x_ptr=x, y_ptr=y, n=64, factor=factor, BLOCK=64)
         assert torch.equal(y, x * factor) and len(calls) == searches
 

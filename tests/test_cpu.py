@@ -725,14 +725,14 @@ def test_unsupported_operation_is_named_in_the_error():
     ],
 )
 def test_unsupported_platforms_are_reported(what, value, message, monkeypatch):
-    assert cpu.why_not() is None
+    assert cpu.unsupported_reason() is None
     monkeypatch.setattr(what, value)
-    assert message in cpu.why_not()
+    assert message in cpu.unsupported_reason()
     monkeypatch.setattr(triton_driver, "_active", None)
     from vit_triton import backend
 
     with pytest.raises(RuntimeError, match='use backend="torch"') as error:
-        backend.cpu_vehicle()
+        backend.cpu_mode()
     assert message in str(error.value)
 
 
@@ -769,7 +769,7 @@ def doubled_kernel(x_ptr, y_ptr, n, SIZE: tl.constexpr):
 def kernels_on_disk(tmp_path, monkeypatch):
     """A function that loads a kernel through a private cache, runs it, and returns whether it was compiled."""
     monkeypatch.setattr(triton_driver, "_active", CPUDriver())
-    monkeypatch.setattr(cache, "_spare", None)
+    monkeypatch.setattr(cache, "_temporary_folder", None)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     compiled, make = [], compiler._make_object
     monkeypatch.setattr(compiler, "_make_object", lambda *args: compiled.append(args) or make(*args))
@@ -872,9 +872,9 @@ def test_unwritable_cache_gives_one_warning(obstacle, kernels_on_disk, tmp_path,
         kernels_on_disk()
     assert len(warned) == 1
     assert not list(tmp_path.rglob("tmp.pid_*"))
-    spare = Path(cache._spare.name)
+    spare = Path(cache._temporary_folder.name)
     assert any(spare.rglob("*.obj"))
-    cache._spare.cleanup()
+    cache._temporary_folder.cleanup()
 
 
 def test_gpu_kernels_are_cached_in_tritons_format(tmp_path, monkeypatch):

@@ -207,7 +207,7 @@ def test_too_wide_norm_is_listed_and_not_replaced():
     model = nn.Sequential(nn.LayerNorm(WIDE), nn.LayerNorm(8))
     report = vit_triton.accelerate(model, "triton")
     left, replaced = report.entries
-    assert (left.name, left.replaced, replaced.replaced) == ("0", False, True) and str(WIDE) in left.what
+    assert (left.name, left.replaced, replaced.replaced) == ("0", False, True) and str(WIDE) in left.detail
     x = torch.randn(2, WIDE)
     assert torch.equal(model[0](x), nn.functional.layer_norm(x, (WIDE,)))
 
@@ -305,8 +305,9 @@ def test_unsupported_head_size_of_transformers_is_not_replaced():
     model = of_transformers("sdpa", heads=1, hidden_size=264)
     theirs = model(images()).last_hidden_state
     report = vit_triton.accelerate(model, "triton")
-    assert "264" in {entry.name: entry.what for entry in report.left}["layers.0" if hasattr(model, "layers") else
-                     next(entry.name for entry in report.left if entry.cls == "ViTLayer")]  # fmt: skip
+    reasons = {entry.name: entry.detail for entry in report.not_replaced}
+    layer = next(entry.name for entry in report.not_replaced if entry.cls == "ViTLayer")
+    assert "264" in reasons["layers.0" if hasattr(model, "layers") else layer]
     assert_same(model(images()).last_hidden_state, theirs, 264)
 
 

@@ -110,7 +110,7 @@ def test_setting_is_read_and_recorded_for_float32_products_only(dtype, switches)
 
     x, weight = torch.randn(8, 32, dtype=dtype), torch.randn(16, 32, dtype=dtype)
     float32 = dtype == torch.float32
-    with gpu_path.taken(), torch.no_grad():
+    with gpu_path.use_gpu_path(), torch.no_grad():
         forget_recordings()
         with mock.patch.object(launch, "float32_precision", side_effect=AssertionError("read")):
             F.layer_norm(x, None, None, backend="triton")

@@ -20,9 +20,10 @@ from benchmarks.gpu.process import CRASHED, FAILED, HUNG, OUT_OF_MEMORY, PASSED,
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.running import run_steps
 from benchmarks.gpu.sections import sections
-from benchmarks.gpu.step import START_SECONDS, Context, Section, Step, Wrong, is_of_memory
+from benchmarks.gpu.step import START_SECONDS, Context, Section, Step, WrongNumbers
 from benchmarks.ops import patch_embed
 from vit_triton import functional as F
+from vit_triton.cli.errors import is_out_of_memory
 from vit_triton.kernels import tuned
 from vit_triton.kernels.picker import PICKERS
 from vit_triton.kernels.target import target_named
@@ -93,7 +94,7 @@ def test_step_stopped_by_the_end_of_the_command_has_no_result(tmp_path, monkeypa
             return {"status": HUNG, "line": "", "seconds": limit}
 
     monkeypatch.setattr(plan, "START_SECONDS", 0.0)
-    section = Section("a", "a", 1.0, (Step("one", lambda context: {}, 1.0, fills=True),))
+    section = Section("a", "a", 1.0, (Step("one", lambda context: {}, 1.0, uses_remaining_time=True),))
     kept = {}
     for minutes, limit, expected in ((1.2 / 60, None, {}), (1.0, 1.0, {"a: one": HUNG})):
         step = dataclasses.replace(section.steps[0], limit=limit)
@@ -151,7 +152,11 @@ def test_failed_writes_end_the_command(tmp_path):
 
 def test_output_folder_is_locked(tmp_path):
     for _ in range(2):
-        with gpu._alone(tmp_path), pytest.raises(SystemExit, match="another command writes to"), gpu._alone(tmp_path):
+        with (
+            gpu._lock_folder(tmp_path),
+            pytest.raises(SystemExit, match="another command writes to"),
+            gpu._lock_folder(tmp_path),
+        ):
             pass
 
 
@@ -171,8 +176,8 @@ def test_unusable_process_ends(broken, monkeypatch):
 
 
 def test_library_allocation_failure_is_out_of_memory():
-    assert is_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
-    assert not is_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 # --- numbers -------------------------------------------------------------------------------------------------
@@ -196,7 +201,7 @@ def test_the_sanitizer(code, message, tmp_path, monkeypatch):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     if code:
-        with pytest.raises(Wrong, match=message):
+        with pytest.raises(WrongNumbers, match=message):
             numbers._sanitizer(Context("cuda", tmp_path))
     else:
         assert numbers._sanitizer(Context("cuda", tmp_path)) == {"line": message}
@@ -212,7 +217,7 @@ def test_captured_baseline_copies_nothing_from_the_cpu(monkeypatch):
 
 
 def check(function, dtype=torch.float32):
-    one = numbers.Check("one", lambda at: [torch.randn(at(8, 4), 16), torch.randn(16)], function, 0)
+    one = numbers.Check("one", lambda select: [torch.randn(select(8, 4), 16), torch.randn(16)], function, 0)
     return numbers._check(one, dtype, TINY)
 
 
@@ -250,7 +255,7 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_wrong_results_are_detected(what):
     ours, message = WRONG[what]
-    with pytest.raises(Wrong, match=message):
+    with pytest.raises(WrongNumbers, match=message):
         check(by_backend(ours))
 
 
@@ -259,10 +264,10 @@ def test_error_limit_is_twice_that_of_pytorch():
     for theirs, right in ((1.06, True), (1.04, False), (float("nan"), False)):
         plain = {"x": torch.full((4,), theirs)}
         if right:
-            numbers.verdict(ours, ours, exact, lambda plain=plain: plain, torch.float32)
+            numbers.check_results(ours, ours, exact, lambda plain=plain: plain, torch.float32)
         else:
-            with pytest.raises(Wrong):
-                numbers.verdict(ours, ours, exact, lambda plain=plain: plain, torch.float32)
+            with pytest.raises(WrongNumbers):
+                numbers.check_results(ours, ours, exact, lambda plain=plain: plain, torch.float32)
 
 
 @pytest.mark.parametrize("spoilt", ["share", "values", "seed"])
@@ -281,7 +286,7 @@ def test_wrong_dropout_is_detected(spoilt, monkeypatch):
         manual = torch.manual_seed
         seeds = iter(range(100))
         monkeypatch.setattr(torch, "manual_seed", lambda seed: manual(next(seeds)))
-    with pytest.raises(Wrong, match="linear: (share|the same seed)"):
+    with pytest.raises(WrongNumbers, match="linear: (share|the same seed)"):
         numbers._dropout(TINY)
 
 
@@ -297,16 +302,16 @@ def test_every_operator_has_a_check():
 
 def test_schedule_skips_steps_beyond_the_time_limit():
     steps = tuple(Step(str(i), lambda context: {}, seconds) for i, seconds in enumerate((20.0, 200.0, 20.0)))
-    rest = Section("rest", "rest", 1.0, (Step("tune", lambda context: {}, 600.0, fills=True),))
+    rest = Section("rest", "rest", 1.0, (Step("tune", lambda context: {}, 600.0, uses_remaining_time=True),))
     first, last = plan.schedule([Section("a", "a", 0.5, steps), rest], plan.Clock(0.0, 2, 1e15))
-    assert (first.fitting, first.begins, first.ends) == (2, 0.0, START_SECONDS + 40)  # the step of 200 s is skipped
-    assert (last.fitting, last.begins, last.ends) == (1, first.ends, 120.0)
+    assert (first.num_fitting, first.start, first.end) == (2, 0.0, START_SECONDS + 40)  # the step of 200 s is skipped
+    assert (last.num_fitting, last.start, last.end) == (1, first.end, 120.0)
 
 
 def test_parallel_processes_shorten_the_schedule():
     steps = tuple(Step(str(i), lambda context: {}, 10.0) for i in range(6))
     (row,) = plan.schedule([Section("a", "a", 1.0, steps, processes=3)], plan.Clock(0.0, 2, 1e15))
-    assert row.ends == pytest.approx(START_SECONDS + 20)
+    assert row.end == pytest.approx(START_SECONDS + 20)
 
 
 def test_expected_time_follows_the_gpu():

@@ -22,7 +22,7 @@ T4_REASON = (
 
 
 def forget():
-    backend._why_torch.cache_clear()
+    backend._torch_reason.cache_clear()
     device.target_of_gpu.cache_clear()
     backend._warned_gpus.clear()
 
@@ -73,8 +73,8 @@ def auto(on):
     with FakeTensorMode():
         x = torch.empty(2, 4, device=on)
     taken, reason = backend.resolve_backend("auto", "linear", x), backend.auto_reason("linear", x)
-    assert (taken == "triton") == (backend.why_torch(on) == "") and reason == (
-        backend.why_torch(on) or "the kernels support this GPU"
+    assert (taken == "triton") == (backend.torch_reason(on) == "") and reason == (
+        backend.torch_reason(on) or "the kernels support this GPU"
     )
     return taken, reason
 
@@ -235,10 +235,10 @@ def test_info_shows_the_reasons(request, capsys, monkeypatch, gpu, on, name, arc
     getattr(torch, on.type).get_device_properties(on).total_memory = 16 * 2**30
     monkeypatch.setenv("COLUMNS", "500")
     with FakeTensorMode():
-        assert info.choices(str(on)) == f'"auto" on {on} selects torch: {backend.why_torch(on)}'
+        assert info.choices(str(on)) == f'"auto" on {on} selects torch: {backend.torch_reason(on)}'
         assert main(["info"]) == 0
     out = capsys.readouterr().out
-    assert f'"auto" on {on} selects torch: {backend.why_torch(on)}' in out and out.count(name) == 2
+    assert f'"auto" on {on} selects torch: {backend.torch_reason(on)}' in out and out.count(name) == 2
 
 
 # --- Intel -------------------------------------------------------------------------------------------------

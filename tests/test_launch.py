@@ -10,7 +10,7 @@ if INTERPRETER or EMULATOR:
     pytest.skip("the interpreter or the emulator replaces the driver", allow_module_level=True)
 
 from benchmarks import gpu_path
-from benchmarks.codegen.driver import compiling_for
+from benchmarks.codegen.driver import compile_for
 from vit_triton.kernels import launch
 
 CUDA = torch.device("cuda")
@@ -32,7 +32,7 @@ def kernel():
 def compiled(monkeypatch):
     """A function that lists the code compiled so far."""
     capture(monkeypatch, False)
-    with compiling_for("sm_90", by=gpu_path._GPU):
+    with compile_for("sm_90", driver_class=gpu_path._GPU):
         yield lambda: [each for key, each in launch._compiled.items() if launch.driver.active in key]
 
 
@@ -68,7 +68,7 @@ def test_loading_a_kernel_during_graph_capture_raises(kernel, compiled, monkeypa
         with pytest.raises(RuntimeError, match="copy_kernel cannot be loaded .* call the function once .*warm up"):
             start(kernel)
     noted = []
-    with launch.recording(lambda *launched: noted.append(launched)):
+    with launch.record_launches(lambda *launched: noted.append(launched)):
         with pytest.raises(RuntimeError, match="copy_kernel cannot be loaded"):
             start(kernel)
     assert not compiled() and not noted

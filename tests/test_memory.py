@@ -50,28 +50,28 @@ def test_memory_saved_by_an_eager_block():
     assert floats * 4 <= counted <= (floats + scores) * 4
 
 
-def test_ledger_tracks_storages():
-    with memory.Ledger() as ledger:
+def test_memory_tracker_tracks_storages():
+    with memory.MemoryTracker() as tracker:
         x = torch.empty(100, dtype=torch.uint8)
         y = torch.zeros(50, dtype=torch.uint8)
-        assert (ledger.now, ledger.kernels) == (150, 1)
+        assert (tracker.bytes, tracker.kernels) == (150, 1)
         x.add_(1), x.view(10, 10).t(), y.detach()
-        assert (ledger.now, ledger.kernels, len(ledger.born)) == (150, 2, 2)
+        assert (tracker.bytes, tracker.kernels, len(tracker.tensors)) == (150, 2, 2)
         view = x[:1]
         del x
-        assert ledger.now == 150, "the view must keep the storage"
+        assert tracker.bytes == 150, "the view must keep the storage"
         del view, y
-        assert (ledger.now, ledger.peak) == (0, 150)
+        assert (tracker.bytes, tracker.peak) == (0, 150)
 
 
 def made(call, saved=()):
     """Shapes of the scratch of a call: allocations other than its results and ``saved``."""
-    with memory.counting(ours=True) as ledger:
-        with memory.saving(list(saved)) if saved else contextlib.nullcontext({}) as kept:
+    with memory.count_storages(ours=True) as tracker:
+        with memory.saved_storages(list(saved)) if saved else contextlib.nullcontext({}) as kept:
             results = call()
         results = results if isinstance(results, tuple) else (results,)
         used = {memory._key(x) for x in results} | set(kept)
-        return sorted(shape for shape, key in ledger.born if key not in used and 0 not in shape)
+        return sorted(shape for shape, key in tracker.tensors if key not in used and 0 not in shape)
 
 
 ROWS, WIDTH, HIDDEN = SHAPE.tokens, SHAPE.width, 4 * SHAPE.width

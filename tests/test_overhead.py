@@ -26,11 +26,11 @@ def test_launcher_and_memory_count_the_same_launches():
         if name != "layer_norm":
             continue
         with torch.set_grad_enabled(mode == "training"):
-            with gpu_path.taken():
+            with gpu_path.use_gpu_path():
                 launches = overhead.launches_of(call)  # the first training call also creates dy
-            with memory.counting(ours=True) as ledger:
+            with memory.count_storages(ours=True) as tracker:
                 call()
-        assert len(launches) == ledger.kernels and launches[0][0].__name__ == "layer_norm_fwd_kernel"
+        assert len(launches) == tracker.kernels and launches[0][0].__name__ == "layer_norm_fwd_kernel"
 
 
 def test_triton_and_the_library_start_the_same_kernels(monkeypatch):
@@ -38,7 +38,7 @@ def test_triton_and_the_library_start_the_same_kernels(monkeypatch):
     started = []
     monkeypatch.setattr(gpu_path._Launcher, "__call__", lambda self, *args: started.append(args))
     x, weight = torch.zeros(3, 64), torch.ones(64)
-    with gpu_path.taken():
+    with gpu_path.use_gpu_path():
         call = lambda: overhead.F.layer_norm(x, weight, weight, backend="triton")  # noqa: E731
         result = overhead.measure("layer_norm", "inference", call, rounds=2)
     assert result.launches == 1 and len(started) == 1 + 2 * (3 + 2)  # one recorded call; 3 warm-ups and 2 rounds each

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 import vit_triton
 from vit_triton import packing
-from vit_triton.cpu.driver import active
+from vit_triton.cpu.driver import use_cpu_driver
 from vit_triton.kernels import launch
 from vit_triton.kernels.linear import forward as linear
 from vit_triton.kernels.linear import pack
@@ -55,7 +55,7 @@ def packed(monkeypatch):
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 32, 64), (5, 50, 33), (197, 97, 72), (3, 1, 1), (40, 64, 256)])
 def test_packed_product_is_bitwise_equal(m, n, k, dtype, word):
     x, weight, bias, residual = (torch.randn(*s).to(dtype) for s in ((m, k), (n, k), (n,), (m, n)))
-    with active():
+    with use_cpu_driver():
         expected, pre = linear.linear_fwd(x, weight, bias, residual, activation="gelu", save_pre=True)
         panels = pack.pack_weight(weight, 32, word)
         y, packed_pre = linear.linear_fwd(
@@ -83,7 +83,7 @@ def test_panels_contain_the_weight(n, k, how, dtype, panel, word):
         weight = torch.nn.functional.pad(weight, (1, 2))[:, 1 : k + 1]
     elif how == "transposed":
         weight = weight.T.contiguous().T
-    with active():
+    with use_cpu_driver():
         panels = pack.pack_weight(weight, panel, word)
     padded = torch.nn.functional.pad(weight, (0, -k % word, 0, -n % panel))
     expected = padded.view(-(-n // panel), panel, -(-k // word), word).transpose(1, 2)
@@ -102,7 +102,7 @@ def test_panels_are_read_in_place(dtype):
     memory = []
     for panels in (None, pack.pack_weight(weight, *layout)):
         launch._compiled.clear()
-        with active():
+        with use_cpu_driver():
             linear.linear_fwd(x, weight, None, panels=panels)
         (kernel,) = launch._compiled.values()
         memory.append(kernel.metadata.scratch_bytes)

@@ -83,8 +83,8 @@ def way(request, monkeypatch):
     """Record in the CPU driver, or in kernels.launch as on a GPU, with one allocation per tensor."""
 
     def as_on_a_gpu(function, args):
-        with driver.active() as device:
-            return replay.replay(function, args, device, launch.recording)
+        with driver.use_cpu_driver() as device:
+            return replay.replay(function, args, device, launch.record_launches)
 
     if request.param == "GPU":
         monkeypatch.setattr(ops, "_on_cpu", as_on_a_gpu)
@@ -124,8 +124,8 @@ def test_other_strides_or_alignment_have_their_own_recording():
         torch.testing.assert_close(F.linear(x.T.contiguous().T, weight, backend="triton"), x @ weight.T)
 
 
-def replayed(function, *args, recorder=driver.recording, one_block=False):
-    with driver.active() as device:
+def replayed(function, *args, recorder=driver.record_launches, one_block=False):
+    with driver.use_cpu_driver() as device:
         return replay.replay(function, args, device, recorder, one_block=one_block)
 
 
@@ -239,7 +239,7 @@ def test_launch_hooks_are_called_in_a_replay():
 
 
 def test_oldest_recordings_are_evicted(monkeypatch):
-    monkeypatch.setattr(replay, "_MOST_RECORDED", 3)
+    monkeypatch.setattr(replay, "_MAX_RECORDED", 3)
     keys = []
     for rows in range(1, 9):
         F.layer_norm(torch.randn(rows, 16), None, None, backend="triton")
@@ -249,7 +249,7 @@ def test_oldest_recordings_are_evicted(monkeypatch):
 
 def test_oldest_compiled_kernels_are_evicted(monkeypatch):
     monkeypatch.setattr(launch, "_compiled", {})
-    monkeypatch.setattr(launch, "_MOST_COMPILED", 3)
+    monkeypatch.setattr(launch, "_MAX_COMPILED", 3)
     monkeypatch.setattr(ops, "_on_cpu", lambda function, args: run_plainly(function, *args))
     keys = []
     for width in (16, 32, 48, 64, 80):
@@ -261,9 +261,9 @@ def test_oldest_compiled_kernels_are_evicted(monkeypatch):
 def test_threads_share_a_bounded_cache():
     cache = {}
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: launch.remember(cache, i, i, 50), range(5000)))
+        list(pool.map(lambda i: launch.add_to_cache(cache, i, i, 50), range(5000)))
     assert len(cache) <= 50 + 8, "each thread may exceed the limit by one"
-    launch.remember(cache, "new", 0, 50)
+    launch.add_to_cache(cache, "new", 0, 50)
     assert len(cache) == 50 and "new" in cache
 
 
@@ -292,7 +292,7 @@ def test_concurrent_replays_from_python_threads():
 
 
 def run_plainly(function, *args):
-    with driver.active():
+    with driver.use_cpu_driver():
         return function(*args)
 
 
@@ -308,7 +308,7 @@ def mix(a, b, y, factor):
     launch.launch(mix_kernel, (1,), a, a_ptr=a, b_ptr=b, y_ptr=y, n=n, factor=factor, BLOCK=512)
 
 
-RECORDERS = {"CPU": driver.recording, "GPU": launch.recording}
+RECORDERS = {"CPU": driver.record_launches, "GPU": launch.record_launches}
 
 
 @pytest.mark.parametrize("one_block", [False, True])
@@ -365,7 +365,9 @@ def test_memory_is_reused_for_another_size_while_recording(recorder, one_block):
             break
     assert address == again, "the allocator reused no address"
     ((recording,),) = (each.values() for each in replay._recordings.values())
-    sizes = sorted(piece.shape[0] for step in recording.steps for piece in step.fresh if piece.dtype == torch.uint8)
+    sizes = sorted(
+        piece.shape[0] for step in recording.steps for piece in step.allocations if piece.dtype == torch.uint8
+    )
     assert sizes == ([-(-4 * size // 64) * 64] if one_block else [4 * size - 32, 4 * size])
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from precision import DTYPES
 
-from vit_triton.cpu.driver import active
+from vit_triton.cpu.driver import use_cpu_driver
 from vit_triton.kernels.sums import sum_parts as kernels
 from vit_triton.kernels.sums.config import SumConfig
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.compiled
 @pytest.mark.parametrize("shape", [(1, 5), (3, 7, 11), (32, 257), (33, 64), (264, 40)])
 def test_sum_of_parts(shape, dtype):
     parts = torch.randn(shape)
-    with active():
+    with use_cpu_driver():
         total = kernels.sum_parts(parts, dtype)
     assert total.dtype == dtype and total.shape == parts.shape[1:] and total.is_contiguous()
     exact, size = parts.double().sum(0), parts.double().abs().sum(0)
@@ -25,7 +25,7 @@ def test_sum_of_parts(shape, dtype):
 
 def test_strided_parts():
     parts = torch.randn(9, 2, 50)
-    with active():
+    with use_cpu_driver():
         total = kernels.sum_parts(parts[:, 1], torch.float32)
     torch.testing.assert_close(total, parts[:, 1].sum(0))
 
@@ -34,7 +34,7 @@ def test_strided_parts():
 def test_sum_with_every_tile_size(block_p, monkeypatch):
     monkeypatch.setattr(kernels, "pick_sum_parts", lambda *args: SumConfig(block_p, 16, 1))
     parts = torch.randn(10, 37)
-    with active():
+    with use_cpu_driver():
         total = kernels.sum_parts(parts, torch.float32)
     torch.testing.assert_close(total, parts.sum(0))
 

@@ -42,7 +42,7 @@ from vit_triton.training import (
     loop,
     train,
 )
-from vit_triton.training.data import Seeded, batches, load_data
+from vit_triton.training.data import AugmentedDataset, batches, load_data
 from vit_triton.training.loop import METRICS, Process, Run
 
 for name in ("matplotlib", "rich", "sklearn", "torchvision"):
@@ -377,7 +377,7 @@ def lock_folder(folder: Path) -> tuple[int, int]:
     reader, writer = os.pipe()
     holder = os.fork()
     if not holder:
-        with checkpoint.locked(folder):
+        with checkpoint.lock_folder(folder):
             worker = os.fork()
             if worker:
                 os.write(writer, str(worker).encode())
@@ -398,14 +398,14 @@ def test_output_folder_is_locked(photos, tmp_path):
             train(config(photos, tmp_path))
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
-        with checkpoint.locked(tmp_path):  # although its worker is alive
+        with checkpoint.lock_folder(tmp_path):  # although its worker is alive
             assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
     finally:
         os.kill(worker, signal.SIGKILL)
 
 
 def test_full_disk_does_not_prevent_locking(tmp_path):
-    with largest_file(0), checkpoint.locked(tmp_path):
+    with largest_file(0), checkpoint.lock_folder(tmp_path):
         pass
 
 
@@ -414,10 +414,10 @@ def test_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
-    with pytest.warns(UserWarning, match=f"out: {tmp_path} cannot be locked"), checkpoint.locked(tmp_path):
+    with pytest.warns(UserWarning, match=f"out: {tmp_path} cannot be locked"), checkpoint.lock_folder(tmp_path):
         pass
     monkeypatch.setitem(sys.modules, "fcntl", None)  # Windows
-    with checkpoint.locked(tmp_path):
+    with checkpoint.lock_folder(tmp_path):
         pass
 
 
@@ -539,7 +539,7 @@ def test_batches_depend_on_seed_and_epoch():
 
 
 def test_augmentation_depends_only_on_seed_epoch_and_index():
-    data = Seeded([(torch.zeros(3), 0)] * 2, lambda x: x + torch.rand(3), seed=1)
+    data = AugmentedDataset([(torch.zeros(3), 0)] * 2, lambda x: x + torch.rand(3), seed=1)
     state = torch.get_rng_state()
     first = data[0][0]
     assert torch.equal(state, torch.get_rng_state())

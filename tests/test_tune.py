@@ -15,7 +15,7 @@ import vit_triton
 from benchmarks import gpu_path
 from vit_triton.cli import main
 from vit_triton.cli.options import TUNE_MODELS
-from vit_triton.cpu.driver import active
+from vit_triton.cpu.driver import use_cpu_driver
 from vit_triton.kernels import device, tuned
 from vit_triton.kernels import picker as pickers
 from vit_triton.kernels.attention.config import AttentionConfig
@@ -23,7 +23,7 @@ from vit_triton.kernels.device import target_of
 from vit_triton.kernels.linear import forward
 from vit_triton.kernels.linear.config import Epilogue, GemmConfig, VendorGemm, pick_linear_fwd
 from vit_triton.kernels.norm.config import LayerNormConfig, pick_layer_norm
-from vit_triton.kernels.picker import PICKERS, choosing
+from vit_triton.kernels.picker import PICKERS, override_choice
 from vit_triton.kernels.target import target_named
 from vit_triton.tuning import tune
 from vit_triton.tuning.progress import progress
@@ -124,7 +124,7 @@ def test_tuned_choice_applies_to_its_device_only(home, gpus):
     assert pick_layer_norm(768, target_named(SM)) != LayerNormConfig(8, 1024, 8)
     target = target_of(torch.device("cuda:0"))
     assert (target.name, target.device) == (SM, H100)
-    with active():
+    with use_cpu_driver():
         assert target_of(torch.device("cpu")).tuned is None
 
 
@@ -262,14 +262,14 @@ def small(monkeypatch, request):
         few = tiles.get(name, [])
         picker = dataclasses.replace(picker, others=lambda *args, few=few: few)
         monkeypatch.setitem(PICKERS, name, picker)
-    with active():
+    with use_cpu_driver():
         yield tune.cases(TINY, torch.float32, "cpu")
 
 
 def picker_keys(call):
     """The keys of all picker calls during ``call``."""
     keys = set()
-    with choosing(lambda picker, args: keys.add(picker.key(args)) or picker.default(*args)):
+    with override_choice(lambda picker, args: keys.add(picker.key(args)) or picker.default(*args)):
         call()
     return keys
 
@@ -285,9 +285,9 @@ def steps(model, image):
 def test_every_configuration_of_a_vit_is_tuned(dropout):
     """Follow the GPU code path in bfloat16 without running kernels."""
     shape = TINY.with_depth(12)
-    with gpu_path.taken(lambda *launch: None):
+    with gpu_path.use_gpu_path(lambda *launch: None):
         cases = [case for p in {0.0, dropout} for case in tune.cases(shape, torch.bfloat16, "cpu", p)]
-        tuned = {key for case in cases for key in case.asks}
+        tuned = {key for case in cases for key in case.picker_calls}
         image = torch.randn(2, 3, 16, 16, dtype=torch.bfloat16)
         ours = vit_triton.ViT(**shape.vit(), dropout=dropout, emb_dropout=dropout, backend="triton")
         used = picker_keys(lambda: steps(ours.bfloat16(), image))
@@ -304,9 +304,9 @@ def test_every_configuration_of_a_vit_is_tuned(dropout):
 def test_cases_of_every_size(model):
     """Head sizes are 64 to 88; the image is small."""
     shape = Shape.of(TUNE_MODELS[model], 32, 1)
-    with gpu_path.taken(lambda *launch: None):
-        asks = {key for case in tune.cases(shape, torch.bfloat16, "cpu") for key in case.asks}
-    attended = {key[1:4] for key in asks if key[0] == "pick_attention_fwd"}
+    with gpu_path.use_gpu_path(lambda *launch: None):
+        keys = {key for case in tune.cases(shape, torch.bfloat16, "cpu") for key in case.picker_calls}
+    attended = {key[1:4] for key in keys if key[0] == "pick_attention_fwd"}
     assert attended == {(n, shape.tokens, shape.head_dim) for n in (1, shape.tokens)}
 
 

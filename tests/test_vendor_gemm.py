@@ -11,7 +11,7 @@ from precision import DTYPES, assert_same
 
 from vit_triton import functional as F
 from vit_triton.arguments import Dropout
-from vit_triton.cpu.driver import active
+from vit_triton.cpu.driver import use_cpu_driver
 from vit_triton.kernels.linear import backward as linear_backward
 from vit_triton.kernels.linear import config
 from vit_triton.kernels.linear import forward as linear_forward
@@ -95,7 +95,7 @@ def backward(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("launcher", [forward, backward])
 def test_results_and_masks_match_the_kernels(vendor, launcher, dtype):
-    with active():
+    with use_cpu_driver():
         torch.manual_seed(1)
         ours = list(launcher(dtype))
         vendor()
@@ -117,7 +117,7 @@ def test_dropout_mask_is_bitwise_equal(vendor, dtype):
     eye = torch.eye(50, dtype=dtype)
 
     def masks():
-        with active():
+        with use_cpu_driver():
             y, _ = linear_forward.linear_fwd(zeros, eye, ones[0], dropout=dropout)
             return y, linear_backward.dropout_bwd(ones, dtype, dropout)
 

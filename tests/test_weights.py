@@ -436,7 +436,7 @@ class TestVitPytorch:
         assert [name.split(" ")[0] for name in caught.value.missing] == [
             f"to_patch_embedding.{i}.{what}" for i in (1, 3) for what in ("weight", "bias")
         ]
-        assert not caught.value.surplus and not caught.value.unlike
+        assert not caught.value.unexpected and not caught.value.mismatched
         assert_untouched(ours, before)
 
         for i in (1, 3):
@@ -567,12 +567,12 @@ class TestRefusals:
         torch.save(state, tmp_path / "model.pt")
         error = self.refuse(made(timm_model, seed=1), tmp_path / "model.pt", "does not match VisionTransformer")
         assert error.missing == (f"blocks.0.attn.proj.bias ({DIM},)",)
-        assert error.surplus == (f"blocks.0.attn.extra ({DIM},)",)
-        assert error.unlike == (
+        assert error.unexpected == (f"blocks.0.attn.extra ({DIM},)",)
+        assert error.mismatched == (
             f"norm.bias ({DIM},) torch.int64 in the file, norm.bias ({DIM},) in the model",
             f"head.weight (7, {DIM}) in the file, head.weight ({CLASSES}, {DIM}) in the model",
         )
-        for name in (*error.missing, *error.surplus, *error.unlike):
+        for name in (*error.missing, *error.unexpected, *error.mismatched):
             assert name in str(error)
 
     @pytest.mark.parametrize("shape", [(), (3, DIM), (1, 2, 3, 4, 7)], ids=str)
@@ -590,12 +590,12 @@ class TestRefusals:
         path = write(made(timm_model, classes=7), tmp_path)
         error = self.refuse(made(hf_model, "ViTModel"), path, "does not match ViTModel")
         assert error.missing == (f"pooler.dense.weight ({DIM}, {DIM})", f"pooler.dense.bias ({DIM},)")
-        assert set(error.surplus) == {f"head.weight (7, {DIM})", "head.bias (7,)"}
+        assert set(error.unexpected) == {f"head.weight (7, {DIM})", "head.bias (7,)"}
 
     def test_surplus_biases_must_be_zero(self, tmp_path):
         theirs, ours = made(timm_model), made(timm_model, seed=1, qkv_bias=False)
         error = self.refuse(ours, write(theirs, tmp_path), "not in the model")
-        assert error.surplus == tuple(f"blocks.{i}.attn.qkv.bias ({3 * DIM},)" for i in range(DEPTH))
+        assert error.unexpected == tuple(f"blocks.{i}.attn.qkv.bias ({3 * DIM},)" for i in range(DEPTH))
         with torch.no_grad():
             for block in theirs.blocks:
                 block.attn.qkv.bias.zero_()
@@ -606,8 +606,8 @@ class TestRefusals:
         path = write(made(timm_model), tmp_path)
         ours = made(lambda: ViT(**{**BASE, "image_size": 32, "dim_head": DIM // HEADS, "mlp_dim": HIDDEN}))
         error = self.refuse(ours, path, "does not match ViT")
-        assert {name.split(" ")[0] for name in error.surplus} == {f"blocks.{i}.attn.qkv.bias" for i in range(DEPTH)}
-        assert len(error.missing) == 4 and not error.unlike
+        assert {name.split(" ")[0] for name in error.unexpected} == {f"blocks.{i}.attn.qkv.bias" for i in range(DEPTH)}
+        assert len(error.missing) == 4 and not error.mismatched
 
     @pytest.mark.parametrize(
         "make",
@@ -624,7 +624,7 @@ class TestRefusals:
             for patch, channels in ((8, 1), (4, 4))
         )
         error = self.refuse(ours, write(theirs, tmp_path), "patch_embed.proj.weight")
-        assert error.unlike[-1].startswith("patch_embed.proj.weight (8, 1, 8, 8) in the file")
+        assert error.mismatched[-1].startswith("patch_embed.proj.weight (8, 1, 8, 8) in the file")
 
     def test_duplicate_name(self, tmp_path):
         state = snapshot(made(timm_model, reg_tokens=1))

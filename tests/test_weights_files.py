@@ -162,7 +162,7 @@ def test_dtypes_of_another_kind_are_rejected(tmp_path, old, new):
     else:
         with pytest.raises(WeightsError) as caught:
             load_weights(model, tmp_path / "model.pt")
-        assert len(caught.value.unlike) == 1 and caught.value.unlike[0].startswith("second (4,)")
+        assert len(caught.value.mismatched) == 1 and caught.value.mismatched[0].startswith("second (4,)")
         assert torch.equal(model.first, torch.zeros(3))
 
 
@@ -459,7 +459,7 @@ class TestTrainingCheckpoints:
         ours, path = made(lambda: timm_model(classes=0), seed=2), tmp_path / "checkpoint.pth"
         refuse(ours, path, "key must be one of teacher, student$")
         error = refuse(ours, path, "does not match", key="teacher")
-        assert [name.split(" ")[0] for name in error.surplus] == list(head) and not error.missing
+        assert [name.split(" ")[0] for name in error.unexpected] == list(head) and not error.missing
         load_weights(ours, path, key="teacher", ignore="head.*")
         assert_untouched(ours, snapshot(teacher))
         load_weights(ours, path, key="student", ignore="module.head.*")
@@ -491,7 +491,7 @@ class TestTrainingCheckpoints:
         path = tmp_path / f"model{suffix}"
         files.write(state, path)
         error = refuse(ours, path, "does not match")
-        assert error.surplus == ("decoder.weight (2,)",) and not error.missing and not error.unlike
+        assert error.unexpected == ("decoder.weight (2,)",) and not error.missing and not error.mismatched
         load_weights(ours, path, ignore=["decoder.*"])
         assert_untouched(ours, snapshot(theirs))
 
@@ -538,7 +538,7 @@ class TestOnnxGraphs:
         ]
         write_graph(nodes, self.TENSORS, tmp_path / "model.onnx")
         error = refuse(nn.Linear(2, 2), tmp_path / "model.onnx", "does not match")
-        assert "position_embeddings (1, 3, 2)" in error.surplus
+        assert "position_embeddings (1, 3, 2)" in error.unexpected
 
     @pytest.mark.parametrize("length", [40, 5000])
     def test_long_chain_of_adds(self, tmp_path, length):
@@ -547,7 +547,7 @@ class TestOnnxGraphs:
         nodes += [helper.make_node("Identity", ["onnx::Add_1"], ["x0"])]
         write_graph(nodes, self.TENSORS, tmp_path / "model.onnx")
         error = refuse(nn.Linear(2, 2), tmp_path / "model.onnx", "does not match")
-        assert "position_embeddings (1, 3, 2)" in error.surplus
+        assert "position_embeddings (1, 3, 2)" in error.unexpected
 
 
 # --- fuzzers -----------------------------------------------------------------------------------------------

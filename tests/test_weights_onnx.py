@@ -87,8 +87,8 @@ def test_surplus_weights_are_named_in_the_error():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(WeightsError, match="decoder.upconv1.weight") as caught:
         load_weights(model, FILE)
-    assert not caught.value.missing and not caught.value.unlike
-    assert all(name.startswith("decoder.") for name in caught.value.surplus)
+    assert not caught.value.missing and not caught.value.mismatched
+    assert all(name.startswith("decoder.") for name in caught.value.unexpected)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 

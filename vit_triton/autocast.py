@@ -9,7 +9,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _SUPPORTED = ("cuda", "cpu", "xpu")  # skips torch.amp.is_autocast_available, which takes as long as all checks
 
 
-def autocasting(device_type: str) -> bool:
+def is_autocast_enabled(device_type: str) -> bool:
     """Return whether autocast is enabled; False on devices that do not support it."""
     available = device_type in _SUPPORTED or torch.amp.is_autocast_available(device_type)
     return available and torch.is_autocast_enabled(device_type)
@@ -20,7 +20,7 @@ def autocast(
 ) -> tuple[Any, ...]:
     """Cast the tensors to ``dtype`` (default: the dtype of autocast) if autocast is enabled, else return them as is."""
     device_type = (tensors[0].device if device is None else device).type  # type: ignore[union-attr]
-    if not autocasting(device_type):
+    if not is_autocast_enabled(device_type):
         return tensors
     dtype = dtype or torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x is not None and x.dtype in FLOATS else x for x in tensors)

@@ -73,7 +73,7 @@ ignore_warnings_of_shape_checks()
 def resolve_backend(backend: str | None, op: str, x: torch.Tensor, norm_width: int = 0) -> str:
     """Return "triton" or "torch" for the public function called ``op``.
 
-    If :func:`is_portable`, the result is "torch". "auto" selects "triton" on a GPU unless :func:`why_torch` gives a
+    If :func:`is_portable`, the result is "torch". "auto" selects "triton" on a GPU unless :func:`torch_reason` gives a
     reason, and on a CPU for operators whose compiled kernels were measured to be faster. It selects "torch" otherwise,
     for float64, and for a ``norm_width`` above ``MAX_NORM_WIDTH``. An explicit "triton" warns once per GPU where "auto"
     selects "torch".
@@ -83,7 +83,7 @@ def resolve_backend(backend: str | None, op: str, x: torch.Tensor, norm_width: i
         norm_width: width of the LayerNorm, 0 for none.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`why_torch`; ValueError also if ``backend`` is not a backend.
+        FileNotFoundError, ValueError: see :func:`torch_reason`; ValueError also if ``backend`` is not a backend.
         RuntimeError: ``backend`` is "triton", which cannot run on the device of ``x``.
     """
     name = backend_name(backend)
@@ -93,7 +93,7 @@ def resolve_backend(backend: str | None, op: str, x: torch.Tensor, norm_width: i
         if norm_width > MAX_NORM_WIDTH:
             return "torch"
         if x.device.type in _GPU_TYPES:
-            return "torch" if x.dtype == torch.float64 or why_torch(x.device) else "triton"
+            return "torch" if x.dtype == torch.float64 or torch_reason(x.device) else "triton"
         return "triton" if _faster_on_cpu(op, x) else "torch"
     if name == "triton":
         _require_triton(x.device)
@@ -113,7 +113,7 @@ def backend_name(backend: str | None) -> str:
     return check_backend_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
 
 
-def why_torch(device: torch.device) -> str:
+def torch_reason(device: torch.device) -> str:
     """Return the reason why "auto" selects "torch" on a GPU, or "" if it selects "triton" and on other devices.
 
     Triton compiles GEMMs without tensor cores for NVIDIA GPUs of compute capability below 8.0, and the tiles for AMD
@@ -123,11 +123,11 @@ def why_torch(device: torch.device) -> str:
     Raises:
         FileNotFoundError, ValueError: see :func:`.tuned.table`, only on GPUs that need a table.
     """
-    return _why_torch(device)
+    return _torch_reason(device)
 
 
 @functools.cache
-def _why_torch(device: torch.device) -> str:
+def _torch_reason(device: torch.device) -> str:
     if device.type not in _GPU_TYPES:
         return ""
     if not _TRITON_INSTALLED:
@@ -180,7 +180,7 @@ OPS = tuple(dict.fromkeys(op for op, _ in _CPU_SPEED))
 def auto_reason(op: str, x: torch.Tensor) -> str:
     """Return the reason for the choice that "auto" makes, or the measured speed-up of the kernels, such as "1.24x"."""
     if x.device.type in _GPU_TYPES:
-        return why_torch(x.device) or "the kernels support this GPU"
+        return torch_reason(x.device) or "the kernels support this GPU"
     if not _TRITON_INSTALLED:
         return "triton is not installed"
     if x.device.type != "cpu":
@@ -190,7 +190,7 @@ def auto_reason(op: str, x: torch.Tensor) -> str:
 
         if _triton()[0]:
             return "the interpreter is for checking results"
-        return cpu.why_not() or "the kernels have not been measured on this type of CPU"
+        return cpu.unsupported_reason() or "the kernels have not been measured on this type of CPU"
     speed = _CPU_SPEED.get((op, x.dtype), (0.0, 0.0))[torch.is_grad_enabled()]
     return f"{speed:.2f}x" if speed else "not measured"
 
@@ -207,13 +207,13 @@ def _measured_cpu() -> bool:
         return False
     from vit_triton import cpu
 
-    if _triton()[0] or cpu.why_not() is not None:
+    if _triton()[0] or cpu.unsupported_reason() is not None:
         return False
     from vit_triton.cpu import features
 
     # excludes Xeons with the same instructions, on which MKL is faster for float32 GEMMs
     measured = features.vendor() == "AuthenticAMD" and "avx512_bf16" in features.detect()
-    return measured and cpu_vehicle() == "compiled"
+    return measured and cpu_mode() == "compiled"
 
 
 def _require_triton(device: torch.device) -> None:
@@ -222,7 +222,7 @@ def _require_triton(device: torch.device) -> None:
             'backend "triton" requires the package triton (pip install triton; Linux only); or use backend="torch"'
         )
     if device.type == "cpu":
-        cpu_vehicle()
+        cpu_mode()
     elif device.type in _GPU_TYPES:
         _warn_once_of_gpu(device)
     elif device.type != "meta":
@@ -232,34 +232,34 @@ def _require_triton(device: torch.device) -> None:
         )
 
 
-def cpu_vehicle() -> str:
+def cpu_mode() -> str:
     """Return how Triton kernels run on CPU tensors: "interpreter", "driver" (an active driver of another package) or
     "compiled" (:mod:`vit_triton.cpu`).
 
     Raises:
         RuntimeError: Triton kernels cannot run on CPU tensors.
     """
-    return _assumed_vehicle or _cpu_vehicle()
+    return _assumed_cpu_mode or _cpu_mode()
 
 
-_assumed_vehicle = ""
+_assumed_cpu_mode = ""
 
 
 @contextlib.contextmanager
-def assume_cpu_vehicle(name: str) -> Iterator[None]:
-    """Make :func:`cpu_vehicle` return ``name`` without checks inside the context; for benchmarks."""
-    global _assumed_vehicle
-    before, _assumed_vehicle = _assumed_vehicle, name
+def assume_cpu_mode(name: str) -> Iterator[None]:
+    """Make :func:`cpu_mode` return ``name`` without checks inside the context; for benchmarks."""
+    global _assumed_cpu_mode
+    before, _assumed_cpu_mode = _assumed_cpu_mode, name
     try:
         yield
     finally:
-        _assumed_vehicle = before
+        _assumed_cpu_mode = before
 
 
 # The functions in _CONSTANTS below are constants under torch.compile: Dynamo cannot trace them, and their results do
 # not depend on tensors. The attribute is the one that torch.compiler.assume_constant_result sets; that function would
 # import Dynamo, which takes a second.
-def _cpu_vehicle() -> str:
+def _cpu_mode() -> str:
     interpreting, knobs, driver = _triton()
     if interpreting != bool(knobs.interpret):
         raise RuntimeError(
@@ -277,7 +277,7 @@ def _cpu_vehicle() -> str:
         return "compiled" if active.get_current_target().backend == "cpu" else "driver"
     from vit_triton import cpu
 
-    reason = cpu.why_not()
+    reason = cpu.unsupported_reason()
     if reason is None:
         return "compiled"
     raise RuntimeError(
@@ -303,7 +303,7 @@ _warned_gpus: set[torch.device] = set()
 def _warn_once_of_gpu(device: torch.device) -> None:
     if device in _warned_gpus:
         return
-    if reason := why_torch(device):
+    if reason := torch_reason(device):
         warnings.warn(
             f'vit_triton: on {device} backend "auto" selects PyTorch, which may be faster than backend="triton": '
             f"{reason}",
@@ -313,7 +313,7 @@ def _warn_once_of_gpu(device: torch.device) -> None:
     _warned_gpus.add(device)
 
 
-_CONSTANTS: tuple[Any, ...] = (_cpu_vehicle, _measured_cpu, why_torch, _warn_once_of_gpu)
+_CONSTANTS: tuple[Any, ...] = (_cpu_mode, _measured_cpu, torch_reason, _warn_once_of_gpu)
 for _constant in _CONSTANTS:
     _constant._dynamo_marked_constant = True
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn, strided
 
 from vit_triton.arguments import Block, Norm
 from vit_triton.autocast import FLOATS as KERNEL_DTYPES
-from vit_triton.autocast import autocasting
+from vit_triton.autocast import is_autocast_enabled
 from vit_triton.portable import is_portable
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
@@ -23,7 +23,7 @@ _FLOATS = (*KERNEL_DTYPES, torch.float64)
 _PLAIN = (str, bytes, bool, int, float, complex, type(None))
 
 
-def given(value: object) -> str:
+def format_value(value: object) -> str:
     """Format ``value`` for an error message: its repr if it is plain and short, else its type."""
     if isinstance(value, (tuple, list)) and len(value) <= 4 and all(isinstance(x, _PLAIN) for x in value):
         text = repr(value)
@@ -33,16 +33,16 @@ def given(value: object) -> str:
         text = ""
     if text and len(text) <= 80:
         return text
-    return kind(value)
+    return type_name(value)
 
 
-def kind(value: object) -> str:
+def type_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def check_module(name: str, value: object) -> None:
     if not isinstance(value, nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Module, got {kind(value)}")
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type_name(value)}")
 
 
 def check_dense(name: str, x: Tensor) -> None:
@@ -53,12 +53,12 @@ def check_dense(name: str, x: Tensor) -> None:
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     # arrays compare elementwise
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {given(value)}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {format_value(value)}")
 
 
 def check_flag(name: str, value: object) -> None:
     if value is not True and value is not False:
-        raise TypeError(f"{name} must be True or False, got {given(value)}")
+        raise TypeError(f"{name} must be True or False, got {format_value(value)}")
 
 
 def is_integer(value: Any) -> bool:
@@ -67,16 +67,16 @@ def is_integer(value: Any) -> bool:
 
 def check_count(name: str, value: Any, *, at_least: int) -> None:
     if not is_integer(value):
-        raise TypeError(f"{name} must be an integer, got {given(value)}")
+        raise TypeError(f"{name} must be an integer, got {format_value(value)}")
     if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {given(value)}")
+        raise ValueError(f"{name} must be at least {at_least}, got {format_value(value)}")
 
 
 def check_number(name: str, value: Any) -> None:
     if isinstance(value, (float, torch.SymFloat, torch.SymInt)):
         return
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {given(value)}")
+        raise TypeError(f"{name} must be a number, got {format_value(value)}")
     try:
         float(value)
     except OverflowError:
@@ -86,7 +86,7 @@ def check_number(name: str, value: Any) -> None:
 def check_probability(name: str, value: Any) -> None:
     check_number(name, value)
     if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be between 0 and 1, got {given(value)}")
+        raise ValueError(f"{name} must be between 0 and 1, got {format_value(value)}")
 
 
 # --- tensors -----------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def check_tensor(
     name: str, x: Any, ndim: int | None = None, layout: str = "(..., D)", *, also: tuple[torch.dtype, ...] = ()
 ) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {kind(x)}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type_name(x)}")
     if x.layout is not strided or x.is_nested:
         check_dense(name, x)
     if x.dtype not in _FLOATS and x.dtype not in also:
@@ -116,7 +116,9 @@ def check_alike(first: str, x: Tensor, **others: Tensor | None) -> None:
             continue
         if other.device != x.device:
             raise ValueError(f"{first} and {name} must be on one device, got {x.device} and {other.device}")
-        if other.dtype != x.dtype and (torch.float64 in (x.dtype, other.dtype) or not autocasting(x.device.type)):
+        if other.dtype != x.dtype and (
+            torch.float64 in (x.dtype, other.dtype) or not is_autocast_enabled(x.device.type)
+        ):
             raise TypeError(f"{first} and {name} must have one dtype, got {x.dtype} and {other.dtype}")
 
 
@@ -235,11 +237,11 @@ def check_rows(x: Tensor) -> None:
 def patch_sides(patch_size: int | tuple[int, int]) -> tuple[int, int]:
     sides = patch_size if isinstance(patch_size, (tuple, list)) else (patch_size, patch_size)
     if not all(is_integer(side) for side in sides):
-        raise TypeError(f"patch_size must be an int or two of them, got {given(patch_size)}")
+        raise TypeError(f"patch_size must be an int or two of them, got {format_value(patch_size)}")
     if len(sides) != 2:
-        raise ValueError(f"patch_size must be an int or two of them, got {given(patch_size)}")
+        raise ValueError(f"patch_size must be an int or two of them, got {format_value(patch_size)}")
     if sides[0] < 1 or sides[1] < 1:
-        raise ValueError(f"patch_size must be positive, got {given(patch_size)}")
+        raise ValueError(f"patch_size must be positive, got {format_value(patch_size)}")
     return sides[0], sides[1]
 
 
@@ -253,7 +255,7 @@ def check_patch_embed(
     p1, p2 = patch_sides(patch_size)
     batch, channels, height, width = image.shape
     if height % p1 or width % p2 or height == 0 or width == 0:
-        sides = f"{given(p1)} x {given(p2)}"
+        sides = f"{format_value(p1)} x {format_value(p2)}"
         raise ValueError(f"image must have sides divisible by the patch size {sides}, got {height} x {width}")
     check_tensor("weight", weight, 2, "(dim, C * p1 * p2)")
     if weight.shape[1] != channels * p1 * p2:
@@ -327,12 +329,12 @@ def check_encoder(x: Any, blocks: Any, heads: Any, scale: Any, activation: Any, 
     """Check the arguments of an encoder, unless equal ones have passed, and return the fields of all blocks."""
     check_flag("first_token", first_token)
     if not isinstance(blocks, Sequence) or isinstance(blocks, (str, bytes, Block)):
-        raise TypeError(f"blocks must be a sequence of Block, got {kind(blocks)}")
+        raise TypeError(f"blocks must be a sequence of Block, got {type_name(blocks)}")
     if first_token and not blocks:
         raise ValueError("first_token requires a block, got no blocks")
     for i, block in enumerate(blocks):
         if not isinstance(block, Block):
-            raise TypeError(f"blocks[{i}] must be a Block, got {kind(block)}")
+            raise TypeError(f"blocks[{i}] must be a Block, got {type_name(block)}")
     parts = [part for block in blocks for field in block for part in (field if isinstance(field, tuple) else (field,))]
     form = _form(x, *parts, heads, scale, activation)
     if form is None or form not in _forms:
@@ -355,7 +357,7 @@ def _check_encoder(x: Any, blocks: Sequence[Block], heads: int, scale: float | N
         inner = block.qkv_weight.shape[0] // 3  # sizes are tensors in torch.jit.trace and do not support divmod
         if block.qkv_weight.shape[0] % 3 or inner % heads:
             raise ValueError(
-                f"{at}qkv_weight must have 3 * heads * head size rows for {given(heads)} heads, "
+                f"{at}qkv_weight must have 3 * heads * head size rows for {format_value(heads)} heads, "
                 f"got {shape_of(block.qkv_weight)}"
             )
         if block.qkv_weight.shape[0] != blocks[0].qkv_weight.shape[0]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vit_triton import autograd, reference
 from vit_triton.arguments import Block, Norm
-from vit_triton.autocast import autocast, autocasting
+from vit_triton.autocast import autocast, is_autocast_enabled
 from vit_triton.backend import resolve_backend
 from vit_triton.checks import (
     ACTIVATIONS,
@@ -38,7 +38,7 @@ from vit_triton.checks import (
     check_residual,
     check_rows,
     check_tensor,
-    given,
+    format_value,
     hidden_features,
     shape_of,
 )
@@ -305,7 +305,7 @@ def encoder(
     parts = check_encoder(x, blocks, heads, scale, activation, first_token)
     tensors = [x, *(part for part in parts if isinstance(part, Tensor))]
     composed = any(block.norm1 is None or block.norm2 is None for block in blocks) or _needs_autograd(*tensors)
-    composed = composed or torch.compiler.is_compiling() or autocasting(x.device.type)
+    composed = composed or torch.compiler.is_compiling() or is_autocast_enabled(x.device.type)
     # PyTorch does not resolve lazy negation in lists of optional tensors
     if composed or any(map(Tensor.is_neg, tensors)):
         functions = tuple(functools.partial(op, backend=backend) for op in (linear, attention, mlp))
@@ -498,7 +498,9 @@ def _channel_values(name: str, values: Tensor | Sequence[float] | None, image: T
             raise ValueError(f"image and {name} must be on one device, got {image.device} and {values.device}")
     else:
         if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
-            raise TypeError(f"{name} must be a tensor or a sequence of numbers, one per channel, got {given(values)}")
+            raise TypeError(
+                f"{name} must be a tensor or a sequence of numbers, one per channel, got {format_value(values)}"
+            )
         values = tuple(values)
         for i, value in enumerate(values):
             check_number(f"{name}[{i}]", value)

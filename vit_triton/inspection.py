@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_triton import functional as F
-from vit_triton.checks import check_module, given
+from vit_triton.checks import check_module, format_value
 from vit_triton.modules import Attention
 
 __all__ = ["attention_maps"]
@@ -41,7 +41,7 @@ def attention_maps(model: nn.Module, image: Tensor, *, query: int | None = None)
     """
     check_module("model", model)
     if query is not None and (isinstance(query, bool) or not isinstance(query, Integral)):
-        raise TypeError(f"query must be None or the index of a token, an integer, got {given(query)}")
+        raise TypeError(f"query must be None or the index of a token, an integer, got {format_value(query)}")
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     if not layers:
         raise ValueError(

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from vit_triton import functional as F
 from vit_triton.backend import MAX_NORM_WIDTH, check_backend_name, resolve_backend
-from vit_triton.checks import check_count, check_dense, check_probability, given, kind
+from vit_triton.checks import check_count, check_dense, check_probability, format_value, type_name
 from vit_triton.fallback import count_fallback
 
 __all__ = ["Attention", "FeedForward", "LayerNorm", "Linear", "PatchEmbedding", "PatchRows", "Transformer"]
 
 
-def checked_backend(backend: str | None) -> str | None:
+def check_backend(backend: str | None) -> str | None:
     """Return `backend` if it is a backend or None, else raise ValueError."""
     return None if backend is None else check_backend_name(backend)
 
@@ -79,7 +79,7 @@ class Linear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.backend = checked_backend(backend)
+        self.backend = check_backend(backend)
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute (..., in_features) -> (..., out_features)."""
@@ -109,7 +109,7 @@ class LayerNorm(nn.LayerNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, eps=eps, device=device, dtype=dtype)
-        self.backend = checked_backend(backend)
+        self.backend = check_backend(backend)
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute (..., dim) -> (..., dim)."""
@@ -138,7 +138,7 @@ class PatchRows(nn.Module):
     def __init__(self, patch_size: tuple[int, int]) -> None:
         super().__init__()
         if not isinstance(patch_size, (tuple, list)) or len(patch_size) != 2:
-            raise TypeError(f"patch_size must be (height, width), got {given(patch_size)}")
+            raise TypeError(f"patch_size must be (height, width), got {format_value(patch_size)}")
         for side in patch_size:
             check_count("patch_size", side, at_least=1)
         self.patch_size = patch_size
@@ -162,7 +162,7 @@ class PatchRows(nn.Module):
 def patch_grid(image: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
     """Return the number of rows and columns of patches in `image`; raise TypeError or ValueError if it is invalid."""
     if not isinstance(image, Tensor):
-        raise TypeError(f"image must be a torch.Tensor of shape (B, C, H, W), got {kind(image)}")
+        raise TypeError(f"image must be a torch.Tensor of shape (B, C, H, W), got {type_name(image)}")
     check_dense("image", image)
     if image.dim() != 4:
         hint = "; add a batch dimension to a single image: image[None]" if image.dim() == 3 else ""
@@ -244,7 +244,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.dim_head = dim_head
         self.scale = dim_head**-0.5
-        self.backend = checked_backend(backend)
+        self.backend = check_backend(backend)
         self.norm = LayerNorm(dim, backend=backend)
         self.attend = nn.Softmax(dim=-1)
         self.dropout = None if dropout is None else nn.Dropout(dropout)
@@ -352,13 +352,13 @@ class FeedForward(nn.Module):
         check_count("hidden_dim", hidden_dim, at_least=1)
         if dropout is not None:
             check_probability("dropout", dropout)
-        self.backend = checked_backend(backend)
-        norm, widen = LayerNorm(dim, backend=backend), Linear(dim, hidden_dim, backend=backend)
-        narrow = Linear(hidden_dim, dim, backend=backend)
+        self.backend = check_backend(backend)
+        norm, fc1 = LayerNorm(dim, backend=backend), Linear(dim, hidden_dim, backend=backend)
+        fc2 = Linear(hidden_dim, dim, backend=backend)
         if dropout is None:
-            self.net = nn.Sequential(norm, widen, nn.GELU(), narrow)
+            self.net = nn.Sequential(norm, fc1, nn.GELU(), fc2)
         else:
-            self.net = nn.Sequential(norm, widen, nn.GELU(), nn.Dropout(dropout), narrow, nn.Dropout(dropout))
+            self.net = nn.Sequential(norm, fc1, nn.GELU(), nn.Dropout(dropout), fc2, nn.Dropout(dropout))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute (..., dim) -> (..., dim), plus `residual` of the same shape."""
@@ -367,10 +367,10 @@ class FeedForward(nn.Module):
             return add_residual(self.net(x), residual)
         return F.mlp(
             x,
-            parts.widen.weight,
-            parts.widen.bias,
-            parts.narrow.weight,
-            parts.narrow.bias,
+            parts.fc1.weight,
+            parts.fc1.bias,
+            parts.fc2.weight,
+            parts.fc2.bias,
             norm=parts.norm.arguments(),
             activation=parts.activation,
             residual=residual,
@@ -397,10 +397,10 @@ class MlpParts(NamedTuple):
     """The children of :attr:`FeedForward.net`."""
 
     norm: LayerNorm
-    widen: Linear
+    fc1: Linear
     gelu: nn.GELU
     hidden_dropout: nn.Dropout | None
-    narrow: Linear
+    fc2: Linear
     dropout: nn.Dropout | None
 
     @property
@@ -517,11 +517,11 @@ def encoder_arguments(blocks: Iterable[nn.Module]) -> tuple[list[F.Block], dict[
         project, out_dropout = parts.projection
         if any(map(active_dropout_p, (attention.dropout, out_dropout, mlp.hidden_dropout, mlp.dropout))):
             return None
-        qkv, widen, narrow = attention.to_qkv, mlp.widen, mlp.narrow
+        qkv, fc1, fc2 = attention.to_qkv, mlp.fc1, mlp.fc2
         arguments.append(
             F.Block(
                 *(attention.norm.arguments(), qkv.weight, qkv.bias, project.weight, project.bias),
-                *(mlp.norm.arguments(), widen.weight, widen.bias, narrow.weight, narrow.bias),
+                *(mlp.norm.arguments(), fc1.weight, fc1.bias, fc2.weight, fc2.bias),
             )
         )
         for backend in (attention.backend, qkv.backend, project.backend, feed_forward.backend):
@@ -545,7 +545,7 @@ def add_residual(x: Tensor, residual: Tensor | None) -> Tensor:
 
 def check_tokens(x: Tensor) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor of shape (B, N, dim), got {kind(x)}")
+        raise TypeError(f"x must be a torch.Tensor of shape (B, N, dim), got {type_name(x)}")
     check_dense("x", x)
     if x.dim() != 3:
         raise ValueError(f"x must be 3-D, (B, N, dim), got shape {tuple(x.shape)}")

@@ -57,20 +57,20 @@ def _register(schema: str, copies: Callable[..., list[Tensor | None]] | None = N
 
 def run_on_cpu(function: Any, args: tuple[Any, ...]) -> Any:
     """Call ``function`` with an active Triton driver for CPU tensors; record its launches if it is our driver."""
-    from vit_triton.cpu.driver import active, recording
+    from vit_triton.cpu.driver import record_launches, use_cpu_driver
     from vit_triton.kernels.replay import replay
 
-    with active() as device:
+    with use_cpu_driver() as device:
         # one block: the system clears every page of newly allocated memory
-        return function(*args) if device is None else replay(function, args, device, recording, one_block=True)
+        return function(*args) if device is None else replay(function, args, device, record_launches, one_block=True)
 
 
 def run_on_gpu(function: Any, args: tuple[Any, ...]) -> Any:
     """Call ``function`` under a guard of the first argument's device, and record its launches."""
-    interpreting, guard, replay, recording = _launching()
+    interpreting, guard, replay, record_launches = _import_launch()
     x = args[0]
     with guard(x):
-        return function(*args) if interpreting else replay(function, args, x.device, recording)
+        return function(*args) if interpreting else replay(function, args, x.device, record_launches)
 
 
 def run_directly(function: Any, args: tuple[Any, ...]) -> Any:
@@ -83,7 +83,7 @@ _on_gpu: Callable[[Any, tuple[Any, ...]], Any] = run_on_gpu
 
 
 @contextlib.contextmanager
-def running(run: Callable[[Any, tuple[Any, ...]], Any]) -> Iterator[None]:
+def override_run(run: Callable[[Any, tuple[Any, ...]], Any]) -> Iterator[None]:
     """Make every operator call ``run(function, args)`` inside the context, on all devices and threads; for benchmarks.
 
     The defaults are :func:`run_on_cpu` and :func:`run_on_gpu`.
@@ -98,12 +98,12 @@ def running(run: Callable[[Any, tuple[Any, ...]], Any]) -> Iterator[None]:
 
 
 @functools.cache
-def _launching() -> tuple[Any, ...]:
+def _import_launch() -> tuple[Any, ...]:
     """Import once, since an import statement in every call takes longer."""
-    from vit_triton.kernels.launch import INTERPRETING, guard, recording
+    from vit_triton.kernels.launch import INTERPRETING, guard, record_launches
     from vit_triton.kernels.replay import replay
 
-    return INTERPRETING, guard, replay, recording
+    return INTERPRETING, guard, replay, record_launches
 
 
 def _none_to_empty(result: Any, like: Tensor) -> Any:

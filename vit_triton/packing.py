@@ -20,18 +20,18 @@ from vit_triton.checks import check_module
 __all__ = ["prepack", "unpack"]
 
 
-class _Frozen:
+class _PrepackedParameter:
     """A parameter of a prepacked model, its state when it was prepacked, and its packed copies.
 
     Holds a reference to the parameter, so that its id stays unique. ``torch.utils.swap_tensors`` does not support
     parameters with weak references.
     """
 
-    __slots__ = ("copies", "holders", "name", "state", "tensor")
+    __slots__ = ("copies", "num_modules", "name", "state", "tensor")
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name, self.tensor, self.state = name, tensor, _state(tensor)
-        self.holders = 0  # number of modules with the parameter
+        self.num_modules = 0  # number of modules with the parameter
         self.copies: dict[object, Tensor] = {}
 
     def copy(self, x: Tensor, layout: object, make: Callable[[Tensor], Tensor]) -> Tensor:
@@ -43,8 +43,8 @@ class _Frozen:
         return self.copies[key]
 
 
-frozen: dict[int, _Frozen] = {}  # by the id of the parameter
-_releases: weakref.WeakKeyDictionary[nn.Module, weakref.finalize[..., Any]] = weakref.WeakKeyDictionary()
+frozen: dict[int, _PrepackedParameter] = {}  # by the id of the parameter
+_finalizers: weakref.WeakKeyDictionary[nn.Module, weakref.finalize[..., Any]] = weakref.WeakKeyDictionary()
 
 
 def prepack(model: nn.Module) -> nn.Module:
@@ -83,11 +83,11 @@ def prepack(model: nn.Module) -> nn.Module:
         entries = []
         for part, parameter in module._parameters.items():
             if parameter is not None:
-                entry = frozen.setdefault(id(parameter), _Frozen(f"{name}.{part}".lstrip("."), parameter))
-                entry.holders += 1
+                entry = frozen.setdefault(id(parameter), _PrepackedParameter(f"{name}.{part}".lstrip("."), parameter))
+                entry.num_modules += 1
                 entries.append(entry)
-        _releases[module] = weakref.finalize(module, _release, entries)
-        _releases[module].atexit = False
+        _finalizers[module] = weakref.finalize(module, _release, entries)
+        _finalizers[module].atexit = False
     return model
 
 
@@ -105,11 +105,11 @@ def unpack(model: nn.Module) -> nn.Module:
         cls: Any = type(module)
         if hasattr(cls, "_prepacked"):
             module.__class__ = without_mark(cls, "_prepacked")
-        if module in _releases:
-            _releases.pop(module)()  # also releases parameters that were removed from the module
+        if module in _finalizers:
+            _finalizers.pop(module)()  # also releases parameters that were removed from the module
         for parameter in module._parameters.values():
             if id(parameter) in frozen:
-                _forget(frozen[id(parameter)])
+                _remove_entry(frozen[id(parameter)])
     return model
 
 
@@ -176,15 +176,15 @@ def _build(make: Callable[..., Any], *arguments: Any) -> Any:
     return make(*arguments)
 
 
-def _release(entries: list[_Frozen]) -> None:
+def _release(entries: list[_PrepackedParameter]) -> None:
     """Release the parameters of a module that was deleted or unpacked."""
     for entry in entries:
-        entry.holders -= 1
-        if not entry.holders:
-            _forget(entry)
+        entry.num_modules -= 1
+        if not entry.num_modules:
+            _remove_entry(entry)
 
 
-def _forget(entry: _Frozen) -> None:
+def _remove_entry(entry: _PrepackedParameter) -> None:
     if frozen.get(id(entry.tensor)) is entry:
         del frozen[id(entry.tensor)]
         for copy in entry.copies.values():
@@ -210,7 +210,7 @@ def check(args: Sequence[Any]) -> None:
             )
 
 
-def _entry(x: Tensor) -> _Frozen | None:
+def _entry(x: Tensor) -> _PrepackedParameter | None:
     """Return the entry of the prepacked parameter ``x``, or of the one it is a view of."""
     return frozen.get(id(x)) or frozen.get(id(x._base))
 
@@ -228,11 +228,11 @@ def panels(weight: Tensor) -> Tensor | None:
     entry = _entry(weight)
     if entry is None:
         return None
-    from vit_triton.cpu.driver import active, dot_panel
+    from vit_triton.cpu.driver import dot_panel, use_cpu_driver
     from vit_triton.kernels.linear.pack import pack_weight
 
     layout = dot_panel(weight.dtype)
-    with active():
+    with use_cpu_driver():
         return None if layout is None else entry.copy(weight, layout, lambda x: pack_weight(x, *layout))
 
 
@@ -256,5 +256,5 @@ def concatenated(tensors: Sequence[Tensor]) -> Tensor:
     layout = "concatenated", *(frozen[id(x)] for x in tensors[1:])  # another prepack creates another entry
     whole = frozen[id(tensors[0])].copy(tensors[0], layout, lambda _: torch.cat([x.detach() for x in tensors]))
     if id(whole) not in frozen:
-        frozen[id(whole)] = _Frozen(f"{frozen[id(tensors[0])].name} and others", whole)
+        frozen[id(whole)] = _PrepackedParameter(f"{frozen[id(tensors[0])].name} and others", whole)
     return whole

@@ -64,33 +64,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(given: argparse.Namespace) -> None:
-    if given.time:
-        _time(given)
+def run(args: argparse.Namespace) -> None:
+    if args.time:
+        _time(args)
     else:
-        _count(given)
+        _count(args)
 
 
-def _count(given: argparse.Namespace) -> None:
-    if given.gpu:
+def _count(args: argparse.Namespace) -> None:
+    if args.gpu:
         raise SystemExit("--gpu requires --time; without --time, choose an architecture with --arch")
-    options.only(COSTS, given.only, str)
-    if given.dump:
-        given.dump.mkdir(parents=True, exist_ok=True)
-    archs = given.arch or (list(ARCHITECTURES) if given.all else DEFAULT[0])
-    dtypes = given.dtype or (list(DTYPES) if given.all else DEFAULT[1])
-    workload = workloads.every_tile if given.all else workloads.vit_b_16
-    read = functools.partial(figures, run=workload, only=given.only, dump=given.dump)
-    _show(given, HEADER, line, read, list(itertools.product(archs, dtypes)))
+    options.filter_by_name(COSTS, args.only, str)
+    if args.dump:
+        args.dump.mkdir(parents=True, exist_ok=True)
+    archs = args.arch or (list(ARCHITECTURES) if args.all else DEFAULT[0])
+    dtypes = args.dtype or (list(DTYPES) if args.all else DEFAULT[1])
+    workload = workloads.every_tile if args.all else workloads.vit_b_16
+    read = functools.partial(figures, run=workload, only=args.only, dump=args.dump)
+    _show(args, HEADER, line, read, list(itertools.product(archs, dtypes)))
 
 
-def _time(given: argparse.Namespace) -> None:
+def _time(args: argparse.Namespace) -> None:
     for name in ("arch", "all", "dump"):
-        if getattr(given, name):
+        if getattr(args, name):
             raise SystemExit(f"--{name} is not supported with --time; use --gpu and --dtype")
-    cases = options.only(times.CASES, given.only, lambda case: case.name, lambda case: f"{case.name} {case.kernel}")
-    tasks = list(itertools.product(given.gpu or DEFAULT_TIMED[0], given.dtype or DEFAULT_TIMED[1], cases))
-    _show(given, times.HEADER, times.line, _row, tasks)
+    cases = options.filter_by_name(
+        times.CASES, args.only, lambda case: case.name, lambda case: f"{case.name} {case.kernel}"
+    )
+    tasks = list(itertools.product(args.gpu or DEFAULT_TIMED[0], args.dtype or DEFAULT_TIMED[1], cases))
+    _show(args, times.HEADER, times.line, _row, tasks)
 
 
 def _row(gpu: str, dtype: str, case: times.Case) -> list[times.Row]:
@@ -98,23 +100,23 @@ def _row(gpu: str, dtype: str, case: times.Case) -> list[times.Row]:
 
 
 def _show(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     header: str,
     line: Callable[[Any], str],
     read: Callable[..., list[Any]],
     tasks: Sequence[tuple[Any, ...]],
 ) -> None:
     """Call ``read`` for each task; print a line per result, and update the file of --json."""
-    head = {"machine": machine(), **options.plain(given)}
+    head = {"machine": machine(), **options.as_json(args)}
     print(f"triton {head['machine']['triton']}; computed by its compilers and from shapes, without a GPU")
     print(header)
     found: list[Any] = []
     with progress(len(tasks)) as bar:
-        for task, each in zip(tasks, _in_processes(read, tasks, given.jobs), strict=True):
+        for task, each in zip(tasks, _in_processes(read, tasks, args.jobs), strict=True):
             found += each
             print("\n".join(map(line, each)), flush=True)
-            if given.json:
-                write_json(given.json, {**head, "results": [one.as_json() for one in found]})
+            if args.json:
+                write_json(args.json, {**head, "results": [one.as_json() for one in found]})
             bar.advance(", ".join(map(str, task)))
     if not bar.complete:
         raise SystemExit(130)

@@ -36,19 +36,19 @@ def _patch_dim(a: Arguments) -> int:
     return a["C"] * a["PATCH_H"] * a["PATCH_W"]
 
 
-def _present(a: Arguments, *names: str) -> int:
+def _count_present(a: Arguments, *names: str) -> int:
     return sum(a[name] is not None for name in names)
 
 
 def _layer_norm_fwd(a: Arguments) -> int:
     # per element: centering 1, scaling 1, sums for mean and variance 3
-    each = 2 + (0 if a["SAVED_STATISTICS"] else 3) + _present(a, "weight_ptr", "bias_ptr", "residual_ptr")
+    each = 2 + (0 if a["SAVED_STATISTICS"] else 3) + _count_present(a, "weight_ptr", "bias_ptr", "residual_ptr")
     return each * a["n_rows"] * a["width"]
 
 
 def _layer_norm_bwd(a: Arguments) -> int:
     # per element: xhat 2, two row sums 3, dx 4; with a weight: multiplication and parameter sums 4
-    each = 9 + (4 if a["weight_ptr"] is not None else 0) + _present(a, "dsum_ptr")
+    each = 9 + (4 if a["weight_ptr"] is not None else 0) + _count_present(a, "dsum_ptr")
     return each * a["n_rows"] * a["width"]
 
 
@@ -56,57 +56,57 @@ def _qk_norm(each: int, mean: int) -> Count:
     """FLOPs: ``each`` per element, plus ``mean`` for a LayerNorm, plus one for each of weight and bias."""
 
     def flops(a: Arguments) -> int:
-        parameters = _present(a, *(name for name in ("weight_ptr", "bias_ptr") if name in a))
+        parameters = _count_present(a, *(name for name in ("weight_ptr", "bias_ptr") if name in a))
         return (each + (0 if a["RMS"] else mean) + parameters) * a["n_rows"] * a["head_dim"]
 
     return flops
 
 
-def _steps(size: str, tile: str) -> Count:
+def _trips(size: str, tile: str) -> Count:
     return lambda a: 0 if a.get("MULTIPLIED") else cdiv(a[size], a[tile])
 
 
-def _part(size: str) -> Count:
+def _split_trips(size: str) -> Count:
     """Loop trips in one part of a split-K sum."""
     return lambda a: cdiv(cdiv(a[size], a["BLOCK_M"]), a["SPLIT"])
 
 
-def _once(a: Arguments) -> int:
+def _no_loop(a: Arguments) -> int:
     return 0
 
 
 # kernel -> (FLOPs, loop trips; 0 without a loop)
 COSTS: dict[str, tuple[Count, Count]] = {
     "attention_fwd_kernel": (_attention(2), lambda a: a["n_k"] // a["BLOCK_N"]),
-    "attention_bwd_delta_kernel": (lambda a: 2 * a["do_ptr"].numel(), _once),
+    "attention_bwd_delta_kernel": (lambda a: 2 * a["do_ptr"].numel(), _no_loop),
     "attention_bwd_dq_kernel": (_attention(3), lambda a: a["n_k"] // a["BLOCK_N"]),
     "attention_bwd_dkdv_kernel": (_attention(4), lambda a: a["n_q"] // a["BLOCK_M"]),
-    "linear_fwd_kernel": (_linear, _steps("K", "BLOCK_K")),
-    "linear_bwd_input_kernel": (_linear, _steps("N", "BLOCK_N")),
-    "linear_bwd_weight_kernel": (_linear, _part("M")),
-    "layer_norm_fwd_kernel": (_layer_norm_fwd, _once),
+    "linear_fwd_kernel": (_linear, _trips("K", "BLOCK_K")),
+    "linear_bwd_input_kernel": (_linear, _trips("N", "BLOCK_N")),
+    "linear_bwd_weight_kernel": (_linear, _split_trips("M")),
+    "layer_norm_fwd_kernel": (_layer_norm_fwd, _no_loop),
     "layer_norm_bwd_kernel": (_layer_norm_bwd, lambda a: a["n_steps"]),
-    "layer_scale_bwd_kernel": (lambda a: (a["SPLIT"] + 3) * a["N"] * a["K"], _steps("K", "BLOCK_K")),
-    "swiglu_fwd_kernel": (lambda a: 2 * a["M"] * a["H"], _once),
-    "swiglu_bwd_kernel": (lambda a: 8 * a["M"] * a["H"], _once),
-    "qk_norm_fwd_kernel": (_qk_norm(3, 2), _once),
+    "layer_scale_bwd_kernel": (lambda a: (a["SPLIT"] + 3) * a["N"] * a["K"], _trips("K", "BLOCK_K")),
+    "swiglu_fwd_kernel": (lambda a: 2 * a["M"] * a["H"], _no_loop),
+    "swiglu_bwd_kernel": (lambda a: 8 * a["M"] * a["H"], _no_loop),
+    "qk_norm_fwd_kernel": (_qk_norm(3, 2), _no_loop),
     "qk_norm_bwd_kernel": (_qk_norm(10, 4), lambda a: a["n_steps"]),
-    "sum_parts_kernel": (lambda a: a["n_partials"] * a["size"], _steps("n_partials", "BLOCK_P")),
-    "patch_embed_statistics_kernel": (lambda a: 4 * a["n_rows"] * _patch_dim(a), _once),
+    "sum_parts_kernel": (lambda a: a["n_partials"] * a["size"], _trips("n_partials", "BLOCK_P")),
+    "patch_embed_statistics_kernel": (lambda a: 4 * a["n_rows"] * _patch_dim(a), _no_loop),
     "patch_embed_fwd_kernel": (_patches, lambda a: cdiv(_patch_dim(a), a["BLOCK_K"])),
     "patch_embed_norm_kernel": (
-        lambda a: (5 + _present(a, "weight_ptr", "bias_ptr", "pos_ptr")) * a["n_rows"] * a["dim"],
-        _once,
+        lambda a: (5 + _count_present(a, "weight_ptr", "bias_ptr", "pos_ptr")) * a["n_rows"] * a["dim"],
+        _no_loop,
     ),
-    "patch_embed_bwd_weight_kernel": (_patches, _part("n_rows")),
-    "patch_embed_bwd_image_kernel": (_patches, _steps("dim", "BLOCK_N")),
-    "patch_embed_bwd_norm_kernel": (lambda a: 10 * a["n_rows"] * _patch_dim(a), _once),
+    "patch_embed_bwd_weight_kernel": (_patches, _split_trips("n_rows")),
+    "patch_embed_bwd_image_kernel": (_patches, _trips("dim", "BLOCK_N")),
+    "patch_embed_bwd_norm_kernel": (lambda a: 10 * a["n_rows"] * _patch_dim(a), _no_loop),
 }
 # tensors that are read and written
 IN_PLACE = {("patch_embed_bwd_norm_kernel", "dimage_ptr"), ("qk_norm_bwd_kernel", "dx_ptr")}
 
 
-def least_bytes(kernel: str, arguments: Arguments) -> int:
+def min_bytes(kernel: str, arguments: Arguments) -> int:
     """Bytes if every tensor is read or written once; repeated elements of an expanded tensor count once."""
 
     def distinct(x: torch.Tensor) -> int:

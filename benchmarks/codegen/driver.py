@@ -15,7 +15,7 @@ from vit_triton.kernels import launch
 
 
 @dataclass
-class Launched:
+class CompiledKernel:
     """A compiled kernel with the grids and arguments of its launches."""
 
     kernel: Any
@@ -83,22 +83,22 @@ class Compiler(DriverBase):
 
 
 @contextlib.contextmanager
-def compiling_for(arch: str, only: str = "", by: type[Compiler] = Compiler) -> Iterator[list[Launched]]:
+def compile_for(arch: str, only: str = "", driver_class: type[Compiler] = Compiler) -> Iterator[list[CompiledKernel]]:
     """Compile launches on CPU tensors for ``arch``, if the kernel's name contains ``only``. The yielded list is filled
-    at the end of the block, with one entry per kernel. ``by``: class of the active driver."""
+    at the end of the block, with one entry per kernel. ``driver_class``: class of the active driver."""
     before, compiled, start = driver._active, dict(launch._compiled), launch.start
 
     def start_some(kernel: Any, *launch: Any) -> None:
         if only in kernel.fn.__name__:
             start(kernel, *launch)
 
-    compiler = by(arch)
+    compiler = driver_class(arch)
     driver.set_active(compiler)
-    found: list[Launched] = []
+    found: list[CompiledKernel] = []
     try:
-        with launch.starting(start_some):
+        with launch.override_start(start_some):
             yield found
-        kernels = {kernel.hash: Launched(kernel) for key, kernel in launch._compiled.items() if compiler in key}
+        kernels = {kernel.hash: CompiledKernel(kernel) for key, kernel in launch._compiled.items() if compiler in key}
         for hash_, grid, arguments in compiler.launches:
             if hash_ in kernels:
                 kernels[hash_].launches.append((grid, arguments))

@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.codegen import amdgcn, sass
 from benchmarks.codegen.architectures import ARCHITECTURES
-from benchmarks.codegen.cost import COSTS, least_bytes
-from benchmarks.codegen.driver import Launched, compiling_for
+from benchmarks.codegen.cost import COSTS, min_bytes
+from benchmarks.codegen.driver import CompiledKernel, compile_for
 from benchmarks.codegen.instructions import Instruction, loops, narrow_accesses, waits
 from vit_triton.tuning.shapes import DTYPES as TORCH_DTYPES
 
@@ -89,7 +89,7 @@ def figures(
 ) -> list[Figures]:
     """Figures of every kernel launched by ``run`` whose name contains ``only``, compiled for ``arch``. ``dump``: output
     folder for binary, assembly and figures."""
-    with compiling_for(arch, only) as found, precision(dtype):
+    with compile_for(arch, only) as found, precision(dtype):
         run(DTYPES[dtype])
     return [_figures(each, arch, dtype, dump) for each in found]
 
@@ -111,7 +111,7 @@ def precision(dtype: str) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _figures(launched: Launched, arch: str, dtype: str, dump: Path | None) -> Figures:
+def _figures(launched: CompiledKernel, arch: str, dtype: str, dump: Path | None) -> Figures:
     kernel, limits = launched.kernel, ARCHITECTURES[arch]
     registers, local_bytes, code = _code(arch).read(kernel)
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
@@ -119,7 +119,7 @@ def _figures(launched: Launched, arch: str, dtype: str, dump: Path | None) -> Fi
     names = kernel.src.fn.arg_names
     constants = {names[path[0]]: str(value) for path, value in kernel.src.constants.items() if len(path) == 1}
     flops_of, trips_of = COSTS[kernel.name]
-    grid, arguments = max(launched.launches, key=lambda launch: least_bytes(kernel.name, launch[1]))
+    grid, arguments = max(launched.launches, key=lambda launch: min_bytes(kernel.name, launch[1]))
     result = Figures(
         kernel=kernel.name,
         hash=kernel.hash,
@@ -140,7 +140,7 @@ def _figures(launched: Launched, arch: str, dtype: str, dump: Path | None) -> Fi
         grid=grid,
         trips=trips_of(arguments),
         flops=flops_of(arguments),
-        bytes=least_bytes(kernel.name, arguments),
+        bytes=min_bytes(kernel.name, arguments),
     )
     if dump is not None:
         stem = f"{kernel.name}-{arch}-{dtype}-{kernel.hash[:8]}"

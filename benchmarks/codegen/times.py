@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from benchmarks.codegen import sass, workloads
-from benchmarks.codegen.cost import COSTS, Arguments, least_bytes
-from benchmarks.codegen.driver import compiling_for
+from benchmarks.codegen.cost import COSTS, Arguments, min_bytes
+from benchmarks.codegen.driver import compile_for
 from benchmarks.codegen.figures import DTYPES, precision, tensor_columns
 from benchmarks.codegen.gpus import GPUS
 from benchmarks.codegen.model import Times, times
@@ -102,7 +102,7 @@ class Row:
 
 
 def row(gpu: str, dtype: str, case: Case) -> Row:
-    with compiling_for(GPUS[gpu].arch, case.kernel) as found, precision(dtype):
+    with compile_for(GPUS[gpu].arch, case.kernel) as found, precision(dtype):
         case.call(DTYPES[dtype])
     launches = [
         (each.kernel, grid, arguments)
@@ -122,7 +122,7 @@ def row(gpu: str, dtype: str, case: Case) -> Row:
         kernel.trips(trips(arguments)),
         blocks,
         flops=flops(arguments) if kernel.multiplies else 0,
-        n_bytes=least_bytes(case.kernel, arguments),
+        n_bytes=min_bytes(case.kernel, arguments),
     )
     tile = "x".join(str(arguments[name]) for name in arguments if name.startswith("BLOCK_"))
     return Row(case.name, case.kernel, gpu, dtype, tile, grid, registers, computed)

@@ -56,27 +56,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan for an H200 and an RTX 4090, and exit")
 
 
-def run(given: argparse.Namespace) -> None:
-    out = given.out.resolve()
-    if given.dry_run:
+def run(args: argparse.Namespace) -> None:
+    out = args.out.resolve()
+    if args.dry_run:
         for gpu in plan.PLANNED:
             every = sections(Context("cuda", out), plan.CORES)
-            print("\n".join([*plan.table(_only(every, given.only), given.minutes, gpu), ""]))
+            print("\n".join([*plan.table(_select_steps(every, args.only), args.minutes, gpu), ""]))
         print("expected times are computed from kernels to compile, FLOPs and measuring time; none is measured")
         return
-    interpreting = _interpreting(given.device)
+    interpreting = _interpreting(args.device)
     start = time.time()
-    context = Context(given.device, out, given.device == "cpu", interpreting, start + 60 * given.minutes - RESERVED)
+    context = Context(args.device, out, args.device == "cpu", interpreting, start + 60 * args.minutes - RESERVED)
     every = sections(context)
-    chosen = _only(every, given.only)
+    chosen = _select_steps(every, args.only)
     if context.tiny:
         print("trial on a CPU: all sizes are tiny, and times say nothing about a GPU", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        given.out.mkdir(parents=True, exist_ok=True)
-        with _alone(out), environment({"TRITON_INTERPRET": "1"} if context.interpreting else {}):
-            results = Results(given.out, {"minutes": given.minutes, "device": given.device, "only": given.only})
-            complete = _run(context, every, chosen, given.again, results, start)
+        args.out.mkdir(parents=True, exist_ok=True)
+        with _lock_folder(out), environment({"TRITON_INTERPRET": "1"} if context.interpreting else {}):
+            results = Results(args.out, {"minutes": args.minutes, "device": args.device, "only": args.only})
+            complete = _run(context, every, chosen, args.again, results, start)
     except OSError as error:
         raise SystemExit(f"cannot continue: {error}") from None  # disk full, stdout closed
     if not complete:
@@ -97,11 +97,11 @@ def _interpreting(device: str) -> bool:
         return False
     from vit_triton import cpu
 
-    return asked or cpu.why_not() is not None
+    return asked or cpu.unsupported_reason() is not None
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _lock_folder(folder: Path) -> Iterator[None]:
     """Lock the folder. Exits if another command holds the lock."""
     import fcntl
 
@@ -118,7 +118,7 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _only(every: list[Section], text: str) -> list[Section]:
+def _select_steps(every: list[Section], text: str) -> list[Section]:
     """Sections reduced to the steps whose name contains ``text``."""
     chosen = [
         Section(each.name, each.title, each.until, steps, each.processes)
@@ -135,7 +135,7 @@ def _run(
 ) -> bool:
     """Run the steps of the ``chosen`` sections. Returns False if interrupted."""
 
-    def keep(key: str, result: dict[str, Any]) -> None:
+    def on_result(key: str, result: dict[str, Any]) -> None:
         results.add(key, result)
         now = int(time.time() - start)
         print(f"{now // 60:3}:{now % 60:02}  {result['status']:<13}  {key:<66}  {result['line']}", flush=True)
@@ -150,7 +150,7 @@ def _run(
     if "machine" not in result:
         raise SystemExit(f"the device cannot be used: {result['line']}\n{result.get('detail', '')}")
     results.identify(result["machine"])
-    keep(f"machine: {DEVICE}", result)
+    on_result(f"machine: {DEVICE}", result)
     peak = plan.peak_of(result["machine"]["gpu"]) if context.device == "cuda" else None
     clock = Clock(start, (context.end - start) / 60, peak)
     most = result["processes"]
@@ -159,7 +159,7 @@ def _run(
         for section in chosen:
             left = [step for step in section.steps if results.missing(section.key(step), again)]
             workers = [_worker(context, f"{section.name}-{i}") for i in range(min(section.processes, most, len(left)))]
-            run_steps(section, left, workers, clock, keep)
+            run_steps(section, left, workers, clock, on_result)
             _write_report(context.folder, results, every)
     except KeyboardInterrupt:
         print("stopped", flush=True)

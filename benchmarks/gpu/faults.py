@@ -13,7 +13,7 @@ from benchmarks.gpu.step import Context, Step
 VARIABLE = "VIT_TRITON_GPU_FAULTS"
 
 
-def wanted() -> bool:
+def enabled() -> bool:
     return os.environ.get(VARIABLE) == "1"
 
 

@@ -16,7 +16,7 @@ import numpy
 import torch
 
 import vit_triton
-from benchmarks.gpu.step import Context, Step, Wrong, environment
+from benchmarks.gpu.step import Context, Step, WrongNumbers, environment
 from benchmarks.peaks import shortest
 from benchmarks.runner import machine, versions
 from vit_triton.kernels import tuned
@@ -80,7 +80,7 @@ def source() -> str:
 
 
 def _tiles(gpu: str) -> str:
-    path = tuned.found(gpu)
+    path = tuned.table_path(gpu)
     return "computed" if path is None else f"tuned, {path}"
 
 
@@ -110,11 +110,13 @@ def _first_kernel(context: Context) -> dict[str, Any]:
             if context.device == "cuda":
                 torch.cuda.synchronize()
         except Exception as error:
-            raise Wrong(f"{' '.join(f'{type(error).__name__}: {error}'.split())[:300]}; {_compiler()}") from error
+            raise WrongNumbers(
+                f"{' '.join(f'{type(error).__name__}: {error}'.split())[:300]}; {_compiler()}"
+            ) from error
         seconds = time.perf_counter() - start
     right = torch.allclose(y.cpu(), torch.nn.functional.layer_norm(x.cpu(), (256,)), atol=1e-4)
     if not right:
-        raise Wrong("the first kernel, LayerNorm, returns wrong numbers")
+        raise WrongNumbers("the first kernel, LayerNorm, returns wrong numbers")
     return {"line": f"compiled and run in {seconds:.1f} s; {_compiler()}", "compile_seconds": seconds}
 
 
@@ -126,7 +128,7 @@ def _compiler() -> str:
 
 
 def _copy(context: Context) -> dict[str, Any]:
-    source = torch.zeros(context.at(2**30, 2**26), dtype=torch.uint8, device=context.device)
+    source = torch.zeros(context.select(2**30, 2**26), dtype=torch.uint8, device=context.device)
     target = torch.empty_like(source)
     seconds = shortest(lambda: target.copy_(source), CALLS, context.device)
     rate = 2 * source.numel() / seconds / 1e9
@@ -134,7 +136,7 @@ def _copy(context: Context) -> dict[str, Any]:
 
 
 def _product(dtype: torch.dtype, context: Context) -> dict[str, Any]:
-    n = context.at(8192, 512)
+    n = context.select(8192, 512)
     a, b = torch.randn(2, n, n, device=context.device).to(dtype)
     rate = 2 * n**3 / shortest(lambda: a @ b, CALLS, context.device) / 1e12
     return {"line": f"{rate:.4g} TFLOP/s, {n} x {n} matrices", "tflops": rate}

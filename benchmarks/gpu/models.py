@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 import vit_triton
-from benchmarks.gpu.step import COMPILE_SECONDS, SEED, Context, Skip, Step, Wrong, is_of_memory
+from benchmarks.gpu.step import COMPILE_SECONDS, SEED, Context, Skip, Step, WrongNumbers
 from benchmarks.models import gradients, hugging_face, inference, loss, ours, torchvision
 from benchmarks.runner import limits
 from benchmarks.timing import METHODS, ratios
+from vit_triton.cli.errors import is_out_of_memory
 from vit_triton.tuning.measure import errors
 from vit_triton.tuning.shapes import CLASSES, Shape
 from vit_triton.tuning.sizes import SIZES, Size
@@ -60,7 +61,7 @@ class Model:
             return "vit_triton", ours(shape, backend="torch")
 
     def shape(self, context: Context) -> Shape:
-        size, image = context.at((self.size, self.image), (TINY, 2 * TINY.patch))
+        size, image = context.select((self.size, self.image), (TINY, 2 * TINY.patch))
         return Shape(self.name, 1, image, (image // size.patch) ** 2 + 1, size)
 
     def _timm(self, shape: Shape) -> nn.Module:
@@ -121,26 +122,26 @@ def _errors(what: str, model: nn.Module, exact: Any, image: Tensor, labels: Tens
 
 
 def _compare(what: str, plain: nn.Module, ours: nn.Module, image: Tensor, labels: Tensor) -> dict[str, float]:
-    """The largest errors of ours and of PyTorch. Raises :class:`Wrong` if ours exceeds the limit."""
+    """The largest errors of ours and of PyTorch. Raises :class:`WrongNumbers` if ours exceeds the limit."""
     double = copy.deepcopy(plain).double()
     exact = (inference(double, image.double()) if what == INFERENCE else gradients(double, image.double(), labels))()
     del double
     theirs, found = (_errors(what, model, exact, image, labels) for model in (plain, ours))
     for error, peer, limit in zip(found, theirs, limits(theirs, torch.bfloat16), strict=True):
         if not error <= limit:
-            raise Wrong(f"error {error:.1e}, PyTorch's {peer:.1e}", error=error, pytorch=peer)
+            raise WrongNumbers(f"error {error:.1e}, PyTorch's {peer:.1e}", error=error, pytorch=peer)
     return {"error": max(found), "pytorch": max(theirs)}
 
 
 def _measure(what: str, model: Model, compiled: bool, context: Context) -> dict[str, Any]:
     if compiled and context.device == "cpu":
         raise Skip("torch.compile takes minutes on a CPU")
-    batch = context.at(model.batch[what == TRAINING], 2)
+    batch = context.select(model.batch[what == TRAINING], 2)
     while True:
         try:
             return _measure_batch(what, model, compiled, context, batch)
         except Exception as error:  # out of memory is a RuntimeError on a CPU
-            if not is_of_memory(error) or batch == 1:
+            if not is_out_of_memory(error) or batch == 1:
                 raise
             batch //= 2
         gc.collect()
@@ -163,7 +164,7 @@ def _measure_batch(what: str, model: Model, compiled: bool, context: Context, ba
         variants = {"accelerated": accelerated, "torch.compile": torch.compile(eager, dynamic=False)}
     calls = {name: _call(what, variant, image, labels) for name, variant in variants.items()}
     facts["memory"] = {name: _peak(call, context) for name, call in calls.items()}
-    rounds = METHODS[context.device](calls, context.at(SECONDS, 0.2), False).rounds
+    rounds = METHODS[context.device](calls, context.select(SECONDS, 0.2), False).rounds
     seconds = {name: statistics.median(each) for name, each in rounds.items()}
     facts["images_per_second"] = {name: batch / each for name, each in seconds.items()}
     facts["ratio"] = ratios(rounds, "accelerated")

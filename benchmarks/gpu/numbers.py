@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.step import SEED, Context, Skip, Step, Wrong
+from benchmarks.gpu.step import SEED, Context, Skip, Step, WrongNumbers
 from benchmarks.runner import TOLERANCE, limits
 from vit_triton import ViT
 from vit_triton import functional as F
 from vit_triton.tuning.measure import errors, flat
 from vit_triton.tuning.shapes import DTYPES
 
-At = Callable[[Any, Any], Any]  # Context.at
-Make = Callable[[At], list[Tensor]]
+Select = Callable[[Any, Any], Any]  # Context.at
+Make = Callable[[Select], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class Check:
 
 
 def _qkv(tokens: int, heads: int, head_dim: int, batch: int = 4) -> Make:
-    return lambda at: [torch.randn(at(batch, 1), at(tokens, min(tokens, 19)), 3, at(heads, min(heads, 2)), head_dim)]
+    return lambda select: [
+        torch.randn(select(batch, 1), select(tokens, min(tokens, 19)), 3, select(heads, min(heads, 2)), head_dim)
+    ]
 
 
 def _packed(qkv: Tensor, backend: str) -> Any:
@@ -63,9 +65,9 @@ def _packed(qkv: Tensor, backend: str) -> Any:
 def _cross(queries: int, keys: int, heads: int, head_dim: int) -> Make:
     """Views (B, N, H, D) of tensors (B, H, N, D)."""
 
-    def make(at: At) -> list[Tensor]:
-        batch, h = at(4, 1), at(heads, 2)
-        lengths = [at(n, min(n, 19)) for n in (queries, keys, keys)]
+    def make(select: Select) -> list[Tensor]:
+        batch, h = select(4, 1), select(heads, 2)
+        lengths = [select(n, min(n, 19)) for n in (queries, keys, keys)]
         return [torch.randn(batch, h, n, head_dim).transpose(1, 2) for n in lengths]
 
     return make
@@ -83,14 +85,14 @@ def _normed(norm_type: str, qkv: Tensor, *norms: Tensor, backend: str) -> Any:
 
 
 def _normed_qkv(parameters: int) -> Make:
-    return lambda at: [*_qkv(197, 12, 64)(at), *(torch.randn(64) for _ in range(parameters))]
+    return lambda select: [*_qkv(197, 12, 64)(select), *(torch.randn(64) for _ in range(parameters))]
 
 
 def _rows(width: int, *others: tuple[int, ...], rows: int = 8 * 197) -> Make:
     """x (rows, width) and tensors of the shapes ``others``, where -1 stands for ``rows``."""
 
-    def make(at: At) -> list[Tensor]:
-        n = at(rows, min(rows, 21))
+    def make(select: Select) -> list[Tensor]:
+        n = select(rows, min(rows, 21))
         made = [torch.randn(n, width)]
         for first, *rest in others:
             scale = rest[0] ** -0.5 if rest and first != -1 else 1.0  # weights only
@@ -102,7 +104,7 @@ def _rows(width: int, *others: tuple[int, ...], rows: int = 8 * 197) -> Make:
 
 def _small(make: Callable[[Callable[[int], int]], Make]) -> Make:
     """Divide the widths by 8 if sizes are tiny."""
-    return lambda at: make(lambda width: at(width, max(8, width // 8)))(at)
+    return lambda select: make(lambda width: select(width, max(8, width // 8)))(select)
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Any:
@@ -148,8 +150,8 @@ def _mlp_inputs(width: int, hidden: int, norm: bool = False, gated: bool = False
 
 
 def _image(patch: int, side: int, width: int, *, floats: bool) -> Make:
-    def make(at: At) -> list[Tensor]:
-        batch, pixels, d = at(4, 1), at(side, 2 * patch), at(width, 24)
+    def make(select: Select) -> list[Tensor]:
+        batch, pixels, d = select(4, 1), select(side, 2 * patch), select(width, 24)
         shape = (batch, 3, pixels, pixels)
         image = torch.randn(shape) if floats else torch.randint(256, shape, dtype=torch.uint8)
         size = 3 * patch**2
@@ -177,8 +179,8 @@ def _stem(
     return F.patch_embed(image, weight, bias, backend=backend, **options)
 
 
-def _stem_inputs(at: At) -> list[Tensor]:
-    made = _image(16, 224, 768, floats=True)(at)
+def _stem_inputs(select: Select) -> list[Tensor]:
+    made = _image(16, 224, 768, floats=True)(select)
     size, width = made[1].shape[1], made[1].shape[0]
     return [*made, *(torch.randn(n) for n in (size, size, width, width))]
 
@@ -245,7 +247,7 @@ def _both(function: Callable[..., Any], inputs: Sequence[Tensor], gradients: Seq
 def _made(check: Check, dtype: torch.dtype, context: Context) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs, and gradients in the dtypes of the results: a log-sum-exp is float32."""
     with torch.device(context.device):
-        inputs = _cast(check.inputs(context.at), dtype)
+        inputs = _cast(check.inputs(context.select), dtype)
         with torch.no_grad():
             results = flat(check.function(*inputs, backend="torch"))
         gradients = [torch.randn(1 if check.expanded else y.shape).to(y.dtype).expand(y.shape) for y in results]
@@ -261,10 +263,10 @@ def _check(check: Check, dtype: torch.dtype, context: Context) -> dict[str, Any]
     ours = functools.partial(_both, functools.partial(check.function, backend="triton"), inputs, gradients)
     pytorch = functools.partial(check.function, backend="torch")
     exact = _both(pytorch, _cast(inputs, torch.float64), _cast(gradients, torch.float64))
-    return verdict(ours(), ours(), exact, lambda: _both(pytorch, inputs, gradients), dtype)
+    return check_results(ours(), ours(), exact, lambda: _both(pytorch, inputs, gradients), dtype)
 
 
-def verdict(
+def check_results(
     found: dict[str, Tensor],
     again: dict[str, Tensor],
     exact: dict[str, Tensor],
@@ -273,7 +275,7 @@ def verdict(
 ) -> dict[str, Any]:
     """Compare ``found`` with ``exact``, and bitwise with ``again``; ``plain`` returns PyTorch's results.
 
-    Returns the facts of a step, or raises :class:`Wrong`.
+    Returns the facts of a step, or raises :class:`WrongNumbers`.
     """
     error = dict(zip(exact, errors(list(found.values()), list(exact.values())), strict=True))
     peers = dict(zip(exact, errors(list(plain().values()), list(exact.values())), strict=True))
@@ -284,10 +286,10 @@ def verdict(
     facts = {"errors": error, "pytorch": peers, "worst": worst}
     if wrong:
         messages = (f"{name}: error {e:.1e}, PyTorch's {peers[name]:.1e}" for name, e in wrong.items())
-        raise Wrong("; ".join(messages), **facts)
+        raise WrongNumbers("; ".join(messages), **facts)
     differs = [name for name, x in found.items() if not torch.equal(x, again[name])]
     if differs:
-        raise Wrong(f"two equal calls differ in bits: {', '.join(differs)}", **facts)
+        raise WrongNumbers(f"two equal calls differ in bits: {', '.join(differs)}", **facts)
     if worst is None or not any(x.numel() for x in found.values()):
         return {"line": "no elements", **facts}
     return {"line": f"{worst}: error {error[worst]:.1e}, PyTorch's {peers[worst]:.1e}; bitwise reproducible", **facts}
@@ -301,12 +303,12 @@ def _vit(context: Context, backend: str, dtype: torch.dtype) -> ViT:
     real = dict(image_size=224, patch_size=16, dim=768, heads=12, dim_head=64, mlp_dim=3072)
     tiny = dict(image_size=32, patch_size=16, dim=48, heads=2, dim_head=24, mlp_dim=96)
     with torch.device(context.device):
-        return ViT(**context.at(real, tiny), depth=2, num_classes=10, backend=backend).to(dtype)
+        return ViT(**context.select(real, tiny), depth=2, num_classes=10, backend=backend).to(dtype)
 
 
 def _image_for(context: Context, dtype: torch.dtype, batch: int = 4) -> Tensor:
-    side = context.at(224, 32)
-    return torch.randn(context.at(batch, 1), 3, side, side, device=context.device).to(dtype)
+    side = context.select(224, 32)
+    return torch.randn(context.select(batch, 1), 3, side, side, device=context.device).to(dtype)
 
 
 def _model(dtype: torch.dtype, context: Context) -> dict[str, Any]:
@@ -323,7 +325,7 @@ def _model(dtype: torch.dtype, context: Context) -> dict[str, Any]:
 
     found, again = run(models["triton"], image), run(models["triton"], image)
     exact_model = _vit(context, "torch", dtype).double()
-    return verdict(found, again, run(exact_model, image.double()), lambda: run(models["torch"], image), dtype)
+    return check_results(found, again, run(exact_model, image.double()), lambda: run(models["torch"], image), dtype)
 
 
 def _dropout(context: Context) -> dict[str, Any]:
@@ -331,8 +333,8 @@ def _dropout(context: Context) -> dict[str, Any]:
     the attention weights."""
     p, n, dtype = 0.25, 64, torch.float32
     with torch.device(context.device):
-        x, weight = torch.randn(context.at(1576, 100), 96), torch.randn(160, 96)
-        q, k = torch.randn(2, context.at(8, 2), n, 2, n)
+        x, weight = torch.randn(context.select(1576, 100), 96), torch.randn(160, 96)
+        q, k = torch.randn(2, context.select(8, 2), n, 2, n)
         v = torch.eye(n)[None, :, None].expand(q.shape)
     calls = {
         "linear": lambda p: F.linear(x, weight, dropout_p=p, backend="triton"),
@@ -344,13 +346,13 @@ def _dropout(context: Context) -> dict[str, Any]:
         dropped = call(p)
         torch.manual_seed(SEED)
         if not torch.equal(dropped, call(p)):
-            raise Wrong(f"{name}: the same seed gives different bits")
+            raise WrongNumbers(f"{name}: the same seed gives different bits")
         kept, full = dropped != 0, call(0.0)
         shares[name] = 1 - kept.double().mean().item()
         error = errors(dropped[kept], full.double()[kept] / (1 - p))[0]
         sigma = (p * (1 - p) / kept.numel()) ** 0.5
         if error > TOLERANCE * torch.finfo(dtype).eps or abs(shares[name] - p) > 6 * sigma:
-            raise Wrong(
+            raise WrongNumbers(
                 f"{name}: share dropped {shares[name]:.4f}, expected {p}; error of the other elements {error:.1e}"
             )
     line = ", ".join(f"{name} {share:.4f}" for name, share in shares.items())
@@ -387,7 +389,7 @@ def _memory(context: Context) -> dict[str, Any]:
     torch.cuda.synchronize()
     grown = torch.cuda.memory_allocated() - before
     if grown:
-        raise Wrong(f"memory grew by {grown} bytes in 100 calls of 10 shapes", bytes=grown)
+        raise WrongNumbers(f"memory grew by {grown} bytes in 100 calls of 10 shapes", bytes=grown)
     return {"line": f"{before} bytes before and after 100 calls of 10 shapes", "bytes": 0}
 
 
@@ -421,7 +423,7 @@ def _graph(context: Context) -> dict[str, Any]:
         torch.cuda.synchronize()
         got = [x.clone() for x in captured]
         if not all(map(torch.equal, got, call())):
-            raise Wrong(f"the replayed graph of {name} and the call differ in bits")
+            raise WrongNumbers(f"the replayed graph of {name} and the call differ in bits")
     return {"line": "inference and training captured; replays match the calls bitwise"}
 
 
@@ -444,7 +446,7 @@ def _streams(context: Context) -> dict[str, Any]:
             found = model(image)
         stream.synchronize()
     if not torch.equal(found, expected):
-        raise Wrong("a call on a second stream gives different bits")
+        raise WrongNumbers("a call on a second stream gives different bits")
     results: dict[int, Tensor] = {}
 
     def work(i: int) -> None:
@@ -460,7 +462,7 @@ def _streams(context: Context) -> dict[str, Any]:
     for thread in threads:
         thread.join()
     if len(results) < 4 or not all(torch.equal(x, expected) for x in results.values()):
-        raise Wrong("four threads, each with a stream: different bits, or an error in the log")
+        raise WrongNumbers("four threads, each with a stream: different bits, or an error in the log")
     return {"line": "a second stream, and four threads with a stream each, give the same bits"}
 
 
@@ -489,7 +491,7 @@ def _sanitizer(context: Context) -> dict[str, Any]:
     output = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("=========")]
     if done.returncode:
         tail = done.stderr.strip().splitlines()[-1:]
-        raise Wrong(f"exit code {done.returncode}: {' '.join([*output[:6], *tail])}", output=output[:60])
+        raise WrongNumbers(f"exit code {done.returncode}: {' '.join([*output[:6], *tail])}", output=output[:60])
     return {"line": output[-1].strip("= ") if output else "no errors"}
 
 

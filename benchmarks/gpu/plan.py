@@ -32,8 +32,9 @@ class Clock:
         return TINY_SECONDS if self.peak is None else step.expected(self.peak)
 
     def fits(self, section: Section, step: Step, now: float) -> bool:
-        """Whether the step is expected to end by its section's deadline. A step that ``fills`` only has to start."""
-        least = START_SECONDS if step.fills else self.expected(step)
+        """Whether the step is expected to end by its section's deadline. With
+        ``uses_remaining_time`` it only has to start."""
+        least = START_SECONDS if step.uses_remaining_time else self.expected(step)
         return now + least <= self.until(section)
 
     def limit(self, step: Step) -> float:
@@ -48,24 +49,26 @@ def peak_of(name: str) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """A section in a plan: ``begins`` and ``ends`` in seconds from the start, computed from expected times."""
+    """A section in a plan: ``start`` and ``end`` in seconds from the start, computed from expected times."""
 
     section: Section
-    fitting: int
-    begins: float
-    ends: float
+    num_fitting: int
+    start: float
+    end: float
 
 
 def schedule(sections: Sequence[Section], clock: Clock) -> list[Row]:
     rows, now = [], clock.start
     for section in sections:
-        begins, fitting = now, 0
+        start, num_fitting = now, 0
         now += START_SECONDS
         for step in section.steps:
             if clock.fits(section, step, now):
-                now = clock.until(section) if step.fills else now + clock.expected(step) / section.processes
-                fitting += 1
-        rows.append(Row(section, fitting, begins - clock.start, now - clock.start))
+                now = (
+                    clock.until(section) if step.uses_remaining_time else now + clock.expected(step) / section.processes
+                )
+                num_fitting += 1
+        rows.append(Row(section, num_fitting, start - clock.start, now - clock.start))
     return rows
 
 
@@ -79,8 +82,8 @@ def table(sections: Sequence[Section], minutes: float, gpu: str) -> Iterable[str
             name += f" ({processes} processes)"
         steps = row.section.steps
         whole = START_SECONDS + sum(clock.expected(step) for step in steps) / processes
-        times = "".join(f"{_minutes(seconds):>7}" for seconds in (row.begins, row.ends))
-        yield f"  {name:<44}{len(steps):>6}{_minutes(whole):>13}{row.fitting:>5}{times}"
+        times = "".join(f"{_minutes(seconds):>7}" for seconds in (row.start, row.end))
+        yield f"  {name:<44}{len(steps):>6}{_minutes(whole):>13}{row.num_fitting:>5}{times}"
 
 
 def _minutes(seconds: float) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.step import SEED, Context, Skip, Wrong, is_of_memory
+from benchmarks.gpu.step import SEED, Context, Skip, WrongNumbers
+from vit_triton.cli.errors import is_out_of_memory
 
 PASSED, SKIPPED, WRONG, FAILED = "passed", "skipped", "wrong", "failed"
 CRASHED, HUNG, OUT_OF_MEMORY = "crashed", "hung", "out of memory"
@@ -119,10 +120,10 @@ def _result(step: Any, context: Context) -> dict[str, Any]:
         result = {"status": PASSED, **facts}
     except Skip as reason:
         result = {"status": SKIPPED, "line": str(reason)}
-    except Wrong as wrong:
+    except WrongNumbers as wrong:
         result = {"status": WRONG, "line": str(wrong), **wrong.facts}
     except Exception as error:  # from any package; other steps continue
-        status = OUT_OF_MEMORY if is_of_memory(error) else FAILED
+        status = OUT_OF_MEMORY if is_out_of_memory(error) else FAILED
         line = " ".join(f"{type(error).__name__}: {error}".split())
         result = {"status": status, "line": line[:300], "detail": traceback.format_exc()[-DETAIL:]}
     result["ends"] = not _is_usable(context)

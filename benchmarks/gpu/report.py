@@ -199,8 +199,10 @@ def _tuning(folder: Path) -> str:
     if not path.exists():
         return ""
     timed = tuned.read(path).timed
-    gains = {f"{each.picker}({tuned.spelled(each.arguments)})": (tiles.gain(each), each.config) for each in timed}
-    rows = [(name, f"{gain:.2f}", config) for name, (gain, config) in gains.items() if gain > 1]
+    speedups = {
+        f"{each.picker}({tuned.format_arguments(each.arguments)})": (tiles.speedup(each), each.config) for each in timed
+    }
+    rows = [(name, f"{speedup:.2f}", config) for name, (speedup, config) in speedups.items() if speedup > 1]
     return (
         f"## Tuning\n\n{len(timed)} choices were timed, and {len(rows)} differ from the default. To use "
         f"them, set the environment variable VIT_TRITON_TUNED to the path of {path.name}.\n\n"

@@ -10,10 +10,12 @@ from benchmarks.gpu.plan import Clock
 from benchmarks.gpu.process import HUNG, Worker
 from benchmarks.gpu.step import Section, Step
 
-Keep = Callable[[str, dict[str, Any]], None]  # (key of the step, result)
+OnResult = Callable[[str, dict[str, Any]], None]  # (key of the step, result)
 
 
-def run_steps(section: Section, steps: Iterable[Step], workers: Sequence[Worker], clock: Clock, keep: Keep) -> None:
+def run_steps(
+    section: Section, steps: Iterable[Step], workers: Sequence[Worker], clock: Clock, on_result: OnResult
+) -> None:
     """Distribute the steps to the ``workers``. Steps that do not fit into the section's time are dropped."""
     left = deque(steps)
     lock = threading.Lock()
@@ -35,7 +37,7 @@ def run_steps(section: Section, steps: Iterable[Step], workers: Sequence[Worker]
                 if stopped.is_set() or (result["status"] == HUNG and time.time() >= clock.end):
                     return  # the process was ended from outside: no result
                 with lock:
-                    keep(section.key(step), result)
+                    on_result(section.key(step), result)
         except Exception as error:  # raised by keep: disk full, stdout closed
             failures.append(error)
             end()

@@ -6,7 +6,7 @@ from benchmarks.gpu import faults, machine, models, numbers, speed, tiles
 from benchmarks.gpu.step import Context, Section
 from benchmarks.runner import free_memory
 
-MOST_PROCESSES = 6
+MAX_PROCESSES = 6
 PROCESS_BYTES = 2 * 2**30  # per core: half the host memory of a process with PyTorch and CUDA
 
 
@@ -15,7 +15,7 @@ def sections(context: Context, cores: int | None = None) -> list[Section]:
     # "numbers" runs in several processes, because most of its time is compilation
     if cores is None:
         cores = min(os.cpu_count() or 1, int(free_memory("cpu") / PROCESS_BYTES))
-    processes = max(1, min(MOST_PROCESSES, cores // 2))
+    processes = max(1, min(MAX_PROCESSES, cores // 2))
     every = [
         Section("machine", "the machine", 0.1, tuple(machine.steps())),
         Section("numbers", "numbers of every operator", 0.4, tuple(numbers.steps()), processes),
@@ -23,4 +23,4 @@ def sections(context: Context, cores: int | None = None) -> list[Section]:
         Section("speed", "operators against PyTorch's", 0.9, tuple(speed.steps())),
         Section("tiles", "tuning", 1.0, tuple(tiles.steps())),
     ]
-    return [Section("faults", "faults", 1.0, tuple(faults.steps())), *every] if faults.wanted() else every
+    return [Section("faults", "faults", 1.0, tuple(faults.steps())), *every] if faults.enabled() else every

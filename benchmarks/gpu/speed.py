@@ -11,11 +11,11 @@ import torch
 from benchmarks import runner
 from benchmarks.compare import OPS
 from benchmarks.gpu.models import DINOV2_S
-from benchmarks.gpu.step import Context, Skip, Step, Wrong
+from benchmarks.gpu.step import Context, Skip, Step, WrongNumbers
 from benchmarks.ops.op import Op
 from benchmarks.timing import METHODS, ratios
 from vit_triton.kernels.linear.config import VendorGemm
-from vit_triton.kernels.picker import choosing
+from vit_triton.kernels.picker import override_choice
 from vit_triton.tuning import tune
 from vit_triton.tuning.shapes import Shape
 from vit_triton.tuning.sizes import SIZES
@@ -29,18 +29,18 @@ TINY = Shape("tiny", 2, 32, 5, dataclasses.replace(SIZES["Ti"], width=64, heads=
 
 
 def _operator(op: Op, shape: Shape, direction: str, context: Context) -> dict[str, Any]:
-    shape = context.at(shape, TINY).with_depth(context.at(BLOCKS, 1))
-    dtype = context.at(torch.bfloat16, torch.float32)
+    shape = context.select(shape, TINY).with_depth(context.select(BLOCKS, 1))
+    dtype = context.select(torch.bfloat16, torch.float32)
     functions = op.functions(context.device, compiled=False)
     (case,) = op.cases([shape], [direction], dtype, context.device, functions)
-    if reason := runner.lack_of_memory(case):
+    if reason := runner.insufficient_memory(case):
         raise Skip(reason)
-    (result,) = runner.measure(case, [torch.get_num_threads()], context.at(SECONDS, 0.05))
+    (result,) = runner.measure(case, [torch.get_num_threads()], context.select(SECONDS, 0.05))
     facts = dataclasses.asdict(result)
     if runner.OURS in result.wrong:
-        raise Wrong(result.wrong[runner.OURS], **facts)
+        raise WrongNumbers(result.wrong[runner.OURS], **facts)
     times = ", ".join(f"{name} {ms:.3f}" for name, ms in result.milliseconds.items())
-    fastest = result.against_the_fastest
+    fastest = result.ratio_to_fastest
     ratio = "" if fastest is None else f"{fastest:.2f} x the fastest other; "
     failed = "".join(f"; {name}: {why}" for name, why in result.wrong.items())
     return {"line": f"{ratio}ms: {times} ({result.method}){failed}", **facts}
@@ -53,17 +53,20 @@ def _products(picker: str, context: Context) -> dict[str, Any]:
     shape = Shape.of("B", 224, BATCH)
     cases = tune.cases(shape, torch.bfloat16, context.device)
     rows = []
-    for asked, args, group in tune.choices(cases):
-        if asked.name != picker:
+    for current, args, group in tune.choices(cases):
+        if current.name != picker:
             continue
-        key = asked.key(args)
+        key = current.key(args)
         for case in group:
 
             def run(config: Any, case: Any = case, key: Any = key) -> Any:
-                with choosing(lambda p, its: config if p.key(its) == key else p.default(*its)), torch.no_grad():
+                with (
+                    override_choice(lambda p, values: config if p.key(values) == key else p.default(*values)),
+                    torch.no_grad(),
+                ):
                     return case.run()
 
-            configs = {"ours": asked.default(*args), "vendor": VendorGemm()}
+            configs = {"ours": current.default(*args), "vendor": VendorGemm()}
             calls = {name: functools.partial(run, config) for name, config in configs.items()}
             rounds = METHODS["cuda"](calls, SECONDS / 2, False).rounds
             ms = {name: 1e3 * statistics.median(each) for name, each in rounds.items()}

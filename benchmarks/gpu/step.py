@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 SEED = 0  # for the inputs of every step
 KERNEL_SECONDS = 0.8  # compilation of a kernel and its launcher; an assumption
 COMPILE_SECONDS = 45.0  # torch.compile of a 12-block ViT in one direction; an assumption
@@ -27,7 +25,7 @@ class Context:
     interpreting: bool = False
     end: float = float("inf")
 
-    def at(self, real: Any, tiny: Any) -> Any:
+    def select(self, real: Any, tiny: Any) -> Any:
         """``tiny`` if inputs are tiny, otherwise ``real``."""
         return tiny if self.tiny else real
 
@@ -41,18 +39,12 @@ class Skip(Exception):
     """A step does not apply on this machine; the message is the reason."""
 
 
-class Wrong(Exception):
+class WrongNumbers(Exception):
     """A step found wrong numbers; ``facts`` are added to its result."""
 
     def __init__(self, line: str, **facts: Any) -> None:
         super().__init__(line)
         self.facts = facts
-
-
-def is_of_memory(error: Exception) -> bool:
-    """Whether memory ran out. On a CPU, PyTorch raises a RuntimeError, which only its message identifies."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 @contextlib.contextmanager
@@ -72,7 +64,8 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Step:
-    """``run`` returns the facts of the result, of which "line" is printed, or raises :class:`Skip` or :class:`Wrong`.
+    """``run`` returns the facts of the result, of which "line" is printed, or raises :class:`Skip` or
+    :class:`WrongNumbers`.
 
     The expected time is computed from the number of ``kernels`` to compile, the ``flops`` of the calls, and ``seconds``
     for everything else. ``limit``: timeout in seconds; default: one minute plus four times the expected time.
@@ -84,7 +77,7 @@ class Step:
     kernels: int = 0
     flops: float = 0.0
     limit: float | None = None
-    fills: bool = False  # uses all remaining time
+    uses_remaining_time: bool = False
 
     def expected(self, peak: float) -> float:
         """Expected seconds on a GPU with ``peak`` dense 16-bit FLOP/s."""

@@ -28,21 +28,26 @@ def _tune(context: Context) -> dict[str, Any]:
     done = {each.key for each in tuned.read(path).timed} if path.exists() else set()
     cases = tune.cases(Shape.of("B", 224, 64), torch.bfloat16, "cuda")
     total = len(tune.choices(cases))
-    left = [dataclasses.replace(case, asks={k: ask for k, ask in case.asks.items() if k not in done}) for case in cases]
+    left = [
+        dataclasses.replace(
+            case, picker_calls={k: picker_call for k, picker_call in case.picker_calls.items() if k not in done}
+        )
+        for case in cases
+    ]
     for each in tune.tune(left, lambda call: on_gpu(call, SECONDS)):
         tune.write(path, name, arch, [each], 1)  # after every choice: the command may end during the next one
         if time.time() > context.end - RESERVED:
             break
     timed = tuned.read(path).timed if path.exists() else []
-    faster = sum(gain(each) > 1 for each in timed)
+    faster = sum(speedup(each) > 1 for each in timed)
     line = f"{len(timed)} of {total} choices timed, {faster} differ from the default; {path.name}"
     return {"line": line, "complete": len(timed) >= total}
 
 
-def gain(each: tuned.Timed) -> float:
+def speedup(each: tuned.Timed) -> float:
     """Time of the default / time of the chosen candidate."""
     return each.milliseconds[0][1] / dict(each.milliseconds)[each.config]
 
 
 def steps() -> Iterator[Step]:
-    yield Step("ViT-B/16, bfloat16, batch 64", _tune, seconds=600.0, limit=24 * 3600.0, fills=True)
+    yield Step("ViT-B/16, bfloat16, batch 64", _tune, seconds=600.0, limit=24 * 3600.0, uses_remaining_time=True)

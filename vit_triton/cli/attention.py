@@ -21,39 +21,39 @@ COLUMNS = 7  # an image and six heads
 @torch.inference_mode()
 def run(options: argparse.Namespace) -> int:
     report.check_picture(options.out)
-    named = models.open_model(options, purpose="attention")
+    model = models.open_model(options, purpose="attention")
     refused: dict[Path, ImageError] = {}
-    seen: list[tuple[Path, Image.Image]] = []
+    photos: list[tuple[Path, Image.Image]] = []
     maps: list[Tensor] = []
-    for paths, cuts, images in named.batches(options.images, refused):
-        seen += zip(paths, cuts, strict=True)
-        maps += named.attention(images, options.layer).float().cpu()
-    if seen:
-        report.save_picture(draw(seen, maps), options.out)
+    for paths, crops, images in model.batches(options.images, refused):
+        photos += zip(paths, crops, strict=True)
+        maps += model.attention(images, options.layer).float().cpu()
+    if photos:
+        report.save_picture(draw(photos, maps), options.out)
     return report.exit_code(refused, len(options.images))
 
 
-def draw(seen: list[tuple[Path, Image.Image]], maps: list[Tensor]) -> Figure:
+def draw(photos: list[tuple[Path, Image.Image]], maps: list[Tensor]) -> Figure:
     """Draw each image, followed by the image overlaid with each head's map. Many heads continue on the next row."""
     heads = len(maps[0])
     columns = min(COLUMNS, heads + 1)
     lines = -(-heads // (columns - 1))
-    figure = Figure(figsize=(12, len(seen) * lines * (12 / columns + 0.22)), layout="constrained")
-    all_axes = figure.subplots(len(seen) * lines, columns, squeeze=False)
+    figure = Figure(figsize=(12, len(photos) * lines * (12 / columns + 0.22)), layout="constrained")
+    all_axes = figure.subplots(len(photos) * lines, columns, squeeze=False)
     for axes in all_axes.flat:
         axes.set_axis_off()
-    for i, ((path, photo), heads_of) in enumerate(zip(seen, maps, strict=True)):
+    for i, ((path, photo), heads_of) in enumerate(zip(photos, maps, strict=True)):
         rows = all_axes[i * lines : (i + 1) * lines]
         rows[0, 0].imshow(photo, cmap="gray", vmin=0, vmax=255)
         rows[0, 0].set_title(path.name, fontsize=11)
         for head, (axes, weights) in enumerate(zip(rows[:, 1:].flat, heads_of, strict=False)):
-            axes.imshow(over(photo, weights))
+            axes.imshow(overlay(photo, weights))
             if i == 0 or lines > 1:
                 axes.set_title(f"head {head + 1}", fontsize=11)
     return figure
 
 
-def over(photo: Image.Image, weights: Tensor) -> np.ndarray:
+def overlay(photo: Image.Image, weights: Tensor) -> np.ndarray:
     """Overlay the darkened gray image with a heat map of ``weights`` (rows, columns); return (height, width, 3)."""
     # a few outlier patches have far larger weights than all others (arXiv:2309.16588)
     light = (weights / weights.quantile(0.995).clamp_min(1e-12)).clamp(0, 1)

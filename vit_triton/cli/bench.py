@@ -12,10 +12,10 @@ import vit_triton
 
 
 def run(options: argparse.Namespace) -> int:
-    return hand_over(options.arguments)
+    return run_checkout(options.arguments)
 
 
-def hand_over(arguments: list[str]) -> int:
+def run_checkout(arguments: list[str]) -> int:
     """Run the benchmarks of a checkout: the working directory, or else the parent folder of this package.
 
     Raises:

@@ -65,7 +65,7 @@ def run(argv: list[str]) -> int:
     """Parse and run a command line. User errors are reported as one line on stderr."""
     try:
         if argv[:1] == ["bench"]:  # the parser of the benchmarks handles the remaining arguments
-            return bench.hand_over(argv[1:])
+            return bench.run_checkout(argv[1:])
         given = parser().parse_args(argv)
         return _module(given.command).run(given)
     except KeyboardInterrupt:
@@ -76,15 +76,8 @@ def run(argv: list[str]) -> int:
     except (ImportError, OSError, ValueError) as error:
         return errors.report(" ".join(str(error).split()), 2)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not errors.is_out_of_memory(error):
             raise
         return errors.report(
             f"out of memory; reduce the size of the model, image or batch: {' '.join(str(error).split())}", 2
         )
-
-
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Return whether an allocation failed. For CPU memory, PyTorch raises a RuntimeError without a class of its own."""
-    import torch
-
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

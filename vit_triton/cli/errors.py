@@ -32,6 +32,14 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out. Not all errors have a class of their own: CPU memory, cuBLAS."""
+    import torch
+
+    messages = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in messages)
+
+
 def _prepare_report(line: str) -> None:
     """Write ``line`` to torchrun's error file. Ranks other than 0 first wait for GRACE seconds.
 

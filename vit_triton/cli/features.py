@@ -25,14 +25,14 @@ COLUMNS = 3  # images per row, each with its components
 @torch.inference_mode()
 def run(options: argparse.Namespace) -> int:
     report.check_picture(options.out)
-    named = models.open_model(options, purpose="features")
+    model = models.open_model(options, purpose="features")
     refused: dict[Path, ImageError] = {}
-    seen: list[tuple[Path, Image.Image]] = []
+    photos: list[tuple[Path, Image.Image]] = []
     parts = []
-    for paths, cuts, images in named.batches(options.images, refused):
-        seen += zip(paths, cuts, strict=True)
-        parts.append(named.features(images).float().cpu())
-    if seen:
+    for paths, crops, images in model.batches(options.images, refused):
+        photos += zip(paths, crops, strict=True)
+        parts.append(model.features(images).float().cpu())
+    if photos:
         features = torch.cat(parts)
         shown = foreground(features) if options.foreground else torch.ones(features.shape[:-1], dtype=torch.bool)
         colours = components(features, shown)
@@ -41,14 +41,14 @@ def run(options: argparse.Namespace) -> int:
             table,
             lambda file: np.savez_compressed(
                 file,
-                images=np.array([str(path) for path, _ in seen]),
+                images=np.array([str(path) for path, _ in photos]),
                 features=features.numpy(),
                 foreground=shown.numpy(),
                 components=colours.numpy(),
             ),
         )
         print(f"wrote {table}")
-        report.save_picture(draw(seen, colours, shown), options.out)
+        report.save_picture(draw(photos, colours, shown), options.out)
     return report.exit_code(refused, len(options.images))
 
 
@@ -86,24 +86,24 @@ def components(features: Tensor, shown: Tensor) -> Tensor:
     return colours
 
 
-def draw(seen: list[tuple[Path, Image.Image]], colours: Tensor, shown: Tensor) -> Figure:
+def draw(photos: list[tuple[Path, Image.Image]], colours: Tensor, shown: Tensor) -> Figure:
     """Draw the images, each with its components to the right."""
-    rows = -(-len(seen) // COLUMNS)
-    columns = -(-len(seen) // rows)
+    rows = -(-len(photos) // COLUMNS)
+    columns = -(-len(photos) // rows)
     figure = Figure(figsize=(12, rows * (12 / (2 * columns) + 0.28)), layout="constrained")
     all_axes = figure.subplots(rows, 2 * columns, squeeze=False)
     for axes in all_axes.flat:
         axes.set_axis_off()
-    for i, ((path, photo), colour, mask) in enumerate(zip(seen, colours, shown, strict=True)):
+    for i, ((path, photo), colour, mask) in enumerate(zip(photos, colours, shown, strict=True)):
         left, right = all_axes[i // columns, 2 * (i % columns) : 2 * (i % columns) + 2]
         left.imshow(photo, cmap="gray", vmin=0, vmax=255)
         left.set_title(path.name, fontsize=11)
-        right.imshow(enlarged(colour, mask, photo.size))
+        right.imshow(upsample(colour, mask, photo.size))
         right.set_title("components 1, 2, 3", fontsize=11)
     return figure
 
 
-def enlarged(colour: Tensor, mask: Tensor, size: tuple[int, int]) -> np.ndarray:
+def upsample(colour: Tensor, mask: Tensor, size: tuple[int, int]) -> np.ndarray:
     """Resize (rows, columns, 3) to (height, width, 3) with bicubic interpolation, over a white background."""
     image = torch.cat((colour, mask[..., None]), dim=-1).permute(2, 0, 1)[None]
     image = torch.nn.functional.interpolate(image, size=size[::-1], mode="bicubic")[0].permute(1, 2, 0)

@@ -55,20 +55,20 @@ def _versions() -> Iterator[tuple[str, str]]:
 def cpu() -> str:
     """Describe the CPU and how it runs the kernels."""
     from vit_triton import cpu
-    from vit_triton.backend import cpu_vehicle
+    from vit_triton.backend import cpu_mode
     from vit_triton.cpu import features
 
     number = torch.get_num_threads()
     threads = f"{number} thread{'' if number == 1 else 's'}"
     try:
-        vehicle = {
+        mode = {
             "compiled": f"kernels compiled for {', '.join(features.detect())}",
             "interpreter": "kernels in Triton's interpreter, for checking results",
             "driver": "kernels on the active Triton driver",
-        }[cpu_vehicle()]
+        }[cpu_mode()]
     except (ImportError, RuntimeError) as error:
-        vehicle = f"no kernels: {cpu.why_not() if not isinstance(error, ImportError) else error}"
-    return f"{platform.machine()}, {threads}; {vehicle}"
+        mode = f"no kernels: {cpu.unsupported_reason() if not isinstance(error, ImportError) else error}"
+    return f"{platform.machine()}, {threads}; {mode}"
 
 
 def _gpus() -> Iterator[tuple[str, str]]:

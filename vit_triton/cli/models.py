@@ -38,39 +38,41 @@ HUGGING_FACE = ("vit", "deit", "dinov2", "dinov2_with_registers")  # the class t
 
 
 @dataclass(frozen=True)
-class Sight:
+class Preprocessing:
     """Preprocessing of a model: a square center crop, resized to ``size`` and normalized."""
 
     size: int
-    crop: float = 1.0  # side of the crop / shorter side of the image
+    crop_pct: float = 1.0  # side of the crop / shorter side of the image
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     resample: int = Image.Resampling.BILINEAR
 
-    def cut(self, image: Image.Image) -> Image.Image:
+    def crop_image(self, image: Image.Image) -> Image.Image:
         """Crop and resize an RGB image to ``size`` x ``size``; gray for models with one channel."""
-        side = min(image.size) * self.crop
+        side = min(image.size) * self.crop_pct
         left, top = (image.width - side) / 2, (image.height - side) / 2
-        cut = image.resize((self.size, self.size), self.resample, box=(left, top, left + side, top + side))
-        return cut if len(self.mean) == 3 else cut.convert("L")
+        crop = image.resize((self.size, self.size), self.resample, box=(left, top, left + side, top + side))
+        return crop if len(self.mean) == 3 else crop.convert("L")
 
-    def tensor(self, cuts: Iterable[Image.Image]) -> Tensor:
+    def to_tensor(self, crops: Iterable[Image.Image]) -> Tensor:
         """Return the normalized images, (B, C, size, size)."""
-        pixels = torch.stack([torch.from_numpy(np.array(cut)).view(self.size, self.size, -1) for cut in cuts])
+        pixels = torch.stack([torch.from_numpy(np.array(crop)).view(self.size, self.size, -1) for crop in crops])
         values = (pixels.float() / 255 - torch.tensor(self.mean)) / torch.tensor(self.std)
         return values.permute(0, 3, 1, 2).contiguous()
 
 
-class Named:
-    """A model in eval mode on its device. The methods accept images (B, C, H, W) from :meth:`Sight.tensor`."""
+class InferenceModel:
+    """A model in eval mode on its device. Its methods accept images (B, C, H, W) of :meth:`Preprocessing.to_tensor`."""
 
-    def __init__(self, model: nn.Module, sight: Sight, patch: int, classes: tuple[str, ...], device: str) -> None:
-        self.model, self.sight, self.patch, self.classes = model, sight, patch, classes
+    def __init__(
+        self, model: nn.Module, preprocessing: Preprocessing, patch: int, classes: tuple[str, ...], device: str
+    ) -> None:
+        self.model, self.preprocessing, self.patch, self.classes = model, preprocessing, patch, classes
         self.device = device
 
     def grid(self, tokens: Tensor) -> Tensor:
         """Drop the prefix tokens: (..., prefix tokens + rows * columns, dim) -> (..., rows, columns, dim)."""
-        side = self.sight.size // self.patch
+        side = self.preprocessing.size // self.patch
         return tokens[..., -side * side :, :].unflatten(-2, (side, side))
 
     def logits(self, images: Tensor) -> Tensor:
@@ -94,18 +96,18 @@ class Named:
         quiet = len(starts) < 2 or not console.is_terminal
         for start in track(starts, "images", console=console, transient=True, disable=quiet):
             opened: list[Path] = []
-            cuts = []
+            crops = []
             for path in paths[start : start + BATCH]:
                 try:
-                    cuts.append(self.sight.cut(open_image(path)))
+                    crops.append(self.preprocessing.crop_image(open_image(path)))
                     opened.append(path)
                 except ImageError as error:
                     refused[path] = error
-            if cuts:
-                yield opened, cuts, self.sight.tensor(cuts).to(self.device)
+            if crops:
+                yield opened, crops, self.preprocessing.to_tensor(crops).to(self.device)
 
 
-class Trained(Named):
+class TrainedModel(InferenceModel):
     """A ViT or SimpleViT of this library."""
 
     def features(self, images: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ class Trained(Named):
         return self.grid(maps[:, _layer(layer, maps.shape[1])].unsqueeze(-1))[..., 0]
 
 
-class Timm(Named):
+class TimmModel(InferenceModel):
     """A VisionTransformer of timm."""
 
     def features(self, images: Tensor) -> Tensor:
@@ -142,12 +144,12 @@ class Timm(Named):
         return self.grid(maps[0][:, :, 0].unsqueeze(-1))[..., 0]
 
 
-class HuggingFace(Named):
+class HuggingFaceModel(InferenceModel):
     """A ViT, DeiT or DINOv2 of transformers."""
 
     def _run(self, images: Tensor, **options: Any) -> Any:
         model: Any = self.model
-        if self.sight.size != model.config.image_size:
+        if self.preprocessing.size != model.config.image_size:
             options["interpolate_pos_encoding"] = True
         return model(images, **options)
 
@@ -171,7 +173,7 @@ def _layer(layer: int, layers: int) -> int:
 # --- opening models ---------------------------------------------------------------------------------------
 
 
-def open_model(options: argparse.Namespace, *, purpose: str) -> Named:
+def open_model(options: argparse.Namespace, *, purpose: str) -> InferenceModel:
     """Open the model of ``options.model`` for a purpose: "logits", "features" or "attention".
 
     Raises:
@@ -189,40 +191,40 @@ def open_model(options: argparse.Namespace, *, purpose: str) -> Named:
         for option in ("key", "grid", "resample"):
             if getattr(options, option) and options.weights is None:
                 raise ValueError(f"--{option} requires --weights")
-        named = (_timm if kind == "timm" else _hugging_face)(name, options, device, purpose)
-        accelerate(named.model, options.backend)
+        model = (_timm if kind == "timm" else _hugging_face)(name, options, device, purpose)
+        accelerate(model.model, options.backend)
     else:
         for option in ("weights", "ignore", "key", "grid", "resample", "image_size"):
             if getattr(options, option):
                 raise ValueError(f"--{option.replace('_', '-')} requires a timm: or hf: model, got {options.model}")
-        named = _trained(Path(options.model), options.backend, device)
-    if purpose == "logits" and not named.classes:
+        model = _trained(Path(options.model), options.backend, device)
+    if purpose == "logits" and not model.classes:
         raise ValueError(f"--model: {options.model} has no classification head")
-    named.model.eval().to(device)
-    return named
+    model.model.eval().to(device)
+    return model
 
 
-def _trained(folder: Path, backend: str | None, device: str) -> Named:
+def _trained(folder: Path, backend: str | None, device: str) -> InferenceModel:
     if not folder.is_dir():
         raise FileNotFoundError(f"--model: expected a folder that train wrote, timm:NAME or hf:NAME, got {folder}")
     model, config, classes = load_trained(folder, backend=backend, device=device)
     size, patch = (config.sizes()[name] for name in ("image_size", "patch_size"))
     if config.data == "digits":
-        sight = Sight(size, mean=(0.0,), std=(1.0,))
+        preprocessing = Preprocessing(size, mean=(0.0,), std=(1.0,))
     elif config.data == "cifar10":
-        sight = Sight(size)
+        preprocessing = Preprocessing(size)
     else:
-        sight = Sight(size, crop=size / (size * 8 // 7))
-    return Trained(model, sight, patch, classes, device)
+        preprocessing = Preprocessing(size, crop_pct=size / (size * 8 // 7))
+    return TrainedModel(model, preprocessing, patch, classes, device)
 
 
-def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> Named:
+def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> InferenceModel:
     timm = _package("timm")
     if not timm.is_model(name):
         raise ValueError(f"--model: timm has no model {name}; timm.list_models('*vit*') lists the available names")
     size = {"img_size": options.image_size} if options.image_size else {}
     try:
-        facts = timm.get_pretrained_cfg(name)
+        pretrained_cfg = timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # unknown tag of pretrained weights
         raise ValueError(f"--model: {error}") from error
     try:
@@ -232,51 +234,52 @@ def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> 
             raise TypeError
     except TypeError:  # also raised by models that do not accept img_size
         raise ValueError(f"--model: expected a VisionTransformer of timm, got {name}") from None
-    look, patch = timm.data.resolve_model_data_config(model), model.patch_embed.patch_size[0]
-    side = options.image_size or look["input_size"][-1]
-    resample = getattr(Image.Resampling, look["interpolation"].upper())
-    crop = side / int(side / look["crop_pct"])  # timm's transforms truncate the resized side
-    sight = Sight(side, crop, tuple(look["mean"]), tuple(look["std"]), resample)
-    _check_size(sight, patch)
+    data_config, patch = timm.data.resolve_model_data_config(model), model.patch_embed.patch_size[0]
+    side = options.image_size or data_config["input_size"][-1]
+    resample = getattr(Image.Resampling, data_config["interpolation"].upper())
+    crop_pct = side / int(side / data_config["crop_pct"])  # timm's transforms truncate the resized side
+    preprocessing = Preprocessing(side, crop_pct, tuple(data_config["mean"]), tuple(data_config["std"]), resample)
+    _check_size(preprocessing, patch)
     if options.weights is not None:
         model = timm.create_model(name, **size)
         _load(model, options, purpose)
     else:
-        url = f"https://huggingface.co/{facts.hf_hub_id}/resolve/main/model.safetensors"
+        url = f"https://huggingface.co/{pretrained_cfg.hf_hub_id}/resolve/main/model.safetensors"
         try:
             _set_offline_mode()
             model = timm.create_model(name, pretrained=True, **size)
         except Exception as error:  # a failed download can raise many types
-            where = url if facts.hf_hub_id else facts.url
+            where = url if pretrained_cfg.hf_hub_id else pretrained_cfg.url
             get = f"Download {where} and pass the file" if where else "Pass a file"
             raise FileNotFoundError(
                 f"the weights of {options.model} are not cached and cannot be downloaded ({_first_line(error)}). "
                 f"{get}: --weights FILE"
             ) from error
-    return Timm(model, sight, patch, _classes(model.num_classes), device)
+    return TimmModel(model, preprocessing, patch, _classes(model.num_classes), device)
 
 
-def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: str) -> Named:
+def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: str) -> InferenceModel:
     transformers = _package("transformers")
     auto = transformers.AutoModelForImageClassification if purpose == "logits" else transformers.AutoModel
-    how = {"attn_implementation": "eager"} if purpose == "attention" else {}  # the others do not materialize the map
+    # the other implementations of attention do not materialize the map
+    attention_options = {"attn_implementation": "eager"} if purpose == "attention" else {}
     try:
         _set_offline_mode()
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type not in HUGGING_FACE:
             raise ValueError(f"--model: model_type must be one of {', '.join(HUGGING_FACE)}, got {config.model_type}")
         # read its settings only: creating the processor can require further packages
-        look, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
-        sight = _hugging_face_sight(look, options.image_size, config.image_size)
-        _check_size(sight, config.patch_size)
+        processor_config, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
+        preprocessing = _hugging_face_preprocessing(processor_config, options.image_size, config.image_size)
+        _check_size(preprocessing, config.patch_size)
         if options.weights is None:
-            model, loaded = auto.from_pretrained(name, output_loading_info=True, **how)
-            needless = _ignored(options, purpose)
-            lacking = [part for part in loaded["missing_keys"] if not any(fnmatchcase(part, p) for p in needless)]
-            if lacking:  # transformers initializes it randomly
-                raise ValueError(f"--model: {options.model} has no weights for {', '.join(sorted(lacking)[:3])}")
+            model, loaded = auto.from_pretrained(name, output_loading_info=True, **attention_options)
+            optional = _ignored(options, purpose)
+            missing = [part for part in loaded["missing_keys"] if not any(fnmatchcase(part, p) for p in optional)]
+            if missing:  # transformers initializes it randomly
+                raise ValueError(f"--model: {options.model} has no weights for {', '.join(sorted(missing)[:3])}")
         else:
-            model = auto.from_config(config, **how)
+            model = auto.from_config(config, **attention_options)
     except (OSError, json.JSONDecodeError) as error:
         files = "config.json and preprocessor_config.json"
         if options.weights is None:
@@ -293,27 +296,27 @@ def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: 
         _load(model, options, purpose)
     classes: tuple[str, ...] = ()
     if purpose == "logits":
-        named = tuple(config.id2label[i] for i in range(config.num_labels))
-        classes = _classes(len(named)) if named[0] == "LABEL_0" else named
-    return HuggingFace(model, sight, config.patch_size, classes, device)
+        labels = tuple(config.id2label[i] for i in range(config.num_labels))
+        classes = _classes(len(labels)) if labels[0] == "LABEL_0" else labels
+    return HuggingFaceModel(model, preprocessing, config.patch_size, classes, device)
 
 
-def _hugging_face_sight(look: dict[str, Any], size: int | None, default: int) -> Sight:
+def _hugging_face_preprocessing(processor_config: dict[str, Any], size: int | None, default: int) -> Preprocessing:
     """Convert the settings of an image processor. Images are center-cropped, never stretched to a square."""
-    resized = _side(look.get("size"), default)
-    seen = _side(look.get("crop_size"), resized) if look.get("do_center_crop") else resized
-    return Sight(
-        size or seen,
-        min(seen / resized, 1.0),
-        tuple(look.get("image_mean", Sight.mean)),
-        tuple(look.get("image_std", Sight.std)),
-        look.get("resample", Sight.resample),
+    resized = _side(processor_config.get("size"), default)
+    cropped = _side(processor_config.get("crop_size"), resized) if processor_config.get("do_center_crop") else resized
+    return Preprocessing(
+        size or cropped,
+        min(cropped / resized, 1.0),
+        tuple(processor_config.get("image_mean", Preprocessing.mean)),
+        tuple(processor_config.get("image_std", Preprocessing.std)),
+        processor_config.get("resample", Preprocessing.resample),
     )
 
 
-def _check_size(sight: Sight, patch: int) -> None:
-    if sight.size % patch:
-        raise ValueError(f"--image-size must be a multiple of the patch size {patch}, got {sight.size}")
+def _check_size(preprocessing: Preprocessing, patch: int) -> None:
+    if preprocessing.size % patch:
+        raise ValueError(f"--image-size must be a multiple of the patch size {patch}, got {preprocessing.size}")
 
 
 def _side(size: Any, default: int) -> int:
@@ -334,16 +337,16 @@ def _load(model: nn.Module, options: argparse.Namespace, purpose: str) -> None:
             resample=options.resample,
         )
     except WeightsError as error:
-        raise ValueError(_misfit(error)) from error
+        raise ValueError(_mismatch_message(error)) from error
 
 
-def _misfit(error: WeightsError) -> str:
+def _mismatch_message(error: WeightsError) -> str:
     """Describe mismatched weights in one line, with the first name of each kind."""
     parts = []
     for what, names in (
         ("not in the file", error.missing),
-        ("not in the model", error.surplus),
-        ("different", error.unlike),
+        ("not in the model", error.unexpected),
+        ("different", error.mismatched),
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -61,7 +61,7 @@ def tune(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments for the help text; :func:`vit_triton.cli.bench.hand_over` receives them unparsed."""
+    """Add the arguments for the help text; :func:`vit_triton.cli.bench.run_checkout` receives them unparsed."""
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of python -m benchmarks")
 
 

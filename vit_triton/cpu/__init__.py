@@ -5,7 +5,7 @@ import platform
 TESTED_TRITON = ("3.8", "3.9")
 
 
-def why_not() -> str | None:
+def unsupported_reason() -> str | None:
     """The reason why kernels cannot be compiled for this CPU, as a clause; None if they can."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         return f"the CPU backend requires x86-64 Linux, this is {platform.machine()} {platform.system()}"

@@ -56,12 +56,12 @@ def bound_value(s: State, bound: Bound) -> Val:
     return s.b.index(bound) if isinstance(bound, int) else bound
 
 
-def available(s: State, conditions: Sequence[AxisDemand]) -> list[Condition]:
+def available_conditions(s: State, conditions: Sequence[AxisDemand]) -> list[Condition]:
     """The conditions whose bound can be computed here, because the values it needs are defined."""
     found = [c for c in conditions if isinstance(c, Condition) and c.offsets in s.defined]
     return [c for c in found if not isinstance(c.limit, Value) or c.limit in s.defined]
 
 
-def demanded(s: State, value: Value) -> list[list[Condition]]:
+def demanded_conditions(s: State, value: Value) -> list[list[Condition]]:
     """The available conditions on the indices that are read, for each axis."""
-    return [available(s, [demand]) for demand in s.demand.of(value)]
+    return [available_conditions(s, [demand]) for demand in s.demand.of(value)]

@@ -1,7 +1,7 @@
 """Buffers pass: evaluate tiles into memory if several sinks need them or a store would overwrite their source."""
 
 from vit_triton.cpu.axes import RESHAPES
-from vit_triton.cpu.bounds import demanded
+from vit_triton.cpu.bounds import demanded_conditions
 from vit_triton.cpu.builder import Val
 from vit_triton.cpu.expressions import vector
 from vit_triton.cpu.loops import for_each_vector
@@ -30,7 +30,7 @@ def write(s: State, value: Value, buffer: Buffer) -> None:
         store_vector(s.b, vector(s, value, at), address(s.b, buffer, shape, at.index))
 
     with s.evaluation():
-        for_each_vector(s, shape, demanded(s, value), len(shape) - 1, body)
+        for_each_vector(s, shape, demanded_conditions(s, value), len(shape) - 1, body)
 
 
 def materialize_deferred(s: State, position: int) -> None:

@@ -32,7 +32,7 @@ def mlir_type(elem: str, lanes: int = 0) -> str:
 @dataclass
 class _Region:
     lines: list[str] = field(default_factory=list)
-    known: dict[Hashable, Val] = field(default_factory=dict)
+    cached: dict[Hashable, Val] = field(default_factory=dict)
 
 
 class Builder:
@@ -56,10 +56,10 @@ class Builder:
         level = max((v.level for v in operands), default=0)
         level = max(level, self.floor) if pinned else level
         region = self.regions[level]
-        if text not in region.known:
-            region.known[text] = Val(self.name(), elem, lanes, level)
-            region.lines.append(f"{region.known[text].name} = {text}")
-        return region.known[text]
+        if text not in region.cached:
+            region.cached[text] = Val(self.name(), elem, lanes, level)
+            region.lines.append(f"{region.cached[text].name} = {text}")
+        return region.cached[text]
 
     def read(self, text: str, operands: Sequence[Val], elem: str, lanes: int = 0) -> Val:
         """Write a read of memory, which is not cached and not hoisted out of the operation being lowered."""
@@ -69,13 +69,13 @@ class Builder:
         self.regions[level].lines.append(f"{value.name} = {text}")
         return value
 
-    def recall(self, key: Hashable) -> Val | None:
+    def cached_value(self, key: Hashable) -> Val | None:
         """The value cached under ``key`` in an open loop, or None."""
-        return next((region.known[key] for region in reversed(self.regions) if key in region.known), None)
+        return next((region.cached[key] for region in reversed(self.regions) if key in region.cached), None)
 
-    def remember(self, key: Hashable, value: Val) -> None:
+    def cache_value(self, key: Hashable, value: Val) -> None:
         """Cache ``value`` until the loop that contains it is closed."""
-        self.regions[value.level].known[key] = value
+        self.regions[value.level].cached[key] = value
 
     def effect(self, text: str, operands: Sequence[Val] = ()) -> None:
         self.regions[-1].lines.append(text.format(*(v.name for v in operands)))

@@ -12,7 +12,7 @@ from typing import Any
 from triton import knobs
 from triton.runtime.cache import FileCacheManager
 
-_spare: tempfile.TemporaryDirectory | None = None  # used if the cache cannot be written; removed at exit
+_temporary_folder: tempfile.TemporaryDirectory | None = None  # used if the cache cannot be written; removed at exit
 
 
 class CheckedCache(FileCacheManager):
@@ -27,7 +27,7 @@ class CheckedCache(FileCacheManager):
         try:
             super().__init__(key, override, dump)
         except OSError as error:
-            self._move(error)
+            self._use_temporary_folder(error)
 
     def put(self, data: Any, filename: str, binary: bool = True) -> str:
         content = data if isinstance(data, bytes) else str(data).encode()
@@ -36,7 +36,7 @@ class CheckedCache(FileCacheManager):
         except OSError as error:
             for rest in Path(self.cache_dir).glob(f"tmp.pid_{os.getpid()}_*"):  # left behind by Triton
                 shutil.rmtree(rest, ignore_errors=True)
-            self._move(error)
+            self._use_temporary_folder(error)
             path = super().put(content, filename)
         self.sums[filename] = _digest(content)
         return path
@@ -62,11 +62,11 @@ class CheckedCache(FileCacheManager):
             return None
         return {name: path for name, (path, _) in files.items()}
 
-    def _move(self, error: OSError) -> None:
+    def _use_temporary_folder(self, error: OSError) -> None:
         """Switch to a temporary folder of this process."""
-        global _spare
-        if _spare is None:
-            _spare = tempfile.TemporaryDirectory(prefix="vit_triton_kernels_")
+        global _temporary_folder
+        if _temporary_folder is None:
+            _temporary_folder = tempfile.TemporaryDirectory(prefix="vit_triton_kernels_")
             warnings.warn(
                 f"vit_triton: the cache of compiled kernels in {knobs.cache.dir} cannot be written "
                 f"({type(error).__name__}: {error}); every process compiles its kernels again. Set TRITON_CACHE_DIR to "
@@ -74,7 +74,7 @@ class CheckedCache(FileCacheManager):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self.cache_dir = os.path.join(_spare.name, self.key)
+        self.cache_dir = os.path.join(_temporary_folder.name, self.key)
         os.makedirs(self.cache_dir, exist_ok=True)
 
 

@@ -89,7 +89,7 @@ def _before_stores(s: State, op: Op) -> None:
 
 def _own_buffer(s: State, init: Value, user: Op) -> Buffer:
     """A buffer with the value of ``init`` that may be overwritten."""
-    if init in s.buffers and s.sinks.only(init, user):
+    if init in s.buffers and s.sinks.is_only_sink(init, user):
         return s.buffers[init]
     buffer = s.scratch.allocate(init.type)
     write(s, init, buffer)

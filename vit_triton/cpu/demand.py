@@ -76,14 +76,14 @@ class Demand:
             return
         elif name == "tt.dot":
             rows, cols = self.of(op.results[0])
-            depth = _one_condition(self.masks.contracted(op))
+            depth = _one_condition(self.masks.contraction_conditions(op))
             yield op.operands[0], [rows, rows if rows is Part.NOTHING else depth]
             yield op.operands[1], [cols if cols is Part.NOTHING else depth, cols]
             yield op.operands[2], [rows, cols]
         elif name == "tt.reduce":
             for value, result in zip(op.operands, op.results, strict=True):
                 demand, axis = self.of(result), op.attrs["axis"]
-                yield value, [*demand[:axis], _one_condition(self.masks.reduced(op)), *demand[axis:]]
+                yield value, [*demand[:axis], _one_condition(self.masks.reduction_conditions(op)), *demand[axis:]]
         elif name in ("tt.broadcast", "tt.expand_dims", "tt.trans"):
             inner: list[AxisDemand] = [Part.EVERYTHING] * len(op.operands[0].type.shape)
             for axis, d in enumerate(self.of(op.results[0])):

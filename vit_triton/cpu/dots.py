@@ -15,7 +15,7 @@ from vit_triton.cpu.bounds import bound_value, loop_bound
 from vit_triton.cpu.buffers import is_in_place, leaves, write
 from vit_triton.cpu.builder import Val, mlir_type
 from vit_triton.cpu.memory import Buffer, address, load_vector, store_vector
-from vit_triton.cpu.panels import Product, Rows, loaded_panel, pack_panel, product_of, reserve_panel, rows_of_a
+from vit_triton.cpu.panels import Product, Rows, pack_panel, panel_address, product_of, reserve_panel, rows_of_a
 from vit_triton.cpu.prefetch import prefetch, stored_to
 from vit_triton.cpu.state import LANES, State
 from vit_triton.cpu.ttir import Op, Unsupported
@@ -42,7 +42,7 @@ def dot(s: State, op: Op) -> None:
         m = bound_value(s, loop_bound(s, product.rows, rows))
         n = bound_value(s, loop_bound(s, product.cols, cols))
         k = bound_value(s, loop_bound(s, product.depth, depth))
-        in_memory = loaded_panel(s, product)
+        in_memory = panel_address(s, product)
         panel = in_memory or reserve_panel(s, product)
         with b.loop(b.index(0), n, b.index(product.width)) as columns, b.pinned_here():
             if in_memory is None:
@@ -69,7 +69,7 @@ def _accumulator(s: State, op: Op) -> Accumulator:
         return Accumulator(s.scratch.allocate(c.type), True)
     for value in leaves(s, c):
         buffer = s.buffers[value]
-        if value.type == c.type and s.sinks.only(value, op) and is_in_place(s, c, buffer):
+        if value.type == c.type and s.sinks.is_only_sink(value, op) and is_in_place(s, c, buffer):
             if value is not c:
                 write(s, c, buffer)
             return Accumulator(buffer, False)

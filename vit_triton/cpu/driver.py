@@ -102,10 +102,10 @@ class _Launcher:
             for i, (name, kind) in enumerate(src.signature.items())
             if kind != "constexpr" and i not in constants
         ]
-        self.share = metadata.scratch_bytes + _PAGE
+        self.bytes_per_thread = metadata.scratch_bytes + _PAGE
         self.positions = [(i, kind.startswith("*")) for i, kind in kinds]
         self.block = LaunchBlock([kind for _, kind in kinds])
-        self.room = -(-self.block.size // _PAGE) * _PAGE  # the launch block precedes the scratch memory
+        self.block_bytes = -(-self.block.size // _PAGE) * _PAGE  # the launch block precedes the scratch memory
         if _Launcher.gomp is None and not _Launcher.forked:
             _Launcher.gomp = _libgomp()
 
@@ -116,10 +116,10 @@ class _Launcher:
         total = grid_x * grid_y * grid_z
         if total == 0:
             return
-        if (note := getattr(_recorder, "note", None)) is not None:
+        if (callback := getattr(_recorder, "callback", None)) is not None:
             tensors = [(slot, args[i]) for slot, (i, pointer) in enumerate(self.positions) if pointer]
             values = [None if pointer else args[i] for i, pointer in self.positions]
-            note(Launch(self, (grid_x, grid_y, grid_z), function, values), tensors)
+            callback(Launch(self, (grid_x, grid_y, grid_z), function, values), tensors)
             return
         values = [args[i] for i, _ in self.positions]
         values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in values]
@@ -134,10 +134,17 @@ class _Launcher:
         total = grid_x * grid_y * grid_z
         threads = min(torch.get_num_threads(), total) if self.gomp is not None else 1
         chunk = max(1, total // (threads * 16)) if threads > 1 else total
-        scratch = _scratch.take(self.room + self.share * threads)
+        scratch = _scratch.take(self.block_bytes + self.bytes_per_thread * threads)
         _, block, memory = scratch
         self.block.fill(
-            memory, values, total, chunk, grid_x, grid_y, scratch=block + self.room, scratch_size=self.share
+            memory,
+            values,
+            total,
+            chunk,
+            grid_x,
+            grid_y,
+            scratch=block + self.block_bytes,
+            scratch_size=self.bytes_per_thread,
         )
         if threads == 1:
             function.start(block)
@@ -163,14 +170,14 @@ _recorder = threading.local()
 
 
 @contextlib.contextmanager
-def recording(note: Callable[[Launch, list[tuple[int, torch.Tensor]]], None]) -> Iterator[None]:
-    """Context manager: launches of this thread call ``note(launch, tensors)`` instead, where tensors are pairs of
+def record_launches(callback: Callable[[Launch, list[tuple[int, torch.Tensor]]], None]) -> Iterator[None]:
+    """Context manager: launches of this thread call ``callback(launch, tensors)`` instead, where tensors are pairs of
     position and tensor."""
-    _recorder.note = note
+    _recorder.callback = callback
     try:
         yield
     finally:
-        _recorder.note = None
+        _recorder.callback = None
 
 
 class CPUDriver(DriverBase):
@@ -184,7 +191,7 @@ class CPUDriver(DriverBase):
         self.utils = _Utils()
         self.target = GPUTarget("cpu", arch or features.arch(), 1)
         self.device = _DEVICE + zlib.crc32(str(self.target.arch).encode()) % 1000  # code depends on the features
-        self.staying = contextlib.nullcontext(self.device)
+        self.no_switch = contextlib.nullcontext(self.device)
         columns = features.register_block(self.target.arch.split(",")).columns
         # dtype, columns, values per word of the panels that tl.dot reads in place, see panels.py
         self.panels: tuple[tuple[torch.dtype, int, int], ...] = ((torch.float32, columns, 1),)
@@ -220,8 +227,8 @@ class CPUDriver(DriverBase):
 def dot_panel(dtype: torch.dtype) -> tuple[int, int] | None:
     """(columns, values per word) of the panels that ``tl.dot`` reads in place as its second operand, see
     :mod:`vit_triton.cpu.panels`; None if it must pack that dtype, or if kernels are not compiled for the CPU."""
-    serving = _serving()
-    panels = serving.panels if isinstance(serving, CPUDriver) else ()
+    launch_driver = _launch_driver()
+    panels = launch_driver.panels if isinstance(launch_driver, CPUDriver) else ()
     return next(((columns, word) for x, columns, word in panels if x == dtype), None)
 
 
@@ -229,16 +236,16 @@ _lock = threading.RLock()
 
 
 @functools.cache
-def _ours() -> CPUDriver:
+def _default_driver() -> CPUDriver:
     return CPUDriver()
 
 
 @contextlib.contextmanager
-def _switched(current: Any) -> Iterator[int]:
+def _switch_driver(current: Any) -> Iterator[int]:
     with _lock:  # the active driver is global, so launches of two threads must not interleave
-        driver.set_active(_ours())
+        driver.set_active(_default_driver())
         try:
-            yield _ours().device
+            yield _default_driver().device
         finally:
             driver.set_active(current)
 
@@ -255,22 +262,22 @@ _NOTHING = contextlib.nullcontext()
 _INTERPRETING = isinstance(triton.language.cdiv, InterpretedFunction)
 
 
-def _serving() -> Any:
+def _launch_driver() -> Any:
     """The driver for launches on CPU tensors, which may not be active yet; None in the interpreter."""
     if _INTERPRETING:
         return None
     try:
         current = driver.active
     except RuntimeError:  # no driver is active: ours stays active
-        current = _ours()
+        current = _default_driver()
         driver.set_active(current)
-    return current if current.get_active_torch_device().type == "cpu" else _ours()
+    return current if current.get_active_torch_device().type == "cpu" else _default_driver()
 
 
-def active() -> contextlib.AbstractContextManager[int | None]:
+def use_cpu_driver() -> contextlib.AbstractContextManager[int | None]:
     """Context manager: Triton launches on CPU tensors. Yields the device number of the CPU driver, or None if the
     interpreter or another active driver runs the launches."""
-    serving = _serving()
-    if not isinstance(serving, CPUDriver):
+    launch_driver = _launch_driver()
+    if not isinstance(launch_driver, CPUDriver):
         return _NOTHING
-    return serving.staying if driver.active is serving else _switched(driver.active)
+    return launch_driver.no_switch if driver.active is launch_driver else _switch_driver(driver.active)

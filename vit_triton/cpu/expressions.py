@@ -23,9 +23,9 @@ def evaluate(s: State, value: Value, at: Position) -> Val:
     if at.axis is not None and value.type.shape[at.axis] == 1:
         at = at.scalar
     key = (s.generation, value, at)
-    known = s.b.recall(key)
-    if known is not None:
-        return known
+    cached = s.b.cached_value(key)
+    if cached is not None:
+        return cached
     if value in s.buffers:
         result = read_buffer(s.b, s.buffers[value], value.type.shape, at.index, at.axis, at.lanes)
     elif value in s.offsets:
@@ -38,7 +38,7 @@ def evaluate(s: State, value: Value, at: Position) -> Val:
         raise Unsupported("a tile as an argument")
     else:
         result = compute(s, value.op, at)
-    s.b.remember(key, result)
+    s.b.cache_value(key, result)
     return result
 
 
@@ -127,8 +127,8 @@ def _mask_left(s: State, mask: Value, at: Position) -> Val | None:
     result: Val | None = None
     for axis, condition in conditions.by_axis:
         key = (condition, at.index[axis].name)
-        if key in s.assumed:
-            part = s.assumed[key]
+        if key in s.assumptions:
+            part = s.assumptions[key]
             if part is not None and axis != at.axis:
                 raise Unsupported("a mask along a non-vectorized axis")
         else:

@@ -29,7 +29,7 @@ def for_each_vector(
 
     def visit(at: Val, mask: Val | None = None) -> None:
         index[axis] = at
-        with s.assuming(conditions[axis], at, mask):
+        with s.assume(conditions[axis], at, mask):
             body(Position(tuple(index), axis, lanes), mask)
 
     with contextlib.ExitStack() as stack:
@@ -37,7 +37,7 @@ def for_each_vector(
             if not (bounds[outer] == 1 and shape[outer] == 1):
                 loop = stack.enter_context(b.loop(b.index(0), bound_value(s, bounds[outer]), b.index(1)))
                 index[outer] = loop.index
-            stack.enter_context(s.assuming(conditions[outer], index[outer]))
+            stack.enter_context(s.assume(conditions[outer], index[outer]))
         bound = bounds[axis]
         full: Bound
         if isinstance(bound, int):
@@ -74,7 +74,7 @@ def for_each_row(
                 continue
             loop = stack.enter_context(b.loop(b.index(0), bound_value(s, bound), b.index(1)))
             index[outer] = loop.index
-            stack.enter_context(s.assuming(conditions[outer], loop.index))
+            stack.enter_context(s.assume(conditions[outer], loop.index))
         body(Position(tuple(index)))
 
 
@@ -87,16 +87,16 @@ def lane_mask(s: State, start: Val, bound: Val, lanes: int) -> Val:
 
 def vector_axis(s: State, value: Value) -> int:
     """The axis along which most loads of the expression are contiguous; the last axis in case of a tie."""
-    votes = [0] * len(value.type.shape)
-    _vote(s, value, tuple(range(len(votes))), votes, set())
-    best = len(votes) - 1
-    for axis, count in enumerate(votes):
-        if count > votes[best] and value.type.shape[axis] > 1:
+    counts = [0] * len(value.type.shape)
+    _count_contiguous_loads(s, value, tuple(range(len(counts))), counts, set())
+    best = len(counts) - 1
+    for axis, count in enumerate(counts):
+        if count > counts[best] and value.type.shape[axis] > 1:
             best = axis
     return best
 
 
-def _vote(s: State, value: Value, axes: tuple[int | None, ...], votes: list[int], seen: set) -> None:
+def _count_contiguous_loads(s: State, value: Value, axes: tuple[int | None, ...], counts: list[int], seen: set) -> None:
     """``axes``: the axis of the expression for each axis of ``value``."""
     if (value, axes) in seen or not value.type.is_tile:
         return
@@ -116,9 +116,9 @@ def _vote(s: State, value: Value, axes: tuple[int | None, ...], votes: list[int]
             to = operand_axis(op, axis)
             if to is not None:
                 inner[to] = outer
-        _vote(s, op.operands[0], tuple(inner), votes, seen)
+        _count_contiguous_loads(s, op.operands[0], tuple(inner), counts, seen)
     elif op.name in ELEMENTWISE:
         for operand in op.operands:
-            _vote(s, operand, axes, votes, seen)
+            _count_contiguous_loads(s, operand, axes, counts, seen)
     if contiguous is not None:
-        votes[contiguous] += 1
+        counts[contiguous] += 1

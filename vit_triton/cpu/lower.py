@@ -17,7 +17,7 @@ from vit_triton.cpu.entry import entry
 from vit_triton.cpu.expressions import compute, load
 from vit_triton.cpu.reductions import reduce
 from vit_triton.cpu.sinks import LAZY
-from vit_triton.cpu.state import State, begin
+from vit_triton.cpu.state import State, initial_state
 from vit_triton.cpu.stores import is_stored_next, store
 from vit_triton.cpu.ttir import Function, Op, Region, Unsupported
 from vit_triton.cpu.vmath import declarations
@@ -41,7 +41,7 @@ def lower(function: Function, features: Sequence[str]) -> Program:
     Raises:
         Unsupported: if an operation or type is not supported; the message contains it.
     """
-    s = begin(function, features)
+    s = initial_state(function, features)
     parameters = []
     for i, value in enumerate(function.arguments):
         if value.type.is_tile:

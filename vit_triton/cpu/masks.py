@@ -63,12 +63,12 @@ class Masks:
         if op.name == "tt.splat":
             return Conditions(((0, Condition(op.operands[0], None)),), True)
         if op.name in RESHAPES:
-            return self._reshaped(op, len(mask.type.shape))
+            return self._reshape_conditions(op, len(mask.type.shape))
         if op.name == "arith.cmpi" and op.attrs["words"][0] == "slt" and self.axes.is_uniform(op.operands[1]):
-            return self._compared(op, mask.type.shape)
+            return self._comparison_conditions(op, mask.type.shape)
         return _UNKNOWN
 
-    def _reshaped(self, op: Op, rank: int) -> Conditions:
+    def _reshape_conditions(self, op: Op, rank: int) -> Conditions:
         inner = self.conditions(op.operands[0])
         axes = {operand_axis(op, axis): axis for axis in range(rank)}
         outer = [(0 if c.limit is None else axes.get(axis), c) for axis, c in inner.by_axis]
@@ -76,7 +76,7 @@ class Masks:
         known = tuple((axis, c) for axis, c in outer if axis is not None)
         return Conditions(known, inner.complete and len(known) == len(outer))
 
-    def _compared(self, op: Op, shape: tuple[int, ...]) -> Conditions:
+    def _comparison_conditions(self, op: Op, shape: tuple[int, ...]) -> Conditions:
         offsets, limit = op.operands
         rising = [a for a in range(len(shape)) if not self.axes.along(offsets, a, whole=True).uniform]
         if shape == (1,) or len(rising) == 1 and self.axes.along(offsets, rising[0], whole=True).contiguous:
@@ -129,14 +129,14 @@ class Masks:
             op = op.operands[0].op
         return float(op.attrs["value"]) if op is not None and op.name == "arith.constant" else None
 
-    def reduced(self, op: Op) -> list[Condition]:
+    def reduction_conditions(self, op: Op) -> list[Condition]:
         """Conditions on the index along the axis of a tt.reduce; elements outside them are the identity."""
         identity = IDENTITY.get(op.regions[0].ops[0].name)
         if identity is None or op.operands[0].type.elem[0] not in "fb":
             return []
         return list(dict.fromkeys(self.extent(op.operands[0], op.attrs["axis"], identity)))
 
-    def contracted(self, op: Op) -> list[Condition]:
+    def contraction_conditions(self, op: Op) -> list[Condition]:
         """Conditions on the index that a tt.dot sums over; products outside them are 0."""
         a, b = op.operands[:2]
         return list(dict.fromkeys((*self.extent(a, 1, 0.0), *self.extent(b, 0, 0.0))))

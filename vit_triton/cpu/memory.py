@@ -61,7 +61,7 @@ def load_vector(b: Builder, pointer: Val, elem: str, lanes: int) -> Val:
 
 
 def store_vector(b: Builder, value: Val, pointer: Val, mask: Val | None = None) -> None:
-    value = _stored(b, value)
+    value = _storable(b, value)
     if mask is None:
         text = f"llvm.store {{0}}, {{1}} {{{{alignment = {BYTES[value.elem]} : i64}}}} : {value.type}, !llvm.ptr"
         b.effect(text, (value, pointer))
@@ -85,12 +85,12 @@ def gather(b: Builder, pointers: Val, mask: Val, other: Val) -> Val:
 
 
 def scatter(b: Builder, value: Val, pointers: Val, mask: Val) -> None:
-    value = _stored(b, value)
+    value = _storable(b, value)
     text = f"llvm.intr.masked.scatter {{0}}, {{1}}, {{2}} {{{{alignment = {BYTES[value.elem]} : i32}}}}"
     b.effect(f"{text} : {value.type}, {mask.type} into {pointers.type}", (value, pointers, mask))
 
 
-def _stored(b: Builder, value: Val) -> Val:
+def _storable(b: Builder, value: Val) -> Val:
     return b.convert("arith.extui", value, "i8") if value.elem == "i1" else value
 
 

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vit_triton.cpu.bounds import available, bound_value, demanded, loop_bound
+from vit_triton.cpu.bounds import available_conditions, bound_value, demanded_conditions, loop_bound
 from vit_triton.cpu.builder import Val, mlir_type
 from vit_triton.cpu.expressions import evaluate, vector
 from vit_triton.cpu.loops import for_each_vector, vector_axis
@@ -43,10 +43,10 @@ class Product:
 
 def product_of(s: State, op: Op) -> Product:
     a, b = op.operands[:2]
-    rows, cols = demanded(s, op.results[0])
+    rows, cols = demanded_conditions(s, op.results[0])
     pairs = a.type.elem == "bf16" and s.bf16_dot
     width = min(s.block.columns, b.type.shape[1])
-    return Product(a, b, width, pairs, rows, cols, available(s, s.masks.contracted(op)))
+    return Product(a, b, width, pairs, rows, cols, available_conditions(s, s.masks.contraction_conditions(op)))
 
 
 @dataclass
@@ -128,12 +128,12 @@ def _pack_transposed_a(s: State, p: Product) -> Rows:
             here = Position((at.index[0], loop.index), 0, at.lanes)
             words = vector(s, p.a, here)
             if p.pairs:
-                words = _interleave(s, words, vector(s, p.a, here.moved(1, b.add(loop.index, b.index(1)))))
+                words = _interleave(s, words, vector(s, p.a, here.with_index(1, b.add(loop.index, b.index(1)))))
             elif words.elem != "f32":
                 words = b.convert("arith.extf", words, "f32")
             store_vector(b, words, b.gep(base, b.add(start, at.index[0]), "f32"))
 
-        with s.assuming(p.depth, loop.index):
+        with s.assume(p.depth, loop.index):
             for_each_vector(s, [rows], [p.rows], 0, body)
     return Rows(lambda i: b.gep(base, i, "f32"), stride)
 
@@ -146,7 +146,7 @@ def _interleave(s: State, low: Val, high: Val) -> Val:
 # --- B
 
 
-def loaded_panel(s: State, p: Product) -> Val | None:
+def panel_address(s: State, p: Product) -> Val | None:
     """The address that B is loaded from if its memory layout is one panel, else None."""
     source, transposed = _before_transposes(s, p.b)
     op, k_axis = source.op, 1 if transposed else 0
@@ -179,7 +179,7 @@ def pack_panel(s: State, p: Product, panel: Val, column: Val, n: Val, k: Val) ->
         columns = [b.binary("arith.minsi", b.add(column, b.index(c)), last) for c in range(p.width)]
         with contextlib.ExitStack() as stack:
             for number in columns:
-                stack.enter_context(s.assuming(p.cols, number))
+                stack.enter_context(s.assume(p.cols, number))
             _pack_transposed_b(s, p, panel, columns, k)
         return
     with b.loop(b.index(0), k, b.index(p.word)) as loop:
@@ -192,7 +192,7 @@ def pack_panel(s: State, p: Product, panel: Val, column: Val, n: Val, k: Val) ->
                     # memory past an odd k is undefined, and 0 * NaN is NaN
                     next_k = b.add(loop.index, b.index(1))
                     there = b.compare("arith.cmpi slt", next_k, k)
-                    below = b.select(there, vector(s, p.b, here.moved(0, next_k)), below)
+                    below = b.select(there, vector(s, p.b, here.with_index(0, next_k)), below)
                 words = _interleave(s, words, below)
             elif words.elem != "f32":
                 words = b.convert("arith.extf", words, "f32")
@@ -213,7 +213,7 @@ def _pack_transposed_b(s: State, p: Product, panel: Val, columns: Sequence[Val],
                 if p.pairs:
                     high = b.constant(0.0, "bf16", LANES)
                     if span > LANES:
-                        high = vector(s, p.b, here.moved(0, b.add(loop.index, b.index(LANES))))
+                        high = vector(s, p.b, here.with_index(0, b.add(loop.index, b.index(LANES))))
                     both = b.shuffle(words, high, range(2 * LANES))
                     text = f"llvm.bitcast {{0}} : {both.type} to {mlir_type('i32', LANES)}"
                     words = b.op(text, (both,), "i32", LANES)

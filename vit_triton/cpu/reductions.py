@@ -8,7 +8,7 @@ one loop: the sum and the sum of squares of a row read it once.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vit_triton.cpu.bounds import available, bound_value, demanded, loop_bound
+from vit_triton.cpu.bounds import available_conditions, bound_value, demanded_conditions, loop_bound
 from vit_triton.cpu.builder import Val
 from vit_triton.cpu.expressions import vector
 from vit_triton.cpu.loops import for_each_row, for_each_vector, lane_mask, vector_axis
@@ -27,7 +27,7 @@ class Reduction:
     combine: Callable[[Val, Val], Val]
     identity: Val
     buffer: Buffer | None = None
-    continues: bool = False  # start with the loop-carried values in ``buffer``
+    starts_from_buffer: bool = False  # start with the loop-carried values in ``buffer``
 
     @property
     def source(self) -> Value:
@@ -49,7 +49,7 @@ def reduce(s: State, op: Op) -> None:
     if lane_axis != axis:
         for each in group:
             each.buffer = _carried_buffer(s, each.op)
-            each.continues = each.buffer is not None
+            each.starts_from_buffer = each.buffer is not None
     for each in group:
         if each.buffer is None and each.result.type.is_tile:
             each.buffer = s.scratch.allocate(each.result.type)
@@ -83,8 +83,8 @@ def _reduction(s: State, op: Op) -> Reduction:
 
 def _conditions(s: State, op: Op) -> list[list[Condition]]:
     """The conditions on the elements that are reduced, for each axis of the operand."""
-    conditions = demanded(s, op.operands[0])
-    conditions[op.attrs["axis"]] = available(s, s.masks.reduced(op))
+    conditions = demanded_conditions(s, op.operands[0])
+    conditions[op.attrs["axis"]] = available_conditions(s, s.masks.reduction_conditions(op))
     return conditions
 
 
@@ -176,8 +176,8 @@ def _reduce_row(
     starts = [b.splat(each.identity, lanes) for each in group]
 
     def accumulate(totals: Sequence[Val], index: Val, mask: Val | None = None) -> list[Val]:
-        at = Position(row.moved(axis, index).index, axis, lanes)
-        with s.assuming(conditions, index, mask):
+        at = Position(row.with_index(axis, index).index, axis, lanes)
+        with s.assume(conditions, index, mask):
             vectors = [vector(s, each.source, at) for each in group]
         if mask is not None:
             vectors = [b.select(mask, v, start) for v, start in zip(vectors, starts, strict=True)]
@@ -219,16 +219,16 @@ def _reduce_across_vectors(
 
     def begin(at: Position, mask: Val | None) -> None:
         for each in group:
-            if not each.continues:
+            if not each.starts_from_buffer:
                 store_vector(b, b.splat(each.identity, at.lanes), _address_of_result(s, each, axis, at))
 
     def add_row(at: Position, mask: Val | None) -> None:
         for each in group:
             target = _address_of_result(s, each, axis, at)
-            new = vector(s, each.source, at.moved(axis, row.index))
+            new = vector(s, each.source, at.with_index(axis, row.index))
             store_vector(b, each.combine(load_vector(b, target, new.elem, at.lanes), new), target)
 
     for_each_vector(s, row_shape, row_conditions, lane_axis, begin)
     stop = bound_value(s, loop_bound(s, conditions[axis], shape[axis]))
-    with b.loop(b.index(0), stop, b.index(1)) as row, b.pinned_here(), s.assuming(conditions[axis], row.index):
+    with b.loop(b.index(0), stop, b.index(1)) as row, b.pinned_here(), s.assume(conditions[axis], row.index):
         for_each_vector(s, row_shape, row_conditions, lane_axis, add_row)

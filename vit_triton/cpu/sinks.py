@@ -48,7 +48,7 @@ class Sinks:
                 for argument in op.regions[0].arguments:
                     self._find(argument, _loop_depth(op) + 1)
 
-    def only(self, value: Value, op: Op) -> bool:
+    def is_only_sink(self, value: Value, op: Op) -> bool:
         """Whether ``op`` is the only sink of ``value``, and evaluates it once."""
         return self._of[value] == {Sink(op)}
 

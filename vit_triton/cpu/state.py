@@ -33,7 +33,7 @@ class Position:
     def scalar(self) -> "Position":
         return Position(self.index)
 
-    def moved(self, axis: int, index: Val) -> "Position":
+    def with_index(self, axis: int, index: Val) -> "Position":
         return replace(self, index=(*self.index[:axis], index, *self.index[axis + 1 :]))
 
 
@@ -60,7 +60,7 @@ class State:
     defined: set[Value] = field(default_factory=set)
     deferred: list[Value] = field(default_factory=list)  # tiles loaded by their sinks, not materialized
     # (condition, name of an index) -> the mask of lanes in which it holds; None: all lanes
-    assumed: dict[tuple[Condition, str], Val | None] = field(default_factory=dict)
+    assumptions: dict[tuple[Condition, str], Val | None] = field(default_factory=dict)
     fused: set[Op] = field(default_factory=set)  # reductions lowered together with an earlier one
     generation: int = 0  # values of expressions are cached per generation
 
@@ -81,24 +81,24 @@ class State:
         self.generation += 1
 
     @contextlib.contextmanager
-    def assuming(self, conditions: Sequence[Condition], index: Val, mask: Val | None = None) -> Iterator[None]:
+    def assume(self, conditions: Sequence[Condition], index: Val, mask: Val | None = None) -> Iterator[None]:
         """Context manager: ``conditions`` hold at ``index``, with ``mask`` only in its lanes."""
-        before = self.assumed
-        self.assumed = before | {(condition, index.name): mask for condition in conditions}
+        before = self.assumptions
+        self.assumptions = before | {(condition, index.name): mask for condition in conditions}
         yield
-        self.assumed = before
+        self.assumptions = before
 
     def holds(self, condition: Condition, index: Val) -> bool:
         """Whether the open loops imply the condition in every lane."""
         key = (condition, index.name)
-        return key in self.assumed and self.assumed[key] is None
+        return key in self.assumptions and self.assumptions[key] is None
 
     def origin(self, rank: int) -> tuple[Val, ...]:
         """The index of a tile's first element."""
         return (self.b.index(0),) * rank
 
 
-def begin(function: Function, features: Sequence[str]) -> State:
+def initial_state(function: Function, features: Sequence[str]) -> State:
     """The initial state, with the analyses of the kernel."""
     ops = list(walk(function.body))
     axes = Axes(ops)

@@ -5,7 +5,7 @@ A tile that is loaded along one axis and stored along the other is transposed in
 
 from collections.abc import Sequence
 
-from vit_triton.cpu.bounds import bound_value, demanded, loop_bound
+from vit_triton.cpu.bounds import bound_value, demanded_conditions, loop_bound
 from vit_triton.cpu.buffers import materialize_deferred
 from vit_triton.cpu.builder import Val
 from vit_triton.cpu.expressions import evaluate, vector
@@ -77,7 +77,7 @@ def _store_transposed(s: State, pointers: Value, value: Value, conditions: Seque
         return (along, other) if axis == 0 else (other, along)
 
     for low, high, step in ((b.index(0), whole, LANES), (whole, bound, 1)):
-        with b.loop(low, high, b.index(step)) as loop, s.assuming(conditions, loop.index):
+        with b.loop(low, high, b.index(step)) as loop, s.assume(conditions, loop.index):
             for start in range(0, shape[axis], LANES):
                 if step == 1:
                     at = index(b.index(start), loop.index)
@@ -101,4 +101,4 @@ def is_stored_next(s: State, op: Op) -> bool:
     conditions = s.masks.conditions(sink.operands[2])
     stored = [conditions.along(axis) for axis in range(rank)]
     contiguous = s.axes.along(sink.operands[0], rank - 1).contiguous
-    return conditions.complete and stored == demanded(s, value) and contiguous
+    return conditions.complete and stored == demanded_conditions(s, value) and contiguous

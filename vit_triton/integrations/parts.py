@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vit_triton import functional as F
-from vit_triton.autocast import autocasting
+from vit_triton.autocast import is_autocast_enabled
 from vit_triton.backend import MAX_NORM_WIDTH
 from vit_triton.checks import KERNEL_DTYPES, MAX_HEAD_DIM, MAX_ROWS
 from vit_triton.integrations.recipes import UnsupportedModule, check_members, is_sharded, submodule
@@ -124,7 +124,7 @@ def check_input(x: Tensor, *weights: Tensor | None) -> None:
         if is_sharded(weight):
             raise UnsupportedModule("sharded weight")
         if weight.dtype != x.dtype:
-            if not autocasting(x.device.type):
+            if not is_autocast_enabled(x.device.type):
                 raise UnsupportedModule("input and weights have different dtypes")
             if weight.dtype not in KERNEL_DTYPES:
                 raise UnsupportedModule(f"{weight.dtype} weight")

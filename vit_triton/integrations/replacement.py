@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from vit_triton.backend import backend_name, check_backend_name, why_torch
+from vit_triton.backend import backend_name, check_backend_name, torch_reason
 from vit_triton.checks import check_module
 from vit_triton.fallback import clear_fallbacks, count_fallback, fallback_counter, is_capturing
 from vit_triton.integrations import pytorch, timm, torchvision, vit_pytorch
@@ -159,13 +159,13 @@ def accelerate(
         if recipe is None and name.startswith(inside):
             continue
         try:
-            what = _replaced_parts(module, recipe, chosen)
+            parts = _replaced_parts(module, recipe, chosen)
         except UnsupportedModule as reason:
             entries.append(Entry(name, kind.__name__, False, str(reason)))
             continue
-        if what is not None and recipe is not None:
+        if parts is not None and recipe is not None:
             accelerated.append((name, module, _accelerated(kind, recipe, backend, strict)))
-            entries.append(Entry(name, kind.__name__, True, what))
+            entries.append(Entry(name, kind.__name__, True, parts))
             inside += (f"{name}." if name else "",)
     for name, module, cls in accelerated:
         module.__class__ = cls
@@ -176,7 +176,7 @@ def accelerate(
         tuple(
             entry
             for entry in entries
-            if entry.what != NOT_SUPPORTED
+            if entry.detail != NOT_SUPPORTED
             or not any(name.startswith(f"{entry.name}.".lstrip(".")) for name in replaced)
         ),
         notes,
@@ -188,7 +188,7 @@ def _auto_notes(model: nn.Module, backend: str | None) -> tuple[str, ...]:
     """Return the reason why "auto" selects PyTorch, for each GPU of `model` where it does."""
     if backend_name(backend) != "auto":
         return ()
-    reasons = {device: why_torch(device) for device in dict.fromkeys(each.device for each in model.parameters())}
+    reasons = {device: torch_reason(device) for device in dict.fromkeys(each.device for each in model.parameters())}
     return tuple(f'backend "auto" selects PyTorch on {device}: {why}' for device, why in reasons.items() if why)
 
 

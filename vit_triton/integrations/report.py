@@ -18,13 +18,13 @@ class Entry:
         name: name in the model, "" for the model itself.
         cls: name of the class.
         replaced: whether ``forward`` was replaced.
-        what: the parts that were replaced, or the reason why the module was not.
+        detail: the parts that were replaced, or the reason why the module was not.
     """
 
     name: str
     cls: str
     replaced: bool
-    what: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Report:
         return tuple(entry for entry in self.entries if entry.replaced)
 
     @property
-    def left(self) -> tuple[Entry, ...]:
+    def not_replaced(self) -> tuple[Entry, ...]:
         return tuple(entry for entry in self.entries if not entry.replaced)
 
     def __str__(self) -> str:
@@ -62,9 +62,9 @@ class Report:
         rows: Counter[tuple[str, ...]] = Counter()
         for entry in self.entries:
             done = "replaced" if entry.replaced else "left"
-            rows[re.sub(r"\d+", "*", entry.name) or "(model)", entry.cls, done, entry.what] += 1
+            rows[re.sub(r"\d+", "*", entry.name) or "(model)", entry.cls, done, entry.detail] += 1
         table = [("module", "class", "", "", "parts or reason")]
-        table += [(name, cls, f"{n} x", done, what) for (name, cls, done, what), n in rows.items()]
+        table += [(name, cls, f"{n} x", done, detail) for (name, cls, done, detail), n in rows.items()]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for row in table:
             yield [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]

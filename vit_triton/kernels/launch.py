@@ -69,26 +69,26 @@ _recorder = threading.local()
 
 
 @contextlib.contextmanager
-def recording(note: Callable[[Launch, list[tuple[int, torch.Tensor]]], None]) -> Iterator[None]:
-    """Context manager: launches of this thread call ``note(launch, tensors)`` instead, where tensors are pairs of
+def record_launches(callback: Callable[[Launch, list[tuple[int, torch.Tensor]]], None]) -> Iterator[None]:
+    """Context manager: launches of this thread call ``callback(launch, tensors)`` instead, where tensors are pairs of
     position and tensor. Kernels are compiled but not started."""
-    _recorder.note = note
+    _recorder.callback = callback
     try:
         yield
     finally:
-        _recorder.note = None
+        _recorder.callback = None
 
 
-def remember(cache: dict[Any, Any], key: Any, value: Any, most: int) -> None:
-    """Set ``cache[key] = value`` and evict the oldest entries, so that at most ``most`` remain. Thread-safe: the keys
-    are copied before they are iterated over."""
-    for old in list(cache)[: max(0, len(cache) - most + 1)]:
+def add_to_cache(cache: dict[Any, Any], key: Any, value: Any, max_size: int) -> None:
+    """Set ``cache[key] = value`` and evict the oldest entries, so that at most ``max_size`` remain. Thread-safe: the
+    keys are copied before they are iterated over."""
+    for old in list(cache)[: max(0, len(cache) - max_size + 1)]:
         cache.pop(old, None)
     cache[key] = value
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
-_MOST_COMPILED = 4096  # a bound, because the number of shapes is unlimited
+_MAX_COMPILED = 4096  # a bound, because the number of shapes is unlimited
 
 
 def _run(kernel: Any, grid: tuple[int], device: torch.device, kernel_args: dict[str, Any]) -> None:
@@ -97,12 +97,12 @@ def _run(kernel: Any, grid: tuple[int], device: torch.device, kernel_args: dict[
 
     Tensors are the arguments whose names end in _ptr; every other argument has the same type in all calls.
     """
-    if (note := getattr(_recorder, "note", None)) is not None:
+    if (callback := getattr(_recorder, "callback", None)) is not None:
         compiled = _compile(kernel, grid, device, kernel_args)
         values = [kernel_args.get(name) for name in kernel.arg_names]
         tensors = [(i, x) for i, x in enumerate(values) if isinstance(x, torch.Tensor)]
         values = [None if isinstance(x, torch.Tensor) else x for x in values]
-        note(Launch(compiled[grid[0], 1, 1], values), tensors)
+        callback(Launch(compiled[grid[0], 1, 1], values), tensors)
         return
     names = id(kernel), *kernel_args
     form = _forms.get(names) or _new_form(kernel, names)
@@ -114,7 +114,7 @@ def _run(kernel: Any, grid: tuple[int], device: torch.device, kernel_args: dict[
     compiled = _compiled.get(key)
     if compiled is None:
         compiled = _compile(kernel, grid, device, kernel_args)
-        remember(_compiled, key, compiled, _MOST_COMPILED)
+        add_to_cache(_compiled, key, compiled, _MAX_COMPILED)
     compiled[grid[0], 1, 1](*map(kernel_args.get, kernel.arg_names))
 
 
@@ -134,11 +134,11 @@ start: Callable[[Any, tuple[int], torch.device, dict[str, Any]], None] = _run
 
 
 @contextlib.contextmanager
-def starting(by: Callable[[Any, tuple[int], torch.device, dict[str, Any]], None]) -> Iterator[None]:
-    """Context manager for measurements: ``by(kernel, grid, device, arguments)`` replaces :data:`start` in all threads
-    and may call it. Has no effect in the interpreter."""
+def override_start(function: Callable[[Any, tuple[int], torch.device, dict[str, Any]], None]) -> Iterator[None]:
+    """Context manager for measurements: ``function(kernel, grid, device, arguments)`` replaces :data:`start` in all
+    threads and may call it. Has no effect in the interpreter."""
     global start
-    before, start = start, by
+    before, start = start, function
     try:
         yield
     finally:
@@ -165,19 +165,19 @@ def _new_form(kernel: Any, names: tuple[Any, ...]) -> _Form:
     return form
 
 
-class _Seen(threading.local):
+class _LastGemm(threading.local):
     precision = ""  # of this thread's last float32 GEMM on an architecture that supports TF32
 
 
-seen = _Seen()
+last_gemm = _LastGemm()
 
 
 def input_precision(dtype: torch.dtype, target: Target) -> str:
     """``input_precision`` of ``tl.dot``: float32 is IEEE unless PyTorch allows TF32 and ``target`` supports it."""
     if dtype != torch.float32 or not target.has_tf32:
         return "ieee"
-    seen.precision = float32_precision()
-    return seen.precision
+    last_gemm.precision = float32_precision()
+    return last_gemm.precision
 
 
 def float32_precision() -> str:

@@ -33,7 +33,7 @@ def clip(tile: int, size: int) -> int:
     return min(tile, max(16, next_power_of_2(size)))
 
 
-class Compiled:
+class CompilerOptions:
     """Mixin for configurations of kernels with tl.dot: compiler options. ``max_registers`` limits the registers per
     thread; 255 is no limit."""
 
@@ -106,10 +106,10 @@ _choose: Callable[[Picker, tuple[Any, ...]], Any] | None = None
 
 
 @contextlib.contextmanager
-def choosing(by: Callable[[Picker, tuple[Any, ...]], Any]) -> Iterator[None]:
-    """Context manager for measurements: ``by(picker, arguments)`` returns the configurations, in all threads."""
+def override_choice(choose: Callable[[Picker, tuple[Any, ...]], Any]) -> Iterator[None]:
+    """Context manager for measurements: ``choose(picker, arguments)`` returns the configurations, in all threads."""
     global _choose
-    before, _choose = _choose, by
+    before, _choose = _choose, choose
     try:
         yield
     finally:

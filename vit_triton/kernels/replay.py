@@ -18,10 +18,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
-from vit_triton.kernels.launch import float32_precision, remember, seen
+from vit_triton.kernels.launch import add_to_cache, float32_precision, last_gemm
 
 _ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
-_MOST_RECORDED = 4096  # a bound, because the number of shapes is unlimited
+_MAX_RECORDED = 4096  # a bound, because the number of shapes is unlimited
 _ALIGN = 64
 
 
@@ -38,7 +38,7 @@ class Launch(Protocol):
 Recorder = Callable[[Callable[[Any, list[tuple[int, Tensor]]], None]], AbstractContextManager[None]]
 
 
-class _Piece(NamedTuple):
+class _Allocation(NamedTuple):
     """Memory that is allocated before launch ``first`` and freed after launch ``last``; None for results."""
 
     first: int
@@ -49,13 +49,14 @@ class _Piece(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A launch. ``fresh``: pieces allocated before it; ``pointers``: (slot, index of the address, offset), where the
-    addresses are those of the arguments, followed by all pieces in order; ``done``: pieces freed after it."""
+    """A launch. ``allocations``: memory allocated before it; ``pointers``: (slot, index of the address, offset), where
+    the addresses are those of the arguments, followed by all allocations in order; ``freed``: allocations freed after
+    it."""
 
-    fresh: list[_Piece]
+    allocations: list[_Allocation]
     launch: Launch
     pointers: list[tuple[int, int, int]]
-    done: list[int]
+    freed: list[int]
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class _Recording:
 
     def run(self, addresses: list[int]) -> Any:
         memory: list[Tensor | None] = []
-        for fresh, launch, pointers, done in self.steps:
-            for _, _, shape, stride, dtype in fresh:
+        for allocations, launch, pointers, freed in self.steps:
+            for _, _, shape, stride, dtype in allocations:
                 x = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)  # faster than `empty`
                 memory.append(x)
                 addresses.append(x.data_ptr())
@@ -76,7 +77,7 @@ class _Recording:
             for slot, which, offset in pointers:
                 values[slot] = addresses[which] + offset
             launch.start(values)
-            for which in done:
+            for which in freed:
                 memory[which] = None
         return memory[self.results[0]] if self.one_result else tuple([memory[i] for i in self.results])
 
@@ -87,23 +88,30 @@ _recordings: dict[tuple[Any, ...], dict[str, _Recording | None]] = {}
 
 
 def replay(
-    function: Callable[..., Any], args: Sequence[Any], where: Any, recorder: Recorder, *, one_block: bool = False
+    function: Callable[..., Any], args: Sequence[Any], device_key: Any, recorder: Recorder, *, one_block: bool = False
 ) -> Any:
-    """``function(*args)``, a tensor or a tuple of tensors; ``where`` identifies the driver and the device.
+    """``function(*args)``, a tensor or a tuple of tensors; ``device_key`` identifies the driver and the device.
 
     The function must depend only on its arguments, which may be lists, and on PyTorch's float32 precision, and must
     return tensors that it allocates. Temporary memory is allocated before its first use and freed after its last, or
     with ``one_block`` allocated as one block.
     """
     first: dict[int, int] = {}  # which argument is the first at an address
-    given: list[int] = []
-    key: list[Any] = [function, where]
-    for x in _flat(args):
+    addresses: list[int] = []
+    key: list[Any] = [function, device_key]
+    for x in _flatten(args):
         if isinstance(x, Tensor):
             address = x.data_ptr()
             # the key contains which arguments are aliases, and the alignment, on which Triton specialises
-            key += (x.dtype, x.shape, x.stride(), x.get_device(), address % 16, first.setdefault(address, len(given)))
-            given.append(address)
+            key += (
+                x.dtype,
+                x.shape,
+                x.stride(),
+                x.get_device(),
+                address % 16,
+                first.setdefault(address, len(addresses)),
+            )
+            addresses.append(address)
         else:
             key.append(x)
     call = tuple(key)
@@ -116,32 +124,32 @@ def replay(
     if known is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
         return function(*args)
     if known is _NEW:
-        seen.precision = ""
+        last_gemm.precision = ""
         _expect_one_device(args)
         known = _record(function, args, recorder, one_block)
-        remember(_recordings, call, {**(entry or {}), seen.precision: known}, _MOST_RECORDED)
+        add_to_cache(_recordings, call, {**(entry or {}), last_gemm.precision: known}, _MAX_RECORDED)
         if known is None:
             return function(*args)
-    return known.run(given)
+    return known.run(addresses)
 
 
 def _expect_one_device(args: Sequence[Any]) -> None:
     """Raise ValueError for tensors on several devices: replayed launches pass addresses, which Triton cannot check."""
-    devices = dict.fromkeys(x.device for x in _flat(args) if isinstance(x, Tensor))
+    devices = dict.fromkeys(x.device for x in _flatten(args) if isinstance(x, Tensor))
     if len(devices) > 1:
         raise ValueError(f"the tensors of an operator must be on one device, got {', '.join(map(str, devices))}")
 
 
-def _flat(args: Sequence[Any]) -> Sequence[Any]:
+def _flatten(args: Sequence[Any]) -> Sequence[Any]:
     if list not in map(type, args):
         return args
-    flat: list[Any] = []
+    flattened: list[Any] = []
     for x in args:
-        flat += (len(x), *x) if type(x) is list else (x,)
-    return flat
+        flattened += (len(x), *x) if type(x) is list else (x,)
+    return flattened
 
 
-class _Computes(Exception):
+class _NotRecordable(Exception):
     """The function does more than allocate, take views and launch; it cannot be recorded."""
 
 
@@ -163,11 +171,11 @@ class _Storages:
     def number(self, x: Tensor) -> int:
         known = self._known.get(x.untyped_storage()._cdata)
         if known is None:
-            raise _Computes  # a storage of neither an argument nor an allocation of the function
+            raise _NotRecordable  # a storage of neither an argument nor an allocation of the function
         return known[0]
 
 
-class _Watch(TorchDispatchMode):
+class _RecordingMode(TorchDispatchMode):
     def __init__(self, storages: _Storages) -> None:
         super().__init__()
         self.storages = storages
@@ -182,11 +190,11 @@ class _Watch(TorchDispatchMode):
         for x in result if isinstance(result, (tuple, list)) else [result]:
             view = isinstance(x, Tensor) and x.untyped_storage()._cdata in memory
             if not view and not isinstance(x, torch.dtype):
-                raise _Computes
+                raise _NotRecordable
         return result
 
 
-class _Place(NamedTuple):
+class _TensorStart(NamedTuple):
     """The start of a tensor: byte ``offset`` of a storage; ``argument``: index of the argument that contains it."""
 
     storage: int
@@ -194,9 +202,9 @@ class _Place(NamedTuple):
     argument: int | None
 
 
-class _Noted(NamedTuple):
+class _RecordedLaunch(NamedTuple):
     launch: Launch
-    places: list[tuple[int, _Place]]  # by slot
+    tensors: list[tuple[int, _TensorStart]]  # by slot
 
 
 def _record(
@@ -204,75 +212,80 @@ def _record(
 ) -> _Recording | None:
     """Record the function; None if it computes something with PyTorch, launches nothing, or passes or returns a tensor
     that cannot be located in every call. Tensors are neither held by the recording nor while it is made."""
-    arguments = [x for x in _flat(args) if isinstance(x, Tensor)]
+    arguments = [x for x in _flatten(args) if isinstance(x, Tensor)]
     storages = _Storages()
-    given = [(storages.add(x), _start(x)) for x in arguments]
-    launches: list[_Noted] = []
+    inputs = [(storages.add(x), _start(x)) for x in arguments]
+    launches: list[_RecordedLaunch] = []
 
-    def place(x: Tensor) -> _Place:
+    def locate(x: Tensor) -> _TensorStart:
         storage, start = storages.number(x), _start(x)
         if storage >= len(of_arguments):
-            return _Place(storage, start, None)
+            return _TensorStart(storage, start, None)
         for i, argument in enumerate(arguments):
             if x is argument:
-                return _Place(storage, start, i)
+                return _TensorStart(storage, start, i)
         # a view of an argument; ambiguous if it lies in several arguments with different addresses
         around = {
-            given[i][1]: i
+            inputs[i][1]: i
             for i, argument in reversed(list(enumerate(arguments)))
-            if given[i][0] == storage and given[i][1] <= start < given[i][1] + max(1, _span(argument))
+            if inputs[i][0] == storage and inputs[i][1] <= start < inputs[i][1] + max(1, _span(argument))
         }
         if len(around) != 1:
-            raise _Computes
-        return _Place(storage, start, *around.values())
+            raise _NotRecordable
+        return _TensorStart(storage, start, *around.values())
 
     of_arguments = range(len(storages.sizes))
     try:
         with (
-            recorder(lambda launch, at: launches.append(_Noted(launch, [(slot, place(x)) for slot, x in at]))),
-            _Watch(storages),
+            recorder(
+                lambda launch, at: launches.append(_RecordedLaunch(launch, [(slot, locate(x)) for slot, x in at]))
+            ),
+            _RecordingMode(storages),
         ):
             result = function(*args)
         results = list(result) if isinstance(result, tuple) else [result]
-        made = [storages.number(x) for x in results]
-    except _Computes:
+        result_storages = [storages.number(x) for x in results]
+    except _NotRecordable:
         return None
     if not launches:
         return None
-    life: dict[int, tuple[int, int]] = {}  # storage -> first and last launch that use it
-    for step, noted in enumerate(launches):
-        for _, at in noted.places:
-            life[at.storage] = life.get(at.storage, (step, step))[0], step
-    pieces: list[_Piece] = []
-    places: dict[int, tuple[int, int]] = {}  # storage -> (index of its piece, offset in the piece)
-    for storage, x in zip(made, results, strict=True):
+    lifetimes: dict[int, tuple[int, int]] = {}  # storage -> first and last launch that use it
+    for step, recorded in enumerate(launches):
+        for _, at in recorded.tensors:
+            lifetimes[at.storage] = lifetimes.get(at.storage, (step, step))[0], step
+    allocations: list[_Allocation] = []
+    locations: dict[int, tuple[int, int]] = {}  # storage -> (index of its allocation, offset in it)
+    for storage, x in zip(result_storages, results, strict=True):
         whole = x.is_contiguous() and storages.sizes[storage] == x.numel() * x.element_size()
-        if not whole or storage in of_arguments or storage in places:
+        if not whole or storage in of_arguments or storage in locations:
             return None
-        places[storage] = len(pieces), 0
-        pieces.append(_Piece(life.get(storage, (0, 0))[0], None, x.shape, x.stride(), x.dtype))
-    between = {i: storages.sizes[i] for i in life if i not in places and i not in of_arguments}
+        locations[storage] = len(allocations), 0
+        allocations.append(_Allocation(lifetimes.get(storage, (0, 0))[0], None, x.shape, x.stride(), x.dtype))
+    temporaries = {i: storages.sizes[i] for i in lifetimes if i not in locations and i not in of_arguments}
     if one_block:
-        offsets, size = _share(between, life)
-        places |= {storage: (len(pieces), offset) for storage, offset in offsets.items()}
-        pieces = [piece._replace(first=0) for piece in (*pieces, _Piece(0, None, (size,), (1,), torch.uint8))]
+        offsets, size = _pack_storages(temporaries, lifetimes)
+        locations |= {storage: (len(allocations), offset) for storage, offset in offsets.items()}
+        allocations = [
+            allocation._replace(first=0)
+            for allocation in (*allocations, _Allocation(0, None, (size,), (1,), torch.uint8))
+        ]
     else:
-        for storage, size in between.items():
-            places[storage] = len(pieces), 0
-            pieces.append(_Piece(*life[storage], (size,), (1,), torch.uint8))
-    order = sorted(range(len(pieces)), key=lambda i: pieces[i].first)
+        for storage, size in temporaries.items():
+            locations[storage] = len(allocations), 0
+            allocations.append(_Allocation(*lifetimes[storage], (size,), (1,), torch.uint8))
+    order = sorted(range(len(allocations)), key=lambda i: allocations[i].first)
     steps = []
-    for step, noted in enumerate(launches):
+    for step, recorded in enumerate(launches):
         pointers = []
-        for slot, at in noted.places:
+        for slot, at in recorded.tensors:
             if at.argument is not None:
-                pointers.append((slot, at.argument, at.offset - given[at.argument][1]))
+                pointers.append((slot, at.argument, at.offset - inputs[at.argument][1]))
             else:
-                piece, start = places[at.storage]
-                pointers.append((slot, len(given) + order.index(piece), start + at.offset))
-        fresh = [pieces[i] for i in order if pieces[i].first == step]
-        done = [at for at, i in enumerate(order) if pieces[i].last == step]
-        steps.append(_Step(fresh, noted.launch, pointers, done))
+                allocation, start = locations[at.storage]
+                pointers.append((slot, len(inputs) + order.index(allocation), start + at.offset))
+        before = [allocations[i] for i in order if allocations[i].first == step]
+        freed = [at for at, i in enumerate(order) if allocations[i].last == step]
+        steps.append(_Step(before, recorded.launch, pointers, freed))
     which = [order.index(i) for i in range(len(results))]
     return _Recording(steps, which, not isinstance(result, tuple), arguments[0].device)
 
@@ -288,12 +301,12 @@ def _span(x: Tensor) -> int:
     return (steps + 1) * x.element_size() if x.numel() else 0
 
 
-def _share(sizes: dict[int, int], life: dict[int, tuple[int, int]]) -> tuple[dict[int, int], int]:
+def _pack_storages(sizes: dict[int, int], lifetimes: dict[int, tuple[int, int]]) -> tuple[dict[int, int], int]:
     """Offsets of storages in one block, and its size; storages that are not in use at the same time share memory."""
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first and last use
     offsets = {}
     for storage in sorted(sizes, key=lambda storage: -sizes[storage]):  # the largest first
-        first, last = life[storage]
+        first, last = lifetimes[storage]
         size = -(-sizes[storage] // _ALIGN) * _ALIGN
         taken = sorted((start, end) for start, end, f, l in placed if f <= last and first <= l)
         gaps = itertools.chain([0], (end for _, end in taken))

@@ -30,12 +30,12 @@ from vit_triton.kernels.sums import config as _sums  # noqa: F401
 ENVIRONMENT_VARIABLE = "VIT_TRITON_TUNED"
 FORMAT = 2
 # names in format 1, which has no "format" field
-_FORMER_NAMES = {"rows": "block_m", "cols": "block_n", "depth": "block_k", "parts": "subtiles"}
+_OLD_FIELD_NAMES = {"rows": "block_m", "cols": "block_n", "depth": "block_k", "parts": "subtiles"}
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _PRECISIONS = ("ieee", "tf32")
 _SIDES = ("block_m", "block_n", "block_k")  # at least 16, the minimum of tl.dot
-_MOST = {"num_warps": 32, "num_stages": 8, "group": 64, "split": 64, "partials": 2**16, "max_registers": 255}
+_MAXIMA = {"num_warps": 32, "num_stages": 8, "group": 64, "split": 64, "partials": 2**16, "max_registers": 255}
 _ANY_NUMBER = ("num_stages", "group", "partials", "max_registers")  # other fields are powers of two
 
 
@@ -83,7 +83,7 @@ def default_path(device: str) -> Path:
     return Path(folder if os.path.isabs(folder) else Path.home() / ".config", "vit_triton", "tuned", f"{slug}.json")
 
 
-def found(device: str) -> Path | None:
+def table_path(device: str) -> Path | None:
     """The file to read for a device, or None.
 
     Raises:
@@ -105,7 +105,7 @@ def table(device: str, architecture: str) -> Table | None:
         FileNotFoundError: if the environment variable names a file that does not exist.
         ValueError: if the file is invalid; the message contains the field, the expected and the actual value.
     """
-    path = found(device)
+    path = table_path(device)
     read_ = None if path is None else read(path)
     return read_ if read_ and (read_.device, read_.architecture) == (device, architecture) else None
 
@@ -116,7 +116,7 @@ def describe(device: str, architecture: str) -> str:
     Raises:
         FileNotFoundError, ValueError: as :func:`table`.
     """
-    path = found(device)
+    path = table_path(device)
     if path is None:
         return f"{device}, {architecture}: no tuned tiles, using defaults; run vit-triton tune to measure"
     content = read(path)
@@ -131,11 +131,11 @@ def describe(device: str, architecture: str) -> str:
         vendor = [each for each in every if isinstance(each.config, VendorGemm)]
         library = f", the vendor's GEMM for {len(vendor)} of them" if vendor else ""
         lines.append(f"  {picker}: {len(every)} {'entry' if len(every) == 1 else 'entries'}{library}")
-        lines += [f"    vendor's GEMM: {spelled(each.arguments)}" for each in vendor]
+        lines += [f"    vendor's GEMM: {format_arguments(each.arguments)}" for each in vendor]
     return "\n".join(lines)
 
 
-def spelled(arguments: dict[str, Any]) -> str:
+def format_arguments(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{name} {_plain(value)}" for name, value in arguments.items())
 
 
@@ -179,7 +179,7 @@ def _plain_config(config: Any) -> dict[str, Any]:
 _HEADER = ("device", "architecture", "triton", "torch", "date")
 
 
-class _Wrong(Exception):
+class _InvalidField(Exception):
     """An invalid value: its place in the file, the expected and the actual value."""
 
     def __init__(self, where: str, expected: str, got: Any) -> None:
@@ -196,38 +196,38 @@ def read(path: Path) -> Table:
         content = json.loads(path.read_text(encoding="utf-8"))
         written = content.pop("format", 1) if isinstance(content, dict) else FORMAT
         if written not in (1, FORMAT):
-            raise _Wrong("format", f"1 or {FORMAT}", written)
+            raise _InvalidField("format", f"1 or {FORMAT}", written)
         if written == 1:
-            content = _renamed(content)
+            content = _rename_fields(content)
         _expect_names("the file", content, (*_HEADER, "pickers"))
         for name in _HEADER:
             if not isinstance(content[name], str):
-                raise _Wrong(name, "a string", content[name])
+                raise _InvalidField(name, "a string", content[name])
         if not isinstance(content["pickers"], dict):
-            raise _Wrong("pickers", "an object of lists", content["pickers"])
+            raise _InvalidField("pickers", "an object of lists", content["pickers"])
         timed = [each for name, entries in content["pickers"].items() for each in _entries(name, entries)]
         return Table(**{name: content[name] for name in _HEADER}, timed=timed)
-    except (_Wrong, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (_InvalidField, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: {error}; write the file again with vit-triton tune, or remove it") from error
 
 
-def _renamed(content: Any) -> Any:
+def _rename_fields(content: Any) -> Any:
     """``content`` of format 1 with the field names of the current format."""
     if isinstance(content, list):
-        return [_renamed(each) for each in content]
+        return [_rename_fields(each) for each in content]
     if not isinstance(content, dict):
         return content
-    renamed = {name: _renamed(value) for name, value in content.items()}
+    renamed = {name: _rename_fields(value) for name, value in content.items()}
     if isinstance(content.get("kind"), str):
-        renamed = {_FORMER_NAMES.get(name, name): value for name, value in renamed.items()}
+        renamed = {_OLD_FIELD_NAMES.get(name, name): value for name, value in renamed.items()}
     return renamed
 
 
 def _entries(name: str, entries: Any) -> list[Timed]:
     if name not in PICKERS:
-        raise _Wrong("each name in pickers", f"one of {', '.join(PICKERS)}", name)
+        raise _InvalidField("each name in pickers", f"one of {', '.join(PICKERS)}", name)
     if not isinstance(entries, list):
-        raise _Wrong(name, "a list", entries)
+        raise _InvalidField(name, "a list", entries)
     result: dict[tuple[Any, ...], Timed] = {}
     for i, entry in enumerate(entries):
         where, picker = f"{name}[{i}]", PICKERS[name]
@@ -239,10 +239,10 @@ def _entries(name: str, entries: Any) -> list[Timed]:
         }
         config = _config(f"{where}.config", entry["config"], picker)
         if "block_d" in entry["config"] and not arguments["width"] <= config.block_d:
-            raise _Wrong(f"{where}.config.block_d", f"at least the width {arguments['width']}", config.block_d)
+            raise _InvalidField(f"{where}.config.block_d", f"at least the width {arguments['width']}", config.block_d)
         timed = Timed(name, arguments, config, _milliseconds(f"{where}.milliseconds", entry["milliseconds"], picker))
         if timed.key in result:
-            raise _Wrong(f"{where}.arguments", "unique in its list", entry["arguments"])
+            raise _InvalidField(f"{where}.arguments", "unique in its list", entry["arguments"])
         result[timed.key] = timed
     return list(result.values())
 
@@ -250,26 +250,26 @@ def _entries(name: str, entries: Any) -> list[Timed]:
 def _expect_names(where: str, value: Any, names: tuple[str, ...]) -> None:
     if not isinstance(value, dict) or set(value) != set(names):
         got = sorted(value) if isinstance(value, dict) else value
-        raise _Wrong(where, f"an object with {', '.join(names)}", got)
+        raise _InvalidField(where, f"an object with {', '.join(names)}", got)
 
 
 def _argument(where: str, name: str, kind: type, value: Any) -> Any:
     if kind is torch.dtype:
         if not isinstance(value, str) or value not in _DTYPES:
-            raise _Wrong(where, f"one of {', '.join(_DTYPES)}", value)
+            raise _InvalidField(where, f"one of {', '.join(_DTYPES)}", value)
         return _DTYPES[value]
     if issubclass(kind, (str, enum.Enum)):
         words: dict[str, Any] = {word: word for word in _PRECISIONS}
         if issubclass(kind, enum.Enum):
             words = {each.value: each for each in kind}
         if not isinstance(value, str) or value not in words:
-            raise _Wrong(where, f"one of {', '.join(words)}", value)
+            raise _InvalidField(where, f"one of {', '.join(words)}", value)
         return words[value]
     if kind is bool:
         if type(value) is not bool:
-            raise _Wrong(where, "true or false", value)
+            raise _InvalidField(where, "true or false", value)
     elif type(value) is not int or value < 1:
-        raise _Wrong(where, "a positive integer", value)
+        raise _InvalidField(where, "a positive integer", value)
     return value
 
 
@@ -277,31 +277,31 @@ def _config(where: str, value: Any, picker: Picker) -> Any:
     kinds = {kind.__name__: kind for kind in picker.kinds}
     kind: Any = kinds.get(str(value.get("kind"))) if isinstance(value, dict) else None
     if kind is None:
-        raise _Wrong(where, f"an object whose kind is {' or '.join(kinds)}", value)
+        raise _InvalidField(where, f"an object whose kind is {' or '.join(kinds)}", value)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     _expect_names(where, value, ("kind", *fields))
     for name, field in fields.items():
         if field.type is bool:
             if type(value[name]) is not bool:
-                raise _Wrong(f"{where}.{name}", "true or false", value[name])
+                raise _InvalidField(f"{where}.{name}", "true or false", value[name])
             continue
         least = 16 if name in _SIDES and issubclass(kind, (AttentionConfig, GemmConfig)) else 1
-        most = _MOST.get(name, 2**16)
+        most = _MAXIMA.get(name, 2**16)
         whole = type(value[name]) is int and least <= value[name] <= most
         power = name in _ANY_NUMBER or whole and value[name] & (value[name] - 1) == 0
         if not (whole and power):
             sort = "an integer" if name in _ANY_NUMBER else "a power of two"
-            raise _Wrong(f"{where}.{name}", f"{sort} from {least} to {most}", value[name])
+            raise _InvalidField(f"{where}.{name}", f"{sort} from {least} to {most}", value[name])
     return kind(**{name: value[name] for name in fields})
 
 
 def _milliseconds(where: str, value: Any, picker: Picker) -> list[tuple[Any, float]]:
     if not isinstance(value, list):
-        raise _Wrong(where, "a list", value)
+        raise _InvalidField(where, "a list", value)
     result = []
     for i, each in enumerate(value):
         _expect_names(f"{where}[{i}]", each, ("config", "ms"))
         if type(each["ms"]) not in (int, float) or not 0 < each["ms"] < float("inf"):
-            raise _Wrong(f"{where}[{i}].ms", "a positive number", each["ms"])
+            raise _InvalidField(f"{where}[{i}].ms", "a positive number", each["ms"])
         result.append((_config(f"{where}[{i}].config", each["config"], picker), each["ms"]))
     return result

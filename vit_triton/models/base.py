@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_triton.models.hub import HubModel
-from vit_triton.modules import checked_backend, patch_grid
+from vit_triton.modules import check_backend, patch_grid
 
 __all__ = ["VisionModel"]
 
@@ -25,7 +25,7 @@ class VisionModel(HubModel, nn.Module):
         self, image_size: tuple[int, int], patch_size: tuple[int, int], channels: int, backend: str | None
     ) -> None:
         super().__init__()
-        self._backend = checked_backend(backend)
+        self._backend = check_backend(backend)
         self.image_size = image_size
         self.patch_size = patch_size
         self.channels = channels
@@ -37,7 +37,7 @@ class VisionModel(HubModel, nn.Module):
 
     @backend.setter
     def backend(self, backend: str | None) -> None:
-        self._backend = checked_backend(backend)
+        self._backend = check_backend(backend)
         for module in self.modules():
             if module is not self and hasattr(module, "backend"):
                 module.backend = backend  # type: ignore[assignment]

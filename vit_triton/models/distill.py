@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
-from vit_triton.checks import check_module, check_probability, kind
+from vit_triton.checks import check_module, check_probability, type_name
 from vit_triton.models.vit import ViT
 from vit_triton.modules import LayerNorm, Linear
 
@@ -83,7 +83,7 @@ class DistillWrapper(nn.Module):
     ) -> None:
         check_module("teacher", teacher)
         if not isinstance(student, DistillableViT):
-            raise TypeError(f"student must be a vit_triton.DistillableViT, got {kind(student)}")
+            raise TypeError(f"student must be a vit_triton.DistillableViT, got {type_name(student)}")
         if student.mlp_head is None:
             raise ValueError("student must have at least 1 class, got num_classes=0")
         _check_loss(temperature, alpha)
@@ -128,7 +128,7 @@ class DistillWrapper(nn.Module):
         wanted = getattr(wanted, "logits", wanted)
         logits, token = self.student(img, distill_token=self.distillation_token, **kwargs)
         if not isinstance(wanted, Tensor) or wanted.shape != logits.shape:
-            came = f"shape {tuple(wanted.shape)}" if isinstance(wanted, Tensor) else kind(wanted)
+            came = f"shape {tuple(wanted.shape)}" if isinstance(wanted, Tensor) else type_name(wanted)
             raise ValueError(f"teacher must return logits of the student's shape {tuple(logits.shape)}, got {came}")
         distilled = self.distill_mlp(token)
         if self.hard:
@@ -151,7 +151,7 @@ class DistillWrapper(nn.Module):
 
 def _check_loss(temperature: float, alpha: float) -> None:
     if not isinstance(temperature, Real):
-        raise TypeError(f"temperature must be a number, got {kind(temperature)} {temperature!r}")
+        raise TypeError(f"temperature must be a number, got {type_name(temperature)} {temperature!r}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature!r}")
     check_probability("alpha", alpha)

@@ -18,7 +18,7 @@ from vit_triton.modules import (
     PatchEmbedding,
     PatchRows,
     Transformer,
-    checked_backend,
+    check_backend,
     is_fusable,
     place_tokens,
 )
@@ -66,7 +66,7 @@ class ViT(VisionModel):
         emb_dropout: float = 0.0,
         backend: str | None = None,
     ) -> None:
-        checked_backend(backend)
+        check_backend(backend)
         patch_h, patch_w = patch_size = pair("patch_size", patch_size)
         image_size = pair("image_size", image_size)
         grid_h, grid_w = check_patches(image_size, patch_size)

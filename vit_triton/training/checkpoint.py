@@ -23,7 +23,7 @@ KEYS = {"model", "optimizer", "schedule", "step", "random", "facts", "config", "
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Lock ``folder`` for this process, and remove temporary files of a killed process.
 
     The lock is released when the process ends. Systems without file locks (Windows) are not supported: the folder is

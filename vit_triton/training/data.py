@@ -25,8 +25,8 @@ CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/" + CIFAR10_FILE
 class Data:
     """Training and test examples ((C, H, W), label), names of the classes, and number of channels."""
 
-    train: Seeded
-    test: Seeded
+    train: AugmentedDataset
+    test: AugmentedDataset
     classes: tuple[str, ...]
     channels: int
 
@@ -40,14 +40,14 @@ class Data:
         }
 
 
-class Seeded(Dataset):
+class AugmentedDataset(Dataset):
     """A dataset with random augmentation that depends only on seed, epoch and index.
 
     The result is therefore the same in every process and after an interruption.
     """
 
-    def __init__(self, examples: Any, change: Callable[[Any], Tensor], seed: int) -> None:
-        self.examples, self.change, self.seed, self.epoch = examples, change, seed, 0
+    def __init__(self, examples: Any, transform: Callable[[Any], Tensor], seed: int) -> None:
+        self.examples, self.transform, self.seed, self.epoch = examples, transform, seed, 0
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -57,7 +57,7 @@ class Seeded(Dataset):
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also seed the GPU, whose generator dropout uses
             torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
-            return self.change(image), label
+            return self.transform(image), label
 
 
 def seed_of(*numbers: int) -> int:
@@ -104,8 +104,8 @@ def _digits(config: TrainConfig) -> Data:
     examples = list(zip(images, scans.target.tolist(), strict=True))
     train, test = _split(len(examples), 0.2)
     return Data(
-        Seeded([examples[i] for i in train], _jittered, config.seed),
-        Seeded([examples[i] for i in test], _identity, config.seed),
+        AugmentedDataset([examples[i] for i in train], _random_affine, config.seed),
+        AugmentedDataset([examples[i] for i in test], _identity, config.seed),
         tuple(map(str, range(10))),
         channels=1,
     )
@@ -122,7 +122,7 @@ def _identity(image: Tensor) -> Tensor:
     return image
 
 
-def _jittered(image: Tensor) -> Tensor:
+def _random_affine(image: Tensor) -> Tensor:
     """Shift, rotate and scale an image by a small random amount."""
     angle, zoom, right, down = torch.empty(4).uniform_(-1, 1) * torch.tensor((0.15, 0.15, 0.125, 0.125))
     cos, sin = (1 + zoom) * angle.cos(), (1 + zoom) * angle.sin()
@@ -136,8 +136,8 @@ def _cifar10(config: TrainConfig) -> Data:
     folder, archive = config.data_folder, config.data_folder / CIFAR10_FILE
     kind = torchvision.datasets.CIFAR10
     # with a valid archive, "download" only unpacks it
-    there = (folder / kind.base_folder).is_dir()
-    unpack = config.download or not there and torchvision.datasets.utils.check_integrity(archive, kind.tgz_md5)
+    is_unpacked = (folder / kind.base_folder).is_dir()
+    unpack = config.download or not is_unpacked and torchvision.datasets.utils.check_integrity(archive, kind.tgz_md5)
     try:
         train, test = (kind(folder, train=train, download=unpack) for train in (True, False))
     except (OSError, RuntimeError) as error:  # from urllib, and from torchvision for missing files
@@ -148,12 +148,15 @@ def _cifar10(config: TrainConfig) -> Data:
     T = torchvision.transforms
     resize = [] if side == 32 else [T.Resize(side)]
     return Data(
-        Seeded(train, T.Compose([*resize, T.RandomCrop(side, side // 8), T.RandomHorizontalFlip(), *_tensor(T)]),
-               config.seed),
-        Seeded(test, T.Compose([*resize, *_tensor(T)]), config.seed),
+        AugmentedDataset(
+            train,
+            T.Compose([*resize, T.RandomCrop(side, side // 8), T.RandomHorizontalFlip(), *_tensor(T)]),
+            config.seed,
+        ),
+        AugmentedDataset(test, T.Compose([*resize, *_tensor(T)]), config.seed),
         tuple(train.classes),
         channels=3,
-    )  # fmt: skip
+    )
 
 
 def _tensor(T: Any) -> list[Any]:
@@ -182,12 +185,15 @@ def _folder(config: TrainConfig) -> Data:
         train, test = (Subset(found[0], cast(Sequence[int], part)) for part in _split(len(found[0]), 0.1))
     side = config.sizes()["image_size"]
     return Data(
-        Seeded(train, T.Compose([T.RandomResizedCrop(side, scale=(0.25, 1)), T.RandomHorizontalFlip(), *_tensor(T)]),
-               config.seed),
-        Seeded(test, T.Compose([T.Resize(side * 8 // 7), T.CenterCrop(side), *_tensor(T)]), config.seed),
+        AugmentedDataset(
+            train,
+            T.Compose([T.RandomResizedCrop(side, scale=(0.25, 1)), T.RandomHorizontalFlip(), *_tensor(T)]),
+            config.seed,
+        ),
+        AugmentedDataset(test, T.Compose([T.Resize(side * 8 // 7), T.CenterCrop(side), *_tensor(T)]), config.seed),
         tuple(found[0].classes),
         channels=3,
-    )  # fmt: skip
+    )
 
 
 def _check_links(folder: Path, above: tuple[Path, ...] = ()) -> None:

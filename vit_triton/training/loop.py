@@ -28,7 +28,7 @@ from vit_triton.backend import resolve_backend
 from vit_triton.training import checkpoint, curves
 from vit_triton.training.checkpoint import CURVES, METRICS
 from vit_triton.training.config import TrainConfig
-from vit_triton.training.data import Data, Seeded, batches, load_data, seed_of
+from vit_triton.training.data import AugmentedDataset, Data, batches, load_data, seed_of
 from vit_triton.training.extras import extra
 from vit_triton.weights.atomic import write_atomically
 
@@ -138,14 +138,14 @@ def distribute(model: nn.Module, config: TrainConfig, process: Process) -> nn.Mo
 
 
 def load_batches(
-    examples: Seeded, parts: list[list[int]], config: TrainConfig, process: Process
+    examples: AugmentedDataset, parts: list[list[int]], config: TrainConfig, process: Process
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Load batches of ``examples``, given the indices of each batch."""
     loader = DataLoader(
         examples,
         batch_sampler=parts,
         num_workers=config.workers,
-        collate_fn=functools.partial(_collated, shape=examples[0][0].shape),
+        collate_fn=functools.partial(_collate, shape=examples[0][0].shape),
         pin_memory=process.device.type == "cuda",
         generator=torch.Generator(),  # the default is the generator of the dropout
     )
@@ -159,7 +159,7 @@ def load_batches(
         raise type(error)(str(error).splitlines()[-1].removeprefix(name)) from error
 
 
-def _collated(examples: list[tuple[Tensor, int]], shape: torch.Size) -> Any:
+def _collate(examples: list[tuple[Tensor, int]], shape: torch.Size) -> Any:
     return default_collate(examples) if examples else [torch.empty(0, *shape), torch.empty(0, dtype=torch.long)]
 
 
@@ -196,8 +196,8 @@ class Run:
                 f"batch_size must be divisible by the number of processes, {process.count}, got {config.batch_size}"
             )
         images = len(data.train)
-        self.steps_an_epoch = images // config.batch_size
-        if not self.steps_an_epoch:
+        self.steps_per_epoch = images // config.batch_size
+        if not self.steps_per_epoch:
             raise ValueError(
                 f"batch_size must be at most the number of training images, {images}, got {config.batch_size}"
             )
@@ -212,12 +212,12 @@ class Run:
         vectors = [p for p in self.model.parameters() if p.ndim <= 1]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.steps = config.epochs * self.steps_an_epoch
+        self.steps = config.epochs * self.steps_per_epoch
         self.keep = True  # keep the previous checkpoint at the next save
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
         self.step = 0
 
-    def _rate(self, step: int) -> float:
+    def _learning_rate_factor(self, step: int) -> float:
         rising = max(1, round(self.config.warmup * self.steps))
         if step < rising:
             return (step + 1) / rising
@@ -287,7 +287,7 @@ class Metrics:
 
     def __init__(self, path: Path, process: Process, step: int) -> None:
         self.path, self.process = path, process
-        self.waiting: list[tuple[dict[str, Any], Tensor]] = []
+        self.pending_losses: list[tuple[dict[str, Any], Tensor]] = []
         self.loss: float | None = None  # the last loss that was read
         if process.is_first:  # drop steps after the checkpoint, which are repeated
             lines = "".join(json.dumps(line) + "\n" for line in curves.read(path) if line["step"] <= step)
@@ -295,14 +295,16 @@ class Metrics:
 
     def step(self, loss: Tensor, **line: Any) -> None:
         """Add the loss of a step, to be written by :meth:`flush`."""
-        self.waiting.append((line, loss))
+        self.pending_losses.append((line, loss))
 
     def flush(self, *lines: dict[str, Any]) -> None:
         """Write the pending losses, averaged over the processes, and ``lines``."""
-        if self.waiting:
-            losses = self.process.sum(torch.stack([loss for _, loss in self.waiting])) / self.process.count
-            pending = [{**line, "loss": loss} for (line, _), loss in zip(self.waiting, losses.tolist(), strict=True)]
-            self.waiting, self.loss, lines = [], pending[-1]["loss"], (*pending, *lines)
+        if self.pending_losses:
+            losses = self.process.sum(torch.stack([loss for _, loss in self.pending_losses])) / self.process.count
+            pending = [
+                {**line, "loss": loss} for (line, _), loss in zip(self.pending_losses, losses.tolist(), strict=True)
+            ]
+            self.pending_losses, self.loss, lines = [], pending[-1]["loss"], (*pending, *lines)
         if self.process.is_first:
             size = self.path.stat().st_size
             try:
@@ -335,7 +337,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         run = Run(config, load_data(config), process)
         if process.is_first:
             config.out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(checkpoint.locked(config.out))
+            stack.enter_context(checkpoint.lock_folder(config.out))
         found, result = checkpoint.load(config.out), {}
         if found is not None:
             state, path = found
@@ -358,7 +360,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         with progress:
             task = progress.add_task("", total=run.steps, completed=run.step)
             while run.step < run.steps:
-                epoch, start = divmod(run.step, run.steps_an_epoch)
+                epoch, start = divmod(run.step, run.steps_per_epoch)
                 run.data.train.epoch = epoch
                 parts = batches(
                     len(run.data.train), config.batch_size, config.seed, epoch,
@@ -368,7 +370,7 @@ def train(config: TrainConfig) -> dict[str, float]:
                     rate = run.schedule.get_last_lr()[0]
                     loss = run.training_step(images, labels)
                     metrics.step(loss, step=run.step, epoch=epoch + 1, learning_rate=rate)
-                    done = run.step % run.steps_an_epoch == 0
+                    done = run.step % run.steps_per_epoch == 0
                     if run.step % FLUSH_EVERY == 0:
                         metrics.flush()
                     if run.step % config.checkpoint_every == 0 and not done:

@@ -26,7 +26,7 @@ from vit_triton.kernels.linear import mlp
 from vit_triton.kernels.norm import layer_norm
 from vit_triton.kernels.patch_embed import backward as patch_embed_backward
 from vit_triton.kernels.patch_embed import forward as patch_embed_forward
-from vit_triton.kernels.picker import Picker, choosing
+from vit_triton.kernels.picker import Picker, override_choice
 from vit_triton.kernels.sums import sum_parts
 from vit_triton.models import ViT
 from vit_triton.modules import Linear
@@ -42,7 +42,7 @@ LAUNCHERS = (
 MARGIN = 0.98  # a candidate replaces the default if it takes less than this fraction of its time
 TOLERANCE = 16.0  # relative L2 difference from the default's result, in eps
 
-Ask = tuple[Picker, tuple[Any, ...]]  # a picker and its arguments
+PickerCall = tuple[Picker, tuple[Any, ...]]  # a picker and its arguments
 Measure = Callable[[Callable[[], Any]], float]  # milliseconds of a call
 
 
@@ -52,13 +52,13 @@ class Case:
 
     Attributes:
         run: repeats the call and returns its results.
-        asks: the pickers that the launcher itself uses, with their arguments, by key.
+        picker_calls: the pickers that the launcher calls, with their arguments, by key.
     """
 
     name: str
     dtype: torch.dtype
     run: Callable[[], list[Tensor]]
-    asks: dict[tuple[Any, ...], Ask]
+    picker_calls: dict[tuple[Any, ...], PickerCall]
 
 
 # --- cases -------------------------------------------------------------------------------------------------
@@ -105,14 +105,14 @@ def record(call: Callable[[], Any], label: str, dtype: torch.dtype) -> list[Case
         return launch
 
     def note(picker: Picker, args: tuple[Any, ...]) -> Any:
-        inside[-1].asks[picker.key(args)] = picker, args
+        inside[-1].picker_calls[picker.key(args)] = picker, args
         return picker.default(*args)
 
     functions = {name: x for module in _MODULES for name, x in vars(module).items() if name in LAUNCHERS}
     replacing = _replace_launchers({name: recorded(launcher) for name, launcher in functions.items()})
-    with ops.running(ops.run_directly), replacing, choosing(note):  # a replay would not call the launchers
+    with ops.override_run(ops.run_directly), replacing, override_choice(note):  # a replay would not call the launchers
         call()
-    return [case for case in found.values() if case.asks]
+    return [case for case in found.values() if case.picker_calls]
 
 
 def _form(x: Any) -> Any:
@@ -185,13 +185,13 @@ def _time(group: list[Case], expected: list[list[Tensor]], spills: int, measure:
 
 def choices(every: Iterable[Case]) -> list[tuple[Picker, tuple[Any, ...], list[Case]]]:
     """Return each choice to make: the picker, its arguments, and the cases that use it."""
-    asked: dict[tuple[Any, ...], tuple[Picker, tuple[Any, ...], list[Case]]] = {}
+    groups: dict[tuple[Any, ...], tuple[Picker, tuple[Any, ...], list[Case]]] = {}
     for case in every:
-        for key, ask in case.asks.items():
-            *_, group = asked.setdefault(key, (*ask, []))
+        for key, picker_call in case.picker_calls.items():
+            *_, group = groups.setdefault(key, (*picker_call, []))
             if case.name not in {other.name for other in group}:
                 group.append(case)
-    return list(asked.values())
+    return list(groups.values())
 
 
 def tune(every: Iterable[Case], measure: Measure, log: Callable[[str], None] = print) -> Iterator[tuned.Timed]:
@@ -199,7 +199,7 @@ def tune(every: Iterable[Case], measure: Measure, log: Callable[[str], None] = p
     for picker, args, group in choices(every):
         key = picker.key(args)
         arguments = dict(zip(picker.arguments, key[1:], strict=True))
-        log(f"{picker.name}({tuned.spelled(arguments)}), in")
+        log(f"{picker.name}({tuned.format_arguments(arguments)}), in")
         for case in group:
             log(f"    {case.name}")
         default, *others = picker.candidates(args)
@@ -208,10 +208,12 @@ def tune(every: Iterable[Case], measure: Measure, log: Callable[[str], None] = p
         times: list[tuple[Any, float]] = []
         for candidate in (default, *others):
 
-            def choose(asker: Picker, its: tuple[Any, ...], key: Any = key, candidate: Any = candidate) -> Any:
-                return candidate if asker.key(its) == key else asker.default(*its)
+            def choose(
+                current: Picker, current_args: tuple[Any, ...], key: Any = key, candidate: Any = candidate
+            ) -> Any:
+                return candidate if current.key(current_args) == key else current.default(*current_args)
 
-            with choosing(choose):
+            with override_choice(choose):
                 if candidate == default:
                     expected, spills = _run(group)
                 try:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from vit_triton.packing import raise_if_prepacked
 from vit_triton.weights import files
 from vit_triton.weights.files import WeightsError
-from vit_triton.weights.fitting import Fit, Wanted, best_fit, fit, matches
-from vit_triton.weights.layouts import places
+from vit_triton.weights.fitting import Fit, ModelSpec, best_fit, fit, matches
+from vit_triton.weights.layouts import map_names
 from vit_triton.weights.patches import patch_of
 from vit_triton.weights.positions import grid_of
 
@@ -79,21 +79,21 @@ def load_weights(
             del into[name]
     like = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in into.items()}
     file_grid = None if grid is None else (grid[0], grid[1])
-    wanted = Wanted(like, places(like), grid_of(model), patch_of(model), patterns, file_grid, resample)
-    with files.opened(path, key) as (tensors, others):
-        odd = [f"{name!r}: {kind}" for name, kind in others.items() if not wanted.ignores(name)]
+    spec = ModelSpec(like, map_names(like), grid_of(model), patch_of(model), patterns, file_grid, resample)
+    with files.open_weights(path, key) as (tensors, others):
+        odd = [f"{name!r}: {kind}" for name, kind in others.items() if not spec.ignores(name)]
         if odd:
             raise WeightsError(f"{path}: expected a state dict of tensors, got {', '.join(odd[:10])}")
         tensors = {name: tensor for name, tensor in tensors.items() if tensor.like.numel()}
-        found = best_fit(tensors, wanted)
+        found = best_fit(tensors, spec)
         if not found.problems():
             numbers = {name: t.read() if name in found.needed else t.like for name, t in tensors.items()}
-            found = fit(numbers, tensors, wanted, found.prefix)
+            found = fit(numbers, tensors, spec, found.prefix)
         if found.problems():
             raise _mismatch_error(path, model, found)
-        if not found.joined:
+        if not found.converted:
             raise WeightsError(f"{path}: ignore matches all tensors of the file or of the model; nothing to load")
-        converted = {name: tensor.to(into[name].dtype) for name, tensor in found.joined.items()}
+        converted = {name: tensor.to(into[name].dtype) for name, tensor in found.converted.items()}
         model.load_state_dict({**state, **converted}, strict=True)
 
 
@@ -149,8 +149,8 @@ def _short_repr(value: Any) -> str:
 def _mismatch_error(path: Path, model: nn.Module, found: Fit) -> WeightsError:
     stripped = f", with {found.prefix!r} stripped from its names" if found.prefix else ""
     lines = [f"{path}{stripped} does not match {type(model).__name__}, which is unchanged."]
-    missing, surplus, unlike = found.missing, found.surplus, found.unlike
-    for what, names in (("not in the file", missing), ("not in the model", surplus), ("different", unlike)):
+    missing, unexpected, mismatched = found.missing, found.unexpected, found.mismatched
+    for what, names in (("not in the file", missing), ("not in the model", unexpected), ("different", mismatched)):
         if names:
             lines += [f"{len(names)} {what}:", *(f"  {name}" for name in names)]
-    return WeightsError("\n".join(lines), missing, surplus, unlike)
+    return WeightsError("\n".join(lines), missing, unexpected, mismatched)

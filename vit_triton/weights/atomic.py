@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["write_atomically"]
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: Path, save: Callable[[Any], object], keep: Path | None = None) -> None:
@@ -87,7 +87,7 @@ class _CountingFile(io.BufferedIOBase):
             raise OSError(self.full.errno, message, str(self.path)) from None
 
     def _note(self, error: OSError) -> None:
-        if error.errno not in _FULL:
+        if error.errno not in _DISK_FULL:
             raise error
         self.full = self.full or error
 

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from vit_triton.weights.atomic import write_atomically
+from vit_triton.weights.lazy_tensor import LazyTensor, lazy_tensor
 from vit_triton.weights.onnx_graph import read_onnx
-from vit_triton.weights.stored import Stored, stored
 
-__all__ = ["SETS", "Content", "WeightsError", "opened", "write"]
+__all__ = ["WEIGHT_SETS", "Content", "WeightsError", "open_weights", "write"]
 
 # usual names for sets of weights in training checkpoints
-SETS = (
+WEIGHT_SETS = (
     *("state_dict", "model", "model_state_dict", "module", "net", "network", "backbone", "encoder", "params"),
     *("state_dict_ema", "model_ema", "ema", "ema_state_dict", "model_ema_state_dict", "params_ema"),
     *("teacher", "student", "target_encoder"),
@@ -40,30 +40,30 @@ class WeightsError(ValueError):
 
     Attributes:
         missing: names in the model that are not in the file.
-        surplus: names in the file that are not in the model.
-        unlike: tensors in both that differ in shape or dtype, with a description.
+        unexpected: names in the file that are not in the model.
+        mismatched: tensors in both that differ in shape or dtype, with a description.
     """
 
     def __init__(
         self,
         message: str,
         missing: tuple[str, ...] = (),
-        surplus: tuple[str, ...] = (),
-        unlike: tuple[str, ...] = (),
+        unexpected: tuple[str, ...] = (),
+        mismatched: tuple[str, ...] = (),
     ) -> None:
         super().__init__(message)
-        self.missing, self.surplus, self.unlike = missing, surplus, unlike
+        self.missing, self.unexpected, self.mismatched = missing, unexpected, mismatched
 
 
 class Content(NamedTuple):
     """The tensors of a file by name, and a description of its other entries by name."""
 
-    tensors: dict[str, Stored]
+    tensors: dict[str, LazyTensor]
     others: dict[str, str]
 
 
 @contextmanager
-def opened(path: Path, key: str | None) -> Iterator[Content]:
+def open_weights(path: Path, key: str | None) -> Iterator[Content]:
     """Open a file, or its set `key`. The tensors can be read inside the context.
 
     Raises:
@@ -78,7 +78,7 @@ def opened(path: Path, key: str | None) -> Iterator[Content]:
         raise FileNotFoundError(f"{path}: no such file")
     with ExitStack() as stack:
         with _readable(path):
-            content = _content(path, _choose(path, reader(path, stack), key))
+            content = _content(path, _select_weight_set(path, reader(path, stack), key))
         yield content
 
 
@@ -107,7 +107,7 @@ def write(tensors: Mapping[str, Any], path: Path) -> None:
     others = [f"{name} ({_kind(value)})" for name, value in tensors.items() if not _is_plain(value)]
     if others:
         raise WeightsError(f"{path}: only dense tensors can be saved, but the model has {', '.join(others)}")
-    write_atomically(path, lambda file: writer(_to_save(tensors), file))
+    write_atomically(path, lambda file: writer(_saveable_tensors(tensors), file))
 
 
 def _by_suffix(path: Path, functions: dict[str, Any]) -> Any:
@@ -120,7 +120,7 @@ def _by_suffix(path: Path, functions: dict[str, Any]) -> Any:
 # --- content of a file -------------------------------------------------------------------------------------
 
 
-def _choose(path: Path, content: Any, key: str | None) -> Any:
+def _select_weight_set(path: Path, content: Any, key: str | None) -> Any:
     """Return the set `key` of a checkpoint, or its only set, or a checkpoint without sets itself."""
     for _ in range(8):  # a pickle may contain itself
         if not isinstance(content, Mapping):
@@ -128,7 +128,7 @@ def _choose(path: Path, content: Any, key: str | None) -> Any:
         if key is not None and isinstance(content.get(key), Mapping):
             content, key = content[key], None
             continue
-        sets = [name for name in SETS if _is_set(content.get(name))]
+        sets = [name for name in WEIGHT_SETS if _is_weight_set(content.get(name))]
         if len(sets) > 1 and key is None:
             raise WeightsError(f"{path}: contains several sets of weights, key must be one of {', '.join(sets)}")
         if len(sets) != 1:
@@ -149,10 +149,10 @@ def _choose(path: Path, content: Any, key: str | None) -> Any:
     return inside
 
 
-def _is_set(value: Any, depth: int = 3) -> bool:
+def _is_weight_set(value: Any, depth: int = 3) -> bool:
     """Return whether `value` is a mapping that contains tensors, directly or in nested mappings."""
     return isinstance(value, Mapping) and any(
-        isinstance(inner, Tensor) or (depth and _is_set(inner, depth - 1)) for inner in value.values()
+        isinstance(inner, Tensor) or (depth and _is_weight_set(inner, depth - 1)) for inner in value.values()
     )
 
 
@@ -161,13 +161,13 @@ def _content(path: Path, content: Any) -> Content:
         raise WeightsError(f"{path}: expected a state dict, got a {type(content).__name__}")
     if not content:
         raise WeightsError(f"{path}: expected a state dict of tensors, got an empty one")
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, LazyTensor] = {}
     others = {}
     for name, value in content.items():
         if _is_plain(value):
-            value = stored(Tensor.detach(value))  # an attribute in the file may shadow the method
-        if isinstance(name, str) and isinstance(value, Stored):
-            tensors[name] = Stored(value.like, _readable(path)(value.read))
+            value = lazy_tensor(Tensor.detach(value))  # an attribute in the file may shadow the method
+        if isinstance(name, str) and isinstance(value, LazyTensor):
+            tensors[name] = LazyTensor(value.like, _readable(path)(value.read))
         else:
             others[str(name)] = _kind(value) if isinstance(name, str) else f"name has type {type(name).__name__}"
     return Content(tensors, others)
@@ -192,7 +192,7 @@ def _kind(value: Any) -> str:
     return f"{whose}{special}{value.layout} on {value.device}"
 
 
-# --- readers: name -> tensor, Stored, or a description of an unsupported entry -------------------------------
+# --- readers: name -> tensor, LazyTensor, or a description of an unsupported entry ---------------------------
 
 
 def _read_safetensors(path: Path, stack: ExitStack) -> dict[str, Tensor]:
@@ -203,7 +203,7 @@ def _read_safetensors(path: Path, stack: ExitStack) -> dict[str, Tensor]:
 
 # Plain data in training checkpoints, under the names of all versions of Python and numpy. Paths are read as pure paths,
 # since a WindowsPath cannot be created on another system.
-class _Discarded:
+class _IgnoredObject:
     """Replaces numpy scalars and dtypes, whose constructors are not safe for damaged files."""
 
     def __init__(self, *state: object) -> None: ...
@@ -221,17 +221,17 @@ _PLAIN_DATA: list[Any] = [
             *((PureWindowsPath, "WindowsPath"), (PureWindowsPath, "PureWindowsPath")),
         )
     ),
-    (_Discarded, "numpy.dtype"),
-    *((_Discarded, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    (_IgnoredObject, "numpy.dtype"),
+    *((_IgnoredObject, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
-_ONLY = "but only tensors and plain data are supported"
-_loading = threading.Lock()  # safe_globals applies to the whole process
+_ALLOWED_CONTENT = "but only tensors and plain data are supported"
+_safe_globals_lock = threading.Lock()  # safe_globals applies to the whole process
 
 
 def _read_torch(path: Path, stack: ExitStack) -> Any:
     zipped = _check_pickle(path)
     try:
-        with _loading, torch.serialization.safe_globals(_PLAIN_DATA):
+        with _safe_globals_lock, torch.serialization.safe_globals(_PLAIN_DATA):
             # memory-mapped, so that only needed tensors are read; not supported by the older format
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, RuntimeError) as error:
@@ -239,7 +239,7 @@ def _read_torch(path: Path, stack: ExitStack) -> Any:
             raise
         # torch's message recommends weights_only=False, which is unsafe
         other = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it contains {other[1]}, {_ONLY}" if other else "it is not a pickle of tensors"
+        reason = f"it contains {other[1]}, {_ALLOWED_CONTENT}" if other else "it is not a pickle of tensors"
         raise WeightsError(f"{path}: cannot be read as a {path.suffix} file: {reason}") from error
 
 
@@ -264,16 +264,16 @@ def _check_pickle(path: Path) -> bool:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 found = re.search(b"bytearray", content) is not None
     if found:
-        raise WeightsError(f"{path}: cannot be read as a {path.suffix} file: it contains bytearray, {_ONLY}")
+        raise WeightsError(f"{path}: cannot be read as a {path.suffix} file: it contains bytearray, {_ALLOWED_CONTENT}")
     return zipped
 
 
 def _read_numpy(path: Path, stack: ExitStack) -> dict[str, Any]:
     archive = stack.enter_context(zipfile.ZipFile(path))
-    return {info.filename.removesuffix(".npy"): _stored_array(path, archive, info) for info in archive.infolist()}
+    return {info.filename.removesuffix(".npy"): _lazy_array(path, archive, info) for info in archive.infolist()}
 
 
-def _stored_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Stored | str:
+def _lazy_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> LazyTensor | str:
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others allocate what their header says
         raise WeightsError(f"{path}: compression method of {info.filename} is not supported")
     with archive.open(info) as stream:
@@ -290,7 +290,7 @@ def _stored_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -
         with archive.open(info) as stream:
             return torch.from_numpy(np.lib.format.read_array(stream, allow_pickle=False))
 
-    return Stored(torch.empty(shape, dtype=like.dtype, device="meta"), read)
+    return LazyTensor(torch.empty(shape, dtype=like.dtype, device="meta"), read)
 
 
 def _read_onnx(path: Path, stack: ExitStack) -> dict[str, Any]:
@@ -312,7 +312,7 @@ _READERS: dict[str, Callable[[Path, ExitStack], Any]] = {
 # --- writers -----------------------------------------------------------------------------------------------
 
 
-def _to_save(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _saveable_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy the tensors to the CPU, contiguous, without shared memory."""
     saved: dict[str, Tensor] = {}
     seen = set()

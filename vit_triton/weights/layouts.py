@@ -20,31 +20,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Form", "Place", "places", "prefixes"]
+__all__ = ["Converter", "TensorMapping", "map_names", "prefixes"]
 
 
-class Form(NamedTuple):
+class Converter(NamedTuple):
     """Functions that split a tensor into common tensors and join it from them in a given shape."""
 
     split: Callable[[Tensor], Sequence[Tensor]]
     join: Callable[[Sequence[Tensor], torch.Size], Tensor]
 
 
-class Place(NamedTuple):
-    """The common names of a tensor of a file or model, and its form."""
+class TensorMapping(NamedTuple):
+    """The common names of a tensor in a file or model, and the functions that convert it."""
 
     parts: tuple[str, ...]
-    form: Form
+    converter: Converter
 
 
 class Row(NamedTuple):
     name: str  # regular expression
     parts: str  # common names, a template for the groups of the expression
-    form: Form
+    converter: Converter
 
 
-def places(names: Iterable[str]) -> dict[str, Place]:
-    """Return the place of every name, in the layout that matches the most names."""
+def map_names(names: Iterable[str]) -> dict[str, TensorMapping]:
+    """Return the mapping of every name, in the layout that matches the most names."""
     names = list(names)
     bare = {name: _WRAPPERS.sub("", name) for name in names}
     if len(set(bare.values())) < len(bare):  # the prefix is needed to distinguish names
@@ -53,18 +53,18 @@ def places(names: Iterable[str]) -> dict[str, Place]:
     best = max(found, key=_n_matched)
     if _n_matched(best) < 2:  # a single match may be a coincidence
         best = dict.fromkeys(names)
-    return {name: place or Place((bare[name],), AS_IS) for name, place in best.items()}
+    return {name: mapping or TensorMapping((bare[name],), AS_IS) for name, mapping in best.items()}
 
 
-def _n_matched(found: dict[str, Place | None]) -> int:
-    return sum(place is not None for place in found.values())
+def _n_matched(found: dict[str, TensorMapping | None]) -> int:
+    return sum(mapping is not None for mapping in found.values())
 
 
-def _look_up(layout: list[Row], name: str) -> Place | None:
+def _look_up(layout: list[Row], name: str) -> TensorMapping | None:
     for row in layout:
         match = re.fullmatch(row.name, name)
         if match:
-            return Place(tuple(match.expand(part) for part in row.parts.split()), row.form)
+            return TensorMapping(tuple(match.expand(part) for part in row.parts.split()), row.converter)
     return None
 
 
@@ -92,7 +92,7 @@ def prefixes(names: Iterable[str]) -> list[str]:
     return ["", *sorted(found, key=lambda prefix: (-found[prefix], len(prefix)))]
 
 
-# --- forms -------------------------------------------------------------------------------------------------
+# --- converters --------------------------------------------------------------------------------------------
 
 
 def _read_only(parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
@@ -114,16 +114,16 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-AS_IS = Form(lambda tensor: [tensor], lambda parts, shape: parts[0].reshape(shape))
-TOKENS = Form(lambda tensor: [_rows(tensor)], lambda parts, shape: parts[0].reshape(shape))
-PACKED = Form(lambda tensor: tensor.chunk(3), lambda parts, shape: torch.cat(list(parts)))
-HALVES = Form(lambda tensor: tensor.chunk(2), lambda parts, shape: torch.cat(list(parts)))
-CONV = Form(_channels_last, _channels_first)
+AS_IS = Converter(lambda tensor: [tensor], lambda parts, shape: parts[0].reshape(shape))
+TOKENS = Converter(lambda tensor: [_rows(tensor)], lambda parts, shape: parts[0].reshape(shape))
+PACKED = Converter(lambda tensor: tensor.chunk(3), lambda parts, shape: torch.cat(list(parts)))
+HALVES = Converter(lambda tensor: tensor.chunk(2), lambda parts, shape: torch.cat(list(parts)))
+CONV = Converter(_channels_last, _channels_first)
 # JAX stores transposed matrices, with a separate dimension for the heads
-HWIO = Form(lambda kernel: [kernel.permute(3, 0, 1, 2) if kernel.dim() == 4 else kernel], _read_only)
-IN_OUT = Form(lambda kernel: [_rows(kernel).T], _read_only)
-IN_HEADS = Form(lambda kernel: [kernel.reshape(len(kernel), -1).T], _read_only)
-FLAT = Form(lambda bias: [bias.flatten()], _read_only)
+HWIO = Converter(lambda kernel: [kernel.permute(3, 0, 1, 2) if kernel.dim() == 4 else kernel], _read_only)
+IN_OUT = Converter(lambda kernel: [_rows(kernel).T], _read_only)
+IN_HEADS = Converter(lambda kernel: [kernel.reshape(len(kernel), -1).T], _read_only)
+FLAT = Converter(lambda bias: [bias.flatten()], _read_only)
 
 
 # --- layouts -----------------------------------------------------------------------------------------------

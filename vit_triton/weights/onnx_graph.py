@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_triton.weights.stored import Stored
+from vit_triton.weights.lazy_tensor import LazyTensor
 
 __all__ = ["read_onnx"]
 
@@ -27,26 +27,26 @@ def read_onnx(path: Path) -> dict[str, Any]:
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
-    tensors = {tensor.name: _stored(tensor, path.parent) for tensor in graph.initializer}
+    tensors = {tensor.name: _read_initializer(tensor, path.parent) for tensor in graph.initializer}
     users: dict[str, list[Any]] = {}
-    makers: dict[str, Any] = {}
+    producers: dict[str, Any] = {}
     for node in graph.node:
-        makers.update(dict.fromkeys(node.output, node))
+        producers.update(dict.fromkeys(node.output, node))
         for name in node.input:
             users.setdefault(name, []).append(node)
-    found = {name: tensor for name, tensor in tensors.items() if not _anonymous(name)}
-    rest = {name: tensor for name, tensor in tensors.items() if _anonymous(name)}
-    known = {name: tensor for name, tensor in rest.items() if isinstance(tensor, Stored)}
+    found = {name: tensor for name, tensor in tensors.items() if not _is_unnamed(name)}
+    rest = {name: tensor for name, tensor in tensors.items() if _is_unnamed(name)}
+    known = {name: tensor for name, tensor in rest.items() if isinstance(tensor, LazyTensor)}
     for node in graph.node:
         if node.op_type == "MatMul" and len(node.input) == 2 and node.input[1] in known:
-            for bias in _added(node.output[0], users, found):
+            for bias in _find_bias(node.output[0], users, found):
                 name = node.input[1]
-                found[bias.removesuffix("bias") + "weight"] = _transposed(known.pop(name))
+                found[bias.removesuffix("bias") + "weight"] = _transpose(known.pop(name))
                 rest.pop(name)
     for cls_token in [name for name in found if name.endswith("cls_token")]:
-        parts = _positions(cls_token, users, makers, known)
+        parts = _find_position_slices(cls_token, users, producers, known)
         if parts:
-            found[cls_token.removesuffix("cls_token") + "position_embeddings"] = _joined(
+            found[cls_token.removesuffix("cls_token") + "position_embeddings"] = _concatenate(
                 [known.pop(part) for part in parts]
             )
             for part in parts:
@@ -54,7 +54,7 @@ def read_onnx(path: Path) -> dict[str, Any]:
     return {**found, **rest}
 
 
-def _stored(tensor: Any, folder: Path) -> Stored | str:
+def _read_initializer(tensor: Any, folder: Path) -> LazyTensor | str:
     from onnx import helper, numpy_helper
     from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
@@ -68,30 +68,30 @@ def _stored(tensor: Any, folder: Path) -> Stored | str:
             load_external_data_for_tensor(tensor, str(folder))
         return torch.from_numpy(numpy_helper.to_array(tensor).copy())
 
-    return Stored(torch.empty(tuple(tensor.dims), dtype=like.dtype, device="meta"), read)
+    return LazyTensor(torch.empty(tuple(tensor.dims), dtype=like.dtype, device="meta"), read)
 
 
-def _transposed(tensor: Stored) -> Stored:
-    return Stored(tensor.like.T, lambda: tensor.read().T)
+def _transpose(tensor: LazyTensor) -> LazyTensor:
+    return LazyTensor(tensor.like.T, lambda: tensor.read().T)
 
 
-def _joined(parts: list[Stored]) -> Stored:
+def _concatenate(parts: list[LazyTensor]) -> LazyTensor:
     like = torch.cat([part.like for part in parts], dim=1)
-    return Stored(like, lambda: torch.cat([part.read() for part in parts], dim=1))
+    return LazyTensor(like, lambda: torch.cat([part.read() for part in parts], dim=1))
 
 
-def _anonymous(name: str) -> bool:
+def _is_unnamed(name: str) -> bool:
     return name.startswith("onnx::")
 
 
-def _added(output: str, users: dict[str, list[Any]], found: dict[str, Any]) -> list[str]:
+def _find_bias(output: str, users: dict[str, list[Any]], found: dict[str, Any]) -> list[str]:
     """Return the name of the bias that is added to `output`, as a list of at most one."""
     sums = (node for node in users.get(output, []) if node.op_type == "Add")
     return [name for node in sums for name in node.input if name in found and name.endswith(".bias")][:1]
 
 
-def _positions(
-    cls_token: str, users: dict[str, list[Any]], makers: dict[str, Any], rest: dict[str, Stored]
+def _find_position_slices(
+    cls_token: str, users: dict[str, list[Any]], producers: dict[str, Any], rest: dict[str, LazyTensor]
 ) -> list[str]:
     """Return the names of the slices of the position embedding, which is added to the class token."""
     pending, seen = [cls_token], {cls_token}
@@ -99,14 +99,14 @@ def _positions(
         name = pending.pop()
         for node in users.get(name, []):
             if node.op_type == "Add":
-                return _sources([other for other in node.input if other != name], makers, rest)
+                return _find_source_tensors([other for other in node.input if other != name], producers, rest)
             if node.op_type in ("Expand", "Tile", "Cast", "Concat"):
                 pending += [output for output in node.output if output not in seen]
                 seen.update(node.output)
     return []
 
 
-def _sources(names: list[str], makers: dict[str, Any], rest: dict[str, Stored]) -> list[str]:
+def _find_source_tensors(names: list[str], producers: dict[str, Any], rest: dict[str, LazyTensor]) -> list[str]:
     """Return the unnamed tensors (1, n, dim) from which `names` are computed, in order of concatenation."""
     found: list[str] = []
     pending, seen = names[::-1], set()
@@ -118,6 +118,6 @@ def _sources(names: list[str], makers: dict[str, Any], rest: dict[str, Stored]) 
         if name in rest:
             if rest[name].like.dim() == 3:
                 found.append(name)
-        elif name in makers:
-            pending += reversed(makers[name].input)
+        elif name in producers:
+            pending += reversed(producers[name].input)
     return found

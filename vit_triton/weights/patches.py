@@ -16,7 +16,7 @@ from vit_triton.weights.positions import pair
 
 __all__ = ["adapt_channels", "fit_patches", "patch_of", "resample_kernel"]
 
-LARGEST_SIDE = 1024  # of a patch, in pixels; a side x side matrix is inverted
+MAX_SIDE = 1024  # of a patch, in pixels; a side x side matrix is inverted
 
 
 def resample_kernel(kernel: Tensor, size: tuple[int, int]) -> Tensor:
@@ -82,8 +82,8 @@ def fit_patches(file: dict[str, Tensor], model: dict[str, Tensor], patch: tuple[
     (old,), (new,) = old_shapes, new_shapes
     if old == new:
         return None
-    if max(*old[:2], *new[:2]) > LARGEST_SIDE:
-        return f"patches with sides above {LARGEST_SIDE} pixels are not resampled"
+    if max(*old[:2], *new[:2]) > MAX_SIDE:
+        return f"patches with sides above {MAX_SIDE} pixels are not resampled"
     kernel = weight.flatten(1)
     scale, shift = (file.get(f"patch.norm_in.{name}") for name in ("weight", "bias"))
     if scale is not None and shift is not None:

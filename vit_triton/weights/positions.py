@@ -71,13 +71,13 @@ def fit_positions(
     tokens = torch.cat([file[name] for name in names]) if names else old[:0]
     registers = len(file.get("reg_token", ()))
     counts = (0, len(tokens) - registers, len(tokens))
-    old_form, new_form = _form(len(old), counts, file_grid), _form(len(new), counts, model_grid)
-    if old_form is None or new_form is None:
-        whose, n, grid = ("file", len(old), file_grid) if old_form is None else ("model", len(new), model_grid)
+    old_split, new_split = _split_positions(len(old), counts, file_grid), _split_positions(len(new), counts, model_grid)
+    if old_split is None or new_split is None:
+        whose, n, grid = ("file", len(old), file_grid) if old_split is None else ("model", len(new), model_grid)
         expected = f"a grid of {grid[0]} x {grid[1]}" if grid else "a square grid"
         hint = "; pass the grid of the file as grid=(rows, columns)" if whose == "file" else ""
         return f"the {whose} has {n} positions, which are not {expected}{hint}"
-    (old_prefix, old_grid), (new_prefix, new_grid) = old_form, new_form
+    (old_prefix, old_grid), (new_prefix, new_grid) = old_split, new_split
     prefix = torch.zeros_like(tokens)
     prefix[:old_prefix] = old[:old_prefix]
     file["pos_embed"] = torch.cat((prefix[:new_prefix], resample(old[old_prefix:], old_grid, new_grid)))
@@ -87,7 +87,9 @@ def fit_positions(
     return None
 
 
-def _form(n: int, prefixes: tuple[int, ...], grid: tuple[int, int] | None) -> tuple[int, tuple[int, int]] | None:
+def _split_positions(
+    n: int, prefixes: tuple[int, ...], grid: tuple[int, int] | None
+) -> tuple[int, tuple[int, int]] | None:
     """Return the number of prefix tokens among n positions and the grid of the others, or None."""
     for prefix in prefixes:  # unambiguous: above 3 x 3, the distance of squares exceeds the number of prefix tokens
         rows, columns = grid or (math.isqrt(max(0, n - prefix)),) * 2

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from vit_triton.kernels.picker import Compiled, clip, next_power_of_2, tunable
+from vit_triton.kernels.picker import CompilerOptions, clip, next_power_of_2, tunable
 from vit_triton.kernels.target import Target
 
 
 @dataclass(frozen=True)
-class AttentionConfig(Compiled):
+class AttentionConfig(CompilerOptions):
     """A tile of ``block_m`` query rows and ``block_n`` keys per step."""
 
     block_m: int
@@ -186,7 +186,7 @@ def pick_attention_fwd(
     return (_FWD_DROPOUT if dropout else _FWD).tile(head_dim, dtype, target)
 
 
-_CPU_MOST_KEYS = 512  # per program that computes dq, dk and dv: its tiles of scores fit in the L2 cache
+_CPU_MAX_KEYS = 512  # per program that computes dq, dk and dv: its tiles of scores fit in the L2 cache
 
 
 @tunable(AttentionConfig, candidates=_candidates(_BWD_DQ, [(64, 64, 4, 2), (128, 64, 8, 2)]))
@@ -198,7 +198,7 @@ def pick_attention_bwd_dq(
     if target.family == "interpreter":
         return _pick_interpreted_attention(n_q, n_k)
     if target.family == "cpu":
-        return None if n_k <= _CPU_MOST_KEYS else _pick_cpu_attention(n_q, n_k, 128, 64)
+        return None if n_k <= _CPU_MAX_KEYS else _pick_cpu_attention(n_q, n_k, 128, 64)
     return (_BWD_DQ_DROPOUT if dropout else _BWD_DQ).tile(head_dim, dtype, target)
 
 
@@ -210,5 +210,5 @@ def pick_attention_bwd_dkdv(
     if target.family == "interpreter":
         return _pick_interpreted_attention(n_q, n_k)
     if target.family == "cpu":
-        return _pick_cpu_attention(n_q, n_k, 64, _CPU_MOST_KEYS if n_k <= _CPU_MOST_KEYS else 256)
+        return _pick_cpu_attention(n_q, n_k, 64, _CPU_MAX_KEYS if n_k <= _CPU_MAX_KEYS else 256)
     return (_BWD_DKDV_DROPOUT if dropout else _BWD_DKDV).tile(head_dim, dtype, target)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vit_triton.kernels.picker import Compiled, cdiv, clip, next_power_of_2, tunable
+from vit_triton.kernels.picker import CompilerOptions, cdiv, clip, next_power_of_2, tunable
 from vit_triton.kernels.target import Target
 
 
@@ -47,7 +47,7 @@ class Epilogue(enum.Enum):
 
 
 @dataclass(frozen=True)
-class GemmConfig(Compiled):
+class GemmConfig(CompilerOptions):
     """An output tile of ``block_m`` x ``block_n`` with ``block_k`` of the contraction per step. ``group`` rows of tiles
     share the L2 cache. ``split``: the factor of split-K. ``subtiles``: the epilogue processes the columns of the tile
     in this many epilogue subtiles, one after the other."""

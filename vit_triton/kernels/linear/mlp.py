@@ -63,7 +63,7 @@ def norm_linear_bwd(
     dropped = dropout_bwd(dy, weight.dtype, dropout)
     dweight = dbias = dlayer_scale = None
     if needs_weight:
-        normed = _norm_again(x, norm, weight.dtype)
+        normed = _recompute_norm(x, norm, weight.dtype)
         dweight, dbias, dlayer_scale = linear_bwd_weight(
             dropped, normed, weight, bias, branch=branch, with_bias=with_bias
         )
@@ -143,7 +143,7 @@ def mlp_bwd(
     if hidden is not None:
         dw2, db2, dlayer_scale = linear_bwd_weight(dropped, hidden, w2, b2, branch=branch, with_bias=with_b2)
         del hidden, dropped
-        normed = _norm_again(x, norm, w1.dtype)
+        normed = _recompute_norm(x, norm, w1.dtype)
         dw1, db1, _ = linear_bwd_weight(dh, normed, w1, with_bias=with_b1)
         del normed
     if not needs_x:
@@ -160,7 +160,7 @@ def _norm(x: Tensor, norm: Norm | None, dtype: torch.dtype, save: bool) -> tuple
     return layer_norm_fwd(x, weight, bias, eps=eps, out_dtype=dtype, save=save)
 
 
-def _norm_again(x: Tensor, norm: SavedNorm | None, dtype: torch.dtype) -> Tensor:
+def _recompute_norm(x: Tensor, norm: SavedNorm | None, dtype: torch.dtype) -> Tensor:
     if norm is None:
         return x
     return layer_norm_apply(x, norm.mean, norm.rstd, norm.weight, norm.bias, out_dtype=dtype)

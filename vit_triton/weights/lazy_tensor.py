@@ -8,16 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Stored", "stored"]
+__all__ = ["LazyTensor", "lazy_tensor"]
 
 
-class Stored(NamedTuple):
+class LazyTensor(NamedTuple):
     """A tensor that has not been read."""
 
     like: Tensor  # shape and dtype, on the meta device
     read: Callable[[], Tensor]
 
 
-def stored(tensor: Tensor) -> Stored:
-    """Return a tensor in memory or in a memory map as Stored."""
-    return Stored(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), lambda: tensor)
+def lazy_tensor(tensor: Tensor) -> LazyTensor:
+    """Return a tensor in memory or in a memory map as a LazyTensor."""
+    return LazyTensor(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), lambda: tensor)
