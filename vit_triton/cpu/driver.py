@@ -192,10 +192,11 @@ class CPUDriver(DriverBase):
         self.target = GPUTarget("cpu", arch or features.arch(), 1)
         self.device = _DEVICE + zlib.crc32(str(self.target.arch).encode()) % 1000  # code depends on the features
         self.no_switch = contextlib.nullcontext(self.device)
-        columns = features.register_block(self.target.arch.split(",")).columns
+        names = self.target.arch.split(",")
+        columns = features.register_block(names).columns
         # dtype, columns, values per word of the panels that tl.dot reads in place, see panels.py
         self.panels: tuple[tuple[torch.dtype, int, int], ...] = ((torch.float32, columns, 1),)
-        if "avx512_bf16" in self.target.arch:
+        if features.multiplies_bf16(names):
             self.panels += ((torch.bfloat16, columns, 2),)
 
     @classmethod

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from vit_triton.cpu.axes import Axes
 from vit_triton.cpu.builder import Builder, Val
 from vit_triton.cpu.demand import Demand
-from vit_triton.cpu.features import Block, register_block
+from vit_triton.cpu.features import Block, multiplies_bf16, register_block
 from vit_triton.cpu.masks import Condition, Masks
 from vit_triton.cpu.memory import Buffer, Scratch
 from vit_triton.cpu.sinks import Sinks
@@ -112,7 +112,7 @@ def initial_state(function: Function, features: Sequence[str]) -> State:
         b=b,
         math=Math(b, features),
         block=block,
-        bf16_dot="avx512_bf16" in features,
+        bf16_dot=multiplies_bf16(features),
         prefetches_stores="intel" in features,  # measured there only
         scratch=Scratch(b, Val("%scratch", "ptr"), spare_rows=block.spare_rows),
     )
