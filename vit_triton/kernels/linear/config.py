@@ -145,6 +145,9 @@ def pick_linear_fwd(
     m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
 ) -> GemmConfig:
     """Tiles of ``linear_fwd_kernel`` ((m, k) -> (m, n))."""
+    if "intel" in target.features and target.panel(dtype):
+        # the results of 64 rows stay in the L1 cache while their lines of y are prefetched
+        return clipped(GemmConfig(64, 64, 256 if k < 1024 else 1024, 1, 1, group=4), m, n, k)
     tile = pick_gemm(tokens(m, target), n, k, dtype, target, precision, epilogue)
     if dtype == torch.float32 or epilogue is Epilogue.NONE:
         return tile
