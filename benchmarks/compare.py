@@ -73,7 +73,11 @@ def run(given: argparse.Namespace) -> None:
     print(runner.describe(report.machine))
     least = len(cases) * given.seconds * (len(given.threads) if given.device == "cpu" else 1) / 60
     print(f"{len(cases)} cases, at least {least:.0f} min, plus checks and compilation")
+    for name, reason in dict.fromkeys((name, why) for case in cases for name, why in case.left_out.items()):
+        print(f"left out: {name}: {reason}")
     print("ratio: time of the fastest other / ours, above 1 is faster; medians; brackets: per cent of the roofline")
+    if given.what == "models":
+        print(f"ratios by group, after the slash / ours prepacked: {runner.describe(models.GROUPS)}")
     complete = runner.run(cases, given.threads, given.seconds, report)
     if given.plot:
         from benchmarks import plot
@@ -96,7 +100,7 @@ def _ops(given: argparse.Namespace) -> Iterator[runner.Case]:
 
 
 def _models(given: argparse.Namespace) -> Iterator[runner.Case]:
-    known = models.builds(given.compile)
+    known = models.variants(given.device, given.compile)
     options.refuse_unknown(given.providers, known)
     directions = given.direction or (["forward"] if given.device == "cpu" else ["forward", "both"])
     wanted = options.chosen(known, given.providers)
