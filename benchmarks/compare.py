@@ -77,7 +77,8 @@ def run(given: argparse.Namespace) -> None:
         print(f"left out: {name}: {reason}")
     print("ratio: time of the fastest other / ours, above 1 is faster; medians; brackets: per cent of the roofline")
     if given.what == "models":
-        print(f"ratios by group, after the slash / ours prepacked: {runner.describe(models.GROUPS)}")
+        groups = ", ".join(f"{group}: {meaning}" for group, meaning in models.GROUPS.items())
+        print(f"a ratio for each group, after the slash that to ours prepacked; {groups}")
     complete = runner.run(cases, given.threads, given.seconds, report)
     if given.plot:
         from benchmarks import plot

@@ -112,7 +112,8 @@ class Variant:
         missing = [name for name in needed if importlib.util.find_spec(name) is None]
         if missing:
             return f"{', '.join(missing)} not installed: pip install 'vit_triton[bench-cpu]'"
-        return self.lacks(dtype)
+        reason = self.lacks(dtype)
+        return reason and f"in {str(dtype).removeprefix('torch.')}, {reason}"
 
 
 def _ours(model: nn.Module, shape: Shape, backend: str = "triton") -> nn.Module:

@@ -160,7 +160,7 @@ def test_what_is_not_installed_or_lacks_a_dtype_is_left_out_and_said(monkeypatch
     text = capsys.readouterr().out
     for name, module in (("OpenVINO", "openvino"), ("vit_triton Hugging Face prepacked", "transformers")):
         assert text.count(f"left out: {name}: {module} not installed: pip install 'vit_triton[bench-cpu]'\n") == 1
-    assert text.count("left out: ONNX Runtime: its kernels for CPUs run models in float32 only\n") == 1
+    assert text.count("left out: ONNX Runtime: in bfloat16, its kernels for CPUs run models in float32 only\n") == 1
     single, half = (case.left_out.keys() for case in seen)
     assert half - single == {"ONNX Runtime"} and "OpenVINO" in single and "timm" not in single
     reported = dataclasses.replace(case(vit_triton=lambda x: x * 2), left_out={"OpenVINO": "why"})
@@ -398,6 +398,23 @@ def test_defaults_follow_the_device(what, monkeypatch):
     if what == "ops":
         assert {name.split("/")[0] for name in cuda} == SIZES.keys() and "g/14 at 518, batch 256" in cuda
         assert {case.dtype for case in seen[1]} == {torch.float32, torch.float16, torch.bfloat16}
+
+
+def test_a_pause_precedes_long_calls_only(monkeypatch):
+    ticks, events = {"now": 0.0}, []
+
+    def call(name, seconds):
+        def run():
+            events.append(name)
+            ticks["now"] += seconds
+
+        return run
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: ticks["now"])
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: events.append(seconds))
+    rounds = timing.interleaved({"long": call("long", 0.02), "short": call("short", 0.004)}, 0.0)
+    assert events[-4:] == [timing.SETTLE, "long", 0.0, "short"]
+    assert rounds["long"] == pytest.approx([0.02] * timing.MIN_ROUNDS)
 
 
 def test_the_ratios_by_group():
