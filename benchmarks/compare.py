@@ -73,7 +73,12 @@ def run(args: argparse.Namespace) -> None:
     print(runner.describe(report.machine))
     least = len(cases) * args.seconds * (len(args.threads) if args.device == "cpu" else 1) / 60
     print(f"{len(cases)} cases, at least {least:.0f} min, plus checks and compilation")
+    for name, reason in dict.fromkeys((name, why) for case in cases for name, why in case.left_out.items()):
+        print(f"left out: {name}: {reason}")
     print("ratio: time of the fastest other / ours, above 1 is faster; medians; brackets: per cent of the roofline")
+    if args.what == "models":
+        groups = ", ".join(f"{group}: {meaning}" for group, meaning in models.GROUPS.items())
+        print(f"a ratio for each group, after the slash that to ours prepacked; {groups}")
     complete = runner.run(cases, args.threads, args.seconds, report)
     if args.plot:
         from benchmarks import plot
@@ -96,7 +101,7 @@ def _ops(args: argparse.Namespace) -> Iterator[runner.Case]:
 
 
 def _models(args: argparse.Namespace) -> Iterator[runner.Case]:
-    known = models.builds(args.compile)
+    known = models.variants(args.device, args.compile)
     options.check_providers(args.providers, known)
     directions = args.direction or (["forward"] if args.device == "cpu" else ["forward", "both"])
     wanted = options.select_providers(known, args.providers)

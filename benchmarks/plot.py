@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from benchmarks.runner import OURS, Report, Result
+from benchmarks.runner import COMPILE, EAGER, OURS, PREPACKED, RUNTIME, Report, Result
 from benchmarks.slopes import AXES, Slope, curves
 
 HIGHLIGHT, SLOWER, LINE, GREY, GRID = "#d9480f", "#f4a582", "#343a40", "#868e96", "#e9ecef"
@@ -25,6 +25,11 @@ OTHERS = (
     "#868e96",
     "#74c0fc",
 )  # ours is highlighted
+GROUPS = {
+    EAGER: ("PyTorch eager", "#adb5bd"),
+    COMPILE: ("torch.compile", "#74c0fc"),
+    RUNTIME: ("other runtimes", "#69db7c"),
+}
 T = TypeVar("T")
 MARKERS = "osDv^Pp<>Xdh*"
 
@@ -166,14 +171,13 @@ def _times(report: Report, results: Sequence[Result], path: Path) -> Path:
     columns = 2 if len(results) > 1 else 1
     rows = -(-len(results) // columns)
     bars = max(len(r.milliseconds) for r in results)
-    height = 1.2 + rows * (0.75 + 0.27 * bars)
+    groups = [group for group in GROUPS if any(group in r.groups.values() for r in results)]
+    height = 1.2 + rows * (0.75 + 0.27 * bars) + (0.3 if groups else 0)
     figure, axes = _figure(report, results, height, "Time of whole models: shorter is faster", rows, columns)
     for ax, r in zip(axes.flat, results, strict=False):
         names = list(r.milliseconds)
-        ax.set_title(f"{r.shape}: {r.case}", fontsize=9.5, loc="left", color=LINE)
-        ax.barh(
-            names, r.milliseconds.values(), color=[HIGHLIGHT if n == OURS else "#adb5bd" for n in names], height=0.7
-        )
+        ax.set_title(f"{r.shape}: {r.case}", fontsize=9.5, loc="right", color=LINE)
+        ax.barh(names, r.milliseconds.values(), color=[_of_group(name, r) for name in names], height=0.7)
         ax.bar_label(ax.containers[0], fmt="%.4g", fontsize=8.5, padding=3, color=LINE)
         ax.set_xlim(0, 1.2 * max(r.milliseconds.values()))
         ax.set_xlabel("ms", fontsize=9, color=LINE)
@@ -181,7 +185,29 @@ def _times(report: Report, results: Sequence[Result], path: Path) -> Path:
         ax.invert_yaxis()
     for ax in list(axes.flat)[len(results) :]:
         ax.set_visible(False)
-    return _save(figure, report, results, path, f"{OURS} torch: the same model on plain PyTorch operations")
+    if groups:
+        ours = [Patch(color=HIGHLIGHT, label=OURS), Patch(color=SLOWER, label=f"{OURS}, other forms")]
+        handles = [*ours, *(Patch(color=GROUPS[group][1], label=GROUPS[group][0]) for group in groups)]
+        place = dict(loc="upper left", bbox_to_anchor=(0, 1 - 0.55 / height), ncols=5)
+        figure.legend(handles=handles, fontsize=8.5, frameon=False, handletextpad=0.4, **place)
+        figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 0.92 / height))
+    return _save(figure, report, results, path, _names(results))
+
+
+def _of_group(name: str, result: Result) -> str:
+    if name.startswith(OURS):
+        return HIGHLIGHT if name == OURS else SLOWER
+    return GROUPS[result.groups[name]][1] if name in result.groups else "#adb5bd"
+
+
+def _names(results: Sequence[Result]) -> str:
+    """The meaning of the providers' names in the chart."""
+    names = {name for r in results for name in r.milliseconds}
+    texts = {f"{OURS} timm": "timm's model, accelerated", f"{OURS} torch": "on PyTorch operations"}
+    found = [f"{name}: {text}" for name, text in texts.items() if name in names]
+    if any(name.endswith(PREPACKED) for name in names):
+        found.append("prepacked: packed weights")
+    return "; ".join(found) or "Bars: milliseconds"
 
 
 def _roofline(report: Report, results: Sequence[Result], path: Path) -> Path:

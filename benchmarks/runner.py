@@ -30,9 +30,13 @@ from vit_triton.tuning.measure import errors
 from vit_triton.tuning.progress import progress
 
 OURS = "vit_triton"
+PREPACKED = " prepacked"  # suffix of our variants whose weights are packed in advance
 # other libraries' names on PyPI
 PACKAGES = ("vit-pytorch", "timm", "torchvision", "transformers")
+PACKAGES += ("onnxruntime", "openvino")
 PACKAGES += ("flash-attn", "xformers", "liger-kernel", "flash-linear-attention")
+# Groups of other libraries. Eager models pack no weights in advance.
+EAGER, COMPILE, RUNTIME = "eager", "compile", "runtime"
 SEED = 0  # for the inputs of every case: a check gives the same verdict in every run
 TOLERANCE = 16.0  # allowed relative L2 error, in eps; twice the error of PyTorch's own operators is always allowed
 
@@ -43,12 +47,14 @@ class Provider:
 
     ``run`` is timed. Before that, the results of ``numbers`` (default: ``run``) are compared with those of ``exact``,
     the same computation in float64. ``plain`` returns the errors of PyTorch's own operators in the same dtype.
+    ``group``: ratios are reported for each group of others.
     """
 
     run: Callable[[], Any]
     exact: Callable[[], Any]
     plain: Callable[[], list[float]]
     numbers: Callable[[], Any] | None = None
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Case:
     """A computation to measure. ``prepare`` creates the providers; no memory is allocated before.
 
     ``replay``: whether the calls may be captured in a CUDA graph. ``at``: the case's position on the benchmark's axes.
+    ``left_out``: the providers that cannot run here, with the reasons.
     """
 
     name: str
@@ -66,6 +73,7 @@ class Case:
     prepare: Callable[[], dict[str, Provider]]
     replay: bool = True
     at: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.name}, {self.shape}, {_name(self.dtype)}"
@@ -87,11 +95,24 @@ class Result:
     flops: int
     bytes: int
     at: dict[str, Any] = field(default_factory=dict)
+    ratio_prepacked: dict[str, float] = field(default_factory=dict)  # time of the peer / ours prepacked
+    groups: dict[str, str] = field(default_factory=dict)  # of the providers that are in a group
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def ratio_to_fastest(self) -> float | None:
         """Ratio to the fastest other library; our own variants (backend "torch") are excluded."""
         return min((ratio for name, ratio in self.ratio.items() if not name.startswith(OURS)), default=None)
+
+    def against_groups(self) -> dict[str, dict[str, float]]:
+        """{group: ratios of ours to its fastest provider}; "vit_triton prepacked" is not compared with eager models."""
+        found: dict[str, dict[str, float]] = {group: {} for group in self.groups.values()}
+        for base, ratio in ((OURS, self.ratio), (f"{OURS}{PREPACKED}", self.ratio_prepacked)):
+            for name in ratio.keys() & self.groups.keys():
+                best = found[self.groups[name]]
+                best[base] = min(ratio[name], best.get(base, ratio[name]))
+        found.get(EAGER, {}).pop(f"{OURS}{PREPACKED}", None)
+        return found
 
 
 def limits(plain: Iterable[float], dtype: torch.dtype) -> list[float]:
@@ -135,7 +156,18 @@ def measure(case: Case, threads: Sequence[int], seconds: float) -> Iterator[Resu
         times = METHODS[case.device](calls, seconds, case.replay) if calls else Times("none", {})
         medians = {name: 1e3 * statistics.median(rounds) for name, rounds in times.rounds.items()}
         at = (case.name, case.shape, _name(case.dtype), case.device, count, times.method)
-        yield Result(*at, medians, ratios(times.rounds, OURS), wrong, cost.flops, cost.bytes, case.at)
+        yield Result(
+            *at,
+            medians,
+            ratios(times.rounds, OURS),
+            wrong,
+            cost.flops,
+            cost.bytes,
+            case.at,
+            ratios(times.rounds, f"{OURS}{PREPACKED}"),
+            {name: provider.group for name, provider in providers.items() if provider.group},
+            case.left_out,
+        )
 
 
 def rates(result: Result, roof: Peak | None) -> dict[str, dict[str, float]]:
@@ -189,7 +221,7 @@ class Report:
             "machine": self.machine,
             **self.metadata,
             "peaks": {name: asdict(roof) for name, roof in self.roofs.items()},
-            "results": [asdict(r) | rates(r, self.roof(r)) for r in self.results],
+            "results": [asdict(r) | rates(r, self.roof(r)) | {"fastest": r.against_groups()} for r in self.results],
             "skipped": self.skipped,
         }
         write_json(self.path, content)
@@ -259,14 +291,21 @@ def line(result: Result, roof: Peak | None = None) -> str:
         f"{name} {ms:.3f}" + (f" ({rate['roofline'][name]:.0f}%)" if roof else "")
         for name, ms in result.milliseconds.items()
     )
-    fastest = result.ratio_to_fastest
-    ratio = "-" if fastest is None else f"{fastest:.2f}"
     ours = ""
     if OURS in result.milliseconds:
         ours = f"  {OURS}: {rate['tflops'][OURS]:.3g} TFLOP/s, {rate['gigabytes'][OURS]:.3g} GB/s"
     wrong = "".join(f"  WRONG {name}: {why}" for name, why in result.wrong.items())
     threads = f"{result.threads} thr" if result.device == "cpu" else result.method
-    return f"{ratio:>6}  {result.case:<40} {result.shape:<24} {result.dtype:<9} {threads}  ms: {times}{ours}{wrong}"
+    case = f"{result.case:<40} {result.shape:<24} {result.dtype:<9} {threads}"
+    return f"{_ratios(result):>6}  {case}  ms: {times}{ours}{wrong}"
+
+
+def _ratios(result: Result) -> str:
+    """The ratio to the fastest other, or to the fastest of each group: ours, and after the slash ours prepacked."""
+    if not result.groups:
+        return "-" if result.ratio_to_fastest is None else f"{result.ratio_to_fastest:.2f}"
+    groups = result.against_groups().items()
+    return "  ".join(f"{group} {'/'.join(f'{x:.2f}' for x in found.values()) or '-'}" for group, found in groups)
 
 
 def machine(device: str = "cpu") -> dict[str, str]:

@@ -22,11 +22,13 @@ from benchmarks import (
     peaks,
     plot,
     runner,
+    runtimes,
     timing,
 )
 from benchmarks.cost import Cost
 from benchmarks.ops import attention, layer_norm
 from benchmarks.ops.derivative import DIRECTIONS
+from vit_triton import ops
 from vit_triton.cli.arguments import new_file
 from vit_triton.kernels import device
 from vit_triton.tuning.shapes import Shape
@@ -101,25 +103,170 @@ def _first(results):
 
 
 @pytest.mark.parametrize("direction", models.LABELS)
-def test_every_model_is_checked_after_its_runs(direction):
-    (case,) = models.cases([TINY], [direction], torch.float32, "cpu", models.BUILDS)
+def test_every_model_is_checked_after_its_runs(direction, monkeypatch):
+    runtimes_by_eager_models(monkeypatch)
+    known = models.variants("cpu", compiled=False)
+    (case,) = models.cases([TINY], [direction], torch.float32, "cpu", known)
     providers = case.prepare()
     for provider in providers.values():
         provider.run()
-    assert runner.check(providers, torch.float32) == {}
-    wrong = models.BUILDS | {"timm": lambda shape: Noisy(models.timm(shape))}
+    assert case.left_out == {} and runner.check(providers, torch.float32) == {}
+    assert list(providers) == [name for name in known if direction == "forward" or known[name].training]
+    wrong = {name: dataclasses.replace(x, make=lambda *a, x=x: noisy(x.make(*a))) for name, x in known.items()}
     (case,) = models.cases([TINY], [direction], torch.float32, "cpu", wrong)
-    assert list(runner.check(case.prepare(), torch.float32)) == ["timm"]
+    assert runner.check(case.prepare(), torch.float32).keys() == providers.keys()
 
 
-class Noisy(torch.nn.Module):
-    def __init__(self, model):
+def noisy(model):
+    model.register_forward_hook(lambda module, arguments, y: models.logits(y) * 1.01)
+    return model
+
+
+def runtimes_by_eager_models(monkeypatch):
+    """Replace both libraries: an exported model is the eager one."""
+    stand_in(monkeypatch, "openvino"), stand_in(monkeypatch, "onnxruntime"), stand_in(monkeypatch, "onnxscript")
+    for runtime in (runtimes.OnnxRuntime, runtimes.OpenVino):
+        session = lambda dtype, model, threads: lambda x: model(torch.from_numpy(x)).numpy()  # noqa: E731
+        monkeypatch.setattr(runtime, "export", staticmethod(lambda model, image: model))
+        monkeypatch.setattr(runtime, "open", staticmethod(session))
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision", "Hugging Face"])
+def test_an_accelerated_model_runs_on_the_kernels_with_the_same_weights(library):
+    plain = models.LIBRARIES[library](TINY)
+    made = models.variants("cpu", False)[f"vit_triton {library}"].make(plain, TINY).eval()
+    weights = made.state_dict()
+    assert all(torch.equal(x, weights.pop(name)) for name, x in plain.state_dict().items()) and not weights
+    calls = []
+    with ops.override_run(lambda function, args: calls.append(function) or ops.run_on_cpu(function, args)):
+        models.inference(made, torch.randn(2, 3, 32, 32))()
+    assert len(calls) == 6  # patch embedding, norm + qkv, attention, projection, norm + MLP, norm
+
+
+def test_variants_of_cpus_are_not_on_gpus():
+    cpu, cuda = (models.variants(device, compiled=True) for device in ("cpu", "cuda"))
+    only = {"ONNX Runtime", "OpenVINO", "timm compiled frozen", "vit_triton prepacked", "vit_triton timm prepacked"}
+    assert only < cpu.keys() and not only & cuda.keys() and {"vit_triton timm", "timm compiled"} < cuda.keys()
+
+
+def test_what_is_not_installed_or_lacks_a_dtype_is_left_out_and_said(monkeypatch, capsys):
+    def lacking(name):
+        return None if name in ("openvino", "transformers") else object()
+
+    monkeypatch.setattr(models.importlib.util, "find_spec", lacking)
+    monkeypatch.setattr(runner, "run", lambda cases, *rest: seen.extend(cases) or True)
+    seen = []
+    main(monkeypatch, "models", "--model", "Ti", "--batch", "1", "--dtype", "float32", "bfloat16")
+    text = capsys.readouterr().out
+    for name, module in (("OpenVINO", "openvino"), ("vit_triton Hugging Face prepacked", "transformers")):
+        assert text.count(f"left out: {name}: {module} not installed: pip install 'vit_triton[bench-cpu]'\n") == 1
+    assert text.count("left out: ONNX Runtime: in bfloat16, its kernels for CPUs run models in float32 only\n") == 1
+    single, half = (case.left_out.keys() for case in seen)
+    assert half - single == {"ONNX Runtime"} and "OpenVINO" in single and "timm" not in single
+    reported = dataclasses.replace(case(vit_triton=lambda x: x * 2), left_out={"OpenVINO": "why"})
+    assert measured(reported).left_out == {"OpenVINO": "why"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capabilities", "reason"),
+    [
+        (torch.float32, [], ""),
+        (torch.bfloat16, ["FP32", "BF16"], ""),
+        (torch.bfloat16, ["FP32"], "it has no bfloat16 on this CPU"),
+        (torch.float16, ["BF16"], "it is timed in float32 and bfloat16"),
+    ],
+)
+def test_dtypes_of_openvino(monkeypatch, dtype, capabilities, reason):
+    core = lambda: types.SimpleNamespace(get_property=lambda device, name: capabilities)  # noqa: E731
+    stand_in(monkeypatch, "openvino", Core=core)
+    assert runtimes.openvino_lacks(dtype) == reason
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
         super().__init__()
-        self.model = model
+        self.layer = torch.nn.Linear(4, 5)
 
     def forward(self, image):
-        y = self.model(image)
-        return y if y.dtype == torch.float64 else y * 1.01
+        return self.layer(image).relu()
+
+
+@pytest.mark.parametrize(("module", "runtime"), [("onnxruntime", "OnnxRuntime"), ("openvino", "OpenVino")])
+def test_a_runtime_computes_what_the_model_does(module, runtime):
+    pytest.importorskip(module, reason=f"{module} is not installed; openvino is in the extra bench-cpu only")
+    model, image = Net(), torch.randn(2, 3, 4)
+    made = getattr(runtimes, runtime)(model)
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            torch.testing.assert_close(models.inference(made, image)(), model(image).detach())
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_threads_and_precision_of_the_runtimes(monkeypatch):
+    """Each number of threads has a session of its own, from one export."""
+    opened, exports = [], []
+
+    class SessionOptions:
+        def add_session_config_entry(self, name, value):
+            setattr(self, name, value)
+
+    class InferenceSession:
+        def __init__(self, path, options, providers):
+            assert path.exists()
+            opened.append({"providers": providers, **vars(options)})
+
+        def get_inputs(self):
+            return [types.SimpleNamespace(name="x")]
+
+        def run(self, names, inputs):
+            return [inputs["x"] + 1]
+
+    class Core:
+        def compile_model(self, model, device, options):
+            opened.append({"device": device, **options})
+            request = types.SimpleNamespace(infer=lambda inputs, share_inputs: [inputs[0] + 1])
+            return types.SimpleNamespace(create_infer_request=lambda: request)
+
+    stand_in(monkeypatch, "onnxruntime", SessionOptions=SessionOptions, InferenceSession=InferenceSession)
+    stand_in(monkeypatch, "openvino", Core=Core)
+    threads = {"now": 1}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads["now"])
+    program = types.SimpleNamespace(save=lambda path, external_data: path.touch())
+    export = staticmethod(lambda model, image: exports.append(image.dtype) or program)
+    for runtime in (runtimes.OnnxRuntime, runtimes.OpenVino):
+        monkeypatch.setattr(runtime, "export", export)
+    image = torch.zeros(2, 3)
+    for made in (runtimes.OnnxRuntime(Net()), runtimes.OpenVino(Net()), runtimes.OpenVino(Net().bfloat16())):
+        for threads["now"] in (1, 2, 1):
+            assert torch.equal(made(image), image + 1)
+    onnx, openvino, half = opened[:2], opened[2:4], opened[4:]
+    assert [(x["intra_op_num_threads"], x["inter_op_num_threads"]) for x in onnx] == [(1, 1), (2, 1)]
+    assert all(x["session.intra_op.allow_spinning"] == "0" for x in onnx)
+    assert [x["INFERENCE_NUM_THREADS"] for x in openvino] == [1, 2] == [x["INFERENCE_NUM_THREADS"] for x in half]
+    assert all(x["PERFORMANCE_HINT"] == "LATENCY" and x["device"] == "CPU" for x in openvino)
+    assert {x["INFERENCE_PRECISION_HINT"] for x in openvino} == {"f32"}
+    assert {x["INFERENCE_PRECISION_HINT"] for x in half} == {"bf16"}
+    assert exports == [torch.float32] * 3
+
+
+def test_freezing_is_set_whenever_the_model_is_compiled(monkeypatch):
+    """The setting, and no option of torch.compile: Dynamo reads it while it traces."""
+    seen = []
+
+    def compile(function, dynamic):
+        return lambda *arguments: seen.append(torch._inductor.config.freezing) or function(*arguments)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    threads = {"now": 1}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads["now"])
+    model, image = Net(), torch.randn(2, 4)
+    frozen = runtimes.Frozen(model)
+    for threads["now"] in (1, 1, 2, 2):
+        assert torch.equal(frozen(image), model.layer(image).relu())
+    assert seen == [True, False, True, False] and not torch._inductor.config.freezing
 
 
 # --- times ---------------------------------------------------------------------------------------------------
@@ -253,13 +400,55 @@ def test_defaults_follow_the_device(what, monkeypatch):
         assert {case.dtype for case in seen[1]} == {torch.float32, torch.float16, torch.bfloat16}
 
 
+def test_a_pause_precedes_long_calls_only(monkeypatch):
+    ticks, events = {"now": 0.0}, []
+
+    def call(name, seconds):
+        def run():
+            events.append(name)
+            ticks["now"] += seconds
+
+        return run
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: ticks["now"])
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: events.append(seconds))
+    rounds = timing.interleaved({"long": call("long", 0.02), "short": call("short", 0.004)}, 0.0)
+    assert events[-4:] == [timing.SETTLE, "long", 0.0, "short"]
+    assert rounds["long"] == pytest.approx([0.02] * timing.MIN_ROUNDS)
+
+
+def test_the_ratios_by_group():
+    """Eager models are compared with ours only, the others also with ours prepacked; a group has its fastest."""
+    times = {"vit_triton": 10.0, "vit_triton prepacked": 8.0, "timm": 15.0, "torchvision": 12.0, "OpenVINO": 9.0}
+    groups = {"timm": "eager", "torchvision": "eager", "OpenVINO": "runtime", "ONNX Runtime": "runtime"}
+    ours, prepacked = ({n: t / times[base] for n, t in times.items() if n != base} for base in list(times)[:2])
+    at = ("inference", "ViT-S", "float32", "cpu", 1, "interleaved")
+    result = runner.Result(*at, times, ours, {}, 1, 1, {}, prepacked, groups)
+    found = result.against_groups()
+    assert found["eager"] == pytest.approx({"vit_triton": 1.2})
+    assert found["runtime"] == pytest.approx({"vit_triton": 0.9, "vit_triton prepacked": 1.125})
+    assert runner.line(result).startswith("eager 1.20  runtime 0.90/1.12  inference")
+    alone = dataclasses.replace(result, ratio={}, ratio_prepacked={})
+    assert runner.line(alone).startswith("eager -  runtime -  inference")
+
+
+def test_measured_ratios_have_both_bases_and_the_groups():
+    x = torch.ones(2)
+    names = {"vit_triton": "", "vit_triton prepacked": "", "timm": "eager", "OpenVINO": "runtime"}
+    make = lambda: {n: runner.Provider(lambda: x, lambda: x.double(), lambda: [0.0], group=g) for n, g in names.items()}  # noqa: E731
+    result = measured(dataclasses.replace(case(), prepare=make))
+    assert result.groups == {"timm": "eager", "OpenVINO": "runtime"}
+    assert result.ratio.keys() == names.keys() - {"vit_triton"}
+    assert result.ratio_prepacked.keys() == names.keys() - {"vit_triton prepacked"}
+
+
 @pytest.mark.parametrize("cases", [compare.OPS[0].cases, models.cases])
 def test_every_case_is_recompiled(cases, monkeypatch):
     """torch.compile falls back to eager after eight shapes of a function, so every case resets it."""
     resets = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    known = compare.OPS[0].functions("cpu", True) if cases is not models.cases else models.builds(True)
+    known = compare.OPS[0].functions("cpu", True) if cases is not models.cases else models.variants("cpu", True)
     for case in cases([TINY], ["forward"], torch.float32, "cpu", known):
         case.prepare()
     assert resets == [1]
@@ -434,20 +623,20 @@ def test_installed_optional_packages_are_measured(monkeypatch):
             return norm(x, weight, bias, eps=eps)
 
     names = {"flash-attn", "xformers", "liger-kernel", "flash-linear-attention"}
-    ops = [*attention.OPS, *layer_norm.OPS]
-    assert not names & {name for op in ops for name in op.functions("cuda", False)}
+    declared = [*attention.OPS, *layer_norm.OPS]
+    assert not names & {name for op in declared for name in op.functions("cuda", False)}
     stand_in(monkeypatch, "flash_attn", flash_attn_func=attend)
     stand_in(monkeypatch, "xformers.ops", memory_efficient_attention=attend)
     stand_in(monkeypatch, "liger_kernel.ops.layer_norm", LigerLayerNormFunction=Liger)
     stand_in(monkeypatch, "fla.modules.layernorm", layer_norm=norm)
     found = set()
-    for op in ops:
+    for op in declared:
         functions = {name: f for name, f in op.functions("cuda", False).items() if name in names}
         found |= set(functions)
         for case in op.cases([TINY], ["forward", "both"], torch.float32, "cpu", functions):
             assert runner.check(case.prepare(), torch.float32) == {}
     assert found == names
-    assert not names & {name for op in ops for name in op.functions("cpu", False)}  # they need a GPU
+    assert not names & {name for op in declared for name in op.functions("cpu", False)}  # they need a GPU
 
 
 # --- growth and charts ---------------------------------------------------------------------------------------
@@ -517,6 +706,27 @@ def test_charts_are_drawn(tmp_path, what):
     assert [path.name for path in paths] == [f"{what}_{kind}_float32_1_threads.png" for kind in ("ratios", second)]
     for path in paths:
         assert_picture(path)
+
+
+def test_the_chart_of_times_colours_the_groups(tmp_path, monkeypatch):
+    report = runner.Report(None, "cpu", command="models")
+    result = point("inference", "tokens", 1, 1.0, "timm")
+    result.milliseconds |= {"vit_triton prepacked": 0.9, "OpenVINO": 1.1, "timm compiled": 1.5}
+    result.groups = {"timm": "eager", "OpenVINO": "runtime", "timm compiled": "compile"}
+    report.add(result)
+    legends = []
+    real = plot.matplotlib.figure.Figure.legend
+    monkeypatch.setattr(
+        plot.matplotlib.figure.Figure,
+        "legend",
+        lambda figure, handles, **more: (
+            legends.append([h.get_label() for h in handles]) or real(figure, handles=handles, **more)
+        ),
+    )
+    assert_picture(plot.compare(report, tmp_path)[1])
+    assert legends == [["vit_triton", "vit_triton, other forms", "PyTorch eager", "torch.compile", "other runtimes"]]
+    colours = [plot._of_group(name, result) for name in result.milliseconds]
+    assert len(set(colours)) == 5 and plot._of_group("vit_triton", result) == plot.HIGHLIGHT
 
 
 def test_every_shape_has_its_own_chart(tmp_path):

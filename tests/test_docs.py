@@ -147,7 +147,7 @@ def test_commands_are_parsed(where, monkeypatch):
 
     words = shlex.split(COMMANDS[where], comments=True)
     if words[:2] == ["pip", "install"]:
-        extra = re.fullmatch(r"\.(?:\[(\w+)\])?", words[2])[1]
+        extra = re.fullmatch(r"\.(?:\[([\w-]+)\])?", words[2])[1]
         project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
         assert extra is None or re.search(rf"^{extra} = \[", project, re.MULTILINE)
         return

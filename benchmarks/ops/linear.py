@@ -1,4 +1,4 @@
-"""LayerNorm followed by the qkv projection."""
+"""LayerNorm followed by the qkv projection, and the MLP's first product alone."""
 
 import torch
 
@@ -20,4 +20,24 @@ def pytorch(shape, x, weight, bias, g, b):
     return torch.nn.functional.linear(torch.nn.functional.layer_norm(x, g.shape, g, b), weight, bias)
 
 
-OPS = [Op("layer_norm + linear", inputs, ours, lambda device: {"pytorch": pytorch}, pytorch)]
+def inputs_plain(shape):
+    width, hidden = shape.size.width, shape.size.hidden
+    return [
+        torch.randn(shape.batch, shape.tokens, width),
+        torch.randn(hidden, width) * width**-0.5,
+        torch.randn(hidden),
+    ]
+
+
+def ours_plain(shape, x, weight, bias, backend):
+    return F.linear(x, weight, bias, backend=backend)
+
+
+def pytorch_plain(shape, x, weight, bias):
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+OPS = [
+    Op("layer_norm + linear", inputs, ours, lambda device: {"pytorch": pytorch}, pytorch),
+    Op("linear", inputs_plain, ours_plain, lambda device: {"pytorch": pytorch_plain}, pytorch_plain),
+]
