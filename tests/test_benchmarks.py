@@ -29,6 +29,7 @@ from benchmarks.ops import attention, layer_norm
 from benchmarks.ops.derivative import DIRECTIONS
 from vit_triton.cli.arguments import new_file
 from vit_triton.kernels import device
+from vit_triton.tuning import measure
 from vit_triton.tuning.shapes import Shape
 from vit_triton.tuning.sizes import SIZES
 
@@ -135,7 +136,7 @@ def test_ratios_are_of_the_others_time_over_ours(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: ticks["now"])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: ticks["now"])
     functions = {"vit_triton": spend(0.02), "vit_triton torch": spend(0.01), "slow": spend(0.06), "fast": spend(0.03)}
     result = measured(case(**functions), 1.0)
     assert result.ratio == pytest.approx({"slow": 3, "fast": 1.5, "vit_triton torch": 0.5})

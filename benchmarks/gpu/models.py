@@ -22,8 +22,8 @@ import vit_triton
 from benchmarks.gpu.step import COMPILE_SECONDS, SEED, Context, Skip, Step, Wrong, is_of_memory
 from benchmarks.models import gradients, hugging_face, inference, loss, ours, torchvision
 from benchmarks.runner import limits
-from benchmarks.timing import METHODS, ratios
-from vit_triton.tuning.measure import errors
+from benchmarks.timing import METHODS
+from vit_triton.tuning.measure import errors, ratios
 from vit_triton.tuning.shapes import CLASSES, Shape
 from vit_triton.tuning.sizes import SIZES, Size
 
