@@ -24,9 +24,9 @@ import triton
 import vit_triton
 from benchmarks.cost import Cost
 from benchmarks.peaks import Peak, peak
-from benchmarks.timing import METHODS, Times, ratios
+from benchmarks.timing import METHODS, Times
 from vit_triton.kernels.device import target_of
-from vit_triton.tuning.measure import errors
+from vit_triton.tuning.measure import errors, ratios
 from vit_triton.tuning.progress import progress
 
 OURS = "vit_triton"

@@ -5,18 +5,12 @@ belong together.
 """
 
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vit_triton.tuning.measure import on_gpu
+from vit_triton.tuning.measure import MIN_ROUNDS, Calls, Rounds, interleaved, on_gpu
 
-Calls = Mapping[str, Callable[[], Any]]
-Rounds = dict[str, list[float]]
-
-MIN_ROUNDS = 3
-SETTLE = 0.01  # seconds; after a call, idle threads of OpenMP and TBB spin on their cores for some milliseconds
 SMALL = 1e-4  # seconds; shorter calls are bound by Python, which a CUDA graph replay avoids
 
 
@@ -24,41 +18,6 @@ SMALL = 1e-4  # seconds; shorter calls are bound by Python, which a CUDA graph r
 class Times:
     method: str
     rounds: Rounds
-
-
-def ratios(rounds: Rounds, ours: str) -> dict[str, float]:
-    """Median over the rounds of the time of each other call / that of ``ours``; empty if ``ours`` was not timed."""
-    return {
-        name: statistics.median(a / b for a, b in zip(times, rounds[ours], strict=True))
-        for name, times in rounds.items()
-        if name != ours and rounds.get(ours)
-    }
-
-
-def interleaved(calls: Calls, seconds: float) -> Rounds:
-    """On a CPU: each round runs each call once, or often enough to fill 2 ms. A pause precedes calls that are longer
-    than it, so that no idle thread of the previous call's library takes one of their cores."""
-    repeats, pauses = {}, {}
-    for name, call in calls.items():
-        start = time.perf_counter()
-        call()
-        if time.perf_counter() - start < 0.1:  # the first call after another one is slow
-            start = time.perf_counter()
-            call()
-        once = time.perf_counter() - start
-        repeats[name], pauses[name] = max(1, round(2e-3 / max(once, 1e-6))), SETTLE if once > SETTLE else 0.0
-    rounds: Rounds = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    count = 0
-    while time.perf_counter() < end or count < MIN_ROUNDS:
-        count += 1
-        for name, call in calls.items():
-            time.sleep(pauses[name])
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            rounds[name].append((time.perf_counter() - start) / repeats[name])
-    return rounds
 
 
 def cuda_events(calls: Calls, seconds: float) -> Rounds:

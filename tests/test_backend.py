@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from conftest import INTERPRETER
 
 import vit_triton
 from vit_triton import backend, cpu
@@ -14,13 +13,12 @@ from vit_triton import functional as F
 
 VARIABLE = "VIT_TRITON_BACKEND"
 X = torch.zeros(2, 4)
-measured_cpu = backend._measured_cpu  # most tests replace it
 
 
 @pytest.fixture(autouse=True)
 def untouched(monkeypatch):
     monkeypatch.setattr(backend, "_default", None)
-    monkeypatch.setattr(backend, "_measured_cpu", lambda: False)
+    monkeypatch.setattr(backend, "_cpu_table", lambda: None)  # tests/test_speeds.py tests the tables
     monkeypatch.delenv(VARIABLE, raising=False)
 
 
@@ -30,37 +28,6 @@ def resolve(name=None, x=X):
 
 def test_auto_selects_torch_on_a_cpu():
     assert resolve() == resolve("auto") == "torch"
-
-
-def test_auto_selects_triton_on_a_cpu_where_measured_faster(monkeypatch):
-    monkeypatch.setattr(backend, "_CPU_SPEED", {("mlp", torch.float32): (1.2, 0.9)})
-    monkeypatch.setattr(backend, "_measured_cpu", lambda: True)
-    with torch.no_grad():
-        assert backend.resolve_backend("auto", "mlp", X) == "triton"
-        assert backend.resolve_backend("auto", "mlp", X.double()) == "torch"
-        assert backend.resolve_backend("auto", "linear", X) == "torch"
-    assert backend.resolve_backend("auto", "mlp", X) == "torch"
-    monkeypatch.setattr(backend, "_measured_cpu", lambda: False)
-    with torch.no_grad():
-        assert backend.resolve_backend("auto", "mlp", X) == "torch"
-
-
-@pytest.mark.skipif(INTERPRETER, reason="no CPU is measured in the interpreter")
-@pytest.mark.parametrize(
-    ("vendor", "has", "measured"),
-    [("AuthenticAMD", True, True), ("GenuineIntel", True, False), ("AuthenticAMD", False, False), ("", True, False)],
-)
-def test_measured_cpu_requires_vendor_and_features(monkeypatch, vendor, has, measured):
-    monkeypatch.setattr("vit_triton.cpu.features.vendor", lambda: vendor)
-    monkeypatch.setattr("vit_triton.cpu.features.detect", lambda: ("avx512_bf16",) * has)
-    monkeypatch.setattr(cpu, "unsupported_reason", lambda: None)
-    monkeypatch.setattr(backend, "cpu_mode", lambda: "compiled")
-    assert measured_cpu() == measured
-
-
-def test_cpu_measurements_use_existing_ops_and_dtypes():
-    for op, dtype in backend._CPU_SPEED:
-        assert callable(getattr(F, op)) and dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
 def test_auto_selects_triton_on_a_gpu(monkeypatch):

@@ -31,6 +31,7 @@ from benchmarks.ops.derivative import DIRECTIONS
 from vit_triton import ops
 from vit_triton.cli.arguments import new_file
 from vit_triton.kernels import device
+from vit_triton.tuning import measure
 from vit_triton.tuning.shapes import Shape
 from vit_triton.tuning.sizes import SIZES
 
@@ -282,7 +283,7 @@ def test_ratio_is_other_time_divided_by_ours(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: ticks["now"])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: ticks["now"])
     functions = {"vit_triton": spend(0.02), "vit_triton torch": spend(0.01), "slow": spend(0.06), "fast": spend(0.03)}
     result = measured(case(**functions), 1.0)
     assert result.ratio == pytest.approx({"slow": 3, "fast": 1.5, "vit_triton torch": 0.5})
@@ -410,10 +411,10 @@ def test_a_pause_precedes_long_calls_only(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: ticks["now"])
-    monkeypatch.setattr(timing.time, "sleep", lambda seconds: events.append(seconds))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: ticks["now"])
+    monkeypatch.setattr(measure.time, "sleep", lambda seconds: events.append(seconds))
     rounds = timing.interleaved({"long": call("long", 0.02), "short": call("short", 0.004)}, 0.0)
-    assert events[-4:] == [timing.SETTLE, "long", 0.0, "short"]
+    assert events[-4:] == [measure.SETTLE, "long", 0.0, "short"]
     assert rounds["long"] == pytest.approx([0.02] * timing.MIN_ROUNDS)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import EMULATOR, INTERPRETER
 
 for name in ("matplotlib", "PIL", "rich", "sklearn", "timm", "torchvision", "transformers"):
     pytest.importorskip(name)
@@ -621,21 +622,45 @@ def test_info_rejects_an_unknown_backend(capsys, monkeypatch):
 
 def test_info_shows_the_reasons(monkeypatch):
     from vit_triton import backend
+    from vit_triton.speeds import table as speeds
 
-    monkeypatch.setattr(backend, "_measured_cpu", lambda: True)
+    amd = speeds.read(speeds.shipped_path("AMD AVX-512 BF16"))
+    monkeypatch.setattr(backend, "_cpu_table", lambda: amd)
+    monkeypatch.setattr(backend, "_torch_reason", backend._torch_reason.__wrapped__)  # without its cache
+    monkeypatch.setattr(backend, "why_not_compiled", lambda: "")
     table = info.choices("cpu")
     cells = [cell for column in table.columns[1:] for cell in column.cells]
     rows = list(table.columns[0].cells)
-    assert len(cells) == 4 * len(rows) and set(rows) == set(backend.OPS)
-    assert cells.count("uses the other ops") == 2  # the encoder, in training
-    for cell in cells:  # the table is what decides
-        if cell == "uses the other ops":
-            continue
+    assert len(cells) == 4 * len(rows) and rows == [f"{op}, {size}" for op in speeds.OPS for size in ("small", "large")]
+    assert cells.count("uses the other ops") == 4  # the encoder, in training
+    assert {"triton: 1.52x", "torch: 0.80x", "torch: not measured"} <= set(cells)
+    for cell in set(cells) - {"uses the other ops"}:  # the table is what decides
         name, reason = cell.split(": ")
-        assert name == ("triton" if reason.endswith("x") and float(reason[:-1]) > 1 else "torch"), cell
-    monkeypatch.setattr(backend, "_TRITON_INSTALLED", False)
-    monkeypatch.setattr(backend, "_measured_cpu", lambda: False)
+        faster = reason.endswith("x") and float(reason[:-1]) >= speeds.FASTER
+        assert name == ("triton" if faster else "torch"), cell
+    monkeypatch.setattr(backend, "why_not_compiled", lambda: "triton is not installed")
     assert info.choices("cpu") == '"auto" on cpu selects torch: triton is not installed'
+
+
+@pytest.mark.skipif(INTERPRETER or EMULATOR, reason="no table is used")
+def test_info_names_the_kind_of_cpu_and_its_table(monkeypatch, tmp_path, caplog):
+    from vit_triton import backend
+    from vit_triton.speeds import table as speeds
+
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv("VIT_TRITON_TUNED", raising=False)
+    monkeypatch.setattr("vit_triton.cpu.features.kind", lambda: "AMD AVX-512 BF16")
+    assert "; AMD AVX-512 BF16: speeds measured on 2026-11-25 with 2 threads, shipped with vit_triton" in info.cpu()
+    monkeypatch.setattr("vit_triton.cpu.features.kind", lambda: "Acme AVX2")
+    assert info.cpu().endswith("; Acme AVX2: no measured speeds; vit-triton tune --device cpu measures them")
+    monkeypatch.setattr(backend, "_cpu_table", lambda: None)
+    monkeypatch.setattr(backend, "_hinted", False)
+    monkeypatch.setattr(backend, "_torch_reason", backend._torch_reason.__wrapped__)
+    reason = "the kernels have not been measured on this kind of CPU (Acme AVX2); vit-triton tune --device cpu measures"
+    assert info.choices("cpu").startswith(f'"auto" on cpu selects torch: {reason}') and not caplog.records
+    path = tmp_path / "vit_triton" / "tuned" / "acme-avx2.json"
+    speeds.write(path, speeds.new_table("Acme AVX2", {}))
+    assert info.cpu().endswith(f", in {path}")
 
 
 @pytest.mark.skipif(

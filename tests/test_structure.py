@@ -20,9 +20,20 @@ PACKAGE = ROOT / "vit_triton"
 ARROWS: dict[str, set[str]] = {
     "cli": {
         *("__init__", "backend", "cpu", "images", "inspection", "integrations", "kernels", "names", "training"),
-        *("tuning", "weights"),
+        *("speeds", "tables", "tuning", "weights"),
     },
-    "tuning": {"arguments", "kernels", "models", "modules", "names", "ops"},
+    "tuning": {
+        "arguments",
+        "functional",
+        "kernels",
+        "models",
+        "modules",
+        "names",
+        "ops",
+        "packing",
+        "speeds",
+        "tables",
+    },
     "training": {"backend", "images", "lazy", "models", "names", "weights"},
     "__init__": {
         *(
@@ -51,15 +62,17 @@ ARROWS: dict[str, set[str]] = {
     "functional": {"arguments", "autocast", "autograd", "backend", "checks", "reference"},
     "autograd": {"ops"},
     "ops": {"arguments", "cpu", "kernels", "packing"},
-    "packing": {"checks", "cpu", "kernels"},
     "reference": {"arguments"},
-    "backend": {"checks", "cpu", "kernels", "names", "portable"},
+    "backend": {"checks", "cpu", "kernels", "names", "packing", "portable", "speeds"},
+    "packing": {"checks", "cpu", "kernels"},
+    "speeds": {"tables"},
     "fallback": {"checks"},
     "checks": {"arguments", "autocast", "portable"},
     "autocast": set(),
     "portable": set(),
-    "kernels": {"arguments"},
+    "kernels": {"arguments", "tables"},
     "arguments": set(),
+    "tables": set(),
     "names": set(),
     "lazy": set(),
     "cpu": set(),  # self-contained package

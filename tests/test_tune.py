@@ -148,7 +148,7 @@ def test_environment_variable_selects_another_file_or_none(home, gpus, monkeypat
     monkeypatch.setenv(tuned.ENVIRONMENT_VARIABLE, str(tmp_path / "missing.json"))
     device.target_of_gpu.cache_clear()
     for _ in range(2):
-        with pytest.raises(FileNotFoundError, match="VIT_TRITON_TUNED must name a file of .*, got .*missing.json"):
+        with pytest.raises(FileNotFoundError, match="VIT_TRITON_TUNED must name a file .*, got .*missing.json"):
             picked("cuda:0")
 
 
@@ -403,16 +403,17 @@ def test_interrupted_tuning_writes_its_results_and_keeps_old_ones(tmp_path, caps
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_command_requires_a_gpu(capsys, tmp_path):
-    assert main(["tune", "--out", str(tmp_path / "x.json")]) == 2 and not list(tmp_path.iterdir())
-    assert "tune: requires a GPU" in capsys.readouterr().err
+def test_command_for_gpus_requires_a_gpu(capsys, tmp_path):
+    assert main(["tune", "--device", "cuda", "--out", str(tmp_path / "x.json")]) == 2 and not list(tmp_path.iterdir())
+    assert "tune: --device cuda requires a GPU, but PyTorch finds no GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--batch 0", "must be a whole number above 0, got '0'"),
-        ("--image 8", "--image: image side must be at least the patch side 16 of B, got 8"),
+        ("--device cuda --image 8", "--image: image side must be at least the patch side 16 of B, got 8"),
+        ("--device cpu --batch 8", "--batch: applies to a GPU\n"),
         ("--seconds -1", "must be a number of seconds, got '-1'"),
         ("--out /nowhere/r.json", "must be a file in a folder that exists, got '/nowhere/r.json'"),
     ],

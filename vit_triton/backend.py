@@ -7,6 +7,7 @@ then the default "auto". Calls that are traced or exported always use PyTorch's 
 import contextlib
 import functools
 import importlib.util
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,9 +16,11 @@ from typing import Any
 
 import torch
 
-from vit_triton.checks import check_choice
+from vit_triton import packing
+from vit_triton.checks import KERNEL_DTYPES, check_choice
 from vit_triton.names import BACKENDS
 from vit_triton.portable import is_portable
+from vit_triton.speeds import table as speeds
 
 ENVIRONMENT_VARIABLE = "VIT_TRITON_BACKEND"
 
@@ -70,17 +73,27 @@ def ignore_warnings_of_shape_checks() -> None:
 ignore_warnings_of_shape_checks()
 
 
-def resolve_backend(backend: str | None, op: str, x: torch.Tensor, norm_width: int = 0) -> str:
-    """Return "triton" or "torch" for the public function called ``op``.
+def resolve_backend(
+    backend: str | None,
+    op: str,
+    x: torch.Tensor,
+    norm_width: int = 0,
+    *,
+    elements: int | None = None,
+    weight: torch.Tensor | None = None,
+) -> str:
+    """Return "triton" or "torch" for the operator called ``op``.
 
     If :func:`is_portable`, the result is "torch". "auto" selects "triton" on a GPU unless :func:`torch_reason` gives a
-    reason, and on a CPU for operators whose compiled kernels were measured to be faster. It selects "torch" otherwise,
-    for float64, and for a ``norm_width`` above ``MAX_NORM_WIDTH``. An explicit "triton" warns once per GPU where "auto"
-    selects "torch".
+    reason, and on a CPU if the compiled kernels were measured to be faster on this kind of CPU, see
+    :mod:`.speeds.table`. It selects "torch" otherwise, for float64, and for a ``norm_width`` above ``MAX_NORM_WIDTH``.
+    An explicit "triton" warns once per GPU where "auto" selects "torch".
 
     Args:
-        x: the input.
+        x: the input; its dtype is that of the computation.
         norm_width: width of the LayerNorm, 0 for none.
+        elements: number of elements of the input, by default those of ``x``.
+        weight: a weight of the operator, which may be prepacked.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`torch_reason`; ValueError also if ``backend`` is not a backend.
@@ -94,7 +107,7 @@ def resolve_backend(backend: str | None, op: str, x: torch.Tensor, norm_width: i
             return "torch"
         if x.device.type in _GPU_TYPES:
             return "torch" if x.dtype == torch.float64 or torch_reason(x.device) else "triton"
-        return "triton" if _faster_on_cpu(op, x) else "torch"
+        return "triton" if _faster_on_cpu(op, x, elements, weight) else "torch"
     if name == "triton":
         _require_triton(x.device)
     return name
@@ -114,20 +127,24 @@ def backend_name(backend: str | None) -> str:
 
 
 def torch_reason(device: torch.device) -> str:
-    """Return the reason why "auto" selects "torch" on a GPU, or "" if it selects "triton" and on other devices.
+    """Return the reason why "auto" selects "torch" for all operators on a device, or "".
 
     Triton compiles GEMMs without tensor cores for NVIDIA GPUs of compute capability below 8.0, and the tiles for AMD
-    and Intel GPUs have not been measured. A tuned table for the device overrides both reasons. The result is cached per
-    device.
+    and Intel GPUs have not been measured. A tuned table for the device overrides both reasons. On a CPU that compiled
+    kernels support, the reason is that there is no table for this kind of CPU; on other CPUs and devices the result is
+    "". The result is cached per device.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`.tuned.table`, only on GPUs that need a table.
+        FileNotFoundError, ValueError: see :func:`.tuned.table`, only on GPUs that need a table, and
+            :func:`.speeds.table.find`.
     """
     return _torch_reason(device)
 
 
 @functools.cache
 def _torch_reason(device: torch.device) -> str:
+    if device.type == "cpu" and not why_not_compiled() and _cpu_table() is None:
+        return f"the kernels have not been measured on this kind of CPU ({cpu_kind()}); {speeds.COMMAND} measures them"
     if device.type not in _GPU_TYPES:
         return ""
     if not _TRITON_INSTALLED:
@@ -153,67 +170,86 @@ def _torch_reason(device: torch.device) -> str:
     return f'{reason}; run vit-triton tune on this GPU to make "auto" select the kernels'
 
 
-# Speed-up of the compiled CPU kernels over PyTorch: (forward, forward + backward); 0 is not measured. "auto" selects
-# "triton" above 1. Measured with `python -m benchmarks ops` at ViT-B/16, batch 8, the worse of one and two threads, on
-# an AMD EPYC (AVX-512 BF16) with torch 2.14 and triton 3.8. Other CPUs use "torch". Forward figures of operators with
-# weights are measured with prepack; below 1.10 they are set to 0, since a call that packs its weights may be slower
-# than PyTorch.
-_CPU_SPEED = {
-    ("mlp", torch.float32): (1.12, 1.05),
-    ("mlp", torch.bfloat16): (0.0, 1.01),
-    ("linear", torch.float32): (0.0, 1.02),
-    ("linear", torch.bfloat16): (0.0, 1.00),
-    ("attention", torch.float32): (1.27, 1.24),
-    ("attention", torch.bfloat16): (1.52, 1.31),
-    ("layer_norm", torch.float32): (1.03, 0.80),
-    ("layer_norm", torch.bfloat16): (1.33, 1.42),
-    ("patch_embed", torch.float32): (1.24, 1.46),
-    ("patch_embed", torch.bfloat16): (1.17, 1.25),
-    ("encoder", torch.float32): (1.16, 0.0),
-    ("encoder", torch.bfloat16): (1.19, 0.0),
-}
-
-
-OPS = tuple(dict.fromkeys(op for op, _ in _CPU_SPEED))
-
-
 def auto_reason(op: str, x: torch.Tensor) -> str:
     """Return the reason for the choice that "auto" makes, or the measured speed-up of the kernels, such as "1.24x"."""
     if x.device.type in _GPU_TYPES:
         return torch_reason(x.device) or "the kernels support this GPU"
-    if not _TRITON_INSTALLED:
-        return "triton is not installed"
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" and _TRITON_INSTALLED:
         return f"the kernels do not run on {x.device.type}"
-    if not _measured_cpu():
-        from vit_triton import cpu
-
-        if _triton()[0]:
-            return "the interpreter is for checking results"
-        return cpu.unsupported_reason() or "the kernels have not been measured on this type of CPU"
-    speed = _CPU_SPEED.get((op, x.dtype), (0.0, 0.0))[torch.is_grad_enabled()]
+    if reason := why_not_compiled() or torch_reason(x.device):
+        return reason
+    speed = _cpu_speed(op, x.dtype, torch.is_grad_enabled(), x.numel() <= speeds.SMALL_ELEMENTS, False)
     return f"{speed:.2f}x" if speed else "not measured"
 
 
-def _faster_on_cpu(op: str, x: torch.Tensor) -> bool:
-    if x.device.type != "cpu" or (op, x.dtype) not in _CPU_SPEED:
+def _faster_on_cpu(op: str, x: torch.Tensor, elements: int | None, weight: torch.Tensor | None) -> bool:
+    if x.device.type != "cpu":
         return False
-    return _CPU_SPEED[op, x.dtype][torch.is_grad_enabled()] > 1 and _measured_cpu()
+    small = (x.numel() if elements is None else elements) <= speeds.SMALL_ELEMENTS
+    gradients = torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        small = statically_known_true(small)  # a dynamic size counts as large: no guard, hence no recompilation
+        packed = False
+    else:
+        packed = weight is not None and not gradients and packing.is_packed(weight)
+    return _cpu_speed(op, x.dtype, gradients, bool(small), packed) >= speeds.FASTER and not why_not_compiled()
 
 
-def _measured_cpu() -> bool:
-    """Return whether this type of CPU was measured and the kernels are compiled for it."""
-    if not _TRITON_INSTALLED:
-        return False
-    from vit_triton import cpu
+def _cpu_speed(op: str, dtype: torch.dtype, gradients: bool, small: bool, packed: bool) -> float:
+    """Return the measured speed of the kernels; 0 if not measured. Gives a hint once if there is no table."""
+    table = _cpu_table()
+    if table is None:
+        if dtype in KERNEL_DTYPES:
+            _hint_once()
+        return 0.0
+    speed = table.speeds.get((op, dtype, gradients, small))
+    return 0.0 if speed is None else speed.prepacked if packed else speed.kernels
 
-    if _triton()[0] or cpu.unsupported_reason() is not None:
-        return False
+
+@functools.cache
+def _cpu_table() -> speeds.Table | None:
+    kind = cpu_kind()
+    found = speeds.find(kind) if kind and _TRITON_INSTALLED else None
+    return None if found is None else found[1]
+
+
+def cpu_kind() -> str:
+    """Return the kind of this CPU, such as "AMD AVX-512 BF16"; "" if kernels cannot be compiled for it."""
     from vit_triton.cpu import features
 
-    # excludes Xeons with the same instructions, on which MKL is faster for float32 GEMMs
-    measured = features.vendor() == "AuthenticAMD" and "avx512_bf16" in features.detect()
-    return measured and cpu_mode() == "compiled"
+    return features.kind()
+
+
+_hinted = False
+
+
+def _hint_once() -> None:
+    """Log once per process which command measures this CPU, unless kernels cannot be compiled for it.
+
+    The hint is logged, because a warning would be an error under ``python -W error``.
+    """
+    global _hinted
+    if not _hinted:
+        _hinted = True
+        if reason := torch_reason(torch.device("cpu")):
+            logging.getLogger("vit_triton").warning('vit_triton: backend "auto" selects PyTorch: %s', reason)
+
+
+def omit_hint() -> None:
+    """Do not log the hint, because the program gives the reason itself."""
+    global _hinted
+    _hinted = True
+
+
+def why_not_compiled() -> str:
+    """Return the reason why kernels do not run compiled on CPU tensors, or "" if they do."""
+    if not _TRITON_INSTALLED:
+        return "triton is not installed"
+    if _triton()[0]:
+        return "the interpreter is for checking results"
+    return _why_not_cpu() or ("" if cpu_mode() == "compiled" else "another Triton driver is active")
 
 
 def _require_triton(device: torch.device) -> None:
@@ -275,15 +311,20 @@ def _cpu_mode() -> str:
         active = None
     if active is not None and active.get_active_torch_device().type == "cpu":
         return "compiled" if active.get_current_target().backend == "cpu" else "driver"
-    from vit_triton import cpu
-
-    reason = cpu.unsupported_reason()
+    reason = _why_not_cpu()
     if reason is None:
         return "compiled"
     raise RuntimeError(
         f'backend "triton" cannot run on CPU tensors: {reason}; move model and input to a GPU, use backend="torch" or '
         '"auto", or start Python with TRITON_INTERPRET=1 in the environment to check the kernels (slow)'
     )
+
+
+@functools.cache
+def _why_not_cpu() -> str | None:
+    from vit_triton import cpu
+
+    return cpu.unsupported_reason()
 
 
 @functools.cache
@@ -313,7 +354,7 @@ def _warn_once_of_gpu(device: torch.device) -> None:
     _warned_gpus.add(device)
 
 
-_CONSTANTS: tuple[Any, ...] = (_cpu_mode, _measured_cpu, torch_reason, _warn_once_of_gpu)
+_CONSTANTS: tuple[Any, ...] = (_cpu_mode, _cpu_speed, why_not_compiled, torch_reason, _warn_once_of_gpu)
 for _constant in _CONSTANTS:
     _constant._dynamo_marked_constant = True
 

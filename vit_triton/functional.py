@@ -125,7 +125,7 @@ def attention_packed(
     check_attention("qkv", (*qkv.shape[:2], *qkv.shape[3:]), qkv.shape[1], scale, dropout_p, return_lse)
     check_head_norms(qkv, q_norm, k_norm, norm_type)
     (qkv,) = autocast(qkv)
-    if resolve_backend(backend, "attention", qkv) == "torch":
+    if resolve_backend(backend, "attention", qkv, elements=qkv.numel() // 3) == "torch":
         norms = dict(q_norm=q_norm, k_norm=k_norm, norm_type=norm_type)
         return reference.attention_packed(qkv, **norms, scale=scale, dropout_p=dropout_p, return_lse=return_lse)
     check_kernel_dtype("qkv", qkv)
@@ -188,7 +188,7 @@ def linear(
     check_alike("x", x, weight=weight, bias=bias, residual=residual, layer_scale=layer_scale)
     check_rows(x)
     weight, bias = autocast(weight, bias, device=x.device)
-    if resolve_backend(backend, "linear", x, _width(norm, x)) == "torch":
+    if resolve_backend(backend, "linear", x, _width(norm, x), weight=weight) == "torch":
         return reference.linear(
             x,
             weight,
@@ -252,7 +252,7 @@ def mlp(
     check_alike("x", x, w1=w1, b1=b1, w2=w2, b2=b2, residual=residual, layer_scale=layer_scale)
     check_rows(x)
     w1, b1, w2, b2 = autocast(w1, b1, w2, b2, device=x.device)
-    if resolve_backend(backend, "mlp", x, _width(norm, x)) == "torch":
+    if resolve_backend(backend, "mlp", x, _width(norm, x), weight=w1) == "torch":
         return reference.mlp(
             x,
             w1,
@@ -310,7 +310,8 @@ def encoder(
     if composed or any(map(Tensor.is_neg, tensors)):
         functions = tuple(functools.partial(op, backend=backend) for op in (linear, attention, mlp))
         return reference.encoder_of(functions, x, blocks, heads, scale, activation, first_token)
-    if resolve_backend(backend, "encoder", x, x.shape[-1]) == "torch":
+    qkv_weight = blocks[0].qkv_weight if blocks else None
+    if resolve_backend(backend, "encoder", x, x.shape[-1], weight=qkv_weight) == "torch":
         return reference.encoder(x, blocks, heads=heads, scale=scale, activation=activation, first_token=first_token)
     check_kernel_dtype("x", x)
     arguments: list[Tensor | None] = []
@@ -347,7 +348,8 @@ def layer_norm(
     check_alike("x", x, residual=residual)
     check_rows(x)
     x, weight, bias, residual = autocast(x, weight, bias, residual, dtype=torch.float32)
-    if resolve_backend(backend, "layer_norm", x, x.shape[-1]) == "torch":
+    op = "layer_norm" if residual is None else "add_layer_norm"
+    if resolve_backend(backend, op, x, x.shape[-1]) == "torch":
         return reference.layer_norm(x, weight, bias, eps=eps, residual=residual)
     check_kernel_dtype("x", x)
     weight, bias, _ = _norm_parts((weight, bias, eps))
@@ -408,7 +410,7 @@ def patch_embed(
     if pos is not None:
         pos = pos[:patches]
     widest = max(_width(pre_norm, weight), 0 if post_norm is None else weight.shape[0])
-    if resolve_backend(backend, "patch_embed", weight, widest) == "torch":
+    if resolve_backend(backend, "patch_embed", weight, widest, elements=image.numel(), weight=weight) == "torch":
         return reference.patch_embed(
             image,
             weight,

@@ -457,7 +457,8 @@ class Transformer(nn.Module):
         arguments = encoder_arguments(self.layers)
         if arguments is not None:
             blocks, options = arguments
-            if resolve_backend(options["backend"], "encoder", x) == "triton":
+            weight = blocks[0].qkv_weight if blocks else None
+            if resolve_backend(options["backend"], "encoder", x, weight=weight) == "triton":
                 return F.encoder(x, blocks, **{**options, "backend": "triton"}, first_token=first_token)
         *before, last = self.layers if first_token else (*self.layers, None)
         for block in before:

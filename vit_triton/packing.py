@@ -210,6 +210,11 @@ def check(args: Sequence[Any]) -> None:
             )
 
 
+def is_packed(x: Tensor) -> bool:
+    """Return whether ``x`` is a prepacked parameter or a view of one."""
+    return bool(frozen) and _entry(x) is not None
+
+
 def _entry(x: Tensor) -> _PrepackedParameter | None:
     """Return the entry of the prepacked parameter ``x``, or of the one it is a view of."""
     return frozen.get(id(x)) or frozen.get(id(x._base))

@@ -22,9 +22,9 @@ import vit_triton
 from benchmarks.gpu.step import COMPILE_SECONDS, SEED, Context, Skip, Step, WrongNumbers
 from benchmarks.models import gradients, hugging_face, inference, loss, ours, torchvision
 from benchmarks.runner import limits
-from benchmarks.timing import METHODS, ratios
+from benchmarks.timing import METHODS
 from vit_triton.cli.errors import is_out_of_memory
-from vit_triton.tuning.measure import errors
+from vit_triton.tuning.measure import errors, ratios
 from vit_triton.tuning.shapes import CLASSES, Shape
 from vit_triton.tuning.sizes import SIZES, Size
 

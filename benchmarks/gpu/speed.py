@@ -13,10 +13,11 @@ from benchmarks.compare import OPS
 from benchmarks.gpu.models import DINOV2_S
 from benchmarks.gpu.step import Context, Skip, Step, WrongNumbers
 from benchmarks.ops.op import Op
-from benchmarks.timing import METHODS, ratios
+from benchmarks.timing import METHODS
 from vit_triton.kernels.linear.config import VendorGemm
 from vit_triton.kernels.picker import override_choice
 from vit_triton.tuning import tune
+from vit_triton.tuning.measure import ratios
 from vit_triton.tuning.shapes import Shape
 from vit_triton.tuning.sizes import SIZES
 

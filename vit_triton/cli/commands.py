@@ -35,7 +35,10 @@ COMMANDS = {
     ),
     "eval": Command("training", options.evaluate, "print the loss and accuracy of a trained model on test images"),
     "tune": Command(
-        "tune", options.tune, "time candidate tiles on this GPU and write the fastest to a table that vit_triton reads"
+        "tune",
+        options.tune,
+        "time candidate tiles on this GPU, or the kernels against PyTorch on this CPU, and write a table that "
+        "vit_triton reads",
     ),
     "bench": Command(
         "bench", options.bench, "compare speed, memory and generated code with other libraries: python -m benchmarks"

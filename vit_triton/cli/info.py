@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import os
 import platform
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 import vit_triton
-from vit_triton.backend import ENVIRONMENT_VARIABLE, OPS, auto_reason, resolve_backend
+from vit_triton.backend import ENVIRONMENT_VARIABLE, auto_reason, cpu_kind, omit_hint, resolve_backend, why_not_compiled
 from vit_triton.names import BACKENDS
+from vit_triton.speeds import table as speeds
 
 PACKAGES = ("torch", "triton", "timm", "transformers", "torchvision", "onnx", "pillow")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -68,7 +70,8 @@ def cpu() -> str:
         }[cpu_mode()]
     except (ImportError, RuntimeError) as error:
         mode = f"no kernels: {cpu.unsupported_reason() if not isinstance(error, ImportError) else error}"
-    return f"{platform.machine()}, {threads}; {mode}"
+    table = "" if why_not_compiled() else f"; {speeds.describe(cpu_kind())}"
+    return f"{platform.machine()}, {threads}; {mode}{table}"
 
 
 def _gpus() -> Iterator[tuple[str, str]]:
@@ -93,18 +96,23 @@ def choices(device: str) -> Table | str:
     for what in ("inference", "training"):
         for dtype in DTYPES:
             table.add_column(f"{what}\n{str(dtype).removeprefix('torch.')}")
+    omit_hint()
     answers = set()
-    for op in OPS:
+    sizes = {"small": 1, "large": speeds.SMALL_ELEMENTS + 1} if device == "cpu" else {"": 1}
+    for op, (size, elements) in itertools.product(speeds.OPS, sizes.items()):
         cells = []
         for training in (False, True):
             for dtype in DTYPES:
                 if training and op == "encoder":  # in training, it calls the other ops
                     cells.append("uses the other ops")
                     continue
-                x = torch.empty(0, dtype=dtype, device=device)
+                x = torch.empty((), dtype=dtype, device=device).expand(elements)
                 with torch.set_grad_enabled(training):
                     cells.append(f"{resolve_backend('auto', op, x)}: {auto_reason(op, x)}")
                 answers.add(cells[-1])
-        table.add_row(op, *cells)
-    table.caption = "1.24x: speed-up over PyTorch, where measured (docs/cpu.md)"
+        table.add_row(f"{op}, {size}" if size else op, *cells)
+    table.caption = (
+        f"1.24x: speed-up over PyTorch, where measured; the kernels are selected from {speeds.FASTER}x.\n"
+        f"small: up to {speeds.SMALL_ELEMENTS:,} elements. Prepacked weights have their own figures (docs/cpu.md)."
+    )
     return table if len(answers) > 1 else f'"auto" on {device} selects {answers.pop()}'

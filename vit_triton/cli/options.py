@@ -10,6 +10,8 @@ from vit_triton.cli.arguments import duration, new_file, positive
 from vit_triton.tuning.sizes import SIZES
 
 TUNE_MODELS = {f"ViT-{name}/{size.patch}": name for name, size in SIZES.items()}
+# Options of tune that apply to a GPU, and their defaults. The parser leaves them None, so that a CPU rejects them.
+TUNED_ON_GPU = {"model": ["ViT-B/16"], "image": 224, "batch": 64, "dropout": False}
 
 
 def info(parser: argparse.ArgumentParser) -> None:
@@ -48,15 +50,20 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def tune(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", nargs="+", choices=TUNE_MODELS, default=["ViT-B/16"], metavar="SIZE",
-                        help=f"{', '.join(TUNE_MODELS)}; default: ViT-B/16")  # fmt: skip
-    parser.add_argument("--image", type=positive, default=224, help="height and width in pixels; default: 224")
-    parser.add_argument("--batch", type=positive, default=64, help="number of images; default: 64")
-    parser.add_argument("--dtype", nargs="+", choices=names.DTYPES, default=["bfloat16"], help="default: bfloat16")
+    parser.add_argument("--device", choices=("cuda", "cpu"),
+                        help="cuda: times tiles; cpu: compares the kernels with PyTorch, in about a minute "
+                        "(default: cuda if available, else cpu)")  # fmt: skip
+    parser.add_argument("--dtype", nargs="+", choices=names.DTYPES,
+                        help="default: bfloat16 on a GPU, float32 and bfloat16 on a CPU")  # fmt: skip
+    parser.add_argument("--model", nargs="+", choices=TUNE_MODELS, metavar="SIZE",
+                        help=f"GPU only: {', '.join(TUNE_MODELS)}; default: ViT-B/16")  # fmt: skip
+    parser.add_argument("--image", type=positive, help="GPU only: height and width in pixels; default: 224")
+    parser.add_argument("--batch", type=positive, help="GPU only: number of images; default: 64")
+    parser.add_argument("--dropout", action="store_true", default=None,
+                        help="GPU only: also time training with dropout, whose tiles are separate")  # fmt: skip
     parser.add_argument(
-        "--dropout", action="store_true", help="also time training with dropout, whose tiles are separate"
+        "--seconds", type=duration, default=0.1, help="time per case, and per candidate or backend; default: 0.1"
     )
-    parser.add_argument("--seconds", type=duration, default=0.1, help="time per candidate and case; default: 0.1")
     parser.add_argument("--out", type=new_file, metavar="FILE", help="the table; default: where vit_triton reads it")
 
 

@@ -10,6 +10,14 @@ from typing import NamedTuple
 # Features used by the generated code; x86-64-v3 is required.
 REQUIRED = ("avx2", "fma", "f16c", "bmi2")
 OPTIONAL = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
+# Levels in the name of a kind of CPU, each with the features that it adds to the one before. Kernels do not use AMX.
+_LEVELS = {
+    "AVX2": REQUIRED,
+    "AVX-512": OPTIONAL[:4],
+    "AVX-512 BF16": OPTIONAL[4:],
+    "AMX": ("amx_tile", "amx_bf16"),
+}
+_VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
 
 
 class Block(NamedTuple):
@@ -44,12 +52,20 @@ def detect() -> tuple[str, ...]:
 
 def arch() -> str:
     """The name of this CPU as a target: its features, and "intel" for choices that were measured on Intel's CPUs."""
-    return ",".join([*detect(), *(["intel"] if vendor() == "GenuineIntel" else [])])
+    return ",".join([*detect(), *(["intel"] if _cpuinfo("vendor_id") == "GenuineIntel" else [])])
 
 
-def vendor() -> str:
-    """The vendor in /proc/cpuinfo, e.g. "AuthenticAMD" or "GenuineIntel"; "" on other systems."""
-    return _cpuinfo("vendor_id")
+def kind() -> str:
+    """The vendor and the highest level of vector instructions, e.g. "AMD AVX-512 BF16" or "Intel AMX". "" if the CPU
+    lacks a required feature, and on other systems."""
+    has = set(_cpuinfo("flags").split())
+    level = ""
+    for name, features in _LEVELS.items():
+        if not has.issuperset(features):
+            break
+        level = name
+    vendor = _cpuinfo("vendor_id")
+    return f"{_VENDORS.get(vendor, vendor)} {level}".strip() if level else ""
 
 
 @functools.cache

@@ -185,7 +185,7 @@ def accelerate(
 
 
 def _auto_notes(model: nn.Module, backend: str | None) -> tuple[str, ...]:
-    """Return the reason why "auto" selects PyTorch, for each GPU of `model` where it does."""
+    """Return the reason why "auto" selects PyTorch for all operators, for each device of `model` where it does."""
     if backend_name(backend) != "auto":
         return ()
     reasons = {device: torch_reason(device) for device in dict.fromkeys(each.device for each in model.parameters())}

@@ -33,7 +33,8 @@ class Report:
 
     Attributes:
         entries: the modules.
-        notes: for each GPU of the model where backend "auto" selects PyTorch, the reason. ``str`` starts with them.
+        notes: for each device of the model where backend "auto" selects PyTorch for all operators, the reason. ``str``
+            starts with them.
     """
 
     entries: tuple[Entry, ...]

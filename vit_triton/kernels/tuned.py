@@ -1,18 +1,12 @@
 """Tables of tiles measured on the user's GPU, in a JSON file written by `vit-triton tune`.
 
-The environment variable ``VIT_TRITON_TUNED`` names the file; if it is empty, no file is read. If it is not set, the
-file is ``vit_triton/tuned/DEVICE.json`` in the user's configuration folder (``XDG_CONFIG_HOME``, or ``~/.config``). The
-file is read once per GPU and process. It is ignored for GPUs with another name or architecture, in the interpreter and
-on CPU tensors. An invalid file is an error.
+:mod:`vit_triton.tables` describes which file is read. It is read once per GPU and process. It is ignored for GPUs with
+another name or architecture, in the interpreter and on CPU tensors. An invalid file is an error.
 """
 
 import dataclasses
 import datetime
 import enum
-import json
-import os
-import re
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +20,18 @@ from vit_triton.kernels.norm import config as _norm  # noqa: F401 - registers it
 from vit_triton.kernels.patch_embed import config as _patch_embed  # noqa: F401
 from vit_triton.kernels.picker import PICKERS, Picker
 from vit_triton.kernels.sums import config as _sums  # noqa: F401
+from vit_triton.tables import (
+    ENVIRONMENT_VARIABLE,
+    InvalidField,
+    default_path,
+    expect_names,
+    find_table,
+    read_json,
+    write_json,
+)
 
-ENVIRONMENT_VARIABLE = "VIT_TRITON_TUNED"
+__all__ = ["ENVIRONMENT_VARIABLE", "default_path"]  # for users of this module
+
 FORMAT = 2
 # names in format 1, which has no "format" field
 _OLD_FIELD_NAMES = {"rows": "block_m", "cols": "block_n", "depth": "block_k", "parts": "subtiles"}
@@ -76,26 +80,9 @@ def new_table(device: str, architecture: str, timed: list[Timed]) -> Table:
     return Table(device, architecture, triton.__version__, torch.__version__, str(datetime.date.today()), timed)
 
 
-def default_path(device: str) -> Path:
-    """The default file of a device, e.g. nvidia-h100-pcie.json for "NVIDIA H100 PCIe"."""
-    folder = os.environ.get("XDG_CONFIG_HOME", "")
-    slug = re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
-    return Path(folder if os.path.isabs(folder) else Path.home() / ".config", "vit_triton", "tuned", f"{slug}.json")
-
-
 def table_path(device: str) -> Path | None:
-    """The file to read for a device, or None.
-
-    Raises:
-        FileNotFoundError: if the environment variable names a file that does not exist.
-    """
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
-    if named is None:
-        path = default_path(device)
-        return path if path.exists() else None
-    if named and not Path(named).is_file():
-        raise FileNotFoundError(f"{ENVIRONMENT_VARIABLE} must name a file of tuned tiles, got {named!r}")
-    return Path(named) if named else None
+    """The file to read for a GPU, or None; see :func:`vit_triton.tables.find_table`."""
+    return find_table(device, other="cpu")
 
 
 def table(device: str, architecture: str) -> Table | None:
@@ -153,15 +140,7 @@ def write(path: Path, content: Table) -> None:
         }
         pickers.setdefault(each.picker, []).append(entry)
     header = {name: getattr(content, name) for name in _HEADER}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, **header, "pickers": pickers}, file, indent=1)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    write_json(path, {"format": FORMAT, **header, "pickers": pickers})
 
 
 def _plain(value: Any) -> Any:
@@ -179,36 +158,29 @@ def _plain_config(config: Any) -> dict[str, Any]:
 _HEADER = ("device", "architecture", "triton", "torch", "date")
 
 
-class _InvalidField(Exception):
-    """An invalid value: its place in the file, the expected and the actual value."""
-
-    def __init__(self, where: str, expected: str, got: Any) -> None:
-        super().__init__(f"{where} must be {expected}, got {got!r}")
-
-
 def read(path: Path) -> Table:
     """Read the table in a file.
 
     Raises:
         ValueError: if the file is invalid; the message contains the field, the expected and the actual value.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        written = content.pop("format", 1) if isinstance(content, dict) else FORMAT
-        if written not in (1, FORMAT):
-            raise _InvalidField("format", f"1 or {FORMAT}", written)
-        if written == 1:
-            content = _rename_fields(content)
-        _expect_names("the file", content, (*_HEADER, "pickers"))
-        for name in _HEADER:
-            if not isinstance(content[name], str):
-                raise _InvalidField(name, "a string", content[name])
-        if not isinstance(content["pickers"], dict):
-            raise _InvalidField("pickers", "an object of lists", content["pickers"])
-        timed = [each for name, entries in content["pickers"].items() for each in _entries(name, entries)]
-        return Table(**{name: content[name] for name in _HEADER}, timed=timed)
-    except (_InvalidField, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: {error}; write the file again with vit-triton tune, or remove it") from error
+    return read_json(path, _table, "vit-triton tune")
+
+
+def _table(content: Any) -> Table:
+    written = content.pop("format", 1) if isinstance(content, dict) else FORMAT
+    if written not in (1, FORMAT):
+        raise InvalidField("format", f"1 or {FORMAT}", written)
+    if written == 1:
+        content = _rename_fields(content)
+    expect_names("the file", content, (*_HEADER, "pickers"))
+    for name in _HEADER:
+        if not isinstance(content[name], str):
+            raise InvalidField(name, "a string", content[name])
+    if not isinstance(content["pickers"], dict):
+        raise InvalidField("pickers", "an object of lists", content["pickers"])
+    timed = [each for name, entries in content["pickers"].items() for each in _entries(name, entries)]
+    return Table(**{name: content[name] for name in _HEADER}, timed=timed)
 
 
 def _rename_fields(content: Any) -> Any:
@@ -225,51 +197,45 @@ def _rename_fields(content: Any) -> Any:
 
 def _entries(name: str, entries: Any) -> list[Timed]:
     if name not in PICKERS:
-        raise _InvalidField("each name in pickers", f"one of {', '.join(PICKERS)}", name)
+        raise InvalidField("each name in pickers", f"one of {', '.join(PICKERS)}", name)
     if not isinstance(entries, list):
-        raise _InvalidField(name, "a list", entries)
+        raise InvalidField(name, "a list", entries)
     result: dict[tuple[Any, ...], Timed] = {}
     for i, entry in enumerate(entries):
         where, picker = f"{name}[{i}]", PICKERS[name]
-        _expect_names(where, entry, ("arguments", "config", "milliseconds"))
-        _expect_names(f"{where}.arguments", entry["arguments"], tuple(picker.arguments))
+        expect_names(where, entry, ("arguments", "config", "milliseconds"))
+        expect_names(f"{where}.arguments", entry["arguments"], tuple(picker.arguments))
         arguments = {
             key: _argument(f"{where}.arguments.{key}", key, kind, entry["arguments"][key])
             for key, kind in picker.arguments.items()
         }
         config = _config(f"{where}.config", entry["config"], picker)
         if "block_d" in entry["config"] and not arguments["width"] <= config.block_d:
-            raise _InvalidField(f"{where}.config.block_d", f"at least the width {arguments['width']}", config.block_d)
+            raise InvalidField(f"{where}.config.block_d", f"at least the width {arguments['width']}", config.block_d)
         timed = Timed(name, arguments, config, _milliseconds(f"{where}.milliseconds", entry["milliseconds"], picker))
         if timed.key in result:
-            raise _InvalidField(f"{where}.arguments", "unique in its list", entry["arguments"])
+            raise InvalidField(f"{where}.arguments", "unique in its list", entry["arguments"])
         result[timed.key] = timed
     return list(result.values())
-
-
-def _expect_names(where: str, value: Any, names: tuple[str, ...]) -> None:
-    if not isinstance(value, dict) or set(value) != set(names):
-        got = sorted(value) if isinstance(value, dict) else value
-        raise _InvalidField(where, f"an object with {', '.join(names)}", got)
 
 
 def _argument(where: str, name: str, kind: type, value: Any) -> Any:
     if kind is torch.dtype:
         if not isinstance(value, str) or value not in _DTYPES:
-            raise _InvalidField(where, f"one of {', '.join(_DTYPES)}", value)
+            raise InvalidField(where, f"one of {', '.join(_DTYPES)}", value)
         return _DTYPES[value]
     if issubclass(kind, (str, enum.Enum)):
         words: dict[str, Any] = {word: word for word in _PRECISIONS}
         if issubclass(kind, enum.Enum):
             words = {each.value: each for each in kind}
         if not isinstance(value, str) or value not in words:
-            raise _InvalidField(where, f"one of {', '.join(words)}", value)
+            raise InvalidField(where, f"one of {', '.join(words)}", value)
         return words[value]
     if kind is bool:
         if type(value) is not bool:
-            raise _InvalidField(where, "true or false", value)
+            raise InvalidField(where, "true or false", value)
     elif type(value) is not int or value < 1:
-        raise _InvalidField(where, "a positive integer", value)
+        raise InvalidField(where, "a positive integer", value)
     return value
 
 
@@ -277,13 +243,13 @@ def _config(where: str, value: Any, picker: Picker) -> Any:
     kinds = {kind.__name__: kind for kind in picker.kinds}
     kind: Any = kinds.get(str(value.get("kind"))) if isinstance(value, dict) else None
     if kind is None:
-        raise _InvalidField(where, f"an object whose kind is {' or '.join(kinds)}", value)
+        raise InvalidField(where, f"an object whose kind is {' or '.join(kinds)}", value)
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    _expect_names(where, value, ("kind", *fields))
+    expect_names(where, value, ("kind", *fields))
     for name, field in fields.items():
         if field.type is bool:
             if type(value[name]) is not bool:
-                raise _InvalidField(f"{where}.{name}", "true or false", value[name])
+                raise InvalidField(f"{where}.{name}", "true or false", value[name])
             continue
         least = 16 if name in _SIDES and issubclass(kind, (AttentionConfig, GemmConfig)) else 1
         most = _MAXIMA.get(name, 2**16)
@@ -291,17 +257,17 @@ def _config(where: str, value: Any, picker: Picker) -> Any:
         power = name in _ANY_NUMBER or whole and value[name] & (value[name] - 1) == 0
         if not (whole and power):
             sort = "an integer" if name in _ANY_NUMBER else "a power of two"
-            raise _InvalidField(f"{where}.{name}", f"{sort} from {least} to {most}", value[name])
+            raise InvalidField(f"{where}.{name}", f"{sort} from {least} to {most}", value[name])
     return kind(**{name: value[name] for name in fields})
 
 
 def _milliseconds(where: str, value: Any, picker: Picker) -> list[tuple[Any, float]]:
     if not isinstance(value, list):
-        raise _InvalidField(where, "a list", value)
+        raise InvalidField(where, "a list", value)
     result = []
     for i, each in enumerate(value):
-        _expect_names(f"{where}[{i}]", each, ("config", "ms"))
+        expect_names(f"{where}[{i}]", each, ("config", "ms"))
         if type(each["ms"]) not in (int, float) or not 0 < each["ms"] < float("inf"):
-            raise _InvalidField(f"{where}[{i}].ms", "a positive number", each["ms"])
+            raise InvalidField(f"{where}[{i}].ms", "a positive number", each["ms"])
         result.append((_config(f"{where}[{i}].config", each["config"], picker), each["ms"]))
     return result
