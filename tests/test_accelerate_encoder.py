@@ -178,6 +178,12 @@ def shrink(model: nn.Module) -> None:
     model.blocks[0].attn.scale = 0.5
 
 
+def widen(model: nn.Module) -> None:
+    """Make the output of the last block float64, which its library computes."""
+    for module in (model.blocks[3].ls2, model.norm, model.head):
+        module.double()
+
+
 def hook(*_) -> None:
     return None
 
@@ -197,6 +203,7 @@ RUNS: dict[str, tuple[Callable[[nn.Module], object], list[tuple[int, bool]]]] = 
     "a compiled block": (lambda m: m.blocks[1].compile(backend="eager"), [(1, False), (2, True)]),
     "a block on another backend": (lambda m: vit_triton.accelerate(m.blocks[1], "torch"), [(1, False), (2, True)]),
     "a restored block": (lambda m: vit_triton.restore(m.blocks[1]), [(1, False), (2, True)]),
+    "another dtype": (widen, [(3, False)]),
     "dropout": (drop, [(1, False), (2, True)]),
     "the head reads the mean": (lambda m: setattr(m, "global_pool", "avg"), [(4, False)]),
     "a hook on the norm": (lambda m: m.norm.register_forward_hook(hook), [(4, False)]),
@@ -352,12 +359,14 @@ def test_the_layers_of_transformers_are_a_module_list():
     vit_triton.accelerate(model, "triton")
     assert model.vit.layers is layers and model.get_submodule("vit.layers") is layers
     seen: list[object] = []
-    model.classifier.register_forward_hook(lambda *_: seen.append(model.vit.layers))
+    model.vit.layernorm.register_forward_hook(lambda *_: seen.append(model.vit.layers))
     model(images())
     assert seen == [layers]
     model.vit.layers = layers[:2]
     assert len(model.vit.layers) == 2
     model(images())
+    del model.vit.layers
+    assert not hasattr(model.vit, "layers")
 
 
 @torch.no_grad()
@@ -473,3 +482,29 @@ def test_the_choices_of_accelerate(calls):
     report = vit_triton.accelerate(model, "triton", mlp=False)
     assert_same(outputs(model, images()), theirs, TERMS)
     assert calls == [] and "one operator" not in str(report)
+
+
+def test_blocks_of_another_kind_are_not_listed(calls):
+    torch.manual_seed(0)
+    model = of_timm(qk_norm=True).eval()
+    theirs = outputs(model, images())
+    report = vit_triton.accelerate(model, "triton", strict=True)
+    assert_same(outputs(model, images()), theirs, TERMS)
+    assert calls == [] and "in inference" not in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.\\w+. is deprecated", "ignore::torch.jit.TracerWarning")
+def test_traces_without_the_encoder(calls):
+    model = make()
+    vit_triton.accelerate(model, "triton", strict=True)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images())
+    assert calls == [(4, True)]  # the check of the trace runs the model
+    assert_same([traced(images())], outputs(model, images()), TERMS)
+
+
+@torch.no_grad()
+def test_on_the_meta_device(calls):
+    model = make()
+    vit_triton.accelerate(model.to("meta"), "triton", strict=True)
+    assert model(images().to("meta")).shape == (2, 5) and calls == [(4, True)]

@@ -17,7 +17,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -92,24 +92,39 @@ def fuses(x: Any, backend: str | None) -> bool:
     return not autocasting(x.device.type) and resolve_backend(backend, "encoder", x) == "triton"
 
 
+def is_plain(parts: BlockParts) -> bool:
+    """Return whether :func:`vit_triton.functional.encoder` supports blocks of this kind."""
+    attention = parts.attention
+    required = attention.norm, attention.out_weight, parts.mlp.norm
+    unsupported = attention.q_norm, attention.k_norm, attention.out_norm
+    return all(part is not None for part in required) and all(part is None for part in unsupported)
+
+
 def step_of(x: Tensor, parts: BlockParts) -> Step | None:
     """Return a block as an argument of :func:`vit_triton.functional.encoder`, or None if that does not support it."""
     attention, mlp, branch1, branch2 = parts
-    if attention.norm is None or mlp.norm is None or attention.out_weight is None:
+    if not is_plain(parts) or x.shape[0] * x.shape[1] * attention.heads > MAX_ROWS:
         return None
-    if attention.q_norm is not None or attention.k_norm is not None or attention.out_norm is not None:
+    dropouts = attention.dropout_p, attention.out_dropout_p, mlp.hidden_dropout_p, mlp.dropout_p
+    if any((*dropouts, branch1.drop_path_p, branch2.drop_path_p)):
         return None
-    if attention.dropout_p or attention.out_dropout_p or mlp.hidden_dropout_p or mlp.dropout_p:
-        return None
-    if branch1.drop_path_p or branch2.drop_path_p or x.shape[0] * x.shape[1] * attention.heads > MAX_ROWS:
-        return None
-    qkv_and_out = attention.qkv_weight, attention.qkv_bias, attention.out_weight, attention.out_bias
-    weights = mlp.w1, mlp.b1, mlp.w2, mlp.b2
-    scales = branch1.layer_scale, branch2.layer_scale
-    for tensor in (*qkv_and_out, *weights, *scales):
-        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device or is_sharded(tensor)):
+    block = F.Block(
+        norm1=cast(F.Norm, attention.norm),
+        qkv_weight=attention.qkv_weight,
+        qkv_bias=attention.qkv_bias,
+        out_weight=cast(Tensor, attention.out_weight),
+        out_bias=attention.out_bias,
+        norm2=cast(F.Norm, mlp.norm),
+        w1=mlp.w1,
+        b1=mlp.b1,
+        w2=mlp.w2,
+        b2=mlp.b2,
+        layer_scale1=branch1.layer_scale,
+        layer_scale2=branch2.layer_scale,
+    )
+    for tensor in block:
+        if isinstance(tensor, Tensor) and (tensor.dtype != x.dtype or tensor.device != x.device or is_sharded(tensor)):
             return None
-    block = F.Block(attention.norm, *qkv_and_out, mlp.norm, *weights, *scales)
     return Step(block, Options(attention.heads, attention.scale, mlp.activation))
 
 
@@ -190,8 +205,10 @@ def read_step(
 # --- containers --------------------------------------------------------------------------------------------
 
 
-def has_blocks(module: nn.Module) -> bool:
-    return any(block_recipe(child) is not None for child in module.children())
+def has_blocks(module: nn.Module | None) -> bool:
+    """Return whether a Sequential or ModuleList has accelerated blocks that may be fused."""
+    children = () if module is None else module.children()
+    return any((recipe := block_recipe(child)) is not None and is_plain(recipe.read(child)) for child in children)
 
 
 def run_sequence(
@@ -215,6 +232,8 @@ def iterating(name: str, unless: Callable[[Any], bool] | None = None) -> Contain
     """
 
     def blocks(self: Any) -> Any:
+        if name not in self._modules:
+            raise AttributeError(name)
         modules = self._modules[name]
         in_forward = may_fuse_blocks() and _iterating_over.get() == self  # the context variable is not for Dynamo
         if not in_forward or not isinstance(modules, nn.ModuleList):
@@ -226,7 +245,7 @@ def iterating(name: str, unless: Callable[[Any], bool] | None = None) -> Contain
         with _set(_iterating_over, module):
             return original(*args, **kwargs)
 
-    return Container(SEQUENCE.what, lambda module: has_blocks(module._modules[name]), run, {name: property(blocks)})
+    return Container(SEQUENCE.what, lambda module: has_blocks(module._modules.get(name)), run, {name: property(blocks)})
 
 
 def reading_class_token(find: Callable[[Any], nn.Module]) -> Container:
@@ -239,7 +258,6 @@ def reading_class_token(find: Callable[[Any], nn.Module]) -> Container:
 
     def find_container(model: Any) -> nn.Module | None:
         try:
-            check_call_context()
             return find(model)
         except UnsupportedModule:
             return None

@@ -148,8 +148,9 @@ def accelerate(
     """Run a timm, Hugging Face, torchvision or vit_pytorch model on the kernels, in place.
 
     Replaces ``forward`` of patch embeddings, attention, MLPs, LayerNorms and whole blocks. In a block, the residual,
-    LayerScale and stochastic depth are part of the GEMM epilogue. Parameters, buffers, names, hooks, state dict,
-    ``isinstance``, deepcopy, pickle and existing optimizers are unaffected.
+    LayerScale and stochastic depth are part of the GEMM epilogue. In inference, consecutive blocks are one operator,
+    and the last block computes only the class token if the model's head reads nothing else. Parameters, buffers,
+    names, hooks, state dict, ``isinstance``, deepcopy, pickle and existing optimizers are unaffected.
 
     A call falls back to the original ``forward`` if the kernels do not support it: an inner module has a hook or was
     replaced or wrapped, there is an attention mask, the input is float64, or a ``torch.func`` transform is active.
