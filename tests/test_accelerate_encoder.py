@@ -248,6 +248,30 @@ def test_hooks_fire(name, part, calls):
     assert calls[2:] == [(4, MODELS[name][2])]
 
 
+AFTER_THE_BLOCKS = {
+    "timm": ["norm", "blocks"],
+    "torchvision": ["encoder.ln", "encoder", "encoder.layers"],
+    "ViT": ["vit.layernorm", "vit", "vit.pooler"],
+    "vit_pytorch": ["transformer.norm", "transformer"],
+}
+
+
+@pytest.mark.parametrize(("name", "where"), [(name, where) for name in FIRST for where in AFTER_THE_BLOCKS[name]])
+def test_hooks_after_the_blocks_see_all_tokens(name, where):
+    model = make(name)
+    if where == "vit.pooler":
+        model.vit.pooler = hf.models.vit.modeling_vit.ViTPooler(model.vit.config)
+    vit_triton.accelerate(model, "triton")
+    expected, seen = outputs(model, images()), []
+
+    def see(module, args, output):
+        seen.append(args[0] if where == "vit.pooler" else tensors(output)[0])
+
+    model.get_submodule(where).register_forward_hook(see)
+    assert_same(outputs(model, images()), expected, TERMS)
+    assert [tuple(x.shape) for x in seen] == [(2, 5, 24)]
+
+
 def block_name(name: str) -> str:
     return "encoder_layer_1" if name == "torchvision" else "1"
 
