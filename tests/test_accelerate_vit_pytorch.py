@@ -24,7 +24,7 @@ def test_outputs_and_gradients_match_vit_pytorch(cls):
     torch.manual_seed(0)
     model = cls(**{**BASE, **REAL})
     report = assert_accelerated(model, images(REAL), low=True)
-    assert {entry.cls for entry in report.replaced} == REPLACED
+    assert {entry.cls for entry in report.replaced} == REPLACED | ({"ViT"} & {cls.__name__})
     assert [entry.cls for entry in report.not_replaced] == ["Linear"]  # the head
 
 

@@ -408,6 +408,11 @@ class MlpParts(NamedTuple):
         return "gelu" if self.gelu.approximate == "none" else "gelu_tanh"
 
 
+def may_fuse_blocks() -> bool:
+    """Return whether blocks may run as one operator: neither gradients nor ``torch.compile`` require single ones."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
 class Transformer(nn.Module):
     """A stack of pre-norm blocks and a final LayerNorm.
 
@@ -507,7 +512,7 @@ def encoder_arguments(blocks: Iterable[nn.Module]) -> tuple[list[F.Block], dict[
     It requires that gradients are disabled, that there is no active dropout, that every module may be fused, and that
     all blocks have the same options.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not may_fuse_blocks():
         return None
     arguments, options = [], []
     for block in blocks:

@@ -17,6 +17,7 @@ from vit_triton.modules import active_dropout_p
 
 __all__ = [
     "AttentionParts",
+    "BlockParts",
     "Branch",
     "MlpParts",
     "activation_of",
@@ -26,6 +27,7 @@ __all__ = [
     "check_rows",
     "check_tokens",
     "check_weight",
+    "compute_block",
     "dropout_of",
     "feed_forward",
     "layer_norm_of",
@@ -76,6 +78,15 @@ class MlpParts(NamedTuple):
     dropout_p: float = 0.0
 
 
+class BlockParts(NamedTuple):
+    """A pre-norm block; the branches have no residual."""
+
+    attention: AttentionParts
+    mlp: MlpParts
+    branch1: Branch = Branch()
+    branch2: Branch = Branch()
+
+
 def attend(x: Tensor, parts: AttentionParts, backend: str | None, branch: Branch = Branch()) -> Tensor:  # noqa: B008 - a tuple
     """Compute attention and its branch: (B, N, dim) -> (B, N, dim_out)."""
     check_input(x, parts.qkv_weight, parts.out_weight, branch.layer_scale)
@@ -109,6 +120,12 @@ def feed_forward(x: Tensor, parts: MlpParts, backend: str | None, branch: Branch
     """Compute an MLP and its branch: (..., dim) -> (..., dim_out)."""
     check_input(x, parts.w1, parts.w2, branch.layer_scale)
     return F.mlp(x, **parts._asdict(), **branch._asdict(), backend=backend)
+
+
+def compute_block(x: Tensor, parts: BlockParts, backend: str | None) -> Tensor:
+    """Compute a block: (B, N, dim) -> (B, N, dim)."""
+    x = attend(x, parts.attention, backend, parts.branch1._replace(residual=x))
+    return feed_forward(x, parts.mlp, backend, parts.branch2._replace(residual=x))
 
 
 def check_input(x: Tensor, *weights: Tensor | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from vit_triton import functional as F
+from vit_triton.integrations.encoder import SEQUENCE
 from vit_triton.integrations.parts import (
     AttentionParts,
     attend,
@@ -16,11 +17,20 @@ from vit_triton.integrations.parts import (
     check_weight,
     layer_norm_of,
 )
-from vit_triton.integrations.recipes import Recipe, UnsupportedModule, check_members, kernel_input, register, trust
+from vit_triton.integrations.recipes import (
+    Recipe,
+    UnsupportedModule,
+    check_members,
+    kernel_input,
+    register,
+    register_container,
+    trust,
+)
 
 
 def register_all() -> None:
-    trust(nn.Linear, nn.Dropout, nn.Identity, nn.Softmax, nn.Sequential, nn.GELU, nn.SiLU, nn.ReLU)
+    trust(nn.Linear, nn.Dropout, nn.Identity, nn.Softmax, nn.GELU, nn.SiLU, nn.ReLU)
+    register_container(nn.Sequential, SEQUENCE)
     register(nn.LayerNorm, LAYER_NORM)
     register(nn.Conv2d, Recipe(("patch_embedding",), read_convolution, compute_convolution))
     register(

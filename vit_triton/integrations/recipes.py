@@ -16,18 +16,24 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from vit_triton.checks import KERNEL_DTYPES
 
 __all__ = [
+    "Container",
     "Recipe",
     "UnsupportedModule",
+    "accelerated_class",
     "check_call_context",
     "kernel_input",
     "trust",
     "check_members",
+    "check_methods",
+    "container_for",
+    "has_hooks",
     "submodule",
     "plain_input",
     "recipe_for",
     "derives_from_registered",
     "is_sharded",
     "register",
+    "register_container",
 ]
 
 
@@ -101,7 +107,26 @@ class Recipe(NamedTuple):
     find_input: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] = plain_input
 
 
+class Container(NamedTuple):
+    """How modules of one class make the blocks inside them run as one operator, see :mod:`.encoder`.
+
+    Attributes:
+        detail: the effect, for the report.
+        holds: module -> whether it has accelerated blocks.
+        run: (original ``forward`` of the module, module, backend, args, kwargs) -> output. Unlike a recipe, it runs the
+            blocks one by one where they cannot be fused.
+        members: other attributes of the generated class.
+    """
+
+    detail: str
+    holds: Callable[[Any], bool]
+    run: Callable[[Callable[..., Any], Any, str | None, tuple[Any, ...], dict[str, Any]], Any]
+    members: dict[str, Any] = {}
+
+
 _recipes: dict[type[nn.Module], Recipe] = {}
+_containers: dict[type[nn.Module], Container] = {}
+_methods: dict[tuple[type[nn.Module], str], Any] = {}
 _forwards: dict[type[nn.Module], Any] = {}  # class -> the forward it had when it was trusted, None if replaced by then
 
 
@@ -113,10 +138,14 @@ def trust(*classes: type[nn.Module] | None) -> None:
     for cls in classes:
         if cls is None or _forwards.get(cls) is not None:
             continue
-        home = next(base for base in cls.__mro__ if "forward" in vars(base))
-        forward = vars(home)["forward"]
-        named = getattr(forward, "__module__", None), getattr(forward, "__qualname__", None)
-        _forwards[cls] = forward if named == (home.__module__, f"{home.__qualname__}.forward") else None
+        _forwards[cls] = _own_method(next(base for base in cls.__mro__ if "forward" in vars(base)), "forward")
+
+
+def _own_method(cls: type[nn.Module], name: str) -> Any:
+    """Return the method that the file of `cls` defines, or None if it was replaced."""
+    method = vars(cls).get(name)
+    named = getattr(method, "__module__", None), getattr(method, "__qualname__", None)
+    return method if named == (cls.__module__, f"{cls.__qualname__}.{name}") else None
 
 
 def register(cls: type[nn.Module] | None, recipe: Recipe) -> None:
@@ -126,12 +155,36 @@ def register(cls: type[nn.Module] | None, recipe: Recipe) -> None:
         _recipes[cls] = recipe
 
 
+def register_container(cls: type[nn.Module] | None, container: Container, *methods: str) -> None:
+    """Trust `cls`, and its `methods` for :func:`check_methods`, and register `container` for it; None is ignored."""
+    if cls is not None:
+        trust(cls)
+        _containers[cls] = container
+        for name in methods:
+            _methods.setdefault((cls, name), _own_method(cls, name))
+
+
 def recipe_for(cls: type[nn.Module]) -> Recipe | None:
     """Return the recipe for `cls` or for the base class whose ``forward`` it inherits, as FSDP's classes do."""
+    return _registered(cls, _recipes)
+
+
+def container_for(cls: type[nn.Module]) -> Container | None:
+    """Return the container for `cls` or for the base class whose ``forward`` it inherits."""
+    return _registered(cls, _containers)
+
+
+def _registered(cls: Any, registry: dict[type[nn.Module], Any]) -> Any:
     for base in cls.__mro__:
-        if base in _recipes:
-            return _recipes[base] if cls.forward is _forwards[base] else None
+        if base in registry:
+            return registry[base] if cls.forward is _forwards[base] else None
     return None
+
+
+def accelerated_class(module: nn.Module) -> Any:
+    """Return the generated class of an accelerated module, whose ``_replaced`` is the original class; else None."""
+    cls = vars(type(module)).get("_prepacked", type(module))
+    return cls if "_replaced" in vars(cls) else None
 
 
 def derives_from_registered(cls: type[nn.Module]) -> bool:
@@ -177,6 +230,13 @@ def submodule(
     if is_unmodified(child, *classes, unless=unless):
         return child
     raise UnsupportedModule(f"{name}: {why_modified(child, classes)}")
+
+
+def check_methods(module: nn.Module, cls: type[nn.Module], *names: str) -> None:
+    """Raise UnsupportedModule unless `module` has the methods of `cls`, as they were when `cls` was registered."""
+    for name in names:
+        if getattr(type(module), name) is not _methods[cls, name] or name in vars(module):
+            raise UnsupportedModule(f"{name} was replaced")
 
 
 def why_modified(module: object, classes: Iterable[type[nn.Module] | None]) -> str:

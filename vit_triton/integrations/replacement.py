@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,13 +22,16 @@ from vit_triton.checks import check_module
 from vit_triton.fallback import clear_fallbacks, count_fallback, fallback_counter, is_capturing
 from vit_triton.integrations import pytorch, timm, torchvision, vit_pytorch
 from vit_triton.integrations.recipes import (
+    Container,
     Recipe,
     UnsupportedModule,
     check_call_context,
+    container_for,
     derives_from_registered,
     recipe_for,
 )
 from vit_triton.integrations.report import Entry, Report
+from vit_triton.modules import may_fuse_blocks
 from vit_triton.packing import raise_if_prepacked, without_mark
 from vit_triton.portable import is_portable
 
@@ -70,13 +74,35 @@ def _accelerated(cls: Any, recipe: Recipe, backend: str | None, strict: bool) ->
                 _record_fallback(self, reason, strict)
         return cls.forward(self, *args, **kwargs)
 
+    return _subclass(cls, forward, backend, (_unpickle, (backend, strict)))
+
+
+@functools.cache
+def _containing(cls: Any, backend: str | None) -> Any:
+    """Return the subclass of `cls`, which has a container, that runs the blocks inside as one operator in inference."""
+    container, trusted = cast(Container, container_for(cls)), cls.forward
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not may_fuse_blocks() or cls.forward is not trusted:
+            return cls.forward(self, *args, **kwargs)
+        return container.run(functools.partial(cls.forward, self), self, backend, args, kwargs)
+
+    return _subclass(cls, forward, backend, (_unpickle_container, backend), **container.members)
+
+
+def _subclass(
+    cls: Any, forward: Callable[..., Any], backend: str | None, unpickle: tuple[Callable[..., Any], Any], **members: Any
+) -> Any:
+    """Return a subclass of `cls` with another ``forward``; ``unpickle`` are a function and its second argument."""
+
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         _, (_, *arguments), *state = super(accelerated, self).__reduce_ex__(max(int(protocol), 2))
-        return _unpickle, (cls, (backend, strict), _module_names.get(self, ""), *arguments), *state
+        return unpickle[0], (cls, unpickle[1], _module_names.get(self, ""), *arguments), *state
 
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    members = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_replaced": cls}
-    accelerated: Any = type(cls.__name__, (cls,), {**names, **members})
+    members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    members |= {"forward": forward, "__reduce_ex__": __reduce_ex__, "_replaced": cls, "_replaced_backend": backend}
+    accelerated: Any = type(cls.__name__, (cls,), members)
     return accelerated
 
 
@@ -102,6 +128,13 @@ def _unpickle(cls: Any, options: tuple[str | None, bool], name: str, *arguments:
     return module
 
 
+def _unpickle_container(cls: Any, backend: str | None, name: str, *arguments: Any) -> nn.Module:
+    """Create an empty accelerated container for pickle and deepcopy."""
+    _load_recipes()
+    supported = container_for(cls) is not None
+    return cast(nn.Module, cls.__new__(_containing(cls, backend) if supported else cls, *arguments))
+
+
 def accelerate(
     model: nn.Module,
     backend: str | None = None,
@@ -115,8 +148,9 @@ def accelerate(
     """Run a timm, Hugging Face, torchvision or vit_pytorch model on the kernels, in place.
 
     Replaces ``forward`` of patch embeddings, attention, MLPs, LayerNorms and whole blocks. In a block, the residual,
-    LayerScale and stochastic depth are part of the GEMM epilogue. Parameters, buffers, names, hooks, state dict,
-    ``isinstance``, deepcopy, pickle and existing optimizers are unaffected.
+    LayerScale and stochastic depth are part of the GEMM epilogue. In inference, consecutive blocks are one operator,
+    and the last block computes only the class token if the model's head reads nothing else. Parameters, buffers,
+    names, hooks, state dict, ``isinstance``, deepcopy, pickle and existing optimizers are unaffected.
 
     A call falls back to the original ``forward`` if the kernels do not support it: an inner module has a hook or was
     replaced or wrapped, there is an attention mask, the input is float64, or a ``torch.func`` transform is active.
@@ -170,6 +204,9 @@ def accelerate(
     for name, module, cls in accelerated:
         module.__class__ = cls
         _module_names[module] = name
+    entries += _replace_containers(model, backend)
+    places = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    entries.sort(key=lambda entry: places[entry.name])
     replaced = [entry.name for entry in entries if entry.replaced]
     # containers of replaced modules are not listed
     return Report(
@@ -182,6 +219,18 @@ def accelerate(
         notes,
         tuple((name, fallback_counter(module)) for name, module, _ in accelerated),
     )
+
+
+def _replace_containers(model: nn.Module, backend: str | None) -> list[Entry]:
+    """Replace the containers of accelerated blocks."""
+    entries = []
+    for name, module in reversed(list(model.named_modules())):  # children first: models require accelerated containers
+        kind: Any = type(module)
+        container = container_for(kind)
+        if container is not None and "forward" not in vars(module) and container.holds(module):
+            module.__class__ = _containing(kind, backend)
+            entries.append(Entry(name, kind.__name__, True, container.detail))
+    return entries
 
 
 def _auto_notes(model: nn.Module, backend: str | None) -> tuple[str, ...]:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from vit_triton import functional as F
+from vit_triton.integrations.encoder import reading_class_token
 from vit_triton.integrations.parts import (
     AttentionParts,
+    BlockParts,
     Branch,
     MlpParts,
     activation_of,
@@ -18,13 +20,23 @@ from vit_triton.integrations.parts import (
     check_head_size,
     check_input,
     check_tokens,
+    compute_block,
     dropout_of,
     feed_forward,
     layer_norm_of,
     linear_of,
 )
 from vit_triton.integrations.pytorch import LAYER_NORM
-from vit_triton.integrations.recipes import Recipe, UnsupportedModule, check_members, register, submodule, trust
+from vit_triton.integrations.recipes import (
+    Recipe,
+    UnsupportedModule,
+    check_members,
+    check_methods,
+    register,
+    register_container,
+    submodule,
+    trust,
+)
 
 
 class Classes(NamedTuple):
@@ -43,6 +55,7 @@ class Classes(NamedTuple):
     QuickGELU: Any
     RmsNorm: Any
     SwiGLU: Any
+    VisionTransformer: Any
 
 
 _classes = Classes(*(None for _ in Classes._fields))
@@ -65,6 +78,7 @@ def register_all() -> None:
     for cls in (_classes.Mlp, _classes.GluMlp, _classes.SwiGLU):
         register(cls, Recipe(("mlp",), read_mlp, feed_forward))
     register(_classes.LayerNorm, LAYER_NORM)
+    register_container(_classes.VisionTransformer, reading_class_token(class_token_blocks), *METHODS)
 
 
 # --- parts -------------------------------------------------------------------------------------------------
@@ -161,28 +175,28 @@ def read_mlp(module: Any) -> MlpParts:
     return MlpParts(w1, b1, w2, b2, activation, hidden_dropout_p=hidden_dropout_p, dropout_p=dropout_p)
 
 
-class BlockParts(NamedTuple):
-    attention: AttentionParts
-    branch1: Branch
-    mlp: MlpParts
-    branch2: Branch
-
-
 def read_block(module: Any) -> BlockParts:
     check_members(module, "norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
     attention = submodule(module, "attn", _classes.Attention)
     mlp = submodule(module, "mlp", _classes.Mlp, _classes.GluMlp, _classes.SwiGLU)
     return BlockParts(
         read_attention(attention)._replace(norm=norm_or_none(module, "norm1")),
-        branch_of(module, "1"),
         read_mlp(mlp)._replace(norm=norm_or_none(module, "norm2")),
+        branch_of(module, "1"),
         branch_of(module, "2"),
     )
 
 
-def compute_block(x: Tensor, parts: BlockParts, backend: str | None) -> Tensor:
-    x = attend(x, parts.attention, backend, parts.branch1._replace(residual=x))
-    return feed_forward(x, parts.mlp, backend, parts.branch2._replace(residual=x))
+METHODS = ("forward_features", "forward_head", "pool")
+
+
+def class_token_blocks(model: Any) -> nn.Module:
+    """Return the blocks of a VisionTransformer whose head reads only the class token."""
+    check_methods(model, _classes.VisionTransformer, *METHODS)
+    if model.global_pool != "token" or model.attn_pool is not None:
+        raise UnsupportedModule("the head reads other tokens")
+    norm_or_none(model, "norm")
+    return submodule(model, "blocks", nn.Sequential)
 
 
 class PoolParts(NamedTuple):

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from vit_triton.integrations.encoder import reading_class_token
 from vit_triton.integrations.parts import (
-    AttentionParts,
-    Branch,
+    BlockParts,
     MlpParts,
     activation_of,
-    attend,
+    compute_block,
     dropout_of,
     feed_forward,
     linear_of,
     norm_of,
 )
 from vit_triton.integrations.pytorch import read_multihead_attention
-from vit_triton.integrations.recipes import Recipe, check_members, register, submodule
+from vit_triton.integrations.recipes import Recipe, check_members, register, register_container, submodule, trust
 
 _mlps: list[type[nn.Module]] = []
 
@@ -31,6 +31,8 @@ def register_all() -> None:
     from torchvision.ops.misc import MLP
 
     register(vision_transformer.EncoderBlock, Recipe(("attention", "mlp", "layer_norm"), read_block, compute_block))
+    trust(vision_transformer.Encoder)
+    register_container(vision_transformer.VisionTransformer, reading_class_token(class_token_layers))
     _mlps[:] = MLP, vision_transformer.MLPBlock
     for cls in _mlps:
         register(cls, Recipe(("mlp",), read_mlp, feed_forward))
@@ -47,11 +49,6 @@ def read_mlp(module: Any) -> MlpParts:
     )
 
 
-class BlockParts(NamedTuple):
-    attention: AttentionParts
-    mlp: MlpParts
-
-
 def read_block(module: Any) -> BlockParts:
     check_members(module, "ln_1", "self_attention", "dropout", "ln_2", "mlp")
     attention = read_multihead_attention(submodule(module, "self_attention", nn.MultiheadAttention))
@@ -64,6 +61,10 @@ def read_block(module: Any) -> BlockParts:
     )
 
 
-def compute_block(x: Tensor, parts: BlockParts, backend: str | None) -> Tensor:
-    x = attend(x, parts.attention, backend, Branch(residual=x))
-    return feed_forward(x, parts.mlp, backend, Branch(residual=x))
+def class_token_layers(model: Any) -> nn.Module:
+    """Return the layers of a VisionTransformer. Its head reads only the class token."""
+    from torchvision.models.vision_transformer import Encoder
+
+    encoder = submodule(model, "encoder", Encoder)
+    norm_of(encoder, "ln", nn.LayerNorm)
+    return submodule(encoder, "layers", nn.Sequential)

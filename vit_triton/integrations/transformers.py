@@ -18,20 +18,23 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, activations
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import output_capturing
 
 from vit_triton import functional as F
 from vit_triton.backend import resolve_backend
 from vit_triton.checks import KERNEL_DTYPES, MAX_HEAD_DIM
 from vit_triton.fallback import count_fallback
+from vit_triton.integrations.encoder import iterating, reading_class_token
 from vit_triton.integrations.parts import (
     AttentionParts,
+    BlockParts,
     Branch,
     MlpParts,
     activation_of,
-    attend,
     check_head_size,
     check_input,
     check_tokens,
+    compute_block,
     dropout_of,
     feed_forward,
     linear_of,
@@ -44,6 +47,7 @@ from vit_triton.integrations.recipes import (
     check_members,
     plain_input,
     register,
+    register_container,
     submodule,
     trust,
 )
@@ -125,14 +129,14 @@ _VIT = Family("attention", "layernorm_before", "layernorm_after", "o_proj", "sca
 _DINO = _VIT._replace(norm1="norm1", norm2="norm2")
 _CLIP = Family("self_attn", "layer_norm1", "layer_norm2", "out_proj", "scale", "dropout")
 
-# model file: (class prefix, suffix of the layer class, family)
+# model file: (class prefix, suffix of the layer class, family, suffix of the class that runs the layers, their name)
 FILES = {
-    "vit": ("ViT", "Layer", _VIT),
-    "deit": ("DeiT", "Layer", _VIT),
-    "dinov2": ("Dinov2", "Layer", _DINO),
-    "dinov2_with_registers": ("Dinov2WithRegisters", "Layer", _DINO),
-    "siglip": ("Siglip", "EncoderLayer", _CLIP),
-    "clip": ("CLIP", "EncoderLayer", _CLIP),
+    "vit": ("ViT", "Layer", _VIT, "Model", "layers"),
+    "deit": ("DeiT", "Layer", _VIT, "Model", "layers"),
+    "dinov2": ("Dinov2", "Layer", _DINO, "Encoder", "layer"),
+    "dinov2_with_registers": ("Dinov2WithRegisters", "Layer", _DINO, "Encoder", "layer"),
+    "siglip": ("Siglip", "EncoderLayer", _CLIP, "Encoder", "layers"),
+    "clip": ("CLIP", "EncoderLayer", _CLIP, "Encoder", "layers"),
 }
 
 ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -158,12 +162,13 @@ def register_all() -> None:
 
 
 def register_file(file: str) -> None:
-    module, prefix, layer = sys.modules[f"transformers.models.{file}.modeling_{file}"], *FILES[file][:2]
+    module = sys.modules[f"transformers.models.{file}.modeling_{file}"]
+    prefix, layer, _, stack, layers = FILES[file]
     classes = classes_of(file)
     trust(*classes[1:])
     block = ("attention", "mlp", "layer_norm")
     register(
-        getattr(module, prefix + layer, None), Recipe(block, classes.read_layer, compute_layer, hidden_states_input)
+        getattr(module, prefix + layer, None), Recipe(block, classes.read_layer, compute_block, hidden_states_input)
     )
     register(
         classes.Attention, Recipe(("attention",), classes.read_attention, attend_without_weights, hidden_states_input)
@@ -172,6 +177,10 @@ def register_file(file: str) -> None:
         register(mlp, Recipe(("mlp",), read_mlp, feed_forward))
     head = getattr(module, prefix + "MultiheadAttentionPoolingHead", None)
     register(head, Recipe(block, classes.read_pool, compute_pool))
+    register_container(getattr(module, prefix + stack, None), iterating(layers, unless=is_idle_recorder))
+    if file in ("vit", "deit"):  # the heads of the others read more tokens
+        find = functools.partial(class_token_model, name=file, cls=getattr(module, prefix + "Model"))
+        register_container(getattr(module, prefix + "ForImageClassification", None), reading_class_token(find))
 
 
 def hidden_states_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -179,19 +188,26 @@ def hidden_states_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
     return plain_input(args, {name: value for name, value in kwargs.items() if name not in IRRELEVANT})
 
 
-def records_attention_weights(hook: Any) -> bool:
-    """Return whether a hook is the one with which transformers records attention weights."""
+def records_outputs(hook: Any) -> bool:
+    """Return whether a hook is one with which transformers records outputs, such as attention weights."""
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
+def is_idle_recorder(hook: Any) -> bool:
+    """Return whether a hook is one of transformers' for recording outputs, and this call does not record any."""
+    return records_outputs(hook) and not output_capturing._active_collector.get()
+
+
+def class_token_model(model: Any, name: str, cls: Any) -> nn.Module:
+    """Return the model called `name` inside a classifier that reads only the class token."""
+    inner: Any = submodule(model, name, cls)
+    if inner.pooler is not None:
+        raise UnsupportedModule("the model has a pooler")
+    norm_of(inner, "layernorm", nn.LayerNorm)
+    return cast(nn.Module, inner)
+
+
 # --- reading modules ---------------------------------------------------------------------------------------
-
-
-class LayerParts(NamedTuple):
-    attention: AttentionParts
-    branch1: Branch
-    mlp: MlpParts
-    branch2: Branch
 
 
 class PoolParts(NamedTuple):
@@ -236,20 +252,20 @@ class Classes(NamedTuple):
             dropout_p=getattr(module, self.family.dropout) if module.training else 0.0,
         )
 
-    def read_layer(self, module: Any) -> LayerParts:
+    def read_layer(self, module: Any) -> BlockParts:
         family = self.family
         own = (family.attention, family.norm1, family.norm2)
         check_members(module, *own, "mlp", "dropout", "layer_scale1", "layer_scale2", "drop_path")
         norm1, norm2 = (norm_of(module, name, nn.LayerNorm) for name in (family.norm1, family.norm2))
         dropout_p = dropout_of(module, "dropout")
-        attention = submodule(module, family.attention, self.Attention, unless=records_attention_weights)
+        attention = submodule(module, family.attention, self.Attention, unless=records_outputs)
         if attention._forward_hooks and attention.config._attn_implementation == "eager":
             raise UnsupportedModule(f"{family.attention}: a hook may record the attention weights")
         mlp = read_mlp(submodule(module, "mlp", self.MLP, self.SwiGLUFFN))
-        return LayerParts(
+        return BlockParts(
             self.attention_of(attention)._replace(norm=norm1, out_dropout_p=dropout_p),
-            self.branch_of(module, "layer_scale1"),
             mlp._replace(norm=norm2, dropout_p=dropout_p),
+            self.branch_of(module, "layer_scale1"),
             self.branch_of(module, "layer_scale2"),
         )
 
@@ -277,7 +293,7 @@ class Classes(NamedTuple):
 
 @functools.cache  # recipes registered again compare equal
 def classes_of(file: str) -> Classes:
-    prefix, _, family = FILES[file]
+    prefix, _, family, *_ = FILES[file]
     module = sys.modules[f"transformers.models.{file}.modeling_{file}"]
     return Classes(family, *(getattr(module, prefix + name, None) for name in Classes._fields[1:]))
 
@@ -305,11 +321,6 @@ def read_mlp(module: Any) -> MlpParts:
 
 
 # --- computing ---------------------------------------------------------------------------------------------
-
-
-def compute_layer(x: Tensor, parts: LayerParts, backend: str | None) -> Tensor:
-    x = attend(x, parts.attention, backend, parts.branch1._replace(residual=x))
-    return feed_forward(x, parts.mlp, backend, parts.branch2._replace(residual=x))
 
 
 def compute_pool(x: Tensor, parts: PoolParts, backend: str | None) -> Tensor:

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from vit_triton import functional as F
+from vit_triton.integrations.encoder import reading_class_token, reads_class_token, run_parts
 from vit_triton.integrations.parts import (
     AttentionParts,
-    Branch,
+    BlockParts,
     MlpParts,
     activation_of,
     attend,
@@ -24,7 +25,16 @@ from vit_triton.integrations.parts import (
     norm_of,
 )
 from vit_triton.integrations.pytorch import compute_layer_norm
-from vit_triton.integrations.recipes import Recipe, UnsupportedModule, check_members, register, submodule, trust
+from vit_triton.integrations.recipes import (
+    Recipe,
+    UnsupportedModule,
+    check_members,
+    register,
+    register_container,
+    submodule,
+    trust,
+)
+from vit_triton.modules import may_fuse_blocks
 
 
 class Classes(NamedTuple):
@@ -51,6 +61,7 @@ def register_all() -> None:
         register(classes.Attention, Recipe(("attention", "layer_norm"), read_attention, attend))
         register(classes.FeedForward, Recipe(("mlp", "layer_norm"), read_feed_forward, feed_forward))
         register(classes.Transformer, Recipe(("attention", "mlp", "layer_norm"), read_transformer, compute_transformer))
+    register_container(vit.ViT, reading_class_token(class_token_transformer))
 
 
 PATCHES = "b c (h p1) (w p2) -> b (h w) (p1 p2 c)"
@@ -145,8 +156,9 @@ def read_feed_forward(module: Any) -> MlpParts:
 
 
 class TransformerParts(NamedTuple):
-    blocks: list[tuple[AttentionParts, MlpParts]]
+    blocks: list[BlockParts]
     norm: F.Norm
+    first_token: bool  # the output may have only the first token
 
 
 def read_transformer(module: Any) -> TransformerParts:
@@ -156,12 +168,18 @@ def read_transformer(module: Any) -> TransformerParts:
         check_members(block, "0", "1")
         attention = submodule(block, "0", *(file.Attention for file in _files))
         mlp = submodule(block, "1", *(file.FeedForward for file in _files))
-        blocks.append((read_attention(attention), read_feed_forward(mlp)))
-    return TransformerParts(blocks, norm_of(module, "norm", nn.LayerNorm))
+        blocks.append(BlockParts(read_attention(attention), read_feed_forward(mlp)))
+    first_token = may_fuse_blocks() and reads_class_token(module)
+    return TransformerParts(blocks, norm_of(module, "norm", nn.LayerNorm), first_token)
 
 
 def compute_transformer(x: Tensor, parts: TransformerParts, backend: str | None) -> Tensor:
-    for attention, mlp in parts.blocks:
-        x = attend(x, attention, backend, Branch(residual=x))
-        x = feed_forward(x, mlp, backend, Branch(residual=x))
+    x = run_parts(x, parts.blocks, backend, parts.first_token)
     return compute_layer_norm(x, parts.norm, backend)
+
+
+def class_token_transformer(model: Any) -> nn.Module:
+    """Return the Transformer of a ViT whose head reads only the class token."""
+    if model.pool != "cls" or model.mlp_head is None:
+        raise UnsupportedModule("the head reads other tokens")
+    return submodule(model, "transformer", *(file.Transformer for file in _files))
