@@ -623,6 +623,30 @@ def test_long_sums_are_as_precise_as_in_pytorch():
     assert ours <= 2 * theirs
 
 
+@pytest.mark.parametrize(
+    "on",
+    [AVX2, f"{AVX2},intel", HERE, f"{HERE},intel"],
+    ids=["avx2", "avx2 intel", "here", "here intel"],
+    indirect=True,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("m", "n", "k"), [(197, 97, 72), (600, 33, 40), (65, 64, 1100)])
+def test_linear_in_several_tiles_of_rows(m, n, k, dtype, on):
+    """Some CPUs pack the weight once per call and prefetch the lines of y."""
+    x, weight, bias = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+    dy = torch.randn(m, n).to(dtype)
+
+    def gradients(backend, convert):
+        inputs = [convert(t).requires_grad_() for t in (x, weight, bias)]
+        y = F.linear(*inputs, backend=backend)
+        return y, *torch.autograd.grad(y, inputs, convert(dy))
+
+    for ours, exact, terms in zip(
+        gradients("triton", torch.Tensor.clone), gradients("torch", torch.Tensor.double), (k, n, m, m), strict=True
+    ):
+        assert_same(ours, exact, terms)
+
+
 # The results are bitwise independent of the number of threads.
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 def test_threads(threads):

@@ -1,5 +1,7 @@
 """The backward pass of a linear layer; the maths is in :mod:`.forward`."""
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ from vit_triton.kernels.linear.config import (
 )
 from vit_triton.kernels.linear.elements import dropout_scale, offsets, rows_per_sample_of, sample_scale, within
 from vit_triton.kernels.linear.forward import linear_fwd
+from vit_triton.kernels.linear.pack import pack_once
 from vit_triton.kernels.picker import cdiv
 from vit_triton.kernels.sums.sum_parts import add_partials, new_partials, sum_parts
 from vit_triton.kernels.tiles import activate, activate_grad, columns_of, grouped_tile
@@ -47,23 +50,31 @@ def linear_bwd_input_kernel(
     M, N, K, rows_per_sample, dropout_p, keep_scale,
     ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SUBTILES: tl.constexpr,
-    MULTIPLIED: tl.constexpr = False,
+    MULTIPLIED: tl.constexpr = False, PACKED: tl.constexpr = False,
 ):  # fmt: skip
-    """MULTIPLIED: dy_ptr holds the result of the GEMM, and only the dtype of the weight is used."""
+    """PACKED: weight_ptr holds the panels of `pack_weight` of the transposed weight, BLOCK_K columns each. MULTIPLIED:
+    dy_ptr holds the result of the GEMM, and only the dtype of the weight is used."""
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     pid_m, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_n = tl.arange(0, BLOCK_N)
     dy_ptrs = dy_ptr + offsets(offs_m, stride_dym, offs_n, stride_dyn)  # [BLOCK_M, BLOCK_N]
-    w_ptrs = weight_ptr + offsets(offs_n, stride_wn, offs_k, stride_wk)  # [BLOCK_N, BLOCK_K]
     step_dy = tl.full([], BLOCK_N, tl.int64) * stride_dyn
-    step_w = tl.full([], BLOCK_N, tl.int64) * stride_wn
+    if PACKED:
+        panel_ptr = weight_ptr + pid_k.to(tl.int64) * stride_wk
+        w_ptrs = panel_ptr + offs_n[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [BLOCK_N, BLOCK_K]
+        step_w = tl.full([], BLOCK_N * BLOCK_K, tl.int64)
+    else:
+        w_ptrs = weight_ptr + offsets(offs_n, stride_wn, offs_k, stride_wk)  # [BLOCK_N, BLOCK_K]
+        step_w = tl.full([], BLOCK_N, tl.int64) * stride_wn
 
     product = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for n in range(0, 0 if MULTIPLIED else N, BLOCK_N):
         dy = tl.load(dy_ptrs, mask=within(offs_m, M, offs_n, N - n, EVEN_N), other=0.0)  # [BLOCK_M, BLOCK_N]
-        if EVEN_N:
+        if PACKED:
+            w = tl.load(w_ptrs, mask=(offs_n < N - n)[:, None], other=0.0)  # [BLOCK_N, BLOCK_K]
+        elif EVEN_N:
             w = tl.load(w_ptrs, mask=(offs_k < K)[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
         else:
             w = tl.load(w_ptrs, mask=within(offs_n, N - n, offs_k, K, False), other=0.0)  # [BLOCK_N, BLOCK_K]
@@ -126,12 +137,15 @@ def linear_bwd_input(
         dy = torch.mm(_scaled(dy, weight.dtype, branch=branch._replace(samples=None)), weight)
         if pre is None and branch.samples is None:
             return dy, None
+    panels = None if multiplied else pack_once(weight.T, m, config.block_m, target)
+    if panels is not None:
+        config = replace(config, block_n=panels.shape[2])
     launch(
         linear_bwd_input_kernel,
         (cdiv(m, config.block_m) * cdiv(k, config.block_n),),
         dy,
         dy_ptr=dy,
-        weight_ptr=weight,
+        weight_ptr=weight if panels is None else panels,
         layer_scale_ptr=contiguous(branch.layer_scale),
         samples_ptr=branch.samples,
         pre_ptr=pre,
@@ -141,7 +155,7 @@ def linear_bwd_input(
         stride_dym=dy.stride(0),
         stride_dyn=dy.stride(1),
         stride_wn=weight.stride(0),
-        stride_wk=weight.stride(1),
+        stride_wk=weight.stride(1) if panels is None else panels.stride(0),
         stride_pm=0 if pre is None else pre.stride(0),
         stride_pk=0 if pre is None else pre.stride(1),
         M=m,
@@ -160,6 +174,7 @@ def linear_bwd_input(
         GROUP=config.group,
         SUBTILES=config.subtiles,
         MULTIPLIED=multiplied,
+        PACKED=panels is not None,
         **config.options,
     )
     return dx, hidden

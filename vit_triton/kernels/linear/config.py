@@ -145,9 +145,8 @@ def pick_linear_fwd(
     m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
 ) -> GemmConfig:
     """Tiles of ``linear_fwd_kernel`` ((m, k) -> (m, n))."""
-    if "intel" in target.features and target.panel(dtype):
-        # the results of 64 rows stay in the L1 cache while their lines of y are prefetched
-        return clipped(GemmConfig(64, 64, 256 if k < 1024 else 1024, 1, 1, group=4), m, n, k)
+    if target.packs_once and target.panel(dtype):
+        return _pick_packed(m, n, k)
     tile = pick_gemm(tokens(m, target), n, k, dtype, target, precision, epilogue)
     if dtype == torch.float32 or epilogue is Epilogue.NONE:
         return tile
@@ -163,6 +162,12 @@ def pick_linear_fwd(
     return tile
 
 
+def _pick_packed(m: int, n: int, k: int) -> GemmConfig:
+    """Tiles of a GEMM on a CPU that packs its weight once: the results of 64 rows stay in the L1 cache while the lines
+    that they are stored to are prefetched."""
+    return clipped(GemmConfig(64, 64, 256 if k < 1024 else 1024, 1, 1, group=4), m, n, k)
+
+
 def _candidates_linear_bwd_input(m, n, k, dtype, target, precision, epilogue):
     return [*candidates_gemm(tokens(m, target), k, n, dtype), VendorGemm()]
 
@@ -172,6 +177,8 @@ def pick_linear_bwd_input(
     m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
 ) -> GemmConfig:
     """Tiles of ``linear_bwd_input_kernel`` ((m, n) -> (m, k), depth n)."""
+    if target.packs_once and dtype == torch.float32:
+        return _pick_packed(m, k, n)
     tile = pick_gemm(tokens(m, target), k, n, dtype, target, precision, epilogue)
     if dtype == torch.float32 or epilogue is Epilogue.NONE:
         return tile

@@ -42,7 +42,7 @@ from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import contiguous, input_precision, launch
 from vit_triton.kernels.linear.config import Epilogue, VendorGemm, pick_linear_fwd
 from vit_triton.kernels.linear.elements import dropout_scale, offsets, rows_per_sample_of, sample_scale, within
-from vit_triton.kernels.linear.pack import can_pack, pack_weight
+from vit_triton.kernels.linear.pack import pack_once
 from vit_triton.kernels.picker import cdiv
 from vit_triton.kernels.tiles import activate, columns_of, grouped_tile
 
@@ -150,9 +150,8 @@ def linear_fwd(
             return x, None
     if multiplied:
         config, panels = VendorGemm(), None
-    elif panels is None and m > config.block_m:  # on a CPU, every tile of rows would pack the weight
-        layout = target.panel(weight.dtype)
-        panels = pack_weight(weight, *layout) if layout and can_pack(weight, layout[1]) else None
+    elif panels is None:
+        panels = pack_once(weight, m, config.block_m, target)
     if panels is not None:
         config = replace(config, block_n=panels.shape[2])
     launch(

@@ -5,14 +5,16 @@ import triton
 import triton.language as tl
 
 from vit_triton.kernels.launch import launch
+from vit_triton.kernels.linear.elements import offsets
 from vit_triton.kernels.picker import cdiv
+from vit_triton.kernels.target import Target
 
 BLOCK_W = 256
 
 
 @triton.jit
 def pack_weight_kernel(
-    weight_ptr, panels_ptr, stride_wn, N, WORDS, PANEL: tl.constexpr, BLOCK_W: tl.constexpr
+    weight_ptr, panels_ptr, stride_wn, stride_ww, N, WORDS, PANEL: tl.constexpr, BLOCK_W: tl.constexpr
 ):  # fmt: skip
     """Words (N, WORDS) -> (cdiv(N, PANEL), WORDS, PANEL)."""
     blocks = tl.cdiv(WORDS, BLOCK_W)
@@ -20,7 +22,7 @@ def pack_weight_kernel(
     offs_p = tl.arange(0, PANEL)
     offs_n = pid_n * PANEL + offs_p
     offs_w = pid_w * BLOCK_W + tl.arange(0, BLOCK_W)
-    weight_ptrs = weight_ptr + offs_n.to(tl.int64)[None, :] * stride_wn + offs_w[:, None]  # [BLOCK_W, PANEL]
+    weight_ptrs = weight_ptr + offsets(offs_w, stride_ww, offs_n, stride_wn)  # [BLOCK_W, PANEL]
     words = tl.load(weight_ptrs, mask=(offs_w < WORDS)[:, None] & (offs_n < N)[None, :], other=0)
     panels_ptrs = panels_ptr + (pid_n.to(tl.int64) * WORDS + offs_w)[:, None] * PANEL + offs_p[None, :]
     tl.store(panels_ptrs, words, mask=(offs_w < WORDS)[:, None])
@@ -41,6 +43,7 @@ def pack_weight(weight: torch.Tensor, panel: int, word: int) -> torch.Tensor:
         weight_ptr=words,
         panels_ptr=panels.view(words.dtype),
         stride_wn=words.stride(0),
+        stride_ww=words.stride(1),
         N=n,
         WORDS=panels.shape[1],
         PANEL=panel,
@@ -51,6 +54,12 @@ def pack_weight(weight: torch.Tensor, panel: int, word: int) -> torch.Tensor:
 
 def can_pack(weight: torch.Tensor, word: int) -> bool:
     """Whether `pack_weight` reads the weight in place."""
-    return weight.stride(1) == 1 and not any(
-        x % word for x in (weight.shape[1], weight.stride(0), weight.storage_offset())
-    )
+    multiples = weight.shape[1], weight.stride(0), weight.storage_offset()
+    return word == 1 or weight.stride(1) == 1 and not any(x % word for x in multiples)
+
+
+def pack_once(weight: torch.Tensor, m: int, block_m: int, target: Target) -> torch.Tensor | None:
+    """The panels of a weight (N, K) for a GEMM of m rows, if packing it before the GEMM is faster than packing it in
+    every tile of ``block_m`` rows, else None."""
+    layout = target.panel(weight.dtype) if m > block_m and target.packs_once else None
+    return pack_weight(weight, *layout) if layout and can_pack(weight, layout[1]) else None
