@@ -1,7 +1,8 @@
 """Select how the tests run the kernels.
 
 By default, kernels are compiled for this CPU. Triton's interpreter runs them if TRITON_INTERPRET=1 is set, or if the
-CPU compiler does not support this CPU or this Triton. With VIT_TRITON_EMULATE=1, the emulator ``ptxemu`` runs the code
+CPU compiler does not support this CPU or this Triton; then only tests marked "compiled" run kernels, and the others are
+skipped at their first launch, because models take hours in the interpreter. With VIT_TRITON_EMULATE=1, the emulator ``ptxemu`` runs the code
 that Triton compiles for sm_80, with race and bounds checks. Triton reads the environment on import, so this module sets
 it before other imports.
 """
@@ -28,7 +29,8 @@ def compiles_for_this_cpu() -> bool:
     return triton.startswith(tested) and set(features.REQUIRED) <= set(features.detect())
 
 
-if not (INTERPRETER or EMULATOR or compiles_for_this_cpu()):
+NO_CPU_TARGET = not (INTERPRETER or EMULATOR or compiles_for_this_cpu())
+if NO_CPU_TARGET:
     os.environ["TRITON_INTERPRET"], INTERPRETER = "1", True
 
 # one cache per process: Inductor's cache keys omit operator schemas, so entries would survive a schema change
@@ -59,6 +61,17 @@ def kernels_run():
 
     with ptxemu.emulate(race="error"):
         yield MODE
+
+
+@pytest.fixture(autouse=True)
+def skip_slow_kernels(request, monkeypatch):
+    if NO_CPU_TARGET and request.node.get_closest_marker("compiled") is None:
+        from vit_triton.kernels import interpreter
+
+        def skip() -> None:
+            pytest.skip("kernels are not compiled for the CPU here; the interpreter runs the op tests only")
+
+        monkeypatch.setattr(interpreter, "patch", skip)
 
 
 @pytest.fixture(autouse=True)
