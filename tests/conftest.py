@@ -29,8 +29,10 @@ def compiles_for_this_cpu() -> bool:
     return triton.startswith(tested) and set(features.REQUIRED) <= set(features.detect())
 
 
-NO_CPU_TARGET = not (INTERPRETER or EMULATOR or compiles_for_this_cpu())
+_NO_CPU_TARGET = "VIT_TRITON_TESTS_NO_CPU_TARGET"  # in the environment, because xdist's workers inherit TRITON_INTERPRET
+NO_CPU_TARGET = _NO_CPU_TARGET in os.environ or not (INTERPRETER or EMULATOR or compiles_for_this_cpu())
 if NO_CPU_TARGET:
+    os.environ[_NO_CPU_TARGET] = "1"
     os.environ["TRITON_INTERPRET"], INTERPRETER = "1", True
 
 # one cache per process: Inductor's cache keys omit operator schemas, so entries would survive a schema change
