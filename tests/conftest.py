@@ -2,9 +2,9 @@
 
 By default, kernels are compiled for this CPU. Triton's interpreter runs them if TRITON_INTERPRET=1 is set, or if the
 CPU compiler does not support this CPU or this Triton; then only tests marked "compiled" run kernels, and the others are
-skipped at their first launch, because models take hours in the interpreter. With VIT_TRITON_EMULATE=1, the emulator ``ptxemu`` runs the code
-that Triton compiles for sm_80, with race and bounds checks. Triton reads the environment on import, so this module sets
-it before other imports.
+skipped at their first launch, because models take hours in the interpreter. With VIT_TRITON_EMULATE=1, the emulator
+``ptxemu`` runs the code that Triton compiles for sm_80, with race and bounds checks. Triton reads the environment on
+import, so this module sets it before other imports.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ def compiles_for_this_cpu() -> bool:
     return triton.startswith(tested) and set(features.REQUIRED) <= set(features.detect())
 
 
-_NO_CPU_TARGET = "VIT_TRITON_TESTS_NO_CPU_TARGET"  # in the environment, because xdist's workers inherit TRITON_INTERPRET
+_NO_CPU_TARGET = "VIT_TRITON_TESTS_NO_CPU_TARGET"  # xdist's workers inherit TRITON_INTERPRET and this variable
 NO_CPU_TARGET = _NO_CPU_TARGET in os.environ or not (INTERPRETER or EMULATOR or compiles_for_this_cpu())
 if NO_CPU_TARGET:
     os.environ[_NO_CPU_TARGET] = "1"
