@@ -30,12 +30,16 @@ NAMED = {"muli", "andi", "minsi", "intr.sqrt"}  # shown on their own lines
 
 def outline(kernel, signature, **constants):
     """Loops, conditions, loads and stores of ``kernel``; argument names are shown without "_ptr"."""
-    types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    target = CPUDriver(",".join((*features.REQUIRED, "avx512f"))).get_current_target()
-    mlir = triton.compile(ASTSource(kernel, types, constants), target=target).asm["mlir"]
     names = [name.removesuffix("_ptr") for name in kernel.arg_names if name in signature]
-    body = mlir.split("llvm.func internal @kernel(")[1].split("llvm.return")[0]
-    return _Outline(names).read(body.splitlines()[1:])
+    return _Outline(names).read(lines_of(kernel, signature, "avx512f", **constants))
+
+
+def lines_of(kernel, signature, *optional, **constants):
+    """The MLIR of ``kernel`` for a CPU with these optional features."""
+    types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    target = CPUDriver(",".join((*features.REQUIRED, *optional))).get_current_target()
+    mlir = triton.compile(ASTSource(kernel, types, constants), target=target).asm["mlir"]
+    return mlir.split("llvm.func internal @kernel(")[1].split("llvm.return")[0].splitlines()[1:]
 
 
 class _Outline:
@@ -380,3 +384,24 @@ for i in 0 to 2:
         z[t18 + j] = t19
 """
     assert outline(dot_kernel, {**POINTERS, "z_ptr": "*fp32", "n": "i32"}, M=2, N=32) == expected
+
+
+@triton.jit
+def centre_kernel(x_ptr, w_ptr, y_ptr, M: tl.constexpr, N: tl.constexpr):
+    cols = tl.arange(0, N)
+    offs = tl.arange(0, M)[:, None] * N + cols[None, :]
+    x = tl.load(x_ptr + offs)
+    y = (x - tl.sum(x, axis=1)[:, None]) * tl.load(w_ptr + cols)[None, :] + tl.load(y_ptr + offs)
+    tl.store(y_ptr + offs, y)
+
+
+def test_on_intel_the_store_of_one_row_prefetches_the_rows_that_follow():
+    signature = {**POINTERS, "w_ptr": "*fp32"}
+
+    def prefetches(*optional, m):
+        lines = lines_of(centre_kernel, signature, *optional, M=m, N=32)
+        return sum("prefetch" in line for line in lines)
+
+    # of x, which the sum has read; y is read once, and w is not a row of a tile
+    assert prefetches("intel", m=1) == 1
+    assert prefetches("intel", m=2) == 0 and prefetches("avx512f", m=1) == 0

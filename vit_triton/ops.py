@@ -57,9 +57,7 @@ def _register(schema: str, copies: Callable[..., list[Tensor | None]] | None = N
 
 def run_on_cpu(function: Any, args: tuple[Any, ...]) -> Any:
     """Call ``function`` with an active Triton driver for CPU tensors; record its launches if it is our driver."""
-    from vit_triton.cpu.driver import record_launches, use_cpu_driver
-    from vit_triton.kernels.replay import replay
-
+    replay, use_cpu_driver, record_launches = _import_cpu()
     with use_cpu_driver() as device:
         # one block: the system clears every page of newly allocated memory
         return function(*args) if device is None else replay(function, args, device, record_launches, one_block=True)
@@ -104,6 +102,14 @@ def _import_launch() -> tuple[Any, ...]:
     from vit_triton.kernels.replay import replay
 
     return INTERPRETING, guard, replay, record_launches
+
+
+@functools.cache
+def _import_cpu() -> tuple[Any, ...]:
+    from vit_triton.cpu.driver import record_launches, use_cpu_driver
+    from vit_triton.kernels.replay import replay
+
+    return replay, use_cpu_driver, record_launches
 
 
 def _none_to_empty(result: Any, like: Tensor) -> Any:

@@ -36,7 +36,7 @@ def dot(s: State, op: Op) -> None:
     b = s.b
     target = _accumulator(s, op)
     product = product_of(s, op)
-    store = stored_to(s, op) if s.prefetches_stores else None
+    store = stored_to(s, op) if s.prefetches else None
     with s.scope(), s.evaluation():
         a_rows = rows_of_a(s, product)
         m = bound_value(s, loop_bound(s, product.rows, rows))

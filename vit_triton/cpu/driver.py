@@ -48,8 +48,11 @@ class _Scratch:
 
     def take(self, size: int) -> tuple[int, int, Any]:
         # list.pop is atomic; a lock could be held by another thread at a fork
-        with contextlib.suppress(IndexError):
+        try:
             piece = self.free.pop()
+        except IndexError:
+            pass
+        else:
             if piece[0] >= size:
                 return piece
         memory = mmap.mmap(-1, max(size, 1 << 22), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -136,16 +139,8 @@ class _Launcher:
         chunk = max(1, total // (threads * 16)) if threads > 1 else total
         scratch = _scratch.take(self.block_bytes + self.bytes_per_thread * threads)
         _, block, memory = scratch
-        self.block.fill(
-            memory,
-            values,
-            total,
-            chunk,
-            grid_x,
-            grid_y,
-            scratch=block + self.block_bytes,
-            scratch_size=self.bytes_per_thread,
-        )
+        own = block + self.block_bytes
+        self.block.fill(memory, values, total, chunk, grid_x, grid_y, own, self.bytes_per_thread)
         if threads == 1:
             function.start(block)
         else:

@@ -1,7 +1,10 @@
-"""Prefetch pass: fetch the lines that a product's results will be stored to, while the product is computed.
+"""Prefetch pass: fetch lines before they are needed.
 
-The rows of a tile of results are far apart in memory, and their lines are in no cache: without the prefetch, the stores
-wait for each line.
+- The lines that a product's results will be stored to, while the product is computed. The rows of a tile of results are
+  far apart in memory, and their lines are in no cache: without the prefetch, the stores wait for each line.
+- The rows that follow in memory, while a tile of one row is stored. A norm reads a row from memory once and then from
+  the L1 cache: without the prefetch, nothing is read from memory meanwhile. With several rows (LayerNorm's backward
+  pass), it made no difference or took longer.
 """
 
 from collections.abc import Sequence
@@ -15,6 +18,7 @@ from vit_triton.cpu.ttir import Op, Value
 from vit_triton.cpu.vmath import ELEMENTWISE
 
 LINE = 64  # bytes
+AHEAD = 8192  # bytes; 4096 is slower at 768 columns
 
 
 def stored_to(s: State, dot: Op) -> Value | None:
@@ -55,5 +59,34 @@ def prefetch(s: State, pointers: Value, rows: Sequence[Val], column: Val, width:
     for row in rows:
         for start in range(0, width, LINE // size):
             place = evaluate(s, pointers, Position((row, b.add(column, b.index(start)))))
-            attributes = "<{{cache = 1 : i32, hint = 3 : i32, rw = 1 : i32}}>"
-            b.effect(f'"llvm.intr.prefetch"({{0}}) {attributes} : (!llvm.ptr) -> ()', (place,))
+            _fetch(s, place, writes=True)
+
+
+def row_read_again(s: State, store: Op, value: Value) -> Value | None:
+    """The pointers of the only row in the expression ``value`` of ``store`` that an earlier loop also reads; None if
+    the tile has several rows, or the expression reads several such rows."""
+    found: set[Value] = set()
+
+    def visit(value: Value) -> None:
+        op = value.op
+        if value in s.buffers or op is None or len(value.type.shape) != 2 or value.type.shape[0] != 1:
+            return
+        if op.name == "tt.load":
+            if s.axes.along(op.operands[0], 1).contiguous and not s.sinks.is_only_sink(value, store):
+                found.add(op.operands[0])
+        elif op.name in ELEMENTWISE:
+            for operand in op.operands:
+                visit(operand)
+
+    visit(value)
+    return found.pop() if len(found) == 1 else None
+
+
+def prefetch_ahead(s: State, pointers: Value, at: Position) -> None:
+    """Prefetch the line ``AHEAD`` bytes after the address at ``at``."""
+    _fetch(s, s.b.gep(evaluate(s, pointers, at.scalar), s.b.index(AHEAD), "i8"), writes=False)
+
+
+def _fetch(s: State, place: Val, *, writes: bool) -> None:
+    attributes = f"<{{{{cache = 1 : i32, hint = 3 : i32, rw = {int(writes)} : i32}}}}>"
+    s.b.effect(f'"llvm.intr.prefetch"({{0}}) {attributes} : (!llvm.ptr) -> ()', (place,))

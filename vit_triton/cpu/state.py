@@ -52,7 +52,7 @@ class State:
     math: Math
     block: Block
     bf16_dot: bool  # the CPU multiplies pairs of bfloat16
-    prefetches_stores: bool
+    prefetches: bool
     scratch: Scratch
     scalars: dict[Value, Val] = field(default_factory=dict)
     buffers: dict[Value, Buffer] = field(default_factory=dict)
@@ -113,6 +113,6 @@ def initial_state(function: Function, features: Sequence[str]) -> State:
         math=Math(b, features),
         block=block,
         bf16_dot=multiplies_bf16(features),
-        prefetches_stores="intel" in features,  # measured there only
+        prefetches="intel" in features,  # measured there only
         scratch=Scratch(b, Val("%scratch", "ptr"), spare_rows=block.spare_rows),
     )

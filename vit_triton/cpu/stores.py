@@ -12,6 +12,7 @@ from vit_triton.cpu.expressions import evaluate, vector
 from vit_triton.cpu.loops import for_each_vector, vector_axis
 from vit_triton.cpu.masks import Condition
 from vit_triton.cpu.memory import address, scatter, store_scalar, store_vector
+from vit_triton.cpu.prefetch import prefetch_ahead, row_read_again
 from vit_triton.cpu.sinks import LAZY
 from vit_triton.cpu.state import LANES, Position, State
 from vit_triton.cpu.ttir import Op, Value
@@ -36,8 +37,11 @@ def store(s: State, op: Op) -> None:
     stored_axis = last if last in contiguous or not contiguous else contiguous[0]
     is_copied = value in s.sinks.materialized and value not in s.buffers
     copy = s.scratch.allocate(value.type) if is_copied else None
+    row = row_read_again(s, op, value) if s.prefetches and not is_copied else None
 
     def body(at: Position, tail: Val | None) -> None:
+        if row is not None and tail is None:
+            prefetch_ahead(s, row, at)
         stored = vector(s, value, at)
         if copy is not None:
             store_vector(b, stored, address(b, copy, shape, at.index))

@@ -68,12 +68,13 @@ class _Recording:
 
     def run(self, addresses: list[int]) -> Any:
         memory: list[Tensor | None] = []
+        device = self.device
         for allocations, launch, pointers, freed in self.steps:
             for _, _, shape, stride, dtype in allocations:
-                x = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)  # faster than `empty`
+                x = torch.empty_strided(shape, stride, dtype=dtype, device=device)  # faster than `empty`
                 memory.append(x)
                 addresses.append(x.data_ptr())
-            values = list(launch.values)
+            values = [*launch.values]
             for slot, which, offset in pointers:
                 values[slot] = addresses[which] + offset
             launch.start(values)
@@ -265,10 +266,9 @@ def _record(
     if one_block:
         offsets, size = _pack_storages(temporaries, lifetimes)
         locations |= {storage: (len(allocations), offset) for storage, offset in offsets.items()}
-        allocations = [
-            allocation._replace(first=0)
-            for allocation in (*allocations, _Allocation(0, None, (size,), (1,), torch.uint8))
-        ]
+        if offsets:
+            allocations.append(_Allocation(0, None, (size,), (1,), torch.uint8))
+        allocations = [allocation._replace(first=0) for allocation in allocations]
     else:
         for storage, size in temporaries.items():
             locations[storage] = len(allocations), 0
