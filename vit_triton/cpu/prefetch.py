@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from vit_triton.cpu.builder import Val
 from vit_triton.cpu.expressions import compute, evaluate
-from vit_triton.cpu.memory import BYTES
+from vit_triton.cpu.memory import BYTES, prefetch_line
 from vit_triton.cpu.sinks import LAZY
 from vit_triton.cpu.state import Position, State
 from vit_triton.cpu.ttir import Op, Value
@@ -55,5 +55,4 @@ def prefetch(s: State, pointers: Value, rows: Sequence[Val], column: Val, width:
     for row in rows:
         for start in range(0, width, LINE // size):
             place = evaluate(s, pointers, Position((row, b.add(column, b.index(start)))))
-            attributes = "<{{cache = 1 : i32, hint = 3 : i32, rw = 1 : i32}}>"
-            b.effect(f'"llvm.intr.prefetch"({{0}}) {attributes} : (!llvm.ptr) -> ()', (place,))
+            prefetch_line(b, place, write=True)
