@@ -4,7 +4,11 @@ The emulator (:mod:`amx_emulator`) runs on CPUs without AMX, but the rest of the
 On CPUs with AMX, all tests of the package also run the instructions themselves.
 """
 
+import functools
+import re
+
 import amx_emulator
+import numpy as np
 import pytest
 import torch
 import triton
@@ -19,6 +23,8 @@ from test_attention import formula as attention
 if INTERPRETER or PTX_EMULATOR:
     pytest.skip("nothing is compiled for the CPU with the interpreter or the emulator", allow_module_level=True)
 
+from triton._C.libtriton import llvm
+from triton.compiler import ASTSource
 from triton.runtime import driver as triton_driver
 
 from vit_triton import functional as F
@@ -189,6 +195,153 @@ def test_sums_of_products_in_a_loop(trips, amx):
         third = third * scale + part
     total = sum(parts, torch.zeros(size, size).double())
     assert (y - torch.stack([total, total + 2, third])).norm() <= 1e-5 * (1 + total.norm())
+
+
+# --- instructions and permission ---------------------------------------------------------------------------
+
+
+def tile_instructions(kernel, signature, arch, **constants):
+    """The tile instructions in the assembly of a kernel, in order, with their tiles."""
+    types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    compiled = triton.compile(ASTSource(kernel, types, constants), target=CPUDriver(arch).get_current_target())
+    cpu, enabled = features.llvm_target(arch)
+    assembly = llvm.translate_to_asm(compiled.asm["llir"], compiler.TRIPLE, cpu, enabled, [], True, False, False)
+    found = re.findall(r"^\s+(ldtilecfg|tile\w+|tdp\w+)(.*)", assembly, re.MULTILINE)
+    return [" ".join([name, *re.findall(r"tmm\d", operands)]) for name, operands in found]
+
+
+INTEGERS = dict.fromkeys(("m", "n", "k", "stride_am", "stride_bk"), "i32")
+LAYOUT = {"stride_ak": 1, "stride_bn": 1, "M": 64, "N": 64, "K": 32}
+
+
+def pointers(dtype):
+    return {"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "y_ptr": "*fp32"}
+
+
+def test_tiles_are_configured_first_and_released_last():
+    found = tile_instructions(product_kernel, {**pointers("bf16"), **INTEGERS}, AMX, **LAYOUT)
+    assert found[0] == "ldtilecfg" and found[-1] == "tilerelease" and found.count("tilerelease") == 1
+    # in assembly, the result is the last operand and B the first
+    step = [*(f"tileloadd tmm{i}" for i in range(4, 8)),
+            *(f"tdpbf16ps tmm{6 + i % 2} tmm{4 + i // 2} tmm{i}" for i in (0, 2, 1, 3))]  # fmt: skip
+    start = found.index("tileloadd tmm4")
+    assert found[start : start + 8] == step
+    assert set(found) == {"ldtilecfg", "tilerelease", *step, *(f"tilezero tmm{i}" for i in range(4)),
+                          *(f"{x} tmm{i}" for x in ("tileloadd", "tilestored") for i in range(4))}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arch", "sizes"),
+    [("fp32", AMX, {}), ("fp16", AMX, {}), ("bf16", ",".join(BF16), {}), ("bf16", AMX, {"M": 16})],
+)
+def test_other_products_use_no_tiles(dtype, arch, sizes):
+    assert not tile_instructions(product_kernel, {**pointers(dtype), **INTEGERS}, arch, **{**LAYOUT, **sizes})
+
+
+@pytest.mark.parametrize(
+    ("flags", "granted", "expected"),
+    [
+        ((*BF16, "amx_tile", "amx_bf16", "amx_int8"), True, True),
+        ((*BF16, "amx_tile", "amx_bf16"), False, False),
+        ((*BF16, "amx_tile"), True, False),
+        ((*features.REQUIRED, "amx_tile", "amx_bf16"), True, False),
+        (BF16, True, False),
+    ],
+)
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
+def test_permission_is_requested_once_on_cpus_with_amx(vendor, flags, granted, expected, monkeypatch):
+    requests = []
+    monkeypatch.setattr(features, "_cpuinfo", {"flags": " ".join(flags), "vendor_id": vendor}.get)
+    monkeypatch.setattr(features, "_request_tiles", lambda: requests.append(1) or granted)
+    monkeypatch.setattr(features, "detect", functools.cache(features.detect.__wrapped__))
+    names = features.arch().split(",")
+    assert features.arch().split(",") == names
+    assert len(requests) == (set(features.AMX) <= set(flags) and "avx512_bf16" in flags)
+    assert ("amx_tile" in names, "amx_bf16" in names) == (expected, expected)
+    # without AMX, Intel's CPUs widen bfloat16
+    bf16_words = features.multiplies_bf16(names)
+    assert bf16_words == (expected or vendor != "GenuineIntel" and "avx512_bf16" in flags)
+    assert CPUDriver(",".join(names)).panels[1:] == (((torch.bfloat16, 32, 2),) if bf16_words else ())
+
+
+def test_tiles_are_requested_from_linux(monkeypatch):
+    calls = []
+
+    class Library:
+        def __init__(self, name):
+            pass
+
+        def syscall(self, *numbers):
+            calls.append(numbers)
+            return -(len(calls) > 1)
+
+    monkeypatch.setattr("ctypes.CDLL", Library)
+    assert features._request_tiles() and not features._request_tiles()
+    assert calls[0] == (158, 0x1023, 18)  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+
+
+# --- the emulator ------------------------------------------------------------------------------------------
+
+
+def configuration(rows, row_bytes):
+    memory = np.zeros(64, np.uint8)
+    memory[0], memory[48 : 48 + len(rows)] = 1, rows
+    memory[16 : 16 + 2 * len(rows)] = np.array(row_bytes, np.uint16).view(np.uint8)
+    return memory
+
+
+@pytest.mark.parametrize(
+    ("rows", "row_bytes", "instruction", "message"),
+    [
+        ([17], [64], None, "too large"),
+        ([16], [65], None, "too large"),
+        ([0], [64], None, "only one of rows and bytes"),
+        ([16, 16], [64, 64], ("tilezero", 2), "tile 2 is not configured"),
+        ([16, 15, 16], [64] * 3, ("tdpbf16ps", 0, 1, 2), "15 rows of A, 16 of the result"),
+        ([16, 16, 15], [64] * 3, ("tdpbf16ps", 0, 1, 2), "15 rows of B, 16 words"),
+        ([16, 16, 16], [64, 64, 32], ("tdpbf16ps", 0, 1, 2), "32 bytes per row of B, 64 of the result"),
+        ([16, 16, 16], [64] * 3, ("tdpbf16ps", 0, 1, 1), "a tile is two operands"),
+    ],
+)
+def test_emulator_reports_invalid_instructions(rows, row_bytes, instruction, message):
+    EMULATOR.reset()
+    memory = configuration(rows, row_bytes)
+    EMULATOR.execute("ldtilecfg", memory.ctypes.data)
+    if instruction is not None:
+        assert not EMULATOR.errors
+        EMULATOR.execute(*instruction)
+    assert len(EMULATOR.errors) == 1 and message in EMULATOR.errors[0]
+
+
+def test_emulator_reports_reads_outside_an_array():
+    EMULATOR.reset()
+    memory, words = configuration([2], [64]), np.zeros(48, np.float32)
+    EMULATOR.execute("ldtilecfg", memory.ctypes.data)
+    EMULATOR.outside.append((words.ctypes.data + 128, words.ctypes.data + 192))
+    EMULATOR.execute("tileloadd64", 0, words.ctypes.data, 64)
+    assert not EMULATOR.errors
+    EMULATOR.execute("tileloadd64", 0, words.ctypes.data + 4, 64)
+    assert "row 1 is read outside its array" in EMULATOR.errors[0]
+
+
+def test_emulator_multiplies_as_the_instruction():
+    """Even and odd elements are summed separately, in order; subnormal numbers are 0."""
+    EMULATOR.reset()
+    memory = configuration([1, 1, 16], [64] * 3)
+    EMULATOR.execute("ldtilecfg", memory.ctypes.data)
+    a, b, total = torch.ones(32).bfloat16(), torch.zeros(16, 16, 2).bfloat16(), torch.zeros(16)
+    # 2^24 + 1 is 2^24 in float32: the sums are 2^24 + 0 and 1 - 2^24, in order of K 0
+    b[0, 0, 0], b[1, 0, 0], b[2, 0, 0] = 2.0**24, 1.0, -(2.0**24)
+    b[0, 1], b[1, 1], b[2, 1] = torch.tensor([2.0**24, 1.0]), torch.tensor([-(2.0**24), 1.0]), torch.tensor([0.0, 1.0])
+    b[0, 2] = 1e-39
+    total[3] = 1e-39
+    total[4] = 5.0
+    for tile, x in enumerate((total, a, b)):
+        EMULATOR.execute("tileloadd64", tile, x.data_ptr(), 64)
+    EMULATOR.execute("tdpbf16ps", 0, 1, 2)
+    EMULATOR.execute("tilestored64", 0, total.data_ptr(), 64)
+    assert not EMULATOR.errors
+    assert total[:6].tolist() == [0.0, 3.0, 0.0, 0.0, 5.0, 0.0]
 
 
 # --- the ops -----------------------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ def dot(s: State, op: Op) -> None:
         a_rows = rows_of_a(s, product)
         m = bound_value(s, loop_bound(s, product.rows, rows))
         n = bound_value(s, loop_bound(s, product.cols, cols))
-        k = bound_value(s, loop_bound(s, product.depth, depth))
+        k_bound = loop_bound(s, product.depth, depth)
+        k = bound_value(s, k_bound)
         in_memory = panel_address(s, product)
         panel = in_memory or reserve_panel(s, product)
         with b.loop(b.index(0), n, b.index(product.width)) as columns, b.pinned_here():
@@ -57,9 +58,10 @@ def dot(s: State, op: Op) -> None:
                 whole = b.binary("arith.andi", k, b.index(-TILE))
                 is_read_once = in_memory is not None and rows <= 2 * TILE
                 amx.multiply(s, a_rows, panel, target, columns.index, m, whole, store=store, ahead=is_read_once)
-                with b.when(b.compare("arith.cmpi slt", whole, k)), b.pinned_here():
-                    sums = target._replace(fresh=False)
-                    _multiply_panel(s, product, a_rows, panel, sums, columns.index, m, (whole, k), None)
+                if not isinstance(k_bound, int) or k_bound % TILE:
+                    with b.when(b.compare("arith.cmpi slt", whole, k)), b.pinned_here():
+                        sums = target._replace(fresh=False)
+                        _multiply_panel(s, product, a_rows, panel, sums, columns.index, m, (whole, k), None)
     s.buffers[op.results[0]] = target.buffer
 
 
