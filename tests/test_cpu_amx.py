@@ -4,7 +4,10 @@ The emulator (:mod:`amx_emulator`) runs on CPUs without AMX, but the rest of the
 On CPUs with AMX, all tests of the package also run the instructions themselves.
 """
 
+import ctypes
 import functools
+import mmap
+import multiprocessing
 import re
 
 import amx_emulator
@@ -124,6 +127,26 @@ def test_products_of_any_size(m, n, k, tile, amx):
 def test_products_of_transposed_operands(a, b, m, k, amx):
     multiply(matrix(m, k, transposed=a, gap=5), matrix(k, 40, transposed=b, gap=3), (64, 64, 64))
     assert amx.executed["tdpbf16ps"]
+
+
+def _multiply_at_the_end_of_memory(m, k):
+    """A (m, k) lies transposed before a page that cannot be read."""
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 4 * page)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + 3 * page
+    assert not ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), ctypes.c_size_t(page), 0)
+    words = torch.frombuffer(memory, dtype=torch.bfloat16, count=3 * page // 2)
+    multiply(words[-m * k :].view(k, m).copy_(torch.randn(k, m)).T, matrix(k, 32), (64, 32, 64))
+    assert EMULATOR.executed["tdpbf16ps"]
+
+
+@needs_bf16
+@pytest.mark.parametrize(("m", "k"), [(64, 40), (64, 33), (50, 40)])
+def test_transposed_operand_is_read_within_its_bounds(m, k, amx):
+    child = multiprocessing.get_context("fork").Process(target=_multiply_at_the_end_of_memory, args=(m, k))
+    child.start()
+    child.join(120)
+    assert child.exitcode == 0  # a read of the page would be a segmentation fault
 
 
 @needs_bf16
