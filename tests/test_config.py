@@ -208,3 +208,21 @@ def test_grid_beyond_the_limit_raises():
     with pytest.raises(ValueError, match="2147483648 programs of some_kernel, a GPU supports 2147483647"):
         launch.launch(kernel, (2**31,), torch.zeros(1))
     assert kernel.grids == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_amx_changes_the_tiles_of_bfloat16_only(dtype):
+    """A weight that fits in the L2 cache is read again for every 32 rows; attention takes 256 keys per step."""
+    plain = target_named("cpu")
+    amx = dataclasses.replace(plain, features=("avx512_bf16", "amx_tile", "amx_bf16"))
+
+    def tiles(target):
+        sides = [(1536, 384), (3072, 768)]
+        gemms = [linear.pick_linear_fwd(1576, n, k, dtype, target, "ieee", Epilogue.NONE) for n, k in sides]
+        keys = attention.pick_attention_fwd(197, 1000, 64, dtype, target, False).block_n
+        return [(tile.block_m, tile.block_k, tile.group) for tile in gemms], keys
+
+    if dtype == torch.bfloat16:
+        assert tiles(amx) == ([(32, 512, 1), (256, 256, 1)], 256)
+    else:
+        assert tiles(amx) == tiles(plain)

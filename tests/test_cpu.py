@@ -37,9 +37,11 @@ from vit_triton.cpu.driver import CPUDriver
 
 AVX2 = ",".join(features.REQUIRED)
 AVX512 = ",".join((*features.REQUIRED, "avx512f", "avx512bw", "avx512dq", "avx512vl"))
+BF16 = f"{AVX512},avx512_bf16"  # vdpbf16ps, which CPUs with AMX or from Intel do not use by themselves
 HERE = ",".join(features.detect())
-ARCHS = list(dict.fromkeys(arch for arch in (AVX2, AVX512, HERE) if set(arch.split(",")) <= set(features.detect())))
-NAMES = {AVX2: "avx2", AVX512: "avx512", HERE: "here"}
+FOUND = set(features.detect())
+ARCHS = list(dict.fromkeys(arch for arch in (AVX2, AVX512, BF16, HERE) if set(arch.split(",")) <= FOUND))
+NAMES = {AVX2: "avx2", AVX512: "avx512", BF16: "avx512_bf16", HERE: "here"}
 
 NUMPY = {"f32": np.float32, "f64": np.float64, "f16": np.float16, "i64": np.int64, "i32": np.int32, "i16": np.int16,
          "i8": np.int8, "i1": np.bool_, "bf16": np.uint16}  # fmt: skip

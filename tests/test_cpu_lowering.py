@@ -22,16 +22,17 @@ from vit_triton.cpu import features
 from vit_triton.cpu.driver import CPUDriver
 
 INFIX = {"addi": "+", "subi": "-", "muli": "*", "andi": "&", "divui": "/", "addf": "+", "subf": "-", "mulf": "*",
-         "divf": "/", "cmpi slt": "<", "cmpi sgt": ">", "divsi": "/", "remsi": "%"}  # fmt: skip
+         "divf": "/", "cmpi slt": "<", "cmpi sgt": ">", "cmpi sge": ">=", "cmpi eq": "==", "divsi": "/",
+         "remsi": "%"}  # fmt: skip
 FOLDED = {"addi": operator.add, "subi": operator.sub, "muli": operator.mul, "andi": operator.and_,
           "divui": operator.floordiv}  # fmt: skip
 NAMED = {"muli", "andi", "minsi", "intr.sqrt"}  # shown on their own lines
 
 
-def outline(kernel, signature, **constants):
+def outline(kernel, signature, more_features=(), **constants):
     """Loops, conditions, loads and stores of ``kernel``; argument names are shown without "_ptr"."""
     names = [name.removesuffix("_ptr") for name in kernel.arg_names if name in signature]
-    return _Outline(names).read(lines_of(kernel, signature, "avx512f", **constants))
+    return _Outline(names).read(lines_of(kernel, signature, "avx512f", *more_features, **constants))
 
 
 def lines_of(kernel, signature, *optional, **constants):
@@ -66,7 +67,7 @@ class _Outline:
             return self.loop(line)
         result, _, text = line.partition(" = ") if line.startswith("%") else ("", "", line)
         words = [self.values.get(word, word) for word in re.findall(r"%[\w#]+", text)]
-        name = re.match(r"(?:llvm|arith|scf)\.([\w.]+(?: (?:slt|sgt))?)|}", text)[1]
+        name = re.match(r"\"?(?:llvm|arith|scf)\.([\w.]+(?: (?:slt|sgt|sge|eq))?)|}", text)[1]
         if name is None:
             self.depth -= 1
             self.indices.pop()
@@ -74,6 +75,10 @@ class _Outline:
             self.show(f"if {words[0]}:")
             self.depth += 1
             self.indices.append("")
+        elif name == "call_intrinsic" and not result:
+            self.show(" ".join([re.search(r"x86\.(\w+)", text)[1], ", ".join(words)]).strip())
+        elif name == "intr.prefetch":
+            self.show(f"prefetch {words[0]}")
         elif name == "yield":
             self.show("next " + ", ".join(words))
         elif name == "store":
@@ -104,7 +109,7 @@ class _Outline:
             return "?"
         if name == "insertelement":
             return f"splat {words[0]}"
-        if name in ("extsi", "trunci", "extractelement"):
+        if name in ("extsi", "extui", "trunci", "ptrtoint", "bitcast", "extractelement"):
             return words[0]
         if name == "shufflevector":
             return words[0].removeprefix("splat ") if words[0].startswith("splat ") else f"half of {words[0]}"
@@ -116,6 +121,10 @@ class _Outline:
             return self.named(kind + words[0] + mask)
         if name == "select":
             return f"({words[1]} if {words[0]} else {words[2]})"
+        if name == "xori":
+            return f"not {words[0]}"
+        if name == "call_intrinsic":
+            return f"({words[1]} . {words[2]} + {words[0]})"
         if name == "intr.fma":
             return f"({words[0]} * {words[1]} + {words[2]})"
         found = _halves(words) or _arithmetic(name, words)
@@ -405,3 +414,133 @@ def test_on_intel_the_store_of_one_row_prefetches_the_rows_that_follow():
     # of x, which the sum has read; y is read once, and w is not a row of a tile
     assert prefetches("intel", m=1) == 1
     assert prefetches("intel", m=2) == 0 and prefetches("avx512f", m=1) == 0
+
+
+AMX = ("avx512_bf16", *features.AMX)
+BF16_POINTERS = {"x_ptr": "*bf16", "y_ptr": "*bf16", "z_ptr": "*fp32"}
+
+
+@triton.jit
+def dot_in_tiles_kernel(x_ptr, y_ptr, z_ptr, m, SIZE: tl.constexpr):
+    i, j = tl.arange(0, SIZE), tl.arange(0, 32)
+    x = tl.load(x_ptr + i[:, None] * 32 + j[None, :], mask=(i < m)[:, None], other=0.0)
+    y = tl.load(y_ptr + (j // 2 * 64 + j % 2)[:, None] + j[None, :] * 2)
+    tl.store(z_ptr + i[:, None] * 32 + j[None, :], tl.dot(x, y), mask=(i < m)[:, None])
+
+
+def test_product_in_tiles_configures_them_again_for_fewer_rows():
+    expected = """\
+for i in 0 to 32 step 16:
+    t1 = ((i + lane) / 2) * 64
+    scratch[i] = t1 + ((i + lane) % 2)
+t2 = min(max(m, 0), 128)
+t3 = scratch[0]
+for i in 0 to 32 step 32:
+    for j in 0 to t2 step 32:
+        t4 = min(t2 - j, 16)
+        t5 = t4 * 4294967553
+        t6 = max((t2 - j) - 16, 1) * 1099528470528
+        if (t2 - j) < 32:
+            scratch[16640] = splat (t5 + t6) + 1157425104234217472
+            ldtilecfg scratch[16640]
+        t7 = j * 32
+        t8 = min(j + 16, t2 - 1)
+        t9 = t8 * 32
+        t10 = j * 32
+        t11 = (j + 16) * 32
+        if true:
+            tilezero 0
+            tilezero 1
+            tilezero 2
+            tilezero 3
+        if not true:
+            tileloadd64 0, scratch[(192 + t10) + i], 128
+            tileloadd64 1, scratch[(192 + t10) + (i + 16)], 128
+            tileloadd64 2, scratch[(192 + t11) + i], 128
+            tileloadd64 3, scratch[(192 + t11) + (i + 16)], 128
+        for k in 0 to 32 step 32:
+            t12 = k * 32
+            tileloadd64 4, x[t7 + k], x[32] - x[0]
+            tileloadd64 5, x[t9 + k], x[32] - x[0]
+            tileloadd64 6, y[t3 + t12], 128
+            tileloadd64 7, y[(t3 + t12) + 32], 128
+            tdpbf16ps 0, 4, 6
+            tdpbf16ps 2, 5, 6
+            tdpbf16ps 1, 4, 7
+            tdpbf16ps 3, 5, 7
+        tilestored64 0, scratch[(192 + t10) + i], 128
+        tilestored64 1, scratch[(192 + t10) + (i + 16)], 128
+        tilestored64 2, scratch[(192 + t11) + i], 128
+        tilestored64 3, scratch[(192 + t11) + (i + 16)], 128
+        if (t2 - j) < 32:
+            scratch[16640] = lane
+            ldtilecfg scratch[16640]
+for i in 0 to t2:
+    t13 = i * 32
+    t14 = i * 32
+    for j in 0 to 32 step 16:
+        t15 = scratch[(192 + t13) + j]
+        z[t14 + j] = t15
+"""
+    assert outline(dot_in_tiles_kernel, {**BF16_POINTERS, "m": "i32"}, AMX, SIZE=128) == expected
+
+
+@triton.jit
+def sum_in_tiles_kernel(x_ptr, y_ptr, z_ptr, n, SIZE: tl.constexpr):
+    i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    total = tl.zeros([SIZE, SIZE], tl.float32)
+    for start in range(0, n, SIZE):
+        x = tl.load(x_ptr + i * n + start + j, mask=start + j < n, other=0.0)
+        y = tl.load(y_ptr + (start + i) * SIZE + j, mask=start + i < n, other=0.0)
+        total = tl.dot(x, y, total)
+    tl.store(z_ptr + i * SIZE + j, total)
+
+
+def test_first_product_of_a_sum_zeroes_the_tiles_and_vectors_multiply_the_rest_of_the_depth():
+    """Only the loops, conditions and tile instructions."""
+    expected = """\
+if 0 >= n:
+    for i in 0 to 32:
+        for j in 0 to 32 step 16:
+for i in 0 to n step 32:
+    for j in 0 to 32 step 32:
+        for k in 0 to t5 step 2:
+        for k in 0 to 32 step 32:
+            if (32 - k) < 32:
+                ldtilecfg
+            if i == 0:
+                tilezero 0
+                tilezero 1
+                tilezero 2
+                tilezero 3
+            if not i == 0:
+                tileloadd64 0
+                tileloadd64 1
+                tileloadd64 2
+                tileloadd64 3
+            for l in 0 to t6 step 32:
+                tileloadd64 4
+                tileloadd64 5
+                tileloadd64 6
+                tileloadd64 7
+                tdpbf16ps 0, 4, 6
+                tdpbf16ps 2, 5, 6
+                tdpbf16ps 1, 4, 7
+                tdpbf16ps 3, 5, 7
+            tilestored64 0
+            tilestored64 1
+            tilestored64 2
+            tilestored64 3
+            if (32 - k) < 32:
+                ldtilecfg
+        if t6 < t5:
+            for k in 0 to 32 step 8:
+                for l in t6 to t7 step 2
+                for l in t7 to t5 step 2
+for i in 0 to 32:
+    for j in 0 to 32 step 16:
+"""
+    lines = outline(sum_in_tiles_kernel, {**BF16_POINTERS, "n": "i32"}, AMX, SIZE=32).splitlines()
+    shown = [line for line in lines if re.match(r" *(for|if|tile|tdp|ldtilecfg)", line)]
+    places = r", t\d+ = .*:| scratch\[.*|, scratch\[.*|, x\[.*"
+    assert "".join(re.sub(places, "", line) + "\n" for line in shown) == expected

@@ -97,11 +97,14 @@ def test_the_kind_of_a_cpu(monkeypatch, tmp_path, vendor, flags, kind):
     monkeypatch.setattr(features, "Path", lambda path: cpuinfo if path == "/proc/cpuinfo" else None)
     monkeypatch.setattr(features.platform, "system", lambda: "Linux")
     monkeypatch.setattr(features.platform, "machine", lambda: "x86_64")
-    features._cpuinfo.cache_clear()
+    monkeypatch.setattr(features, "_request_tiles", lambda: True)
+    for cached in (features._cpuinfo, features.detect):
+        cached.cache_clear()
     try:
         assert features.kind() == kind
     finally:
-        features._cpuinfo.cache_clear()
+        for cached in (features._cpuinfo, features.detect):
+            cached.cache_clear()
 
 
 # --- files -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from vit_triton.cpu.buffers import buffers_read, is_in_place, materialize_deferr
 from vit_triton.cpu.builder import Val
 from vit_triton.cpu.expressions import evaluate
 from vit_triton.cpu.memory import ALIGN, Buffer, load_scalar, store_scalar
+from vit_triton.cpu.panels import fits_tiles
 from vit_triton.cpu.state import Position, State
 from vit_triton.cpu.ttir import Op, Region, Unsupported, Value, walk
 
@@ -39,6 +40,8 @@ def for_loop(s: State, op: Op, lower_region: LowerRegion) -> None:
     _before_stores(s, op)
     carried: list[_Carried] = []
     starts: list[Val] = []
+    sums: list[Value] = []
+    low, high, step_val = (s.scalars[v] for v in op.operands[:3])
     values = zip(body.arguments[1:], op.operands[3:], body.yielded, op.results, strict=True)
     for argument, init, new, result in values:
         if not argument.type.is_tile:
@@ -50,10 +53,17 @@ def for_loop(s: State, op: Op, lower_region: LowerRegion) -> None:
             starts.append(b.constant(0, step.type.elem))
         else:
             carried.append(_Carried(_Kind.TILE, argument, new, result))
-            s.buffers[argument] = _own_buffer(s, init, op)
-    low, high, step_val = (s.scalars[v] for v in op.operands[:3])
+            if _is_sum_of_tile_products(s, argument, init, new):
+                s.buffers[argument] = s.scratch.allocate(init.type)
+                with b.when(b.compare("arith.cmpi sge", low, high)):
+                    write(s, init, s.buffers[argument])
+                sums.append(argument)
+            else:
+                s.buffers[argument] = _own_buffer(s, init, op)
     with b.loop(low, high, step_val, starts) as loop, s.scope():
         s.scalars[body.arguments[0]] = loop.index
+        for argument in sums:
+            s.first_trip[argument] = b.compare("arith.cmpi eq", loop.index, low)
         _set_values(s, carried, loop.carried)
         s.defined.update(body.arguments)
         lower_region(s, body)
@@ -85,6 +95,17 @@ def _set_values(s: State, carried: Iterable[_Carried], values: Iterable[Val]) ->
 def _before_stores(s: State, op: Op) -> None:
     if any(inner.name == "tt.store" for region in op.regions for inner in walk(region)):
         materialize_deferred(s, s.sinks.position[op])
+
+
+def _is_sum_of_tile_products(s: State, argument: Value, init: Value, new: Value) -> bool:
+    """Whether the loop sums products in tiles of AMX, starting from 0. The first iteration then zeroes the tiles; this
+    is not faster for other products."""
+    dot = new.op
+    if init in s.buffers or s.masks.uniform_number(init) != 0 or dot is None or dot.name != "tt.dot":
+        return False
+    if argument.users != [dot] or dot.operands[2] is not argument:
+        return False
+    return dot.parent is not None and argument in dot.parent.arguments and fits_tiles(s, dot)
 
 
 def _own_buffer(s: State, init: Value, user: Op) -> Buffer:

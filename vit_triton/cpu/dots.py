@@ -5,27 +5,31 @@
         for each block of rows of A
             for each k                      the vectors of B times each element of A
 
-bfloat16 uses vdpbf16ps if the CPU supports it. The operands are prepared by :mod:`vit_triton.cpu.panels`.
+bfloat16 uses vdpbf16ps if the CPU supports it, and AMX (:mod:`vit_triton.cpu.amx`) for all but the last K % 32. The
+operands are prepared by :mod:`vit_triton.cpu.panels`.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from vit_triton.cpu import amx
 from vit_triton.cpu.bounds import bound_value, loop_bound
 from vit_triton.cpu.buffers import is_in_place, leaves, write
 from vit_triton.cpu.builder import Val, mlir_type
 from vit_triton.cpu.memory import Buffer, address, load_vector, store_vector
-from vit_triton.cpu.panels import Product, Rows, pack_panel, panel_address, product_of, reserve_panel, rows_of_a
+from vit_triton.cpu.panels import (
+    TILE,
+    Accumulator,
+    Product,
+    Rows,
+    pack_panel,
+    panel_address,
+    product_of,
+    reserve_panel,
+    rows_of_a,
+)
 from vit_triton.cpu.prefetch import prefetch, stored_to
 from vit_triton.cpu.state import LANES, State
-from vit_triton.cpu.ttir import Op, Unsupported
-
-
-class Accumulator(NamedTuple):
-    """The buffer of the result; ``fresh``: the addend is 0, else the buffer contains it."""
-
-    buffer: Buffer
-    fresh: bool
+from vit_triton.cpu.ttir import Op, Unsupported, Value
 
 
 def dot(s: State, op: Op) -> None:
@@ -41,30 +45,54 @@ def dot(s: State, op: Op) -> None:
         a_rows = rows_of_a(s, product)
         m = bound_value(s, loop_bound(s, product.rows, rows))
         n = bound_value(s, loop_bound(s, product.cols, cols))
-        k = bound_value(s, loop_bound(s, product.depth, depth))
+        k_bound = loop_bound(s, product.depth, depth)
+        k = bound_value(s, k_bound)
         in_memory = panel_address(s, product)
         panel = in_memory or reserve_panel(s, product)
         with b.loop(b.index(0), n, b.index(product.width)) as columns, b.pinned_here():
             if in_memory is None:
                 pack_panel(s, product, panel, columns.index, n, k)
-            count = -(-rows // -(-rows // s.block.rows))  # blocks of equal size
-            with b.loop(b.index(0), m, b.index(count)) as block, b.pinned_here():
-                words = _row_addresses(s, a_rows, block.index, m, count)
-                places = _result_addresses(s, target.buffer, block.index, columns.index, count, product.width)
-                if store is not None:
-                    numbers = [b.add(block.index, b.index(r)) for r in range(count)]
-                    prefetch(s, store, numbers, columns.index, product.width)
-                results = _multiply(s, product, words, a_rows.step, panel, k)
-                for result, place in zip(results, places, strict=True):
-                    if not target.fresh:  # added last, which is more accurate than starting from a large sum
-                        result = b.binary("arith.addf", load_vector(b, place, "f32", LANES), result)
-                    store_vector(b, result, place)
+            if a_rows.pitch is None:
+                _multiply_panel(s, product, a_rows, panel, target, columns.index, m, (b.index(0), k), store)
+            else:
+                whole = b.binary("arith.andi", k, b.index(-TILE))
+                is_read_once = in_memory is not None and rows <= 2 * TILE
+                amx.multiply(s, a_rows, panel, target, columns.index, m, whole, store=store, ahead=is_read_once)
+                if not isinstance(k_bound, int) or k_bound % TILE:
+                    with b.when(b.compare("arith.cmpi slt", whole, k)), b.pinned_here():
+                        sums = target._replace(fresh=False)
+                        _multiply_panel(s, product, a_rows, panel, sums, columns.index, m, (whole, k), None)
     s.buffers[op.results[0]] = target.buffer
+
+
+def _multiply_panel(
+    s: State, p: Product, a: Rows, panel: Val, target: Accumulator, column: Val, m: Val, depth: tuple[Val, Val],
+    store: Value | None,
+) -> None:  # fmt: skip
+    """Multiply ``m`` rows of A by a panel of B whose first column is ``column``, over a range of K. ``store``: the
+    pointers that the results are stored to, which are prefetched."""
+    b, rows = s.b, p.a.type.shape[0]
+    count = -(-rows // -(-rows // s.block.rows))  # blocks of equal size
+    with b.loop(b.index(0), m, b.index(count)) as block, b.pinned_here():
+        words = _row_addresses(s, a, block.index, m, count)
+        places = _result_addresses(s, target.buffer, block.index, column, count, p.width)
+        if store is not None:
+            prefetch(s, store, [b.add(block.index, b.index(r)) for r in range(count)], column, p.width)
+        results = _multiply(s, p, words, a.step, panel, depth)
+        for result, place in zip(results, places, strict=True):
+            if target.fresh is not True:  # added last, which is more accurate than starting from a large sum
+                addend = load_vector(b, place, "f32", LANES)
+                if target.fresh is not False:
+                    addend = b.select(target.fresh, b.constant(0.0, "f32", LANES), addend)
+                result = b.binary("arith.addf", addend, result)
+            store_vector(b, result, place)
 
 
 def _accumulator(s: State, op: Op) -> Accumulator:
     """The buffer of the addend if it has no other sink, else a copy."""
     c = op.operands[2]
+    if c in s.first_trip:
+        return Accumulator(s.buffers[c], s.first_trip[c])
     if s.masks.uniform_number(c) == 0:
         return Accumulator(s.scratch.allocate(c.type), True)
     for value in leaves(s, c):
@@ -99,9 +127,9 @@ def _result_addresses(s: State, buffer: Buffer, first_row: Val, column: Val, cou
     ]
 
 
-def _multiply(s: State, p: Product, rows: Sequence[Val], step: Val, panel: Val, k: Val) -> list[Val]:
-    """Multiply rows of A, given by their addresses, by a panel of B; ``k`` elements each."""
-    b = s.b
+def _multiply(s: State, p: Product, rows: Sequence[Val], step: Val, panel: Val, depth: tuple[Val, Val]) -> list[Val]:
+    """Multiply rows of A, given by their addresses, by a panel of B, over a range of K that starts with a word."""
+    b, (first, k) = s.b, depth
     starts = range(0, p.width, LANES)
 
     def accumulate(carried: Sequence[Val], position: Val, elem: str) -> list[Val]:
@@ -115,7 +143,7 @@ def _multiply(s: State, p: Product, rows: Sequence[Val], step: Val, panel: Val, 
 
     totals = [b.constant(0.0, "f32", LANES)] * (len(rows) * len(starts))
     even = b.binary("arith.andi", k, b.index(-2)) if p.pairs else k
-    with b.loop(b.index(0), even, b.index(p.word), totals) as loop:
+    with b.loop(first, even, b.index(p.word), totals) as loop:
         loop.next = accumulate(loop.carried, loop.index, "i32" if p.pairs else "f32")
     if not p.pairs:
         return loop.results

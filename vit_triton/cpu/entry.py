@@ -9,6 +9,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+from vit_triton.cpu.amx import CONFIGURATION
 from vit_triton.cpu.builder import mlir_type
 from vit_triton.cpu.ttir import Function
 
@@ -49,8 +50,9 @@ class LaunchBlock:
         self.pack_into(memory, 0, 0, 0, programs, chunk, chunks, grid_x, grid_y, scratch, scratch_size, *arguments)
 
 
-def entry(function: Function) -> list[str]:
-    """The MLIR lines of ``entry`` for a kernel."""
+def entry(function: Function, *, configures_tiles: bool) -> list[str]:
+    """The MLIR lines of ``entry`` for a kernel. ``configures_tiles``: the kernel requires AMX with CONFIGURATION; a
+    configuration per program would take as long as many products."""
     lines = ["llvm.func @entry(%block: !llvm.ptr) {"]
     lines += ["%one = llvm.mlir.constant(1 : i64) : i64", "%zero = llvm.mlir.constant(0 : i64) : i64"]
     types = [mlir_type(v.type.elem) for v in function.arguments]
@@ -65,6 +67,13 @@ def entry(function: Function) -> list[str]:
             lines.append(f"%{name} = arith.trunci %byte_{name} : i8 to i1")
         else:
             lines.append(f"%{name} = llvm.load %at_{name} : !llvm.ptr -> {type_}")
+    if configures_tiles:
+        lines += [
+            "%configuration = llvm.alloca %one x vector<8xi64> {alignment = 64 : i64} : (i64) -> !llvm.ptr",
+            f"%whole_tiles = arith.constant dense<{CONFIGURATION}> : vector<8xi64>",
+            "llvm.store %whole_tiles, %configuration : vector<8xi64>, !llvm.ptr",
+            'llvm.call_intrinsic "llvm.x86.ldtilecfg"(%configuration) : (!llvm.ptr) -> ()',
+        ]
     args = "".join(f"%a{i}, " for i in range(len(types)))
     signature = "".join(f"{t}, " for t in types) + "i32, " * 6 + "!llvm.ptr"
     lines += [
@@ -91,6 +100,7 @@ def entry(function: Function) -> list[str]:
         f"llvm.call @kernel({args}%px32, %x32, %py32, %y32, %pz32, %z32, %own_scratch) : ({signature}) -> ()",
         "}",
         "}",
+        *(['llvm.call_intrinsic "llvm.x86.tilerelease"() : () -> ()'] if configures_tiles else []),
         "llvm.return",
         "}",
     ]

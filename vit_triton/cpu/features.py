@@ -9,14 +9,10 @@ from typing import NamedTuple
 
 # Features used by the generated code; x86-64-v3 is required.
 REQUIRED = ("avx2", "fma", "f16c", "bmi2")
-OPTIONAL = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
-# Levels in the name of a kind of CPU, each with the features that it adds to the one before. Kernels do not use AMX.
-_LEVELS = {
-    "AVX2": REQUIRED,
-    "AVX-512": OPTIONAL[:4],
-    "AVX-512 BF16": OPTIONAL[4:],
-    "AMX": ("amx_tile", "amx_bf16"),
-}
+AMX = ("amx_tile", "amx_bf16")
+OPTIONAL = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", *AMX)
+# levels in the name of a kind of CPU, each with the features that it adds to the one before
+_LEVELS = {"AVX2": REQUIRED, "AVX-512": OPTIONAL[:4], "AVX-512 BF16": ("avx512_bf16",), "AMX": AMX}
 _VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
 
 
@@ -39,15 +35,31 @@ def register_block(features: Sequence[str]) -> Block:
 
 
 def multiplies_bf16(features: Sequence[str]) -> bool:
-    """Whether products of bfloat16 use vdpbf16ps. On Intel's CPUs, widening to float32 is faster."""
-    return "avx512_bf16" in features and "intel" not in features
+    """Whether products of bfloat16 use AMX or vdpbf16ps. On Intel's CPUs, widening to float32 is faster than vdpbf16ps
+    alone."""
+    return multiplies_tiles(features) or "avx512_bf16" in features and "intel" not in features
+
+
+def multiplies_tiles(features: Sequence[str]) -> bool:
+    """Whether products of bfloat16 use the tiles of AMX; vdpbf16ps computes what tiles do not cover."""
+    return {*AMX, "avx512f", "avx512_bf16"} <= set(features)
 
 
 @functools.cache
 def detect() -> tuple[str, ...]:
-    """The supported features, by their names in /proc/cpuinfo; empty on other systems."""
+    """The supported features, by their names in /proc/cpuinfo; empty on other systems. Includes AMX only if Linux
+    permits its use."""
     has = _cpuinfo("flags").split()
+    if not (multiplies_tiles(has) and _request_tiles()):
+        has = [name for name in has if name not in AMX]
     return tuple(name for name in (*REQUIRED, *OPTIONAL) if name in has)
+
+
+def _request_tiles() -> bool:
+    """Request the registers of AMX from Linux; without permission, their first use is a SIGILL. The permission applies
+    to all threads of the process and to forked children."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def arch() -> str:
@@ -58,7 +70,7 @@ def arch() -> str:
 def kind() -> str:
     """The vendor and the highest level of vector instructions, e.g. "AMD AVX-512 BF16" or "Intel AMX". "" if the CPU
     lacks a required feature, and on other systems."""
-    has = set(_cpuinfo("flags").split())
+    has = set(detect())
     level = ""
     for name, features in _LEVELS.items():
         if not has.issuperset(features):
@@ -88,4 +100,5 @@ def llvm_target(arch: str) -> tuple[str, str]:
     """(cpu, features) for LLVM. Enables vectors of 512 bits, where LLVM prefers 256 by default."""
     names = arch.split(",")
     enabled = ["+" + name.replace("avx512_bf16", "avx512bf16") for name in names if name.startswith("avx512")]
-    return "x86-64-v3", ",".join([*enabled, "-prefer-256-bit"] if enabled else [])
+    enabled += ["-prefer-256-bit"] if enabled else []
+    return "x86-64-v3", ",".join([*enabled, *("+" + name.replace("_", "-") for name in AMX if name in names)])

@@ -58,7 +58,7 @@ def lower(function: Function, features: Sequence[str]) -> Program:
         *s.b.regions[0].lines,
         "llvm.return",
         "}",
-        *entry(function),
+        *entry(function, configures_tiles=s.uses_tiles),
         "}",
     ]
     return Program(function.name, "\n".join(lines) + "\n", s.scratch.most_used)

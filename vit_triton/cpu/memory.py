@@ -118,3 +118,8 @@ def read_buffer(
     steps = b.binary("arith.muli", b.iota("i64", lanes), b.index(buffer.stride))
     pointers = b.gep(pointer, steps, buffer.elem)
     return gather(b, pointers, b.constant(True, "i1", lanes), b.constant(0, buffer.elem, lanes))
+
+
+def prefetch_line(b: Builder, pointer: Val, *, write: bool) -> None:
+    attributes = f"<{{{{cache = 1 : i32, hint = 3 : i32, rw = {int(write)} : i32}}}}>"
+    b.effect(f'"llvm.intr.prefetch"({{0}}) {attributes} : (!llvm.ptr) -> ()', (pointer,))

@@ -8,6 +8,7 @@ word of all columns contiguously. float16, and bfloat16 without CPU support, are
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vit_triton.cpu.bounds import available_conditions, bound_value, demanded_conditions, loop_bound
 from vit_triton.cpu.builder import Val, mlir_type
@@ -18,16 +19,20 @@ from vit_triton.cpu.memory import Buffer, address, store_vector
 from vit_triton.cpu.state import LANES, Position, State
 from vit_triton.cpu.ttir import Op, Type, Value
 
+TILE = 2 * LANES  # rows, columns and depth of a block in tiles of AMX
+
 
 @dataclass(frozen=True)
 class Product:
     """A (M, K) times B (K, N); ``width``: columns of a panel; ``pairs``: words are pairs of bfloat16. Outside the
-    conditions on rows and columns, results are not read; outside those on depth, elements of A or B are 0."""
+    conditions on rows and columns, results are not read; outside those on depth, elements of A or B are 0. ``tiles``:
+    see :func:`fits_tiles`."""
 
     a: Value
     b: Value
     width: int
     pairs: bool
+    tiles: bool
     rows: Sequence[Condition]
     cols: Sequence[Condition]
     depth: Sequence[Condition]
@@ -46,15 +51,31 @@ def product_of(s: State, op: Op) -> Product:
     rows, cols = demanded_conditions(s, op.results[0])
     pairs = a.type.elem == "bf16" and s.bf16_dot
     width = min(s.block.columns, b.type.shape[1])
-    return Product(a, b, width, pairs, rows, cols, available_conditions(s, s.masks.contraction_conditions(op)))
+    depth = available_conditions(s, s.masks.contraction_conditions(op))
+    return Product(a, b, width, pairs, fits_tiles(s, op), rows, cols, depth)
+
+
+def fits_tiles(s: State, op: Op) -> bool:
+    """Whether a product can use the tiles of AMX; it does if its :class:`Rows` have a pitch."""
+    a, b = op.operands[:2]
+    return s.has_tiles and a.type.elem == "bf16" and min(*a.type.shape, b.type.shape[1]) >= TILE
 
 
 @dataclass
 class Rows:
-    """The words of A in memory: ``row(i)`` is the address of the first word of row i, ``step`` the stride in words."""
+    """The words of A in memory: ``row(i)`` is the address of the first word of row i, ``step`` the stride in words. For
+    products in tiles, whose step is 1: ``pitch`` is the stride of rows in bytes, None if it is not constant."""
 
     row: Callable[[Val], Val]
     step: Val
+    pitch: Val | None = None
+
+
+class Accumulator(NamedTuple):
+    """The buffer of the result; ``fresh``: the addend is 0, else the buffer contains it."""
+
+    buffer: Buffer
+    fresh: bool | Val
 
 
 def _before_transposes(s: State, value: Value) -> tuple[Value, bool]:
@@ -78,16 +99,31 @@ def rows_of_a(s: State, p: Product) -> Rows:
     if source.type.elem == p.elem and source in s.buffers and not (transposed and p.pairs):
         buffer = s.buffers[source]
         step = b.index(buffer.stride if transposed else 1)
-        return Rows(lambda i: address(b, buffer, source.type.shape, first(i)), step)
+        return Rows(lambda i: address(b, buffer, source.type.shape, first(i)), step, _pitch(s, p, buffer))
     if source.type.elem == p.elem and source not in s.buffers and _is_loaded_in_rows(s, p, source, transposed):
         assert source.op is not None
         pointers = source.op.operands[0]
-        return Rows(lambda i: evaluate(s, pointers, Position(first(i))), b.index(1))
+        rows = Rows(lambda i: evaluate(s, pointers, Position(first(i))), b.index(1))
+        if p.tiles and s.axes.along(pointers, 1 if transposed else 0, whole=True).affine:
+            ends = [b.op("llvm.ptrtoint {0} : !llvm.ptr to i64", (rows.row(b.index(i)),), "i64") for i in range(2)]
+            rows.pitch = b.binary("arith.subi", ends[1], ends[0])
+        return rows
+    if p.tiles and vector_axis(s, a) == 0:
+        return _transpose_a(s, p)
     if vector_axis(s, a) == 0 and a.type.shape[0] >= LANES:
         return _pack_transposed_a(s, p)
     buffer = s.scratch.allocate(Type(a.type.shape, p.elem))
     _write_a(s, p, buffer)
-    return Rows(lambda i: address(b, buffer, a.type.shape, (i, b.index(0))), b.index(1))
+    return _rows_of_buffer(s, p, buffer)
+
+
+def _rows_of_buffer(s: State, p: Product, buffer: Buffer) -> Rows:
+    b = s.b
+    return Rows(lambda i: address(b, buffer, p.a.type.shape, (i, b.index(0))), b.index(1), _pitch(s, p, buffer))
+
+
+def _pitch(s: State, p: Product, buffer: Buffer) -> Val | None:
+    return s.b.index(2 * buffer.stride) if p.tiles else None
 
 
 def _is_loaded_in_rows(s: State, p: Product, source: Value, transposed: bool) -> bool:
@@ -136,6 +172,34 @@ def _pack_transposed_a(s: State, p: Product) -> Rows:
         with s.assume(p.depth, loop.index):
             for_each_vector(s, [rows], [p.rows], 0, body)
     return Rows(lambda i: b.gep(base, i, "f32"), stride)
+
+
+def _transpose_a(s: State, p: Product) -> Rows:
+    """Write the rows of A, which AMX requires, if the row index is contiguous in memory: transpose blocks of 16 rows x
+    16 pairs."""
+    b, shape = s.b, p.a.type.shape
+    buffer = s.scratch.allocate(Type(shape, "bf16"))
+    k = bound_value(s, loop_bound(s, p.depth, shape[1]))
+    whole = b.binary("arith.andi", k, b.index(-TILE))
+
+    def transpose(low: Val, high: Val, conditions: Sequence[Condition]) -> None:
+        with b.loop(low, high, b.index(TILE)) as loop, b.pinned_here(), contextlib.ExitStack() as stack:
+            depths = [b.add(loop.index, b.index(i)) for i in range(TILE)]
+
+            def body(at: Position, mask: Val | None) -> None:
+                vectors = [vector(s, p.a, at.with_index(1, depth)) for depth in depths]
+                pairs = [_interleave(s, *vectors[i : i + 2]) for i in range(0, TILE, 2)]
+                words = [b.op(f"llvm.bitcast {{0}} : {x.type} to vector<16xi32>", (x,), "i32", LANES) for x in pairs]
+                for r, row in enumerate(b.transpose(words)):
+                    store_vector(b, row, address(b, buffer, shape, (b.add(at.index[0], b.index(r)), loop.index)))
+
+            for depth in depths:
+                stack.enter_context(s.assume(conditions, depth))
+            for_each_vector(s, shape[:1], [p.rows], 0, body)
+
+    transpose(b.index(0), whole, p.depth)
+    transpose(whole, k, ())  # the conditions do not hold everywhere: loads are masked
+    return _rows_of_buffer(s, p, buffer)
 
 
 def _interleave(s: State, low: Val, high: Val) -> Val:

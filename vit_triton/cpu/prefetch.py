@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from vit_triton.cpu.builder import Val
 from vit_triton.cpu.expressions import compute, evaluate
-from vit_triton.cpu.memory import BYTES
+from vit_triton.cpu.memory import BYTES, prefetch_line
 from vit_triton.cpu.sinks import LAZY
 from vit_triton.cpu.state import Position, State
 from vit_triton.cpu.ttir import Op, Value
@@ -59,7 +59,7 @@ def prefetch(s: State, pointers: Value, rows: Sequence[Val], column: Val, width:
     for row in rows:
         for start in range(0, width, LINE // size):
             place = evaluate(s, pointers, Position((row, b.add(column, b.index(start)))))
-            _fetch(s, place, writes=True)
+            prefetch_line(b, place, write=True)
 
 
 def row_read_again(s: State, store: Op, value: Value) -> Value | None:
@@ -84,9 +84,4 @@ def row_read_again(s: State, store: Op, value: Value) -> Value | None:
 
 def prefetch_ahead(s: State, pointers: Value, at: Position) -> None:
     """Prefetch the line ``AHEAD`` bytes after the address at ``at``."""
-    _fetch(s, s.b.gep(evaluate(s, pointers, at.scalar), s.b.index(AHEAD), "i8"), writes=False)
-
-
-def _fetch(s: State, place: Val, *, writes: bool) -> None:
-    attributes = f"<{{{{cache = 1 : i32, hint = 3 : i32, rw = {int(writes)} : i32}}}}>"
-    s.b.effect(f'"llvm.intr.prefetch"({{0}}) {attributes} : (!llvm.ptr) -> ()', (place,))
+    prefetch_line(s.b, s.b.gep(evaluate(s, pointers, at.scalar), s.b.index(AHEAD), "i8"), write=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from vit_triton.cpu.axes import Axes
 from vit_triton.cpu.builder import Builder, Val
 from vit_triton.cpu.demand import Demand
-from vit_triton.cpu.features import Block, multiplies_bf16, register_block
+from vit_triton.cpu.features import Block, multiplies_bf16, multiplies_tiles, register_block
 from vit_triton.cpu.masks import Condition, Masks
 from vit_triton.cpu.memory import Buffer, Scratch
 from vit_triton.cpu.sinks import Sinks
@@ -52,6 +52,7 @@ class State:
     math: Math
     block: Block
     bf16_dot: bool  # the CPU multiplies pairs of bfloat16
+    has_tiles: bool  # the CPU multiplies them in the tiles of AMX
     prefetches: bool
     scratch: Scratch
     scalars: dict[Value, Val] = field(default_factory=dict)
@@ -62,6 +63,9 @@ class State:
     # (condition, name of an index) -> the mask of lanes in which it holds; None: all lanes
     assumptions: dict[tuple[Condition, str], Val | None] = field(default_factory=dict)
     fused: set[Op] = field(default_factory=set)  # reductions lowered together with an earlier one
+    # sums that a loop starts from 0 without writing zeros -> whether this iteration is the first
+    first_trip: dict[Value, Val] = field(default_factory=dict)
+    uses_tiles: bool = False  # the generated code uses the tiles of AMX
     generation: int = 0  # values of expressions are cached per generation
 
     @contextlib.contextmanager
@@ -113,6 +117,7 @@ def initial_state(function: Function, features: Sequence[str]) -> State:
         math=Math(b, features),
         block=block,
         bf16_dot=multiplies_bf16(features),
+        has_tiles=multiplies_tiles(features),
         prefetches="intel" in features,  # measured there only
         scratch=Scratch(b, Val("%scratch", "ptr"), spare_rows=block.spare_rows),
     )

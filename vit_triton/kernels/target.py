@@ -42,6 +42,10 @@ class Target:
         """The layout of packed weights of a dtype, see :func:`.linear.pack.pack_weight`; None if not supported."""
         return next(((panel, word) for x, panel, word in self.panels if x == dtype), None)
 
+    def uses_amx(self, dtype: torch.dtype) -> bool:
+        """Whether products of a dtype use the tiles of AMX."""
+        return dtype == torch.bfloat16 and "amx_bf16" in self.features
+
     @property
     def packs_once(self) -> bool:
         """Whether GEMMs pack their weight once per call instead of once per tile of rows; measured on Intel CPUs."""

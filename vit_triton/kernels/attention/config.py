@@ -176,7 +176,8 @@ def pick_attention_fwd(
     if target.family == "interpreter":
         return _pick_interpreted_attention(n_q, n_k)
     if target.family == "cpu":
-        return _pick_cpu_attention(n_q, n_k, 256, 64)
+        # with AMX, 256 keys per step took 1.56 ms where 64 took 1.93 (batch 8, 6 heads, 197 x 64)
+        return _pick_cpu_attention(n_q, n_k, 256, 256 if target.uses_amx(dtype) else 64)
     if n_q <= 16 and head_dim <= 128 and dtype != torch.float32:
         # a single query row (class token, pooling) does not pay for a tile of 64 rows
         return AttentionConfig(16, 64 if head_dim <= 64 or not dropout else 32, 4, 2)
