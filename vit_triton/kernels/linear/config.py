@@ -151,7 +151,7 @@ def pick_linear_fwd(
 ) -> GemmConfig:
     """Tiles of ``linear_fwd_kernel`` ((m, k) -> (m, n))."""
     if target.packs_once and dtype == torch.float32:
-        return _pick_packed(m, n, k)
+        return _pick_prefetching(m, n, k, 256)
     tile = pick_gemm(tokens(m, target), n, k, dtype, target, precision, epilogue)
     if dtype == torch.float32 or epilogue is Epilogue.NONE:
         return tile
@@ -167,10 +167,12 @@ def pick_linear_fwd(
     return tile
 
 
-def _pick_packed(m: int, n: int, k: int) -> GemmConfig:
-    """Tiles of a GEMM on a CPU that packs its weight once: the results of 64 rows stay in the L1 cache while the lines
-    that they are stored to are prefetched."""
-    return clipped(GemmConfig(64, 64, 256 if k < 1024 else 1024, 1, 1, group=4), m, n, k)
+def _pick_prefetching(m: int, n: int, k: int, block_k: int) -> GemmConfig:
+    """Tiles of a GEMM on a CPU that prefetches the lines of the result. With many rows, the weight is packed once
+    (`pack_once`), and the results of 64 rows stay in the L1 cache."""
+    if m > 512:
+        return clipped(GemmConfig(64, 64, block_k, 1, 1, group=4), m, n, k)
+    return clipped(GemmConfig(256, 64, 256, 1, 1), m, n, k)
 
 
 def _candidates_linear_bwd_input(m, n, k, dtype, target, precision, epilogue):
@@ -183,7 +185,7 @@ def pick_linear_bwd_input(
 ) -> GemmConfig:
     """Tiles of ``linear_bwd_input_kernel`` ((m, n) -> (m, k), depth n)."""
     if target.packs_once and dtype == torch.float32:
-        return _pick_packed(m, k, n)
+        return _pick_prefetching(m, k, n, 1024)
     tile = pick_gemm(tokens(m, target), k, n, dtype, target, precision, epilogue)
     if dtype == torch.float32 or epilogue is Epilogue.NONE:
         return tile

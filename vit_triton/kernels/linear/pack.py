@@ -59,7 +59,7 @@ def can_pack(weight: torch.Tensor, word: int) -> bool:
 
 
 def pack_once(weight: torch.Tensor, m: int, block_m: int, target: Target) -> torch.Tensor | None:
-    """The panels of a weight (N, K) for a GEMM of m rows, if packing it before the GEMM is faster than packing it in
-    every tile of ``block_m`` rows, else None."""
-    layout = target.panel(weight.dtype) if m > block_m and target.packs_once else None
+    """The panels of a weight (N, K) for a GEMM of m rows; None if every tile of ``block_m`` rows should pack the weight
+    itself, which is faster for few tiles."""
+    layout = target.panel(weight.dtype) if cdiv(m, block_m) > 4 and target.packs_once else None
     return pack_weight(weight, *layout) if layout and can_pack(weight, layout[1]) else None
