@@ -2,7 +2,7 @@
 
 The environment variable ``VIT_TRITON_TUNED`` names a file; if it is empty, no file is read. If it is not set, the file
 is ``vit_triton/tuned/NAME.json`` in the user's configuration folder (``XDG_CONFIG_HOME``, or ``~/.config``), where NAME
-is the name of the GPU or the kind of CPU. The contents are defined in :mod:`vit_triton.kernels.tuned` for GPUs and in
+is the name of the GPU or the kind of CPU. The contents are defined in :mod:`.kernels.tuned` for GPUs and in
 :mod:`vit_triton.speeds.table` for CPUs.
 """
 
