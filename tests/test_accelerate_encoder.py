@@ -120,7 +120,7 @@ def apart(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_inference_is_one_operator(name, calls):
+def test_blocks_are_one_operator_in_inference(name, calls):
     model, (_, _, class_token) = make(name), MODELS[name]
     theirs, blocks = outputs(model, images()), apart(model)
     expected = outputs(blocks, images())
@@ -143,7 +143,7 @@ def test_inference_is_one_operator(name, calls):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 224, 16), (3, 40, 8), (2, 21, 7)], ids=str)
-def test_sizes(shape, dtype, calls):
+def test_results_for_shapes_and_dtypes(shape, dtype, calls):
     batch, size, patch = shape
     torch.manual_seed(0)
     model = of_timm(img_size=size, patch_size=patch, embed_dim=66, num_heads=3).eval().to(dtype)
@@ -159,7 +159,7 @@ def test_sizes(shape, dtype, calls):
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_gradients_and_training_run_one_by_one(name, calls):
+def test_blocks_run_one_by_one_with_gradients_or_in_training(name, calls):
     model = make(name)
     vit_triton.accelerate(model, "triton", strict=True)
     (out, *_) = tensors(model(images()))
@@ -216,7 +216,7 @@ RUNS: dict[str, tuple[Callable[[nn.Module], object], list[tuple[int, bool]]]] = 
 
 
 @pytest.mark.parametrize("case", RUNS)
-def test_what_could_tell_the_difference_runs_apart(case, calls):
+def test_observable_blocks_run_apart(case, calls):
     change, runs = RUNS[case]
     model = make()
     expected = apart(model)
@@ -276,7 +276,7 @@ def block_name(name: str) -> str:
     return "encoder_layer_1" if name == "torchvision" else "1"
 
 
-def test_a_hook_in_vit_pytorch_is_a_fallback_of_the_transformer(calls):
+def test_hook_in_vit_pytorch_makes_the_transformer_fall_back(calls):
     model = make("vit_pytorch")
     expected = outputs(model, images())
     vit_triton.accelerate(model, "triton")
@@ -286,7 +286,7 @@ def test_a_hook_in_vit_pytorch_is_a_fallback_of_the_transformer(calls):
     assert seen == [1] and calls == [] and list(vit_triton.fallbacks(model)) == ["transformer"]
 
 
-def test_a_strict_model_raises_for_a_hook_and_not_in_training():
+def test_strict_raises_for_hooks_and_not_in_training():
     model = make()
     vit_triton.accelerate(model, "triton", strict=True)
     model.train()(images())
@@ -333,7 +333,7 @@ def test_global_hooks_fire(calls):
 
 
 @torch.no_grad()
-def test_features_of_timm(calls):
+def test_timm_intermediate_features(calls):
     model = make()
     theirs = copy.deepcopy(model)
     vit_triton.accelerate(model, "triton", strict=True)
@@ -364,7 +364,7 @@ def test_features_only(calls):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["ViT", "DINOv2", "CLIP"])
-def test_hidden_states_of_transformers(name, calls):
+def test_transformers_hidden_states(name, calls):
     model = make(name)
     theirs = model(images(), output_hidden_states=True).hidden_states
     model = make(name)
@@ -377,7 +377,7 @@ def test_hidden_states_of_transformers(name, calls):
 
 
 @torch.no_grad()
-def test_the_layers_of_transformers_are_a_module_list():
+def test_transformers_layers_remain_a_module_list():
     model = make("ViT")
     layers = model.vit.layers
     vit_triton.accelerate(model, "triton")
@@ -394,7 +394,7 @@ def test_the_layers_of_transformers_are_a_module_list():
 
 
 @torch.no_grad()
-def test_a_mask_of_transformers_is_heeded(calls):
+def test_transformers_attention_mask_is_applied(calls):
     model = make("ViT")
     mask = torch.tensor([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1]])
     theirs = outputs(model, images(), attention_mask=mask)
@@ -410,7 +410,7 @@ class Meaning(timm.models.vision_transformer.VisionTransformer):
         return self.head(x.mean(1))
 
 
-def test_a_subclass_with_another_head_gets_all_tokens(calls):
+def test_subclass_with_another_head_receives_all_tokens(calls):
     sizes = {**TIMM, "depth": 2}
     torch.manual_seed(0)
     model = Meaning(**sizes).eval()
@@ -420,7 +420,7 @@ def test_a_subclass_with_another_head_gets_all_tokens(calls):
     assert calls == [(2, False)]
 
 
-def test_a_head_replaced_in_the_class_gets_all_tokens(calls, monkeypatch):
+def test_patched_head_receives_all_tokens(calls, monkeypatch):
     model = make()
     vit_triton.accelerate(model, "triton")
     monkeypatch.setattr(timm.models.vision_transformer.VisionTransformer, "forward_head", Meaning.forward_head)
@@ -429,7 +429,7 @@ def test_a_head_replaced_in_the_class_gets_all_tokens(calls, monkeypatch):
     assert calls == [(4, False)]
 
 
-def test_a_part_replaced_in_the_class_is_computed(calls, monkeypatch):
+def test_patched_part_is_computed(calls, monkeypatch):
     model = make()
     vit_triton.accelerate(model, "triton")
     monkeypatch.setattr(Mlp, "forward", lambda self, x: torch.zeros_like(x))
@@ -457,7 +457,7 @@ def test_copies_and_restore(name, calls):
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_prepacked(name, calls):
+def test_prepacked_models_have_equal_results(name, calls):
     model = make(name)
     vit_triton.accelerate(model, "triton")
     expected = outputs(model, images())
@@ -500,7 +500,7 @@ def test_exports_without_the_encoder(name, calls):
     assert calls == []
 
 
-def test_the_choices_of_accelerate(calls):
+def test_blocks_require_all_parts(calls):
     model = make()
     theirs = outputs(model, images())
     report = vit_triton.accelerate(model, "triton", mlp=False)
@@ -508,7 +508,7 @@ def test_the_choices_of_accelerate(calls):
     assert calls == [] and "one operator" not in str(report)
 
 
-def test_blocks_of_another_kind_are_not_listed(calls):
+def test_containers_of_unsupported_blocks_are_not_listed(calls):
     torch.manual_seed(0)
     model = of_timm(qk_norm=True).eval()
     theirs = outputs(model, images())

@@ -133,7 +133,7 @@ def runtimes_by_eager_models(monkeypatch):
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision", "Hugging Face"])
-def test_an_accelerated_model_runs_on_the_kernels_with_the_same_weights(library):
+def test_accelerated_model_runs_on_the_kernels_with_equal_weights(library):
     plain = models.LIBRARIES[library](TINY)
     made = models.variants("cpu", False)[f"vit_triton {library}"].make(plain, TINY).eval()
     weights = made.state_dict()
@@ -150,7 +150,7 @@ def test_variants_of_cpus_are_not_on_gpus():
     assert only < cpu.keys() and not only & cuda.keys() and {"vit_triton timm", "timm compiled"} < cuda.keys()
 
 
-def test_what_is_not_installed_or_lacks_a_dtype_is_left_out_and_said(monkeypatch, capsys):
+def test_unavailable_libraries_are_reported(monkeypatch, capsys):
     def lacking(name):
         return None if name in ("openvino", "transformers") else object()
 
@@ -193,7 +193,7 @@ class Net(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("module", "runtime"), [("onnxruntime", "OnnxRuntime"), ("openvino", "OpenVino")])
-def test_a_runtime_computes_what_the_model_does(module, runtime):
+def test_runtime_has_the_results_of_the_model(module, runtime):
     pytest.importorskip(module, reason=f"{module} is not installed; openvino is in the extra bench-cpu only")
     model, image = Net(), torch.randn(2, 3, 4)
     made = getattr(runtimes, runtime)(model)
@@ -401,7 +401,7 @@ def test_defaults_follow_the_device(what, monkeypatch):
         assert {case.dtype for case in seen[1]} == {torch.float32, torch.float16, torch.bfloat16}
 
 
-def test_a_pause_precedes_long_calls_only(monkeypatch):
+def test_pause_precedes_long_calls_only(monkeypatch):
     ticks, events = {"now": 0.0}, []
 
     def call(name, seconds):
@@ -418,7 +418,7 @@ def test_a_pause_precedes_long_calls_only(monkeypatch):
     assert rounds["long"] == pytest.approx([0.02] * timing.MIN_ROUNDS)
 
 
-def test_the_ratios_by_group():
+def test_ratios_by_group():
     """Eager models are compared with ours only, the others also with ours prepacked; a group has its fastest."""
     times = {"vit_triton": 10.0, "vit_triton prepacked": 8.0, "timm": 15.0, "torchvision": 12.0, "OpenVINO": 9.0}
     groups = {"timm": "eager", "torchvision": "eager", "OpenVINO": "runtime", "ONNX Runtime": "runtime"}
@@ -709,7 +709,7 @@ def test_charts_are_drawn(tmp_path, what):
         assert_picture(path)
 
 
-def test_the_chart_of_times_colours_the_groups(tmp_path, monkeypatch):
+def test_chart_of_times_colors_the_groups(tmp_path, monkeypatch):
     report = runner.Report(None, "cpu", command="models")
     result = point("inference", "tokens", 1, 1.0, "timm")
     result.milliseconds |= {"vit_triton prepacked": 0.9, "OpenVINO": 1.1, "timm compiled": 1.5}

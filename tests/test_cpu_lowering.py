@@ -404,7 +404,7 @@ def centre_kernel(x_ptr, w_ptr, y_ptr, M: tl.constexpr, N: tl.constexpr):
     tl.store(y_ptr + offs, y)
 
 
-def test_on_intel_the_store_of_one_row_prefetches_the_rows_that_follow():
+def test_store_of_one_row_prefetches_the_following_rows_on_intel():
     signature = {**POINTERS, "w_ptr": "*fp32"}
 
     def prefetches(*optional, m):

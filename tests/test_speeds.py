@@ -90,7 +90,7 @@ AVX512 = f"{AVX2} avx512f avx512bw avx512dq avx512vl"
         ("GenuineIntel", "sse avx2 fma", ""),
     ],
 )
-def test_the_kind_of_a_cpu(monkeypatch, tmp_path, vendor, flags, kind):
+def test_kind_of_cpu(monkeypatch, tmp_path, vendor, flags, kind):
     monkeypatch.undo()
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: {flags}\n\nprocessor\t: 1\n")
@@ -110,7 +110,7 @@ def test_the_kind_of_a_cpu(monkeypatch, tmp_path, vendor, flags, kind):
 # --- files -------------------------------------------------------------------------------------------------
 
 
-def test_written_and_read_again(home):
+def test_table_can_be_written_and_read(home):
     path = write()
     assert path == home / "acme-avx-512.json"
     table = speeds.read(path)
@@ -118,7 +118,7 @@ def test_written_and_read_again(home):
     assert torch.__version__.startswith(table.torch) and "+" not in table.torch
 
 
-def test_the_shipped_tables_are_valid_and_of_functions_there_are():
+def test_shipped_tables_are_valid():
     paths = sorted(speeds.shipped_path(AMD).parent.glob("*.json"))
     assert speeds.shipped_path(AMD) in paths
     for path in paths:
@@ -128,7 +128,7 @@ def test_the_shipped_tables_are_valid_and_of_functions_there_are():
         assert callable(getattr(F, "layer_norm" if op == "add_layer_norm" else op))
 
 
-def test_the_users_table_goes_before_the_shipped_one(monkeypatch, home):
+def test_user_table_has_priority(monkeypatch, home):
     assert speeds.find(KIND) is None
     path, table = speeds.find(AMD)
     assert path == speeds.shipped_path(AMD) and table.speeds["attention", BF16, False, True] == Speed(1.52)
@@ -144,7 +144,7 @@ def test_the_users_table_goes_before_the_shipped_one(monkeypatch, home):
         auto()
 
 
-def test_the_environment_may_name_a_table_of_a_gpu_or_of_a_cpu(monkeypatch, home):
+def test_environment_variable_may_name_either_type_of_table(monkeypatch, home):
     """Each type of device ignores the tables of the other."""
     path = home / "gpu.json"
     tuned.write(path, tuned.new_table("NVIDIA H200", "sm_90", []))
@@ -178,7 +178,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("spoil", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_a_wrong_file_says_what_is_wrong(spoil, message):
+def test_error_for_an_invalid_file_names_the_field(spoil, message):
     path = write()
     content = json.loads(path.read_text())
     spoil(content)
@@ -189,7 +189,7 @@ def test_a_wrong_file_says_what_is_wrong(spoil, message):
             auto()
 
 
-def test_described():
+def test_description_of_the_table_in_use():
     assert speeds.describe(KIND) == f"{KIND}: no measured speeds; vit-triton tune --device cpu measures them"
     path = write()
     text = speeds.describe(KIND)
@@ -246,7 +246,7 @@ def resolved(monkeypatch, call):
     return seen
 
 
-def test_the_size_of_each_operator(monkeypatch):
+def test_size_that_each_operator_reports(monkeypatch):
     """The elements of the image or the tokens; packed q, k and v count once."""
     x, weight = torch.randn(1, 4, 32), torch.randn(32, 32)
     image = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
@@ -300,7 +300,7 @@ HINT = (
 )
 
 
-def test_the_hint_is_logged_once(caplog):
+def test_hint_is_logged_once(caplog):
     for op in ("mlp", "mlp", "linear"):
         assert auto(op) == "torch"
     assert [(each.name, each.levelno, each.getMessage()) for each in caplog.records] == [
@@ -308,7 +308,7 @@ def test_the_hint_is_logged_once(caplog):
     ]
 
 
-def test_there_is_no_hint_where_it_would_not_help(caplog, monkeypatch):
+def test_no_hint_where_measuring_is_impossible(caplog, monkeypatch):
     auto(dtype=torch.float64)
     backend.resolve_backend("torch", "mlp", torch.empty(2))
     assert not backend._hinted
@@ -322,7 +322,7 @@ def test_there_is_no_hint_where_it_would_not_help(caplog, monkeypatch):
     assert not caplog.records
 
 
-def test_the_report_of_accelerate_has_the_hint():
+def test_accelerate_report_contains_the_hint():
     encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
     note = HINT.removeprefix("vit_triton: ").replace("PyTorch:", "PyTorch on cpu:")
     assert vit_triton.accelerate(encoder).notes == (note,)
@@ -334,7 +334,7 @@ def test_the_report_of_accelerate_has_the_hint():
 
 @COMPILED
 @pytest.mark.skipif(cpu.unsupported_reason() is not None, reason=f"no compiled code: {cpu.unsupported_reason()}")
-def test_a_user_sees_the_hint_and_no_warning(tmp_path):
+def test_hint_is_on_stderr_and_not_a_warning(tmp_path):
     code = (
         "import torch, vit_triton.functional as F\n"
         "from vit_triton.cpu import features\n"
@@ -352,14 +352,14 @@ def test_a_user_sees_the_hint_and_no_warning(tmp_path):
 # --- measuring ---------------------------------------------------------------------------------------------
 
 
-def test_every_operator_is_measured_in_every_way():
+def test_cases_cover_all_operators_and_conditions():
     every = compare.cases([F32, BF16])
     assert len(set(every)) == len(every) == 52 and {case.op for case in every} == set(speeds.OPS)
     assert Key("encoder", F32, True, True) not in every
 
 
 @pytest.mark.parametrize("op", speeds.OPS)
-def test_the_inputs_are_small_and_large(monkeypatch, op):
+def test_inputs_are_small_and_large(monkeypatch, op):
     """The measured calls are in the class of their case."""
     for small in (True, False):
         call = compare.calls(Key(op, F32, False, small))["torch"]
@@ -370,7 +370,7 @@ def test_the_inputs_are_small_and_large(monkeypatch, op):
 @COMPILED
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("op", speeds.OPS)
-def test_all_calls_of_a_case_compute_the_same(monkeypatch, op, gradients):
+def test_calls_of_a_case_have_equal_results(monkeypatch, op, gradients):
     if op == "encoder" and gradients:
         pytest.skip("not measured")
     monkeypatch.setattr(compare, "SMALL", 1)
@@ -407,7 +407,7 @@ def clock(monkeypatch):
     return clock
 
 
-def test_the_time_of_a_case_is_bounded(clock):
+def test_time_per_case_is_limited(clock):
     """A case takes its seconds, or the smallest number of rounds."""
     case = Key("linear", F32, False, True)
     for cost, limit in ((1e-6, 0.25), (1e-3, 0.25), (0.2, 0.3 * (compare.MIN_ROUNDS + 1.01))):
@@ -417,7 +417,7 @@ def test_the_time_of_a_case_is_bounded(clock):
     assert clock.made == 2 * (compare.MIN_ROUNDS + 1)
 
 
-def test_the_command_writes_a_table_that_auto_reads(clock, capsys, home):
+def test_command_writes_a_table_that_auto_reads(clock, capsys, home):
     assert auto("linear", elements=LARGE) == "torch"
     assert main(["tune", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
@@ -435,7 +435,7 @@ def test_the_command_writes_a_table_that_auto_reads(clock, capsys, home):
     assert len(speeds.read(path).speeds) == 52 + 26  # the other dtypes are kept
 
 
-def test_what_was_measured_before_a_stop_is_written(home, capsys):
+def test_interrupted_command_writes_its_results(home, capsys):
     path = home / "table.json"
     first, second = list(SPEEDS.items())[:2]
     compare.write(path, KIND, [first], 1)
@@ -452,7 +452,7 @@ def test_what_was_measured_before_a_stop_is_written(home, capsys):
     assert speeds.read(path).speeds == dict([second])
 
 
-def test_without_compiled_kernels_the_command_says_why(capsys, monkeypatch, home):
+def test_command_without_compiled_kernels_reports_the_reason(capsys, monkeypatch, home):
     monkeypatch.setattr(backend, "why_not_compiled", lambda: "this CPU lacks avx2")
     assert main(["tune", "--device", "cpu"]) == 2 and not home.exists()
     assert "tune: --device cpu requires compiled kernels, but this CPU lacks avx2" in capsys.readouterr().err
