@@ -141,7 +141,7 @@ def test_accelerated_model_runs_on_the_kernels_with_equal_weights(library):
     calls = []
     with ops.override_run(lambda function, args: calls.append(function) or ops.run_on_cpu(function, args)):
         models.inference(made, torch.randn(2, 3, 32, 32))()
-    assert len(calls) == 6  # patch embedding, norm + qkv, attention, projection, norm + MLP, norm
+    assert len(calls) == 3  # patch embedding, encoder, norm
 
 
 def test_variants_of_cpus_are_not_on_gpus():

@@ -627,7 +627,7 @@ def test_info_shows_the_reasons(monkeypatch):
     amd = speeds.read(speeds.shipped_path("AMD AVX-512 BF16"))
     monkeypatch.setattr(backend, "_cpu_table", lambda: amd)
     monkeypatch.setattr(backend, "_torch_reason", backend._torch_reason.__wrapped__)  # without its cache
-    monkeypatch.setattr(backend, "why_not_compiled", lambda: "")
+    monkeypatch.setattr(backend, "not_compiled_reason", lambda: "")
     table = info.choices("cpu")
     cells = [cell for column in table.columns[1:] for cell in column.cells]
     rows = list(table.columns[0].cells)
@@ -638,7 +638,7 @@ def test_info_shows_the_reasons(monkeypatch):
         name, reason = cell.split(": ")
         faster = reason.endswith("x") and float(reason[:-1]) >= speeds.FASTER
         assert name == ("triton" if faster else "torch"), cell
-    monkeypatch.setattr(backend, "why_not_compiled", lambda: "triton is not installed")
+    monkeypatch.setattr(backend, "not_compiled_reason", lambda: "triton is not installed")
     assert info.choices("cpu") == '"auto" on cpu selects torch: triton is not installed'
 
 

@@ -757,6 +757,7 @@ def test_unsupported_platforms_are_reported(what, value, message, monkeypatch):
     monkeypatch.setattr(triton_driver, "_active", None)
     from vit_triton import backend
 
+    monkeypatch.setattr(backend, "_cpu_unsupported_reason", cpu.unsupported_reason)  # without its cache
     with pytest.raises(RuntimeError, match='use backend="torch"') as error:
         backend.cpu_mode()
     assert message in str(error.value)

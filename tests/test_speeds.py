@@ -52,7 +52,7 @@ def home(tmp_path, monkeypatch):
     for name in (ENVIRONMENT_VARIABLE, backend.ENVIRONMENT_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(features, "kind", lambda: KIND)
-    monkeypatch.setattr(backend, "why_not_compiled", lambda: "")
+    monkeypatch.setattr(backend, "not_compiled_reason", lambda: "")
     monkeypatch.setattr(backend, "_hinted", False)
     forget()
     yield tmp_path / "vit_triton" / "tuned"
@@ -216,7 +216,7 @@ def test_auto_selects_by_operator_dtype_gradients_and_size():
 def test_auto_selects_torch_where_the_kernels_do_not_run_compiled(monkeypatch):
     write()
     for reason in ("triton is not installed", ""):
-        monkeypatch.setattr(backend, "why_not_compiled", lambda reason=reason: reason)
+        monkeypatch.setattr(backend, "not_compiled_reason", lambda reason=reason: reason)
         assert auto() == ("torch" if reason else "triton")
 
 
@@ -312,9 +312,9 @@ def test_no_hint_where_measuring_is_impossible(caplog, monkeypatch):
     auto(dtype=torch.float64)
     backend.resolve_backend("torch", "mlp", torch.empty(2))
     assert not backend._hinted
-    monkeypatch.setattr(backend, "why_not_compiled", lambda: "triton is not installed")
+    monkeypatch.setattr(backend, "not_compiled_reason", lambda: "triton is not installed")
     auto()
-    monkeypatch.setattr(backend, "why_not_compiled", lambda: "")
+    monkeypatch.setattr(backend, "not_compiled_reason", lambda: "")
     monkeypatch.setattr(backend, "_hinted", False)
     write()
     forget()
@@ -453,6 +453,6 @@ def test_interrupted_command_writes_its_results(home, capsys):
 
 
 def test_command_without_compiled_kernels_reports_the_reason(capsys, monkeypatch, home):
-    monkeypatch.setattr(backend, "why_not_compiled", lambda: "this CPU lacks avx2")
+    monkeypatch.setattr(backend, "not_compiled_reason", lambda: "this CPU lacks avx2")
     assert main(["tune", "--device", "cpu"]) == 2 and not home.exists()
     assert "tune: --device cpu requires compiled kernels, but this CPU lacks avx2" in capsys.readouterr().err

@@ -143,7 +143,7 @@ def torch_reason(device: torch.device) -> str:
 
 @functools.cache
 def _torch_reason(device: torch.device) -> str:
-    if device.type == "cpu" and not why_not_compiled() and _cpu_table() is None:
+    if device.type == "cpu" and not not_compiled_reason() and _cpu_table() is None:
         return f"the kernels have not been measured on this kind of CPU ({cpu_kind()}); {speeds.COMMAND} measures them"
     if device.type not in _GPU_TYPES:
         return ""
@@ -176,7 +176,7 @@ def auto_reason(op: str, x: torch.Tensor) -> str:
         return torch_reason(x.device) or "the kernels support this GPU"
     if x.device.type != "cpu" and _TRITON_INSTALLED:
         return f"the kernels do not run on {x.device.type}"
-    if reason := why_not_compiled() or torch_reason(x.device):
+    if reason := not_compiled_reason() or torch_reason(x.device):
         return reason
     speed = _cpu_speed(op, x.dtype, torch.is_grad_enabled(), x.numel() <= speeds.SMALL_ELEMENTS, False)
     return f"{speed:.2f}x" if speed else "not measured"
@@ -194,7 +194,7 @@ def _faster_on_cpu(op: str, x: torch.Tensor, elements: int | None, weight: torch
         packed = False
     else:
         packed = weight is not None and not gradients and packing.is_packed(weight)
-    return _cpu_speed(op, x.dtype, gradients, bool(small), packed) >= speeds.FASTER and not why_not_compiled()
+    return _cpu_speed(op, x.dtype, gradients, bool(small), packed) >= speeds.FASTER and not not_compiled_reason()
 
 
 def _cpu_speed(op: str, dtype: torch.dtype, gradients: bool, small: bool, packed: bool) -> float:
@@ -243,13 +243,13 @@ def omit_hint() -> None:
     _hinted = True
 
 
-def why_not_compiled() -> str:
+def not_compiled_reason() -> str:
     """Return the reason why kernels do not run compiled on CPU tensors, or "" if they do."""
     if not _TRITON_INSTALLED:
         return "triton is not installed"
     if _triton()[0]:
         return "the interpreter is for checking results"
-    return _why_not_cpu() or ("" if cpu_mode() == "compiled" else "another Triton driver is active")
+    return _cpu_unsupported_reason() or ("" if cpu_mode() == "compiled" else "another Triton driver is active")
 
 
 def _require_triton(device: torch.device) -> None:
@@ -311,7 +311,7 @@ def _cpu_mode() -> str:
         active = None
     if active is not None and active.get_active_torch_device().type == "cpu":
         return "compiled" if active.get_current_target().backend == "cpu" else "driver"
-    reason = _why_not_cpu()
+    reason = _cpu_unsupported_reason()
     if reason is None:
         return "compiled"
     raise RuntimeError(
@@ -321,7 +321,7 @@ def _cpu_mode() -> str:
 
 
 @functools.cache
-def _why_not_cpu() -> str | None:
+def _cpu_unsupported_reason() -> str | None:
     from vit_triton import cpu
 
     return cpu.unsupported_reason()
@@ -354,7 +354,7 @@ def _warn_once_of_gpu(device: torch.device) -> None:
     _warned_gpus.add(device)
 
 
-_CONSTANTS: tuple[Any, ...] = (_cpu_mode, _cpu_speed, why_not_compiled, torch_reason, _warn_once_of_gpu)
+_CONSTANTS: tuple[Any, ...] = (_cpu_mode, _cpu_speed, not_compiled_reason, torch_reason, _warn_once_of_gpu)
 for _constant in _CONSTANTS:
     _constant._dynamo_marked_constant = True
 

@@ -14,7 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 import vit_triton
-from vit_triton.backend import ENVIRONMENT_VARIABLE, auto_reason, cpu_kind, omit_hint, resolve_backend, why_not_compiled
+from vit_triton.backend import (
+    ENVIRONMENT_VARIABLE,
+    auto_reason,
+    cpu_kind,
+    omit_hint,
+    resolve_backend,
+    not_compiled_reason,
+)
 from vit_triton.names import BACKENDS
 from vit_triton.speeds import table as speeds
 
@@ -70,7 +77,7 @@ def cpu() -> str:
         }[cpu_mode()]
     except (ImportError, RuntimeError) as error:
         mode = f"no kernels: {cpu.unsupported_reason() if not isinstance(error, ImportError) else error}"
-    table = "" if why_not_compiled() else f"; {speeds.describe(cpu_kind())}"
+    table = "" if not_compiled_reason() else f"; {speeds.describe(cpu_kind())}"
     return f"{platform.machine()}, {threads}; {mode}{table}"
 
 

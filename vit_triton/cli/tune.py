@@ -58,12 +58,12 @@ def _tune_gpu(options: argparse.Namespace) -> int:
 
 
 def _tune_cpu(options: argparse.Namespace) -> int:
-    from vit_triton.backend import cpu_kind, why_not_compiled
+    from vit_triton.backend import cpu_kind, not_compiled_reason
     from vit_triton.speeds import table
     from vit_triton.tables import default_path
     from vit_triton.tuning import compare
 
-    if reason := why_not_compiled():
+    if reason := not_compiled_reason():
         raise ValueError(f"tune: --device cpu requires compiled kernels, but {reason}")
     kind = cpu_kind()
     path = options.out or default_path(kind)
