@@ -18,9 +18,9 @@ from vit_triton.backend import (
     ENVIRONMENT_VARIABLE,
     auto_reason,
     cpu_kind,
+    not_compiled_reason,
     omit_hint,
     resolve_backend,
-    not_compiled_reason,
 )
 from vit_triton.names import BACKENDS
 from vit_triton.speeds import table as speeds
