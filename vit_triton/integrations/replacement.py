@@ -84,7 +84,7 @@ def _containing(cls: Any, backend: str | None) -> Any:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not may_fuse_blocks() or cls.forward is not trusted:
+        if is_portable() or not may_fuse_blocks() or cls.forward is not trusted:
             return cls.forward(self, *args, **kwargs)
         return container.run(functools.partial(cls.forward, self), self, backend, args, kwargs)
 
