@@ -18,7 +18,6 @@ import vit_triton
 from vit_triton import functional as F
 from vit_triton.integrations.recipes import accelerated_class, container_for
 
-pytestmark = pytest.mark.compiled
 
 TERMS = 96  # length of the longest sum
 TIMM = dict(img_size=16, patch_size=8, embed_dim=24, num_heads=2, num_classes=5, depth=4, init_values=0.1)
