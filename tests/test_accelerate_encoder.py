@@ -18,7 +18,6 @@ import vit_triton
 from vit_triton import functional as F
 from vit_triton.integrations.recipes import accelerated_class, container_for
 
-
 TERMS = 96  # length of the longest sum
 TIMM = dict(img_size=16, patch_size=8, embed_dim=24, num_heads=2, num_classes=5, depth=4, init_values=0.1)
 HF = dict(hidden_size=24, num_attention_heads=2, num_hidden_layers=4, image_size=16, patch_size=8, num_labels=5)
