@@ -284,7 +284,7 @@ def test_permission_is_requested_once_on_cpus_with_amx(vendor, flags, granted, e
     # without AMX, Intel's CPUs widen bfloat16
     bf16_words = features.multiplies_bf16(names)
     assert bf16_words == (expected or vendor != "GenuineIntel" and "avx512_bf16" in flags)
-    assert CPUDriver(",".join(names)).panels[1:] == (((torch.bfloat16, 32, 2),) if bf16_words else ())
+    assert CPUDriver(",".join(names)).panels[1:] == (((torch.bfloat16, (32, 2)),) if bf16_words else ())
 
 
 def test_tiles_are_requested_from_linux(monkeypatch):

@@ -237,8 +237,14 @@ def panels(weight: Tensor) -> Tensor | None:
     from vit_triton.kernels.linear.pack import pack_weight
 
     layout = dot_panel(weight.dtype)
-    with use_cpu_driver():
-        return None if layout is None else entry.copy(weight, layout, lambda x: pack_weight(x, *layout))
+    if layout is None:
+        return None
+
+    def pack(x: Tensor) -> Tensor:
+        with use_cpu_driver():  # not for a cached copy: with a GPU, it takes a lock
+            return pack_weight(x, *layout)
+
+    return entry.copy(weight, layout, pack)
 
 
 def in_image_order(weight: Tensor, image: Tensor, patch_size: tuple[int, int], patch_order: str) -> Tensor | None:

@@ -189,10 +189,10 @@ class CPUDriver(DriverBase):
         self.no_switch = contextlib.nullcontext(self.device)
         names = self.target.arch.split(",")
         columns = features.register_block(names).columns
-        # dtype, columns, values per word of the panels that tl.dot reads in place, see panels.py
-        self.panels: tuple[tuple[torch.dtype, int, int], ...] = ((torch.float32, columns, 1),)
+        # dtype, (columns, values per word) of the panels that tl.dot reads in place, see panels.py
+        self.panels: tuple[tuple[torch.dtype, tuple[int, int]], ...] = ((torch.float32, (columns, 1)),)
         if features.multiplies_bf16(names):
-            self.panels += ((torch.bfloat16, columns, 2),)
+            self.panels += ((torch.bfloat16, (columns, 2)),)
 
     @classmethod
     def is_active(cls) -> bool:
@@ -224,8 +224,7 @@ def dot_panel(dtype: torch.dtype) -> tuple[int, int] | None:
     """(columns, values per word) of the panels that ``tl.dot`` reads in place as its second operand, see
     :mod:`vit_triton.cpu.panels`; None if it must pack that dtype, or if kernels are not compiled for the CPU."""
     launch_driver = _launch_driver()
-    panels = launch_driver.panels if isinstance(launch_driver, CPUDriver) else ()
-    return next(((columns, word) for x, columns, word in panels if x == dtype), None)
+    return dict(launch_driver.panels).get(dtype) if isinstance(launch_driver, CPUDriver) else None
 
 
 _lock = threading.RLock()

@@ -28,7 +28,7 @@ def target_of(device: torch.device) -> Target:
 
 
 @functools.cache
-def _target_of_cpu(arch: str, panels: tuple[tuple[torch.dtype, int, int], ...]) -> Target:
+def _target_of_cpu(arch: str, panels: tuple[tuple[torch.dtype, tuple[int, int]], ...]) -> Target:
     return replace(target_named("cpu"), features=tuple(arch.split(",")), panels=panels)
 
 

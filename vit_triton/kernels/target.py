@@ -36,11 +36,11 @@ class Target:
     device: str = ""
     tuned: Tuned | None = None
     features: tuple[str, ...] = ()
-    panels: tuple[tuple[torch.dtype, int, int], ...] = ()
+    panels: tuple[tuple[torch.dtype, tuple[int, int]], ...] = ()
 
     def panel(self, dtype: torch.dtype) -> tuple[int, int] | None:
         """The layout of packed weights of a dtype, see :func:`.linear.pack.pack_weight`; None if not supported."""
-        return next(((panel, word) for x, panel, word in self.panels if x == dtype), None)
+        return dict(self.panels).get(dtype)
 
     def uses_amx(self, dtype: torch.dtype) -> bool:
         """Whether products of a dtype use the tiles of AMX."""
