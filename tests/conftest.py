@@ -127,6 +127,19 @@ def launcher_modules():
     return [importlib.import_module(".".join(("vit_triton.kernels", *name))) for name in names if name[-1] != "config"]
 
 
+@pytest.fixture(scope="module")
+def own_gemm():
+    """Use our GEMM kernels even where the target prefers the vendor's GEMM."""
+    from vit_triton.kernels.picker import override_choice
+    from vit_triton.kernels.target import Target
+
+    forget_recordings()
+    with pytest.MonkeyPatch.context() as patch, override_choice(lambda picker, args: picker.default(*args)):
+        patch.setattr(Target, "prefers_vendor_gemm", lambda self, dtype: False)
+        yield
+    forget_recordings()
+
+
 @pytest.fixture
 def small_tiles(monkeypatch, request):
     """Several tiles in every direction; by default, one of the interpreter's tiles covers most tests' inputs."""

@@ -10,7 +10,7 @@ from precision import DTYPES, assert_as_precise, assert_same, double, run
 from vit_triton import functional as F
 from vit_triton import reference
 
-pytestmark = pytest.mark.compiled
+pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("own_gemm")]
 
 EPS = 1e-5
 

@@ -12,7 +12,7 @@ from vit_triton import functional as F
 from vit_triton import reference
 from vit_triton.checks import ACTIVATIONS
 
-pytestmark = pytest.mark.compiled
+pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("own_gemm")]
 
 
 def derivatives(z, activation):

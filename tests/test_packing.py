@@ -21,12 +21,14 @@ from torch.nn.utils import parametrize
 
 import vit_triton
 from vit_triton import packing
-from vit_triton.cpu.driver import use_cpu_driver
+from vit_triton.cpu.driver import launch_driver, use_cpu_driver
 from vit_triton.kernels import launch
+from vit_triton.kernels.device import target_of_driver
 from vit_triton.kernels.linear import forward as linear
 from vit_triton.kernels.linear import pack
 from vit_triton.modules import FeedForward
 
+pytestmark = pytest.mark.usefixtures("own_gemm")
 compiled_only = pytest.mark.skipif(
     INTERPRETER or EMULATOR, reason="weights are packed only where kernels are compiled for the CPU"
 )
@@ -95,7 +97,7 @@ def test_panels_contain_the_weight(n, k, how, dtype, panel, word):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_panels_are_read_in_place(dtype):
     """Packed weights make the kernel's scratch memory smaller: it reads panels in place."""
-    layout = vit_triton.cpu.driver.dot_panel(dtype)
+    layout = dict(launch_driver().panels).get(dtype)
     if layout is None:
         return  # this CPU widens bfloat16
     x, weight = torch.randn(16, 256).to(dtype), torch.randn(32, 256).to(dtype)
@@ -379,7 +381,7 @@ def test_each_weight_is_packed_once(make, dtype, packed):
             model(x)
     products = 8 + (make is our_vit)  # its head runs on the kernels too
     # float16, and bfloat16 on some CPUs, is widened while the GEMM packs it
-    assert len(packed) == (products if vit_triton.cpu.driver.dot_panel(dtype) is not None else 0)
+    assert len(packed) == (products if target_of_driver(launch_driver()).panel(dtype) is not None else 0)
 
 
 @compiled_only

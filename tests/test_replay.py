@@ -25,6 +25,8 @@ from vit_triton.cpu import driver
 from vit_triton.kernels import launch, replay
 from vit_triton.kernels.norm.layer_norm import layer_norm_fwd
 
+RECORDERS = {"CPU": driver.record_launches, "GPU": launch.record_launches}
+
 
 @pytest.fixture(autouse=True)
 def nothing_recorded():
@@ -136,6 +138,26 @@ def test_function_with_pytorch_operations_is_not_replayed():
     for _ in range(2):
         x = torch.randn(5, 16)
         torch.testing.assert_close(replayed(function, x), torch.nn.functional.layer_norm(x, (16,)) + 1)
+
+
+@pytest.mark.parametrize("one_block", [False, True])
+@pytest.mark.parametrize("recorder", RECORDERS)
+def test_gemms_and_sums_of_pytorch_are_replayed(recorder, one_block):
+    def function(x, weight, bias):
+        y = torch.addmm(bias, x, weight[2:].T)
+        first = torch.mm(y.T, x[:, 1:])
+        del y
+        return first, torch.sum(first, [0], dtype=torch.float64), layer_norm_fwd(first, None, None, eps=1e-5)[0]
+
+    recordings = []
+    for _ in range(3):
+        x, weight, bias = torch.randn(7, 20), torch.randn(13, 40)[:, ::2], torch.randn(11)
+        first = (x @ weight[2:].T + bias).T @ x[:, 1:]
+        expected = first, first.double().sum(0), torch.nn.functional.layer_norm(first, (19,))
+        results = replayed(function, x, weight, bias, recorder=RECORDERS[recorder], one_block=one_block)
+        torch.testing.assert_close(results, expected)
+        recordings += [recording for each in replay._recordings.values() for recording in each.values()]
+    assert len(recordings) == 3 and recordings[0] is not None and len(set(map(id, recordings))) == 1
 
 
 def test_view_of_memory_shared_by_arguments_is_not_replayed():
@@ -308,9 +330,6 @@ def mix(a, b, y, factor):
     launch.launch(mix_kernel, (1,), a, a_ptr=a, b_ptr=b, y_ptr=y, n=n, factor=factor, BLOCK=512)
 
 
-RECORDERS = {"CPU": driver.record_launches, "GPU": launch.record_launches}
-
-
 @pytest.mark.parametrize("one_block", [False, True])
 @pytest.mark.parametrize("recorder", RECORDERS)
 def test_recording_holds_no_tensor(recorder, one_block):
@@ -371,7 +390,7 @@ def test_memory_is_reused_for_another_size_while_recording(recorder, one_block):
     assert sizes == ([-(-4 * size // 64) * 64] if one_block else [4 * size - 32, 4 * size])
 
 
-STEPS = st.tuples(st.sampled_from(["new", "new", "into", "view", "free", "free"]), *[st.integers(0, 40)] * 3)
+STEPS = st.tuples(st.sampled_from(["new", "new", "gemm", "into", "view", "free", "free"]), *[st.integers(0, 40)] * 3)
 
 
 @given(
@@ -394,6 +413,11 @@ def test_fuzz_replayed_functions(steps, arguments, recorder, one_block):
                 y = torch.empty(2 * n if c % 3 == 0 else n)
                 for half in y.split(n):
                     mix(left, right, half, float(i))
+                pool.append(y)
+                made.append(weakref.ref(y))
+            elif what == "gemm":
+                n = min(len(left), len(right))
+                y = torch.mm(left[:n, None], right[None, :n])[0]
                 pool.append(y)
                 made.append(weakref.ref(y))
             elif what == "view":

@@ -370,7 +370,7 @@ def test_inputs_are_small_and_large(monkeypatch, op):
 @COMPILED
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("op", speeds.OPS)
-def test_calls_of_a_case_have_equal_results(monkeypatch, op, gradients):
+def test_calls_of_a_case_have_equal_results(monkeypatch, own_gemm, op, gradients):
     if op == "encoder" and gradients:
         pytest.skip("not measured")
     monkeypatch.setattr(compare, "SMALL", 1)

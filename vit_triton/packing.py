@@ -50,11 +50,14 @@ _finalizers: weakref.WeakKeyDictionary[nn.Module, weakref.finalize[..., Any]] = 
 def prepack(model: nn.Module) -> nn.Module:
     """Freeze a model for inference on a CPU: its weights are packed on first use and cached.
 
-    Without prepack, every call packs the weights. The cached copies take as much memory as the weights.
+    Without prepack, every call packs the weights. The cached copies take at most as much memory as the weights.
 
-    **Later edits have no effect.** Writes that change neither the address nor the version counter of a parameter
-    (``p.data[0] = 0``, ``p.detach().numpy()[0] = 0``, a fused optimizer, another process) are ignored. Other writes
-    make the next call raise RuntimeError. To change a weight, call :func:`unpack`, edit it, and call ``prepack`` again.
+    Linear layers in float32 on Intel CPUs use PyTorch's GEMM, for which nothing is packed.
+
+    **Do not edit a prepacked model.** Writes that change neither the address nor the version counter of a parameter
+    (``p.data[0] = 0``, ``p.detach().numpy()[0] = 0``, a fused optimizer, another process) are not detected, and have no
+    effect where a packed copy is used. Other writes make the next call raise RuntimeError. To change a weight, call
+    :func:`unpack`, edit it, and call ``prepack`` again.
 
     Backend "torch", autocast, ``torch.compile`` and GPUs use the parameters directly. Copies made by ``deepcopy`` or
     ``pickle`` are not prepacked.
@@ -233,10 +236,12 @@ def panels(weight: Tensor) -> Tensor | None:
     entry = _entry(weight)
     if entry is None:
         return None
-    from vit_triton.cpu.driver import dot_panel, use_cpu_driver
+    from vit_triton.cpu.driver import launch_driver, use_cpu_driver
+    from vit_triton.kernels.device import target_of_driver
     from vit_triton.kernels.linear.pack import pack_weight
 
-    layout = dot_panel(weight.dtype)
+    active = launch_driver()  # None in the interpreter
+    layout = None if active is None else target_of_driver(active).panel(weight.dtype)
     if layout is None:
         return None
 

@@ -220,13 +220,6 @@ class CPUDriver(DriverBase):
         raise NotImplementedError("the CPU driver does not benchmark")
 
 
-def dot_panel(dtype: torch.dtype) -> tuple[int, int] | None:
-    """(columns, values per word) of the panels that ``tl.dot`` reads in place as its second operand, see
-    :mod:`vit_triton.cpu.panels`; None if it must pack that dtype, or if kernels are not compiled for the CPU."""
-    launch_driver = _launch_driver()
-    return dict(launch_driver.panels).get(dtype) if isinstance(launch_driver, CPUDriver) else None
-
-
 _lock = threading.RLock()
 
 
@@ -257,7 +250,7 @@ _NOTHING = contextlib.nullcontext()
 _INTERPRETING = isinstance(triton.language.cdiv, InterpretedFunction)
 
 
-def _launch_driver() -> Any:
+def launch_driver() -> Any:
     """The driver for launches on CPU tensors, which may not be active yet; None in the interpreter."""
     if _INTERPRETING:
         return None
@@ -272,7 +265,7 @@ def _launch_driver() -> Any:
 def use_cpu_driver() -> contextlib.AbstractContextManager[int | None]:
     """Context manager: Triton launches on CPU tensors. Yields the device number of the CPU driver, or None if the
     interpreter or another active driver runs the launches."""
-    launch_driver = _launch_driver()
-    if not isinstance(launch_driver, CPUDriver):
+    ours = launch_driver()
+    if not isinstance(ours, CPUDriver):
         return _NOTHING
-    return launch_driver.no_switch if driver.active is launch_driver else _switch_driver(driver.active)
+    return ours.no_switch if driver.active is ours else _switch_driver(driver.active)

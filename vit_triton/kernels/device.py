@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from triton.runtime import driver
@@ -19,11 +20,14 @@ def target_of(device: torch.device) -> Target:
     """
     if INTERPRETING:
         return target_named("interpreter")
-    if device.type != "cpu":
-        return target_of_gpu(device)
-    target = driver.active.get_current_target()
+    return target_of_driver(driver.active) if device.type == "cpu" else target_of_gpu(device)
+
+
+def target_of_driver(active: Any) -> Target:
+    """The target of a Triton driver."""
+    target = active.get_current_target()
     if target.backend == "cpu":
-        return _target_of_cpu(str(target.arch), driver.active.panels)
+        return _target_of_cpu(str(target.arch), active.panels)
     return target_named(f"sm_{target.arch}" if target.backend == "cuda" else target.arch)
 
 

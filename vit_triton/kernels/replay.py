@@ -2,8 +2,9 @@
 
 The launches of a function depend on the shapes, strides and dtypes of its tensors and on its other arguments; only
 addresses change between calls. :func:`replay` runs the function once with its launches recorded instead of started.
-Later calls allocate the results and start the same compiled code, which skips the function's Python code. A function
-that does more than allocate, take views and launch is called normally every time.
+Later calls allocate the results and start the same compiled code, which skips the function's Python code. The vendor's
+GEMM and the other operations in `_RECORDED` are recorded like launches. A function that does more than this, allocate
+and take views is called normally every time.
 """
 
 import itertools
@@ -21,6 +22,13 @@ from triton import knobs
 from vit_triton.kernels.launch import add_to_cache, float32_precision, last_gemm
 
 _ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
+# PyTorch's operations that are recorded, by their overload without the argument ``out`` -> with it
+_aten = torch.ops.aten
+_RECORDED = {
+    _aten.mm.default: _aten.mm.out,
+    _aten.addmm.default: _aten.addmm.out,
+    _aten.sum.dim_IntList: _aten.sum.IntList_out,
+}
 _MAX_RECORDED = 4096  # a bound, because the number of shapes is unlimited
 _ALIGN = 64
 
@@ -32,6 +40,31 @@ class Launch(Protocol):
     def values(self) -> Sequence[Any]: ...
 
     def start(self, values: Sequence[Any]) -> None: ...
+
+
+class _View(NamedTuple):
+    shape: Sequence[int]
+    stride: Sequence[int]
+    dtype: torch.dtype
+
+    def at(self, x: Tensor, offset: int) -> Tensor:
+        """The view that starts ``offset`` bytes after the start of ``x``."""
+        x = x if x.dtype == self.dtype else x.view(self.dtype)
+        return x.as_strided(self.shape, self.stride, x.storage_offset() + offset // x.element_size())
+
+
+class _Call(NamedTuple):
+    """A recorded call of one of PyTorch's operations. The last of ``values`` is the argument ``out``; tensors are
+    replaced by None and have ``views``."""
+
+    op: Callable[..., Any]
+    values: Sequence[Any]
+    keywords: dict[str, Any]
+    views: list[_View]
+
+    def start(self, values: Sequence[Any]) -> None:
+        with torch.no_grad():
+            self.op(*values[:-1], **self.keywords, out=values[-1])
 
 
 # a context manager: each launch calls the given function with (launch, [(position, tensor)]) and is not started
@@ -49,12 +82,12 @@ class _Allocation(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A launch. ``allocations``: memory allocated before it; ``pointers``: (slot, index of the address, offset), where
-    the addresses are those of the arguments, followed by all allocations in order; ``freed``: allocations freed after
-    it."""
+    """A launch or a call. ``allocations``: memory allocated before it; ``pointers``: (slot, index of the address,
+    offset), where the addresses are those of the arguments, followed by all allocations in order; ``freed``:
+    allocations freed after it."""
 
     allocations: list[_Allocation]
-    launch: Launch
+    launch: Launch | _Call
     pointers: list[tuple[int, int, int]]
     freed: list[int]
 
@@ -66,17 +99,22 @@ class _Recording:
     one_result: bool
     device: torch.device
 
-    def run(self, addresses: list[int]) -> Any:
-        memory: list[Tensor | None] = []
-        device = self.device
+    def run(self, arguments: list[Tensor], addresses: list[int]) -> Any:
+        memory: list[Any] = []
+        device, inputs = self.device, len(arguments)
         for allocations, launch, pointers, freed in self.steps:
             for _, _, shape, stride, dtype in allocations:
                 x = torch.empty_strided(shape, stride, dtype=dtype, device=device)  # faster than `empty`
                 memory.append(x)
                 addresses.append(x.data_ptr())
             values = [*launch.values]
-            for slot, which, offset in pointers:
-                values[slot] = addresses[which] + offset
+            if isinstance(launch, _Call):
+                for view, (slot, which, offset) in zip(launch.views, pointers, strict=True):
+                    x = arguments[which] if which < inputs else memory[which - inputs]
+                    values[slot] = view.at(x, offset)
+            else:
+                for slot, which, offset in pointers:
+                    values[slot] = addresses[which] + offset
             launch.start(values)
             for which in freed:
                 memory[which] = None
@@ -98,6 +136,7 @@ def replay(
     with ``one_block`` allocated as one block.
     """
     first: dict[int, int] = {}  # which argument is the first at an address
+    arguments: list[Tensor] = []
     addresses: list[int] = []
     key: list[Any] = [function, device_key]
     for x in _flatten(args):
@@ -112,6 +151,7 @@ def replay(
                 address % 16,
                 first.setdefault(address, len(addresses)),
             )
+            arguments.append(x)
             addresses.append(address)
         else:
             key.append(x)
@@ -123,15 +163,17 @@ def replay(
         known = entry.get("" if "" in entry else float32_precision(), _NEW)
     runtime = knobs.runtime
     if known is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
-        return function(*args)
+        with torch.no_grad():  # the function may call PyTorch's operations
+            return function(*args)
     if known is _NEW:
         last_gemm.precision = ""
         _expect_one_device(args)
         known = _record(function, args, recorder, one_block)
         add_to_cache(_recordings, call, {**(entry or {}), last_gemm.precision: known}, _MAX_RECORDED)
         if known is None:
-            return function(*args)
-    return known.run(addresses)
+            with torch.no_grad():
+                return function(*args)
+    return known.run(arguments, addresses)
 
 
 def _expect_one_device(args: Sequence[Any]) -> None:
@@ -177,11 +219,21 @@ class _Storages:
 
 
 class _RecordingMode(TorchDispatchMode):
-    def __init__(self, storages: _Storages) -> None:
+    def __init__(self, storages: _Storages, add: Callable[[_Call, list[tuple[int, Tensor]]], None]) -> None:
         super().__init__()
         self.storages = storages
+        self.add = add
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op in _RECORDED:
+            result = op(*args, **(kwargs or {}))  # for its shape; the arguments can contain anything
+            self.storages.add(result)
+            values = [*args, result]
+            tensors = [(i, x) for i, x in enumerate(values) if isinstance(x, Tensor)]
+            views = [_View(x.shape, x.stride(), x.dtype) for _, x in tensors]
+            values = [None if isinstance(x, Tensor) else x for x in values]
+            self.add(_Call(_RECORDED[op], values, kwargs or {}, views), tensors)
+            return result
         if op.overloadpacket.__name__ in _ALLOCATIONS:
             result = op(*args, **(kwargs or {}))
             self.storages.add(result)
@@ -204,7 +256,7 @@ class _TensorStart(NamedTuple):
 
 
 class _RecordedLaunch(NamedTuple):
-    launch: Launch
+    launch: Launch | _Call
     tensors: list[tuple[int, _TensorStart]]  # by slot
 
 
@@ -217,6 +269,9 @@ def _record(
     storages = _Storages()
     inputs = [(storages.add(x), _start(x)) for x in arguments]
     launches: list[_RecordedLaunch] = []
+
+    def add(launch: Launch | _Call, at: list[tuple[int, Tensor]]) -> None:
+        launches.append(_RecordedLaunch(launch, [(slot, locate(x)) for slot, x in at]))
 
     def locate(x: Tensor) -> _TensorStart:
         storage, start = storages.number(x), _start(x)
@@ -237,12 +292,7 @@ def _record(
 
     of_arguments = range(len(storages.sizes))
     try:
-        with (
-            recorder(
-                lambda launch, at: launches.append(_RecordedLaunch(launch, [(slot, locate(x)) for slot, x in at]))
-            ),
-            _RecordingMode(storages),
-        ):
+        with torch.no_grad(), recorder(add), _RecordingMode(storages, add):
             result = function(*args)
         results = list(result) if isinstance(result, tuple) else [result]
         result_storages = [storages.number(x) for x in results]

@@ -40,11 +40,16 @@ class Target:
 
     def panel(self, dtype: torch.dtype) -> tuple[int, int] | None:
         """The layout of packed weights of a dtype, see :func:`.linear.pack.pack_weight`; None if not supported."""
-        return dict(self.panels).get(dtype)
+        return None if self.prefers_vendor_gemm(dtype) else dict(self.panels).get(dtype)
 
     def uses_amx(self, dtype: torch.dtype) -> bool:
         """Whether products of a dtype use the tiles of AMX."""
         return dtype == torch.bfloat16 and "amx_bf16" in self.features
+
+    def prefers_vendor_gemm(self, dtype: torch.dtype) -> bool:
+        """Whether PyTorch's GEMM is used for linear layers. In float32 on Intel CPUs, it was 1.1 to 1.4 times as fast
+        as ours (docs/cpu.md)."""
+        return dtype == torch.float32 and "intel" in self.features
 
     @property
     def packs_once(self) -> bool:

@@ -126,8 +126,6 @@ def linear_bwd_input(
     `dropout_bwd` handles the dropout after it.
     """
     (m, n), k = dy.shape, weight.shape[1]
-    dx = dy.new_empty(m, k, dtype=weight.dtype)
-    hidden = torch.empty_like(dx) if with_hidden else None
     target = target_of(dy.device)
     precision = input_precision(weight.dtype, target)
     epilogue = Epilogue.of(elementwise=pre is not None, branch=branch.scales, dropout=dropout.p > 0)
@@ -137,6 +135,10 @@ def linear_bwd_input(
         dy = torch.mm(_scaled(dy, weight.dtype, branch=branch._replace(samples=None)), weight)
         if pre is None and branch.samples is None:
             return dy, None
+        dx = dy  # the epilogue overwrites the product
+    else:
+        dx = dy.new_empty(m, k, dtype=weight.dtype)
+    hidden = torch.empty_like(dx) if with_hidden else None
     panels = None if multiplied else pack_once(weight.T, m, config.block_m, target)
     if panels is not None:
         config = replace(config, block_n=panels.shape[2])
@@ -262,7 +264,8 @@ def linear_bwd_weight(
     config = pick_linear_bwd_weight(m, n, k, dtype, target, precision, epilogue)
     if isinstance(config, VendorGemm):
         dy = _scaled(dy, dtype, branch=Branch(samples=samples))
-        dweight, dbias = torch.mm(dy.T, x.to(dtype)), dy.sum(0, dtype=torch.float32) if with_bias else None
+        dweight = torch.mm(dy.T, x.to(dtype))
+        dbias = torch.sum(dy, 0, dtype=torch.float32) if with_bias else None
         if layer_scale is not None:
             bias_partials = None if dbias is None else dbias[None]
             return layer_scale_bwd(dweight.float()[None], bias_partials, layer_scale, weight, bias)

@@ -66,7 +66,7 @@ class GemmConfig(CompilerOptions):
 @dataclass(frozen=True)
 class VendorGemm(GemmConfig):
     """The GEMM of the vendor's library; the epilogue is one pass of our kernel over its result, in tiles of ``block_m``
-    x ``block_n``. Selected by tuned tables only."""
+    x ``block_n``. Selected by tuned tables, and where :attr:`.Target.prefers_vendor_gemm`."""
 
     block_m: int = 32
     block_n: int = 128
@@ -150,8 +150,8 @@ def pick_linear_fwd(
     m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
 ) -> GemmConfig:
     """Tiles of ``linear_fwd_kernel`` ((m, k) -> (m, n))."""
-    if target.packs_once and dtype == torch.float32:
-        return _pick_prefetching(m, n, k, 256)
+    if target.prefers_vendor_gemm(dtype):
+        return VendorGemm()
     tile = pick_gemm(tokens(m, target), n, k, dtype, target, precision, epilogue)
     if dtype == torch.float32 or epilogue is Epilogue.NONE:
         return tile
@@ -167,14 +167,6 @@ def pick_linear_fwd(
     return tile
 
 
-def _pick_prefetching(m: int, n: int, k: int, block_k: int) -> GemmConfig:
-    """Tiles of a GEMM on a CPU that prefetches the lines of the result. With many rows, the weight is packed once
-    (`pack_once`), and the results of 64 rows stay in the L1 cache."""
-    if m > 512:
-        return clipped(GemmConfig(64, 64, block_k, 1, 1, group=4), m, n, k)
-    return clipped(GemmConfig(256, 64, 256, 1, 1), m, n, k)
-
-
 def _candidates_linear_bwd_input(m, n, k, dtype, target, precision, epilogue):
     return [*candidates_gemm(tokens(m, target), k, n, dtype), VendorGemm()]
 
@@ -184,8 +176,8 @@ def pick_linear_bwd_input(
     m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
 ) -> GemmConfig:
     """Tiles of ``linear_bwd_input_kernel`` ((m, n) -> (m, k), depth n)."""
-    if target.packs_once and dtype == torch.float32:
-        return _pick_prefetching(m, k, n, 1024)
+    if target.prefers_vendor_gemm(dtype):
+        return VendorGemm()
     tile = pick_gemm(tokens(m, target), k, n, dtype, target, precision, epilogue)
     if dtype == torch.float32 or epilogue is Epilogue.NONE:
         return tile
@@ -220,6 +212,8 @@ def pick_linear_bwd_weight(
 ) -> GemmConfig:
     """Tiles of ``linear_bwd_weight_kernel`` ((n, k), depth m) and the split-K factor; an elementwise ``epilogue`` is
     the gradient of a bias."""
+    if target.prefers_vendor_gemm(dtype):
+        return VendorGemm()
     tile = pick_bwd_weight(m, n, k, dtype, target, precision, epilogue)
     if dtype == torch.float32 or epilogue is Epilogue.NONE or target.family not in ("sm_90", "sm_100"):
         return tile

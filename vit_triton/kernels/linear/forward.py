@@ -25,8 +25,8 @@ Hendrycks & Gimpel (2016, arXiv:1606.08415).
 
 No kernel uses atomics: the sum over tokens in `dweight` uses split-K, and the partial sums are added in a fixed order.
 
-If a tuned table selects `VendorGemm`, the vendor's library computes the GEMM and the same kernels apply the epilogue in
-one pass over its result. The result is then rounded to the weight's dtype before the epilogue, one rounding more than
+With `VendorGemm`, the vendor's library computes the GEMM and the same kernels apply the epilogue in one pass over its
+result. The result is then rounded to the weight's dtype before the epilogue, one rounding more than
 in the fused kernel. Factors in front of a GEMM (s and gamma of dy) take a separate pass with its own memory, rounded as
 in the fused kernel; the dropout masks are the same.
 """
@@ -134,8 +134,7 @@ def linear_fwd(
     ``multiplied``: x (M, N) is the result of the GEMM, and only shape and dtype of the weight are used.
     """
     (m, k), n = x.shape, weight.shape[0]
-    y = x.new_empty(m, n, dtype=output_dtype(weight, residual, branch.layer_scale))
-    pre = x.new_empty(m, n, dtype=weight.dtype) if save_pre else None
+    dtype = output_dtype(weight, residual, branch.layer_scale)
     target = target_of(x.device)
     precision = input_precision(weight.dtype, target)
     epilogue = Epilogue.of(
@@ -144,10 +143,18 @@ def linear_fwd(
         dropout=dropout.p > 0,
     )
     config = pick_linear_fwd(m, n, k, weight.dtype, target, precision, epilogue)
+    y = pre = None
     if isinstance(config, VendorGemm) and not multiplied:
-        x, multiplied = torch.mm(x.to(weight.dtype), weight.T), True
-        if bias is None and pre is None and epilogue is Epilogue.NONE and x.dtype == y.dtype:
-            return x, None
+        x = x.to(weight.dtype)
+        if epilogue is Epilogue.NONE and not save_pre and dtype == weight.dtype:
+            return (torch.mm(x, weight.T) if bias is None else torch.addmm(bias.to(dtype), x, weight.T)), None
+        x, multiplied = torch.mm(x, weight.T), True
+        # the epilogue overwrites the product
+        pre, y = (x, None) if save_pre else (None, x if dtype == x.dtype else None)
+    if y is None:
+        y = x.new_empty(m, n, dtype=dtype)
+    if pre is None and save_pre:
+        pre = x.new_empty(m, n, dtype=weight.dtype)
     if multiplied:
         config, panels = VendorGemm(), None
     elif panels is None:
