@@ -48,7 +48,7 @@ KERNELS = {
     for module in launcher_modules()
     for name, value in vars(module).items()
     if isinstance(value, JITFunction) and name.endswith("_kernel")
-} - {"pack_weight_kernel"}  # runs on CPUs only
+} - {"pack_weight_kernel", "patch_embed_gather_kernel"}  # run on CPUs only
 # lines that access one number per row or column; all other accesses are rows
 VECTORS = re.compile(
     r"\b(lse|delta|dlse|((pre|post)_)?(mean|rstd)|std|d?bias|pre_(weight|bias))_ptr \+"

@@ -13,7 +13,7 @@ from vit_triton import functional as F
 from vit_triton import reference
 from vit_triton.checks import PATCH_ORDERS
 
-pytestmark = pytest.mark.compiled
+pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("own_gemm")]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -1,10 +1,12 @@
 """linear and mlp with the vendor's GEMM: the same error bounds, gradients and dropout masks as with our kernels."""
 
+import dataclasses
 import itertools
 
 import pytest
 import test_linear
 import test_mlp
+import test_patch_embed
 import torch
 from conftest import forget_recordings
 from precision import DTYPES, assert_same
@@ -17,7 +19,7 @@ from vit_triton.kernels.linear import config
 from vit_triton.kernels.linear import forward as linear_forward
 from vit_triton.kernels.linear.config import Epilogue, GemmConfig, VendorGemm
 from vit_triton.kernels.picker import PICKERS
-from vit_triton.kernels.target import target_named
+from vit_triton.kernels.target import Target, target_named
 
 pytestmark = pytest.mark.compiled
 
@@ -143,7 +145,29 @@ def test_vendor_gemm_is_called(vendor, monkeypatch):
     assert sorted(products) == sorted([*forward, *backward, ((n, m), (m, h)), ((h, m), (m, k))])
 
 
-def test_only_tuned_tables_choose_the_vendor_gemm():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layout", "order", "pre", "post"),
+    [("uint8", "p1 p2 c", True, True), ("crop", "c p1 p2", False, False), ("channels_last", "c p1 p2", True, False)],
+)
+def test_patch_embedding(monkeypatch, layout, order, pre, post, dtype):
+    forget_recordings()
+    monkeypatch.setattr(Target, "prefers_vendor_gemm", lambda self, dtype: True)
+    inputs = test_patch_embed.make_inputs(2, 3, (3, 5), (4, 7), 50, dtype, layout=layout, prefix=1 + pre)
+    values = dict(mean=test_patch_embed.MEAN, std=test_patch_embed.STD) if layout == "uint8" else {}
+    test_patch_embed.check(inputs, pre=pre, post=post, patch_size=(4, 7), patch_order=order, **values)
+
+
+def test_intel_cpus_use_the_vendor_gemm_in_float32():
+    for features in (("avx2", "intel"), ("avx512f", "intel"), ("avx512f", "avx512_bf16"), ("avx2",)):
+        target = dataclasses.replace(target_named("cpu"), features=features)
+        for name, dtype in itertools.product(PICKERS, DTYPES):
+            if VendorGemm in PICKERS[name].kinds:
+                choice = getattr(config, name)(1576, 768, 768, dtype, target, "ieee", Epilogue.NONE)
+                assert isinstance(choice, VendorGemm) == ("intel" in features and dtype == torch.float32)
+
+
+def test_elsewhere_only_tuned_tables_choose_the_vendor_gemm():
     for name, picker in PICKERS.items():
         if VendorGemm not in picker.kinds:
             continue

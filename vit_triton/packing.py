@@ -10,12 +10,15 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vit_triton.checks import check_module
+
+if TYPE_CHECKING:
+    from vit_triton.kernels.target import Target
 
 __all__ = ["prepack", "unpack"]
 
@@ -231,17 +234,25 @@ def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
             yield from _tensors(x)
 
 
+def _target() -> Target | None:
+    """Return the target of launches on CPU tensors, or None in the interpreter."""
+    from vit_triton.cpu.driver import launch_driver
+    from vit_triton.kernels.device import target_of_driver
+
+    active = launch_driver()
+    return None if active is None else target_of_driver(active)
+
+
 def panels(weight: Tensor) -> Tensor | None:
     """Return the packed panels of a weight, or None if it is not prepacked or its dtype does not use panels."""
     entry = _entry(weight)
     if entry is None:
         return None
-    from vit_triton.cpu.driver import launch_driver, use_cpu_driver
-    from vit_triton.kernels.device import target_of_driver
+    from vit_triton.cpu.driver import use_cpu_driver
     from vit_triton.kernels.linear.pack import pack_weight
 
-    active = launch_driver()  # None in the interpreter
-    layout = None if active is None else target_of_driver(active).panel(weight.dtype)
+    target = _target()
+    layout = None if target is None else target.panel(weight.dtype)
     if layout is None:
         return None
 
@@ -254,9 +265,9 @@ def panels(weight: Tensor) -> Tensor | None:
 
 def in_image_order(weight: Tensor, image: Tensor, patch_size: tuple[int, int], patch_order: str) -> Tensor | None:
     """Return the weight of a patch embedding with its columns in the memory order of ``image``, or None if it is not
-    prepacked."""
-    entry = _entry(weight)
-    if entry is None:
+    prepacked or read in its own order."""
+    entry, target = _entry(weight), _target()
+    if entry is None or target is not None and target.prefers_vendor_gemm(weight.dtype):
         return None
     from vit_triton.kernels.patch_embed.patches import patch_layout
 

@@ -8,6 +8,8 @@ rows[m] + columns[k], which supports any strides (channels_last, a crop, an expa
 order of the image; if the weight's order differs, the weight, which is small, is reordered. uint8 images are converted
 to (a / 255 - mean_c) / std_c on load. (Dosovitskiy et al.: An Image is Worth 16x16 Words, arXiv:2010.11929.)
 
+Where the target prefers the vendor's GEMM, u is written to memory, in the weight's column order, and multiplied there.
+
 The backward pass saves the image, z with a post_norm, and the statistics of both norms. With xhat = (a - mean_m) *
 rstd_m and G = dz.T @ xhat, the gradients of pre_norm do not need du:
 
@@ -25,7 +27,7 @@ import triton.language as tl
 from vit_triton.arguments import Norm
 from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import contiguous, input_precision, launch
-from vit_triton.kernels.norm.config import check_layer_norm_width, pick_layer_norm
+from vit_triton.kernels.norm.config import MAX_LAYER_NORM_WIDTH, check_layer_norm_width, pick_layer_norm
 from vit_triton.kernels.norm.statistics import row_statistics
 from vit_triton.kernels.patch_embed.config import pick_patch_embed_fwd
 from vit_triton.kernels.patch_embed.patches import (
@@ -119,13 +121,45 @@ def patch_embed_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["n_rows"])
+def patch_embed_gather_kernel(
+    image_ptr, pre_weight_ptr, pre_bias_ptr, pre_mean_ptr, pre_rstd_ptr, mean_ptr, std_ptr, out_ptr,
+    stride_ib, stride_ic, stride_ih, stride_iw,
+    n_rows, n_patches, grid_w,
+    C: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows of u; CHANNELS_LAST is the order of its columns."""
+    K: tl.constexpr = C * PATCH_H * PATCH_W
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < n_rows
+    mask_k = offs_k < K
+    rows = row_offsets(offs_m, n_patches, grid_w, stride_ib, stride_ih, stride_iw, PATCH_H, PATCH_W)
+    columns = column_offsets(offs_k, stride_ic, stride_ih, stride_iw, C, PATCH_H, PATCH_W, CHANNELS_LAST)
+    channel = channel_of(offs_k, C, PATCH_H, PATCH_W, CHANNELS_LAST)
+    mask = mask_m[:, None] & mask_k[None, :]
+    u = load_patches(image_ptr + rows[:, None] + columns[None, :], mask, mean_ptr, std_ptr, channel, mask_k)
+    u = u.to(tl.float32)  # [BLOCK_M, BLOCK_K]
+    if pre_mean_ptr is not None:
+        pre_mean = tl.load(pre_mean_ptr + offs_m, mask=mask_m, other=0.0)
+        pre_rstd = tl.load(pre_rstd_ptr + offs_m, mask=mask_m, other=0.0)
+        u = (u - pre_mean[:, None]) * pre_rstd[:, None]
+    if pre_weight_ptr is not None:
+        u *= tl.load(pre_weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+    if pre_bias_ptr is not None:
+        u += tl.load(pre_bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+    out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
+    tl.store(out_ptrs, u.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
 def patch_embed_norm_kernel(
     z_ptr, weight_ptr, bias_ptr, pos_ptr, out_ptr, post_mean_ptr, post_rstd_ptr,
     stride_ob,
     n_rows, n_patches, dim, eps,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, NORM: tl.constexpr = True,
 ):  # fmt: skip
-    """BLOCK_M rows of tokens = layer_norm(z) + pos."""
+    """BLOCK_M rows of tokens = layer_norm(z) + pos, without NORM z + pos."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < n_rows
@@ -133,8 +167,10 @@ def patch_embed_norm_kernel(
     mask = mask_m[:, None] & mask_d[None, :]
     z = tl.load(z_ptr + offs_m.to(tl.int64)[:, None] * dim + offs_d[None, :], mask=mask, other=0.0)
     z = z.to(tl.float32)  # [BLOCK_M, BLOCK_D]
-    mean, centred, rstd = row_statistics(z, mask_d[None, :], dim, eps)
-    y = centred * rstd[:, None]
+    y = z
+    if NORM:
+        mean, centred, rstd = row_statistics(z, mask_d[None, :], dim, eps)
+        y = centred * rstd[:, None]
     if weight_ptr is not None:
         y *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
@@ -222,37 +258,60 @@ def patch_embed_fwd(
             num_warps=rows.num_warps,
         )
 
-    z = None if post_norm is None else weight.new_empty((n_rows, dim))
-    out = behind_prefix if z is None else z.view(batch, n_patches, dim)
-    precision = input_precision(weight.dtype, target)
-    config = pick_patch_embed_fwd(n_rows, dim, layout.patch_dim, weight.dtype, target, precision)
-    launch(
-        patch_embed_fwd_kernel,
-        (cdiv(n_rows, config.block_m) * cdiv(dim, config.block_n),),
-        image,
-        **image_args,
-        weight_ptr=layout.from_weight(weight) if arranged is None else arranged,
-        bias_ptr=contiguous(bias),
-        pos_ptr=contiguous(pos) if post_norm is None else None,
-        pre_weight_ptr=pre_weight,
-        pre_bias_ptr=pre_bias,
-        pre_mean_ptr=pre_mean,
-        pre_rstd_ptr=pre_rstd,
-        out_ptr=out,
-        stride_ob=out.stride(0),
-        dim=dim,
-        PRECISION=precision,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP=config.group,
-        **config.options,
-    )
+    z: torch.Tensor | None
+    fits = max(layout.patch_dim, dim) <= MAX_LAYER_NORM_WIDTH  # a program holds a whole row
+    vendor = fits and target.prefers_vendor_gemm(weight.dtype)
+    if vendor:
+        patches = weight.new_empty((n_rows, layout.patch_dim))
+        rows = pick_layer_norm(layout.patch_dim, target)
+        launch(
+            patch_embed_gather_kernel,
+            (cdiv(n_rows, rows.block_m),),
+            image,
+            **image_args | {"CHANNELS_LAST": patch_order == "p1 p2 c"},
+            pre_weight_ptr=contiguous(pre_norm[0]) if pre_norm else None,
+            pre_bias_ptr=contiguous(pre_norm[1]) if pre_norm else None,
+            pre_mean_ptr=pre_mean,
+            pre_rstd_ptr=pre_rstd,
+            out_ptr=patches,
+            BLOCK_M=rows.block_m,
+            BLOCK_K=rows.block_d,
+            num_warps=rows.num_warps,
+        )
+        z = torch.mm(patches, weight.T) if bias is None else torch.addmm(bias.to(weight.dtype), patches, weight.T)
+        del patches
+    else:
+        z = None if post_norm is None else weight.new_empty((n_rows, dim))
+        out = behind_prefix if z is None else z.view(batch, n_patches, dim)
+        precision = input_precision(weight.dtype, target)
+        config = pick_patch_embed_fwd(n_rows, dim, layout.patch_dim, weight.dtype, target, precision)
+        launch(
+            patch_embed_fwd_kernel,
+            (cdiv(n_rows, config.block_m) * cdiv(dim, config.block_n),),
+            image,
+            **image_args,
+            weight_ptr=layout.from_weight(weight) if arranged is None else arranged,
+            bias_ptr=contiguous(bias),
+            pos_ptr=contiguous(pos) if post_norm is None else None,
+            pre_weight_ptr=pre_weight,
+            pre_bias_ptr=pre_bias,
+            pre_mean_ptr=pre_mean,
+            pre_rstd_ptr=pre_rstd,
+            out_ptr=out,
+            stride_ob=out.stride(0),
+            dim=dim,
+            PRECISION=precision,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP=config.group,
+            **config.options,
+        )
 
     post_mean = post_rstd = None
-    if post_norm is not None:
+    if post_norm is not None or vendor:
         check_layer_norm_width(dim)
-        if save:
+        if save and post_norm is not None:
             post_mean, post_rstd = (image.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
         rows = pick_layer_norm(dim, target)
         launch(
@@ -260,8 +319,8 @@ def patch_embed_fwd(
             (cdiv(n_rows, rows.block_m),),
             image,
             z_ptr=z,
-            weight_ptr=contiguous(post_norm[0]),
-            bias_ptr=contiguous(post_norm[1]),
+            weight_ptr=contiguous(post_norm[0]) if post_norm else None,
+            bias_ptr=contiguous(post_norm[1]) if post_norm else None,
             pos_ptr=contiguous(pos),
             out_ptr=behind_prefix,
             post_mean_ptr=post_mean,
@@ -270,11 +329,14 @@ def patch_embed_fwd(
             n_rows=n_rows,
             n_patches=n_patches,
             dim=dim,
-            eps=post_norm[2],
+            eps=post_norm[2] if post_norm else 0.0,
             BLOCK_M=rows.block_m,
             BLOCK_D=rows.block_d,
+            NORM=post_norm is not None,
             num_warps=rows.num_warps,
         )
     if not save:
         return tokens, None, None, None, None, None
+    if post_norm is None:
+        z = None
     return tokens, z, pre_mean, pre_rstd, post_mean, post_rstd
