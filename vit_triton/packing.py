@@ -10,15 +10,12 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vit_triton.checks import check_module
-
-if TYPE_CHECKING:
-    from vit_triton.kernels.target import Target
 
 __all__ = ["prepack", "unpack"]
 
@@ -234,8 +231,8 @@ def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
             yield from _tensors(x)
 
 
-def _target() -> Target | None:
-    """Return the target of launches on CPU tensors, or None in the interpreter."""
+def _target() -> Any:
+    """Return the :class:`.kernels.target.Target` of launches on CPU tensors, or None in the interpreter."""
     from vit_triton.cpu.driver import launch_driver
     from vit_triton.kernels.device import target_of_driver
 
