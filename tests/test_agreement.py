@@ -52,6 +52,10 @@ def heads():
     return dict(q_norm=norm(16), k_norm=norm(16), scale=0.3, dropout_p=0.0, return_lse=True)
 
 
+def rotary():
+    return dict(rope=(R(4, 8), R(4, 8)), rope_prefix=1)
+
+
 def embedding():
     return dict(weight=W(16, 48), bias=R(16), patch_size=4, pre_norm=norm(48), pos=R(4, 16), prefix=R(1, 16))
 
@@ -69,6 +73,10 @@ CALLS = {  # functions with valid arguments
     "attention_packed, normed": (
         F.attention_packed,
         lambda: dict(qkv=R(2, 5, 3, 2, 16), norm_type="rms_norm", **heads()),
+    ),
+    "attention, rotary": (
+        F.attention,
+        lambda: dict(q=R(2, 5, 2, 16), k=R(2, 5, 2, 16), v=R(2, 5, 2, 16), rope_layout="half", **rotary()),
     ),
     "linear": (F.linear, lambda: dict(x=R(2, 5, 16), weight=W(8, 16), bias=R(8), **branch())),
     "mlp": (
