@@ -227,8 +227,8 @@ def test_empty_batch():
 
 
 def test_bitwise_reproducible():
-    inputs = make(3, 70, 2, 72, torch.bfloat16)
-    rope = tables("sample", 3, 2, 69, 36)
+    inputs = make(2, 19, 2, 16, torch.bfloat16)
+    rope = tables("sample", 2, 2, 18, 8)
     results = []
     for _ in range(2):
         copies = [x.clone() for x in inputs]
