@@ -173,7 +173,9 @@ def attention_packed(
 def _attention_backend(backend: str | None, x: Tensor, elements: int, rope: Rope | None) -> str:
     """Resolve the backend of attention; the kernels have no gradient of the tables of ``rope``."""
     name = resolve_backend(backend, "attention", x, elements=elements)
-    if name == "torch" or rope is None or not _needs_autograd(*rope):
+    if name == "torch" or rope is None or not torch.is_grad_enabled():
+        return name
+    if not any([table.requires_grad for table in rope]):
         return name
     if backend_name(backend) == "auto":
         return "torch"
