@@ -175,7 +175,7 @@ def _attention_backend(backend: str | None, x: Tensor, elements: int, rope: Rope
     name = resolve_backend(backend, "attention", x, elements=elements)
     if name == "torch" or rope is None or not torch.is_grad_enabled():
         return name
-    if not any([table.requires_grad for table in rope]):
+    if not any(table.requires_grad for table in rope):
         return name
     if backend_name(backend) == "auto":
         return "torch"
