@@ -152,17 +152,19 @@ def small_tiles(monkeypatch, request):
         if module.__name__.endswith("sum_parts"):
             continue
         for name in [name for name in vars(module) if name.startswith("pick_")]:
-            if "attention" in name:
+            if name == "pick_rotary":
+                config = None
+            elif "attention" in name:
                 config = AttentionConfig(32, 16, 4, 1)
             else:
                 config = GemmConfig(32, 16, 16, 4, 1, group=2, split=4 if "weight" in name else 1)
-            if "norm" not in name:
+            if "norm" not in name and config is not None:
                 monkeypatch.setattr(module, name, lambda *args, config=config: config)
                 continue
-            pick = getattr(module, name)
+            pick, partials = getattr(module, name), {} if config is None else {"partials": 3}
 
-            def small(*args, pick=pick, **options):
-                return dataclasses.replace(pick(*args, **options), block_m=2, partials=3)
+            def small(*args, pick=pick, partials=partials, **options):
+                return dataclasses.replace(pick(*args, **options), block_m=2, **partials)
 
             monkeypatch.setattr(module, name, small)
 

@@ -441,10 +441,6 @@ def causal(model: nn.Module) -> None:
         layer.self_attn.is_causal = True
 
 
-def one_bias_less(model: nn.Module) -> None:
-    model.encoder.layers[0].self_attn.v_proj.bias = None
-
-
 def pooling_without_bias(model: nn.Module) -> None:
     model.head.attention.in_proj_bias = None
 
@@ -457,7 +453,6 @@ def another_gate(model: nn.Module) -> None:
     "family, change, why",
     [
         ("siglip", causal, "causal attention"),
-        ("siglip", one_bias_less, "only some of the projections have a bias"),
         ("siglip", pooling_without_bias, "attention: no bias"),
         ("dinov2", another_gate, "gate activation is not SiLU"),
     ],

@@ -52,6 +52,10 @@ def heads():
     return dict(q_norm=norm(16), k_norm=norm(16), scale=0.3, dropout_p=0.0, return_lse=True)
 
 
+def rotary():
+    return dict(rope=(R(4, 8), R(4, 8)), rope_prefix=1)
+
+
 def embedding():
     return dict(weight=W(16, 48), bias=R(16), patch_size=4, pre_norm=norm(48), pos=R(4, 16), prefix=R(1, 16))
 
@@ -69,6 +73,10 @@ CALLS = {  # functions with valid arguments
     "attention_packed, normed": (
         F.attention_packed,
         lambda: dict(qkv=R(2, 5, 3, 2, 16), norm_type="rms_norm", **heads()),
+    ),
+    "attention, rotary": (
+        F.attention,
+        lambda: dict(q=R(2, 5, 2, 16), k=R(2, 5, 2, 16), v=R(2, 5, 2, 16), rope_layout="half", **rotary()),
     ),
     "linear": (F.linear, lambda: dict(x=R(2, 5, 16), weight=W(8, 16), bias=R(8), **branch())),
     "mlp": (
@@ -181,6 +189,16 @@ NORMS = {  # replacements of a norm
     "a module": lambda parts: nn.LayerNorm(16),
     "text": lambda parts: "abc",
 }
+ROPES = {  # replacements of tables of rotary positions
+    "None": lambda tables: None,
+    "per pair": lambda tables: tuple(table[..., :4] for table in tables),
+    "per head": lambda tables: tuple(table.expand(1, 2, -1, -1) for table in tables),
+    "too long": lambda tables: tuple(table.repeat(2, 1) for table in tables),
+    "in float16": lambda tables: tuple(table.half() for table in tables),
+    "a list": list,
+    "of three": lambda tables: (*tables, tables[0]),
+    "text": lambda tables: "ab",
+}
 BLOCKS = {  # replacements of blocks
     "a tuple": tuple,
     "an iterator": iter,
@@ -204,7 +222,7 @@ def places(value, path=()):
         yield from places(value[0], (*path, 0))
     elif isinstance(value, tuple):
         if not isinstance(value, F.Block):
-            yield path, NORMS
+            yield path, ROPES if path[0] == "rope" else NORMS
         for i, part in enumerate(value):
             yield from places(part, (*path, i))
     else:
@@ -251,7 +269,8 @@ def outcome(call, changes, mode, backend, double=False):
         arguments = doubled(arguments)
     tensors = list(tensors_of(arguments))
     if mode == "gradients of all":
-        tensors = [x.requires_grad_() if differentiable(x) else x for x in tensors]
+        tables = {id(x) for x in tensors_of(arguments.get("rope"))}  # the kernels have no gradient of them
+        tensors = [x.requires_grad_() if differentiable(x) and id(x) not in tables else x for x in tensors]
     leaves = [x for x in tensors if x.requires_grad]
     try:
         with MODES[mode]():
@@ -282,7 +301,10 @@ def type_and_message(error):
     return type(error), re.sub(r"\bj\d+", "j", str(error))  # jagged sizes are numbered
 
 
-def is_float64_rejection(error):
+def requires_torch(error):
+    """Whether the kernels reject what PyTorch supports: float64 and gradients of rotary tables."""
+    if isinstance(error, NotImplementedError):
+        return "no gradient of cos and sin of rope" in str(error)
     return isinstance(error, TypeError) and 'torch.float64: backend "triton" supports' in str(error)
 
 
@@ -302,7 +324,7 @@ def assert_agree(call, changes, mode):
         if isinstance(theirs, Exception):
             assert_ours(theirs)
             assert isinstance(ours, Exception), f'"torch" raises {theirs!r}, "triton" computes'
-        elif is_float64_rejection(ours):
+        elif requires_torch(ours):
             return
         assert isinstance(theirs, Exception), f'"triton" raises {ours!r}, "torch" computes'
         assert type_and_message(ours) == type_and_message(theirs)

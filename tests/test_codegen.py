@@ -278,6 +278,7 @@ def every_pick(arch, dtype):
     widths = {
         "pick_layer_norm": powers,
         "pick_qk_norm": range(1, 257),
+        "pick_rotary": range(1, 129),
         "pick_layer_scale_bwd": powers,
         "pick_swiglu": powers,
         "pick_sum_parts": parts,

@@ -22,6 +22,14 @@ def packed(qkv, **options):
     return F.attention_packed(R(qkv) if isinstance(qkv, tuple) else qkv, backend="triton", **options)
 
 
+def rope(*rows):
+    return R(*rows, 16), R(*rows, 16)
+
+
+def rotary(rope, **options):
+    return packed((1, 4, 3, 2, 16), rope=rope, **options)
+
+
 def linear(x=(5, 8), weight=(4, 8), bias=None, **options):
     x, weight, bias = (R(a) if isinstance(a, tuple) else a for a in (x, weight, bias))
     return F.linear(x, weight, bias, backend="triton", **options)
@@ -99,6 +107,33 @@ CASES = {
     "k_norm is not a triple": (
         lambda: packed((1, 4, 3, 2, 16), k_norm=R(16)), TypeError, ["k_norm", "(weight, bias, eps)", "Tensor"]),
     "unknown norm_type": (lambda: attention(norm_type="batch"), ValueError, ["norm_type", "'rms_norm'", "'batch'"]),
+    # rotary positions
+    "rope of other lengths": (lambda: attention(rope=rope(4)), ValueError, ["rope", "one length", "4 and 5"]),
+    "rope is one tensor": (lambda: rotary(R(4, 16)), TypeError, ["rope", "(cos, sin)", "Tensor"]),
+    "rope is a triple": (lambda: rotary((R(4, 16),) * 3), TypeError, ["rope", "(cos, sin)", "tuple of 3"]),
+    "cos is numpy": (lambda: rotary((np.zeros((4, 16)), R(4, 16))), TypeError, ["cos of rope", "numpy.ndarray"]),
+    "sin in another dtype": (
+        lambda: rotary((R(4, 16), R(4, 16).half())), TypeError, ["sin of rope", "float32", "float16"]),
+    "sin on another device": (
+        lambda: rotary((R(4, 16), torch.empty(4, 16, device="meta"))), ValueError, ["sin of rope", "cpu", "meta"]),
+    "cos and sin of two shapes": (
+        lambda: rotary((R(4, 16), R(4, 8))), ValueError, ["cos and sin of rope", "(4, 16)", "(4, 8)"]),
+    "rope of too few tokens": (
+        lambda: rotary(rope(4), rope_prefix=1), ValueError, ["rope", "(3, columns)", "rope_prefix=1", "(4, 16)"]),
+    "rope of another batch": (
+        lambda: rotary(rope(2, 1, 4)), ValueError, ["rope", "(1 or 1, 2 or 1, 4, columns)", "(2, 1, 4, 16)"]),
+    "rope of other heads": (lambda: rotary(rope(1, 3, 4)), ValueError, ["rope", "2 or 1", "(1, 3, 4, 16)"]),
+    "rope of rank 3": (lambda: rotary(rope(2, 4)), ValueError, ["rope", "(4, columns)", "(2, 4, 16)"]),
+    "rope of odd columns": (
+        lambda: rotary((R(4, 15), R(4, 15))), ValueError, ["rope", "even number", "head size 16", "(4, 15)"]),
+    "rope wider than a head": (lambda: rotary((R(4, 18), R(4, 18))), ValueError, ["rope", "head size 16", "(4, 18)"]),
+    "rope without columns": (lambda: rotary((R(4, 0), R(4, 0))), ValueError, ["rope", "1 to 8", "(4, 0)"]),
+    "rope_prefix beyond the tokens": (
+        lambda: rotary(rope(4), rope_prefix=5), ValueError, ["rope_prefix", "at most", "4", "5"]),
+    "negative rope_prefix": (lambda: rotary(rope(4), rope_prefix=-1), ValueError, ["rope_prefix", "at least 0", "-1"]),
+    "rope_prefix is a float": (lambda: rotary(rope(4), rope_prefix=1.0), TypeError, ["rope_prefix", "integer", "1.0"]),
+    "unknown rope_layout": (
+        lambda: rotary(rope(4), rope_layout="pairs"), ValueError, ["rope_layout", "'interleaved'", "'pairs'"]),
     "unknown backend": (
         lambda: F.attention(*[R(1, 4, 2, 16)] * 3, backend="cuda"), ValueError, ["backend", "'triton'", "'cuda'"]),
     # linear, mlp

@@ -35,6 +35,20 @@ def sample(name, dtype=torch.float32):
         return tensors, lambda f, t, **o: f(
             t[0], q_norm=(t[1], None, 1e-5), k_norm=(t[2], None, 1e-5), **norm_type, **o
         )
+    if name.startswith("rotary"):
+        table = torch.linspace(0.5, 1, 32).view(4, 8)
+
+        def rope(x):
+            cos = table[: x.shape[1] - 1]
+            layout = "interleaved" if "packed" in name else "half"
+            return dict(rope=(cos, cos - 0.2), rope_prefix=1, rope_layout=layout)
+
+        if name == "rotary normed":
+            norms = lambda t: dict(q_norm=(t[3], None, 1e-5), k_norm=(t[4], None, 1e-5))  # noqa: E731
+            tensors = [*(rand(2, 5, 2, 16) for _ in range(3)), rand(16), rand(16)]
+            return tensors, lambda f, t, **o: f(*t[:3], **norms(t), **rope(t[0]), **o)
+        shapes = [(2, 5, 3, 2, 16)] if name == "rotary packed" else [(2, 5, 2, 16)] * 3
+        return [rand(*shape) for shape in shapes], lambda f, t, **o: f(*t, **rope(t[0]), **o)
     if name == "linear":
         tensors = [rand(2, 5, 16), rand(8, 16), rand(8), rand(2, 5, 8), rand(16), rand(16), rand(8)]
         return tensors, lambda f, t, **o: f(*t[:3], residual=t[3], norm=(*t[4:6], 1e-5), layer_scale=t[6], **o)
@@ -53,18 +67,19 @@ def sample(name, dtype=torch.float32):
 
 
 FUNCTIONS = ("attention", "attention_packed", "normed attention", "normed packed", "linear", "mlp", "layer_norm")
-FUNCTIONS += ("add_layer_norm", "patch_embed")
+FUNCTIONS += ("add_layer_norm", "patch_embed", "rotary", "rotary packed", "rotary normed")
 
 
 def random(name):
     """Options that make a function draw random numbers."""
     if name in ("linear", "mlp"):
         return [{"dropout_p": 0.5}, {"dropout_p": 0.5, "drop_path_p": 0.5}]
-    return [{"dropout_p": 0.5}] if "attention" in name or "packed" in name else []
+    return [{"dropout_p": 0.5}] if "attention" in name or "packed" in name or "rotary" in name else []
 
 
 def public(name, module=F):
     names = {"add_layer_norm": "layer_norm", "normed attention": "attention", "normed packed": "attention_packed"}
+    names |= {"rotary": "attention", "rotary packed": "attention_packed", "rotary normed": "attention"}
     return getattr(module, names.get(name, name))
 
 

@@ -53,6 +53,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "integrations": {
         *("autocast", "backend", "checks", "fallback", "functional", "models", "modules", "packing", "portable"),
+        "reference",
     },
     "inspection": {"checks", "functional", "modules"},
     "models": {"backend", "checks", "functional", "modules", "weights"},

@@ -6,6 +6,8 @@ from torch import Tensor
 
 # LayerNorm or RMSNorm over the last dimension D: weight (D,) or None, bias (D,) or None, eps
 Norm = tuple[Tensor | None, Tensor | None, float]
+# tables of rotary positions: cos and sin
+Rope = tuple[Tensor, Tensor]
 
 
 class SavedNorm(NamedTuple):

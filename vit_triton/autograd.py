@@ -122,6 +122,29 @@ class NormedAttentionFunction(Function):
         return *_select(grads, ctx.needs_input_grad[:7]), *(None,) * (1 + len(ctx.scalars))
 
 
+class RotaryFunction(Function):
+    """Norms and rotation of q and k. If k is None, q is the packed projection, and so are the result and its gradient.
+
+    Saves the tables, and with norms q and k.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q, k, q_weight, q_bias, k_weight, k_bias, cos, sin, *scalars: Any):
+        norms = q_weight, q_bias, k_weight, k_bias
+        q_out, k_out = _op("rotary_fwd")(q, k, cos, sin, *norms, *scalars)
+        normed = scalars[0] is not None or scalars[1] is not None
+        ctx.save_for_backward(*((q, k) if normed else (None, None)), cos, sin, *norms)
+        ctx.scalars, ctx.packed = scalars, k is None
+        return q_out if k is None else (q_out, k_out)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, dq_out, dk_out=None):
+        dq, dk, *norms = _op("rotary_bwd")(dq_out, dk_out, *ctx.saved_tensors, *ctx.scalars)
+        grads = _select((dq, None if ctx.packed else dk, *norms), ctx.needs_input_grad[:6])
+        return *grads, *(None,) * (2 + len(ctx.scalars))
+
+
 class LinearFunction(Function):
     """x (..., K), residual (..., N).
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn, strided
 
-from vit_triton.arguments import Block, Norm
+from vit_triton.arguments import Block, Norm, Rope
 from vit_triton.autocast import FLOATS as KERNEL_DTYPES
 from vit_triton.autocast import is_autocast_enabled
 from vit_triton.portable import is_portable
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
 NORM_TYPES = ("layer_norm", "rms_norm")
+ROPE_LAYOUTS = ("half", "interleaved")
 PATCH_ORDERS = ("p1 p2 c", "c p1 p2")
 MAX_HEAD_DIM = 256
 MAX_ROWS = 2**31 - 1  # kernels index rows with 32 bits, and the launch grid has the same limit
@@ -149,6 +150,46 @@ def check_head_norms(q: Tensor, q_norm: Norm | None, k_norm: Norm | None, norm_t
     check_choice("norm_type", norm_type, NORM_TYPES)
     check_norm("q_norm", q_norm, q.shape[-1], q)
     check_norm("k_norm", k_norm, q.shape[-1], q)
+
+
+def check_rope(q_shape: Sequence[int], n_k: int, q: Tensor, rope: Rope | None, prefix: int, layout: str) -> None:
+    """Check the tables of rotary positions for queries of ``q_shape``, (B, N, H, D), with device and dtype of ``q``."""
+    check_choice("rope_layout", layout, ROPE_LAYOUTS)
+    check_count("rope_prefix", prefix, at_least=0)
+    batch, n, heads, head_dim = q_shape
+    if prefix > n:
+        raise ValueError(f"rope_prefix must be at most the number of tokens, {n}, got {format_value(prefix)}")
+    if rope is None:
+        return
+    if n != n_k:
+        raise ValueError(f"rope requires q and k of one length, got {n} and {n_k}")
+    if not isinstance(rope, tuple) or len(rope) != 2:
+        came = f"a tuple of {len(rope)}" if isinstance(rope, tuple) else type_name(rope)
+        raise TypeError(f"rope must be a tuple (cos, sin), got {came}")
+    cos, sin = rope
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_tensor(f"{name} of rope", table)
+        if table.dtype not in (torch.float32, q.dtype) and not (
+            q.dtype != torch.float64 and table.dtype in KERNEL_DTYPES and is_autocast_enabled(q.device.type)
+        ):
+            raise TypeError(f"{name} of rope must be float32 or {q.dtype}, got {table.dtype}")
+        if table.device != q.device:
+            raise ValueError(f"{name} of rope must be on {q.device}, got {table.device}")
+    if cos.dtype != sin.dtype or cos.shape != sin.shape:
+        raise ValueError(
+            f"cos and sin of rope must agree in shape and dtype, got {shape_of(cos)}, {cos.dtype} and "
+            f"{shape_of(sin)}, {sin.dtype}"
+        )
+    shape = f"({batch} or 1, {heads} or 1, {n - prefix}, columns) or ({n - prefix}, columns)"
+    fits = cos.ndim in (2, 4) and cos.shape[-2] == n - prefix
+    if not fits or cos.ndim == 4 and (cos.shape[0] not in (1, batch) or cos.shape[1] not in (1, heads)):
+        raise ValueError(f"cos of rope must be {shape} for rope_prefix={format_value(prefix)}, got {shape_of(cos)}")
+    columns = cos.shape[-1]
+    if not 1 <= columns <= head_dim or 2 * columns > head_dim and columns % 2:
+        raise ValueError(
+            f"cos of rope must have an even number of columns up to the head size {head_dim}, one per channel, or 1 to "
+            f"{head_dim // 2}, one per pair, got {shape_of(cos)}"
+        )
 
 
 def hidden_features(name: str, w1: Tensor, activation: str) -> torch.Size:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from vit_triton import autograd, reference
-from vit_triton.arguments import Block, Norm
+from vit_triton.arguments import Block, Norm, Rope
 from vit_triton.autocast import autocast, is_autocast_enabled
-from vit_triton.backend import resolve_backend
+from vit_triton.backend import backend_name, resolve_backend
 from vit_triton.checks import (
     ACTIVATIONS,
     check_alike,
@@ -36,6 +36,7 @@ from vit_triton.checks import (
     check_patch_embed,
     check_probability,
     check_residual,
+    check_rope,
     check_rows,
     check_tensor,
     format_value,
@@ -52,6 +53,9 @@ def attention(
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
     norm_type: str = "layer_norm",
+    rope: Rope | None = None,
+    rope_prefix: int = 0,
+    rope_layout: str = "half",
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -68,13 +72,21 @@ def attention(
         k, v: (B, N_k, H, D), N_k >= 1.
         q_norm, k_norm: norms over D, applied to queries and keys (Dehghani et al. 2023, arXiv:2302.05442, section 2).
         norm_type: type of both norms, "layer_norm" or "rms_norm" (Zhang & Sennrich 2019, arXiv:1910.07467).
+        rope: tables (cos, sin) of rotary positions (Su et al. 2021, arXiv:2104.09864), applied to q and k after the
+            norms, in float32. Each is (B or 1, H or 1, N - rope_prefix, columns) or (N - rope_prefix, columns), float32
+            or the dtype of q, with any strides. Tables with more than D / 2 columns have one per channel, others one
+            per pair of channels. Channels beyond the tables are not rotated. With "triton", tables have no gradient.
+        rope_prefix: number of tokens at the start that are not rotated.
+        rope_layout: "half" pairs channel i with i + D' / 2, where D' is the number of rotated channels (DINOv3);
+            "interleaved" pairs neighbours (EVA-02).
         scale: default 1 / sqrt(D).
         dropout_p: probability of zeroing an attention weight; the others are scaled by 1 / (1 - p).
         return_lse: also return the log-sum-exp of the scaled scores of each row, (B, H, N_q), float32, differentiable.
             An infinite score gives NaN for the log-sum-exp, the row of the softmax and its gradients.
 
     Returns:
-        (B, N_q, H, D), contiguous with "triton". Saved for backward: q, k, v, the result and the log-sum-exp.
+        (B, N_q, H, D), contiguous with "triton". Saved for backward: q, k, v, the result and the log-sum-exp; with
+        ``rope``, also the tables, q and k are the rotated ones, and with norms q and k are saved before the norms, too.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x, 4, "(B, N, H, D)")
@@ -85,8 +97,9 @@ def attention(
         raise ValueError(f"q and k must agree in batch, heads and head size, got {shape_of(q)} and {shape_of(k)}")
     check_attention("q", q.shape, k.shape[1], scale, dropout_p, return_lse)
     check_head_norms(q, q_norm, k_norm, norm_type)
+    check_rope(q.shape, k.shape[1], q, rope, rope_prefix, rope_layout)
     q, k, v = autocast(q, k, v)
-    if resolve_backend(backend, "attention", q) == "torch":
+    if _attention_backend(backend, q, q.numel(), rope) == "torch":
         return reference.attention(
             q,
             k,
@@ -94,11 +107,17 @@ def attention(
             q_norm=q_norm,
             k_norm=k_norm,
             norm_type=norm_type,
+            rope=rope,
+            rope_prefix=rope_prefix,
+            rope_layout=rope_layout,
             scale=scale,
             dropout_p=dropout_p,
             return_lse=return_lse,
         )
     check_kernel_dtype("q", q)
+    if rope is not None:
+        q, k = _rotate(q, k, q_norm, k_norm, norm_type, rope, rope_prefix, rope_layout)
+        q_norm = k_norm = None
     if q_norm is not None or k_norm is not None:
         out, lse = _normed_attention(q, k, v, q_norm, k_norm, norm_type, scale, dropout_p, return_lse)
         return (out, lse) if return_lse else out
@@ -113,6 +132,9 @@ def attention_packed(
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
     norm_type: str = "layer_norm",
+    rope: Rope | None = None,
+    rope_prefix: int = 0,
+    rope_layout: str = "half",
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -124,17 +146,61 @@ def attention_packed(
         raise ValueError(f"qkv must be (B, N, 3, H, D), got {shape_of(qkv)}")
     check_attention("qkv", (*qkv.shape[:2], *qkv.shape[3:]), qkv.shape[1], scale, dropout_p, return_lse)
     check_head_norms(qkv, q_norm, k_norm, norm_type)
+    check_rope((*qkv.shape[:2], *qkv.shape[3:]), qkv.shape[1], qkv, rope, rope_prefix, rope_layout)
     (qkv,) = autocast(qkv)
-    if resolve_backend(backend, "attention", qkv, elements=qkv.numel() // 3) == "torch":
+    if _attention_backend(backend, qkv, qkv.numel() // 3, rope) == "torch":
         norms = dict(q_norm=q_norm, k_norm=k_norm, norm_type=norm_type)
-        return reference.attention_packed(qkv, **norms, scale=scale, dropout_p=dropout_p, return_lse=return_lse)
+        positions = dict(rope=rope, rope_prefix=rope_prefix, rope_layout=rope_layout)
+        options = dict(scale=scale, dropout_p=dropout_p, return_lse=return_lse)
+        return reference.attention_packed(qkv, **norms, **positions, **options)
     check_kernel_dtype("qkv", qkv)
+    if rope is not None:
+        rotary = norm_type, rope, rope_prefix, rope_layout
+        if not _needs_autograd(qkv, *_norm_parts(q_norm)[:2], *_norm_parts(k_norm)[:2]):
+            q, k, v = qkv.unbind(2)  # v is read where it lies
+            q, k = _rotate(q, k, q_norm, k_norm, *rotary)
+            return attention(q, k, v, scale=scale, dropout_p=dropout_p, return_lse=return_lse, backend="triton")
+        qkv = _rotate(qkv, None, q_norm, k_norm, *rotary)
+        q_norm = k_norm = None
     if q_norm is not None or k_norm is not None:
         out, lse = _normed_attention(qkv, None, None, q_norm, k_norm, norm_type, scale, dropout_p, return_lse)
         return (out, lse) if return_lse else out
     arguments = (qkv, _seed(qkv, dropout_p), _scale(scale, qkv), float(dropout_p))
     out, lse = _apply(autograd.AttentionPackedFunction, "attention_packed_fwd", arguments, (qkv,), return_lse)
     return (out, lse) if return_lse else out
+
+
+def _attention_backend(backend: str | None, x: Tensor, elements: int, rope: Rope | None) -> str:
+    """Resolve the backend of attention; the kernels have no gradient of the tables of ``rope``."""
+    name = resolve_backend(backend, "attention", x, elements=elements)
+    if name == "torch" or rope is None or not torch.is_grad_enabled():
+        return name
+    if not any(table.requires_grad for table in rope):
+        return name
+    if backend_name(backend) == "auto":
+        return "torch"
+    raise NotImplementedError(
+        'backend "triton" has no gradient of cos and sin of rope; detach them or use backend="torch"'
+    )
+
+
+def _rotate(
+    q: Tensor,
+    k: Tensor | None,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
+    norm_type: str,
+    rope: Rope,
+    prefix: int,
+    layout: str,
+) -> Any:
+    """Normalise and rotate q and k -> (q, k); if k is None, q is the packed projection, and so is the result."""
+    (q_weight, q_bias, q_eps), (k_weight, k_bias, k_eps) = _norm_parts(q_norm), _norm_parts(k_norm)
+    norms = q_weight, q_bias, k_weight, k_bias
+    scalars = q_eps, k_eps, norm_type == "rms_norm", prefix, layout == "interleaved"
+    if _needs_autograd(q, k, *norms):
+        return autograd.RotaryFunction.apply(q, k, *norms, *rope, *scalars)
+    return torch.ops.vit_triton.rotary_fwd.default(q, k, *rope, *norms, *scalars)
 
 
 def _normed_attention(

@@ -289,6 +289,78 @@ def _normed_attention_bwd_fake(
     return *grads, *_norm_grads(q_weight, q_bias, q_eps is not None), *_norm_grads(k_weight, k_bias, k_eps is not None)
 
 
+# --- rotary position embedding -----------------------------------------------------------------------------
+
+
+_ROTARY = (
+    "Tensor cos, Tensor sin, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, float? q_eps, "
+    "float? k_eps, bool rms, SymInt prefix, bool interleaved"
+)
+
+
+@_register(f"rotary_fwd(Tensor q, Tensor? k, {_ROTARY}) -> (Tensor, Tensor)")
+def _rotary_fwd(q, k, cos, sin, q_weight, q_bias, k_weight, k_bias, q_eps, k_eps, rms, prefix, interleaved):
+    """If k is None, q is the packed projection, and the result is packed."""
+    from vit_triton.kernels.attention.rotary import rotary_fwd_into
+
+    q_out, k_out = _like(q), None if k is None else _like(k)
+    rotary_fwd_into(
+        _unpacked(q_out, k_out),
+        _unpacked(q, k),
+        _norm(q_weight, q_bias, q_eps),
+        _norm(k_weight, k_bias, k_eps),
+        cos,
+        sin,
+        rms=rms,
+        prefix=prefix,
+        interleaved=interleaved,
+    )
+    return q_out, k_out
+
+
+def _unpacked(q: Any, k: Any) -> Any:
+    """Return q, k and v of a packed projection if k is None, else q, k and None."""
+    return q.unbind(2) if k is None else (q, k, None)
+
+
+@_fake("rotary_fwd")
+def _rotary_fwd_fake(q, k, *_):
+    return _like(q), None if k is None else _like(k)
+
+
+@_register(
+    f"rotary_bwd(Tensor dq_out, Tensor? dk_out, Tensor? q, Tensor? k, {_ROTARY}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _rotary_bwd(
+    dq_out, dk_out, q, k, cos, sin, q_weight, q_bias, k_weight, k_bias, q_eps, k_eps, rms, prefix, interleaved
+):
+    from vit_triton.kernels.attention.rotary import rotary_bwd_into
+
+    dq, dk = _like(dq_out), None if dk_out is None else _like(dk_out)
+    norm_grads = rotary_bwd_into(
+        _unpacked(dq, dk),
+        _unpacked(dq_out, dk_out),
+        None if q is None else _unpacked(q, k),
+        _norm(q_weight, q_bias, q_eps),
+        _norm(k_weight, k_bias, k_eps),
+        cos,
+        sin,
+        rms=rms,
+        prefix=prefix,
+        interleaved=interleaved,
+    )
+    return dq, dk, *norm_grads
+
+
+@_fake("rotary_bwd")
+def _rotary_bwd_fake(
+    dq_out, dk_out, q, k, cos, sin, q_weight, q_bias, k_weight, k_bias, q_eps, k_eps, rms, prefix, interleaved
+):
+    norms = *_norm_grads(q_weight, q_bias, q_eps is not None), *_norm_grads(k_weight, k_bias, k_eps is not None)
+    return _like(dq_out), None if dk_out is None else _like(dk_out), *norms
+
+
 # --- linear and mlp ----------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vit_triton.arguments import Block, Norm
+from vit_triton.arguments import Block, Norm, Rope
 
 
 def attention(
@@ -22,11 +22,16 @@ def attention(
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
     norm_type: str = "layer_norm",
+    rope: Rope | None = None,
+    rope_prefix: int = 0,
+    rope_layout: str = "half",
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     q, k = _head_norm(q, q_norm, norm_type), _head_norm(k, k_norm, norm_type)
+    if rope is not None:
+        q, k = (rotate(x, rope, rope_prefix, rope_layout) for x in (q, k))
     # explicit formula: on a CPU, scaled_dot_product_attention returns zeros for NaN queries below 16 rows
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scale = float(scale)  # PyTorch's operators do not support every number type
@@ -52,6 +57,25 @@ def _head_norm(x: Tensor, norm: Norm | None, norm_type: str) -> Tensor:
     y = y * (y.square().mean(-1, keepdim=True) + float(eps)).rsqrt()
     y = y if weight is None else y * weight
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+def rotate(x: Tensor, rope: Rope, prefix: int, layout: str) -> Tensor:
+    """Rotate x (B, N, H, D) by cos and sin, see :func:`.functional.attention`, in float32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    tables = [table.to(wide).transpose(-3, -2) if table.ndim == 4 else table.to(wide)[:, None] for table in rope]
+    if 2 * tables[0].shape[-1] <= x.shape[-1]:  # one angle per pair
+        tables = [t.repeat_interleave(2, -1) if layout == "interleaved" else torch.cat((t, t), -1) for t in tables]
+    width = tables[0].shape[-1]
+    channels = x[:, prefix:, :, :width].to(wide)
+    if layout == "interleaved":
+        a, b = channels.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((-b, a), -1).flatten(-2)
+    else:
+        a, b = channels.chunk(2, -1)
+        turned = torch.cat((-b, a), -1)
+    y = (channels * tables[0] + turned * tables[1]).to(x.dtype)
+    y = y if width == x.shape[-1] else torch.cat((y, x[:, prefix:, :, width:]), -1)
+    return y if prefix == 0 else torch.cat((x[:, :prefix], y), 1)
 
 
 def _norm(x: Tensor, norm: Norm | None) -> Tensor:

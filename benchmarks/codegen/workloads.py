@@ -46,6 +46,8 @@ def each_kernel(dtype: torch.dtype) -> None:
     _patches(_zeros(dtype, BATCH, 3, 224, 224), dtype, 16, WIDTH)
     qkv, normed = _zeros(dtype, BATCH, TOKENS, 3, HEADS, HEAD_DIM), _norm(dtype, HEAD_DIM)
     _differentiate(F.attention_packed(qkv, q_norm=normed, k_norm=normed, backend="triton"))
+    for layout in ("half", "interleaved"):
+        _rotary(dtype, BATCH, TOKENS, HEADS, HEAD_DIM, layout)
     _gated(x, HIDDEN)
     branch = dict(residual=x, layer_scale=_zeros(dtype, WIDTH), drop_path_p=0.1)
     _linear(x, WIDTH, **branch)
@@ -116,6 +118,9 @@ def every_tile(dtype: torch.dtype) -> None:
         qkv = _zeros(dtype, 1, ROWS, 3, 2, head_dim)
         _differentiate(F.attention_packed(qkv, q_norm=norm, k_norm=norm, norm_type=norm_type, backend="triton"))
 
+    for power, layout in itertools.product(range(1, 9), ("half", "interleaved")):
+        _rotary(dtype, 1, ROWS, 2, 2**power, layout)
+
     for width, hidden in WIDTHS:
         x = _zeros(dtype, ROWS, width)
         _mlp(x, width, hidden, norm=_norm(dtype, width), residual=x)
@@ -166,6 +171,13 @@ def _mlp(x: Tensor, width: int, hidden: int, *, expanded: bool = False, **option
     shapes = ((hidden, width), (hidden,), (width, hidden), (width,))
     weights = (_zeros(x.dtype, *shape) for shape in shapes)
     _differentiate(F.mlp(x, *weights, **options, backend="triton"), expanded)
+
+
+def _rotary(dtype: torch.dtype, batch: int, n_tokens: int, heads: int, head_dim: int, layout: str) -> None:
+    """Attention with one prefix token and an angle per channel."""
+    qkv, table = _zeros(dtype, batch, n_tokens, 3, heads, head_dim), torch.zeros(n_tokens - 1, head_dim)
+    rope = dict(rope=(table, table), rope_prefix=1, rope_layout=layout)
+    _differentiate(F.attention_packed(qkv, **rope, backend="triton"))
 
 
 def _gated(x: Tensor, hidden: int, **options: Any) -> None:

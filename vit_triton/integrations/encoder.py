@@ -96,7 +96,7 @@ def is_plain(parts: BlockParts) -> bool:
     """Return whether :func:`vit_triton.functional.encoder` supports blocks of this kind."""
     attention = parts.attention
     required = attention.norm, attention.out_weight, parts.mlp.norm
-    unsupported = attention.q_norm, attention.k_norm, attention.out_norm
+    unsupported = attention.q_norm, attention.k_norm, attention.out_norm, parts.mlp.inner_norm
     return all(part is not None for part in required) and all(part is None for part in unsupported)
 
 

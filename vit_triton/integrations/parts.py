@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
+import torch
+import torch.nn.functional as torch_F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vit_triton import functional as F
+from vit_triton import reference
 from vit_triton.autocast import is_autocast_enabled
 from vit_triton.backend import MAX_NORM_WIDTH
-from vit_triton.checks import KERNEL_DTYPES, MAX_HEAD_DIM, MAX_ROWS
+from vit_triton.checks import KERNEL_DTYPES, MAX_HEAD_DIM, MAX_ROWS, check_rope
 from vit_triton.integrations.recipes import UnsupportedModule, check_members, is_sharded, submodule
 from vit_triton.modules import active_dropout_p
+from vit_triton.packing import concatenated
 
 __all__ = [
     "AttentionParts",
     "BlockParts",
     "Branch",
     "MlpParts",
+    "RotaryInput",
     "activation_of",
     "attend",
+    "attend_rotary",
     "check_head_size",
     "check_input",
     "check_rows",
     "check_tokens",
     "check_weight",
     "compute_block",
+    "compute_rotary_block",
     "dropout_of",
     "feed_forward",
+    "joined_biases",
     "layer_norm_of",
     "linear_of",
     "norm_of",
@@ -47,8 +56,13 @@ class Branch(NamedTuple):
     drop_path_p: float = 0.0
 
 
+# weight, bias and eps of a LayerNorm, or another norm, which runs as a module
+AnyNorm = F.Norm | nn.Module | None
+
+
 class AttentionParts(NamedTuple):
-    """Self-attention: [norm], QKV projection, [q_norm, k_norm], softmax attention, [out_norm], output projection."""
+    """Self-attention: [norm], QKV projection, [q_norm, k_norm], [rotation], softmax attention, [out_norm], output
+    projection."""
 
     heads: int
     scale: float
@@ -56,26 +70,29 @@ class AttentionParts(NamedTuple):
     qkv_bias: Tensor | None
     out_weight: Tensor | None  # None: no output projection
     out_bias: Tensor | None
-    norm: F.Norm | None = None
+    norm: AnyNorm = None
     q_norm: F.Norm | None = None
     k_norm: F.Norm | None = None
     norm_type: str = "layer_norm"  # for q_norm and k_norm
     dropout_p: float = 0.0  # for the attention probabilities
-    out_norm: F.Norm | None = None
+    out_norm: AnyNorm = None
     out_dropout_p: float = 0.0
+    rope_layout: str = "half"
+    rope_prefix: int | None = None  # None: any
 
 
 class MlpParts(NamedTuple):
-    """[norm], projection, activation, projection."""
+    """[norm], projection, activation, [inner_norm], projection."""
 
     w1: Tensor
     b1: Tensor | None
     w2: Tensor
     b2: Tensor | None
     activation: str
-    norm: F.Norm | None = None
+    norm: AnyNorm = None
     hidden_dropout_p: float = 0.0
     dropout_p: float = 0.0
+    inner_norm: AnyNorm = None
 
 
 class BlockParts(NamedTuple):
@@ -87,17 +104,33 @@ class BlockParts(NamedTuple):
     branch2: Branch = Branch()
 
 
-def attend(x: Tensor, parts: AttentionParts, backend: str | None, branch: Branch = Branch()) -> Tensor:  # noqa: B008 - a tuple
+class RotaryInput(NamedTuple):
+    """Tokens, and tables of rotary positions whose rows belong to the last tokens."""
+
+    x: Tensor
+    rope: F.Rope | None
+
+
+def attend(
+    x: Tensor,
+    parts: AttentionParts,
+    backend: str | None,
+    branch: Branch = Branch(),  # noqa: B008 - a tuple
+    rope: F.Rope | None = None,
+) -> Tensor:
     """Compute attention and its branch: (B, N, dim) -> (B, N, dim_out)."""
     check_input(x, parts.qkv_weight, parts.out_weight, branch.layer_scale)
     check_tokens(x)
     check_rows(x.shape[0] * x.shape[1] * parts.heads)
-    qkv = F.linear(x, parts.qkv_weight, parts.qkv_bias, norm=parts.norm, backend=backend)
+    positions = {} if rope is None else rotary_options(x, parts, rope)
+    normed, norm = apply_module(x, parts.norm)
+    qkv = F.linear(normed, parts.qkv_weight, parts.qkv_bias, norm=norm, backend=backend)
     out = F.attention_packed(
         qkv.unflatten(-1, (3, parts.heads, -1)),
         q_norm=parts.q_norm,
         k_norm=parts.k_norm,
         norm_type=parts.norm_type,
+        **positions,
         scale=parts.scale,
         dropout_p=parts.dropout_p,
         backend=backend,
@@ -105,26 +138,69 @@ def attend(x: Tensor, parts: AttentionParts, backend: str | None, branch: Branch
     out = cast(Tensor, out).flatten(2)
     if parts.out_weight is None:
         return out if branch.residual is None else out + branch.residual
+    out, out_norm = apply_module(out, parts.out_norm)
     return F.linear(
         out,
         parts.out_weight,
         parts.out_bias,
-        norm=parts.out_norm,
+        norm=out_norm,
         dropout_p=parts.out_dropout_p,
         **branch._asdict(),
         backend=backend,
     )
 
 
+def rotary_options(x: Tensor, parts: AttentionParts, rope: F.Rope) -> dict[str, Any]:
+    """Return the arguments of attention for tables of rotary positions.
+
+    Raises:
+        UnsupportedModule: The tables require a gradient or do not fit.
+    """
+    if torch.is_grad_enabled() and any(table.requires_grad for table in rope):
+        raise UnsupportedModule("rotary tables require a gradient")
+    head_dim = parts.qkv_weight.shape[0] // 3 // parts.heads
+    prefix = x.shape[1] - rope[0].shape[-2]
+    if rope[0].shape[-1] != head_dim or parts.rope_prefix not in (None, prefix):
+        raise UnsupportedModule("rotary tables do not fit the tokens")
+    try:
+        check_rope((*x.shape[:2], parts.heads, head_dim), x.shape[1], x, rope, prefix, parts.rope_layout)
+    except (TypeError, ValueError) as error:
+        raise UnsupportedModule(str(error)) from error
+    return dict(rope=rope, rope_prefix=prefix, rope_layout=parts.rope_layout)
+
+
+def apply_module(x: Tensor, norm: AnyNorm) -> tuple[Tensor, F.Norm | None]:
+    """Apply a norm that runs as a module; return other norms, which the next operator computes."""
+    return (norm(x), None) if isinstance(norm, nn.Module) else (x, norm)
+
+
+def attend_rotary(given: RotaryInput, parts: AttentionParts, backend: str | None) -> Tensor:
+    return attend(given.x, parts, backend, rope=given.rope)
+
+
 def feed_forward(x: Tensor, parts: MlpParts, backend: str | None, branch: Branch = Branch()) -> Tensor:  # noqa: B008
     """Compute an MLP and its branch: (..., dim) -> (..., dim_out)."""
     check_input(x, parts.w1, parts.w2, branch.layer_scale)
-    return F.mlp(x, **parts._asdict(), **branch._asdict(), backend=backend)
+    x, norm = apply_module(x, parts.norm)
+    options = parts._replace(norm=norm)._asdict()
+    if options.pop("inner_norm") is None:
+        return F.mlp(x, **options, **branch._asdict(), backend=backend)
+    hidden = reference.activate(F.linear(x, parts.w1, parts.b1, norm=norm, backend=backend), parts.activation)
+    hidden = torch_F.dropout(hidden, parts.hidden_dropout_p) if parts.hidden_dropout_p > 0 else hidden
+    hidden, inner_norm = apply_module(hidden, parts.inner_norm)
+    options = dict(norm=inner_norm, dropout_p=parts.dropout_p, **branch._asdict())
+    return F.linear(hidden, parts.w2, parts.b2, **options, backend=backend)
 
 
 def compute_block(x: Tensor, parts: BlockParts, backend: str | None) -> Tensor:
     """Compute a block: (B, N, dim) -> (B, N, dim)."""
-    x = attend(x, parts.attention, backend, parts.branch1._replace(residual=x))
+    return compute_rotary_block(RotaryInput(x, None), parts, backend)
+
+
+def compute_rotary_block(given: RotaryInput, parts: BlockParts, backend: str | None) -> Tensor:
+    """Compute a block with rotary positions: (B, N, dim) -> (B, N, dim)."""
+    x, rope = given
+    x = attend(x, parts.attention, backend, parts.branch1._replace(residual=x), rope)
     return feed_forward(x, parts.mlp, backend, parts.branch2._replace(residual=x))
 
 
@@ -205,6 +281,16 @@ def linear_of(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     weight = linear.weight
     check_weight(name, weight)
     return weight, linear.bias
+
+
+def joined_biases(weight: Tensor, biases: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the bias of several projections with the joint ``weight``, with zeros for those without a bias."""
+    if all(bias is None for bias in biases):
+        return None
+    if any(bias is None for bias in biases):
+        zeros = weight.new_zeros(weight.shape[0] // len(biases))
+        return torch.cat([zeros if bias is None else bias for bias in biases])
+    return concatenated([bias for bias in biases if bias is not None])
 
 
 def dropout_of(module: nn.Module, name: str) -> float:

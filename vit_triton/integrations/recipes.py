@@ -98,13 +98,13 @@ class Recipe(NamedTuple):
         needs: options of :func:`accelerate` that must be enabled.
         read: module -> parts, the weights and options that `compute` uses. None excludes the module from the report.
         compute: (input, parts, backend) -> output. It raises before it draws a random number.
-        find_input: (args, kwargs) -> input.
+        find_input: (args, kwargs) -> input, a tensor or a :class:`.parts.RotaryInput`.
     """
 
     needs: tuple[str, ...]
     read: Callable[[Any], Any]
-    compute: Callable[[Tensor, Any, str | None], Any]
-    find_input: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] = plain_input
+    compute: Callable[[Any, Any, str | None], Any]
+    find_input: Callable[[tuple[Any, ...], dict[str, Any]], Any] = plain_input
 
 
 class Container(NamedTuple):

@@ -15,14 +15,18 @@ from vit_triton.integrations.parts import (
     BlockParts,
     Branch,
     MlpParts,
+    RotaryInput,
     activation_of,
     attend,
+    attend_rotary,
     check_head_size,
     check_input,
     check_tokens,
     compute_block,
+    compute_rotary_block,
     dropout_of,
     feed_forward,
+    joined_biases,
     layer_norm_of,
     linear_of,
 )
@@ -32,11 +36,14 @@ from vit_triton.integrations.recipes import (
     UnsupportedModule,
     check_members,
     check_methods,
+    kernel_input,
+    plain_input,
     register,
     register_container,
     submodule,
     trust,
 )
+from vit_triton.packing import concatenated
 
 
 class Classes(NamedTuple):
@@ -45,7 +52,11 @@ class Classes(NamedTuple):
     Attention: Any
     AttentionPoolLatent: Any
     Block: Any
+    AttentionRope: Any
     DropPath: Any
+    EvaAttention: Any
+    EvaBlock: Any
+    EvaBlockPostNorm: Any
     GELU: Any
     GELUTanh: Any
     GluMlp: Any
@@ -65,15 +76,20 @@ def register_all() -> None:
     if "timm" not in sys.modules:
         return
     import timm.layers.activations
+    import timm.models.eva
     import timm.models.vision_transformer
 
     global _classes
-    homes = (timm.models.vision_transformer, timm.layers, timm.layers.activations)
+    homes = (timm.models.vision_transformer, timm.models.eva, timm.layers, timm.layers.activations)
     _classes = Classes(*(next((vars(m)[name] for m in homes if name in vars(m)), None) for name in Classes._fields))
     trust(*_classes)
     block = ("attention", "mlp", "layer_norm")
     register(_classes.Block, Recipe(block, read_block, compute_block))
     register(_classes.Attention, Recipe(("attention",), read_attention, attend))
+    register(_classes.EvaBlock, Recipe(block, read_eva_block, compute_rotary_block, rotary_input))
+    register(_classes.EvaBlockPostNorm, Recipe(block, read_post_norm_block, compute_post_norm_block, rotary_input))
+    for cls in (_classes.EvaAttention, _classes.AttentionRope):
+        register(cls, Recipe(("attention",), read_rotary_attention, attend_rotary, rotary_input))
     register(_classes.AttentionPoolLatent, Recipe(("attention", "mlp", "layer_norm"), read_pool, compute_pool))
     for cls in (_classes.Mlp, _classes.GluMlp, _classes.SwiGLU):
         register(cls, Recipe(("mlp",), read_mlp, feed_forward))
@@ -88,6 +104,13 @@ def norm_or_none(module: nn.Module, name: str) -> F.Norm | None:
     """Return (weight, bias, eps) from the LayerNorm called `name`, or None for an Identity."""
     norm = submodule(module, name, _classes.LayerNorm, nn.LayerNorm, nn.Identity)
     return None if isinstance(norm, nn.Identity) else layer_norm_of(norm)
+
+
+def norm_or_module(module: nn.Module, name: str) -> F.Norm | nn.Module | None:
+    """Return (weight, bias, eps) from the LayerNorm called `name`, an RmsNorm itself, or None for an Identity."""
+    if _classes.RmsNorm is not None and isinstance(module._modules.get(name), _classes.RmsNorm):
+        return cast(nn.Module, submodule(module, name, _classes.RmsNorm))
+    return norm_or_none(module, name)
 
 
 def head_norms_of(module: nn.Module) -> dict[str, Any]:
@@ -114,13 +137,29 @@ def head_norms_of(module: nn.Module) -> dict[str, Any]:
 def branch_of(block: nn.Module, number: str) -> Branch:
     """Return LayerScale and stochastic depth of a branch, without the residual."""
     scale = submodule(block, f"ls{number}", _classes.LayerScale, nn.Identity)
+    return Branch(None, None if isinstance(scale, nn.Identity) else scale.gamma, drop_path_of(block, number))
+
+
+def drop_path_of(block: nn.Module, number: str) -> float:
+    """Return the probability of stochastic depth of a branch in its current mode."""
     drop = submodule(block, f"drop_path{number}", _classes.DropPath, nn.Identity)
-    drop_path_p = 0.0
-    if not isinstance(drop, nn.Identity):
-        if not drop.scale_by_keep:
-            raise UnsupportedModule(f"drop_path{number} has scale_by_keep=False")
-        drop_path_p = float(drop.drop_prob or 0.0) if drop.training else 0.0
-    return Branch(None, None if isinstance(scale, nn.Identity) else scale.gamma, drop_path_p)
+    if isinstance(drop, nn.Identity):
+        return 0.0
+    if not drop.scale_by_keep:
+        raise UnsupportedModule(f"drop_path{number} has scale_by_keep=False")
+    return float(drop.drop_prob or 0.0) if drop.training else 0.0
+
+
+def rotary_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> RotaryInput:
+    """Return tokens and tables of a call without a mask. timm concatenates sin and cos."""
+    names = ("x", "rope", "attn_mask", "is_causal")
+    call = {**dict(zip(names, args, strict=False)), **kwargs}
+    rope = call.pop("rope", None)
+    x = plain_input((call.pop("x", None), *args[len(names) :]), call)
+    if rope is None:
+        return RotaryInput(x, None)
+    sin, cos = (table[None] if table.ndim == 3 else table for table in kernel_input(rope).chunk(2, -1))
+    return RotaryInput(x, (cos, sin))
 
 
 # --- modules -----------------------------------------------------------------------------------------------
@@ -131,9 +170,6 @@ def read_attention(module: Any) -> AttentionParts:
     check_head_size(module.head_dim)
     qkv_weight, qkv_bias = linear_of(module, "qkv")
     out_weight, out_bias = linear_of(module, "proj")
-    # fused attention uses the mode of the attention module; otherwise the Dropout uses its own
-    dropout = submodule(module, "attn_drop", nn.Dropout)
-    dropping = module.training if module.fused_attn else dropout.training
     return AttentionParts(
         heads=module.num_heads,
         scale=module.scale,
@@ -142,17 +178,59 @@ def read_attention(module: Any) -> AttentionParts:
         out_weight=out_weight,
         out_bias=out_bias,
         **head_norms_of(module),
-        dropout_p=float(dropout.p) if dropping else 0.0,
+        dropout_p=attention_dropout_of(module),
         out_norm=norm_or_none(module, "norm") if "norm" in module._modules else None,
         out_dropout_p=dropout_of(module, "proj_drop"),
+    )
+
+
+def attention_dropout_of(module: Any) -> float:
+    # fused attention uses the mode of the attention module; otherwise the Dropout uses its own
+    dropout = submodule(module, "attn_drop", nn.Dropout)
+    dropping = module.training if module.fused_attn else dropout.training
+    return float(dropout.p) if dropping else 0.0
+
+
+def read_rotary_attention(module: Any) -> AttentionParts:
+    """Read an EvaAttention or AttentionRope, with one or three projections."""
+    projections = ("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "v_bias")
+    check_members(module, *projections, "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
+    if module._modules.get("gate") is not None:
+        raise UnsupportedModule("gate: gated attention")
+    if getattr(module, "num_kv_groups", 1) != 1:
+        raise UnsupportedModule("fewer heads of keys than of queries")
+    check_head_size(module.head_dim)
+    if module._modules.get("qkv") is None:
+        weights, biases = zip(*(linear_of(module, f"{name}_proj") for name in "qkv"), strict=True)
+        weight = concatenated(weights)
+        bias = joined_biases(weight, biases)
+    else:
+        weight, bias = linear_of(module, "qkv")
+        if getattr(module, "q_bias", None) is not None:
+            if bias is not None:
+                raise UnsupportedModule("qkv: two biases")
+            bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
+    out_weight, out_bias = linear_of(module, "proj")
+    return AttentionParts(
+        heads=module.num_heads,
+        scale=module.head_dim**-0.5 if module.fused_attn else module.scale,
+        qkv_weight=weight,
+        qkv_bias=bias,
+        out_weight=out_weight,
+        out_bias=out_bias,
+        **head_norms_of(module),
+        dropout_p=attention_dropout_of(module),
+        out_norm=norm_or_module(module, "norm"),
+        out_dropout_p=dropout_of(module, "proj_drop"),
+        rope_layout="half" if getattr(module, "rotate_half", False) else "interleaved",
+        rope_prefix=module.num_prefix_tokens,
     )
 
 
 def read_mlp(module: Any) -> MlpParts:
     """Read an Mlp, a GluMlp with gate_last=False, or a SwiGLU."""
     check_members(module, "fc1", "fc1_g", "fc1_x", "act", "drop1", "norm", "fc2", "drop2")
-    if "norm" in module._modules:
-        submodule(module, "norm", nn.Identity)
+    inner_norm = norm_or_module(module, "norm") if "norm" in module._modules else None
     activation = activation_of(
         module,
         "act",
@@ -168,11 +246,16 @@ def read_mlp(module: Any) -> MlpParts:
             w1, b1 = linear_of(module, "fc1")
         else:
             (gate, gate_bias), (value, value_bias) = linear_of(module, "fc1_g"), linear_of(module, "fc1_x")
-            w1 = torch.cat((gate, value))
-            b1 = None if gate_bias is None or value_bias is None else torch.cat((gate_bias, value_bias))
+            w1 = concatenated((gate, value))
+            b1 = None if gate_bias is None or value_bias is None else concatenated((gate_bias, value_bias))
     w2, b2 = linear_of(module, "fc2")
     hidden_dropout_p, dropout_p = dropout_of(module, "drop1"), dropout_of(module, "drop2")
-    return MlpParts(w1, b1, w2, b2, activation, hidden_dropout_p=hidden_dropout_p, dropout_p=dropout_p)
+    return MlpParts(
+        *(w1, b1, w2, b2, activation),
+        hidden_dropout_p=hidden_dropout_p,
+        dropout_p=dropout_p,
+        inner_norm=inner_norm,
+    )
 
 
 def read_block(module: Any) -> BlockParts:
@@ -185,6 +268,53 @@ def read_block(module: Any) -> BlockParts:
         branch_of(module, "1"),
         branch_of(module, "2"),
     )
+
+
+def read_eva_block(module: Any) -> BlockParts:
+    attention, mlp = eva_branches(module, "gamma_1", "gamma_2")
+    return BlockParts(
+        attention._replace(norm=norm_or_module(module, "norm1")),
+        mlp._replace(norm=norm_or_module(module, "norm2")),
+        Branch(None, module.gamma_1, drop_path_of(module, "1")),
+        Branch(None, module.gamma_2, drop_path_of(module, "2")),
+    )
+
+
+def eva_branches(module: Any, *others: str) -> tuple[AttentionParts, MlpParts]:
+    """Read attention and MLP of an EvaBlock or EvaBlockPostNorm; ``others``: its other members."""
+    check_members(module, "norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2", *others)
+    attention = submodule(module, "attn", _classes.EvaAttention, _classes.AttentionRope)
+    mlp = submodule(module, "mlp", _classes.Mlp, _classes.GluMlp, _classes.SwiGLU)
+    return read_rotary_attention(attention), read_mlp(mlp)
+
+
+class PostNormParts(NamedTuple):
+    """A block that normalizes the output of its branches; norms and stochastic depth run as modules."""
+
+    attention: AttentionParts
+    mlp: MlpParts
+    norm1: nn.Module
+    drop_path1: nn.Module
+    norm2: nn.Module
+    drop_path2: nn.Module
+
+
+def read_post_norm_block(module: Any) -> PostNormParts:
+    modules = [
+        submodule(module, name + number, *classes)
+        for number in "12"
+        for name, classes in (
+            ("norm", (_classes.LayerNorm, nn.LayerNorm, _classes.RmsNorm, nn.Identity)),
+            ("drop_path", (_classes.DropPath, nn.Identity)),
+        )
+    ]
+    return PostNormParts(*eva_branches(module), *modules)
+
+
+def compute_post_norm_block(given: RotaryInput, parts: PostNormParts, backend: str | None) -> Tensor:
+    x = given.x
+    x = x + parts.drop_path1(parts.norm1(attend_rotary(given, parts.attention, backend)))
+    return cast(Tensor, x + parts.drop_path2(parts.norm2(feed_forward(x, parts.mlp, backend))))
 
 
 METHODS = ("forward_features", "forward_head", "pool")

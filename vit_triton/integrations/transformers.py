@@ -1,5 +1,5 @@
 """Hugging Face transformers: ``attn_implementation="vit_triton"``, and recipes for ViT, DeiT, DINOv2 (with registers),
-SigLIP and CLIP.
+DINOv3, SigLIP and CLIP.
 
     import vit_triton.integrations.transformers
     model = AutoModel.from_pretrained(name, attn_implementation="vit_triton")
@@ -30,13 +30,17 @@ from vit_triton.integrations.parts import (
     BlockParts,
     Branch,
     MlpParts,
+    RotaryInput,
     activation_of,
+    attend_rotary,
     check_head_size,
     check_input,
     check_tokens,
     compute_block,
+    compute_rotary_block,
     dropout_of,
     feed_forward,
+    joined_biases,
     linear_of,
     norm_of,
 )
@@ -45,6 +49,7 @@ from vit_triton.integrations.recipes import (
     Recipe,
     UnsupportedModule,
     check_members,
+    kernel_input,
     plain_input,
     register,
     register_container,
@@ -123,10 +128,12 @@ class Family(NamedTuple):
     out: str  # output projection
     scale: str
     dropout: str  # attention dropout probability
+    rotary: bool = False  # layers receive tables of rotary positions
 
 
 _VIT = Family("attention", "layernorm_before", "layernorm_after", "o_proj", "scaling", "attention_dropout")
 _DINO = _VIT._replace(norm1="norm1", norm2="norm2")
+_DINOV3 = _DINO._replace(dropout="dropout", rotary=True)
 _CLIP = Family("self_attn", "layer_norm1", "layer_norm2", "out_proj", "scale", "dropout")
 
 # model file: (class prefix, suffix of the layer class, family, suffix of the class that runs the layers, their name)
@@ -135,6 +142,7 @@ FILES = {
     "deit": ("DeiT", "Layer", _VIT, "Model", "layers"),
     "dinov2": ("Dinov2", "Layer", _DINO, "Encoder", "layer"),
     "dinov2_with_registers": ("Dinov2WithRegisters", "Layer", _DINO, "Encoder", "layer"),
+    "dinov3_vit": ("DINOv3ViT", "Layer", _DINOV3, "Encoder", "layer"),
     "siglip": ("Siglip", "EncoderLayer", _CLIP, "Encoder", "layers"),
     "clip": ("CLIP", "EncoderLayer", _CLIP, "Encoder", "layers"),
 }
@@ -167,13 +175,13 @@ def register_file(file: str) -> None:
     classes = classes_of(file)
     trust(*classes[1:])
     block = ("attention", "mlp", "layer_norm")
-    register(
-        getattr(module, prefix + layer, None), Recipe(block, classes.read_layer, compute_block, hidden_states_input)
-    )
-    register(
-        classes.Attention, Recipe(("attention",), classes.read_attention, attend_without_weights, hidden_states_input)
-    )
-    for mlp in (classes.MLP, classes.SwiGLUFFN):
+    compute: tuple[Any, ...] = compute_block, attend_without_weights, hidden_states_input
+    if classes.family.rotary:
+        compute = compute_rotary_block, attend_rotary_without_weights, positions_input
+    compute_layer, compute_attention, find_input = compute
+    register(getattr(module, prefix + layer, None), Recipe(block, classes.read_layer, compute_layer, find_input))
+    register(classes.Attention, Recipe(("attention",), classes.read_attention, compute_attention, find_input))
+    for mlp in (classes.MLP, classes.SwiGLUFFN, classes.GatedMLP):
         register(mlp, Recipe(("mlp",), read_mlp, feed_forward))
     head = getattr(module, prefix + "MultiheadAttentionPoolingHead", None)
     register(head, Recipe(block, classes.read_pool, compute_pool))
@@ -186,6 +194,24 @@ def register_file(file: str) -> None:
 def hidden_states_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the hidden states of a call without a mask or other arguments that affect attention."""
     return plain_input(args, {name: value for name, value in kwargs.items() if name not in IRRELEVANT})
+
+
+def positions_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> RotaryInput:
+    """Return hidden states and position_embeddings, the tables cos and sin, of a call without a mask."""
+    names = ("hidden_states", "attention_mask", "position_embeddings")
+    call = {**dict(zip(names, args, strict=False)), **kwargs}
+    positions = call.pop("position_embeddings", None)
+    x = hidden_states_input((call.pop("hidden_states", None), *args[len(names) :]), call)
+    if not isinstance(positions, tuple) or len(positions) != 2:
+        raise UnsupportedModule("position_embeddings are not cos and sin")
+    cos, sin = map(kernel_input, positions)
+    return RotaryInput(x, (cos, sin))
+
+
+def attend_rotary_without_weights(
+    given: RotaryInput, parts: AttentionParts, backend: str | None
+) -> tuple[Tensor, None]:
+    return attend_rotary(given, parts, backend), None
 
 
 def records_outputs(hook: Any) -> bool:
@@ -223,6 +249,7 @@ class Classes(NamedTuple):
     Attention: Any
     MLP: Any
     SwiGLUFFN: Any
+    GatedMLP: Any
     LayerScale: Any
     DropPath: Any
 
@@ -261,7 +288,7 @@ class Classes(NamedTuple):
         attention = submodule(module, family.attention, self.Attention, unless=records_outputs)
         if attention._forward_hooks and attention.config._attn_implementation == "eager":
             raise UnsupportedModule(f"{family.attention}: a hook may record the attention weights")
-        mlp = read_mlp(submodule(module, "mlp", self.MLP, self.SwiGLUFFN))
+        mlp = read_mlp(submodule(module, "mlp", self.MLP, self.SwiGLUFFN, self.GatedMLP))
         return BlockParts(
             self.attention_of(attention)._replace(norm=norm1, out_dropout_p=dropout_p),
             mlp._replace(norm=norm2, dropout_p=dropout_p),
@@ -295,7 +322,8 @@ class Classes(NamedTuple):
 def classes_of(file: str) -> Classes:
     prefix, _, family, *_ = FILES[file]
     module = sys.modules[f"transformers.models.{file}.modeling_{file}"]
-    return Classes(family, *(getattr(module, prefix + name, None) for name in Classes._fields[1:]))
+    named = {name.lower(): value for name, value in vars(module).items()}  # DINOv3ViTLayer, but Dinov3ViTDropPath
+    return Classes(family, *(named.get((prefix + name).lower()) for name in Classes._fields[1:]))
 
 
 def concatenated_linears(module: nn.Module, *names: str) -> tuple[Tensor, Tensor | None]:
@@ -304,16 +332,16 @@ def concatenated_linears(module: nn.Module, *names: str) -> tuple[Tensor, Tensor
     Every call concatenates them unless the model is prepacked.
     """
     weights, biases = zip(*(linear_of(module, name) for name in names), strict=True)
-    if len({bias is None for bias in biases}) > 1:
-        raise UnsupportedModule("only some of the projections have a bias")
-    return concatenated(weights), None if biases[0] is None else concatenated(biases)
+    weight = concatenated(weights)
+    return weight, joined_biases(weight, biases)
 
 
 def read_mlp(module: Any) -> MlpParts:
     if "gate_proj" not in module._modules:
-        check_members(module, "fc1", "fc2", "activation_fn")
-        activation = activation_of(module, "activation_fn", ACTIVATIONS)
-        return MlpParts(*linear_of(module, "fc1"), *linear_of(module, "fc2"), activation)
+        names = ("up_proj", "down_proj", "act_fn") if "up_proj" in module._modules else ("fc1", "fc2", "activation_fn")
+        check_members(module, *names)
+        activation = activation_of(module, names[2], ACTIVATIONS)
+        return MlpParts(*linear_of(module, names[0]), *linear_of(module, names[1]), activation)
     check_members(module, "gate_proj", "up_proj", "down_proj", "act_fn")
     if activation_of(module, "act_fn", ACTIVATIONS) != "silu":
         raise UnsupportedModule("act_fn: gate activation is not SiLU")

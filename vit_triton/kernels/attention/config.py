@@ -213,3 +213,23 @@ def pick_attention_bwd_dkdv(
     if target.family == "cpu":
         return _pick_cpu_attention(n_q, n_k, 64, _CPU_MAX_KEYS if n_k <= _CPU_MAX_KEYS else 256)
     return (_BWD_DKDV_DROPOUT if dropout else _BWD_DKDV).tile(head_dim, dtype, target)
+
+
+@dataclass(frozen=True)
+class RotaryConfig:
+    """A tile of ``block_m`` rows of ``block_i`` pairs of channels."""
+
+    block_m: int
+    block_i: int
+    num_warps: int
+
+
+def pick_rotary(half: int, target: Target) -> RotaryConfig:
+    """Tiles of ``rotary_kernel`` for rows with ``half`` pairs."""
+    block_i = next_power_of_2(half)
+    if target.family == "interpreter":
+        return RotaryConfig(2**15 // block_i, block_i, 4)
+    if target.family == "cpu":
+        return RotaryConfig(max(1, 256 // block_i), block_i, 1)
+    # 8 pairs per thread: 16-byte loads of bfloat16
+    return RotaryConfig(max(1, 1024 // block_i), block_i, 4)
