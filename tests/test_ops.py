@@ -35,6 +35,12 @@ def sample(name, dtype=torch.float32):
         return tensors, lambda f, t, **o: f(
             t[0], q_norm=(t[1], None, 1e-5), k_norm=(t[2], None, 1e-5), **norm_type, **o
         )
+    if name == "window_attention":
+        tensors = [rand(2, 4, 6, 3, 2, 16), rand(2, 6, 6), rand(2)]
+        options = dict(window=(2, 3), shift=(1, 0))
+        return tensors, lambda f, t, **o: f(*t[:2], logit_scale=t[2], **options, **o)
+    if name == "relative_position_bias":
+        return [rand(18, 2)], lambda f, t, **o: f(*t, (2, 3), prefix_tokens=1, **o)
     if name == "linear":
         tensors = [rand(2, 5, 16), rand(8, 16), rand(8), rand(2, 5, 8), rand(16), rand(16), rand(8)]
         return tensors, lambda f, t, **o: f(*t[:3], residual=t[3], norm=(*t[4:6], 1e-5), layer_scale=t[6], **o)
@@ -53,7 +59,7 @@ def sample(name, dtype=torch.float32):
 
 
 FUNCTIONS = ("attention", "attention_packed", "normed attention", "normed packed", "linear", "mlp", "layer_norm")
-FUNCTIONS += ("add_layer_norm", "patch_embed")
+FUNCTIONS += ("add_layer_norm", "patch_embed", "window_attention", "relative_position_bias")
 
 
 def random(name):
@@ -144,7 +150,7 @@ def test_no_result_shares_its_storage(rows, dtype):
     with Storages() as seen:
         for name in FUNCTIONS:
             tensors, call = sample(name, dtype)
-            ndim = {"patch_embed": 4}.get(name, 3)
+            ndim = {"patch_embed": 4, "window_attention": 6, "relative_position_bias": 4}.get(name, 3)
             batch = [x.detach()[: min(rows, 1)] if x.ndim >= ndim else x.detach() for x in tensors]
             if ndim == 3 and rows == 1:
                 batch = [x[:, :1] if x.ndim >= ndim else x for x in batch]
