@@ -14,6 +14,7 @@ import torch.distributed.run
 for name in ("matplotlib", "PIL", "rich", "timm", "transformers"):
     pytest.importorskip(name)
 import timm  # noqa: E402
+import torchvision  # noqa: E402
 import transformers  # noqa: E402
 from test_weights import DEPTH, DIM, HEADS, as_jax  # noqa: E402
 
@@ -97,6 +98,8 @@ def small(monkeypatch, tmp_path):
     # AutoModel too: a patch in another test leaves its own attribute on it
     for kind in (automatic, transformers.AutoModel, transformers.PreTrainedModel):
         monkeypatch.setattr(kind, "from_pretrained", classmethod(from_pretrained))
+    build = torchvision.models.swin_t
+    monkeypatch.setattr(torchvision.models, "swin_t", lambda weights: build())
     np.savez(tmp_path / "B_16.npz", **as_jax(timm.create_model("vit_base_patch16_224")))
     monkeypatch.chdir(tmp_path)
 

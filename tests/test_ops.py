@@ -49,6 +49,12 @@ def sample(name, dtype=torch.float32):
             return tensors, lambda f, t, **o: f(*t[:3], **norms(t), **rope(t[0]), **o)
         shapes = [(2, 5, 3, 2, 16)] if name == "rotary packed" else [(2, 5, 2, 16)] * 3
         return [rand(*shape) for shape in shapes], lambda f, t, **o: f(*t, **rope(t[0]), **o)
+    if name == "window_attention":
+        tensors = [rand(2, 4, 6, 3, 2, 16), rand(2, 6, 6), rand(2)]
+        options = dict(window=(2, 3), shift=(1, 0))
+        return tensors, lambda f, t, **o: f(*t[:2], logit_scale=t[2], **options, **o)
+    if name == "relative_position_bias":
+        return [rand(18, 2)], lambda f, t, **o: f(*t, (2, 3), prefix_tokens=1, **o)
     if name == "linear":
         tensors = [rand(2, 5, 16), rand(8, 16), rand(8), rand(2, 5, 8), rand(16), rand(16), rand(8)]
         return tensors, lambda f, t, **o: f(*t[:3], residual=t[3], norm=(*t[4:6], 1e-5), layer_scale=t[6], **o)
@@ -68,6 +74,7 @@ def sample(name, dtype=torch.float32):
 
 FUNCTIONS = ("attention", "attention_packed", "normed attention", "normed packed", "linear", "mlp", "layer_norm")
 FUNCTIONS += ("add_layer_norm", "patch_embed", "rotary", "rotary packed", "rotary normed")
+FUNCTIONS += ("window_attention", "relative_position_bias")
 
 
 def random(name):
@@ -159,7 +166,7 @@ def test_no_result_shares_its_storage(rows, dtype):
     with Storages() as seen:
         for name in FUNCTIONS:
             tensors, call = sample(name, dtype)
-            ndim = {"patch_embed": 4}.get(name, 3)
+            ndim = {"patch_embed": 4, "window_attention": 6, "relative_position_bias": 4}.get(name, 3)
             batch = [x.detach()[: min(rows, 1)] if x.ndim >= ndim else x.detach() for x in tensors]
             if ndim == 3 and rows == 1:
                 batch = [x[:, :1] if x.ndim >= ndim else x for x in batch]

@@ -73,6 +73,13 @@ OPS = {
         [(2, 21, 3, 2, 16), 16, 16],
     ),
     "rotary": (lambda x: F.attention_packed(x, rope=ROPE, rope_prefix=1, backend="triton"), [(2, 21, 3, 2, 16)]),
+    "windows": (
+        lambda x, b, s: F.window_attention(
+            x, b, window=(4, 4), shift=(2, 1), logit_scale=s, dropout_p=0.2, backend="triton"
+        ),
+        [(3, 8, 8, 3, 2, 16), (2, 16, 16), 2],
+    ),
+    "position bias": (lambda t: F.relative_position_bias(t, (4, 4), prefix_tokens=1, backend="triton"), [(52, 2)]),
     "layer_norm": (lambda x, g, b: F.layer_norm(x, g, b, backend="triton"), [(2, 21, 40), 40, 40]),
     "add": (lambda x, r, g, b: F.layer_norm(x, g, b, residual=r, backend="triton"), [(21, 40), (21, 40), 40, 40]),
     "slices": (  # the operator's arguments are slices of one storage

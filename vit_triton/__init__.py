@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vit_triton.fallback import fallbacks
     from vit_triton.inspection import attention_maps
     from vit_triton.integrations import accelerate, restore
-    from vit_triton.models import DistillableViT, DistillWrapper, SimpleViT, ViT
+    from vit_triton.models import DistillableViT, DistillWrapper, SimpleViT, SwinTransformer, ViT
     from vit_triton.packing import prepack, unpack
     from vit_triton.portable import portable_operators
     from vit_triton.weights import load_weights, save_weights
@@ -23,6 +23,7 @@ else:
             "DistillWrapper": "models",
             "DistillableViT": "models",
             "SimpleViT": "models",
+            "SwinTransformer": "models",
             "ViT": "models",
             "accelerate": "integrations",
             "attention_maps": "inspection",
@@ -55,6 +56,7 @@ __all__ = [
     "DistillWrapper",
     "DistillableViT",
     "SimpleViT",
+    "SwinTransformer",
     "ViT",
     "accelerate",
     "attention_maps",

@@ -301,3 +301,31 @@ class PatchEmbedFunction(Function):
         )  # fmt: skip
         grads = (dimage, dweight, dbias, dpos, dprefix, *dnorms)
         return *_select(grads, needs[:9]), *(None,) * 6
+
+
+class WindowAttentionFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, qkv, bias, logit_scale, seed, *options: Any):
+        out = _op("window_attention_fwd")(qkv, bias, logit_scale, seed, *options)
+        ctx.save_for_backward(qkv, bias, logit_scale, seed)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, do):
+        needs = ctx.needs_input_grad
+        grads = _op("window_attention_bwd")(do, *ctx.saved_tensors, *ctx.options, needs[1])
+        return *_select(grads, needs[:3]), *(None,) * (1 + len(ctx.options))
+
+
+class RelativePositionBiasFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, table, window: tuple[int, int], prefix_tokens: int):
+        ctx.options = window, prefix_tokens
+        return _op("relative_position_bias_fwd")(table, *ctx.options)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, dbias):
+        return _op("relative_position_bias_bwd")(dbias, *ctx.options), None, None

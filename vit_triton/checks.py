@@ -333,6 +333,83 @@ def check_patch_embed(
     return p1, p2, patches
 
 
+# --- windows -----------------------------------------------------------------------------------------------
+
+MAX_WINDOW_TOKENS = 256  # a kernel's tile holds all keys of a window
+
+
+def _check_sides(name: str, sides: Any) -> None:
+    if not isinstance(sides, (tuple, list)) or not all(is_integer(side) for side in sides):
+        raise TypeError(f"{name} must be two integers, got {format_value(sides)}")
+    if len(sides) != 2:
+        raise ValueError(f"{name} must be two integers, got {format_value(sides)}")
+
+
+def check_window(window: Any) -> None:
+    _check_sides("window", window)
+    if window[0] < 1 or window[1] < 1:
+        raise ValueError(f"window must be positive, got {format_value(window)}")
+
+
+def check_window_attention(
+    qkv: Any, bias: Any, window: Any, shift: Any, mask_value: Any, logit_scale: Any, scale: Any, dropout_p: Any
+) -> None:
+    check_tensor("qkv", qkv, 6, "(B, H, W, 3, heads, D)")
+    if qkv.shape[3] != 3:
+        raise ValueError(f"qkv must be (B, H, W, 3, heads, D), got {shape_of(qkv)}")
+    check_window(window)
+    _check_sides("shift", shift)
+    batch, height, width, _, heads, _ = qkv.shape
+    if height % window[0] or width % window[1] or height == 0 or width == 0:
+        raise ValueError(
+            f"qkv must have H and W divisible by the window {window[0]} x {window[1]}, got {height} x {width}; pad it"
+        )
+    if not (0 <= shift[0] < window[0] and 0 <= shift[1] < window[1]):
+        raise ValueError(
+            f"shift must be at least 0 and less than the window {window[0]} x {window[1]}, got {format_value(shift)}"
+        )
+    check_attention("qkv", (batch, height * width, heads, qkv.shape[5]), height * width, scale, dropout_p, False)
+    check_number("mask_value", mask_value)
+    tokens = window[0] * window[1]
+    for name, x, shape in (("bias", bias, (heads, tokens, tokens)), ("logit_scale", logit_scale, (heads,))):
+        if x is None:
+            continue
+        check_tensor(name, x)
+        if x.shape != shape:
+            wanted = "(heads, N, N)" if name == "bias" else "(heads,)"
+            raise ValueError(f"{name} must be {wanted} = {shape}, got {shape_of(x)}")
+        check_wide("qkv", qkv, name, x)
+    if logit_scale is not None and scale is not None:
+        raise ValueError(f"scale must be None with logit_scale, which replaces it, got {format_value(scale)}")
+
+
+def check_wide(first: str, x: Tensor, name: str, other: Tensor) -> None:
+    """Check that ``other`` has the device of ``x``, and its dtype or float32."""
+    if other.device != x.device:
+        raise ValueError(f"{first} and {name} must be on one device, got {x.device} and {other.device}")
+    kernels = x.dtype in KERNEL_DTYPES
+    if (
+        other.dtype != x.dtype
+        and not (kernels and other.dtype == torch.float32)
+        and not (kernels and other.dtype in KERNEL_DTYPES and is_autocast_enabled(x.device.type))
+    ):
+        raise TypeError(f"{name} must be {x.dtype}, as {first}, or float32, got {other.dtype}")
+
+
+def check_position_table(table: Any, window: Any, prefix_tokens: Any) -> None:
+    check_tensor("table", table, 2, "(offsets, heads)")
+    check_window(window)
+    check_count("prefix_tokens", prefix_tokens, at_least=0)
+    if prefix_tokens > 1:
+        raise ValueError(f"prefix_tokens must be 0 or 1, got {format_value(prefix_tokens)}")
+    rows = (2 * window[0] - 1) * (2 * window[1] - 1) + 3 * prefix_tokens
+    if table.shape[0] != rows:
+        raise ValueError(
+            f"table must have {rows} rows for a window of {window[0]} x {window[1]} and {prefix_tokens} prefix tokens, "
+            f"got {shape_of(table)}"
+        )
+
+
 # --- the encoder -------------------------------------------------------------------------------------------
 
 _forms: dict[tuple, None] = {}  # arguments that passed: checking a small encoder takes as long as computing it

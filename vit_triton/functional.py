@@ -23,6 +23,7 @@ from vit_triton.autocast import autocast, is_autocast_enabled
 from vit_triton.backend import backend_name, resolve_backend
 from vit_triton.checks import (
     ACTIVATIONS,
+    MAX_WINDOW_TOKENS,
     check_alike,
     check_attention,
     check_branch,
@@ -34,11 +35,13 @@ from vit_triton.checks import (
     check_norm,
     check_number,
     check_patch_embed,
+    check_position_table,
     check_probability,
     check_residual,
     check_rope,
     check_rows,
     check_tensor,
+    check_window_attention,
     format_value,
     hidden_features,
     shape_of,
@@ -508,6 +511,103 @@ def patch_embed(
     return tokens
 
 
+# --- windows -----------------------------------------------------------------------------------------------
+
+
+def window_attention(
+    qkv: Tensor,
+    bias: Tensor | None,
+    *,
+    window: tuple[int, int],
+    shift: tuple[int, int] = (0, 0),
+    mask_value: float = -100.0,
+    logit_scale: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Compute attention inside the windows of a feature map (Liu et al. 2021, arXiv:2103.14030, section 3.2).
+
+    The caller neither rolls nor partitions the map. With a ``shift``, the windows are those of the map rolled by
+    -shift, ``mask_value`` is added to the scores of tokens that are not neighbours on the map, and the result is rolled
+    back.
+
+    Args:
+        qkv: (B, H, W, 3, heads, D), D <= 256. The window must divide H and W.
+        bias: (heads, N, N), N = tokens of a window, added to the scores, see :func:`relative_position_bias`; or None.
+        window: height and width of a window. With "triton", at most 256 tokens.
+        shift: rows and columns of the shift, at least 0 and less than the window.
+        mask_value: added to the scores of tokens from different regions of the map.
+        logit_scale: (heads,), selects cosine attention (Liu et al. 2022, arXiv:2111.09883, section 3.3): queries and
+            keys are divided by their lengths, and the scores are multiplied by this factor.
+        scale: default 1 / sqrt(D). Must be None with ``logit_scale``.
+        dropout_p: see :func:`attention`.
+
+    ``bias`` and ``logit_scale`` have the dtype of qkv or float32.
+
+    Returns:
+        (B, H, W, heads, D). Saved for backward: qkv, bias and logit_scale.
+    """
+    check_window_attention(qkv, bias, window, shift, mask_value, logit_scale, scale, dropout_p)
+    (qkv,) = autocast(qkv)
+    if qkv.dtype in (torch.float16, torch.bfloat16):  # autocast to the other 16-bit dtype
+        bias, logit_scale = (_in_dtype_or_float32(x, qkv) for x in (bias, logit_scale))
+    too_large = window[0] * window[1] > MAX_WINDOW_TOKENS
+    # the speed of attention, until the tables contain this operator
+    if (too_large and backend_name(backend) == "auto") or (
+        resolve_backend(backend, "attention", qkv, elements=qkv.numel() // 3) == "torch"
+    ):
+        return reference.window_attention(
+            qkv,
+            bias,
+            window=window,
+            shift=shift,
+            mask_value=mask_value,
+            logit_scale=logit_scale,
+            scale=scale,
+            dropout_p=dropout_p,
+        )
+    check_kernel_dtype("qkv", qkv)
+    if too_large:
+        raise ValueError(
+            f'window must have at most {MAX_WINDOW_TOKENS} tokens with backend "triton", got '
+            f'{window[0]} x {window[1]}; use backend="torch"'
+        )
+    tensors = qkv, bias, logit_scale
+    scalars = tuple(window), tuple(shift), float(mask_value), _scale(scale, qkv), float(dropout_p)
+    arguments = *tensors, _seed(qkv, dropout_p), *scalars
+    if _needs_autograd(*tensors):
+        return autograd.WindowAttentionFunction.apply(*arguments)
+    return torch.ops.vit_triton.window_attention_fwd.default(*arguments)
+
+
+def relative_position_bias(
+    table: Tensor, window: tuple[int, int], *, prefix_tokens: int = 0, backend: str | None = None
+) -> Tensor:
+    """Gather the relative position bias of a window from a table (Liu et al. 2021, arXiv:2103.14030, section 3.2).
+
+    With "triton", the gradient is a sum in a fixed order, and bitwise reproducible.
+
+    Args:
+        table: (offsets, heads). Row (y_i - y_j + wh - 1) * (2 * ww - 1) + x_i - x_j + ww - 1 is the bias of query i and
+            key j. With a prefix token, three more rows: its bias to the patches, theirs to it, and its own to itself,
+            as in BEiT (arXiv:2106.08254).
+        window: (wh, ww).
+        prefix_tokens: 0 or 1.
+
+    Returns:
+        (heads, N, N) with N = prefix_tokens + wh * ww.
+    """
+    check_position_table(table, window, prefix_tokens)
+    if resolve_backend(backend, "attention", table) == "torch":
+        return reference.relative_position_bias(table, window, prefix_tokens=prefix_tokens)
+    check_kernel_dtype("table", table)
+    arguments = table, tuple(window), prefix_tokens
+    if _needs_autograd(table):
+        return autograd.RelativePositionBiasFunction.apply(*arguments)
+    return torch.ops.vit_triton.relative_position_bias_fwd.default(*arguments)
+
+
 # --- running -----------------------------------------------------------------------------------------------
 
 
@@ -548,6 +648,10 @@ def _width(norm: Norm | None, x: Tensor) -> int:
 
 def _scale(scale: float | None, x: Tensor) -> float:
     return float(x.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _in_dtype_or_float32(x: Tensor | None, like: Tensor) -> Tensor | None:
+    return x if x is None or x.dtype in (like.dtype, torch.float32) else x.to(like.dtype)
 
 
 def _norm_parts(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, float | None]:

@@ -724,3 +724,85 @@ def _patch_embed_bwd_fake(
         dtokens.new_empty(dtokens.shape[1] - n_prefix, dim),
         dtokens.new_empty(n_prefix, dim),
     )
+
+
+# --- windows -----------------------------------------------------------------------------------------------
+
+
+_WINDOW = (
+    "Tensor qkv, Tensor? bias, Tensor? logit_scale, Tensor? seed, int[] window, int[] shift, float mask_value, "
+    "float scale, float dropout_p"
+)
+
+
+@_register(f"window_attention_fwd({_WINDOW}) -> Tensor")
+def _window_attention_fwd(qkv, bias, logit_scale, seed, window, shift, mask_value, scale, dropout_p):
+    from vit_triton.kernels.attention.windows import window_attention_fwd
+
+    return window_attention_fwd(
+        qkv,
+        bias,
+        logit_scale,
+        window=tuple(window),
+        shift=tuple(shift),
+        mask_value=mask_value,
+        scale=scale,
+        dropout=Dropout(dropout_p, seed),
+    )
+
+
+@_fake("window_attention_fwd")
+def _window_attention_fwd_fake(qkv, bias, logit_scale, seed, window, shift, mask_value, scale, dropout_p):
+    batch, height, width, _, heads, head_dim = qkv.shape
+    return qkv.new_empty(batch, height, width, heads, head_dim)
+
+
+@_register(f"window_attention_bwd(Tensor do, {_WINDOW}, bool needs_bias) -> (Tensor, Tensor, Tensor)")
+def _window_attention_bwd(do, qkv, bias, logit_scale, seed, window, shift, mask_value, scale, dropout_p, needs_bias):
+    from vit_triton.kernels.attention.windows_backward import window_attention_bwd
+
+    return window_attention_bwd(
+        do,
+        qkv,
+        bias,
+        logit_scale,
+        window=tuple(window),
+        shift=tuple(shift),
+        mask_value=mask_value,
+        scale=scale,
+        dropout=Dropout(dropout_p, seed),
+        needs_bias=needs_bias,
+    )
+
+
+@_fake("window_attention_bwd")
+def _window_attention_bwd_fake(
+    do, qkv, bias, logit_scale, seed, window, shift, mask_value, scale, dropout_p, needs_bias
+):
+    dbias = _like(bias) if bias is not None and needs_bias else None
+    return _like(qkv), dbias, None if logit_scale is None else _like(logit_scale)
+
+
+@_register("relative_position_bias_fwd(Tensor table, int[] window, int prefix_tokens) -> Tensor")
+def _relative_position_bias_fwd(table, window, prefix_tokens):
+    from vit_triton.kernels.attention.position_bias import position_bias_fwd
+
+    return position_bias_fwd(table, window=tuple(window), prefix_tokens=prefix_tokens)
+
+
+@_fake("relative_position_bias_fwd")
+def _relative_position_bias_fwd_fake(table, window, prefix_tokens):
+    n_tokens = window[0] * window[1] + prefix_tokens
+    return table.new_empty(table.shape[1], n_tokens, n_tokens)
+
+
+@_register("relative_position_bias_bwd(Tensor dbias, int[] window, int prefix_tokens) -> Tensor")
+def _relative_position_bias_bwd(dbias, window, prefix_tokens):
+    from vit_triton.kernels.attention.position_bias import position_bias_bwd
+
+    return position_bias_bwd(dbias, window=tuple(window), prefix_tokens=prefix_tokens)
+
+
+@_fake("relative_position_bias_bwd")
+def _relative_position_bias_bwd_fake(dbias, window, prefix_tokens):
+    return dbias.new_empty((2 * window[0] - 1) * (2 * window[1] - 1) + 3 * prefix_tokens, dbias.shape[0])

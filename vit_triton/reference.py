@@ -242,3 +242,66 @@ def patch_embed(
     if prefix is not None:
         tokens = torch.cat((prefix.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens), dim=1)
     return tokens
+
+
+# --- windows -----------------------------------------------------------------------------------------------
+
+
+def window_attention(
+    qkv: Tensor,
+    bias: Tensor | None,
+    *,
+    window: tuple[int, int],
+    shift: tuple[int, int] = (0, 0),
+    mask_value: float = -100.0,
+    logit_scale: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    batch, height, width, _, heads, head_dim = qkv.shape
+    rows, columns = height // window[0], width // window[1]
+    n_tokens = window[0] * window[1]
+    if any(shift):
+        qkv = qkv.roll((-shift[0], -shift[1]), (1, 2))
+    qkv = qkv.view(batch, rows, window[0], columns, window[1], 3, heads, head_dim)
+    q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, -1, heads, n_tokens, head_dim).unbind(0)
+    if logit_scale is not None:
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        scores = q @ k.transpose(-1, -2) * logit_scale[:, None, None]
+    else:
+        scores = q @ k.transpose(-1, -2) * float(head_dim**-0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias
+    if any(shift):
+        # the last rows and columns of the rolled map come from the other side
+        below, right = (
+            (torch.arange(n, device=qkv.device) >= n - by).long() for n, by in zip((height, width), shift, strict=True)
+        )
+        codes = 2 * below[:, None] + right
+        codes = codes.view(rows, window[0], columns, window[1]).transpose(1, 2).reshape(-1, 1, n_tokens)
+        other = codes.unsqueeze(-1) != codes.unsqueeze(-2)  # (windows of an image, 1, N, N)
+        mask = torch.zeros(other.shape, dtype=scores.dtype, device=qkv.device).masked_fill(other, float(mask_value))
+        scores = (scores.view(batch, -1, *scores.shape[1:]) + mask).view(scores.shape)
+    out = _dropout(scores.softmax(-1), dropout_p).to(v.dtype) @ v
+    out = out.view(batch, rows, columns, heads, *window, head_dim).permute(0, 1, 4, 2, 5, 3, 6)
+    out = out.reshape(batch, height, width, heads, head_dim)
+    return out.roll(tuple(shift), (1, 2)) if any(shift) else out
+
+
+def relative_position_bias(table: Tensor, window: tuple[int, int], *, prefix_tokens: int = 0) -> Tensor:
+    index = _relative_position_index(window, prefix_tokens, table.device)
+    return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1)
+
+
+def _relative_position_index(window: tuple[int, int], prefix_tokens: int, device: torch.device) -> Tensor:
+    """The row of the table for each pair of tokens, (N, N)."""
+    y, x = (torch.arange(n, device=device) for n in window)
+    y, x = y.repeat_interleave(window[1]), x.repeat(window[0])
+    dy, dx = y[:, None] - y + window[0] - 1, x[:, None] - x + window[1] - 1
+    index = dy * (2 * window[1] - 1) + dx
+    if prefix_tokens:
+        offsets = (2 * window[0] - 1) * (2 * window[1] - 1)
+        index = F.pad(index, (1, 0, 1, 0), value=offsets + 1)
+        index[0] = offsets
+        index[0, 0] = offsets + 2
+    return index

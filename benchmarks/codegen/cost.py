@@ -23,6 +23,17 @@ def _attention(products: int) -> Count:
     return flops
 
 
+def _windows(products: int) -> Count:
+    """FLOPs of ``products`` GEMMs per window and head; two more if one tile holds a window in the backward pass."""
+
+    def flops(a: Arguments) -> int:
+        tokens = a["WINDOW_Y"] * a["WINDOW_X"]
+        whole = 2 * ("dq_ptr" in a and a["BLOCK_M"] >= tokens)
+        return 2 * (products + whole) * a["n_windows"] * a["n_heads"] * tokens**2 * a["HEAD_DIM"]
+
+    return flops
+
+
 def _linear(a: Arguments) -> int:
     """FLOPs of a GEMM. With MULTIPLIED, the GEMM is already computed and only the epilogue's multiplication is left."""
     return a["M"] * a["N"] if a.get("MULTIPLIED") else 2 * a["M"] * a["N"] * a["K"]
@@ -81,6 +92,14 @@ COSTS: dict[str, tuple[Count, Count]] = {
     "attention_bwd_delta_kernel": (lambda a: 2 * a["do_ptr"].numel(), _no_loop),
     "attention_bwd_dq_kernel": (_attention(3), lambda a: a["n_k"] // a["BLOCK_N"]),
     "attention_bwd_dkdv_kernel": (_attention(4), lambda a: a["n_q"] // a["BLOCK_M"]),
+    "window_attention_fwd_kernel": (_windows(2), lambda a: a["group"]),
+    "window_attention_bwd_kernel": (_windows(3), lambda a: a["group"]),
+    "window_attention_bwd_dkdv_kernel": (_windows(4), lambda a: a["group"]),
+    "position_bias_fwd_kernel": (lambda a: a["bias_ptr"].numel(), _no_loop),
+    "position_bias_bwd_kernel": (
+        lambda a: a["dbias_ptr"].numel(),
+        lambda a: cdiv(a["WINDOW_Y"] * a["WINDOW_X"], a["BLOCK_M"]),
+    ),
     "linear_fwd_kernel": (_linear, _trips("K", "BLOCK_K")),
     "linear_bwd_input_kernel": (_linear, _trips("N", "BLOCK_N")),
     "linear_bwd_weight_kernel": (_linear, _split_trips("M")),

@@ -51,6 +51,34 @@ def each_kernel(dtype: torch.dtype) -> None:
     _gated(x, HIDDEN)
     branch = dict(residual=x, layer_scale=_zeros(dtype, WIDTH), drop_path_p=0.1)
     _linear(x, WIDTH, **branch)
+    swin_attention(dtype, BATCH, 56, 3, 7)
+    swin_attention(dtype, BATCH, 32, 3, 16)
+
+
+def swin_attention(
+    dtype: torch.dtype,
+    batch: int,
+    side: int,
+    heads: int,
+    window: int,
+    *,
+    shifted: bool = True,
+    cosine: bool = False,
+    head_dim: int = 32,
+    **options: Any,
+) -> None:
+    """Attention of a Swin block on ``side`` x ``side`` tokens; stage 1 of Swin-T: 56, 3 heads, window 7."""
+    table = _zeros(dtype, (2 * window - 1) ** 2, heads)
+    out = F.window_attention(
+        _zeros(dtype, batch, side, side, 3, heads, head_dim),
+        F.relative_position_bias(table, (window, window), backend="triton"),
+        window=(window, window),
+        shift=(window // 2, window // 2) if shifted else (0, 0),
+        logit_scale=_zeros(dtype, heads) if cosine else None,
+        **options,
+        backend="triton",
+    )
+    _differentiate(out)
 
 
 def vit_b_16(dtype: torch.dtype) -> None:
@@ -120,6 +148,9 @@ def every_tile(dtype: torch.dtype) -> None:
 
     for power, layout in itertools.product(range(1, 9), ("half", "interleaved")):
         _rotary(dtype, 1, ROWS, 2, 2**power, layout)
+    for window, head_dim in itertools.product((2, 4, 7, 8, 12, 16), (16, 32, 64)):
+        for cosine, dropout_p in itertools.product((False, True), (0.0, 0.1)):
+            swin_attention(dtype, 1, window, 2, window, cosine=cosine, head_dim=head_dim, dropout_p=dropout_p)
 
     for width, hidden in WIDTHS:
         x = _zeros(dtype, ROWS, width)

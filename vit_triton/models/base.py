@@ -15,14 +15,14 @@ class VisionModel(HubModel, nn.Module):
     """Base class for models with images (B, channels, H, W) as input.
 
     Args:
-        image_size: height and width of an image, in pixels.
+        image_size: height and width of an image, in pixels; None if every size is supported.
         patch_size: height and width of a patch.
         channels: channels of the image.
         backend: None, "triton", "torch" or "auto".
     """
 
     def __init__(
-        self, image_size: tuple[int, int], patch_size: tuple[int, int], channels: int, backend: str | None
+        self, image_size: tuple[int, int] | None, patch_size: tuple[int, int], channels: int, backend: str | None
     ) -> None:
         super().__init__()
         self._backend = check_backend(backend)

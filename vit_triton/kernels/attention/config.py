@@ -233,3 +233,78 @@ def pick_rotary(half: int, target: Target) -> RotaryConfig:
         return RotaryConfig(max(1, 256 // block_i), block_i, 1)
     # 8 pairs per thread: 16-byte loads of bfloat16
     return RotaryConfig(max(1, 1024 // block_i), block_i, 4)
+
+
+# --- windows -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """A tile of ``block_m`` query rows and ``block_n`` keys of a window, for ``group`` windows one after another.
+    ``hold_bias``: the tile of the bias stays in registers, instead of being loaded for every window."""
+
+    block_m: int
+    block_n: int
+    group: int
+    hold_bias: bool
+    num_warps: int
+    num_stages: int
+
+
+def _group(m: int, blocks: int, programs: int, most: int) -> int:
+    """Windows per program: as many as leave ``programs`` programs, up to ``most``; ``m``: windows * heads."""
+    return max(1, min(most, m * blocks // programs))
+
+
+def _pick_window(m: int, n_tokens: int, target: Target, block_m: int) -> WindowConfig | None:
+    """Tiles of the interpreter and of CPUs, where a whole window up to 64 tokens and its bias fit in the L1 cache."""
+    block = max(16, next_power_of_2(n_tokens))
+    if target.family == "interpreter":
+        return WindowConfig(min(block, block_m), block, _group(m, 1, 4, 64), True, 4, 1)
+    if target.family == "cpu":
+        return WindowConfig(min(block, block_m), block, _group(m, 1, 64, 4096), True, 1, 1)
+    return None
+
+
+def pick_window_fwd(m: int, n_tokens: int, head_dim: int, dtype: torch.dtype, target: Target) -> WindowConfig:
+    """Tiles of ``window_attention_fwd_kernel``; ``m``: number of windows times heads."""
+    if (config := _pick_window(m, n_tokens, target, 64)) is not None:
+        return config
+    block = max(16, next_power_of_2(n_tokens))
+    block_m = min(block, 64)
+    return WindowConfig(block_m, block, _group(m, block // block_m, 1024, 8), True, 4, 2)
+
+
+def pick_window_bwd(m: int, n_tokens: int, head_dim: int, dtype: torch.dtype, target: Target) -> WindowConfig:
+    """Tiles of ``window_attention_bwd_kernel``."""
+    if (config := _pick_window(m, n_tokens, target, 64)) is not None:
+        return config
+    block = max(16, next_power_of_2(n_tokens))
+    block_m = min(block, 64 if block <= 64 else 32)
+    return WindowConfig(block_m, block, _group(m, block // block_m, 1024, 8), True, 4 if block <= 64 else 8, 2)
+
+
+def pick_window_bwd_dkdv(m: int, n_tokens: int, head_dim: int, dtype: torch.dtype, target: Target) -> WindowConfig:
+    """Tiles of ``window_attention_bwd_dkdv_kernel``: all query rows and ``block_n`` keys."""
+    block = max(16, next_power_of_2(n_tokens))
+    if target.family in ("interpreter", "cpu"):
+        return WindowConfig(block, min(block, 64), _group(m, 1, 64, 64), True, 1, 1)
+    return WindowConfig(block, 32, _group(m, block // 32, 1024, 8), True, 8, 2)
+
+
+@dataclass(frozen=True)
+class PositionBiasConfig:
+    """Forward: ``block_m`` rows of ``block_n`` columns, a whole row. Backward: ``block_e`` entries of the table."""
+
+    block_m: int
+    block_n: int
+    block_e: int
+    num_warps: int
+
+
+def pick_position_bias(n_tokens: int, target: Target) -> PositionBiasConfig:
+    """Tiles of both kernels of the relative position bias."""
+    block_n = next_power_of_2(n_tokens)
+    if not target.is_gpu:
+        return PositionBiasConfig(max(1, min(64, 4096 // block_n)), block_n, 64, 1)
+    return PositionBiasConfig(max(1, 1024 // block_n), block_n, 16, 4)
