@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks import models, options, runner
-from benchmarks.ops import attention, encoder, layer_norm, linear, mlp, patch_embed
+from benchmarks.ops import attention, encoder, layer_norm, linear, mlp, patch_embed, rotary, window_attention
 from benchmarks.ops.op import Op
 from vit_triton.cli.arguments import positive
 from vit_triton.tuning.shapes import DTYPES
 from vit_triton.tuning.sizes import SIZES
 
-OPS: list[Op] = [op for module in (mlp, linear, attention, layer_norm, patch_embed, encoder) for op in module.OPS]
+MODULES = mlp, linear, attention, rotary, window_attention, layer_norm, patch_embed, encoder
+OPS: list[Op] = [op for module in MODULES for op in module.OPS]
 BLOCKS = 2  # depth of the encoder in `ops`
 
 
