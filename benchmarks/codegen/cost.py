@@ -81,6 +81,8 @@ COSTS: dict[str, tuple[Count, Count]] = {
     "attention_bwd_delta_kernel": (lambda a: 2 * a["do_ptr"].numel(), _no_loop),
     "attention_bwd_dq_kernel": (_attention(3), lambda a: a["n_k"] // a["BLOCK_N"]),
     "attention_bwd_dkdv_kernel": (_attention(4), lambda a: a["n_q"] // a["BLOCK_M"]),
+    "attention_bwd_bias_kernel": (_attention(2), lambda a: a["n_steps"]),
+    "attention_bwd_rel_kernel": (_attention(2), lambda a: a["n_k"] // a["rel_width"]),
     "linear_fwd_kernel": (_linear, _trips("K", "BLOCK_K")),
     "linear_bwd_input_kernel": (_linear, _trips("N", "BLOCK_N")),
     "linear_bwd_weight_kernel": (_linear, _split_trips("M")),
