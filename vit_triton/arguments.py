@@ -47,8 +47,66 @@ class Dropout(NamedTuple):
         return 1.0 / (1.0 - self.p) if self.p < 1 else 0.0
 
 
+class DecomposedBias(NamedTuple):
+    """A bias of attention scores over Hk rows of Wk keys (Li et al. 2022, arXiv:2112.01526, section 4.1).
+
+    The bias of query n and key k is rel_h[..., n, k // Wk] + rel_w[..., n, k % Wk]. The kernels never compute it as a
+    matrix.
+
+    Attributes:
+        rel_h: (B, H, N, Hk).
+        rel_w: (B, H, N, Wk).
+    """
+
+    rel_h: Tensor
+    rel_w: Tensor
+
+
+class Packed(NamedTuple):
+    """Packed sequences.
+
+    Attributes:
+        tokens: (total, ...), the valid tokens of the first sequence, then those of the second, and so on.
+        indices: (total,), int64: the position of each token in the flattened (B, N).
+        cu_seqlens: (B + 1,), int32: the first token of each sequence, and the number of tokens.
+        max_seqlen: the longest length.
+    """
+
+    tokens: Tensor
+    indices: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+
+class ScoreMask(NamedTuple):
+    """The bias of attention scores and the keys that take part.
+
+    Attributes:
+        bias: broadcasts to (B, H, N_q, N_k); floating, added after the scale, or bool, True takes part.
+        rel: a decomposed bias; excludes ``bias``.
+        key_lengths: (B,), int32 or int64; keys at or past the length do not take part.
+        causal: "" for none; "top_left": query i attends to keys up to i; "bottom_right": to keys up to i + N_k - N_q.
+    """
+
+    bias: Tensor | None = None
+    rel: DecomposedBias | None = None
+    key_lengths: Tensor | None = None
+    causal: str = ""
+
+    @property
+    def floating(self) -> bool:
+        """Whether a bias is added to the scores."""
+        return self.rel is not None or self.bias is not None and self.bias.is_floating_point()
+
+    @property
+    def empty_rows(self) -> bool:
+        """Whether a row may have no keys."""
+        return self.bias is not None or self.rel is not None or self.key_lengths is not None or self.causal != ""
+
+
 NO_BRANCH = Branch()
 NO_DROPOUT = Dropout()
+NO_MASK = ScoreMask()
 
 
 class Block(NamedTuple):

@@ -97,18 +97,21 @@ class AttentionPackedFunction(Function):
 
 
 class NormedAttentionFunction(Function):
-    """Attention with norms of q and k; q and k are saved before the norm.
+    """Attention with optional norms of q and k, bias and masks; q and k are saved before the norm.
 
     If k and v are None, q is the packed projection, and its gradient is packed.
     """
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, q_weight, q_bias, k_weight, k_bias, seed, *scalars: Any):
-        norms = q_weight, q_bias, k_weight, k_bias
-        out, lse = _op("normed_attention_fwd")(q, k, v, *norms, seed, *scalars)
-        ctx.save_for_backward(q, k, v, out, lse, *norms, seed)
+    def forward(
+        ctx: Any, q, k, v, q_weight, q_bias, k_weight, k_bias, bias, rel_h, rel_w, seed, key_lengths, *scalars: Any
+    ):
+        others = q_weight, q_bias, k_weight, k_bias, bias, rel_h, rel_w, seed, key_lengths
+        out, lse, statistics = _op("normed_attention_fwd")(q, k, v, *others, *scalars)
+        floating = rel_h is not None or bias is not None and bias.is_floating_point()
+        ctx.save_for_backward(q, k, v, out, statistics if floating else lse, *others)
         ctx.set_materialize_grads(False)
-        if not any(ctx.needs_input_grad[:2] + ctx.needs_input_grad[3:7]):
+        if not any(ctx.needs_input_grad[:2] + ctx.needs_input_grad[3:10]):
             ctx.mark_non_differentiable(lse)
         ctx.scalars = scalars
         return out, lse
@@ -118,8 +121,29 @@ class NormedAttentionFunction(Function):
     def backward(ctx: Any, do, dlse):
         q, k, v, out, *rest = ctx.saved_tensors
         do = out.new_zeros(()).expand_as(out) if do is None else do
-        grads = _op("normed_attention_bwd")(do, dlse, q, k, v, out, *rest, *ctx.scalars)
-        return *_select(grads, ctx.needs_input_grad[:7]), *(None,) * (1 + len(ctx.scalars))
+        needs_bias = any(ctx.needs_input_grad[7:10])
+        grads = _op("normed_attention_bwd")(do, dlse, q, k, v, out, *rest, *ctx.scalars, needs_bias)
+        return *_select(grads, ctx.needs_input_grad[:10]), *(None,) * (2 + len(ctx.scalars))
+
+
+class AttentionVarlenFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, q, k, v, cu_q, cu_k, seed, *scalars: Any):
+        out, lse = _op("attention_varlen_fwd")(q, k, v, cu_q, cu_k, seed, *scalars)
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, seed)
+        ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(lse)
+        ctx.scalars = scalars
+        return out, lse
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, do, dlse):
+        q, k, v, out, lse, *rest = ctx.saved_tensors
+        do = out.new_zeros(()).expand_as(out) if do is None else do
+        grads = _op("attention_varlen_bwd")(do, q, k, v, out, lse, dlse, *rest, *ctx.scalars)
+        return *_select(grads, ctx.needs_input_grad[:3]), *(None,) * (3 + len(ctx.scalars))
 
 
 class RotaryFunction(Function):

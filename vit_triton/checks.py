@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, strided
 
-from vit_triton.arguments import Block, Norm, Rope
+from vit_triton.arguments import Block, DecomposedBias, Norm, Rope, ScoreMask
 from vit_triton.autocast import FLOATS as KERNEL_DTYPES
 from vit_triton.autocast import is_autocast_enabled
 from vit_triton.portable import is_portable
@@ -144,6 +144,116 @@ def check_attention(
         check_number("scale", scale)
     check_probability("dropout_p", dropout_p)
     check_flag("return_lse", return_lse)
+
+
+def check_score_mask(
+    q: Tensor, shape: tuple[int, int, int, int], bias: Any, key_lengths: Any, causal: Any
+) -> ScoreMask:
+    """Check bias, key_lengths and causal for scores of ``shape`` (B, H, N_q, N_k) on the device of ``q``."""
+    if causal is not True and causal is not False and not (isinstance(causal, str) and causal == "bottom_right"):
+        raise ValueError(f"causal must be True, False or 'bottom_right', got {format_value(causal)}")
+    if key_lengths is not None:
+        _check_lengths("key_lengths", key_lengths, q, shape[0], shape[3])
+    rel = None
+    if isinstance(bias, DecomposedBias):
+        rel, bias = bias, None
+        _check_decomposed_bias(rel, q, shape)
+    elif bias is not None:
+        bias = _check_bias("bias", bias, q, also=(torch.bool,))
+        if bias.ndim > 4 or any(n not in (1, m) for n, m in zip(bias.shape[::-1], shape[::-1], strict=False)):
+            raise ValueError(f"bias must broadcast to (batch, heads, N_q, N_k) = {shape}, got {shape_of(bias)}")
+        bias = bias[(None,) * (4 - bias.ndim)]
+    return ScoreMask(bias, rel, key_lengths, "" if causal is False else "top_left" if causal is True else causal)
+
+
+def _check_bias(name: str, x: Any, q: Tensor, also: tuple[torch.dtype, ...] = ()) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type_name(x)}")
+    check_dense(name, x)
+    cast = is_autocast_enabled(q.device.type) and x.dtype in KERNEL_DTYPES
+    if x.dtype not in (q.dtype, torch.float32, *also) and not cast:
+        dtypes = dict.fromkeys((q.dtype, torch.float32, *also))  # without duplicates
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {expected}, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on {q.device}, got {x.device}")
+    return x
+
+
+def _check_decomposed_bias(rel: DecomposedBias, q: Tensor, shape: tuple[int, int, int, int]) -> None:
+    *rows, n_k = shape
+    for name, x in zip(DecomposedBias._fields, rel, strict=True):
+        _check_bias(name, x, q)
+        if x.ndim != 4 or list(x.shape[:3]) != rows:
+            side = name[-1].upper() + "k"
+            raise ValueError(
+                f"{name} must be (batch, heads, N_q, {side}) = ({str(rows)[1:-1]}, {side}), got {shape_of(x)}"
+            )
+    height, width = rel.rel_h.shape[-1], rel.rel_w.shape[-1]
+    if height * width != n_k:
+        raise ValueError(f"rel_h and rel_w must have sides Hk * Wk = {n_k} keys, got {height} * {width}")
+
+
+def _check_lengths(name: str, lengths: Any, q: Tensor, batch: int, longest: int) -> None:
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type_name(lengths)}")
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {lengths.dtype}")
+    if tuple(lengths.shape) != (batch,):
+        raise ValueError(f"{name} must be (batch,) = ({batch},), got {shape_of(lengths)}")
+    if lengths.device != q.device:
+        raise ValueError(f"{name} must be on {q.device}, got {lengths.device}")
+    if _has_values(lengths) and batch and not 0 <= lengths.min() <= lengths.max() <= longest:
+        raise ValueError(f"{name} must be from 0 to N_k = {longest}, got {lengths.min()} to {lengths.max()}")
+
+
+def _has_values(x: Tensor) -> bool:
+    """Return whether the values of a tensor can be checked: in memory, without a synchronization or a guard."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_portable() and not _is_fake(x)
+
+
+def _is_fake(x: Tensor) -> bool:
+    return torch._guards.detect_fake_mode(x) is not None
+
+
+def check_sequences(name: str, cu: Any, longest_name: str, longest: Any, q: Tensor, total: int) -> None:
+    """Check the first rows of packed sequences, the end of the last one, and the longest length."""
+    if not isinstance(cu, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type_name(cu)}")
+    if cu.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {cu.dtype}")
+    if cu.ndim != 1 or cu.shape[0] < 1:
+        raise ValueError(f"{name} must be (sequences + 1,), got {shape_of(cu)}")
+    if cu.device != q.device:
+        raise ValueError(f"{name} must be on {q.device}, got {cu.device}")
+    check_count(longest_name, longest, at_least=0)
+    if not _has_values(cu):
+        return
+    lengths = cu.diff()
+    if cu[0] != 0 or cu[-1] != total or (lengths < 0).any():
+        raise ValueError(f"{name} must ascend from 0 to the number of rows, {total}, got {format_values(cu)}")
+    if lengths.numel() and lengths.max() > longest:
+        raise ValueError(f"{longest_name} must be at least the longest length, {lengths.max()}, got {longest}")
+
+
+def check_valid(x: Any, valid: Any) -> None:
+    """Check padded sequences and the mask of their valid tokens."""
+    check_tensor("x", x)
+    if x.ndim < 2:
+        raise ValueError(f"x must be (B, N, ...), got {shape_of(x)}")
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+        raise TypeError(
+            f"valid must be a bool tensor, got {valid.dtype if isinstance(valid, Tensor) else type_name(valid)}"
+        )
+    if valid.shape != x.shape[:2] or valid.device != x.device:
+        where = f"{shape_of(valid)} on {valid.device}"
+        raise ValueError(f"valid must be (B, N) = {tuple(x.shape[:2])} on {x.device}, got {where}")
+
+
+def format_values(x: Tensor) -> str:
+    """Format a vector, abbreviated after 16 elements."""
+    values = ", ".join(map(str, x[:16].tolist()))
+    return f"[{values}{', ...' if len(x) > 16 else ''}]"
 
 
 def check_head_norms(q: Tensor, q_norm: Norm | None, k_norm: Norm | None, norm_type: str) -> None:

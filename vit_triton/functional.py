@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vit_triton import autograd, reference
-from vit_triton.arguments import Block, Norm, Rope
+from vit_triton.arguments import NO_MASK, Block, DecomposedBias, Norm, Packed, Rope, ScoreMask
 from vit_triton.autocast import autocast, is_autocast_enabled
 from vit_triton.backend import backend_name, resolve_backend
 from vit_triton.checks import (
@@ -40,7 +40,10 @@ from vit_triton.checks import (
     check_residual,
     check_rope,
     check_rows,
+    check_score_mask,
+    check_sequences,
     check_tensor,
+    check_valid,
     check_window_attention,
     format_value,
     hidden_features,
@@ -53,6 +56,9 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
+    bias: Tensor | DecomposedBias | None = None,
+    key_lengths: Tensor | None = None,
+    causal: bool | str = False,
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
     norm_type: str = "layer_norm",
@@ -64,7 +70,7 @@ def attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute softmax(scale * q k^T) v per head (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1).
+    """Compute softmax(scale * q k^T + bias) v per head (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1).
 
     With "triton", the backward pass recomputes the attention weights from the log-sum-exp with a relative error of up
     to 2e-7 times the largest scaled score, so the gradient of v loses all precision at scores near 1e6. The result may
@@ -72,7 +78,16 @@ def attention(
 
     Args:
         q: (B, N_q, H, D), D <= 256.
-        k, v: (B, N_k, H, D), N_k >= 1.
+        k, v: (B, N_k, H, D), N_k >= 1. Grouped queries, fewer heads than q has, are not supported.
+        bias: broadcasts to (B, H, N_q, N_k) and has any strides. Floating, in the dtype of q or float32: added to the
+            scaled scores; differentiable, and the gradient has the shape of ``bias``, so that broadcasting here takes
+            less memory than an expanded tensor. On GPUs, a row stride that is divisible by 16 is fastest. Bool: True
+            takes part. Or a :class:`.DecomposedBias`.
+        key_lengths: (B,), int32 or int64: keys at or past the length do not take part. Values outside 0 to N_k raise
+            an error on a CPU; on a GPU, where the check would synchronize, they count as 0 or N_k.
+        causal: True: query i attends to keys 0 to i, as in PyTorch. "bottom_right": to keys 0 to i + N_k - N_q, as in
+            flash-attn. All masks combine. A row without keys gives zeros, a log-sum-exp of -inf and zero gradients; a
+            bias of finfo.min in all columns gives the average of v, as in PyTorch.
         q_norm, k_norm: norms over D, applied to queries and keys (Dehghani et al. 2023, arXiv:2302.05442, section 2).
         norm_type: type of both norms, "layer_norm" or "rms_norm" (Zhang & Sennrich 2019, arXiv:1910.07467).
         rope: tables (cos, sin) of rotary positions (Su et al. 2021, arXiv:2104.09864), applied to q and k after the
@@ -96,10 +111,18 @@ def attention(
     check_alike("q", q, k=k, v=v)
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {shape_of(k)} and {shape_of(v)}")
+    if k.shape[2] != q.shape[2] and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3]):
+        raise ValueError(
+            f"q has {q.shape[2]} heads, k and v have {k.shape[2]}; they must be equal: repeat the heads of k and v"
+        )
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"q and k must agree in batch, heads and head size, got {shape_of(q)} and {shape_of(k)}")
     check_attention("q", q.shape, k.shape[1], scale, dropout_p, return_lse)
     check_head_norms(q, q_norm, k_norm, norm_type)
+    mask = None
+    if bias is not None or key_lengths is not None or causal is not False:
+        scores = q.shape[0], q.shape[2], q.shape[1], k.shape[1]
+        mask = check_score_mask(q, scores, bias, key_lengths, causal)
     check_rope(q.shape, k.shape[1], q, rope, rope_prefix, rope_layout)
     q, k, v = autocast(q, k, v)
     if _attention_backend(backend, q, q.numel(), rope) == "torch":
@@ -107,6 +130,9 @@ def attention(
             q,
             k,
             v,
+            bias=bias,
+            key_lengths=key_lengths,
+            causal=causal,
             q_norm=q_norm,
             k_norm=k_norm,
             norm_type=norm_type,
@@ -121,8 +147,8 @@ def attention(
     if rope is not None:
         q, k = _rotate(q, k, q_norm, k_norm, norm_type, rope, rope_prefix, rope_layout)
         q_norm = k_norm = None
-    if q_norm is not None or k_norm is not None:
-        out, lse = _normed_attention(q, k, v, q_norm, k_norm, norm_type, scale, dropout_p, return_lse)
+    if q_norm is not None or k_norm is not None or mask is not None:
+        out, lse = _general_attention(q, k, v, mask, q_norm, k_norm, norm_type, scale, dropout_p, return_lse)
         return (out, lse) if return_lse else out
     arguments = (q, k, v, _seed(q, dropout_p), _scale(scale, q), float(dropout_p))
     out, lse = _apply(autograd.AttentionFunction, "attention_fwd", arguments, (q, k, v), return_lse)
@@ -132,6 +158,9 @@ def attention(
 def attention_packed(
     qkv: Tensor,
     *,
+    bias: Tensor | DecomposedBias | None = None,
+    key_lengths: Tensor | None = None,
+    causal: bool | str = False,
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
     norm_type: str = "layer_norm",
@@ -150,23 +179,31 @@ def attention_packed(
     check_attention("qkv", (*qkv.shape[:2], *qkv.shape[3:]), qkv.shape[1], scale, dropout_p, return_lse)
     check_head_norms(qkv, q_norm, k_norm, norm_type)
     check_rope((*qkv.shape[:2], *qkv.shape[3:]), qkv.shape[1], qkv, rope, rope_prefix, rope_layout)
+    mask = None
+    if bias is not None or key_lengths is not None or causal is not False:
+        batch, n, _, heads, _ = qkv.shape
+        mask = check_score_mask(qkv, (batch, heads, n, n), bias, key_lengths, causal)
     (qkv,) = autocast(qkv)
     if _attention_backend(backend, qkv, qkv.numel() // 3, rope) == "torch":
+        masks = dict(bias=bias, key_lengths=key_lengths, causal=causal)
         norms = dict(q_norm=q_norm, k_norm=k_norm, norm_type=norm_type)
         positions = dict(rope=rope, rope_prefix=rope_prefix, rope_layout=rope_layout)
         options = dict(scale=scale, dropout_p=dropout_p, return_lse=return_lse)
-        return reference.attention_packed(qkv, **norms, **positions, **options)
+        return reference.attention_packed(qkv, **masks, **norms, **positions, **options)
     check_kernel_dtype("qkv", qkv)
     if rope is not None:
         rotary = norm_type, rope, rope_prefix, rope_layout
         if not _needs_autograd(qkv, *_norm_parts(q_norm)[:2], *_norm_parts(k_norm)[:2]):
             q, k, v = qkv.unbind(2)  # v is read where it lies
             q, k = _rotate(q, k, q_norm, k_norm, *rotary)
-            return attention(q, k, v, scale=scale, dropout_p=dropout_p, return_lse=return_lse, backend="triton")
+            masked = functools.partial(attention, bias=bias, key_lengths=key_lengths, causal=causal)
+            return masked(q, k, v, scale=scale, dropout_p=dropout_p, return_lse=return_lse, backend="triton")
         qkv = _rotate(qkv, None, q_norm, k_norm, *rotary)
         q_norm = k_norm = None
-    if q_norm is not None or k_norm is not None:
-        out, lse = _normed_attention(qkv, None, None, q_norm, k_norm, norm_type, scale, dropout_p, return_lse)
+    if q_norm is not None or k_norm is not None or mask is not None:
+        out, lse = _general_attention(
+            qkv, None, None, mask, q_norm, k_norm, norm_type, scale, dropout_p, return_lse
+        )  # fmt: skip
         return (out, lse) if return_lse else out
     arguments = (qkv, _seed(qkv, dropout_p), _scale(scale, qkv), float(dropout_p))
     out, lse = _apply(autograd.AttentionPackedFunction, "attention_packed_fwd", arguments, (qkv,), return_lse)
@@ -206,10 +243,11 @@ def _rotate(
     return torch.ops.vit_triton.rotary_fwd.default(q, k, *rope, *norms, *scalars)
 
 
-def _normed_attention(
+def _general_attention(
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
+    mask: ScoreMask | None,
     q_norm: Norm | None,
     k_norm: Norm | None,
     norm_type: str,
@@ -217,11 +255,117 @@ def _normed_attention(
     dropout_p: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Compute attention with norms, a bias or masks. If k and v are None, q is the packed projection."""
     (q_weight, q_bias, q_eps), (k_weight, k_bias, k_eps) = _norm_parts(q_norm), _norm_parts(k_norm)
-    tensors = q, k, v, q_weight, q_bias, k_weight, k_bias
-    scalars = q_eps, k_eps, norm_type == "rms_norm", _scale(scale, q), float(dropout_p)
-    arguments = (*tensors, _seed(q, dropout_p), *scalars)
-    return _apply(autograd.NormedAttentionFunction, "normed_attention_fwd", arguments, tensors, return_lse)
+    bias, rel, key_lengths, causal = NO_MASK if mask is None else mask
+    tensors = q, k, v, q_weight, q_bias, k_weight, k_bias, bias, *(rel or (None, None))
+    scalars = q_eps, k_eps, norm_type == "rms_norm", _scale(scale, q), float(dropout_p), causal
+    arguments = (*tensors, _seed(q, dropout_p), key_lengths, *scalars)
+    out, lse, *_ = _apply(autograd.NormedAttentionFunction, "normed_attention_fwd", arguments, tensors, return_lse)
+    return out, lse
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    causal: bool | str = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute :func:`attention` of packed sequences: tokens of different sequences do not attend to each other.
+
+    The arguments are those of ``flash_attn_varlen_func``, except that ``causal=True`` aligns the first query with the
+    first key, as in PyTorch. :func:`pack` makes packed sequences.
+
+    Args:
+        q: (total_q, H, D), D <= 256, the rows of the first sequence, then those of the second, and so on.
+        k, v: (total_k, H, D).
+        cu_seqlens_q: (sequences + 1,), int32: the first row of each sequence, and the number of rows. A sequence may be
+            empty. The values are checked on a CPU only, since the check would synchronize a GPU.
+        max_seqlen_q: the longest length, or more.
+        cu_seqlens_k, max_seqlen_k: those of k and v; by default those of q.
+        causal, scale, dropout_p: see :func:`attention`. Sequence i draws the dropout mask of sample i in
+            :func:`attention`.
+        return_lse: also return the log-sum-exp of the scaled scores of each row, (H, total_q), float32, differentiable.
+
+    Returns:
+        (total_q, H, D), contiguous with "triton".
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x, 3, "(total, H, D)")
+    check_alike("q", q, k=k, v=v)
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {shape_of(k)} and {shape_of(v)}")
+    if q.shape[1:] != k.shape[1:]:
+        raise ValueError(f"q and k must agree in heads and head size, got {shape_of(q)} and {shape_of(k)}")
+    check_sequences("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q, q.shape[0])
+    cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    max_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+    check_sequences("cu_seqlens_k", cu_k, "max_seqlen_k", max_k, q, k.shape[0])
+    if cu_k.shape != cu_seqlens_q.shape:
+        shapes = f"{shape_of(cu_seqlens_q)} and {shape_of(cu_k)}"
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have one shape, got {shapes}")
+    sequences = cu_k.shape[0] - 1
+    check_attention("q", (sequences, max_seqlen_q, *q.shape[1:]), max(1, max_k), scale, dropout_p, return_lse)
+    mask = check_score_mask(q, (sequences, q.shape[1], max_seqlen_q, max_k), None, None, causal)
+    q, k, v = autocast(q, k, v)
+    if resolve_backend(backend, "attention", q) == "torch":
+        return reference.attention_varlen(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            max_seqlen_q,
+            cu_k,
+            max_k,
+            causal=causal,
+            scale=scale,
+            dropout_p=dropout_p,
+            return_lse=return_lse,
+        )
+    check_kernel_dtype("q", q)
+    sizes = max_seqlen_q, max_k, _scale(scale, q), float(dropout_p), mask.causal
+    arguments = (q, k, v, cu_seqlens_q, cu_k, _seed(q, dropout_p), *sizes)
+    out, lse = _apply(autograd.AttentionVarlenFunction, "attention_varlen_fwd", arguments, (q, k, v), return_lse)
+    return (out, lse) if return_lse else out
+
+
+def pack(x: Tensor, valid: Tensor) -> Packed:
+    """Pack the valid tokens of padded sequences for :func:`attention_varlen`.
+
+    Synchronizes a GPU once, so pack before the first block of a model. The valid tokens need not come first.
+
+    Args:
+        x: (B, N, ...).
+        valid: (B, N), bool.
+    """
+    check_valid(x, valid)
+    indices = valid.flatten().nonzero().squeeze(1)
+    lengths = valid.sum(1)
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    return Packed(x.flatten(0, 1)[indices], indices, cu_seqlens, int(lengths.max()) if len(lengths) else 0)
+
+
+def unpack(x: Tensor, indices: Tensor, batch: int, length: int) -> Tensor:
+    """Put tokens packed by :func:`pack` back into padded sequences.
+
+    Args:
+        x: (total, ...).
+        indices: those of :class:`.Packed`.
+
+    Returns:
+        (batch, length, ...), zero where no token is valid.
+    """
+    padded = x.new_zeros(batch * length, *x.shape[1:])
+    return padded.index_copy(0, indices, x).unflatten(0, (batch, length))
 
 
 def linear(

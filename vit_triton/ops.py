@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vit_triton import packing
-from vit_triton.arguments import Block, Branch, Dropout, Norm, SavedNorm
+from vit_triton.arguments import Block, Branch, DecomposedBias, Dropout, Norm, SavedNorm, ScoreMask
 
 _library = torch.library.Library("vit_triton", "DEF")
 
@@ -172,7 +172,7 @@ def _saved_norm(
 def _attention_fwd(q, k, v, seed, scale, dropout_p, save=True):
     from vit_triton.kernels.attention.forward import attention_fwd
 
-    return attention_fwd(q, k, v, scale=scale, dropout=Dropout(dropout_p, seed), save=save)
+    return attention_fwd(q, k, v, scale=scale, dropout=Dropout(dropout_p, seed), save=save)[:2]
 
 
 @_fake("attention_fwd")
@@ -203,7 +203,7 @@ def _attention_packed_fwd(qkv, seed, scale, dropout_p, save=True):
     from vit_triton.kernels.attention.forward import attention_fwd
 
     q, k, v = qkv.unbind(2)
-    return attention_fwd(q, k, v, scale=scale, dropout=Dropout(dropout_p, seed), save=save)
+    return attention_fwd(q, k, v, scale=scale, dropout=Dropout(dropout_p, seed), save=save)[:2]
 
 
 @_fake("attention_packed_fwd")
@@ -228,43 +228,65 @@ def _attention_packed_bwd_fake(do, qkv, out, lse, dlse, seed, scale, dropout_p):
     return _like(qkv)
 
 
-# --- attention with norms of q and k -----------------------------------------------------------------------
+# --- attention with norms of q and k, biases and masks -------------------------------------------------------
 
 
-_NORMS = (
-    "Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor? seed, float? q_eps, float? k_eps, "
-    "bool rms, float scale, float dropout_p"
+_GENERAL = (
+    "Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor? bias, Tensor? rel_h, Tensor? rel_w, "
+    "Tensor? seed, Tensor? key_lengths, float? q_eps, float? k_eps, bool rms, float scale, float dropout_p, str causal"
 )
 
 
-@_register(f"normed_attention_fwd(Tensor q, Tensor? k, Tensor? v, {_NORMS}, bool save=True) -> (Tensor, Tensor)")
+def _score_mask(
+    bias: Tensor | None, rel_h: Tensor | None, rel_w: Tensor | None, key_lengths: Tensor | None, causal: str
+) -> ScoreMask:
+    rel = None if rel_h is None or rel_w is None else DecomposedBias(rel_h, rel_w)
+    return ScoreMask(bias, rel, key_lengths, causal)
+
+
+@_register(
+    f"normed_attention_fwd(Tensor q, Tensor? k, Tensor? v, {_GENERAL}, bool save=True) -> (Tensor, Tensor, Tensor)"
+)
 def _normed_attention_fwd(
-    q, k, v, q_weight, q_bias, k_weight, k_bias, seed, q_eps, k_eps, rms, scale, dropout_p, save=True
-):
+    q, k, v, q_weight, q_bias, k_weight, k_bias, bias, rel_h, rel_w, seed, key_lengths,
+    q_eps, k_eps, rms, scale, dropout_p, causal, save=True,
+):  # fmt: skip
     """If k and v are None, q is the packed projection."""
     from vit_triton.kernels.attention.qk_norm import normed_attention_fwd
 
     q, k, v = q.unbind(2) if k is None else (q, k, v)
-    norms = _norm(q_weight, q_bias, q_eps), _norm(k_weight, k_bias, k_eps)
-    return normed_attention_fwd(q, k, v, *norms, rms=rms, scale=scale, dropout=Dropout(dropout_p, seed), save=save)
+    return normed_attention_fwd(
+        *(q, k, v, _norm(q_weight, q_bias, q_eps), _norm(k_weight, k_bias, k_eps)),
+        rms=rms,
+        scale=scale,
+        dropout=Dropout(dropout_p, seed),
+        mask=_score_mask(bias, rel_h, rel_w, key_lengths, causal),
+        save=save,
+    )
 
 
 @_fake("normed_attention_fwd")
 def _normed_attention_fwd_fake(
-    q, k, v, q_weight, q_bias, k_weight, k_bias, seed, q_eps, k_eps, rms, scale, dropout_p, save=True
-):
+    q, k, v, q_weight, q_bias, k_weight, k_bias, bias, rel_h, rel_w, seed, key_lengths,
+    q_eps, k_eps, rms, scale, dropout_p, causal, save=True,
+):  # fmt: skip
     if k is None:
-        return _attention_packed_fwd_fake(q, seed, scale, dropout_p, save)
-    return _attention_fwd_fake(q, k, v, seed, scale, dropout_p, save)
+        out, lse = _attention_packed_fwd_fake(q, seed, scale, dropout_p, save)
+    else:
+        out, lse = _attention_fwd_fake(q, k, v, seed, scale, dropout_p, save)
+    floating = _score_mask(bias, rel_h, rel_w, key_lengths, causal).floating
+    return out, lse, lse.new_empty(2, *lse.shape) if save and floating else None
 
 
 @_register(
     "normed_attention_bwd(Tensor do, Tensor? dlse, Tensor q, Tensor? k, Tensor? v, Tensor out, Tensor lse, "
-    f"{_NORMS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"{_GENERAL}, bool needs_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _normed_attention_bwd(
-    do, dlse, q, k, v, out, lse, q_weight, q_bias, k_weight, k_bias, seed, q_eps, k_eps, rms, scale, dropout_p
-):
+    do, dlse, q, k, v, out, lse, q_weight, q_bias, k_weight, k_bias, bias, rel_h, rel_w, seed, key_lengths,
+    q_eps, k_eps, rms, scale, dropout_p, causal, needs_bias,
+):  # fmt: skip
     from vit_triton.kernels.attention.qk_norm import normed_attention_bwd
 
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -272,21 +294,73 @@ def _normed_attention_bwd(
     grads: Any = (dq, dk, dv)
     if k is None:
         (q, k, v), grads = q.unbind(2), dq.unbind(2)
-    norm_grads = normed_attention_bwd(
+    others = normed_attention_bwd(
         *(do, q, k, v, _norm(q_weight, q_bias, q_eps), _norm(k_weight, k_bias, k_eps), out, lse, dlse, grads),
         rms=rms,
         scale=scale,
         dropout=Dropout(dropout_p, seed),
+        mask=_score_mask(bias, rel_h, rel_w, key_lengths, causal),
+        needs_bias=needs_bias,
     )
-    return dq, dk, dv, *norm_grads
+    return dq, dk, dv, *others
 
 
 @_fake("normed_attention_bwd")
 def _normed_attention_bwd_fake(
-    do, dlse, q, k, v, out, lse, q_weight, q_bias, k_weight, k_bias, seed, q_eps, k_eps, rms, scale, dropout_p
-):
+    do, dlse, q, k, v, out, lse, q_weight, q_bias, k_weight, k_bias, bias, rel_h, rel_w, seed, key_lengths,
+    q_eps, k_eps, rms, scale, dropout_p, causal, needs_bias,
+):  # fmt: skip
     grads = (None if x is None else _like(x) for x in (q, k, v))
-    return *grads, *_norm_grads(q_weight, q_bias, q_eps is not None), *_norm_grads(k_weight, k_bias, k_eps is not None)
+    norms = *_norm_grads(q_weight, q_bias, q_eps is not None), *_norm_grads(k_weight, k_bias, k_eps is not None)
+    floating = (x if x is not None and x.is_floating_point() and needs_bias else None for x in (bias, rel_h, rel_w))
+    return *grads, *norms, *(None if x is None else _like(x) for x in floating)
+
+
+# --- attention of packed sequences -------------------------------------------------------------------------
+
+
+_VARLEN = "Tensor cu_q, Tensor cu_k, Tensor? seed, SymInt max_q, SymInt max_k, float scale, float dropout_p, str causal"
+
+
+@_register(f"attention_varlen_fwd(Tensor q, Tensor k, Tensor v, {_VARLEN}, bool save=True) -> (Tensor, Tensor)")
+def _attention_varlen_fwd(q, k, v, cu_q, cu_k, seed, max_q, max_k, scale, dropout_p, causal, save=True):
+    from vit_triton.kernels.attention.forward import attention_varlen_fwd
+
+    sizes = dict(max_q=max_q, max_k=max_k)
+    return attention_varlen_fwd(
+        q, k, v, cu_q, cu_k, **sizes, scale=scale, causal=causal, dropout=Dropout(dropout_p, seed), save=save
+    )
+
+
+@_fake("attention_varlen_fwd")
+def _attention_varlen_fwd_fake(q, k, v, cu_q, cu_k, seed, max_q, max_k, scale, dropout_p, causal, save=True):
+    return _like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32) if save else None
+
+
+@_register(
+    "attention_varlen_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
+    f"{_VARLEN}) -> (Tensor, Tensor, Tensor)"
+)
+def _attention_varlen_bwd(
+    do, q, k, v, out, lse, dlse, cu_q, cu_k, seed, max_q, max_k, scale, dropout_p, causal
+):  # fmt: skip
+    from vit_triton.kernels.attention.backward import attention_varlen_bwd
+
+    return attention_varlen_bwd(
+        *(do, q, k, v, out, lse, dlse, cu_q, cu_k),
+        max_q=max_q,
+        max_k=max_k,
+        scale=scale,
+        causal=causal,
+        dropout=Dropout(dropout_p, seed),
+    )
+
+
+@_fake("attention_varlen_bwd")
+def _attention_varlen_bwd_fake(
+    do, q, k, v, out, lse, dlse, cu_q, cu_k, seed, max_q, max_k, scale, dropout_p, causal
+):  # fmt: skip
+    return _like(q), _like(k), _like(v)
 
 
 # --- rotary position embedding -----------------------------------------------------------------------------

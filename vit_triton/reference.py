@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vit_triton.arguments import Block, Norm, Rope
+from vit_triton.arguments import Block, DecomposedBias, Norm, Rope
 
 
 def attention(
@@ -19,6 +19,9 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
+    bias: Tensor | DecomposedBias | None = None,
+    key_lengths: Tensor | None = None,
+    causal: bool | str = False,
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
     norm_type: str = "layer_norm",
@@ -37,10 +40,64 @@ def attention(
     scale = float(scale)  # PyTorch's operators do not support every number type
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = q @ k.transpose(-1, -2) * scale
-    out = (_dropout(scores.softmax(-1), dropout_p) @ v).transpose(1, 2)
+    empty = None  # the rows without keys
+    if bias is not None or key_lengths is not None or causal is not False:
+        scores = _mask_scores(scores, bias, key_lengths, causal)
+        empty = (scores == -torch.inf).all(-1, keepdim=True)
+        scores = scores.masked_fill(empty, 0.0)
+    weights = scores.softmax(-1)
+    weights = weights if empty is None else weights.masked_fill(empty, 0.0).to(v.dtype)
+    out = (_dropout(weights, dropout_p) @ v).transpose(1, 2)
     if not return_lse:
         return out
-    return out, scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
+    lse = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
+    return out, lse if empty is None else lse.masked_fill(empty.squeeze(-1), -torch.inf)
+
+
+def _mask_scores(
+    scores: Tensor, bias: Tensor | DecomposedBias | None, key_lengths: Tensor | None, causal: bool | str
+) -> Tensor:
+    """Add the bias to scores (B, H, N_q, N_k), in the wider dtype, and set those of excluded keys to -inf."""
+    n_q, n_k = scores.shape[-2:]
+    if isinstance(bias, DecomposedBias):
+        bias = (bias.rel_h.unsqueeze(-1) + bias.rel_w.unsqueeze(-2)).flatten(-2)
+    if bias is not None and bias.dtype == torch.bool:
+        scores = scores.masked_fill(~bias, -torch.inf)
+    elif bias is not None:
+        scores = scores + bias
+    if key_lengths is not None:
+        past = torch.arange(n_k, device=scores.device) >= key_lengths[:, None]
+        scores = scores.masked_fill(past[:, None, None], -torch.inf)
+    if causal is not False:
+        offset = n_k - n_q if causal == "bottom_right" else 0
+        allowed = torch.ones(n_q, n_k, dtype=torch.bool, device=scores.device).tril(offset)
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    return scores
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    ends_q = cu_seqlens_q.tolist()
+    ends_k = ends_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    results = []
+    for i in range(len(ends_q) - 1):
+        rows, keys = slice(ends_q[i], ends_q[i + 1]), slice(ends_k[i], ends_k[i + 1])
+        results.append(attention(q[None, rows], k[None, keys], v[None, keys], **options))
+    if not options.get("return_lse"):
+        return torch.cat([q.new_empty(0, *q.shape[1:]), *(out[0] for out in results)])
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return (
+        torch.cat([q.new_empty(0, *q.shape[1:]), *(out[0] for out, _ in results)]),
+        torch.cat([q.new_empty(q.shape[1], 0, dtype=dtype), *(lse[0] for _, lse in results)], 1),
+    )
 
 
 def attention_packed(qkv: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:

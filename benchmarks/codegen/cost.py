@@ -92,6 +92,8 @@ COSTS: dict[str, tuple[Count, Count]] = {
     "attention_bwd_delta_kernel": (lambda a: 2 * a["do_ptr"].numel(), _no_loop),
     "attention_bwd_dq_kernel": (_attention(3), lambda a: a["n_k"] // a["BLOCK_N"]),
     "attention_bwd_dkdv_kernel": (_attention(4), lambda a: a["n_q"] // a["BLOCK_M"]),
+    "attention_bwd_bias_kernel": (_attention(2), lambda a: a["n_steps"]),
+    "attention_bwd_rel_kernel": (_attention(2), lambda a: a["n_k"] // a["rel_width"]),
     "window_attention_fwd_kernel": (_windows(2), lambda a: a["group"]),
     "window_attention_bwd_kernel": (_windows(3), lambda a: a["group"]),
     "window_attention_bwd_dkdv_kernel": (_windows(4), lambda a: a["group"]),

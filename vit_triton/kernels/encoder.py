@@ -56,7 +56,7 @@ def encoder_fwd(
             qkv = _project(rows, block, packed.qkv, slice(0, 3 * inner))
             q, k, v = qkv.view(batch, length, 3, heads, head_dim).unbind(2)
             del qkv
-        out, _ = attention_fwd(q, k, v, scale=scale, save=False)
+        out, *_ = attention_fwd(q, k, v, scale=scale, save=False)
         rows, _, _ = norm_linear_fwd(
             *(out.view(len(rows), inner), block.out_weight, block.out_bias, None, rows),
             branch=Branch(block.layer_scale1),

@@ -1,15 +1,31 @@
 """The backward pass of attention; the maths is in :mod:`.forward`."""
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from vit_triton.arguments import NO_DROPOUT, Dropout
+from vit_triton.arguments import NO_DROPOUT, NO_MASK, Dropout, ScoreMask
+from vit_triton.kernels.attention.backward_bias import attention_bwd_bias, attention_bwd_rel
 from vit_triton.kernels.attention.config import (
     attention_tail,
     pick_attention_bwd_dkdv,
     pick_attention_bwd_dq,
     split_head_dim,
+)
+from vit_triton.kernels.attention.gradient import load_statistics, score_gradient, scores_and_dp
+from vit_triton.kernels.attention.masking import (
+    Sequences,
+    head_bias,
+    keys_of_rows,
+    limit_keys,
+    mask_arguments,
+    mask_scores,
+    sequence_arguments,
+    sequence_of,
+    softmax_of,
+    without_empty,
 )
 from vit_triton.kernels.attention.rows import (
     add_dot,
@@ -17,8 +33,6 @@ from vit_triton.kernels.attention.rows import (
     head_of_program,
     head_rows,
     load_columns,
-    load_main,
-    load_tail,
     load_tile,
     scale_tile,
     store_tile,
@@ -55,83 +69,98 @@ def attention_bwd_delta_kernel(
 
 
 @triton.jit
-def scores_and_dp(
-    a, b, c_rows, d_rows, offs_n, n_rows, DIMS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):
-    """(a @ c.T, b @ d.T, c, d) with tiles c and d of ``c_rows`` and ``d_rows``. Tails come after the products of the
-    main tiles: other orders take more registers on some architectures (benchmarks codegen)."""
-    c = load_main(c_rows, offs_n, n_rows, DIMS, MASKED)  # [BLOCK_N, D_MAIN]
-    d = load_main(d_rows, offs_n, n_rows, DIMS, MASKED)  # [BLOCK_N, D_MAIN]
-    scores = tl.dot(a[0], tl.trans(c), input_precision=PRECISION)
-    dp = tl.dot(b[0], tl.trans(d), input_precision=PRECISION)
-    if DIMS[2] > 0:
-        c_tail = load_tail(c_rows, offs_n, n_rows, DIMS, MASKED)
-        d_tail = load_tail(d_rows, offs_n, n_rows, DIMS, MASKED)
-        scores = tl.dot(a[1], tl.trans(c_tail), scores, input_precision=PRECISION)
-        dp = tl.dot(b[1], tl.trans(d_tail), dp, input_precision=PRECISION)
-        return scores, dp, (c, c_tail), (d, d_tail)
-    else:
-        return scores, dp, (c,), (d,)
-
-
-@triton.jit
 def attention_bwd_dq_step(
-    dq, q, do, lse_log2e, delta, k_rows, v_rows, start_n, n_k, scale_log2e, offs_m, dropout,
+    dq, q, do, lse, log2_sum, delta, k_rows, v_rows, start_n, n_q, n_k, score_scale, offs_m, dropout, mask,
     DIMS: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the contribution of keys ``start_n ... start_n + BLOCK_N`` to dQ, not yet multiplied by ``scale``."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    scores, dp, k, v = scores_and_dp(q, do, k_rows, v_rows, offs_n, n_k, DIMS, MASKED, PRECISION)
-    p = tl.exp2(scores * scale_log2e - lse_log2e[:, None])
-    if MASKED:
-        p = tl.where((offs_n < n_k)[None, :], p, 0.0)  # exp(0 - L) of a masked column may be inf
-    if dropout is not None:
-        seed, off_bh, dropout_p, keep_scale = dropout
-        keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], off_bh, dropout_p)
-        dp = tl.where(keep, dp * keep_scale, 0.0)  # NaN in dp is NaN in delta too
-    ds = (p * (dp - delta[:, None])).to(k[0].dtype)  # [BLOCK_M, BLOCK_N]
-    return add_dot(dq, ds, k, PRECISION)
+    ds, k = score_gradient(
+        q, do, lse, log2_sum, delta, k_rows, v_rows, offs_n, n_q, n_k, score_scale, offs_m, dropout, mask,
+        DIMS, MASKED, PRECISION,
+    )  # fmt: skip
+    return add_dot(dq, ds.to(k[0].dtype), k, PRECISION)
 
 
 @triton.jit
 def attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, seed_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, log2_sum_ptr, delta_ptr, seed_ptr, cu_q_ptr, cu_k_ptr, key_lengths_ptr,
+    bias_ptr, rel_h_ptr, rel_w_ptr, dq_ptr,
     stride_qb, stride_qn, stride_qh, stride_qd,
     stride_kb, stride_kn, stride_kh, stride_kd,
     stride_vb, stride_vn, stride_vh, stride_vd,
     stride_dob, stride_don, stride_doh, stride_dod,
+    stride_biasb, stride_biash, stride_biasm, stride_biasn,
+    stride_rel_hb, stride_rel_hh, stride_rel_hm, stride_rel_hn,
+    stride_rel_wb, stride_rel_wh, stride_rel_wm, stride_rel_wn,
     stride_dqb, stride_dqn, stride_dqh,
-    n_heads, n_q, n_k, scale, scale_log2e, dropout_p, keep_scale,
+    n_heads, n_q, n_k, n_tokens, rel_width, scale, score_scale, dropout_p, keep_scale,
     HEAD_ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, EMPTY_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """``log2_sum_ptr``: the bias is floating, ``lse_ptr`` contains the maxima, and ``score_scale`` is ``scale``;
+    otherwise it is multiplied by log2(e)."""
     DIMS: tl.constexpr = (HEAD_DIM, D_MAIN, D_TAIL)
     pid_m, batch, head, off_bh = head_of_program(n_heads, tl.cdiv(n_q, BLOCK_M))
+    if cu_q_ptr is not None:
+        first_q, n_q = sequence_of(cu_q_ptr, batch)
+        first_k, n_k = sequence_of(cu_k_ptr, batch)
+        q_ptr += first_q * stride_qn
+        k_ptr += first_k * stride_kn
+        v_ptr += first_k * stride_vn
+        do_ptr += first_q * stride_don
+        dq_ptr += first_q * stride_dqn
     q_rows = head_rows(q_ptr, (stride_qb, stride_qn, stride_qh, stride_qd), batch, head, HEAD_ALIGN)
     k_rows = head_rows(k_ptr, (stride_kb, stride_kn, stride_kh, stride_kd), batch, head, HEAD_ALIGN)
     v_rows = head_rows(v_ptr, (stride_vb, stride_vn, stride_vh, stride_vd), batch, head, HEAD_ALIGN)
     do_rows = head_rows(do_ptr, (stride_dob, stride_don, stride_doh, stride_dod), batch, head, HEAD_ALIGN)
     dq_rows = head_rows(dq_ptr, (stride_dqb, stride_dqn, stride_dqh, 1), batch, head, HEAD_ALIGN)
     dropout = (tl.load(seed_ptr), off_bh, dropout_p, keep_scale) if DROPOUT else None
+    bias = ()
+    if bias_ptr is not None:
+        bias = head_bias(bias_ptr, (stride_biasb, stride_biash, stride_biasm, stride_biasn), batch, head)
+    rel = ()
+    if rel_h_ptr is not None:
+        rel_h = head_bias(rel_h_ptr, (stride_rel_hb, stride_rel_hh, stride_rel_hm, stride_rel_hn), batch, head)
+        rel_w = head_bias(rel_w_ptr, (stride_rel_wb, stride_rel_wh, stride_rel_wm, stride_rel_wn), batch, head)
+        rel = rel_h + rel_w + (rel_width,)
+    mask = None if bias_ptr is None and rel_h_ptr is None else (bias, rel, ())
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < n_q
     q = load_tile(q_rows, offs_m, n_q, DIMS, True)  # [BLOCK_M, D]
     do = load_tile(do_rows, offs_m, n_q, DIMS, True)  # [BLOCK_M, D]
-    stats = off_bh.to(tl.int64) * n_q + offs_m
-    lse_log2e = tl.load(lse_ptr + stats, mask=mask_m, other=0.0) * LOG2E
-    delta = tl.load(delta_ptr + stats, mask=mask_m, other=0.0)
+    first_lse = off_bh.to(tl.int64) * n_q if cu_q_ptr is None else head * n_tokens + first_q
+    lse, log2_sum, delta = load_statistics(
+        lse_ptr, log2_sum_ptr, delta_ptr, first_lse + offs_m, mask_m, EMPTY_ROWS
+    )  # fmt: skip
+    sums = None if log2_sum_ptr is None else log2_sum
 
     dq = zero_tile(BLOCK_M, DIMS)
-    n_full = n_k // BLOCK_N * BLOCK_N
+    n_keys = n_k if key_lengths_ptr is None else limit_keys(n_k, key_lengths_ptr, batch)
+    if cu_q_ptr is not None:
+        n_keys = tl.where(pid_m * BLOCK_M < n_q, n_keys, 0)
+    if CAUSAL != "":
+        diagonal, n_first, n_keys = keys_of_rows(pid_m * BLOCK_M, n_q, n_k, n_keys, CAUSAL, BLOCK_M)
+        n_full = n_first // BLOCK_N * BLOCK_N
+    else:
+        n_full = n_keys // BLOCK_N * BLOCK_N
+    edge_mask = (bias, rel, (diagonal,)) if CAUSAL != "" else mask
     for start_n in tl.range(0, n_full, BLOCK_N):
         dq = attention_bwd_dq_step(
-            dq, q, do, lse_log2e, delta, k_rows, v_rows, start_n, n_k, scale_log2e, offs_m, dropout,
+            dq, q, do, lse, sums, delta, k_rows, v_rows, start_n, n_q, n_keys, score_scale, offs_m, dropout, mask,
             DIMS, BLOCK_N, False, PRECISION,
         )  # fmt: skip
-    if TAIL_N > 0:
+    if CAUSAL != "" or key_lengths_ptr is not None or cu_q_ptr is not None:
+        for start_n in tl.range(n_full, n_keys, BLOCK_N, num_stages=1):
+            dq = attention_bwd_dq_step(
+                dq, q, do, lse, sums, delta, k_rows, v_rows, start_n, n_q, n_keys, score_scale, offs_m, dropout,
+                edge_mask, DIMS, BLOCK_N, True, PRECISION,
+            )  # fmt: skip
+    elif TAIL_N > 0:
         dq = attention_bwd_dq_step(
-            dq, q, do, lse_log2e, delta, k_rows, v_rows, n_full, n_k, scale_log2e, offs_m, dropout,
+            dq, q, do, lse, sums, delta, k_rows, v_rows, n_full, n_q, n_keys, score_scale, offs_m, dropout, mask,
             DIMS, TAIL_N, True, PRECISION,
         )  # fmt: skip
     store_tile(dq_rows, scale_tile(dq, scale), offs_m, n_q, DIMS)
@@ -139,7 +168,8 @@ def attention_bwd_dq_kernel(
 
 @triton.jit
 def attention_bwd_dkdv_step(
-    sums, k, v, q_rows, do_rows, dq_rows, lse_ptr, delta_ptr, start_m, n_q, scale, scale_log2e, offs_n, dropout,
+    sums, k, v, q_rows, do_rows, dq_rows, lse_ptr, log2_sum_ptr, delta_ptr, start_m, n_q, n_k, scale, score_scale,
+    offs_n, dropout, mask,
     DIMS: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the contribution of query rows ``start_m ... start_m + BLOCK_M`` to dK (without ``scale``) and dV; tiles are
@@ -152,7 +182,16 @@ def attention_bwd_dkdv_step(
         lse = tl.load(lse_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
     scores, dp, q, do = scores_and_dp(k, v, q_rows, do_rows, offs_m, n_q, DIMS, MASKED, PRECISION)
-    p = tl.exp2(scores * scale_log2e - (lse * LOG2E)[None, :])
+    if mask is None:
+        p = tl.exp2(scores * score_scale - (lse * LOG2E)[None, :])
+    else:
+        lse = without_empty(lse)
+        scores = mask_scores(scores, score_scale, mask, offs_m[None, :], offs_n[:, None], n_q, n_k, MASKED, True)
+        if log2_sum_ptr is None:
+            p = softmax_of(scores, (lse * LOG2E)[None, :], None)
+        else:
+            log2_sum = tl.load(log2_sum_ptr + offs_m, mask=offs_m < n_q, other=0.0)
+            p = softmax_of(scores, lse[None, :], log2_sum[None, :])
     p_dropped = p
     if dropout is not None:
         seed, off_bh, dropout_p, keep_scale = dropout
@@ -172,34 +211,61 @@ def attention_bwd_dkdv_step(
 
 @triton.jit
 def attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, seed_ptr, dq_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, log2_sum_ptr, delta_ptr, seed_ptr, cu_q_ptr, cu_k_ptr, key_lengths_ptr,
+    bias_ptr, rel_h_ptr, rel_w_ptr, dq_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qn, stride_qh, stride_qd,
     stride_kb, stride_kn, stride_kh, stride_kd,
     stride_vb, stride_vn, stride_vh, stride_vd,
     stride_dob, stride_don, stride_doh, stride_dod,
+    stride_biasb, stride_biash, stride_biasm, stride_biasn,
+    stride_rel_hb, stride_rel_hh, stride_rel_hm, stride_rel_hn,
+    stride_rel_wb, stride_rel_wh, stride_rel_wm, stride_rel_wn,
     stride_dqb, stride_dqn, stride_dqh,
     stride_dkb, stride_dkn, stride_dkh,
     stride_dvb, stride_dvn, stride_dvh,
-    n_heads, n_q, n_k, scale, scale_log2e, dropout_p, keep_scale,
+    n_heads, n_q, n_k, n_tokens, rel_width, scale, score_scale, dropout_p, keep_scale,
     HEAD_ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_M: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_M: tl.constexpr, EMPTY_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N rows of dK and dV. ``dq_ptr``: dQ too, which requires that BLOCK_N covers all keys; the scores, their
     exponentials and dP are then computed once instead of twice."""
     DIMS: tl.constexpr = (HEAD_DIM, D_MAIN, D_TAIL)
     pid_n, batch, head, off_bh = head_of_program(n_heads, tl.cdiv(n_k, BLOCK_N))
+    if cu_q_ptr is not None:
+        first_q, n_q = sequence_of(cu_q_ptr, batch)
+        first_k, n_k = sequence_of(cu_k_ptr, batch)
+        q_ptr += first_q * stride_qn
+        k_ptr += first_k * stride_kn
+        v_ptr += first_k * stride_vn
+        do_ptr += first_q * stride_don
+        dk_ptr += first_k * stride_dkn
+        dv_ptr += first_k * stride_dvn
     q_rows = head_rows(q_ptr, (stride_qb, stride_qn, stride_qh, stride_qd), batch, head, HEAD_ALIGN)
     k_rows = head_rows(k_ptr, (stride_kb, stride_kn, stride_kh, stride_kd), batch, head, HEAD_ALIGN)
     v_rows = head_rows(v_ptr, (stride_vb, stride_vn, stride_vh, stride_vd), batch, head, HEAD_ALIGN)
     do_rows = head_rows(do_ptr, (stride_dob, stride_don, stride_doh, stride_dod), batch, head, HEAD_ALIGN)
     dq_rows = None
     if dq_ptr is not None:
+        if cu_q_ptr is not None:
+            dq_ptr += first_q * stride_dqn
         dq_rows = head_rows(dq_ptr, (stride_dqb, stride_dqn, stride_dqh, 1), batch, head, HEAD_ALIGN)
     dk_rows = head_rows(dk_ptr, (stride_dkb, stride_dkn, stride_dkh, 1), batch, head, HEAD_ALIGN)
     dv_rows = head_rows(dv_ptr, (stride_dvb, stride_dvn, stride_dvh, 1), batch, head, HEAD_ALIGN)
-    lse_ptr += off_bh.to(tl.int64) * n_q
-    delta_ptr += off_bh.to(tl.int64) * n_q
+    first_lse = off_bh.to(tl.int64) * n_q if cu_q_ptr is None else head * n_tokens + first_q
+    lse_ptr += first_lse
+    if log2_sum_ptr is not None:
+        log2_sum_ptr += first_lse
+    delta_ptr += first_lse
     dropout = (tl.load(seed_ptr), off_bh, dropout_p, keep_scale) if DROPOUT else None
+    bias = ()
+    if bias_ptr is not None:
+        bias = head_bias(bias_ptr, (stride_biasb, stride_biash, stride_biasm, stride_biasn), batch, head)
+    rel = ()
+    if rel_h_ptr is not None:
+        rel_h = head_bias(rel_h_ptr, (stride_rel_hb, stride_rel_hh, stride_rel_hm, stride_rel_hn), batch, head)
+        rel_w = head_bias(rel_w_ptr, (stride_rel_wb, stride_rel_wh, stride_rel_wm, stride_rel_wn), batch, head)
+        rel = rel_h + rel_w + (rel_width,)
 
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = load_tile(k_rows, offs_n, n_k, DIMS, True)  # [BLOCK_N, D]
@@ -207,19 +273,45 @@ def attention_bwd_dkdv_kernel(
     zero = zero_tile(BLOCK_N, DIMS)
     # dK, dV and their tails in one tuple: two tuples take more registers on sm_90 (benchmarks codegen)
     sums = zero[:1] + zero[:1] + zero[1:] + zero[1:]
-    m_full = n_q // BLOCK_M * BLOCK_M
-    for start_m in tl.range(0, m_full, BLOCK_M):
+    n_keys = n_k if key_lengths_ptr is None else limit_keys(n_k, key_lengths_ptr, batch)
+    first_m = 0
+    n_rows = n_q
+    if CAUSAL != "":
+        diagonal, _, _ = keys_of_rows(0, n_q, n_k, n_keys, CAUSAL, BLOCK_M)
+        if dq_ptr is None:
+            first_m = tl.maximum(pid_n * BLOCK_N - diagonal, 0) // BLOCK_M * BLOCK_M
+    mask = (bias, rel, (diagonal,)) if CAUSAL != "" else (bias, rel, ()) if EMPTY_ROWS else None
+    if EMPTY_ROWS and dq_ptr is None:
+        n_rows = tl.where(pid_n * BLOCK_N < n_keys, n_q, 0)
+    if CAUSAL == "":
+        m_full = n_rows // BLOCK_M * BLOCK_M
+        for start_m in tl.range(0, m_full, BLOCK_M):
+            sums = attention_bwd_dkdv_step(
+                sums, k, v, q_rows, do_rows, dq_rows, lse_ptr, log2_sum_ptr, delta_ptr, start_m, n_q, n_keys, scale,
+                score_scale, offs_n, dropout, mask, DIMS, BLOCK_M, False, PRECISION,
+            )  # fmt: skip
+        first_m = m_full
+    if CAUSAL != "" or cu_q_ptr is not None:
+        for start_m in tl.range(first_m, n_rows, BLOCK_M):
+            sums = attention_bwd_dkdv_step(
+                sums, k, v, q_rows, do_rows, dq_rows, lse_ptr, log2_sum_ptr, delta_ptr, start_m, n_q, n_keys, scale,
+                score_scale, offs_n, dropout, mask, DIMS, BLOCK_M, True, PRECISION,
+            )  # fmt: skip
+    elif TAIL_M > 0:
         sums = attention_bwd_dkdv_step(
-            sums, k, v, q_rows, do_rows, dq_rows, lse_ptr, delta_ptr, start_m, n_q, scale, scale_log2e, offs_n,
-            dropout, DIMS, BLOCK_M, False, PRECISION,
-        )  # fmt: skip
-    if TAIL_M > 0:
-        sums = attention_bwd_dkdv_step(
-            sums, k, v, q_rows, do_rows, dq_rows, lse_ptr, delta_ptr, m_full, n_q, scale, scale_log2e, offs_n,
-            dropout, DIMS, TAIL_M, True, PRECISION,
+            sums, k, v, q_rows, do_rows, dq_rows, lse_ptr, log2_sum_ptr, delta_ptr, first_m, n_q, n_keys, scale,
+            score_scale, offs_n, dropout, mask, DIMS, TAIL_M, True, PRECISION,
         )  # fmt: skip
     store_tile(dk_rows, scale_tile(sums[0::2], scale), offs_n, n_k, DIMS)
     store_tile(dv_rows, sums[1::2], offs_n, n_k, DIMS)
+
+
+class BiasGradients(NamedTuple):
+    """Gradients of the tensors of a :class:`ScoreMask`; None if there is no such tensor or none is wanted."""
+
+    bias: torch.Tensor | None = None
+    rel_h: torch.Tensor | None = None
+    rel_w: torch.Tensor | None = None
 
 
 def attention_bwd(
@@ -258,21 +350,66 @@ def attention_packed_bwd(
     return dqkv
 
 
-def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, *, scale: float, dropout: Dropout) -> None:
-    """:func:`attention_bwd`, written into dq, dk and dv, whose last strides are 1."""
-    batch, n_q, n_heads, head_dim = q.shape
-    n_k = k.shape[1]
-    target = target_of(q.device)
-    d_main, d_tail = split_head_dim(head_dim, q.dtype, target)
+def attention_varlen_bwd(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    *,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    causal: str = "",
+    dropout: Dropout = NO_DROPOUT,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Contiguous gradients of :func:`attention_varlen_fwd` for q, k and v."""
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     do = maybe_contiguous(do)
+    delta = attention_bwd_delta(out[None], do[None], None if dlse is None else dlse[None])
+    sequences = Sequences(cu_q, cu_k, max_q, max_k)
+    operands = sequences.views(do, q, k, v)
+    grads = sequences.views(dq, dk, dv)
+    mask = ScoreMask(causal=causal)
+    launch_attention_bwd(grads, operands, lse, None, delta, sequences, scale=scale, dropout=dropout, mask=mask)
+    return dq, dk, dv
 
-    delta = torch.empty_like(lse)
+
+def attention_bwd_into(
+    dq, dk, dv, do, q, k, v, out, lse, dlse,
+    *, scale: float, dropout: Dropout, mask: ScoreMask = NO_MASK, needs_bias: bool = False,
+) -> BiasGradients:  # fmt: skip
+    """:func:`attention_bwd`, written into dq, dk and dv, whose last strides are 1. ``lse``: with a floating bias, what
+    :func:`attention_fwd` saves instead."""
+    do = maybe_contiguous(do)
+    delta = attention_bwd_delta(out, do, dlse)
+    lse, log2_sum = lse.unbind(0) if mask.floating else (lse, None)
+    arguments = launch_attention_bwd(
+        [dq, dk, dv], [do, q, k, v], lse, log2_sum, delta, None, scale=scale, dropout=dropout, mask=mask
+    )
+    if needs_bias and mask.rel is not None:
+        return BiasGradients(None, *attention_bwd_rel(arguments, mask.rel))
+    if needs_bias and mask.bias is not None and mask.floating:
+        return BiasGradients(attention_bwd_bias(arguments, mask.bias))
+    return BiasGradients()
+
+
+def attention_bwd_delta(out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor | None) -> torch.Tensor:
+    """delta of the backward kernels, float32 (B, H, N_q); the last stride of ``do`` is 1."""
+    batch, n_q, n_heads, head_dim = out.shape
+    target = target_of(out.device)
+    d_main, d_tail = split_head_dim(head_dim, out.dtype, target)
+    delta = torch.empty(batch, n_heads, n_q, dtype=torch.float32, device=out.device)
     block_d = d_main if d_tail == 0 else 2 * d_main
     block_m = max(1, 2048 // block_d) if target.family != "interpreter" else 256
     launch(
         attention_bwd_delta_kernel,
         (cdiv(n_q, block_m) * batch * n_heads,),
-        q,
+        out,
         out_ptr=out,
         do_ptr=do,
         dlse_ptr=dlse,
@@ -289,24 +426,48 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, *, scale: float,
         BLOCK_D=block_d,
         HAS_DLSE=dlse is not None,
     )
+    return delta
 
-    shared = dict(
+
+def launch_attention_bwd(
+    grads: list[torch.Tensor],
+    operands: list[torch.Tensor],
+    lse: torch.Tensor,
+    log2_sum: torch.Tensor | None,
+    delta: torch.Tensor,
+    sequences: Sequences | None,
+    *,
+    scale: float,
+    dropout: Dropout,
+    mask: ScoreMask,
+) -> dict[str, Any]:
+    """Launch the kernels that compute ``grads`` (dq, dk, dv) from ``operands`` (do, q, k, v). Return the arguments that
+    the kernels of a bias's gradient share with them."""
+    (dq, dk, dv), (do, q, k, v) = grads, operands
+    batch, n_q, n_heads, head_dim = q.shape
+    n_k = k.shape[1]
+    if sequences is not None:
+        n_q, n_k = sequences.max_q, sequences.max_k
+    target = target_of(q.device)
+    d_main, d_tail = split_head_dim(head_dim, q.dtype, target)
+    arguments: dict[str, Any] = dict(
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
         do_ptr=do,
         lse_ptr=lse,
+        log2_sum_ptr=log2_sum,
         delta_ptr=delta,
         seed_ptr=dropout.seed,
         **strides("q", q),
         **strides("k", k),
         **strides("v", v),
         **strides("do", do),
+        **mask_arguments(mask, (batch, n_heads, n_q, n_k)),
         n_heads=n_heads,
         n_q=n_q,
         n_k=n_k,
-        scale=scale,
-        scale_log2e=scale * LOG2E.value,
+        score_scale=scale * (1.0 if mask.floating else LOG2E.value),
         dropout_p=dropout.p,
         keep_scale=dropout.scale,
         HEAD_ALIGN=head_align(q, k, v, do, dq, dk, dv),
@@ -316,6 +477,8 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, *, scale: float,
         DROPOUT=dropout.p > 0,
         PRECISION=input_precision(q.dtype, target),
     )
+    shared = arguments | sequence_arguments(sequences, q)
+    shared |= dict(scale=scale, EMPTY_ROWS=mask.empty_rows or sequences is not None)
     dq_strides = dict(stride_dqb=dq.stride(0), stride_dqn=dq.stride(1), stride_dqh=dq.stride(2))
     config = pick_attention_bwd_dq(n_q, n_k, head_dim, q.dtype, target, dropout.p > 0)
     if config is not None:
@@ -353,3 +516,4 @@ def attention_bwd_into(dq, dk, dv, do, q, k, v, out, lse, dlse, *, scale: float,
         **config.options,
         **shared,
     )
+    return arguments

@@ -215,6 +215,47 @@ def pick_attention_bwd_dkdv(
     return (_BWD_DKDV_DROPOUT if dropout else _BWD_DKDV).tile(head_dim, dtype, target)
 
 
+@tunable(AttentionConfig, candidates=_candidates(_BWD_DQ, [(64, 64, 4, 2), (64, 64, 8, 2)]))
+def pick_attention_bwd_bias(
+    n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
+) -> AttentionConfig:
+    """Tiles of ``attention_bwd_bias_kernel``."""
+    if target.family == "interpreter":
+        return _pick_interpreted_attention(n_q, n_k)
+    if target.family == "cpu":
+        return _pick_cpu_attention(n_q, n_k, 64, 256)
+    return (_BWD_DQ_DROPOUT if dropout else _BWD_DQ).tile(head_dim, dtype, target)
+
+
+def bias_splits(n_tiles: int, n_steps: int, target: Target) -> int:
+    """Number of programs that compute one of ``n_tiles`` tiles of a bias's gradient, which takes ``n_steps`` steps."""
+    programs = 2048 if target.is_gpu else 16  # fills the device a few times
+    return max(1, min(n_steps, programs // max(1, n_tiles)))
+
+
+def _candidates_rel(
+    n_q: int, width: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
+) -> Iterable[AttentionConfig]:
+    return [_rel_tile(block_m, width, num_warps, 2) for block_m in (16, 32, 64) for num_warps in (4, 8)]
+
+
+def _rel_tile(block_m: int, width: int, num_warps: int, num_stages: int) -> AttentionConfig:
+    return AttentionConfig(block_m, max(16, next_power_of_2(width)), num_warps, num_stages)
+
+
+@tunable(AttentionConfig, candidates=_candidates_rel)
+def pick_attention_bwd_rel(
+    n_q: int, width: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
+) -> AttentionConfig:
+    """Tiles of ``attention_bwd_rel_kernel``: ``block_n`` covers a row of ``width`` keys."""
+    if target.family == "interpreter":
+        return _rel_tile(_pick_interpreted_attention(n_q, width).block_m, width, 4, 1)
+    if target.family == "cpu":
+        return _rel_tile(clip(64, n_q), width, 1, 1)
+    small = dtype == torch.float32 or head_dim > 96 or width > 64
+    return _rel_tile(16 if small else 64, width, 4, 1 if dtype == torch.float32 else 2)
+
+
 @dataclass(frozen=True)
 class RotaryConfig:
     """A tile of ``block_m`` rows of ``block_i`` pairs of channels."""

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vit_triton.arguments import NO_DROPOUT, Dropout, Norm
+from vit_triton.arguments import NO_DROPOUT, NO_MASK, Dropout, Norm, ScoreMask
 from vit_triton.kernels.attention.backward import attention_bwd_into
 from vit_triton.kernels.attention.forward import attention_fwd
 from vit_triton.kernels.attention.rows import strides
@@ -184,11 +184,12 @@ def normed_attention_fwd(
     rms: bool,
     scale: float,
     dropout: Dropout = NO_DROPOUT,
+    mask: ScoreMask = NO_MASK,
     save: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """:func:`attention_fwd` of the normalised q and k."""
     q, k = qk_norm_fwd(q, q_norm, rms=rms), qk_norm_fwd(k, k_norm, rms=rms)
-    return attention_fwd(q, k, v, scale=scale, dropout=dropout, save=save)
+    return attention_fwd(q, k, v, scale=scale, dropout=dropout, mask=mask, save=save)
 
 
 def normed_attention_bwd(
@@ -206,9 +207,15 @@ def normed_attention_bwd(
     rms: bool,
     scale: float,
     dropout: Dropout = NO_DROPOUT,
+    mask: ScoreMask = NO_MASK,
+    needs_bias: bool = False,
 ) -> tuple[torch.Tensor | None, ...]:
     """Write the gradients of q, k and v into ``grads``, whose last strides are 1 -> gradients of q_norm's weight and
-    bias and of k_norm's weight and bias; None for a missing parameter."""
+    bias, of k_norm's weight and bias, and with ``needs_bias`` those of the mask's bias, rel_h and rel_w; None for a
+    missing tensor."""
     normed = qk_norm_fwd(q, q_norm, rms=rms), qk_norm_fwd(k, k_norm, rms=rms)
-    attention_bwd_into(*grads, do, *normed, v, out, lse, dlse, scale=scale, dropout=dropout)
-    return *qk_norm_bwd_into(grads[0], q, q_norm, rms=rms), *qk_norm_bwd_into(grads[1], k, k_norm, rms=rms)
+    of_bias = attention_bwd_into(
+        *(*grads, do, *normed, v, out, lse, dlse), scale=scale, dropout=dropout, mask=mask, needs_bias=needs_bias
+    )
+    of_norms = *qk_norm_bwd_into(grads[0], q, q_norm, rms=rms), *qk_norm_bwd_into(grads[1], k, k_norm, rms=rms)
+    return *of_norms, *of_bias
