@@ -95,15 +95,17 @@ def some_columns(head_dim):
     kind=st.sampled_from(["plain", "shared", "sample", "head", "both"]),
     form=st.sampled_from(["apart", "packed", "heads first", "strided"]),
     gradient=st.sampled_from(["dense", "expanded", "transposed"]),
-    table_dtype=st.sampled_from(["float32", "own", "view"]),
+    table_form=st.sampled_from(["float32", "own", "view", "strided"]),
     dtype=st.sampled_from(DTYPES),
 )
-def test_rotation(shape, head_dim, columns, layout, prefix, kind, form, gradient, table_dtype, dtype):
+def test_rotation(shape, head_dim, columns, layout, prefix, kind, form, gradient, table_form, dtype):
     batch, n, heads = shape
     columns = some_columns(head_dim)[columns]
-    rope = tables(kind, batch, heads, n - prefix, columns, dtype if table_dtype == "own" else torch.float32)
-    if table_dtype == "view":  # as timm's sin and cos
+    rope = tables(kind, batch, heads, n - prefix, columns, dtype if table_form == "own" else torch.float32)
+    if table_form == "view":  # as timm's sin and cos
         rope = torch.cat(rope, -1).chunk(2, -1)
+    if table_form == "strided":
+        rope = torch.stack((rope[0], rope[0]), -1)[..., 0], rope[1]
     inputs = make(batch, n, heads, head_dim, dtype, form)[: 1 if form == "packed" else 2]
     grads = make(batch, n, heads, head_dim, dtype, "heads first" if gradient == "transposed" else "apart")
     if gradient == "expanded":
