@@ -132,6 +132,15 @@ def test_each_kernel(arch, dtype):
         assert not narrow_rows(found), found
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_masked_attention(arch):
+    """Biases, key lengths, causal masks and packed sequences cause no spills at head size 64."""
+    found = figures(arch, "bfloat16", workloads.masked_attention, only="attention")
+    assert {kernel.kernel for kernel in found} == {name for name in KERNELS if name.startswith("attention")}
+    for kernel in found:
+        check_requirements(kernel)
+
+
 def test_expanded_gradients():
     """Expanded gradients keep 16-byte loads and cause no spills."""
     for found in figures("sm_80", "bfloat16", workloads.expanded_gradients):

@@ -99,9 +99,14 @@ class ScoreMask(NamedTuple):
         return self.rel is not None or self.bias is not None and self.bias.is_floating_point()
 
     @property
+    def biased(self) -> bool:
+        """Whether there is a bias of any kind."""
+        return self.bias is not None or self.rel is not None
+
+    @property
     def empty_rows(self) -> bool:
         """Whether a row may have no keys."""
-        return self.bias is not None or self.rel is not None or self.key_lengths is not None or self.causal != ""
+        return self.biased or self.key_lengths is not None or self.causal != ""
 
 
 NO_BRANCH = Branch()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vit_triton import functional as F
+from vit_triton.arguments import DecomposedBias
 
 TOKENS, WIDTH, HIDDEN, HEADS, HEAD_DIM = 197, 768, 3072, 12, 64  # ViT-B/16 at 224 x 224
 HEAD_DIMS = (16, 32, 64, 72, 80, 88, 96, 104, 128, 192, 256)
@@ -48,6 +49,10 @@ def each_kernel(dtype: torch.dtype) -> None:
     _differentiate(F.attention_packed(qkv, q_norm=normed, k_norm=normed, backend="triton"))
     for layout in ("half", "interleaved"):
         _rotary(dtype, BATCH, TOKENS, HEADS, HEAD_DIM, layout)
+    bias = _zeros(dtype, HEADS, TOKENS, 208)[:, :, :TOKENS]  # rows of a multiple of 16 elements
+    _differentiate(F.attention_packed(qkv, bias=bias, backend="triton"))
+    rel = DecomposedBias(*(_zeros(dtype, BATCH, HEADS, 196, 14) for _ in range(2)))
+    _differentiate(F.attention_packed(_zeros(dtype, BATCH, 196, 3, HEADS, HEAD_DIM), bias=rel, backend="triton"))
     _gated(x, HIDDEN)
     branch = dict(residual=x, layer_scale=_zeros(dtype, WIDTH), drop_path_p=0.1)
     _linear(x, WIDTH, **branch)
@@ -104,6 +109,23 @@ def expanded_gradients(dtype: torch.dtype) -> None:
 def attention(dtype: torch.dtype, head_dim: int, dropout_p: float, n_q: int = TOKENS, n_k: int = TOKENS) -> None:
     q, k, v = (_zeros(dtype, 1, n, 2, head_dim) for n in (n_q, n_k, n_k))
     _differentiate(F.attention(q, k, v, dropout_p=dropout_p, backend="triton"))
+
+
+def masked_attention(dtype: torch.dtype, head_dim: int = HEAD_DIM) -> None:
+    """Launch attention with a bias, key lengths, a causal mask and a decomposed bias, and on packed sequences."""
+    sides = 14, 14
+    n = sides[0] * sides[1]
+    qkv = _zeros(dtype, BATCH, TOKENS, 3, HEADS, head_dim)
+    # rows of a multiple of 16 elements
+    bias = _zeros(dtype, HEADS, TOKENS, (TOKENS + 15) // 16 * 16)[:, :, :TOKENS]
+    lengths = torch.full((BATCH,), TOKENS)
+    for options in (dict(bias=bias), dict(key_lengths=lengths), dict(causal=True)):
+        _differentiate(F.attention_packed(qkv, **options, backend="triton"))
+    rel = DecomposedBias(*(_zeros(dtype, BATCH, HEADS, n, side) for side in sides))
+    _differentiate(F.attention_packed(_zeros(dtype, BATCH, n, 3, HEADS, head_dim), bias=rel, backend="triton"))
+    q, k, v = _zeros(dtype, BATCH * TOKENS, 3, HEADS, head_dim).unbind(1)
+    cu_seqlens = torch.arange(BATCH + 1, dtype=torch.int32) * TOKENS
+    _differentiate(F.attention_varlen(q, k, v, cu_seqlens, TOKENS, backend="triton"))
 
 
 def packed_attention(dtype: torch.dtype, batch: int, n_tokens: int, head_dim: int) -> None:

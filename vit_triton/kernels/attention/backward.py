@@ -11,7 +11,9 @@ from vit_triton.kernels.attention.backward_bias import attention_bwd_bias, atten
 from vit_triton.kernels.attention.config import (
     attention_tail,
     pick_attention_bwd_dkdv,
+    pick_attention_bwd_dkdv_bias,
     pick_attention_bwd_dq,
+    pick_attention_bwd_dq_bias,
     split_head_dim,
 )
 from vit_triton.kernels.attention.gradient import load_statistics, score_gradient, scores_and_dp
@@ -480,7 +482,8 @@ def launch_attention_bwd(
     shared = arguments | sequence_arguments(sequences, q)
     shared |= dict(scale=scale, EMPTY_ROWS=mask.empty_rows or sequences is not None)
     dq_strides = dict(stride_dqb=dq.stride(0), stride_dqn=dq.stride(1), stride_dqh=dq.stride(2))
-    config = pick_attention_bwd_dq(n_q, n_k, head_dim, q.dtype, target, dropout.p > 0)
+    pick_dq = pick_attention_bwd_dq_bias if mask.biased else pick_attention_bwd_dq
+    config = pick_dq(n_q, n_k, head_dim, q.dtype, target, dropout.p > 0)
     if config is not None:
         launch(
             attention_bwd_dq_kernel,
@@ -495,7 +498,8 @@ def launch_attention_bwd(
             **shared,
         )
     with_dq = config is None
-    config = pick_attention_bwd_dkdv(n_q, n_k, head_dim, q.dtype, target, dropout.p > 0)
+    pick_dkdv = pick_attention_bwd_dkdv_bias if mask.biased else pick_attention_bwd_dkdv
+    config = pick_dkdv(n_q, n_k, head_dim, q.dtype, target, dropout.p > 0)
     launch(
         attention_bwd_dkdv_kernel,
         (cdiv(n_k, config.block_n) * batch * n_heads,),

@@ -68,7 +68,7 @@ def attention_bwd_bias_kernel(
         bias = head_bias(bias_ptr, (stride_biasb, stride_biash, stride_biasm, stride_biasn), batch, head)
         n_keys = n_k if key_lengths_ptr is None else limit_keys(n_k, key_lengths_ptr, batch)
         if CAUSAL != "":
-            diagonal, _, n_keys = keys_of_rows(first_m, n_q, n_k, n_keys, CAUSAL, BLOCK_M)
+            diagonal, n_first, n_keys = keys_of_rows(first_m, n_q, n_k, n_keys, CAUSAL, BLOCK_M)
         after = (diagonal,) if CAUSAL != "" else ()
         dropout = (tl.load(seed_ptr), off_bh, dropout_p, keep_scale) if DROPOUT else None
         q = load_tile(q_rows, offs_m, n_q, DIMS, True)  # [BLOCK_M, D]
@@ -76,7 +76,7 @@ def attention_bwd_bias_kernel(
         lse, log2_sum, delta = load_statistics(
             lse_ptr, log2_sum_ptr, delta_ptr, off_bh.to(tl.int64) * n_q + offs_m, offs_m < n_q, True
         )
-        ds, _ = score_gradient(
+        ds, keys = score_gradient(
             q, do, lse, log2_sum, delta, k_rows, v_rows, offs_n, n_q, n_keys, score_scale, offs_m, dropout,
             (bias, (), after), DIMS, True, PRECISION,
         )  # fmt: skip
@@ -169,7 +169,7 @@ def attention_bwd_rel_kernel(
     lse, log2_sum, delta = load_statistics(lse_ptr, log2_sum_ptr, delta_ptr, rows, mask_m, True)
     n_keys = n_k if key_lengths_ptr is None else limit_keys(n_k, key_lengths_ptr, batch)
     if CAUSAL != "":
-        diagonal, _, n_keys = keys_of_rows(pid_m * BLOCK_M, n_q, n_k, n_keys, CAUSAL, BLOCK_M)
+        diagonal, n_first, n_keys = keys_of_rows(pid_m * BLOCK_M, n_q, n_k, n_keys, CAUSAL, BLOCK_M)
     after = (diagonal,) if CAUSAL != "" else ()
     mask = ((), rel_h + rel_w + (rel_width,), after)
     height = n_k // rel_width
@@ -177,7 +177,7 @@ def attention_bwd_rel_kernel(
     for row in tl.range(0, height):
         offs_n = row * rel_width + tl.arange(0, BLOCK_N)
         end = tl.minimum((row + 1) * rel_width, n_keys)  # keys of the next row of the grid do not count
-        ds, _ = score_gradient(
+        ds, keys = score_gradient(
             q, do, lse, log2_sum, delta, k_rows, v_rows, offs_n, n_q, end, score_scale, offs_m, dropout, mask,
             DIMS, True, PRECISION,
         )  # fmt: skip

@@ -154,6 +154,19 @@ _BWD_DKDV_DROPOUT = replace(
 )
 
 
+# with a bias, loads and sums of another tile of scores; a decomposed bias takes most registers
+_BWD_DQ_BIAS = replace(
+    _BWD_DQ_DROPOUT,
+    sm_80=((32, 64, 4, 2), *_BWD_DQ_DROPOUT.sm_80[1:]),
+    sm_90=((64, 32, 4, 3), *_BWD_DQ_DROPOUT.sm_90[1:]),
+)
+_BWD_DKDV_BIAS = replace(
+    _BWD_DKDV_DROPOUT,
+    sm_80=((16, 64, 4, 2), *_BWD_DKDV_DROPOUT.sm_80[1:]),
+    sm_90=((32, 64, 4, 3), *_BWD_DKDV_DROPOUT.sm_90[1:]),
+)
+
+
 def _candidates(tiles: AttentionTiles, more: Iterable[Tile]) -> Callable[..., Any]:
     """Candidates: the tiles of every architecture and head size, and ``more``."""
 
@@ -172,7 +185,7 @@ def _candidates(tiles: AttentionTiles, more: Iterable[Tile]) -> Callable[..., An
 def pick_attention_fwd(
     n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
 ) -> AttentionConfig:
-    """Tiles of ``attention_fwd_kernel``."""
+    """Tiles of ``attention_fwd_kernel``. ``dropout``: or a bias or mask, which need registers too."""
     if target.family == "interpreter":
         return _pick_interpreted_attention(n_q, n_k)
     if target.family == "cpu":
@@ -213,6 +226,26 @@ def pick_attention_bwd_dkdv(
     if target.family == "cpu":
         return _pick_cpu_attention(n_q, n_k, 64, _CPU_MAX_KEYS if n_k <= _CPU_MAX_KEYS else 256)
     return (_BWD_DKDV_DROPOUT if dropout else _BWD_DKDV).tile(head_dim, dtype, target)
+
+
+@tunable(AttentionConfig, candidates=_candidates(_BWD_DQ_BIAS, [(64, 64, 4, 2)]))
+def pick_attention_bwd_dq_bias(
+    n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
+) -> AttentionConfig | None:
+    """:func:`pick_attention_bwd_dq` for scores with a bias."""
+    if target.is_gpu:
+        return _BWD_DQ_BIAS.tile(head_dim, dtype, target)
+    return pick_attention_bwd_dq(n_q, n_k, head_dim, dtype, target, dropout)
+
+
+@tunable(AttentionConfig, candidates=_candidates(_BWD_DKDV_BIAS, [(32, 64, 4, 2)]))
+def pick_attention_bwd_dkdv_bias(
+    n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
+) -> AttentionConfig:
+    """:func:`pick_attention_bwd_dkdv` for scores with a bias."""
+    if target.is_gpu:
+        return _BWD_DKDV_BIAS.tile(head_dim, dtype, target)
+    return pick_attention_bwd_dkdv(n_q, n_k, head_dim, dtype, target, dropout)
 
 
 @tunable(AttentionConfig, candidates=_candidates(_BWD_DQ, [(64, 64, 4, 2), (64, 64, 8, 2)]))

@@ -249,7 +249,8 @@ def launch_attention_fwd(out, lse, stats, q, k, v, sequences, *, scale: float, d
     if sequences is not None:
         n_q, n_k = sequences.max_q, sequences.max_k
     target = target_of(q.device)
-    config = pick_attention_fwd(n_q, n_k, head_dim, q.dtype, target, dropout.p > 0)
+    masked = mask.empty_rows or sequences is not None
+    config = pick_attention_fwd(n_q, n_k, head_dim, q.dtype, target, dropout.p > 0 or masked)
     d_main, d_tail = split_head_dim(head_dim, q.dtype, target)
     launch(
         attention_fwd_kernel,
@@ -280,7 +281,7 @@ def launch_attention_fwd(out, lse, stats, q, k, v, sequences, *, scale: float, d
         D_TAIL=d_tail,
         NEGATIVE_SCALE=scale < 0,
         FLOAT_BIAS=mask.floating,
-        EMPTY_ROWS=mask.empty_rows or sequences is not None,
+        EMPTY_ROWS=masked,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         TAIL_N=attention_tail(n_k, config.block_n),
