@@ -54,10 +54,12 @@ VECTORS = re.compile(
     r"\b(lse|delta|dlse|((pre|post)_)?(mean|rstd)|std|d?bias|pre_(weight|bias))_ptr \+"
     r"|\b(d(weight|bias)_partials|d?layer_scale|samples)_ptr \+"
     r"|\bweight_ptr \+ offs_d\b"
-    r"|\blse = tl.load|seed_ptr\)"
+    r"|\b(lse|delta) = tl.load|seed_ptr\)"
+    r"|\btl.load\(bias_ptrs,|\btl.store\(partial_ptrs,|logit_scale(_partials)?_ptr \+"  # rows of 49 numbers
     r"|= scores_and_dp\(k, v"  # the line after delta's, to which debug information assigns delta's load
 )
-PARTS = re.compile(r"sums/")  # partial sums are narrow on purpose, see pick_sum_parts
+# partial sums are narrow on purpose, see pick_sum_parts; the bias of windows is gathered number by number
+PARTS = re.compile(r"sums/|attention/position_bias")
 
 
 def check_requirements(found):
@@ -86,11 +88,14 @@ def check_requirements(found):
 def may_spill(found):
     """Whether a kernel may spill: LayerNorm rows of more than 8192 numbers exceed the registers; products over fewer
     than 16 numbers read them one by one; in float32, dK and dV of head sizes above 128 need more than 99 KiB of shared
-    memory, and the tiles that fit spill."""
+    memory, and the tiles that fit spill; the backward pass of cosine attention in windows of up to 64 tokens spills at
+    most 20 registers on sm_80 and sm_100."""
     if found.kernel.startswith("layer_norm"):
         return int(found.constants["BLOCK_D"]) > 8192
     if found.kernel == "linear_fwd_kernel":
         return found.constants["BLOCK_K"] == "16" and found.constants["EVEN_K"] == "False"
+    if found.kernel == "window_attention_bwd_kernel" and found.constants["COSINE"] == "True":
+        return found.arch != "sm_90" and found.local_bytes <= 80
     wide = found.kernel == "attention_bwd_dkdv_kernel" and int(found.constants["HEAD_DIM"]) > 128
     return wide and found.dtype in ("float32", "tf32") and found.arch in ("sm_86", "sm_89", "sm_120")
 
@@ -271,7 +276,9 @@ def record_picks(monkeypatch):
 
 
 def _in_one_part(config):
-    """Drop split-K, which leaves the loop of a weight gradient unchanged."""
+    """Drop split-K and the windows per program, which leave the loops unchanged."""
+    if isinstance(config, attention_config.WindowConfig):
+        return dataclasses.replace(config, group=1)
     return dataclasses.replace(config, split=1) if isinstance(config, GemmConfig) else config
 
 
@@ -283,6 +290,9 @@ def every_pick(arch, dtype):
     attention = list(itertools.product(lengths, lengths, range(1, 257), [torch_dtype], [target], (False, True)))
     patches = [(8, n, k, torch_dtype, target, precision) for n in sizes for k in sizes]
     linear = [(*args, epilogue) for args in patches for epilogue in Epilogue]
+    tokens = [side**2 for side in workloads.WINDOWS]
+    windows = list(itertools.product([8], tokens, (16, 32, 64), [torch_dtype], [target], (False, True)))
+    of_blocks = [args for args in windows if attention_config.pick_window_bwd(*args).block_m < args[1]]
     parts = range(2, 300)  # a single part is the gradient itself
     widths = {
         "pick_layer_norm": powers,
@@ -291,6 +301,7 @@ def every_pick(arch, dtype):
         "pick_layer_scale_bwd": powers,
         "pick_swiglu": powers,
         "pick_sum_parts": parts,
+        "pick_position_bias": tokens,
     }
     arguments = {name: [(width, target) for width in sizes] for name, sizes in widths.items()}
     pickers = {
@@ -302,6 +313,8 @@ def every_pick(arch, dtype):
     for name in pickers:
         if name.startswith("pick_attention"):
             arguments[name] = attention
+        elif name.startswith("pick_window"):
+            arguments[name] = of_blocks if name == "pick_window_bwd_dkdv" else windows
         elif name.startswith("pick_linear"):
             arguments[name] = linear
         elif name.startswith("pick_patch"):

@@ -28,7 +28,7 @@ def _windows(products: int) -> Count:
 
     def flops(a: Arguments) -> int:
         tokens = a["WINDOW_Y"] * a["WINDOW_X"]
-        whole = 2 * ("dq_ptr" in a and a["BLOCK_M"] >= tokens)
+        whole = 2 * ("dbias_partials_ptr" in a and a["BLOCK_M"] >= tokens)
         return 2 * (products + whole) * a["n_windows"] * a["n_heads"] * tokens**2 * a["HEAD_DIM"]
 
     return flops

@@ -15,6 +15,7 @@ HEAD_DIMS = (16, 32, 64, 72, 80, 88, 96, 104, 128, 192, 256)
 WIDTHS = ((192, 768), (384, 1536), (768, 3072), (1024, 4096), (1280, 5120), (1408, 6144), (1152, 4304))
 # remainders of 16, 32 and 64 for the masked last block; long sequences use other tiles
 LENGTHS = (16, 17, 26, 50, 64, 257, 577, 1370)
+WINDOWS = (4, 5, 7, 9, 12)  # sides of windows in tiles of 16, 32, 64, 128 and 256 tokens
 BATCH = 8
 ROWS = 8  # tiles do not depend on the number of rows
 
@@ -171,6 +172,7 @@ def every_tile(dtype: torch.dtype) -> None:
     for power, layout in itertools.product(range(1, 9), ("half", "interleaved")):
         _rotary(dtype, 1, ROWS, 2, 2**power, layout)
     for window, head_dim in itertools.product((2, 4, 7, 8, 12, 16), (16, 32, 64)):
+    for window, head_dim in itertools.product(WINDOWS, (16, 32, 64)):
         for cosine, dropout_p in itertools.product((False, True), (0.0, 0.1)):
             swin_attention(dtype, 1, window, 2, window, cosine=cosine, head_dim=head_dim, dropout_p=dropout_p)
 

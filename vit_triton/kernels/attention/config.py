@@ -313,57 +313,77 @@ def pick_rotary(half: int, target: Target) -> RotaryConfig:
 
 
 @dataclass(frozen=True)
-class WindowConfig:
-    """A tile of ``block_m`` query rows and ``block_n`` keys of a window, for ``group`` windows one after another.
-    ``hold_bias``: the tile of the bias stays in registers, instead of being loaded for every window."""
+class WindowConfig(CompilerOptions):
+    """A tile of ``block_m`` query rows and ``block_n`` keys of a window, for ``group`` windows one after another."""
 
     block_m: int
     block_n: int
     group: int
-    hold_bias: bool
     num_warps: int
     num_stages: int
+    max_registers: int = 255
 
 
 def _group(m: int, blocks: int, programs: int, most: int) -> int:
-    """Windows per program: as many as leave ``programs`` programs, up to ``most``; ``m``: windows * heads."""
+    """Windows per program: as many as leave ``programs`` programs, up to ``most``. ``m``: windows * heads."""
     return max(1, min(most, m * blocks // programs))
 
 
-def _pick_window(m: int, n_tokens: int, target: Target, block_m: int) -> WindowConfig | None:
-    """Tiles of the interpreter and of CPUs, where a whole window up to 64 tokens and its bias fit in the L1 cache."""
-    block = max(16, next_power_of_2(n_tokens))
+def _pick_cpu_window(m: int, block_m: int, block_n: int, target: Target) -> WindowConfig:
+    """CPUs and the interpreter: 64 programs leave few partial sums, and one for each core."""
     if target.family == "interpreter":
-        return WindowConfig(min(block, block_m), block, _group(m, 1, 4, 64), True, 4, 1)
-    if target.family == "cpu":
-        return WindowConfig(min(block, block_m), block, _group(m, 1, 64, 4096), True, 1, 1)
-    return None
+        return WindowConfig(block_m, block_n, _group(m, 1, 4, 64), 4, 1)
+    return WindowConfig(block_m, block_n, _group(m, 1, 64, 4096), 1, 1)
 
 
-def pick_window_fwd(m: int, n_tokens: int, head_dim: int, dtype: torch.dtype, target: Target) -> WindowConfig:
+# Registers and spills below are those of `python -m benchmarks codegen`, in bfloat16. On GPUs, 1024 programs leave
+# several per multiprocessor, and more than 8 windows per program save little of the loads of the bias.
+_GPU_PROGRAMS, _GPU_GROUP = 1024, 8
+
+
+def pick_window_fwd(
+    m: int, n_tokens: int, head_dim: int, dtype: torch.dtype, target: Target, cosine: bool
+) -> WindowConfig:
     """Tiles of ``window_attention_fwd_kernel``; ``m``: number of windows times heads."""
-    if (config := _pick_window(m, n_tokens, target, 64)) is not None:
-        return config
     block = max(16, next_power_of_2(n_tokens))
-    block_m = min(block, 64)
-    return WindowConfig(block_m, block, _group(m, block // block_m, 1024, 8), True, 4, 2)
+    if not target.is_gpu:
+        return _pick_cpu_window(m, min(block, 64), block, target)
+    block_m, warps, limit = min(block, 64), 4, 255
+    if block > 64 or dtype == torch.float32:
+        block_m = 16  # 64 x 256 spills
+        warps = 8 if block > 64 and dtype == torch.float32 else 4  # FMA dots hold both operands in registers
+    elif target.is_nvidia and not (cosine and target.family == "sm_80"):
+        limit = 168  # three resident blocks; cosine attention on sm_80 would spill
+    group = _group(m, block // block_m, _GPU_PROGRAMS, _GPU_GROUP)
+    return WindowConfig(block_m, block, group, warps, 1 if dtype == torch.float32 else 2, limit)
 
 
-def pick_window_bwd(m: int, n_tokens: int, head_dim: int, dtype: torch.dtype, target: Target) -> WindowConfig:
-    """Tiles of ``window_attention_bwd_kernel``."""
-    if (config := _pick_window(m, n_tokens, target, 64)) is not None:
-        return config
+def pick_window_bwd(
+    m: int, n_tokens: int, head_dim: int, dtype: torch.dtype, target: Target, cosine: bool
+) -> WindowConfig:
+    """Tiles of ``window_attention_bwd_kernel``, which computes dk and dv too if ``block_m`` covers the window."""
     block = max(16, next_power_of_2(n_tokens))
-    block_m = min(block, 64 if block <= 64 else 32)
-    return WindowConfig(block_m, block, _group(m, block // block_m, 1024, 8), True, 4 if block <= 64 else 8, 2)
+    if not target.is_gpu:
+        return _pick_cpu_window(m, min(block, 64), block, target)
+    if block > 64 or dtype == torch.float32:
+        group = _group(m, block // 16, _GPU_PROGRAMS, _GPU_GROUP)  # 32 x 256 spills
+        if dtype == torch.float32:
+            return WindowConfig(16, block, group, 8 if block > 64 else 4, 1)
+        return WindowConfig(16, block, group, 4, 2)
+    # cosine attention spills with two stages, on sm_80 also with one
+    return WindowConfig(block, block, _group(m, 1, _GPU_PROGRAMS, _GPU_GROUP), 4, 1 if cosine else 2)
 
 
-def pick_window_bwd_dkdv(m: int, n_tokens: int, head_dim: int, dtype: torch.dtype, target: Target) -> WindowConfig:
-    """Tiles of ``window_attention_bwd_dkdv_kernel``: all query rows and ``block_n`` keys."""
+def pick_window_bwd_dkdv(
+    m: int, n_tokens: int, head_dim: int, dtype: torch.dtype, target: Target, cosine: bool
+) -> WindowConfig:
+    """Tiles of ``window_attention_bwd_dkdv_kernel``: all query rows of a window and ``block_n`` keys."""
     block = max(16, next_power_of_2(n_tokens))
-    if target.family in ("interpreter", "cpu"):
-        return WindowConfig(block, min(block, 64), _group(m, 1, 64, 64), True, 1, 1)
-    return WindowConfig(block, 32, _group(m, block // 32, 1024, 8), True, 8, 2)
+    if not target.is_gpu:
+        return _pick_cpu_window(m, block, min(block, 64), target)
+    block_n = min(block, 16 if dtype == torch.float32 else 32)
+    group = _group(m, block // block_n, _GPU_PROGRAMS, _GPU_GROUP)
+    return WindowConfig(block, block_n, group, 8 if block > 64 else 4, 1)  # two stages spill
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ the groups are added in a fixed order. Cosine attention normalises q and k when 
 the gradient is ``dx = (dq - q (q . dq)) / |x|``.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -28,26 +30,36 @@ import triton.language as tl
 from vit_triton.arguments import NO_DROPOUT, Dropout
 from vit_triton.kernels.attention.config import WindowConfig, pick_window_fwd
 from vit_triton.kernels.device import target_of
-from vit_triton.kernels.launch import contiguous, input_precision, launch, maybe_contiguous
+from vit_triton.kernels.launch import contiguous, input_precision, launch
 from vit_triton.kernels.picker import cdiv, next_power_of_2
 from vit_triton.kernels.tiles import LOG2E, dropout_keep
 
 # one compiled form for all maps
-SIZES = ["n_heads", "n_windows", "n_wy", "n_wx", "height", "width", "shift_y", "shift_x", "group"]
+SIZES = ["n_heads", "n_windows", "height", "width", "shift_y", "shift_x", "group"]
 
 
 @triton.jit
-def window_rows(ptr, strides, window, head, sizes, offs, WINDOW: tl.constexpr):
-    """Pointers to the tokens ``offs`` of a window in a (B, H, W, heads, D) tensor."""
-    stride_b, stride_y, stride_x, stride_h = strides
-    n_wy, n_wx, height, width, shift_y, shift_x = sizes
-    row = window // n_wx
-    y = row % n_wy * WINDOW[0] + offs // WINDOW[1] + shift_y
+def window_tokens(window, sizes, offs, WINDOW: tl.constexpr, WIDE: tl.constexpr):
+    """The positions y * W + x of the tokens ``offs`` of a window in their image."""
+    height, width, shift_y, shift_x = sizes
+    n_wx = width // WINDOW[1]
+    y = window // n_wx % (height // WINDOW[0]) * WINDOW[0] + offs // WINDOW[1] + shift_y
     x = window % n_wx * WINDOW[1] + offs % WINDOW[1] + shift_x
     y = tl.where(y >= height, y - height, y)
     x = tl.where(x >= width, x - width, x)
-    ptr += (row // n_wy).to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-    return ptr + (y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x)
+    tokens = y * width + x
+    if WIDE:
+        return tokens.to(tl.int64)
+    else:
+        return tokens
+
+
+@triton.jit
+def token_rows(ptr, window, head, sizes, tokens, stride, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Pointers to the rows of one head in a contiguous (B, H, W, ..., heads, D) tensor, ``stride`` elements a token."""
+    height, width, _, _ = sizes
+    image = (window // (height // WINDOW[0] * (width // WINDOW[1]))).to(tl.int64)
+    return ptr + (image * height * width * stride + head * HEAD_DIM) + tokens * stride
 
 
 @triton.jit
@@ -77,10 +89,11 @@ def normalise(x, COSINE: tl.constexpr):
 
 
 @triton.jit
-def normalise_grad(grad, normalised, along):
-    """The gradient of x before :func:`normalise`; ``normalised``: its result, ``along``: rowsum(grad * x / |x|)."""
+def normalise_grad(grad, normalised):
+    """The gradient of x before :func:`normalise`, whose result is ``normalised``."""
     if len(normalised) > 1:
-        return (grad - normalised[0].to(tl.float32) * along[:, None]) * normalised[1][:, None]
+        x = normalised[0].to(tl.float32)
+        return (grad - x * tl.sum(grad * x, 1)[:, None]) * normalised[1][:, None]
     else:
         return grad
 
@@ -88,7 +101,8 @@ def normalise_grad(grad, normalised, along):
 @triton.jit
 def region(window, sizes, offs, WINDOW: tl.constexpr):
     """The region of the map that a token of a shifted window comes from, as a code."""
-    n_wy, n_wx, _, _, shift_y, shift_x = sizes
+    height, width, shift_y, shift_x = sizes
+    n_wy, n_wx = height // WINDOW[0], width // WINDOW[1]
     below = (offs // WINDOW[1] >= WINDOW[0] - shift_y) & (window // n_wx % n_wy == n_wy - 1)
     right = (offs % WINDOW[1] >= WINDOW[1] - shift_x) & (window % n_wx == n_wx - 1)
     return 2 * below.to(tl.int32) + right.to(tl.int32)
@@ -133,31 +147,31 @@ def head_and_windows(n_heads, n_windows, group, N_BLOCKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def window_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, logit_scale_ptr, seed_ptr, out_ptr,
-    stride_qb, stride_qy, stride_qx, stride_qh, stride_ob, stride_oy, stride_ox, stride_oh,
-    n_heads, n_windows, n_wy, n_wx, height, width, shift_y, shift_x, group, scale, mask_log2e, dropout_p, keep_scale,
+    qkv_ptr, bias_ptr, logit_scale_ptr, seed_ptr, out_ptr,
+    n_heads, n_windows, height, width, shift_y, shift_x, group, scale, mask_log2e, dropout_p, keep_scale,
     WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOLD: tl.constexpr, SHIFTED: tl.constexpr, COSINE: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHIFTED: tl.constexpr, COSINE: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     WINDOW: tl.constexpr = (WINDOW_Y, WINDOW_X)
     N: tl.constexpr = WINDOW_Y * WINDOW_X
     pid_m, head, which, first, end = head_and_windows(n_heads, n_windows, group, (N + BLOCK_M - 1) // BLOCK_M)
-    sizes = n_wy, n_wx, height, width, shift_y, shift_x
-    in_strides = stride_qb, stride_qy, stride_qx, stride_qh
+    sizes = height, width, shift_y, shift_x
+    part = n_heads * HEAD_DIM  # from q to k, from k to v
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    if HOLD:
-        bias = load_bias(bias_ptr, head, offs_m, offs_n, N)
+    bias = load_bias(bias_ptr, head, offs_m, offs_n, N)
     if COSINE:
         scale = tl.load(logit_scale_ptr + head).to(tl.float32)
     for window in range(first, end):
-        q = load_rows(window_rows(q_ptr, in_strides, window, head, sizes, offs_m, WINDOW), offs_m, N, HEAD_DIM, BLOCK_D)
-        k = load_rows(window_rows(k_ptr, in_strides, window, head, sizes, offs_n, WINDOW), offs_n, N, HEAD_DIM, BLOCK_D)
-        v = load_rows(window_rows(v_ptr, in_strides, window, head, sizes, offs_n, WINDOW), offs_n, N, HEAD_DIM, BLOCK_D)
+        tokens_m = window_tokens(window, sizes, offs_m, WINDOW, WIDE)
+        tokens_n = window_tokens(window, sizes, offs_n, WINDOW, WIDE)
+        q_rows = token_rows(qkv_ptr, window, head, sizes, tokens_m, 3 * part, WINDOW, HEAD_DIM)
+        k_rows = token_rows(qkv_ptr + part, window, head, sizes, tokens_n, 3 * part, WINDOW, HEAD_DIM)
+        q = load_rows(q_rows, offs_m, N, HEAD_DIM, BLOCK_D)
+        k = load_rows(k_rows, offs_n, N, HEAD_DIM, BLOCK_D)
+        v = load_rows(k_rows + part, offs_n, N, HEAD_DIM, BLOCK_D)
         q, k = normalise(q, COSINE)[0], normalise(k, COSINE)[0]
-        if not HOLD:
-            bias = load_bias(bias_ptr, head, offs_m, offs_n, N)
         scores = window_scores(
             q, k, bias, window, sizes, offs_m, offs_n, scale * LOG2E, mask_log2e, WINDOW, SHIFTED, PRECISION
         )[0]
@@ -169,19 +183,33 @@ def window_attention_fwd_kernel(
             p = tl.where(keep, p, 0.0)
             norm *= keep_scale
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * norm[:, None]
-        out_rows = window_rows(
-            out_ptr, (stride_ob, stride_oy, stride_ox, stride_oh), window, head, sizes, offs_m, WINDOW
-        )
+        out_rows = token_rows(out_ptr, window, head, sizes, tokens_m, part, WINDOW, HEAD_DIM)
         store_rows(out_rows, out, offs_m, N, HEAD_DIM, BLOCK_D)
 
 
-def strides(name: str, x: torch.Tensor) -> dict[str, int]:
-    """The strides of a (B, H, W, heads, D) tensor as kernel arguments: stride_qb, stride_qy, stride_qx, stride_qh."""
-    return {f"stride_{name}{axis}": stride for axis, stride in zip("byxh", x.stride(), strict=False)}
+def count_windows(qkv: torch.Tensor, window: tuple[int, int]) -> int:
+    """Number of windows of a (B, H, W, ...) tensor."""
+    return qkv.shape[0] * (qkv.shape[1] // window[0]) * (qkv.shape[2] // window[1])
+
+
+def count_programs(qkv: torch.Tensor, window: tuple[int, int], group: int, block: int) -> int:
+    """Programs of a kernel that computes ``block`` rows of ``group`` windows."""
+    return cdiv(window[0] * window[1], block) * qkv.shape[4] * cdiv(count_windows(qkv, window), group)
+
+
+def picker_arguments(qkv: torch.Tensor, window: tuple[int, int], cosine: bool) -> tuple[Any, ...]:
+    rows = count_windows(qkv, window) * qkv.shape[4]
+    return rows, window[0] * window[1], qkv.shape[5], qkv.dtype, target_of(qkv.device), cosine
+
+
+def is_wide(qkv: torch.Tensor) -> bool:
+    """Whether offsets inside an image need 64 bits."""
+    return qkv[:1].numel() >= 2**31
 
 
 def shared_arguments(
-    q: torch.Tensor,
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
     logit_scale: torch.Tensor | None,
     window: tuple[int, int],
     shift: tuple[int, int],
@@ -189,19 +217,18 @@ def shared_arguments(
     scale: float,
     dropout: Dropout,
     config: WindowConfig,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """The arguments that all kernels share."""
-    _, height, width, n_heads, head_dim = q.shape
-    n_windows = count_windows(q, window)
+    head_dim = qkv.shape[5]
     return dict(
+        qkv_ptr=qkv,
+        bias_ptr=contiguous(bias),
         logit_scale_ptr=contiguous(logit_scale),
         seed_ptr=dropout.seed,
-        n_heads=n_heads,
-        n_windows=n_windows,
-        n_wy=height // window[0],
-        n_wx=width // window[1],
-        height=height,
-        width=width,
+        n_heads=qkv.shape[4],
+        n_windows=count_windows(qkv, window),
+        height=qkv.shape[1],
+        width=qkv.shape[2],
         shift_y=shift[0],
         shift_x=shift[1],
         group=config.group,
@@ -218,15 +245,10 @@ def shared_arguments(
         SHIFTED=any(shift),
         COSINE=logit_scale is not None,
         DROPOUT=dropout.p > 0,
-        PRECISION=input_precision(q.dtype, target_of(q.device)),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        WIDE=is_wide(qkv),
+        PRECISION=input_precision(qkv.dtype, target_of(qkv.device)),
+        **config.options,
     )
-
-
-def count_windows(q: torch.Tensor, window: tuple[int, int]) -> int:
-    """Number of windows of a (B, H, W, ...) tensor."""
-    return q.shape[0] * (q.shape[1] // window[0]) * (q.shape[2] // window[1])
 
 
 def window_attention_fwd(
@@ -240,30 +262,16 @@ def window_attention_fwd(
     scale: float,
     dropout: Dropout = NO_DROPOUT,
 ) -> torch.Tensor:
-    """qkv (B, H, W, 3, heads, D), any strides; bias (heads, N, N) -> (B, H, W, heads, D), contiguous. ``logit_scale``
+    """qkv (B, H, W, 3, heads, D), copied unless contiguous; bias (heads, N, N) -> (B, H, W, heads, D). ``logit_scale``
     (heads,) selects cosine attention and replaces ``scale``."""
-    q, k, v = maybe_contiguous(qkv).unbind(3)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    config = pick_window_fwd(
-        count_windows(q, window) * q.shape[3], window[0] * window[1], q.shape[4], q.dtype, target_of(q.device)
-    )
+    qkv = qkv.contiguous()
+    out = torch.empty_like(qkv[:, :, :, 0], memory_format=torch.contiguous_format)
+    config = pick_window_fwd(*picker_arguments(qkv, window, logit_scale is not None))
     launch(
         window_attention_fwd_kernel,
-        (programs(q, window, config.group, config.block_m),),
-        q,
-        q_ptr=q,
-        k_ptr=k,
-        v_ptr=v,
-        bias_ptr=contiguous(bias),
+        (count_programs(qkv, window, config.group, config.block_m),),
+        qkv,
         out_ptr=out,
-        **strides("q", q),
-        **strides("o", out),
-        HOLD=config.hold_bias,
-        **shared_arguments(q, logit_scale, window, shift, mask_value, scale, dropout, config),
+        **shared_arguments(qkv, bias, logit_scale, window, shift, mask_value, scale, dropout, config),
     )
     return out
-
-
-def programs(q: torch.Tensor, window: tuple[int, int], group: int, block: int) -> int:
-    """Programs of a kernel that computes ``block`` rows of ``group`` windows."""
-    return cdiv(window[0] * window[1], block) * q.shape[3] * cdiv(count_windows(q, window), group)
