@@ -171,7 +171,6 @@ def every_tile(dtype: torch.dtype) -> None:
 
     for power, layout in itertools.product(range(1, 9), ("half", "interleaved")):
         _rotary(dtype, 1, ROWS, 2, 2**power, layout)
-    for window, head_dim in itertools.product((2, 4, 7, 8, 12, 16), (16, 32, 64)):
     for window, head_dim in itertools.product(WINDOWS, (16, 32, 64)):
         for cosine, dropout_p in itertools.product((False, True), (0.0, 0.1)):
             swin_attention(dtype, 1, window, 2, window, cosine=cosine, head_dim=head_dim, dropout_p=dropout_p)
