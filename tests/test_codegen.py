@@ -55,6 +55,9 @@ VECTORS = re.compile(
     r"|\b(d(weight|bias)_partials|d?layer_scale|samples)_ptr \+"
     r"|\bweight_ptr \+ offs_d\b"
     r"|\blse = tl.load|seed_ptr\)"
+    r"|\b(max|log2_sum|drel_h)_ptr \+"
+    r"|masking.py:\d+: value \+?= tl.load"  # a bias, in the thread layout of the scores
+    r"|, (acc|tl.sum\(acc, \d\)).to\(dtype\)|acc.to\(drel_w_ptr"  # a bias's gradient, likewise
     r"|= scores_and_dp\(k, v"  # the line after delta's, to which debug information assigns delta's load
 )
 PARTS = re.compile(r"sums/")  # partial sums are narrow on purpose, see pick_sum_parts
