@@ -56,6 +56,9 @@ VECTORS = re.compile(
     r"|\bweight_ptr \+ offs_d\b"
     r"|\b(lse|delta) = tl.load|seed_ptr\)"
     r"|\btl.load\(bias_ptrs,|\btl.store\(partial_ptrs,|logit_scale(_partials)?_ptr \+"  # rows of 49 numbers
+    r"|\b(max|log2_sum|drel_h)_ptr \+"
+    r"|masking.py:\d+: value \+?= tl.load"  # a bias, in the thread layout of the scores
+    r"|, (acc|tl.sum\(acc, \d\)).to\(dtype\)|acc.to\(drel_w_ptr"  # a bias's gradient, likewise
     r"|= scores_and_dp\(k, v"  # the line after delta's, to which debug information assigns delta's load
 )
 # partial sums are narrow on purpose, see pick_sum_parts; the bias of windows is gathered number by number

@@ -29,6 +29,9 @@ def sample(name, dtype=torch.float32):
         tensors = [rand(2, 5, 2, 16), rand(2, 7, 2, 16), rand(2, 7, 2, 16), *(rand(16) for _ in range(3))]
         # k_norm has no bias: softmax is invariant to it, and its gradient is rounding error only
         return tensors, lambda f, t, **o: f(*t[:3], q_norm=(*t[3:5], 1e-5), k_norm=(t[5], None, 1e-5), **o)
+    if name == "biased attention":
+        tensors = [rand(2, 5, 2, 16), rand(2, 7, 2, 16), rand(2, 7, 2, 16), rand(2, 5, 7)]
+        return tensors, lambda f, t, **o: f(*t[:3], bias=t[3], causal="bottom_right", **o)
     if name == "normed packed":
         tensors = [rand(2, 5, 3, 2, 16), rand(16), rand(16)]
         norm_type = {"norm_type": "rms_norm"}
@@ -72,9 +75,9 @@ def sample(name, dtype=torch.float32):
     )
 
 
-FUNCTIONS = ("attention", "attention_packed", "normed attention", "normed packed", "linear", "mlp", "layer_norm")
-FUNCTIONS += ("add_layer_norm", "patch_embed", "rotary", "rotary packed", "rotary normed")
-FUNCTIONS += ("window_attention", "relative_position_bias")
+FUNCTIONS = ("attention", "attention_packed", "normed attention", "normed packed", "biased attention")
+FUNCTIONS += ("rotary", "rotary packed", "rotary normed", "window_attention", "relative_position_bias")
+FUNCTIONS += ("linear", "mlp", "layer_norm", "add_layer_norm", "patch_embed")
 
 
 def random(name):
@@ -85,8 +88,8 @@ def random(name):
 
 
 def public(name, module=F):
-    names = {"add_layer_norm": "layer_norm", "normed attention": "attention", "normed packed": "attention_packed"}
-    names |= {"rotary": "attention", "rotary packed": "attention_packed", "rotary normed": "attention"}
+    names = {"add_layer_norm": "layer_norm", "normed packed": "attention_packed", "rotary packed": "attention_packed"}
+    names |= dict.fromkeys(("normed attention", "biased attention", "rotary", "rotary normed"), "attention")
     return getattr(module, names.get(name, name))
 
 

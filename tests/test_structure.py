@@ -37,6 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "training": {"backend", "images", "lazy", "models", "names", "weights"},
     "__init__": {
         *(
+            "arguments",
             "backend",
             "fallback",
             "functional",

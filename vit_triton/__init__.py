@@ -7,6 +7,7 @@ from vit_triton import lazy
 
 if TYPE_CHECKING:
     from vit_triton import functional, reference
+    from vit_triton.arguments import DecomposedBias
     from vit_triton.backend import use_backend
     from vit_triton.fallback import fallbacks
     from vit_triton.inspection import attention_maps
@@ -20,6 +21,7 @@ else:
     __getattr__, __dir__ = lazy.attributes(
         __name__,
         {
+            "DecomposedBias": "arguments",
             "DistillWrapper": "models",
             "DistillableViT": "models",
             "SimpleViT": "models",
@@ -53,6 +55,7 @@ else:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DecomposedBias",
     "DistillWrapper",
     "DistillableViT",
     "SimpleViT",
