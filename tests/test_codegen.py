@@ -112,6 +112,8 @@ def narrow_rows(found):
     # on AMD GPUs, Triton's accumulator layout gives a thread 8 bytes of a row
     if found.code is not sass or found.dtype not in ("bfloat16", "float16"):
         return []
+    if found.kernel.startswith("window_attention") and found.constants["BLOCK_M"] != "64":
+        return []  # 16 or 32 rows of a head of 32 are less than 16 bytes per thread
     if found.kernel == "layer_scale_bwd_kernel":
         return []  # the weight has the thread layout of the float32 partial sums
     rows = [where for where in found.narrow if not VECTORS.search(where.split(" < ")[0]) and not PARTS.match(where)]
@@ -163,6 +165,10 @@ def test_one_head_size_for_every_attention_tile(arch, dtype):
 # ViT-B/16 in bfloat16: maximum registers, minimum blocks per multiprocessor, maximum instructions per loop trip
 # (together they bound the utilization of the matrix units)
 LIMITS = {
+    # windows of 7 x 7 and 16 x 16 tokens
+    ("sm_80", "window_attention_fwd_kernel"): (168, 3, 730),
+    ("sm_90", "window_attention_fwd_kernel"): (176, 2, 710),
+    **{(f"sm_{n}", "window_attention_bwd_dkdv_kernel"): (255, 1, 1350) for n in (80, 90, 100)},
     ("sm_80", "attention_fwd_kernel"): (255, 2, 700),
     ("sm_80", "attention_bwd_dq_kernel"): (168, 3, 230),
     ("sm_80", "attention_bwd_dkdv_kernel"): (255, 2, 300),
