@@ -89,13 +89,15 @@ def may_spill(found):
     """Whether a kernel may spill: LayerNorm rows of more than 8192 numbers exceed the registers; products over fewer
     than 16 numbers read them one by one; in float32, dK and dV of head sizes above 128 need more than 99 KiB of shared
     memory, and the tiles that fit spill; the backward pass of cosine attention in windows of up to 64 tokens spills at
-    most 20 registers on sm_80 and sm_100."""
+    most 20 registers on sm_80 and sm_100, and that of windows above 64 tokens in float32 on AMD GPUs spills."""
     if found.kernel.startswith("layer_norm"):
         return int(found.constants["BLOCK_D"]) > 8192
     if found.kernel == "linear_fwd_kernel":
         return found.constants["BLOCK_K"] == "16" and found.constants["EVEN_K"] == "False"
     if found.kernel == "window_attention_bwd_kernel" and found.constants["COSINE"] == "True":
         return found.arch != "sm_90" and found.local_bytes <= 80
+    if found.kernel == "window_attention_bwd_kernel" and found.dtype in ("float32", "tf32"):
+        return found.arch.startswith("gfx")
     wide = found.kernel == "attention_bwd_dkdv_kernel" and int(found.constants["HEAD_DIM"]) > 128
     return wide and found.dtype in ("float32", "tf32") and found.arch in ("sm_86", "sm_89", "sm_120")
 
