@@ -92,13 +92,15 @@ def may_spill(found):
     """Whether a kernel may spill: LayerNorm rows of more than 8192 numbers exceed the registers; products over fewer
     than 16 numbers read them one by one; in float32, dK and dV of head sizes above 128 need more than 99 KiB of shared
     memory, and the tiles that fit spill; the backward pass of cosine attention in windows of up to 64 tokens spills at
-    most 20 registers on sm_80 and sm_100."""
+    most 20 registers on sm_80 and sm_100, and that of windows above 64 tokens in float32 on AMD GPUs spills."""
     if found.kernel.startswith("layer_norm"):
         return int(found.constants["BLOCK_D"]) > 8192
     if found.kernel == "linear_fwd_kernel":
         return found.constants["BLOCK_K"] == "16" and found.constants["EVEN_K"] == "False"
     if found.kernel == "window_attention_bwd_kernel" and found.constants["COSINE"] == "True":
         return found.arch != "sm_90" and found.local_bytes <= 80
+    if found.kernel == "window_attention_bwd_kernel" and found.dtype in ("float32", "tf32"):
+        return found.arch.startswith("gfx")
     wide = found.kernel == "attention_bwd_dkdv_kernel" and int(found.constants["HEAD_DIM"]) > 128
     return wide and found.dtype in ("float32", "tf32") and found.arch in ("sm_86", "sm_89", "sm_120")
 
@@ -115,6 +117,8 @@ def narrow_rows(found):
     # on AMD GPUs, Triton's accumulator layout gives a thread 8 bytes of a row
     if found.code is not sass or found.dtype not in ("bfloat16", "float16"):
         return []
+    if found.kernel.startswith("window_attention") and found.constants["BLOCK_M"] != "64":
+        return []  # 16 or 32 rows of a head of 32 are less than 16 bytes per thread
     if found.kernel == "layer_scale_bwd_kernel":
         return []  # the weight has the thread layout of the float32 partial sums
     rows = [where for where in found.narrow if not VECTORS.search(where.split(" < ")[0]) and not PARTS.match(where)]
@@ -175,6 +179,10 @@ def test_one_head_size_for_every_attention_tile(arch, dtype):
 # ViT-B/16 in bfloat16: maximum registers, minimum blocks per multiprocessor, maximum instructions per loop trip
 # (together they bound the utilization of the matrix units)
 LIMITS = {
+    # windows of 7 x 7 and 16 x 16 tokens
+    ("sm_80", "window_attention_fwd_kernel"): (168, 3, 730),
+    ("sm_90", "window_attention_fwd_kernel"): (176, 2, 710),
+    **{(f"sm_{n}", "window_attention_bwd_dkdv_kernel"): (255, 1, 1350) for n in (80, 90, 100)},
     ("sm_80", "attention_fwd_kernel"): (255, 2, 700),
     ("sm_80", "attention_bwd_dq_kernel"): (168, 3, 230),
     ("sm_80", "attention_bwd_dkdv_kernel"): (255, 2, 300),

@@ -351,7 +351,8 @@ def pick_window_fwd(
     block_m, warps, limit = min(block, 64), 4, 255
     if block > 64 or dtype == torch.float32:
         block_m = 16  # 64 x 256 spills
-        warps = 8 if block > 64 and dtype == torch.float32 else 4  # FMA dots hold both operands in registers
+        # FMA dots on NVIDIA hold both operands in registers; on AMD, eight warps have half the registers
+        warps = 8 if block > 64 and dtype == torch.float32 and target.is_nvidia else 4
     elif target.is_nvidia and not (cosine and target.family == "sm_80"):
         limit = 168  # three resident blocks; cosine attention on sm_80 would spill
     group = _group(m, block // block_m, _GPU_PROGRAMS, _GPU_GROUP)
@@ -368,10 +369,11 @@ def pick_window_bwd(
     if block > 64 or dtype == torch.float32:
         group = _group(m, block // 16, _GPU_PROGRAMS, _GPU_GROUP)  # 32 x 256 spills
         if dtype == torch.float32:
-            return WindowConfig(16, block, group, 8 if block > 64 else 4, 1)
+            return WindowConfig(16, block, group, 8 if block > 64 and target.is_nvidia else 4, 1)
         return WindowConfig(16, block, group, 4, 2)
-    # cosine attention spills with two stages, on sm_80 also with one
-    return WindowConfig(block, block, _group(m, 1, _GPU_PROGRAMS, _GPU_GROUP), 4, 1 if cosine else 2)
+    # two stages spill on sm_86, sm_89 and sm_120, and in cosine attention, which spills on sm_80 and sm_100 anyway
+    stages = 1 if cosine or target.family == "sm_80" and target.name != "sm_80" else 2
+    return WindowConfig(block, block, _group(m, 1, _GPU_PROGRAMS, _GPU_GROUP), 4, stages)
 
 
 def pick_window_bwd_dkdv(

@@ -114,7 +114,7 @@ def position_bias_bwd(dbias: torch.Tensor, *, window: tuple[int, int], prefix_to
         WINDOW_Y=window[0],
         WINDOW_X=window[1],
         PREFIX=prefix_tokens,
-        BLOCK_M=64,
+        BLOCK_M=128,
         BLOCK_E=config.block_e,
         num_warps=config.num_warps,
     )
