@@ -30,8 +30,12 @@ def sample(name, dtype=torch.float32):
         # k_norm has no bias: softmax is invariant to it, and its gradient is rounding error only
         return tensors, lambda f, t, **o: f(*t[:3], q_norm=(*t[3:5], 1e-5), k_norm=(t[5], None, 1e-5), **o)
     if name == "biased attention":
-        tensors = [rand(2, 5, 2, 16), rand(2, 7, 2, 16), rand(2, 7, 2, 16), rand(2, 5, 7)]
-        return tensors, lambda f, t, **o: f(*t[:3], bias=t[3], causal="bottom_right", **o)
+        tensors = [rand(2, 5, 2, 16), rand(2, 7, 2, 16), rand(2, 7, 2, 16), rand(2, 7)]
+
+        def biased(f, t, **options):
+            return f(*t[:3], bias=t[3][:, None, : t[1].shape[1]], causal="bottom_right", **options)
+
+        return tensors, biased
     if name == "normed packed":
         tensors = [rand(2, 5, 3, 2, 16), rand(16), rand(16)]
         norm_type = {"norm_type": "rms_norm"}
@@ -93,6 +97,12 @@ def public(name, module=F):
     return getattr(module, names.get(name, name))
 
 
+def packed_sequences(dtype=torch.float32):
+    q, k, v = (torch.randn(9, 2, 16).to(dtype).requires_grad_() for _ in range(3))
+    starts = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    return F.attention_varlen(q, k, v, starts, 5, causal=True, backend="triton")
+
+
 def first(outputs):
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
@@ -125,6 +135,7 @@ def recorded():
             tensors, call = sample(name)
             for options in ({}, *random(name)):
                 torch.autograd.backward(first(call(public(name), tensors, backend="triton", **options)).sum())
+        packed_sequences().sum().backward()
         with torch.no_grad():
             tensors, call = sample("mlp")
             call(F.mlp, tensors, backend="triton")
@@ -177,6 +188,7 @@ def test_no_result_shares_its_storage(rows, dtype):
                 leaves = [x.requires_grad_() for x in batch]
                 output = first(call(public(name), leaves, backend="triton", **options))
                 torch.autograd.grad(output, leaves, torch.randn_like(output))
+        packed_sequences(dtype).sum().backward()
         x, weight = torch.randn(rows, 16, dtype=dtype), torch.randn(16, 16, dtype=dtype)
         norm = torch.randn(16, dtype=dtype), torch.randn(16, dtype=dtype), 1e-5
         with torch.no_grad():
