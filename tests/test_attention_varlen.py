@@ -156,3 +156,29 @@ def test_errors(backend):
         F.pack(q, torch.ones(6, 2))
     with pytest.raises(ValueError, match=r"valid must be \(B, N\) = \(6, 2\) on cpu, got \(6, 3\) on cpu"):
         F.pack(q, torch.ones(6, 3).bool())
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_rotary_positions_of_every_row(layout, backend):
+    lengths = [5, 0, 1, 9]
+    starts = torch.tensor([0, 5, 5, 6, 15], dtype=torch.int32)
+    q, k, v = (torch.randn(15, 2, 16, requires_grad=True) for _ in range(3))
+    angles = torch.randn(15, 8)
+    rope = angles.cos(), angles.sin()
+    options = dict(rope_layout=layout, backend=backend)
+    y = F.attention_varlen(q, k, v, starts, 9, rope=rope, **options)
+    parts = []
+    for start, n in zip(starts[:-1].tolist(), lengths, strict=True):
+        rows = slice(start, start + n)
+        if n:
+            tables = tuple(table[rows] for table in rope)
+            parts.append(F.attention(*(x[None, rows] for x in (q, k, v)), rope=tables, **options)[0])
+    expected = torch.cat(parts)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    grads = (torch.autograd.grad(x, (q, k, v), dy) for x in (y, expected))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="rope"):
+        F.attention_varlen(q, k, v, starts, 9, rope=tuple(table[1:] for table in rope), **options)

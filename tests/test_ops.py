@@ -99,7 +99,10 @@ def public(name, module=F):
 
 def packed_sequences(dtype=torch.float32):
     q, k, v = (torch.randn(9, 2, 16).to(dtype).requires_grad_() for _ in range(3))
-    starts = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    return attend_packed(q, k, v, torch.tensor([0, 4, 4, 9], dtype=torch.int32))
+
+
+def attend_packed(q, k, v, starts):
     return F.attention_varlen(q, k, v, starts, 5, causal=True, backend="triton")
 
 
@@ -341,3 +344,13 @@ def test_concurrent_launches_from_threads():
     assert all(map(torch.equal, results, alone * 30))
     for ours, x in zip(alone, tensors, strict=True):
         torch.testing.assert_close(ours, reference.layer_norm(x, None, None))
+
+
+def test_packed_sequences_compile_as_one_graph():
+    q, k, v = (torch.randn(9, 2, 16).requires_grad_() for _ in range(3))
+    starts = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    compiled = torch.compile(attend_packed, fullgraph=True, backend="aot_eager")(q, k, v, starts)
+    expected = attend_packed(q, k, v, starts)
+    assert torch.equal(compiled, expected)
+    for a, b in zip(*(torch.autograd.grad(x.sum(), (q, k, v)) for x in (compiled, expected)), strict=True):
+        assert torch.equal(a, b)

@@ -275,6 +275,8 @@ def attention_varlen(
     max_seqlen_k: int | None = None,
     *,
     causal: bool | str = False,
+    rope: Rope | None = None,
+    rope_layout: str = "half",
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -294,6 +296,8 @@ def attention_varlen(
         cu_seqlens_k, max_seqlen_k: those of k and v; by default those of q.
         causal, scale, dropout_p: see :func:`attention`. Sequence i draws the dropout mask of sample i in
             :func:`attention`.
+        rope, rope_layout: see :func:`attention`; the tables have a row for each of the total_q rows. cos is 1 and sin
+            is 0 for tokens that are not rotated.
         return_lse: also return the log-sum-exp of the scaled scores of each row, (H, total_q), float32, differentiable.
 
     Returns:
@@ -316,8 +320,11 @@ def attention_varlen(
     sequences = cu_k.shape[0] - 1
     check_attention("q", (sequences, max_seqlen_q, *q.shape[1:]), max(1, max_k), scale, dropout_p, return_lse)
     mask = check_score_mask(q, (sequences, q.shape[1], max_seqlen_q, max_k), None, None, causal)
+    check_rope((1, *q.shape), k.shape[0], q, rope, 0, rope_layout)
     q, k, v = autocast(q, k, v)
-    if resolve_backend(backend, "attention", q) == "torch":
+    if _attention_backend(backend, q, q.numel(), rope) == "torch":
+        if rope is not None:
+            q, k = (reference.rotate(x[None], rope, 0, rope_layout)[0] for x in (q, k))
         return reference.attention_varlen(
             q,
             k,
@@ -332,6 +339,10 @@ def attention_varlen(
             return_lse=return_lse,
         )
     check_kernel_dtype("q", q)
+    if rope is not None:
+        q, k = (x[0] for x in _rotate(q[None], k[None], None, None, "layer_norm", rope, 0, rope_layout))
+    # Dynamo does not support the same tensor as two arguments of a Function
+    cu_k = cu_k.view_as(cu_k) if cu_k is cu_seqlens_q else cu_k
     sizes = max_seqlen_q, max_k, _scale(scale, q), float(dropout_p), mask.causal
     arguments = (q, k, v, cu_seqlens_q, cu_k, _seed(q, dropout_p), *sizes)
     out, lse = _apply(autograd.AttentionVarlenFunction, "attention_varlen_fwd", arguments, (q, k, v), return_lse)
