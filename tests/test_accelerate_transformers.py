@@ -179,42 +179,70 @@ def mask() -> Tensor:
     return rows
 
 
-def test_masked_attention_falls_back_to_sdpa(attention_calls) -> None:
-    untouched = make("vit")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_attention_runs_the_kernel(attention_calls, dtype: torch.dtype) -> None:
+    untouched = make("vit", dtype)
     ours = with_our_attention(untouched)
     theirs, found = (result(m(images(m), attention_mask=mask())) for m in (untouched, ours))
-    assert torch.equal(theirs, found) and not attention_calls
+    exact = result(untouched.double()(images(untouched), attention_mask=mask()))
+    assert_model_as_precise(found, theirs, exact, TERMS)
+    assert len(attention_calls) == 1 and attention_calls[0]["bias"] is not None
     assert not torch.equal(found, result(ours(images(ours))))
-    assert len(attention_calls) == 1
 
 
-def test_causal_attention_falls_back_to_sdpa(attention_calls) -> None:
+def test_causal_attention_runs_the_kernel(attention_calls) -> None:
     untouched = hf.CLIPTextModel(hf.CLIPTextConfig(**SMALL)).eval()
     ours = with_our_attention(untouched)
     tokens = torch.arange(2 * 9).view(2, 9)
-    assert torch.equal(untouched(tokens).last_hidden_state, ours(tokens).last_hidden_state)
-    assert not attention_calls
+    theirs, found = (m(tokens).last_hidden_state for m in (untouched, ours))
+    assert_model_as_precise(found, theirs, untouched.double()(tokens).last_hidden_state, TERMS)
+    assert attention_calls
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_masks_and_position_bias_match_sdpa(mask: str | None, causal: bool, attention_calls) -> None:
+    """A mask replaces the causal mask; a position bias is added to either."""
+    module = nn.Module()
+    module.is_causal = causal
+    tensors = [torch.randn(2, 4, 7, 16), *torch.randn(2, 2, 4, 7, 16), torch.randn(1, 4, 7, 7)]
+    given = {None: None, "bool": torch.rand(2, 1, 7, 7) > 0.3, "float": torch.randn(2, 1, 7, 7)}[mask]
+
+    def attend(name: str, dtype: torch.dtype, position_bias: bool) -> Tensor:
+        q, k, v, bias = (x.to(dtype) for x in tensors)
+        extra = dict(position_bias=bias) if position_bias else {}
+        mask = given.to(dtype) if given is not None and given.is_floating_point() else given
+        return hf.AttentionInterface()[name](module, q, k, v, mask, scaling=0.3, **extra)[0]
+
+    for position_bias in (False, True):
+        ours, theirs, exact = (
+            attend(name, dtype, position_bias)
+            for name, dtype in (
+                ("vit_triton", torch.float32),
+                ("sdpa", torch.float32),
+                ("sdpa", torch.float64),
+            )
+        )
+        assert_model_as_precise(ours, theirs, exact, 16)
+    assert len(attention_calls) == 2
 
 
 OTHERS = {
     "fewer heads of keys": dict(heads=2, groups=2),
     "a wide head": dict(size=264),
-    "causal module": dict(causal=True),
-    "a position bias": dict(position_bias=True),
     "one query for all": dict(batch=1),
 }
 
 
 @pytest.mark.parametrize("case", OTHERS)
 def test_unsupported_attention_falls_back_to_sdpa(case: str, attention_calls) -> None:
-    options = dict(heads=4, groups=1, size=16, causal=False, position_bias=False, batch=2) | OTHERS[case]
+    options = dict(heads=4, groups=1, size=16, batch=2) | OTHERS[case]
     module = nn.Module()
-    module.is_causal, module.num_key_value_groups = options["causal"], options["groups"]
+    module.is_causal, module.num_key_value_groups = False, options["groups"]
     q = torch.randn(options["batch"], 4, 7, options["size"])
     k, v = torch.randn(2, 2, options["heads"], 7, options["size"])
-    extra = dict(position_bias=torch.randn(1, 4, 7, 7)) if options["position_bias"] else {}
     theirs, ours = (
-        hf.AttentionInterface()[name](module, q, k, v, None, scaling=0.3, **extra)[0] for name in ("sdpa", "vit_triton")
+        hf.AttentionInterface()[name](module, q, k, v, None, scaling=0.3)[0] for name in ("sdpa", "vit_triton")
     )
     assert torch.equal(theirs, ours) and not attention_calls
 

@@ -14,6 +14,7 @@ import functools
 import sys
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, activations
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -70,32 +71,35 @@ def attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute :func:`vit_triton.functional.attention` as an attention function of transformers' AttentionInterface.
 
-    Falls back to "sdpa" for masks, position biases, softcaps, causal attention, grouped-query attention, head sizes
-    above 256, empty keys and float64, and if the backend is "torch". :func:`vit_triton.fallbacks` counts these calls
-    unless the backend is "torch".
+    Falls back to "sdpa" for softcaps, grouped-query attention, head sizes above 256, empty keys, float64 and masks of
+    another dtype, and if the backend is "torch". :func:`vit_triton.fallbacks` counts these calls unless the backend is
+    "torch".
 
     Args:
         module: the attention module. Its ``is_causal``, True by default, applies if the argument is None.
         query: (B, H, N_q, D), any strides; key, value: (B, H, N_k, D), any strides.
-        attention_mask: the mask that transformers creates for "sdpa".
+        attention_mask: the mask that transformers creates for "sdpa", bool or floating; it replaces the causal mask.
         dropout: probability, 0 in evaluation mode.
         scaling: default 1 / sqrt(D).
+        position_bias: added to the scaled scores; broadcasts to (B, H, N_q, N_k).
 
     Returns:
         (B, N_q, H, D), and None: the attention weights are never materialized.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal and attention_mask is None and query.shape[2] > 1)
     other_heads = key.shape != value.shape or query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]
+    mask_dtypes = torch.bool, torch.float32, query.dtype
+    others = [x.dtype for x in (attention_mask, position_bias) if x is not None and x.dtype not in mask_dtypes]
     reasons = {
-        "attention mask": attention_mask is not None,
-        "causal attention": causal and query.shape[2] > 1,
+        f"{others[0] if others else None} mask": bool(others),
         "softcap": bool(kwargs.get("softcap")),
         "output_attentions": bool(kwargs.get("output_attentions")),
-        "position bias": kwargs.get("position_bias") is not None,
         "keys or values have another shape": other_heads,
         f"head size exceeds {MAX_HEAD_DIM}": query.shape[3] > MAX_HEAD_DIM,
         f"{query.dtype} input": query.dtype not in KERNEL_DTYPES,
@@ -106,10 +110,20 @@ def attention_forward(
     if on_kernels and reason is not None:
         count_fallback(module, reason)
     if not on_kernels or reason is not None:
+        if position_bias is not None:
+            kwargs["position_bias"] = position_bias
         options = dict(dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return cast(Tensor, F.attention(q, k, v, scale=scaling, dropout_p=dropout)), None
+    bias = attention_mask
+    if position_bias is not None and attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            bias = torch.where(attention_mask, position_bias, torch.finfo(position_bias.dtype).min)
+        else:
+            bias = position_bias + attention_mask
+    elif position_bias is not None:
+        bias = position_bias
+    return cast(Tensor, F.attention(q, k, v, bias=bias, causal=causal, scale=scaling, dropout_p=dropout)), None
 
 
 AttentionInterface.register("vit_triton", attention_forward)
