@@ -43,6 +43,16 @@ from vit_triton.integrations.recipes import (
     submodule,
     trust,
 )
+from vit_triton.integrations.windows import (
+    MergingParts,
+    WindowBlockParts,
+    WindowParts,
+    compute_merging,
+    compute_window_block,
+    cosine_of,
+    merging_weight,
+    window_of,
+)
 from vit_triton.packing import concatenated
 
 
@@ -66,7 +76,10 @@ class Classes(NamedTuple):
     QuickGELU: Any
     RmsNorm: Any
     SwiGLU: Any
+    SwinTransformerBlock: Any
+    SwinTransformerV2Block: Any
     VisionTransformer: Any
+    WindowAttention: Any
 
 
 _classes = Classes(*(None for _ in Classes._fields))
@@ -77,10 +90,13 @@ def register_all() -> None:
         return
     import timm.layers.activations
     import timm.models.eva
+    import timm.models.swin_transformer
+    import timm.models.swin_transformer_v2
     import timm.models.vision_transformer
 
     global _classes
-    homes = (timm.models.vision_transformer, timm.models.eva, timm.layers, timm.layers.activations)
+    swin, swin_v2 = timm.models.swin_transformer, timm.models.swin_transformer_v2
+    homes = (timm.models.vision_transformer, timm.models.eva, swin, swin_v2, timm.layers, timm.layers.activations)
     _classes = Classes(*(next((vars(m)[name] for m in homes if name in vars(m)), None) for name in Classes._fields))
     trust(*_classes)
     block = ("attention", "mlp", "layer_norm")
@@ -90,6 +106,11 @@ def register_all() -> None:
     register(_classes.EvaBlockPostNorm, Recipe(block, read_post_norm_block, compute_post_norm_block, rotary_input))
     for cls in (_classes.EvaAttention, _classes.AttentionRope):
         register(cls, Recipe(("attention",), read_rotary_attention, attend_rotary, rotary_input))
+    trust(getattr(swin_v2, "WindowAttention", None))
+    for cls in (_classes.SwinTransformerBlock, _classes.SwinTransformerV2Block):
+        register(cls, Recipe(block, read_swin_block, compute_window_block))
+    for home in (swin, swin_v2):
+        register(getattr(home, "PatchMerging", None), Recipe(("layer_norm",), read_merging, compute_merging))
     register(_classes.AttentionPoolLatent, Recipe(("attention", "mlp", "layer_norm"), read_pool, compute_pool))
     for cls in (_classes.Mlp, _classes.GluMlp, _classes.SwiGLU):
         register(cls, Recipe(("mlp",), read_mlp, feed_forward))
@@ -315,6 +336,69 @@ def compute_post_norm_block(given: RotaryInput, parts: PostNormParts, backend: s
     x = given.x
     x = x + parts.drop_path1(parts.norm1(attend_rotary(given, parts.attention, backend)))
     return cast(Tensor, x + parts.drop_path2(parts.norm2(feed_forward(x, parts.mlp, backend))))
+
+
+def read_swin_block(module: Any) -> WindowBlockParts:
+    from timm.models import swin_transformer_v2
+
+    check_members(module, "norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
+    norms = norm_or_none(module, "norm1"), norm_or_none(module, "norm2")
+    if norms[0] is None or norms[1] is None:
+        raise UnsupportedModule("a norm is missing")
+    post_norm = _classes.SwinTransformerV2Block is not None and isinstance(module, _classes.SwinTransformerV2Block)
+    attention = submodule(
+        module, "attn", swin_transformer_v2.WindowAttention if post_norm else _classes.WindowAttention
+    )
+    if tuple(attention.window_size) != tuple(module.window_size):
+        raise UnsupportedModule("block and attention have different windows")
+    drop_path_p = drop_path_of(module, "1"), drop_path_of(module, "2")
+    return WindowBlockParts(
+        read_window_attention(attention, module.shift_size),
+        read_mlp(submodule(module, "mlp", _classes.Mlp)),
+        cast(tuple[F.Norm, F.Norm], norms),
+        drop_path_p,
+        post_norm,
+        (module.drop_path1, module.drop_path2),
+    )
+
+
+def read_window_attention(module: Any, shift: tuple[int, int]) -> WindowParts:
+    """Read the attention of Swin or Swin V2."""
+    check_members(
+        *(module, "relative_position_bias_table", "logit_scale", "cpb_mlp", "q_bias", "v_bias"),
+        *("qkv", "attn_drop", "proj", "proj_drop", "softmax"),
+    )
+    submodule(module, "softmax", nn.Softmax)
+    weight, bias = linear_of(module, "qkv")
+    out_weight, out_bias = linear_of(module, "proj")
+    if "cpb_mlp" in module._modules:
+        table, logit_scale = cosine_of(module)
+        if module.q_bias is not None:
+            bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
+        dropout_p = dropout_of(module, "attn_drop")
+    else:
+        table, logit_scale = module.relative_position_bias_table, None
+        dropout_p = attention_dropout_of(module)
+    return WindowParts(
+        **window_of(module.num_heads, module.window_size, shift, table, weight.shape[0] // 3),
+        qkv_weight=weight,
+        qkv_bias=bias,
+        out_weight=out_weight,
+        out_bias=out_bias,
+        logit_scale=logit_scale,
+        dropout_p=dropout_p,
+        out_dropout_p=dropout_of(module, "proj_drop"),
+        rolls_first=True,
+    )
+
+
+def read_merging(module: Any) -> MergingParts:
+    check_members(module, "norm", "reduction")
+    norm = norm_or_none(module, "norm")
+    if norm is None:
+        raise UnsupportedModule("norm: missing")
+    # in V2, the norm has the width of the result
+    return MergingParts(merging_weight(module), norm, module.norm.normalized_shape[0] != module.reduction.in_features)
 
 
 METHODS = ("forward_features", "forward_head", "pool")

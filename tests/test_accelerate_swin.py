@@ -1,0 +1,128 @@
+"""accelerate on Swin and Swin V2 of timm and torchvision: logits and gradients of the untouched library."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import EMULATOR, INTERPRETER
+from precision import assert_model_as_precise
+from torch import nn
+
+import vit_triton
+
+if INTERPRETER or EMULATOR:
+    pytest.skip("models run on the CPU target only", allow_module_level=True)
+
+swin = torchvision.models.swin_transformer
+TERMS = 8 * 96  # the longest sum: the projection after the merging of patches
+
+
+def of_torchvision(version=1, window=(7, 7), **options):
+    kinds = {} if version == 1 else dict(block=swin.SwinTransformerBlockV2, downsample_layer=swin.PatchMergingV2)
+    sizes = dict(patch_size=[4, 4], embed_dim=96, depths=[2, 1], num_heads=[3, 6], num_classes=5)
+    return torchvision.models.SwinTransformer(**{**sizes, **kinds, **options}, window_size=list(window))
+
+
+def of_timm(version=1, window=7, **options):
+    module = timm.models.swin_transformer if version == 1 else timm.models.swin_transformer_v2
+    cls = module.SwinTransformer if version == 1 else module.SwinTransformerV2
+    sizes = dict(patch_size=4, embed_dim=96, depths=(2, 1), num_heads=(3, 6), num_classes=5)
+    return cls(**{**sizes, **options}, window_size=window)
+
+
+def prepared(model):
+    """Weights large enough for every branch to count."""
+    for name, p in model.named_parameters():
+        if p.ndim > 1 and "logit_scale" not in name:
+            nn.init.normal_(p, std=p[0].numel() ** -0.5 if "table" not in name else 0.5)
+        elif "bias" in name:
+            nn.init.normal_(p, std=0.3)
+    if any("logit_scale" in name for name, _ in model.named_parameters()):  # V2 starts with norms of 0 in timm
+        for name, p in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                nn.init.normal_(p, mean=1.0, std=0.2)
+    return model
+
+
+def outcome(model, x):
+    """Logits, and gradients by name."""
+    model.zero_grad()
+    y = model(x)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return y.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+MODELS = {
+    "torchvision": (of_torchvision, {}, (56, 84)),
+    "torchvision, padded": (of_torchvision, dict(window=(5, 7)), (56, 76)),
+    "torchvision, one window high": (of_torchvision, {}, (28, 84)),
+    "torchvision V2": (of_torchvision, dict(version=2, window=(8, 8)), (64, 96)),
+    "timm": (of_timm, dict(img_size=56), (56, 56)),
+    "timm, not square": (of_timm, dict(img_size=(56, 84), window=(7, 3)), (56, 84)),
+    "timm V2": (of_timm, dict(version=2, window=8, img_size=64), (64, 64)),
+    "timm V2, 16 x 16": (of_timm, dict(version=2, window=16, img_size=128, depths=(2,), num_heads=(3,)), (128, 128)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients(name, dtype):
+    make, options, size = MODELS[name]
+    untouched = prepared(make(**options)).eval().to(dtype)
+    ours = copy.deepcopy(untouched)
+    report = vit_triton.accelerate(ours, backend="triton", strict=True)
+    assert not [entry for entry in report.not_replaced if "head" not in entry.name]
+    x = torch.randn(2, 3, *size).to(dtype)
+    exact = outcome(copy.deepcopy(untouched).double(), x.double())
+    for ours_, theirs, exact_ in zip(outcome(ours, x), outcome(untouched, x), exact, strict=True):
+        assert_model_as_precise(ours_, theirs, exact_, TERMS)
+
+
+def test_stochastic_depth_draws_the_same_samples():
+    for make, options in ((of_torchvision, dict(stochastic_depth_prob=0.5)), (of_timm, dict(drop_path_rate=0.5))):
+        extra = dict(img_size=56) if make is of_timm else {}
+        untouched = prepared(make(**options, **extra)).train()
+        ours = copy.deepcopy(untouched)
+        vit_triton.accelerate(ours, backend="triton", strict=True)
+        x = torch.randn(4, 3, 56, 56)
+        torch.manual_seed(3)
+        expected = untouched(x)
+        torch.manual_seed(3)
+        torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_padded_and_shifted_windows_of_timm_fall_back():
+    """timm rolls before it pads."""
+    untouched = prepared(of_timm(img_size=60, always_partition=True)).eval()
+    ours = copy.deepcopy(untouched)
+    report = vit_triton.accelerate(ours, backend="triton")
+    x = torch.randn(1, 3, 60, 60)
+    torch.testing.assert_close(ours(x), untouched(x), rtol=1e-4, atol=1e-4)
+    assert "padding of shifted windows" in str(report.fallbacks())
+
+
+def test_large_windows_and_hooks_are_left_to_the_library():
+    ours = of_timm(img_size=136, window=17, depths=(1,), num_heads=(3,)).eval()
+    report = vit_triton.accelerate(ours, backend="triton")
+    assert "exceeds the maximum, 256 tokens" in str(report)
+    ours = prepared(of_torchvision()).eval()
+    untouched = copy.deepcopy(ours)
+    vit_triton.accelerate(ours, backend="triton")
+    seen = []
+    ours.features[1][1].attn.register_forward_hook(lambda *args: seen.append(args[2].shape))
+    x = torch.randn(1, 3, 56, 56)
+    torch.testing.assert_close(ours(x), untouched(x), rtol=1e-4, atol=1e-4)
+    assert seen == [(1, 14, 14, 96)]
+
+
+@pytest.mark.filterwarnings("ignore:.*searchsorted")  # of timm
+def test_window_size_is_read_in_every_call():
+    untouched = prepared(of_timm(img_size=56)).eval()
+    ours = copy.deepcopy(untouched)
+    vit_triton.accelerate(ours, backend="triton", strict=True)
+    x = torch.randn(1, 3, 112, 112)
+    for model in (untouched, ours):
+        model.set_input_size((112, 112), window_size=(14, 14))
+    torch.testing.assert_close(ours(x), untouched(x), rtol=1e-4, atol=1e-4)
