@@ -59,6 +59,7 @@ VECTORS = re.compile(
     r"|\b(max|log2_sum|drel_h)_ptr \+"
     r"|masking.py:\d+: value \+?= tl.load"  # a bias, in the thread layout of the scores
     r"|, (acc|tl.sum\(acc, \d\)).to\(dtype\)|acc.to\(drel_w_ptr"  # a bias's gradient, likewise
+    r"|: bias = \(\)$"  # the line after the dropout's seed, to which debug information assigns its load
     r"|= scores_and_dp\(k, v"  # the line after delta's, to which debug information assigns delta's load
 )
 # partial sums are narrow on purpose, see pick_sum_parts; the bias of windows is gathered number by number
@@ -92,7 +93,16 @@ def may_spill(found):
     """Whether a kernel may spill: LayerNorm rows of more than 8192 numbers exceed the registers; products over fewer
     than 16 numbers read them one by one; in float32, dK and dV of head sizes above 128 need more than 99 KiB of shared
     memory, and the tiles that fit spill; the backward pass of cosine attention in windows of up to 64 tokens spills at
-    most 20 registers on sm_80 and sm_100, and that of windows above 64 tokens in float32 on AMD GPUs spills."""
+    most 20 registers on sm_80 and sm_100, and that of windows above 64 tokens in float32 on AMD GPUs spills; with a bias,
+    attention spills 2 to 4 registers on sm_100 and sm_120, and 41 in float32 on gfx90a."""
+    if found.kernel.startswith("attention") and not {"bias_ptr", "rel_h_ptr"} <= found.constants.keys():
+        few = {
+            ("sm_120", "bfloat16"): 16,
+            ("sm_100", "bfloat16"): 8,
+            ("sm_100", "float32"): 16,
+            ("gfx90a", "tf32"): 164,
+        }
+        return found.local_bytes <= few.get((found.arch, found.dtype), 0)
     if found.kernel.startswith("layer_norm"):
         return int(found.constants["BLOCK_D"]) > 8192
     if found.kernel == "linear_fwd_kernel":

@@ -155,9 +155,13 @@ _BWD_DKDV_DROPOUT = replace(
 
 
 # with a bias, loads and sums of another tile of scores; a decomposed bias takes most registers
+_FWD_BIAS = replace(
+    _FWD_DROPOUT,
+    sm_80=((64, 64, 8, 2), *_FWD_DROPOUT.sm_80[1:]),
+)
 _BWD_DQ_BIAS = replace(
     _BWD_DQ_DROPOUT,
-    sm_80=((32, 64, 4, 2), *_BWD_DQ_DROPOUT.sm_80[1:]),
+    sm_80=((32, 32, 4, 2), *_BWD_DQ_DROPOUT.sm_80[1:]),
     sm_90=((64, 32, 4, 3), *_BWD_DQ_DROPOUT.sm_90[1:]),
 )
 _BWD_DKDV_BIAS = replace(
@@ -198,6 +202,16 @@ def pick_attention_fwd(
     if n_k > 512 and fits and dtype != torch.float32 and not dropout and target.family in _LONG_FWD:
         return _LONG_FWD[target.family]
     return (_FWD_DROPOUT if dropout else _FWD).tile(head_dim, dtype, target)
+
+
+@tunable(AttentionConfig, candidates=_candidates(_FWD_BIAS, [(64, 64, 4, 2)]))
+def pick_attention_fwd_bias(
+    n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
+) -> AttentionConfig:
+    """:func:`pick_attention_fwd` for scores with a bias."""
+    if target.is_gpu and n_q > 16:
+        return _FWD_BIAS.tile(head_dim, dtype, target)
+    return pick_attention_fwd(n_q, n_k, head_dim, dtype, target, True)
 
 
 _CPU_MAX_KEYS = 512  # per program that computes dq, dk and dv: its tiles of scores fit in the L2 cache
@@ -257,7 +271,8 @@ def pick_attention_bwd_bias(
         return _pick_interpreted_attention(n_q, n_k)
     if target.family == "cpu":
         return _pick_cpu_attention(n_q, n_k, 64, 256)
-    return (_BWD_DQ_DROPOUT if dropout else _BWD_DQ).tile(head_dim, dtype, target)
+    # on sm_100, 128 x 64 spills
+    return (_BWD_DQ_DROPOUT if dropout or target.family == "sm_100" else _BWD_DQ).tile(head_dim, dtype, target)
 
 
 def bias_splits(n_tiles: int, n_steps: int, target: Target) -> int:

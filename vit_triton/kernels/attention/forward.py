@@ -23,7 +23,12 @@ import triton
 import triton.language as tl
 
 from vit_triton.arguments import NO_DROPOUT, NO_MASK, Dropout, ScoreMask
-from vit_triton.kernels.attention.config import attention_tail, pick_attention_fwd, split_head_dim
+from vit_triton.kernels.attention.config import (
+    attention_tail,
+    pick_attention_fwd,
+    pick_attention_fwd_bias,
+    split_head_dim,
+)
 from vit_triton.kernels.attention.masking import (
     Sequences,
     head_bias,
@@ -250,7 +255,9 @@ def launch_attention_fwd(out, lse, stats, q, k, v, sequences, *, scale: float, d
         n_q, n_k = sequences.max_q, sequences.max_k
     target = target_of(q.device)
     masked = mask.empty_rows or sequences is not None
-    config = pick_attention_fwd(n_q, n_k, head_dim, q.dtype, target, dropout.p > 0 or masked)
+    biased = mask.bias is not None or mask.rel is not None
+    pick = pick_attention_fwd_bias if biased else pick_attention_fwd
+    config = pick(n_q, n_k, head_dim, q.dtype, target, dropout.p > 0 or masked)
     d_main, d_tail = split_head_dim(head_dim, q.dtype, target)
     launch(
         attention_fwd_kernel,
