@@ -93,8 +93,8 @@ def may_spill(found):
     """Whether a kernel may spill: LayerNorm rows of more than 8192 numbers exceed the registers; products over fewer
     than 16 numbers read them one by one; in float32, dK and dV of head sizes above 128 need more than 99 KiB of shared
     memory, and the tiles that fit spill; the backward pass of cosine attention in windows of up to 64 tokens spills at
-    most 20 registers on sm_80 and sm_100, and that of windows above 64 tokens in float32 on AMD GPUs spills; with a bias,
-    attention spills 2 to 4 registers on sm_100 and sm_120, and 41 in float32 on gfx90a."""
+    most 20 registers on sm_80 and sm_100, and that of windows above 64 tokens in float32 on AMD GPUs spills; with
+    a bias, attention spills 2 to 4 registers on sm_100 and sm_120, and 41 in float32 on gfx90a."""
     if found.kernel.startswith("attention") and not {"bias_ptr", "rel_h_ptr"} <= found.constants.keys():
         few = {
             ("sm_120", "bfloat16"): 16,
