@@ -95,7 +95,7 @@ def may_spill(found):
     memory, and the tiles that fit spill; the backward pass of cosine attention in windows of up to 64 tokens spills at
     most 20 registers on sm_80 and sm_100, and that of windows above 64 tokens in float32 on AMD GPUs spills; with
     a bias, attention spills 2 to 4 registers on sm_100 and sm_120, and 41 in float32 on gfx90a."""
-    if found.kernel.startswith("attention") and not {"bias_ptr", "rel_h_ptr"} <= found.constants.keys():
+    if is_biased(found):
         few = {
             ("sm_120", "bfloat16"): 16,
             ("sm_100", "bfloat16"): 8,
@@ -113,6 +113,11 @@ def may_spill(found):
         return found.arch.startswith("gfx")
     wide = found.kernel == "attention_bwd_dkdv_kernel" and int(found.constants["HEAD_DIM"]) > 128
     return wide and found.dtype in ("float32", "tf32") and found.arch in ("sm_86", "sm_89", "sm_120")
+
+
+def is_biased(found):
+    """Whether the scores of an attention kernel have a bias; pointers of arguments that are None are constants."""
+    return found.kernel.startswith("attention") and not {"bias_ptr", "rel_h_ptr"} <= found.constants.keys()
 
 
 def tile_rows(found):
@@ -216,6 +221,8 @@ def test_registers_blocks_and_instructions_of_vit_b_16(arch):
     products = [found for found in each_kernel(arch, "bfloat16") if "PRECISION" in found.constants]
     assert {kernel for of, kernel in LIMITS if of == arch} <= {found.kernel for found in products}
     for found in products:
+        if is_biased(found):
+            continue
         registers, blocks, instructions = LIMITS.get((arch, found.kernel), (255, 2, 10**4))
         assert found.registers <= registers and found.blocks >= blocks, found
         assert max(found.per_trip) <= instructions, found

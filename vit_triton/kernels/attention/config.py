@@ -155,10 +155,7 @@ _BWD_DKDV_DROPOUT = replace(
 
 
 # with a bias, loads and sums of another tile of scores; a decomposed bias takes most registers
-_FWD_BIAS = replace(
-    _FWD_DROPOUT,
-    sm_80=((64, 64, 8, 2), *_FWD_DROPOUT.sm_80[1:]),
-)
+_FWD_REL = replace(_FWD_DROPOUT, sm_80=((64, 64, 8, 2), *_FWD_DROPOUT.sm_80[1:]))
 _BWD_DQ_BIAS = replace(
     _BWD_DQ_DROPOUT,
     sm_80=((32, 32, 4, 2), *_BWD_DQ_DROPOUT.sm_80[1:]),
@@ -204,13 +201,13 @@ def pick_attention_fwd(
     return (_FWD_DROPOUT if dropout else _FWD).tile(head_dim, dtype, target)
 
 
-@tunable(AttentionConfig, candidates=_candidates(_FWD_BIAS, [(64, 64, 4, 2)]))
-def pick_attention_fwd_bias(
+@tunable(AttentionConfig, candidates=_candidates(_FWD_REL, [(64, 64, 4, 2)]))
+def pick_attention_fwd_rel(
     n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
 ) -> AttentionConfig:
-    """:func:`pick_attention_fwd` for scores with a bias."""
+    """:func:`pick_attention_fwd` for scores with a decomposed bias."""
     if target.is_gpu and n_q > 16:
-        return _FWD_BIAS.tile(head_dim, dtype, target)
+        return _FWD_REL.tile(head_dim, dtype, target)
     return pick_attention_fwd(n_q, n_k, head_dim, dtype, target, True)
 
 

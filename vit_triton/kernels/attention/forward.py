@@ -26,7 +26,7 @@ from vit_triton.arguments import NO_DROPOUT, NO_MASK, Dropout, ScoreMask
 from vit_triton.kernels.attention.config import (
     attention_tail,
     pick_attention_fwd,
-    pick_attention_fwd_bias,
+    pick_attention_fwd_rel,
     split_head_dim,
 )
 from vit_triton.kernels.attention.masking import (
@@ -255,8 +255,7 @@ def launch_attention_fwd(out, lse, stats, q, k, v, sequences, *, scale: float, d
         n_q, n_k = sequences.max_q, sequences.max_k
     target = target_of(q.device)
     masked = mask.empty_rows or sequences is not None
-    biased = mask.bias is not None or mask.rel is not None
-    pick = pick_attention_fwd_bias if biased else pick_attention_fwd
+    pick = pick_attention_fwd if mask.rel is None else pick_attention_fwd_rel
     config = pick(n_q, n_k, head_dim, q.dtype, target, dropout.p > 0 or masked)
     d_main, d_tail = split_head_dim(head_dim, q.dtype, target)
     launch(
