@@ -117,12 +117,14 @@ def test_large_windows_and_hooks_are_left_to_the_library():
     assert seen == [(1, 14, 14, 96)]
 
 
-@pytest.mark.filterwarnings("ignore:.*searchsorted")  # of timm
-def test_window_size_is_read_in_every_call():
-    untouched = prepared(of_timm(img_size=56)).eval()
+def test_shift_is_read_in_every_call():
+    """A map of one window is not shifted; a larger one is."""
+    untouched = prepared(of_timm(img_size=28, depths=(2,), num_heads=(3,))).eval()
     ours = copy.deepcopy(untouched)
     vit_triton.accelerate(ours, backend="triton", strict=True)
-    x = torch.randn(1, 3, 112, 112)
     for model in (untouched, ours):
-        model.set_input_size((112, 112), window_size=(14, 14))
+        assert model.layers[0].blocks[1].shift_size == (0, 0)
+        model.set_input_size((56, 56), window_size=(7, 7))
+        assert model.layers[0].blocks[1].shift_size == (3, 3)
+    x = torch.randn(1, 3, 56, 56)
     torch.testing.assert_close(ours(x), untouched(x), rtol=1e-4, atol=1e-4)
