@@ -1,5 +1,5 @@
 """Hugging Face transformers: ``attn_implementation="vit_triton"``, and recipes for ViT, DeiT, DINOv2 (with registers),
-DINOv3, SigLIP and CLIP.
+DINOv3, SigLIP, CLIP and Swin.
 
     import vit_triton.integrations.transformers
     model = AutoModel.from_pretrained(name, attn_implementation="vit_triton")
@@ -57,6 +57,7 @@ from vit_triton.integrations.recipes import (
     submodule,
     trust,
 )
+from vit_triton.integrations.transformers_swin import register_swin
 from vit_triton.packing import concatenated
 
 __all__ = ["attention_forward", "register_all"]
@@ -181,6 +182,7 @@ def register_all() -> None:
     for file in FILES:
         if f"transformers.models.{file}.modeling_{file}" in sys.modules:
             register_file(file)
+    register_swin(read_mlp, concatenated_linears)
 
 
 def register_file(file: str) -> None:
