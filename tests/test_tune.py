@@ -24,7 +24,7 @@ from vit_triton.kernels.linear import forward
 from vit_triton.kernels.linear.config import Epilogue, GemmConfig, VendorGemm, pick_linear_fwd
 from vit_triton.kernels.norm.config import LayerNormConfig, pick_layer_norm
 from vit_triton.kernels.picker import PICKERS, override_choice
-from vit_triton.kernels.target import target_named
+from vit_triton.kernels.target import Target, target_named
 from vit_triton.tuning import tune
 from vit_triton.tuning.progress import progress
 from vit_triton.tuning.shapes import CLASSES, Shape
@@ -39,6 +39,12 @@ TIMED = [
     tuned.Timed("pick_linear_fwd", GEMM | dict(epilogue=Epilogue.DROPOUT), TILE, [(TILE, 0.5)]),
     tuned.Timed("pick_layer_norm", dict(width=768), LayerNormConfig(8, 1024, 8), []),
 ]
+
+
+@pytest.fixture(autouse=True)
+def own_gemm_by_default(monkeypatch):
+    """On Intel CPUs, the default is the vendor's GEMM."""
+    monkeypatch.setattr(Target, "prefers_vendor_gemm", lambda self, dtype: False)
 
 
 @pytest.fixture

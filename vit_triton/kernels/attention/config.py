@@ -201,7 +201,6 @@ def pick_attention_fwd(
     return (_FWD_DROPOUT if dropout else _FWD).tile(head_dim, dtype, target)
 
 
-@tunable(AttentionConfig, candidates=_candidates(_FWD_REL, [(64, 64, 4, 2)]))
 def pick_attention_fwd_rel(
     n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
 ) -> AttentionConfig:
@@ -239,7 +238,6 @@ def pick_attention_bwd_dkdv(
     return (_BWD_DKDV_DROPOUT if dropout else _BWD_DKDV).tile(head_dim, dtype, target)
 
 
-@tunable(AttentionConfig, candidates=_candidates(_BWD_DQ_BIAS, [(64, 64, 4, 2)]))
 def pick_attention_bwd_dq_bias(
     n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
 ) -> AttentionConfig | None:
@@ -249,7 +247,6 @@ def pick_attention_bwd_dq_bias(
     return pick_attention_bwd_dq(n_q, n_k, head_dim, dtype, target, dropout)
 
 
-@tunable(AttentionConfig, candidates=_candidates(_BWD_DKDV_BIAS, [(32, 64, 4, 2)]))
 def pick_attention_bwd_dkdv_bias(
     n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
 ) -> AttentionConfig:
@@ -259,7 +256,6 @@ def pick_attention_bwd_dkdv_bias(
     return pick_attention_bwd_dkdv(n_q, n_k, head_dim, dtype, target, dropout)
 
 
-@tunable(AttentionConfig, candidates=_candidates(_BWD_DQ, [(64, 64, 4, 2), (64, 64, 8, 2)]))
 def pick_attention_bwd_bias(
     n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
 ) -> AttentionConfig:
@@ -278,17 +274,10 @@ def bias_splits(n_tiles: int, n_steps: int, target: Target) -> int:
     return max(1, min(n_steps, programs // max(1, n_tiles)))
 
 
-def _candidates_rel(
-    n_q: int, width: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
-) -> Iterable[AttentionConfig]:
-    return [_rel_tile(block_m, width, num_warps, 2) for block_m in (16, 32, 64) for num_warps in (4, 8)]
-
-
 def _rel_tile(block_m: int, width: int, num_warps: int, num_stages: int) -> AttentionConfig:
     return AttentionConfig(block_m, max(16, next_power_of_2(width)), num_warps, num_stages)
 
 
-@tunable(AttentionConfig, candidates=_candidates_rel)
 def pick_attention_bwd_rel(
     n_q: int, width: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
 ) -> AttentionConfig:
