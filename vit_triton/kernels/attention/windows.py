@@ -135,6 +135,16 @@ def window_scores(
 
 
 @triton.jit
+def exponential(x, FLUSH: tl.constexpr):
+    """2 ** x; with FLUSH, 0 instead of a subnormal number, which a mask value of -100 gives and with which CPUs compute
+    slowly."""
+    if FLUSH:
+        return tl.where(x < -126.0, 0.0, tl.exp2(x))
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
 def head_and_windows(n_heads, n_windows, group, N_BLOCKS: tl.constexpr):
     """(block, head, group, first window, end) of this program. The heads of a group are neighbours: their rows share
     cache lines and pages."""
@@ -151,7 +161,7 @@ def window_attention_fwd_kernel(
     n_heads, n_windows, height, width, shift_y, shift_x, group, scale, mask_log2e, dropout_p, keep_scale,
     WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHIFTED: tl.constexpr, COSINE: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FLUSH: tl.constexpr,
 ):  # fmt: skip
     WINDOW: tl.constexpr = (WINDOW_Y, WINDOW_X)
     N: tl.constexpr = WINDOW_Y * WINDOW_X
@@ -175,7 +185,7 @@ def window_attention_fwd_kernel(
         scores = window_scores(
             q, k, bias, window, sizes, offs_m, offs_n, scale * LOG2E, mask_log2e, WINDOW, SHIFTED, PRECISION
         )[0]
-        p = tl.exp2(scores - tl.max(scores, 1)[:, None])
+        p = exponential(scores - tl.max(scores, 1)[:, None], FLUSH)
         norm = 1.0 / tl.sum(p, 1)
         if DROPOUT:
             plane = window * n_heads + head
@@ -219,7 +229,7 @@ def shared_arguments(
     config: WindowConfig,
 ) -> dict[str, Any]:
     """The arguments that all kernels share."""
-    head_dim = qkv.shape[5]
+    head_dim, target = qkv.shape[5], target_of(qkv.device)
     return dict(
         qkv_ptr=qkv,
         bias_ptr=contiguous(bias),
@@ -246,7 +256,8 @@ def shared_arguments(
         COSINE=logit_scale is not None,
         DROPOUT=dropout.p > 0,
         WIDE=is_wide(qkv),
-        PRECISION=input_precision(qkv.dtype, target_of(qkv.device)),
+        PRECISION=input_precision(qkv.dtype, target),
+        FLUSH=target.family == "cpu",
         **config.options,
     )
 

@@ -10,6 +10,7 @@ from vit_triton.kernels.attention.windows import (
     SIZES,
     count_programs,
     count_windows,
+    exponential,
     head_and_windows,
     load_bias,
     load_rows,
@@ -35,7 +36,7 @@ def window_attention_bwd_kernel(
     n_heads, n_windows, height, width, shift_y, shift_x, group, scale, mask_log2e, dropout_p, keep_scale,
     WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHIFTED: tl.constexpr, COSINE: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FLUSH: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_M rows in a group of windows, and the sum of their dS as a partial of dbias (groups, heads, N, N). If
     the tile holds a window: dK and dV, else the log-sum-exp (base 2) and rowsum(P * dP) (windows, heads, N)."""
@@ -81,7 +82,7 @@ def window_attention_bwd_kernel(
             PRECISION,
         )
         row_max = tl.max(scores, 1)
-        p = tl.exp2(scores - row_max[:, None])
+        p = exponential(scores - row_max[:, None], FLUSH)
         row_sum = tl.sum(p, 1)
         p = p * (1.0 / row_sum)[:, None]  # [BLOCK_M, BLOCK_N]
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -129,7 +130,7 @@ def window_attention_bwd_dkdv_kernel(
     n_heads, n_windows, height, width, shift_y, shift_x, group, scale, mask_log2e, dropout_p, keep_scale,
     WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHIFTED: tl.constexpr, COSINE: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FLUSH: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_N rows in a group of windows; the tile holds all BLOCK_M queries of a window."""
     WINDOW: tl.constexpr = (WINDOW_Y, WINDOW_X)
@@ -174,7 +175,7 @@ def window_attention_bwd_dkdv_kernel(
             SHIFTED,
             PRECISION,
         )[0]
-        p = tl.exp2(scores - lse[:, None])  # [BLOCK_M, BLOCK_N]
+        p = exponential(scores - lse[:, None], FLUSH)  # [BLOCK_M, BLOCK_N]
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         p_kept = p
         if DROPOUT:
