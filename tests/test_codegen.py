@@ -134,6 +134,8 @@ def narrow_rows(found):
         return []
     if found.kernel.startswith("window_attention") and found.constants["BLOCK_M"] != "64":
         return []  # 16 or 32 rows of a head of 32 are less than 16 bytes per thread
+    if found.kernel == "attention_fwd_kernel" and "rel_h_ptr" not in found.constants:
+        return []  # with a decomposed bias, eight warps share a tile of 64 x 64: less than 16 bytes per thread
     if found.kernel == "layer_scale_bwd_kernel":
         return []  # the weight has the thread layout of the float32 partial sums
     rows = [where for where in found.narrow if not VECTORS.search(where.split(" < ")[0]) and not PARTS.match(where)]
