@@ -283,9 +283,17 @@ def test_every_tile_is_compiled(arch, dtype, monkeypatch):
     picked = record_picks(monkeypatch)
     monkeypatch.setattr(launch, "start", lambda *launch: None)
     figures(arch, dtype, workloads.every_tile)
+    for name in list(picked):
+        if is_of_bias(name):
+            del picked[name]  # test_masked_attention compiles their tiles for heads of 64
     for name, configs in every_pick(arch, dtype).items():
         assert picked.pop(name) == configs, name
     assert not picked
+
+
+def is_of_bias(name):
+    """Whether a picker chooses tiles for scores with a bias."""
+    return name.startswith("pick_attention") and name.endswith(("_rel", "_bias"))
 
 
 def record_picks(monkeypatch):
@@ -313,7 +321,7 @@ def _in_one_part(config):
 
 
 def every_pick(arch, dtype):
-    """The results of the ``pick_*`` functions for all relevant arguments, by name."""
+    """The results of the ``pick_*`` functions for all relevant arguments, by name, except those for biased scores."""
     torch_dtype, precision = DTYPES[dtype], "tf32" if dtype == "tf32" and arch != "gfx90a" else "ieee"
     lengths, sizes, powers = (1, 16, 17, 197, 513), (1, 17, 33, 64, 65, 129, 768, 1152, 4096), [2**n for n in range(17)]
     target = target_named(arch)
@@ -338,7 +346,7 @@ def every_pick(arch, dtype):
         name: pick
         for module in (attention_config, linear_config, norm_config, patch_embed_config, sums_config)
         for name, pick in vars(module).items()
-        if name.startswith("pick_") and name not in ("pick_gemm", "pick_bwd_weight")
+        if name.startswith("pick_") and name not in ("pick_gemm", "pick_bwd_weight") and not is_of_bias(name)
     }
     for name in pickers:
         if name.startswith("pick_attention"):
@@ -400,7 +408,7 @@ def test_a_loop_that_ends_without_a_branch():
 
 def test_flops_and_bytes_of_a_launch():
     """197 tokens, 12 heads of 64, 8 images: attention takes two products forward, three for dQ, four for dK and dV."""
-    found = {each.kernel: each for each in each_kernel("sm_80", "bfloat16")}
+    found = {each.kernel: each for each in each_kernel("sm_80", "bfloat16") if not is_biased(each)}
     product = 2 * 8 * 12 * 197 * 197 * 64
     tokens, lse = 8 * 197 * 768 * 2, 8 * 12 * 197 * 4
     forward = found["attention_fwd_kernel"]
