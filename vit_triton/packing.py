@@ -263,8 +263,11 @@ def panels(weight: Tensor) -> Tensor | None:
 def in_image_order(weight: Tensor, image: Tensor, patch_size: tuple[int, int], patch_order: str) -> Tensor | None:
     """Return the weight of a patch embedding with its columns in the memory order of ``image``, or None if it is not
     prepacked or read in its own order."""
-    entry, target = _entry(weight), _target()
-    if entry is None or target is not None and target.prefers_vendor_gemm(weight.dtype):
+    entry = _entry(weight)
+    if entry is None:
+        return None
+    target = _target()
+    if target is not None and target.prefers_vendor_gemm(weight.dtype):
         return None
     from vit_triton.kernels.patch_embed.patches import patch_layout
 

@@ -103,6 +103,11 @@ def check_map(x: Tensor) -> None:
         raise UnsupportedModule("input is not (B, H, W, dim) with at least one token")
 
 
+def normalize(x: Tensor, norm: F.Norm, backend: str | None) -> Tensor:
+    weight, bias, eps = norm
+    return cast(Tensor, F.layer_norm(x, weight, bias, eps=eps, backend=backend))
+
+
 def attend_windows(
     x: Tensor,
     parts: WindowParts,
@@ -124,7 +129,7 @@ def attend_windows(
         if parts.rolls_first and any(shift):
             raise UnsupportedModule("padding of shifted windows")
         # behind the norm, because padded tokens take part as zeros
-        x = x if norm is None else cast(Tensor, F.layer_norm(x, *norm[:2], eps=norm[2], backend=backend))
+        x = x if norm is None else normalize(x, norm, backend)
         x, norm = torch_F.pad(x, (0, 0, 0, pads[1], 0, pads[0])), None
     qkv = F.linear(x, parts.qkv_weight, parts.qkv_bias, norm=norm, backend=backend)
     out = F.window_attention(
@@ -154,12 +159,8 @@ def compute_window_block(x: Tensor, parts: WindowBlockParts, backend: str | None
         return feed_forward(x, parts.mlp._replace(norm=norm2), backend, Branch(x, None, drop2))
     assert parts.drop_paths is not None
     drop_path1, drop_path2 = parts.drop_paths
-
-    def normed(y: Tensor, norm: F.Norm) -> Tensor:
-        return cast(Tensor, F.layer_norm(y, *norm[:2], eps=norm[2], backend=backend))
-
-    x = x + drop_path1(normed(attend_windows(x, parts.attention, None, backend), norm1))
-    return cast(Tensor, x + drop_path2(normed(feed_forward(x, parts.mlp, backend), norm2)))
+    x = x + drop_path1(normalize(attend_windows(x, parts.attention, None, backend), norm1, backend))
+    return cast(Tensor, x + drop_path2(normalize(feed_forward(x, parts.mlp, backend), norm2, backend)))
 
 
 def compute_merging(x: Tensor, parts: MergingParts, backend: str | None) -> Tensor:
@@ -171,8 +172,7 @@ def compute_merging(x: Tensor, parts: MergingParts, backend: str | None) -> Tens
     x = torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)
     if not parts.post_norm:
         return F.linear(x, parts.weight, None, norm=parts.norm, backend=backend)
-    y = F.linear(x, parts.weight, None, backend=backend)
-    return cast(Tensor, F.layer_norm(y, *parts.norm[:2], eps=parts.norm[2], backend=backend))
+    return normalize(F.linear(x, parts.weight, None, backend=backend), parts.norm, backend)
 
 
 def merging_weight(module: nn.Module) -> Tensor:
