@@ -11,6 +11,7 @@ import transformers as hf
 from parity import assert_accelerated
 from precision import assert_same
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import vit_triton
 from vit_triton import functional as F
@@ -217,3 +218,19 @@ def test_compiled_and_prepacked(make: Callable[[], nn.Module], monkeypatch):
         for _ in range(2):
             assert_same(model(images), expected, 192)
     assert len(calls) == 4 and None not in calls
+
+
+def test_compiled_while_models_are_prepacked():
+    """Dynamo must not guard on the prepacked parameters: those of another model can be deleted at any time."""
+    model, other, images = dinov3(**SMALL_CONFIG), dinov3(**SMALL_CONFIG), torch.randn(2, 3, 48, 48)
+    for each in (model, other):
+        vit_triton.accelerate(each, "triton")
+        vit_triton.prepack(each)
+    with torch.no_grad():
+        expected = model(images)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        assert_same(compiled(images), expected, 192)
+        vit_triton.unpack(other)
+        assert_same(compiled(images), expected, 192)
+        assert counter.frame_count == 1

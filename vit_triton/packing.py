@@ -276,8 +276,12 @@ def in_image_order(weight: Tensor, image: Tensor, patch_size: tuple[int, int], p
 
 
 def concatenated(tensors: Sequence[Tensor]) -> Tensor:
-    """Return ``torch.cat(tensors)``, cached if gradients are disabled and all tensors are prepacked."""
-    if not frozen or torch.is_grad_enabled() or not all(id(x) in frozen for x in tensors):
+    """Return ``torch.cat(tensors)``, cached if gradients are disabled and all tensors are prepacked.
+
+    ``torch.compile`` traces this function: it must not guard on `frozen`, which changes with other models.
+    """
+    cached = not torch.compiler.is_compiling() and bool(frozen) and not torch.is_grad_enabled()
+    if not (cached and all(id(x) in frozen for x in tensors)):
         return torch.cat(list(tensors))
     check(tensors)
     layout = "concatenated", *(frozen[id(x)] for x in tensors[1:])  # another prepack creates another entry
