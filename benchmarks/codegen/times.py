@@ -58,6 +58,22 @@ def _cases() -> Iterator[Case]:
         for gradients, kernel in (("dq", "attention_bwd_dq_kernel"), ("dk and dv", "attention_bwd_dkdv_kernel")):
             yield Case(f"{gradients}, {n_tokens} tokens, heads of 64", kernel, _attention(n_tokens, 64))
 
+    biased = functools.partial(workloads.biased_attention, batch=BATCH, n_tokens=201)
+    for name, kernel in (
+        ("", "attention_fwd_kernel"),
+        (": dq", "attention_bwd_dq_kernel"),
+        (": dk and dv", "attention_bwd_dkdv_kernel"),
+        (": gradient of the bias", "attention_bwd_bias_kernel"),
+    ):
+        yield Case(f"attention with bias, 201 tokens{name}", kernel, biased)
+    for name, cosine in (("window attention", False), ("cosine window attention", True)):
+        swin = functools.partial(workloads.swin_attention, batch=BATCH, side=56, heads=3, window=7, cosine=cosine)
+        yield Case(f"{name}, Swin-T stage 1", "window_attention_fwd_kernel", swin)
+        yield Case(f"{name}, Swin-T stage 1: gradients", "window_attention_bwd_kernel", swin)
+    for layout in ("half", "interleaved"):
+        rotary = functools.partial(workloads.rotary_attention, batch=BATCH, n_tokens=201, layout=layout)
+        yield Case(f"rotation of q and k, {layout}", "rotary_kernel", rotary, {"TRANSPOSED": False})
+
     wide, narrow = {"N": HIDDEN}, {"N": WIDTH}
     inference, training = _mlp(training=False), _mlp()
     yield Case("fc1", "linear_fwd_kernel", functools.partial(workloads.linear_alone, batch=BATCH), wide)

@@ -49,9 +49,8 @@ def each_kernel(dtype: torch.dtype) -> None:
     qkv, normed = _zeros(dtype, BATCH, TOKENS, 3, HEADS, HEAD_DIM), _norm(dtype, HEAD_DIM)
     _differentiate(F.attention_packed(qkv, q_norm=normed, k_norm=normed, backend="triton"))
     for layout in ("half", "interleaved"):
-        _rotary(dtype, BATCH, TOKENS, HEADS, HEAD_DIM, layout)
-    bias = _zeros(dtype, HEADS, TOKENS, 208)[:, :, :TOKENS]  # rows of a multiple of 16 elements
-    _differentiate(F.attention_packed(qkv, bias=bias, backend="triton"))
+        rotary_attention(dtype, BATCH, TOKENS, layout)
+    biased_attention(dtype, BATCH, TOKENS, HEAD_DIM)
     rel = DecomposedBias(*(_zeros(dtype, BATCH, HEADS, 196, 14) for _ in range(2)))
     _differentiate(F.attention_packed(_zeros(dtype, BATCH, 196, 3, HEADS, HEAD_DIM), bias=rel, backend="triton"))
     _gated(x, HIDDEN)
@@ -117,16 +116,31 @@ def masked_attention(dtype: torch.dtype, head_dim: int = HEAD_DIM) -> None:
     sides = 14, 14
     n = sides[0] * sides[1]
     qkv = _zeros(dtype, BATCH, TOKENS, 3, HEADS, head_dim)
-    # rows of a multiple of 16 elements
-    bias = _zeros(dtype, HEADS, TOKENS, (TOKENS + 15) // 16 * 16)[:, :, :TOKENS]
     lengths = torch.full((BATCH,), TOKENS)
-    for options in (dict(bias=bias), dict(key_lengths=lengths), dict(causal=True)):
+    biased_attention(dtype, BATCH, TOKENS, head_dim)
+    for options in (dict(key_lengths=lengths), dict(causal=True)):
         _differentiate(F.attention_packed(qkv, **options, backend="triton"))
     rel = DecomposedBias(*(_zeros(dtype, BATCH, HEADS, n, side) for side in sides))
     _differentiate(F.attention_packed(_zeros(dtype, BATCH, n, 3, HEADS, head_dim), bias=rel, backend="triton"))
     q, k, v = _zeros(dtype, BATCH * TOKENS, 3, HEADS, head_dim).unbind(1)
     cu_seqlens = torch.arange(BATCH + 1, dtype=torch.int32) * TOKENS
     _differentiate(F.attention_varlen(q, k, v, cu_seqlens, TOKENS, backend="triton"))
+
+
+def biased_attention(dtype: torch.dtype, batch: int, n_tokens: int, head_dim: int = HEAD_DIM) -> None:
+    """Attention with a bias that all samples share."""
+    bias = _zeros(dtype, HEADS, n_tokens, n_tokens)
+    qkv = _zeros(dtype, batch, n_tokens, 3, HEADS, head_dim)
+    _differentiate(F.attention_packed(qkv, bias=bias, backend="triton"))
+
+
+def rotary_attention(
+    dtype: torch.dtype, batch: int, n_tokens: int, layout: str, heads: int = HEADS, head_dim: int = HEAD_DIM
+) -> None:
+    """Attention with one prefix token and an angle per channel."""
+    qkv, table = _zeros(dtype, batch, n_tokens, 3, heads, head_dim), torch.zeros(n_tokens - 1, head_dim)
+    rope = dict(rope=(table, table), rope_prefix=1, rope_layout=layout)
+    _differentiate(F.attention_packed(qkv, **rope, backend="triton"))
 
 
 def packed_attention(dtype: torch.dtype, batch: int, n_tokens: int, head_dim: int) -> None:
@@ -170,7 +184,7 @@ def every_tile(dtype: torch.dtype) -> None:
         _differentiate(F.attention_packed(qkv, q_norm=norm, k_norm=norm, norm_type=norm_type, backend="triton"))
 
     for power, layout in itertools.product(range(1, 9), ("half", "interleaved")):
-        _rotary(dtype, 1, ROWS, 2, 2**power, layout)
+        rotary_attention(dtype, 1, ROWS, layout, 2, 2**power)
     for window, head_dim in itertools.product(WINDOWS, (16, 32, 64)):
         for cosine, dropout_p in itertools.product((False, True), (0.0, 0.1)):
             swin_attention(dtype, 1, window, 2, window, cosine=cosine, head_dim=head_dim, dropout_p=dropout_p)
@@ -225,13 +239,6 @@ def _mlp(x: Tensor, width: int, hidden: int, *, expanded: bool = False, **option
     shapes = ((hidden, width), (hidden,), (width, hidden), (width,))
     weights = (_zeros(x.dtype, *shape) for shape in shapes)
     _differentiate(F.mlp(x, *weights, **options, backend="triton"), expanded)
-
-
-def _rotary(dtype: torch.dtype, batch: int, n_tokens: int, heads: int, head_dim: int, layout: str) -> None:
-    """Attention with one prefix token and an angle per channel."""
-    qkv, table = _zeros(dtype, batch, n_tokens, 3, heads, head_dim), torch.zeros(n_tokens - 1, head_dim)
-    rope = dict(rope=(table, table), rope_prefix=1, rope_layout=layout)
-    _differentiate(F.attention_packed(qkv, **rope, backend="triton"))
 
 
 def _gated(x: Tensor, hidden: int, **options: Any) -> None:

@@ -16,7 +16,7 @@ import triton.language as tl
 from vit_triton.arguments import DecomposedBias
 from vit_triton.kernels.attention.config import bias_splits, pick_attention_bwd_bias, pick_attention_bwd_rel
 from vit_triton.kernels.attention.gradient import load_statistics, score_gradient
-from vit_triton.kernels.attention.masking import head_bias, keys_of_rows, limit_keys
+from vit_triton.kernels.attention.masking import head_bias, keys_of_rows, limit_keys, load_bias
 from vit_triton.kernels.attention.rows import head_of_program, head_rows, load_tile
 from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import launch
@@ -52,6 +52,11 @@ def attention_bwd_bias_kernel(
     own_head = plane % size_h
     own_batch = plane // size_h % size_b
     split = plane // (size_h * size_b)
+    own_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    own_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    bias_strides = (stride_biasb, stride_biash, stride_biasm, stride_biasn)
+    bias_rows = head_bias(bias_ptr, bias_strides, own_batch.to(tl.int64), own_head.to(tl.int64))
+    bias = (load_bias(bias_rows, own_m[:, None], own_n[None, :], n_q, n_k, True, True),)  # the same in every step
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     last = tl.minimum((split + 1) * n_steps, sum_b * sum_h * sum_m * sum_n)
     for step in tl.range(split * n_steps, last):
@@ -65,7 +70,6 @@ def attention_bwd_bias_kernel(
         k_rows = head_rows(k_ptr, (stride_kb, stride_kn, stride_kh, stride_kd), batch, head, HEAD_ALIGN)
         v_rows = head_rows(v_ptr, (stride_vb, stride_vn, stride_vh, stride_vd), batch, head, HEAD_ALIGN)
         do_rows = head_rows(do_ptr, (stride_dob, stride_don, stride_doh, stride_dod), batch, head, HEAD_ALIGN)
-        bias = head_bias(bias_ptr, (stride_biasb, stride_biash, stride_biasm, stride_biasn), batch, head)
         n_keys = n_k if key_lengths_ptr is None else limit_keys(n_k, key_lengths_ptr, batch)
         if CAUSAL != "":
             diagonal, n_first, n_keys = keys_of_rows(first_m, n_q, n_k, n_keys, CAUSAL, BLOCK_M)
@@ -82,8 +86,6 @@ def attention_bwd_bias_kernel(
         )  # fmt: skip
         acc += tl.where((offs_m < n_q)[:, None], ds, 0.0)
 
-    own_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    own_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     out_ptr = dbias_partials_ptr + plane.to(tl.int64) * size_m * size_n
     dtype: tl.constexpr = dbias_partials_ptr.dtype.element_ty
     if SUM_M and SUM_N:
@@ -114,8 +116,10 @@ def attention_bwd_bias(arguments: dict[str, Any], bias: torch.Tensor) -> torch.T
     )
     tiles = bias.shape[0] * bias.shape[1] * cdiv(bias.shape[2], config.block_m) * cdiv(bias.shape[3], config.block_n)
     total = counts[0] * counts[1] * counts[2] * counts[3]
+    if not total:
+        return torch.zeros_like(bias, memory_format=torch.contiguous_format)
     n_steps = cdiv(total, bias_splits(tiles, total, target))
-    n_splits = cdiv(total, n_steps) if total else 1
+    n_splits = cdiv(total, n_steps)
     partials = new_partials(q, n_splits, *bias.shape, dtype=bias.dtype)
     launch(
         attention_bwd_bias_kernel,

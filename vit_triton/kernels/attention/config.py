@@ -55,7 +55,8 @@ def _pick_cpu_attention(n_rows: int, n_cols: int, block_m: int, block_n: int) ->
     return AttentionConfig(clip(block_m, n_rows), clip(block_n, n_cols), 1, 1)
 
 
-Tile = tuple[int, int, int, int]  # block_m, block_n, num_warps, num_stages
+# block_m, block_n, num_warps, num_stages, and max_registers where there is a limit
+Tile = tuple[int, int, int, int] | tuple[int, int, int, int, int]
 Row = tuple[Tile, Tile, Tile, Tile, Tile]  # entry i: head sizes up to _HEAD_DIMS[i]
 _HEAD_DIMS = (64, 96, 128, 192, 256)
 
@@ -154,17 +155,36 @@ _BWD_DKDV_DROPOUT = replace(
 )
 
 
-# with a bias, loads and sums of another tile of scores; a decomposed bias takes most registers
+# A bias adds loads and sums of another tile of scores. With dropout too, and for a decomposed bias, which takes most
+# registers: the tiles _REL.
 _FWD_REL = replace(_FWD_DROPOUT, sm_80=((64, 64, 8, 2), *_FWD_DROPOUT.sm_80[1:]))
-_BWD_DQ_BIAS = replace(
+_BWD_DQ_REL = replace(
     _BWD_DQ_DROPOUT,
     sm_80=((32, 32, 4, 2), *_BWD_DQ_DROPOUT.sm_80[1:]),
     sm_90=((64, 32, 4, 3), *_BWD_DQ_DROPOUT.sm_90[1:]),
 )
-_BWD_DKDV_BIAS = replace(
+_BWD_DKDV_REL = replace(
     _BWD_DKDV_DROPOUT,
     sm_80=((16, 64, 4, 2), *_BWD_DKDV_DROPOUT.sm_80[1:]),
     sm_90=((32, 64, 4, 3), *_BWD_DKDV_DROPOUT.sm_90[1:]),
+)
+_FWD_BIAS = replace(
+    _FWD_DROPOUT,
+    sm_80=((64, 32, 4, 3), *_FWD_DROPOUT.sm_80[1:]),
+    sm_90=((64, 32, 4, 3, 102), *_FWD_DROPOUT.sm_90[1:]),  # five resident blocks
+    sm_100=((128, 32, 4, 2), *_FWD_DROPOUT.sm_100[1:]),
+)
+_BWD_DQ_BIAS = replace(_BWD_DQ_REL, sm_80=((64, 32, 4, 3), *_BWD_DQ_DROPOUT.sm_80[1:]))
+_BWD_DKDV_BIAS = replace(
+    _BWD_DKDV_REL,
+    sm_80=((16, 64, 4, 3), *_BWD_DKDV_DROPOUT.sm_80[1:]),
+    sm_90=((16, 64, 4, 3), *_BWD_DKDV_DROPOUT.sm_90[1:]),
+)
+_BWD_BIAS = replace(
+    _BWD_DQ,
+    sm_80=((64, 32, 4, 2, 168), *_BWD_DQ.sm_80[1:]),  # three resident blocks
+    sm_90=((64, 32, 4, 2), *_BWD_DQ.sm_90[1:]),
+    sm_100=_BWD_DQ_DROPOUT.sm_100,  # 128 x 64 spills
 )
 
 
@@ -201,12 +221,12 @@ def pick_attention_fwd(
     return (_FWD_DROPOUT if dropout else _FWD).tile(head_dim, dtype, target)
 
 
-def pick_attention_fwd_rel(
+def pick_attention_fwd_bias(
     n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
 ) -> AttentionConfig:
-    """:func:`pick_attention_fwd` for scores with a decomposed bias."""
+    """:func:`pick_attention_fwd` for scores with a bias. ``dropout``: or a decomposed bias."""
     if target.is_gpu and n_q > 16:
-        return _FWD_REL.tile(head_dim, dtype, target)
+        return (_FWD_REL if dropout else _FWD_BIAS).tile(head_dim, dtype, target)
     return pick_attention_fwd(n_q, n_k, head_dim, dtype, target, True)
 
 
@@ -241,18 +261,18 @@ def pick_attention_bwd_dkdv(
 def pick_attention_bwd_dq_bias(
     n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
 ) -> AttentionConfig | None:
-    """:func:`pick_attention_bwd_dq` for scores with a bias."""
+    """:func:`pick_attention_bwd_dq` for scores with a bias. ``dropout``: or a decomposed bias."""
     if target.is_gpu:
-        return _BWD_DQ_BIAS.tile(head_dim, dtype, target)
+        return (_BWD_DQ_REL if dropout else _BWD_DQ_BIAS).tile(head_dim, dtype, target)
     return pick_attention_bwd_dq(n_q, n_k, head_dim, dtype, target, dropout)
 
 
 def pick_attention_bwd_dkdv_bias(
     n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
 ) -> AttentionConfig:
-    """:func:`pick_attention_bwd_dkdv` for scores with a bias."""
+    """:func:`pick_attention_bwd_dkdv` for scores with a bias. ``dropout``: or a decomposed bias."""
     if target.is_gpu:
-        return _BWD_DKDV_BIAS.tile(head_dim, dtype, target)
+        return (_BWD_DKDV_REL if dropout else _BWD_DKDV_BIAS).tile(head_dim, dtype, target)
     return pick_attention_bwd_dkdv(n_q, n_k, head_dim, dtype, target, dropout)
 
 
@@ -264,8 +284,7 @@ def pick_attention_bwd_bias(
         return _pick_interpreted_attention(n_q, n_k)
     if target.family == "cpu":
         return _pick_cpu_attention(n_q, n_k, 64, 256)
-    # on sm_100, 128 x 64 spills
-    return (_BWD_DQ_DROPOUT if dropout or target.family == "sm_100" else _BWD_DQ).tile(head_dim, dtype, target)
+    return (_BWD_DQ_DROPOUT if dropout else _BWD_BIAS).tile(head_dim, dtype, target)
 
 
 def bias_splits(n_tiles: int, n_steps: int, target: Target) -> int:

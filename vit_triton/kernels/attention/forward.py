@@ -26,12 +26,12 @@ from vit_triton.arguments import NO_DROPOUT, NO_MASK, Dropout, ScoreMask
 from vit_triton.kernels.attention.config import (
     attention_tail,
     pick_attention_fwd,
-    pick_attention_fwd_rel,
+    pick_attention_fwd_bias,
     split_head_dim,
 )
 from vit_triton.kernels.attention.masking import (
     Sequences,
-    head_bias,
+    head_biases,
     keys_of_rows,
     limit_keys,
     mask_arguments,
@@ -138,14 +138,11 @@ def attention_fwd_kernel(
     first_out = batch * n_q if cu_q_ptr is None else first_q
     out_rows = (out_ptr + (first_out * n_heads + head) * HEAD_DIM, n_heads * HEAD_DIM, 1)
     dropout = (tl.load(seed_ptr), off_bh, dropout_p, keep_scale) if DROPOUT else None
-    bias = ()
-    if bias_ptr is not None:
-        bias = head_bias(bias_ptr, (stride_biasb, stride_biash, stride_biasm, stride_biasn), batch, head)
-    rel = ()
-    if rel_h_ptr is not None:
-        rel_h = head_bias(rel_h_ptr, (stride_rel_hb, stride_rel_hh, stride_rel_hm, stride_rel_hn), batch, head)
-        rel_w = head_bias(rel_w_ptr, (stride_rel_wb, stride_rel_wh, stride_rel_wm, stride_rel_wn), batch, head)
-        rel = rel_h + rel_w + (rel_width,)
+    bias, rel = head_biases(
+        bias_ptr, (stride_biasb, stride_biash, stride_biasm, stride_biasn),
+        rel_h_ptr, (stride_rel_hb, stride_rel_hh, stride_rel_hm, stride_rel_hn),
+        rel_w_ptr, (stride_rel_wb, stride_rel_wh, stride_rel_wm, stride_rel_wn), rel_width, batch, head,
+    )  # fmt: skip
     mask = None if bias_ptr is None and rel_h_ptr is None else (bias, rel, ())
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -255,8 +252,11 @@ def launch_attention_fwd(out, lse, stats, q, k, v, sequences, *, scale: float, d
         n_q, n_k = sequences.max_q, sequences.max_k
     target = target_of(q.device)
     masked = mask.empty_rows or sequences is not None
-    pick = pick_attention_fwd if mask.rel is None else pick_attention_fwd_rel
-    config = pick(n_q, n_k, head_dim, q.dtype, target, dropout.p > 0 or masked)
+    if mask.biased:
+        dropped = dropout.p > 0 or mask.rel is not None
+        config = pick_attention_fwd_bias(n_q, n_k, head_dim, q.dtype, target, dropped)
+    else:
+        config = pick_attention_fwd(n_q, n_k, head_dim, q.dtype, target, dropout.p > 0 or masked)
     d_main, d_tail = split_head_dim(head_dim, q.dtype, target)
     launch(
         attention_fwd_kernel,

@@ -1,8 +1,9 @@
 """``@triton.jit`` helpers of the attention kernels: biases and masks of scores, lengths of sequences.
 
-``mask``: None, or (bias, rel, (diagonal,)), each of which may be None. ``bias``: the rows of one head as (pointer,
-stride_m, stride_n); uint8 elements are a mask, others are added. ``rel``: a decomposed bias as (pointer, stride_m,
-stride_k) of both parts, and the width of the grid of keys. ``diagonal``: query i attends to keys up to i + diagonal.
+``mask``: None, or (bias, rel, (diagonal,)), each of which may be empty. ``bias``: the rows of one head as (pointer,
+stride_m, stride_n), or a loaded tile as (tile,); uint8 elements are a mask, others are added. ``rel``: a decomposed
+bias as (pointer, stride_m, stride_k) of both parts, and the width of the grid of keys. ``diagonal``: query i attends to
+keys up to i + diagonal.
 
 Scores with a floating bias are not multiplied by log2(e): finfo.min, a common bias of masked keys, would overflow. For
 such scores the backward pass needs the maximum and the sum of each row, since a maximum of that size absorbs the
@@ -11,6 +12,7 @@ logarithm of the sum.
 Rows without keys give zeros, lse = -inf and zero gradients, as in PyTorch.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ import triton
 import triton.language as tl
 
 from vit_triton.arguments import ScoreMask
+from vit_triton.kernels.device import target_of
 from vit_triton.kernels.tiles import LOG2E
 
 
@@ -29,24 +32,42 @@ def head_bias(ptr, strides, batch, head):
 
 
 @triton.jit
+def head_biases(bias_ptr, bias_strides, rel_h_ptr, rel_h_strides, rel_w_ptr, rel_w_strides, rel_width, batch, head):
+    """(bias, rel) of one head."""
+    bias = ()
+    if bias_ptr is not None:
+        bias = head_bias(bias_ptr, bias_strides, batch, head)
+    rel = ()
+    if rel_h_ptr is not None:
+        rel_h = head_bias(rel_h_ptr, rel_h_strides, batch, head)
+        rel = rel_h + head_bias(rel_w_ptr, rel_w_strides, batch, head) + (rel_width,)
+    return bias, rel
+
+
+@triton.jit
+def load_bias(bias, rows, cols, n_q, n_k, MASK_M: tl.constexpr, MASK_N: tl.constexpr):
+    """A tile of the bias; 0 past ``n_q`` rows with MASK_M, and past ``n_k`` columns with MASK_N."""
+    ptr, stride_m, stride_n = bias
+    ptrs = ptr + rows.to(tl.int64) * stride_m + cols.to(tl.int64) * stride_n
+    if MASK_M and MASK_N:
+        return tl.load(ptrs, mask=(rows < n_q) & (cols < n_k), other=0.0)
+    elif MASK_M:
+        return tl.load(ptrs, mask=rows < n_q, other=0.0)
+    elif MASK_N:
+        return tl.load(ptrs, mask=cols < n_k, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
 def mask_scores(scores, score_scale, mask, rows, cols, n_q, n_k, MASK_M: tl.constexpr, MASK_N: tl.constexpr):
     """Scale ``scores``, add the bias and set those of excluded keys to -inf. ``rows`` and ``cols`` broadcast to a tile.
     MASK_M: some rows are past ``n_q``; MASK_N: some columns are past ``n_k``, or past the diagonal."""
     bias, rel, diagonal = mask
     # an explicit sum with 0: the compiler would fuse the product with a later operation in some forms only, and packed
     # sequences would not equal padded ones
-    inside = (rows < n_q) & (cols < n_k)
     if len(bias) > 0:
-        bias_ptr, stride_m, stride_n = bias
-        ptrs = bias_ptr + rows.to(tl.int64) * stride_m + cols.to(tl.int64) * stride_n
-        if MASK_M and MASK_N:
-            value = tl.load(ptrs, mask=inside, other=0.0)
-        elif MASK_M:
-            value = tl.load(ptrs, mask=rows < n_q, other=0.0)
-        elif MASK_N:
-            value = tl.load(ptrs, mask=cols < n_k, other=0.0)
-        else:
-            value = tl.load(ptrs)
+        value = bias[0] if len(bias) == 1 else load_bias(bias, rows, cols, n_q, n_k, MASK_M, MASK_N)
         if value.dtype == tl.uint8:
             scores = tl.where(value != 0, tl.fma(scores, score_scale, 0.0), float("-inf"))
         else:
@@ -56,6 +77,7 @@ def mask_scores(scores, score_scale, mask, rows, cols, n_q, n_k, MASK_M: tl.cons
         at_h, at_w = (cols // width).to(tl.int64), (cols % width).to(tl.int64)
         h_ptrs = h_ptr + rows.to(tl.int64) * stride_hm + at_h * stride_hk
         w_ptrs = w_ptr + rows.to(tl.int64) * stride_wm + at_w * stride_wk
+        inside = (rows < n_q) & (cols < n_k)
         value = tl.load(h_ptrs, mask=inside, other=0.0).to(tl.float32)
         value += tl.load(w_ptrs, mask=inside, other=0.0).to(tl.float32)
         scores = tl.fma(scores, score_scale, value)
@@ -133,6 +155,16 @@ def sequence_arguments(sequences: Sequences | None, q: torch.Tensor) -> dict[str
     return dict(cu_q_ptr=sequences.cu_q, cu_k_ptr=sequences.cu_k, n_tokens=q.shape[1])
 
 
+def wide_rows(bias: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor:
+    """Return ``bias`` with strides that are multiples of 16. GPUs load many elements of such rows at a time, so a bias
+    that is broadcast to ``shape`` is copied to them."""
+    aligned = bias.stride(-1) == 1 and all(stride % 16 == 0 for stride in bias.stride()[:-1])
+    broadcast = 2 * bias.numel() <= math.prod(shape)
+    if bias.shape[-1] == 1 or aligned or not broadcast or not target_of(bias.device).is_gpu:
+        return bias
+    return torch.nn.functional.pad(bias, (0, -bias.shape[-1] % 16))[..., : bias.shape[-1]]
+
+
 def mask_arguments(mask: ScoreMask, shape: tuple[int, int, int, int]) -> dict[str, Any]:
     """Kernel arguments for a mask of scores of ``shape`` (B, H, N_q, N_k)."""
     arguments: dict[str, Any] = dict(
@@ -141,8 +173,8 @@ def mask_arguments(mask: ScoreMask, shape: tuple[int, int, int, int]) -> dict[st
     )  # fmt: skip
     bias, rel = mask.bias, mask.rel
     if bias is not None:
-        bias = bias.expand(shape)
-        arguments["bias_ptr"] = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
+        bias = wide_rows(bias.view(torch.uint8) if bias.dtype == torch.bool else bias, shape).expand(shape)
+        arguments["bias_ptr"] = bias
     if rel is not None:
         arguments |= dict(rel_h_ptr=rel.rel_h, rel_w_ptr=rel.rel_w, rel_width=rel.rel_w.shape[-1])
     # absent strides are None: they are no arguments of the compiled kernel
