@@ -391,8 +391,9 @@ def pick_window_bwd(
         if dtype == torch.float32:
             return WindowConfig(16, block, group, 8 if block > 64 and target.is_nvidia else 4, 1)
         return WindowConfig(16, block, group, 4, 2)
-    # two stages spill on sm_86, sm_89 and sm_120, and in cosine attention, which spills on sm_80 and sm_100 anyway
-    stages = 1 if cosine or target.family == "sm_80" and target.name != "sm_80" else 2
+    # two stages spill on sm_86, sm_89 and sm_120, and in cosine attention on sm_100
+    small = target.family == "sm_80" and target.name != "sm_80"
+    stages = 1 if small or cosine and target.family == "sm_100" else 2
     return WindowConfig(block, block, _group(m, 1, _GPU_PROGRAMS, _GPU_GROUP), 4, stages)
 
 

@@ -13,7 +13,7 @@ saved. With ``P = softmax(S)``, ``S = scale * Q K^T + bias + mask``:
 
     dV = P^T dO        dP = dO V^T        dS = P * (dP - rowsum(P * dP))        dQ = scale * dS K
 
-    dK = scale * dS^T Q        dbias = sum of dS over windows        dscale = sum of dS * Q K^T over windows
+    dK = scale * dS^T Q        dbias = sum of dS over windows        dscale = sum of dS * Q K^T = sum of Q * (dS K)
 
 One backward kernel computes everything if its tile holds a window. Of larger windows, it stores the log-sum-exp and
 rowsum(P * dP), from which a second kernel computes dK and dV. dbias is summed over a group in registers; the sums of
@@ -90,12 +90,13 @@ def normalise(x, COSINE: tl.constexpr):
 
 @triton.jit
 def normalise_grad(grad, normalised):
-    """The gradient of x before :func:`normalise`, whose result is ``normalised``."""
+    """(the gradient of x before :func:`normalise`, whose result is ``normalised``; rowsum(grad * x / |x|))"""
     if len(normalised) > 1:
         x = normalised[0].to(tl.float32)
-        return (grad - x * tl.sum(grad * x, 1)[:, None]) * normalised[1][:, None]
+        along = tl.sum(grad * x, 1)
+        return (grad - x * along[:, None]) * normalised[1][:, None], along
     else:
-        return grad
+        return grad, None
 
 
 @triton.jit
@@ -125,13 +126,12 @@ def window_scores(
     q, k, bias, window, sizes, offs_m, offs_n, scale_log2e, mask_log2e,
     WINDOW: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(scale * q @ k.T + bias + mask) * log2(e), and q @ k.T [BLOCK_M, BLOCK_N]"""
-    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    scores = products * scale_log2e + bias
+    """(scale * q @ k.T + bias + mask) * log2(e) [BLOCK_M, BLOCK_N]"""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2e + bias
     if SHIFTED:
         other = region(window, sizes, offs_m, WINDOW)[:, None] != region(window, sizes, offs_n, WINDOW)[None, :]
         scores = tl.where(other, scores + mask_log2e, scores)
-    return scores, products
+    return scores
 
 
 @triton.jit
@@ -184,7 +184,7 @@ def window_attention_fwd_kernel(
         q, k = normalise(q, COSINE)[0], normalise(k, COSINE)[0]
         scores = window_scores(
             q, k, bias, window, sizes, offs_m, offs_n, scale * LOG2E, mask_log2e, WINDOW, SHIFTED, PRECISION
-        )[0]
+        )
         p = exponential(scores - tl.max(scores, 1)[:, None], FLUSH)
         norm = 1.0 / tl.sum(p, 1)
         if DROPOUT:

@@ -67,7 +67,7 @@ def window_attention_bwd_kernel(
         q_normalised, k_normalised = normalise(q, COSINE), normalise(k, COSINE)
         q, k = q_normalised[0], k_normalised[0]
         hidden = window >> 31  # 0: keeps the regions of all columns from staying in registers between windows
-        scores, products = window_scores(
+        scores = window_scores(
             q,
             k,
             bias,
@@ -100,16 +100,15 @@ def window_attention_bwd_kernel(
         ds = p * (dp - delta[:, None])  # rows past N have dp = 0
         if dbias_partials_ptr is not None:
             dbias += ds
-        if COSINE:
-            # the product again, with another sign: keeping it takes more registers than there are (benchmarks codegen)
-            dlogit_scale -= tl.sum(ds * tl.dot(-q, tl.trans(k), input_precision=PRECISION), 1)
         ds = ds.to(k.dtype)
-        dq = normalise_grad(tl.dot(ds, k, input_precision=PRECISION) * scale, q_normalised)
+        dq, along = normalise_grad(tl.dot(ds, k, input_precision=PRECISION), q_normalised)
+        if COSINE:
+            dlogit_scale += along
         dq_rows = token_rows(dqkv_ptr, window, head, sizes, tokens_m, 3 * part, WINDOW, HEAD_DIM)
-        store_rows(dq_rows, dq, offs_m, N, HEAD_DIM, BLOCK_D)
+        store_rows(dq_rows, dq * scale, offs_m, N, HEAD_DIM, BLOCK_D)
         if N_BLOCKS == 1:
             dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * scale
-            store_rows(dk_rows, normalise_grad(dk, k_normalised), offs_n, N, HEAD_DIM, BLOCK_D)
+            store_rows(dk_rows, normalise_grad(dk, k_normalised)[0], offs_n, N, HEAD_DIM, BLOCK_D)
         else:
             stats = plane.to(tl.int64) * N + offs_m
             tl.store(lse_ptr + stats, row_max + tl.log2(row_sum), mask=mask_m)
@@ -174,7 +173,7 @@ def window_attention_bwd_dkdv_kernel(
             WINDOW,
             SHIFTED,
             PRECISION,
-        )[0]
+        )
         p = exponential(scores - lse[:, None], FLUSH)  # [BLOCK_M, BLOCK_N]
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         p_kept = p
@@ -187,7 +186,7 @@ def window_attention_bwd_dkdv_kernel(
         store_rows(dk_rows + part, dv, offs_n, N, HEAD_DIM, BLOCK_D)
         ds = p * (dp - delta[:, None])  # rows past N have dp = delta = 0
         dk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION) * scale
-        store_rows(dk_rows, normalise_grad(dk, k_normalised), offs_n, N, HEAD_DIM, BLOCK_D)
+        store_rows(dk_rows, normalise_grad(dk, k_normalised)[0], offs_n, N, HEAD_DIM, BLOCK_D)
 
 
 def window_attention_bwd(
