@@ -64,3 +64,14 @@ def test_patch_embed_of_uint8_images():
     tokens = 2 * 197 * WIDTH * DTYPE.itemsize
     least = sum(x.nbytes for x in (image, weight, bias, pos, prefix)) + tokens
     assert 0.99 * least < moved <= 1.1 * least
+
+
+def test_window_attention():
+    """Stage 1 of Swin-T, shifted: q, k and v are requested once, and the result is written once."""
+    qkv, bias = torch.randn(2, 56, 56, 3, 3, 32).to(DTYPE), torch.randn(3, 49, 49).to(DTYPE)
+    options = dict(window=(7, 7), shift=(3, 3), backend="triton")
+    least = qkv.nbytes * 4 // 3
+    moved, _ = touched(lambda: F.window_attention(qkv, bias, **options))
+    assert moved == least + bias.nbytes <= 1.05 * least
+    moved, requested = touched(lambda: F.window_attention(qkv, None, **options))
+    assert moved == requested == least
