@@ -92,9 +92,9 @@ def check_requirements(found):
 def may_spill(found):
     """Whether a kernel may spill: LayerNorm rows of more than 8192 numbers exceed the registers; products over fewer
     than 16 numbers read them one by one; in float32, dK and dV of head sizes above 128 need more than 99 KiB of shared
-    memory, and the tiles that fit spill; the backward pass of cosine attention in windows of up to 64 tokens spills at
-    most 20 registers on sm_80 and sm_100, and that of windows above 64 tokens in float32 on AMD GPUs spills; with
-    a bias, attention spills 2 to 4 registers on sm_100 and sm_120, and 41 in float32 on gfx90a."""
+    memory, and the tiles that fit spill; attention in windows spills with dropout, with head sizes above 32 (no Swin
+    Transformer has them), with cosines on other GPUs than sm_80, sm_90 and sm_100, and in float32 on AMD GPUs; with a
+    bias, attention spills 2 to 4 registers on sm_100 and sm_120, and 41 in float32 on gfx90a."""
     if is_biased(found):
         few = {
             ("sm_120", "bfloat16"): 16,
@@ -107,10 +107,10 @@ def may_spill(found):
         return int(found.constants["BLOCK_D"]) > 8192
     if found.kernel == "linear_fwd_kernel":
         return found.constants["BLOCK_K"] == "16" and found.constants["EVEN_K"] == "False"
-    if found.kernel == "window_attention_bwd_kernel" and found.constants["COSINE"] == "True":
-        return found.arch != "sm_90" and found.local_bytes <= 80
-    if found.kernel == "window_attention_bwd_kernel" and found.dtype in ("float32", "tf32"):
-        return found.arch.startswith("gfx")
+    if found.kernel.startswith("window_attention"):
+        cosine = found.constants["COSINE"] == "True" and found.arch not in ("sm_80", "sm_90", "sm_100")
+        amd = found.dtype in ("float32", "tf32") and found.arch.startswith("gfx")
+        return cosine or amd or found.constants["DROPOUT"] == "True" or int(found.constants["HEAD_DIM"]) > 32
     wide = found.kernel == "attention_bwd_dkdv_kernel" and int(found.constants["HEAD_DIM"]) > 128
     return wide and found.dtype in ("float32", "tf32") and found.arch in ("sm_86", "sm_89", "sm_120")
 
@@ -168,6 +168,18 @@ def test_masked_attention(arch):
     assert {kernel.kernel for kernel in found} == {name for name in KERNELS if name.startswith("attention")}
     for kernel in found:
         check_requirements(kernel)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_cosine_windows(arch):
+    """Windows of Swin V2 (8 and 16), and of 7, which are masked, cause no spills."""
+
+    def workload(dtype):
+        for window in (7, 8, 16):
+            workloads.swin_attention(dtype, 1, 2 * window, 2, window, cosine=True)
+
+    for found in figures(arch, "bfloat16", workload, only="window_attention"):
+        check_requirements(found)
 
 
 def test_expanded_gradients():
@@ -351,6 +363,8 @@ def every_pick(arch, dtype):
     for name in pickers:
         if name.startswith("pick_attention"):
             arguments[name] = attention
+        elif name == "pick_window_fwd":
+            arguments[name] = [(*args, dropout) for args in windows for dropout in (False, True)]
         elif name.startswith("pick_window"):
             arguments[name] = of_blocks if name == "pick_window_bwd_dkdv" else windows
         elif name.startswith("pick_linear"):

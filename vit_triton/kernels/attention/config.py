@@ -362,7 +362,7 @@ _GPU_PROGRAMS, _GPU_GROUP = 1024, 8
 
 
 def pick_window_fwd(
-    m: int, n_tokens: int, head_dim: int, dtype: torch.dtype, target: Target, cosine: bool
+    m: int, n_tokens: int, head_dim: int, dtype: torch.dtype, target: Target, cosine: bool, dropout: bool
 ) -> WindowConfig:
     """Tiles of ``window_attention_fwd_kernel``; ``m``: number of windows times heads."""
     block = max(16, next_power_of_2(n_tokens))
@@ -373,8 +373,8 @@ def pick_window_fwd(
         block_m = 16  # 64 x 256 spills
         # FMA dots on NVIDIA hold both operands in registers; on AMD, eight warps have half the registers
         warps = 8 if block > 64 and dtype == torch.float32 and target.is_nvidia else 4
-    elif target.is_nvidia and not (cosine and target.family == "sm_80"):
-        limit = 168  # three resident blocks; cosine attention on sm_80 would spill
+    elif target.is_nvidia and not (dropout or cosine and target.family == "sm_80"):
+        limit = 168  # three resident blocks; dropout, and cosine attention on sm_80, would spill
     group = _group(m, block // block_m, _GPU_PROGRAMS, _GPU_GROUP)
     return WindowConfig(block_m, block, group, warps, 1 if dtype == torch.float32 else 2, limit)
 
