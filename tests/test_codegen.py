@@ -57,7 +57,7 @@ VECTORS = re.compile(
     r"|\b(lse|delta) = tl.load|seed_ptr\)"
     r"|\btl.load\(bias_ptrs,|\btl.store\(partial_ptrs,|logit_scale(_partials)?_ptr \+"  # rows of 49 numbers
     r"|\b(max|log2_sum|drel_h)_ptr \+"
-    r"|masking.py:\d+: value \+?= tl.load"  # a bias, in the thread layout of the scores
+    r"|masking.py:\d+: (value \+?=|return) tl.load"  # a bias in a masked step, in the thread layout of the scores
     r"|, (acc|tl.sum\(acc, \d\)).to\(dtype\)|acc.to\(drel_w_ptr"  # a bias's gradient, likewise
     r"|: bias = \(\)$"  # the line after the dropout's seed, to which debug information assigns its load
     r"|= scores_and_dp\(k, v"  # the line after delta's, to which debug information assigns delta's load
@@ -94,11 +94,10 @@ def may_spill(found):
     than 16 numbers read them one by one; in float32, dK and dV of head sizes above 128 need more than 99 KiB of shared
     memory, and the tiles that fit spill; attention in windows spills with dropout, with head sizes above 32 (no Swin
     Transformer has them), with cosines on other GPUs than sm_80, sm_90 and sm_100, and in float32 on AMD GPUs; with a
-    bias, attention spills 2 to 4 registers on sm_100 and sm_120, and 41 in float32 on gfx90a."""
+    bias, attention spills 2 to 4 registers on sm_120 and in float32 on sm_100, and 41 in float32 on gfx90a."""
     if is_biased(found):
         few = {
             ("sm_120", "bfloat16"): 16,
-            ("sm_100", "bfloat16"): 8,
             ("sm_100", "float32"): 16,
             ("gfx90a", "tf32"): 164,
         }
