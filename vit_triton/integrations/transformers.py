@@ -27,13 +27,13 @@ from vit_triton.checks import KERNEL_DTYPES, MAX_HEAD_DIM
 from vit_triton.fallback import count_fallback
 from vit_triton.integrations.encoder import iterating, reading_class_token
 from vit_triton.integrations.parts import (
+    AttentionInput,
     AttentionParts,
     BlockParts,
     Branch,
     MlpParts,
-    RotaryInput,
     activation_of,
-    attend_rotary,
+    attend_input,
     check_head_size,
     check_input,
     check_tokens,
@@ -212,7 +212,7 @@ def hidden_states_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
     return plain_input(args, {name: value for name, value in kwargs.items() if name not in IRRELEVANT})
 
 
-def positions_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> RotaryInput:
+def positions_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionInput:
     """Return hidden states and position_embeddings, the tables cos and sin, of a call without a mask."""
     names = ("hidden_states", "attention_mask", "position_embeddings")
     call = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -221,13 +221,13 @@ def positions_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> RotaryInpu
     if not isinstance(positions, tuple) or len(positions) != 2:
         raise UnsupportedModule("position_embeddings are not cos and sin")
     cos, sin = map(kernel_input, positions)
-    return RotaryInput(x, (cos, sin))
+    return AttentionInput(x, (cos, sin))
 
 
 def attend_rotary_without_weights(
-    given: RotaryInput, parts: AttentionParts, backend: str | None
+    given: AttentionInput, parts: AttentionParts, backend: str | None
 ) -> tuple[Tensor, None]:
-    return attend_rotary(given, parts, backend), None
+    return attend_input(given, parts, backend), None
 
 
 def records_outputs(hook: Any) -> bool:
