@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import vit_triton
 from vit_triton import functional as F
+from vit_triton.integrations.transformers_qwen import longest_of
 
 SHAPES = ((4, 5), (2, 3), (3, 3), (1, 7))  # rows and columns of patches
 
@@ -187,3 +188,23 @@ def test_other_arguments_of_qwen_fall_back():
     with pytest.raises(Exception):  # noqa: B017 - the library's own error
         attention(x, **{**call, "position_embeddings": None})
     assert report.fallbacks() == {"": {"position_embeddings are not cos and sin": 1}}
+
+
+def test_lengths_are_read_once_on_a_gpu():
+    class OnGpu:
+        """What :func:`longest_of` reads from a tensor on a GPU."""
+
+        device, _version, reads = torch.device("cuda"), 0, 0
+        lengths = torch.tensor([3, 7])
+
+        def is_inference(self) -> bool:
+            return False
+
+        def diff(self) -> Tensor:
+            self.reads += 1
+            return self.lengths
+
+    tensor: Any = OnGpu()
+    assert [longest_of(tensor) for _ in range(3)] == [7, 7, 7] and tensor.reads == 1
+    tensor.lengths, tensor._version = torch.tensor([9, 1]), 1
+    assert [longest_of(tensor) for _ in range(3)] == [9, 9, 9] and tensor.reads == 2
