@@ -135,6 +135,11 @@ def test_models_that_are_not_packed(calls):
         report = vit_triton.accelerate(hooked, "triton")
         hooked.model.blocks[1].attn.register_forward_hook(lambda *args: None)
         assert_same(hooked(hooked.patches()), expected, 192)
+    vit_triton.accelerate(checkpointed, "triton")
+    checkpointed.model.set_grad_checkpointing(False)
+    vit_triton.accelerate(checkpointed.model.blocks[0], "torch")
+    with torch.no_grad():
+        assert_same(checkpointed(hooked.patches()), expected, 192)
     assert report.fallbacks().keys() == {"model.blocks.1"} and all(isinstance(call, tuple) for call in calls)
 
 

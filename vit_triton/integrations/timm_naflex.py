@@ -6,6 +6,7 @@ synchronization in each call of the model. Calls that are not packed run the blo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ from vit_triton.portable import is_portable
 
 __all__ = ["register_naflex"]
 
+ARGUMENTS = ("self", "patches", "patch_coord", "patch_valid", "attn_mask")
 METHODS = ("forward_features", "_forward_embeds")
 
 
@@ -43,6 +45,8 @@ def register_naflex() -> None:
     except ImportError:
         return
     cls = naflexvit.NaFlexVit
+    if tuple(inspect.signature(cls.forward_features).parameters) != ARGUMENTS:  # another version of timm
+        return
 
     def holds(model: Any) -> bool:
         try:
@@ -108,6 +112,8 @@ def packed_features(model: Any, patches: Tensor, patch_coord: Tensor, patch_vali
     """Compute ``forward_features`` with packed sequences; the tokens of padding are norm(0)."""
     check_call_context()
     blocks, backend = read_blocks(model), model._replaced_backend
+    if any(accelerated_class(block)._replaced_backend != backend for block in model.blocks):
+        raise UnsupportedModule("blocks and model have different backends")
     weight, tokens = blocks[0].attention.qkv_weight, patch_valid.numel()
     if resolve_backend(backend, "attention", weight, elements=tokens * weight.shape[0] // 3) != "triton":
         raise UnsupportedModule("the backend selects PyTorch")
