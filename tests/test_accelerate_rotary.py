@@ -115,14 +115,19 @@ def test_learned_tables_fall_back_if_they_require_a_gradient():
     assert report.fallbacks()["blocks.1"] == {"rotary tables require a gradient": 1}
 
 
-def test_masks_fall_back():
+def test_masks():
     model, images = model_of(DINOV3, 32, **SMALL)
     mask = torch.rand(2, 1, 9, 9) > 0.3
     mask[..., 0] = True
-    theirs = model.forward_features(images, attn_mask=mask)
+    expected = model.forward_features(images, attn_mask=mask)
     report = vit_triton.accelerate(model, "triton")
-    torch.testing.assert_close(model.forward_features(images, attn_mask=mask), theirs)
-    assert "attn_mask" in str(report.fallbacks()["blocks.0"])
+    assert_same(model.forward_features(images, attn_mask=mask), expected, 192)
+    assert not report.fallbacks()
+    model.blocks[0](torch.randn(2, 9, 48), is_causal=True)
+    assert "is_causal" in str(report.fallbacks()["blocks.0"])
+    with pytest.raises(RuntimeError, match="must match"):
+        model.forward_features(images, attn_mask=mask[..., :-1])
+    assert "attention mask must broadcast" in str(report.fallbacks()["blocks.0"])
 
 
 @pytest.mark.parametrize("changes, why", [({"gated_attn": True}, "gate"), ({"num_kv_heads": 1}, "heads of keys")])

@@ -147,11 +147,12 @@ def test_drop_path_without_scaling_is_not_replaced():
     assert "drop_path1" in {entry.name: entry.detail for entry in report.not_replaced}["blocks.1"]
 
 
-def test_attention_mask_falls_back_to_timm():
+def test_attention_mask():
     model, images = model_of("vit_tiny_patch16_224", 24, **SMALLER)
     mask = torch.rand(2, 1, 10, 10, generator=torch.Generator().manual_seed(0)) > 0.3
     mask[..., 0] = True
     theirs = model.forward_features(images, attn_mask=mask)
-    vit_triton.accelerate(model, "triton")
+    report = vit_triton.accelerate(model, "triton")
     torch.testing.assert_close(model.forward_features(images, attn_mask=mask), theirs)
+    assert not report.fallbacks()
     assert not torch.allclose(model.forward_features(images), theirs, atol=1e-3)

@@ -1,5 +1,7 @@
 """Attention of packed sequences: against each sequence alone, and bit for bit against a padded batch."""
 
+import functools
+
 import pytest
 import torch
 from precision import assert_as_precise, double, run
@@ -159,21 +161,23 @@ def test_errors(backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("layout", ["half", "interleaved"])
-def test_rotary_positions_of_every_row(layout, backend):
+@pytest.mark.parametrize("layout, prefix", [("half", 0), ("half", 2), ("interleaved", 1), ("interleaved", 5)])
+def test_rotary_positions_of_every_row(layout, prefix, backend):
     lengths = [5, 0, 1, 9]
     starts = torch.tensor([0, 5, 5, 6, 15], dtype=torch.int32)
     q, k, v = (torch.randn(15, 2, 16, requires_grad=True) for _ in range(3))
     angles = torch.randn(15, 8)
     rope = angles.cos(), angles.sin()
     options = dict(rope_layout=layout, backend=backend)
-    y = F.attention_varlen(q, k, v, starts, 9, rope=rope, **options)
+    varlen = functools.partial(F.attention_varlen, q, k, v, starts, 9, rope_prefix=prefix, **options)
+    y = varlen(rope=rope)
     parts = []
     for start, n in zip(starts[:-1].tolist(), lengths, strict=True):
         rows = slice(start, start + n)
         if n:
-            tables = tuple(table[rows] for table in rope)
-            parts.append(F.attention(*(x[None, rows] for x in (q, k, v)), rope=tables, **options)[0])
+            tables = tuple(table[rows][prefix:] for table in rope)
+            inputs = (x[None, rows] for x in (q, k, v))
+            parts.append(F.attention(*inputs, rope=tables, rope_prefix=min(prefix, n), **options)[0])
     expected = torch.cat(parts)
     torch.testing.assert_close(y, expected)
     dy = torch.randn_like(y)
@@ -181,4 +185,11 @@ def test_rotary_positions_of_every_row(layout, backend):
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match="rope"):
-        F.attention_varlen(q, k, v, starts, 9, rope=tuple(table[1:] for table in rope), **options)
+        varlen(rope=tuple(table[1:] for table in rope))
+    tables = tuple(table.expand(1, 2, 15, 8) for table in rope)
+    torch.testing.assert_close(varlen(rope=tables), y)
+    if prefix:
+        with pytest.raises(ValueError, match="rope_prefix requires the keys of the queries' sequences"):
+            varlen(starts.clone(), 9, rope=rope)
+    with pytest.raises(ValueError, match="rope_prefix must be at least 0, got -1"):
+        F.attention_varlen(q, k, v, starts, 9, rope=rope, rope_prefix=-1)

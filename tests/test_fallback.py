@@ -56,11 +56,11 @@ def test_calls_are_counted_by_module_and_reason():
         model(images())
     assert report.fallbacks() == vit_triton.fallbacks(model) == HOOKED
     model.norm(torch.randn(2, 24).double().float())
-    model.blocks[1](torch.randn(1, 5, 24), attn_mask=torch.zeros(5, 5))
-    model.blocks[1](torch.randn(1, 5, 24), torch.zeros(5, 5))
+    model.blocks[1](torch.randn(1, 5, 24), is_causal=True)
+    model.blocks[1](torch.randn(1, 5, 24), None, True)
     model.patch_embed.proj(torch.randn(1, 3, 9, 8))
     counted = report.fallbacks()
-    assert counted.pop("blocks.1") == {"called with attn_mask": 1, "called with argument 2": 1}
+    assert counted.pop("blocks.1") == {"called with is_causal": 2}
     assert counted.pop("blocks.1.attn")
     assert counted.pop("patch_embed.proj") == {"image size is not divisible by the patch size": 1}
     assert {name: counted[name] for name in HOOKED} == HOOKED and "norm" not in counted

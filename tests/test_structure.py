@@ -57,7 +57,7 @@ ARROWS: dict[str, set[str]] = {
         "reference",
     },
     "inspection": {"checks", "functional", "modules"},
-    "models": {"backend", "checks", "functional", "modules", "weights"},
+    "models": {"backend", "checks", "functional", "modules", "packing", "weights"},
     "images": set(),
     "weights": {"packing"},  # identifies models by their state dicts
     "modules": {"backend", "checks", "fallback", "functional"},

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vit_triton.fallback import fallbacks
     from vit_triton.inspection import attention_maps
     from vit_triton.integrations import accelerate, restore
-    from vit_triton.models import DistillableViT, DistillWrapper, SimpleViT, SwinTransformer, ViT
+    from vit_triton.models import DistillableViT, DistillWrapper, NaViT, SimpleViT, SwinTransformer, ViT
     from vit_triton.packing import prepack, unpack
     from vit_triton.portable import portable_operators
     from vit_triton.weights import load_weights, save_weights
@@ -24,6 +24,7 @@ else:
             "DecomposedBias": "arguments",
             "DistillWrapper": "models",
             "DistillableViT": "models",
+            "NaViT": "models",
             "SimpleViT": "models",
             "SwinTransformer": "models",
             "ViT": "models",
@@ -58,6 +59,7 @@ __all__ = [
     "DecomposedBias",
     "DistillWrapper",
     "DistillableViT",
+    "NaViT",
     "SimpleViT",
     "SwinTransformer",
     "ViT",

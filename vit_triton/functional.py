@@ -28,6 +28,7 @@ from vit_triton.checks import (
     check_attention,
     check_branch,
     check_choice,
+    check_count,
     check_encoder,
     check_head_norms,
     check_kernel_dtype,
@@ -276,6 +277,7 @@ def attention_varlen(
     *,
     causal: bool | str = False,
     rope: Rope | None = None,
+    rope_prefix: int = 0,
     rope_layout: str = "half",
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -296,8 +298,9 @@ def attention_varlen(
         cu_seqlens_k, max_seqlen_k: those of k and v; by default those of q.
         causal, scale, dropout_p: see :func:`attention`. Sequence i draws the dropout mask of sample i in
             :func:`attention`.
-        rope, rope_layout: see :func:`attention`; the tables have a row for each of the total_q rows. cos is 1 and sin
-            is 0 for tokens that are not rotated.
+        rope, rope_layout: see :func:`attention`; the tables have a row for each of the total_q rows.
+        rope_prefix: number of tokens at the start of each sequence that are not rotated; their rows of the tables are
+            ignored. Requires keys of the same sequences as the queries.
         return_lse: also return the log-sum-exp of the scaled scores of each row, (H, total_q), float32, differentiable.
 
     Returns:
@@ -321,10 +324,11 @@ def attention_varlen(
     check_attention("q", (sequences, max_seqlen_q, *q.shape[1:]), max(1, max_k), scale, dropout_p, return_lse)
     mask = check_score_mask(q, (sequences, q.shape[1], max_seqlen_q, max_k), None, None, causal)
     check_rope((1, *q.shape), k.shape[0], q, rope, 0, rope_layout)
+    check_count("rope_prefix", rope_prefix, at_least=0)
+    if rope_prefix and cu_k is not cu_seqlens_q:
+        raise ValueError("rope_prefix requires the keys of the queries' sequences; omit cu_seqlens_k")
     q, k, v = autocast(q, k, v)
     if _attention_backend(backend, q, q.numel(), rope) == "torch":
-        if rope is not None:
-            q, k = (reference.rotate(x[None], rope, 0, rope_layout)[0] for x in (q, k))
         return reference.attention_varlen(
             q,
             k,
@@ -334,12 +338,16 @@ def attention_varlen(
             cu_k,
             max_k,
             causal=causal,
+            rope=rope,
+            rope_prefix=rope_prefix,
+            rope_layout=rope_layout,
             scale=scale,
             dropout_p=dropout_p,
             return_lse=return_lse,
         )
     check_kernel_dtype("q", q)
     if rope is not None:
+        rope = _without_prefix(rope, rope_prefix, cu_seqlens_q) if rope_prefix else rope
         q, k = (x[0] for x in _rotate(q[None], k[None], None, None, "layer_norm", rope, 0, rope_layout))
     # Dynamo does not support the same tensor as two arguments of a Function
     cu_k = cu_k.view_as(cu_k) if cu_k is cu_seqlens_q else cu_k
@@ -347,6 +355,14 @@ def attention_varlen(
     arguments = (q, k, v, cu_seqlens_q, cu_k, _seed(q, dropout_p), *sizes)
     out, lse = _apply(autograd.AttentionVarlenFunction, "attention_varlen_fwd", arguments, (q, k, v), return_lse)
     return (out, lse) if return_lse else out
+
+
+def _without_prefix(rope: Rope, prefix: int, cu_seqlens: Tensor) -> Rope:
+    """Return tables (..., total, columns) that do not rotate the first rows of each sequence."""
+    cos, sin = rope
+    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=cos.shape[-2])
+    rotated = (torch.arange(cos.shape[-2], device=cos.device) - starts >= prefix)[:, None]
+    return torch.where(rotated, cos, 1.0), torch.where(rotated, sin, 0.0)
 
 
 def pack(x: Tensor, valid: Tensor) -> Packed:

@@ -83,14 +83,25 @@ def attention_varlen(
     max_seqlen_q: int,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
+    *,
+    rope: Rope | None = None,
+    rope_prefix: int = 0,
+    rope_layout: str = "half",
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    def turn(x: Tensor, rows: slice) -> Tensor:
+        if rope is None:
+            return x[None, rows]
+        n = len(x[rows])
+        cos, sin = (table[..., rows, :][..., rope_prefix:, :] for table in rope)
+        return rotate(x[None, rows], (cos, sin), min(rope_prefix, n), rope_layout)
+
     ends_q = cu_seqlens_q.tolist()
     ends_k = ends_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
     results = []
     for i in range(len(ends_q) - 1):
         rows, keys = slice(ends_q[i], ends_q[i + 1]), slice(ends_k[i], ends_k[i + 1])
-        results.append(attention(q[None, rows], k[None, keys], v[None, keys], **options))
+        results.append(attention(turn(q, rows), turn(k, keys), v[None, keys], **options))
     if not options.get("return_lse"):
         return torch.cat([q.new_empty(0, *q.shape[1:]), *(out[0] for out in results)])
     dtype = torch.promote_types(q.dtype, torch.float32)

@@ -25,7 +25,7 @@ from vit_triton import functional as F
 from vit_triton.autocast import is_autocast_enabled
 from vit_triton.backend import resolve_backend
 from vit_triton.checks import MAX_ROWS
-from vit_triton.integrations.parts import BlockParts, check_tokens, compute_block
+from vit_triton.integrations.parts import AttentionInput, BlockParts, check_tokens, compute_block
 from vit_triton.integrations.recipes import (
     Container,
     Recipe,
@@ -196,7 +196,9 @@ def read_step(
     if not called_as_is or has_hooks(module, unless) or not fuses(x, backend):
         return None
     try:
-        recipe.find_input((x, *args), kwargs)
+        given = recipe.find_input((x, *args), kwargs)
+        if isinstance(given, AttentionInput) and (given.rope is not None or given.mask is not None):
+            return None
         return step_of(x, recipe.read(module))
     except UnsupportedModule:
         return None

@@ -15,22 +15,23 @@ from vit_triton import functional as F
 from vit_triton import reference
 from vit_triton.autocast import is_autocast_enabled
 from vit_triton.backend import MAX_NORM_WIDTH
-from vit_triton.checks import KERNEL_DTYPES, MAX_HEAD_DIM, MAX_ROWS, check_rope
+from vit_triton.checks import KERNEL_DTYPES, MAX_HEAD_DIM, MAX_ROWS, check_rope, check_score_mask
 from vit_triton.integrations.recipes import UnsupportedModule, check_members, is_sharded, submodule
 from vit_triton.modules import active_dropout_p
 from vit_triton.packing import concatenated
 
 __all__ = [
+    "AttentionInput",
     "AttentionParts",
     "BlockParts",
     "Branch",
     "MlpParts",
-    "RotaryInput",
     "activation_of",
     "attend",
-    "attend_rotary",
+    "attend_input",
     "check_head_size",
     "check_input",
+    "check_mask",
     "check_rows",
     "check_tokens",
     "check_weight",
@@ -104,11 +105,12 @@ class BlockParts(NamedTuple):
     branch2: Branch = Branch()
 
 
-class RotaryInput(NamedTuple):
-    """Tokens, and tables of rotary positions whose rows belong to the last tokens."""
+class AttentionInput(NamedTuple):
+    """Tokens, tables of rotary positions whose rows belong to the last tokens, and a mask or bias of the scores."""
 
     x: Tensor
-    rope: F.Rope | None
+    rope: F.Rope | None = None
+    mask: Tensor | None = None
 
 
 def attend(
@@ -117,12 +119,14 @@ def attend(
     backend: str | None,
     branch: Branch = Branch(),  # noqa: B008 - a tuple
     rope: F.Rope | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute attention and its branch: (B, N, dim) -> (B, N, dim_out)."""
     check_input(x, parts.qkv_weight, parts.out_weight, branch.layer_scale)
     check_tokens(x)
     check_rows(x.shape[0] * x.shape[1] * parts.heads)
     positions = {} if rope is None else rotary_options(x, parts, rope)
+    check_mask(x, parts.heads, x.shape[1], mask)
     normed, norm = apply_module(x, parts.norm)
     qkv = F.linear(normed, parts.qkv_weight, parts.qkv_bias, norm=norm, backend=backend)
     out = F.attention_packed(
@@ -131,11 +135,16 @@ def attend(
         k_norm=parts.k_norm,
         norm_type=parts.norm_type,
         **positions,
+        bias=mask,
         scale=parts.scale,
         dropout_p=parts.dropout_p,
         backend=backend,
     )
-    out = cast(Tensor, out).flatten(2)
+    return project_out(cast(Tensor, out).flatten(2), parts, backend, branch)
+
+
+def project_out(out: Tensor, parts: AttentionParts, backend: str | None, branch: Branch) -> Tensor:
+    """Compute the output projection and the branch of concatenated heads (..., heads * head_dim)."""
     if parts.out_weight is None:
         return out if branch.residual is None else out + branch.residual
     out, out_norm = apply_module(out, parts.out_norm)
@@ -169,13 +178,21 @@ def rotary_options(x: Tensor, parts: AttentionParts, rope: F.Rope) -> dict[str, 
     return dict(rope=rope, rope_prefix=prefix, rope_layout=parts.rope_layout)
 
 
+def check_mask(x: Tensor, heads: int, queries: int, mask: Tensor | None) -> None:
+    """Raise UnsupportedModule unless a mask fits the scores of `queries` and the keys x (B, N, dim)."""
+    try:
+        check_score_mask(x, (x.shape[0], heads, queries, x.shape[1]), mask, None, False)
+    except (TypeError, ValueError) as error:
+        raise UnsupportedModule(str(error).replace("bias", "attention mask", 1)) from error
+
+
 def apply_module(x: Tensor, norm: AnyNorm) -> tuple[Tensor, F.Norm | None]:
     """Apply a norm that runs as a module; return other norms, which the next operator computes."""
     return (norm(x), None) if isinstance(norm, nn.Module) else (x, norm)
 
 
-def attend_rotary(given: RotaryInput, parts: AttentionParts, backend: str | None) -> Tensor:
-    return attend(given.x, parts, backend, rope=given.rope)
+def attend_input(given: AttentionInput, parts: AttentionParts, backend: str | None) -> Tensor:
+    return attend(given.x, parts, backend, rope=given.rope, mask=given.mask)
 
 
 def feed_forward(x: Tensor, parts: MlpParts, backend: str | None, branch: Branch = Branch()) -> Tensor:  # noqa: B008
@@ -192,15 +209,15 @@ def feed_forward(x: Tensor, parts: MlpParts, backend: str | None, branch: Branch
     return F.linear(hidden, parts.w2, parts.b2, **options, backend=backend)
 
 
-def compute_block(x: Tensor, parts: BlockParts, backend: str | None) -> Tensor:
+def compute_block(given: Tensor | AttentionInput, parts: BlockParts, backend: str | None) -> Tensor:
     """Compute a block: (B, N, dim) -> (B, N, dim)."""
-    return compute_rotary_block(RotaryInput(x, None), parts, backend)
+    return compute_rotary_block(given if isinstance(given, AttentionInput) else AttentionInput(given), parts, backend)
 
 
-def compute_rotary_block(given: RotaryInput, parts: BlockParts, backend: str | None) -> Tensor:
+def compute_rotary_block(given: AttentionInput, parts: BlockParts, backend: str | None) -> Tensor:
     """Compute a block with rotary positions: (B, N, dim) -> (B, N, dim)."""
-    x, rope = given
-    x = attend(x, parts.attention, backend, parts.branch1._replace(residual=x), rope)
+    x, rope, mask = given
+    x = attend(x, parts.attention, backend, parts.branch1._replace(residual=x), rope, mask)
     return feed_forward(x, parts.mlp, backend, parts.branch2._replace(residual=x))
 
 

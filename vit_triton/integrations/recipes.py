@@ -55,15 +55,15 @@ def plain_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return kernel_input(values[0] if values else None)
 
 
-def kernel_input(x: Any) -> Tensor:
-    """Return `x` if the kernels support it.
+def kernel_input(x: Any, *also: torch.dtype) -> Tensor:
+    """Return `x` if the kernels support it; ``also``: other dtypes that are supported.
 
     Raises:
         UnsupportedModule: `x` has another dtype, is nested, sparse or sharded, or is a tensor subclass.
     """
     if type(x) is not Tensor and not isinstance(x, _TENSOR_TYPES):
         raise UnsupportedModule(f"input is a {type(x).__name__}")
-    if x.dtype not in KERNEL_DTYPES:
+    if x.dtype not in (*KERNEL_DTYPES, *also):
         raise UnsupportedModule(f"{x.dtype} input")
     if x.is_nested or x.layout is not torch.strided:
         raise UnsupportedModule("nested or sparse input")
@@ -98,7 +98,7 @@ class Recipe(NamedTuple):
         needs: options of :func:`accelerate` that must be enabled.
         read: module -> parts, the weights and options that `compute` uses. None excludes the module from the report.
         compute: (input, parts, backend) -> output. It raises before it draws a random number.
-        find_input: (args, kwargs) -> input, a tensor or a :class:`.parts.RotaryInput`.
+        find_input: (args, kwargs) -> input, a tensor or a :class:`.parts.AttentionInput`.
     """
 
     needs: tuple[str, ...]

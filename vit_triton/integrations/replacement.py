@@ -153,7 +153,7 @@ def accelerate(
     names, hooks, state dict, ``isinstance``, deepcopy, pickle and existing optimizers are unaffected.
 
     A call falls back to the original ``forward`` if the kernels do not support it: an inner module has a hook or was
-    replaced or wrapped, there is an attention mask, the input is float64, or a ``torch.func`` transform is active.
+    replaced or wrapped, a mask does not fit, the input is float64, or a ``torch.func`` transform is active.
     :meth:`Report.fallbacks` and :func:`vit_triton.fallbacks` count these calls, except under ``torch.compile``.
     ``torch.jit.trace``, ONNX export and :class:`vit_triton.portable_operators` always use the original ``forward``,
     uncounted. Dropout has the same rate as in PyTorch but draws other random numbers.

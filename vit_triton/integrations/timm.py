@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any, NamedTuple, cast
 
@@ -11,16 +12,16 @@ from torch import Tensor, nn
 from vit_triton import functional as F
 from vit_triton.integrations.encoder import reading_class_token
 from vit_triton.integrations.parts import (
+    AttentionInput,
     AttentionParts,
     BlockParts,
     Branch,
     MlpParts,
-    RotaryInput,
     activation_of,
-    attend,
-    attend_rotary,
+    attend_input,
     check_head_size,
     check_input,
+    check_mask,
     check_tokens,
     compute_block,
     compute_rotary_block,
@@ -43,6 +44,7 @@ from vit_triton.integrations.recipes import (
     submodule,
     trust,
 )
+from vit_triton.integrations.timm_naflex import register_naflex
 from vit_triton.integrations.windows import (
     MergingParts,
     WindowBlockParts,
@@ -100,22 +102,23 @@ def register_all() -> None:
     _classes = Classes(*(next((vars(m)[name] for m in homes if name in vars(m)), None) for name in Classes._fields))
     trust(*_classes)
     block = ("attention", "mlp", "layer_norm")
-    register(_classes.Block, Recipe(block, read_block, compute_block))
-    register(_classes.Attention, Recipe(("attention",), read_attention, attend))
+    register(_classes.Block, Recipe(block, read_block, compute_block, attention_input))
+    register(_classes.Attention, Recipe(("attention",), read_attention, attend_input, attention_input))
     register(_classes.EvaBlock, Recipe(block, read_eva_block, compute_rotary_block, rotary_input))
     register(_classes.EvaBlockPostNorm, Recipe(block, read_post_norm_block, compute_post_norm_block, rotary_input))
     for cls in (_classes.EvaAttention, _classes.AttentionRope):
-        register(cls, Recipe(("attention",), read_rotary_attention, attend_rotary, rotary_input))
+        register(cls, Recipe(("attention",), read_rotary_attention, attend_input, rotary_input))
     trust(getattr(swin_v2, "WindowAttention", None))
     for cls in (_classes.SwinTransformerBlock, _classes.SwinTransformerV2Block):
         register(cls, Recipe(block, read_swin_block, compute_window_block))
     for home in (swin, swin_v2):
         register(getattr(home, "PatchMerging", None), Recipe(("layer_norm",), read_merging, compute_merging))
-    register(_classes.AttentionPoolLatent, Recipe(("attention", "mlp", "layer_norm"), read_pool, compute_pool))
+    register(_classes.AttentionPoolLatent, Recipe(block, read_pool, compute_pool, pool_input))
     for cls in (_classes.Mlp, _classes.GluMlp, _classes.SwiGLU):
         register(cls, Recipe(("mlp",), read_mlp, feed_forward))
     register(_classes.LayerNorm, LAYER_NORM)
     register_container(_classes.VisionTransformer, reading_class_token(class_token_blocks), *METHODS)
+    register_naflex()
 
 
 # --- parts -------------------------------------------------------------------------------------------------
@@ -171,16 +174,22 @@ def drop_path_of(block: nn.Module, number: str) -> float:
     return float(drop.drop_prob or 0.0) if drop.training else 0.0
 
 
-def rotary_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> RotaryInput:
-    """Return tokens and tables of a call without a mask. timm concatenates sin and cos."""
-    names = ("x", "rope", "attn_mask", "is_causal")
+def attention_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...] = ("x", "attn_mask", "is_causal")
+) -> AttentionInput:
+    """Return tokens, tables and mask of a call. timm concatenates sin and cos."""
     call = {**dict(zip(names, args, strict=False)), **kwargs}
-    rope = call.pop("rope", None)
+    rope, mask = call.pop("rope", None), call.pop("attn_mask", None)
     x = plain_input((call.pop("x", None), *args[len(names) :]), call)
-    if rope is None:
-        return RotaryInput(x, None)
-    sin, cos = (table[None] if table.ndim == 3 else table for table in kernel_input(rope).chunk(2, -1))
-    return RotaryInput(x, (cos, sin))
+    tables = None
+    if rope is not None:
+        sin, cos = (table[None] if table.ndim == 3 else table for table in kernel_input(rope).chunk(2, -1))
+        tables = cos, sin
+    return AttentionInput(x, tables, None if mask is None else kernel_input(mask, torch.bool))
+
+
+rotary_input = functools.partial(attention_input, names=("x", "rope", "attn_mask", "is_causal"))
+pool_input = functools.partial(attention_input, names=("x", "attn_mask"))
 
 
 # --- modules -----------------------------------------------------------------------------------------------
@@ -332,9 +341,9 @@ def read_post_norm_block(module: Any) -> PostNormParts:
     return PostNormParts(*eva_branches(module), *modules)
 
 
-def compute_post_norm_block(given: RotaryInput, parts: PostNormParts, backend: str | None) -> Tensor:
+def compute_post_norm_block(given: AttentionInput, parts: PostNormParts, backend: str | None) -> Tensor:
     x = given.x
-    x = x + parts.drop_path1(parts.norm1(attend_rotary(given, parts.attention, backend)))
+    x = x + parts.drop_path1(parts.norm1(attend_input(given, parts.attention, backend)))
     return cast(Tensor, x + parts.drop_path2(parts.norm2(feed_forward(x, parts.mlp, backend))))
 
 
@@ -424,6 +433,7 @@ class PoolParts(NamedTuple):
     out_dropout_p: float
     mlp: MlpParts | None
     pool: str
+    fused: bool
 
 
 def read_pool(module: Any) -> PoolParts:
@@ -442,10 +452,15 @@ def read_pool(module: Any) -> PoolParts:
         out_dropout_p=dropout_of(module, "proj_drop"),
         mlp=None if mlp is None else mlp._replace(norm=norm_or_none(module, "norm")),
         pool=module.pool,
+        fused=module.fused_attn,
     )
 
 
-def compute_pool(x: Tensor, parts: PoolParts, backend: str | None) -> Tensor:
+def compute_pool(given: AttentionInput, parts: PoolParts, backend: str | None) -> Tensor:
+    x, _, mask = given
+    if mask is not None and mask.dtype == torch.bool and not parts.fused:
+        raise UnsupportedModule("timm adds a bool mask to the scores")
+    check_mask(x, parts.heads, parts.latent.shape[1], mask)
     check_input(x, parts.latent, parts.q[0], parts.kv[0], parts.proj[0], parts.pos_embed)
     check_tokens(x)
     if parts.pos_embed is not None:
@@ -453,7 +468,7 @@ def compute_pool(x: Tensor, parts: PoolParts, backend: str | None) -> Tensor:
     q = F.linear(parts.latent.expand(x.shape[0], -1, -1), *parts.q, backend=backend)
     kv = F.linear(x, *parts.kv, backend=backend)
     q, kv = q.unflatten(-1, (parts.heads, -1)), kv.unflatten(-1, (2, parts.heads, -1))
-    out = F.attention(q, *kv.unbind(2), **parts.attention, backend=backend)
+    out = F.attention(q, *kv.unbind(2), bias=mask, **parts.attention, backend=backend)
     x = F.linear(cast(Tensor, out).flatten(2), *parts.proj, dropout_p=parts.out_dropout_p, backend=backend)
     if parts.mlp is not None:
         x = feed_forward(x, parts.mlp, backend, Branch(residual=x))

@@ -1,5 +1,5 @@
 """Hugging Face transformers: ``attn_implementation="vit_triton"``, and recipes for ViT, DeiT, DINOv2 (with registers),
-DINOv3, SigLIP, CLIP and Swin.
+DINOv3, SigLIP, SigLIP 2, CLIP and Swin, and the vision attention of Qwen2-VL and Qwen2.5-VL.
 
     import vit_triton.integrations.transformers
     model = AutoModel.from_pretrained(name, attn_implementation="vit_triton")
@@ -27,15 +27,16 @@ from vit_triton.checks import KERNEL_DTYPES, MAX_HEAD_DIM
 from vit_triton.fallback import count_fallback
 from vit_triton.integrations.encoder import iterating, reading_class_token
 from vit_triton.integrations.parts import (
+    AttentionInput,
     AttentionParts,
     BlockParts,
     Branch,
     MlpParts,
-    RotaryInput,
     activation_of,
-    attend_rotary,
+    attend_input,
     check_head_size,
     check_input,
+    check_mask,
     check_tokens,
     compute_block,
     compute_rotary_block,
@@ -45,7 +46,7 @@ from vit_triton.integrations.parts import (
     linear_of,
     norm_of,
 )
-from vit_triton.integrations.pytorch import attend_without_weights, read_multihead_attention
+from vit_triton.integrations.pytorch import read_multihead_attention
 from vit_triton.integrations.recipes import (
     Recipe,
     UnsupportedModule,
@@ -57,6 +58,7 @@ from vit_triton.integrations.recipes import (
     submodule,
     trust,
 )
+from vit_triton.integrations.transformers_qwen import register_qwen
 from vit_triton.integrations.transformers_swin import register_swin
 from vit_triton.packing import concatenated
 
@@ -159,6 +161,7 @@ FILES = {
     "dinov2_with_registers": ("Dinov2WithRegisters", "Layer", _DINO, "Encoder", "layer"),
     "dinov3_vit": ("DINOv3ViT", "Layer", _DINOV3, "Encoder", "layer"),
     "siglip": ("Siglip", "EncoderLayer", _CLIP, "Encoder", "layers"),
+    "siglip2": ("Siglip2", "EncoderLayer", _CLIP, "Encoder", "layers"),
     "clip": ("CLIP", "EncoderLayer", _CLIP, "Encoder", "layers"),
 }
 
@@ -183,6 +186,7 @@ def register_all() -> None:
         if f"transformers.models.{file}.modeling_{file}" in sys.modules:
             register_file(file)
     register_swin(read_mlp, concatenated_linears)
+    register_qwen(read_mlp, IMPLEMENTATIONS, IRRELEVANT)
 
 
 def register_file(file: str) -> None:
@@ -191,43 +195,63 @@ def register_file(file: str) -> None:
     classes = classes_of(file)
     trust(*classes[1:])
     block = ("attention", "mlp", "layer_norm")
-    compute: tuple[Any, ...] = compute_block, attend_without_weights, hidden_states_input
-    if classes.family.rotary:
-        compute = compute_rotary_block, attend_rotary_without_weights, positions_input
-    compute_layer, compute_attention, find_input = compute
-    register(getattr(module, prefix + layer, None), Recipe(block, classes.read_layer, compute_layer, find_input))
-    register(classes.Attention, Recipe(("attention",), classes.read_attention, compute_attention, find_input))
+    compute: Any = compute_rotary_block if classes.family.rotary else compute_block
+    find_input: Any = positions_input if classes.family.rotary else hidden_states_input
+    attend = attend_input_without_weights
+    register(getattr(module, prefix + layer, None), Recipe(block, classes.read_layer, compute, find_input))
+    register(classes.Attention, Recipe(("attention",), classes.read_attention, attend, find_input))
     for mlp in (classes.MLP, classes.SwiGLUFFN, classes.GatedMLP):
         register(mlp, Recipe(("mlp",), read_mlp, feed_forward))
     head = getattr(module, prefix + "MultiheadAttentionPoolingHead", None)
-    register(head, Recipe(block, classes.read_pool, compute_pool))
+    register(head, Recipe(block, classes.read_pool, compute_pool, pool_input))
     register_container(getattr(module, prefix + stack, None), iterating(layers, unless=is_idle_recorder))
     if file in ("vit", "deit"):  # the heads of the others read more tokens
         find = functools.partial(class_token_model, name=file, cls=getattr(module, prefix + "Model"))
         register_container(getattr(module, prefix + "ForImageClassification", None), reading_class_token(find))
 
 
-def hidden_states_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the hidden states of a call without a mask or other arguments that affect attention."""
-    return plain_input(args, {name: value for name, value in kwargs.items() if name not in IRRELEVANT})
-
-
-def positions_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> RotaryInput:
-    """Return hidden states and position_embeddings, the tables cos and sin, of a call without a mask."""
-    names = ("hidden_states", "attention_mask", "position_embeddings")
+def hidden_states_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...] = ("hidden_states", "attention_mask")
+) -> AttentionInput:
+    """Return hidden states, mask and, if it is one of ``names``, position_embeddings, the tables cos and sin, of a call
+    without other arguments that affect attention."""
     call = {**dict(zip(names, args, strict=False)), **kwargs}
-    positions = call.pop("position_embeddings", None)
-    x = hidden_states_input((call.pop("hidden_states", None), *args[len(names) :]), call)
-    if not isinstance(positions, tuple) or len(positions) != 2:
-        raise UnsupportedModule("position_embeddings are not cos and sin")
-    cos, sin = map(kernel_input, positions)
-    return RotaryInput(x, (cos, sin))
+    call = {name: value for name, value in call.items() if name not in IRRELEVANT}
+    mask, rope = call.pop("attention_mask", None), None
+    if "position_embeddings" in names:
+        positions = call.pop("position_embeddings", None)
+        if not isinstance(positions, tuple) or len(positions) != 2:
+            raise UnsupportedModule("position_embeddings are not cos and sin")
+        rope = kernel_input(positions[0]), kernel_input(positions[1])
+    x = plain_input((call.pop("hidden_states", None), *args[len(names) :]), call)
+    if mask is not None and kernel_input(mask, torch.bool).ndim != 4:  # flash attention gets (B, N)
+        raise UnsupportedModule("attention mask is not 4-D")
+    return AttentionInput(x, rope, mask)
 
 
-def attend_rotary_without_weights(
-    given: RotaryInput, parts: AttentionParts, backend: str | None
+positions_input = functools.partial(
+    hidden_states_input, names=("hidden_states", "attention_mask", "position_embeddings")
+)
+
+
+def pool_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionInput:
+    """Return hidden states and the mask (B, N) of a pooling head as one that is added to the scores."""
+    call = {**dict(zip(("hidden_state", "attention_mask"), args, strict=False)), **kwargs}
+    mask = call.pop("attention_mask", None)
+    x = plain_input((call.pop("hidden_state", None), *args[2:]), call)
+    if mask is None:
+        return AttentionInput(x)
+    if not isinstance(mask, Tensor) or mask.shape != x.shape[:2]:
+        raise UnsupportedModule("attention mask is not (B, N)")
+    # as in the library: a query without keys averages
+    zero, minimum = (torch.full((), value, dtype=x.dtype, device=x.device) for value in (0.0, torch.finfo(x.dtype).min))
+    return AttentionInput(x, None, torch.where(mask.bool(), zero, minimum)[:, None, None])
+
+
+def attend_input_without_weights(
+    given: AttentionInput, parts: AttentionParts, backend: str | None
 ) -> tuple[Tensor, None]:
-    return attend_rotary(given, parts, backend), None
+    return attend_input(given, parts, backend), None
 
 
 def records_outputs(hook: Any) -> bool:
@@ -355,6 +379,7 @@ def concatenated_linears(module: nn.Module, *names: str) -> tuple[Tensor, Tensor
 def read_mlp(module: Any) -> MlpParts:
     if "gate_proj" not in module._modules:
         names = ("up_proj", "down_proj", "act_fn") if "up_proj" in module._modules else ("fc1", "fc2", "activation_fn")
+        names = (*names[:2], "act") if "act" in module._modules else names
         check_members(module, *names)
         activation = activation_of(module, names[2], ACTIVATIONS)
         return MlpParts(*linear_of(module, names[0]), *linear_of(module, names[1]), activation)
@@ -367,9 +392,10 @@ def read_mlp(module: Any) -> MlpParts:
 # --- computing ---------------------------------------------------------------------------------------------
 
 
-def compute_pool(x: Tensor, parts: PoolParts, backend: str | None) -> Tensor:
+def compute_pool(given: AttentionInput, parts: PoolParts, backend: str | None) -> Tensor:
     """Compute (B, N, dim) -> (B, dim). The learned query is projected once for the whole batch."""
-    probe, attention, mlp = parts
+    (x, _, mask), (probe, attention, mlp) = given, parts
+    check_mask(x, attention.heads, 1, mask)
     check_input(x, attention.qkv_weight, attention.out_weight, probe)
     check_tokens(x)
     q_weight, kv_weight = attention.qkv_weight.tensor_split([x.shape[-1]])
@@ -379,6 +405,7 @@ def compute_pool(x: Tensor, parts: PoolParts, backend: str | None) -> Tensor:
     out = F.attention(
         q.expand(x.shape[0], -1, -1, -1),
         *kv.unbind(2),
+        bias=mask,
         scale=attention.scale,
         dropout_p=attention.dropout_p,
         backend=backend,
