@@ -49,6 +49,7 @@ from vit_triton.checks import (
     hidden_features,
     shape_of,
 )
+from vit_triton.recording import active_recorder
 
 
 def attention(
@@ -125,6 +126,12 @@ def attention(
         mask = check_score_mask(q, scores, bias, key_lengths, causal)
     check_rope(q.shape, k.shape[1], q, rope, rope_prefix, rope_layout)
     q, k, v = autocast(q, k, v)
+    recorder = active_recorder()
+    if recorder is not None:
+        masks = dict(bias=bias, key_lengths=key_lengths, causal=causal)
+        norms = dict(q_norm=q_norm, k_norm=k_norm, norm_type=norm_type)
+        positions = dict(rope=rope, rope_prefix=rope_prefix, rope_layout=rope_layout)
+        recorder.attention(q, k, scale=scale, **masks, **norms, **positions)
     if _attention_backend(backend, q, q.numel(), rope) == "torch":
         return reference.attention(
             q,
@@ -184,12 +191,15 @@ def attention_packed(
         batch, n, _, heads, _ = qkv.shape
         mask = check_score_mask(qkv, (batch, heads, n, n), bias, key_lengths, causal)
     (qkv,) = autocast(qkv)
-    if _attention_backend(backend, qkv, qkv.numel() // 3, rope) == "torch":
-        masks = dict(bias=bias, key_lengths=key_lengths, causal=causal)
-        norms = dict(q_norm=q_norm, k_norm=k_norm, norm_type=norm_type)
-        positions = dict(rope=rope, rope_prefix=rope_prefix, rope_layout=rope_layout)
-        options = dict(scale=scale, dropout_p=dropout_p, return_lse=return_lse)
-        return reference.attention_packed(qkv, **masks, **norms, **positions, **options)
+    recording = active_recorder() is not None
+    if recording or _attention_backend(backend, qkv, qkv.numel() // 3, rope) == "torch":
+        options: dict[str, Any] = dict(bias=bias, key_lengths=key_lengths, causal=causal)
+        options |= dict(q_norm=q_norm, k_norm=k_norm, norm_type=norm_type)
+        options |= dict(rope=rope, rope_prefix=rope_prefix, rope_layout=rope_layout)
+        options |= dict(scale=scale, dropout_p=dropout_p, return_lse=return_lse)
+        if recording:
+            return attention(*qkv.unbind(2), **options, backend=backend)
+        return reference.attention_packed(qkv, **options)
     check_kernel_dtype("qkv", qkv)
     if rope is not None:
         rotary = norm_type, rope, rope_prefix, rope_layout
@@ -303,6 +313,8 @@ def attention_varlen(
     Returns:
         (total_q, H, D), contiguous with "triton".
     """
+    if active_recorder() is not None:
+        raise ValueError("attention_maps does not support models with packed sequences (attention_varlen)")
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x, 3, "(total, H, D)")
     check_alike("q", q, k=k, v=v)
@@ -530,6 +542,7 @@ def encoder(
     tensors = [x, *(part for part in parts if isinstance(part, Tensor))]
     composed = any(block.norm1 is None or block.norm2 is None for block in blocks) or _needs_autograd(*tensors)
     composed = composed or torch.compiler.is_compiling() or is_autocast_enabled(x.device.type)
+    composed = composed or active_recorder() is not None
     # PyTorch does not resolve lazy negation in lists of optional tensors
     if composed or any(map(Tensor.is_neg, tensors)):
         functions = tuple(functools.partial(op, backend=backend) for op in (linear, attention, mlp))
