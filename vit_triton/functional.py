@@ -130,7 +130,7 @@ def attention(
     if recorder is not None:
         masks = dict(bias=bias, key_lengths=key_lengths, causal=causal)
         norms = dict(q_norm=q_norm, k_norm=k_norm, norm_type=norm_type)
-        positions = dict(rope=rope, rope_prefix=rope_prefix, rope_layout=rope_layout)
+        positions: dict[str, Any] = dict(rope=rope, rope_prefix=rope_prefix, rope_layout=rope_layout)
         recorder.attention(q, k, scale=scale, **masks, **norms, **positions)
     if _attention_backend(backend, q, q.numel(), rope) == "torch":
         return reference.attention(
@@ -521,6 +521,9 @@ def encoder(
     heads: int,
     scale: float | None = None,
     activation: str = "gelu",
+    rope: Rope | None = None,
+    rope_prefix: int = 0,
+    rope_layout: str = "half",
     first_token: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -532,24 +535,27 @@ def encoder(
         heads: number of attention heads.
         scale: default 1 / sqrt(head size).
         activation: see :func:`mlp`.
-        first_token: compute only the first token of the result.
+        rope, rope_prefix, rope_layout: rotary positions of all blocks, see :func:`attention`.
+        first_token: compute only the first token of the result. Requires that ``rope`` is None.
 
     Returns:
         (B, N, D), or (B, 1, D) with ``first_token``. Without gradients this is one operator. With gradients, autocast
         or ``torch.compile`` it is composed of :func:`linear`, :func:`attention` and :func:`mlp`.
     """
-    parts = check_encoder(x, blocks, heads, scale, activation, first_token)
-    tensors = [x, *(part for part in parts if isinstance(part, Tensor))]
+    parts = check_encoder(x, blocks, heads, scale, activation, rope, rope_prefix, rope_layout, first_token)
+    tensors = [x, *(part for part in parts if isinstance(part, Tensor)), *(rope or ())]
+    positions: dict[str, Any] = dict(rope=rope, rope_prefix=rope_prefix, rope_layout=rope_layout)
     composed = any(block.norm1 is None or block.norm2 is None for block in blocks) or _needs_autograd(*tensors)
     composed = composed or torch.compiler.is_compiling() or is_autocast_enabled(x.device.type)
     composed = composed or active_recorder() is not None
     # PyTorch does not resolve lazy negation in lists of optional tensors
     if composed or any(map(Tensor.is_neg, tensors)):
         functions = tuple(functools.partial(op, backend=backend) for op in (linear, attention, mlp))
-        return reference.encoder_of(functions, x, blocks, heads, scale, activation, first_token)
+        return reference.encoder_of(functions, x, blocks, heads, scale, activation, positions, first_token)
     qkv_weight = blocks[0].qkv_weight if blocks else None
     if resolve_backend(backend, "encoder", x, x.shape[-1], weight=qkv_weight) == "torch":
-        return reference.encoder(x, blocks, heads=heads, scale=scale, activation=activation, first_token=first_token)
+        options: dict[str, Any] = dict(heads=heads, scale=scale, activation=activation, first_token=first_token)
+        return reference.encoder(x, blocks, **options, **positions)
     check_kernel_dtype("x", x)
     arguments: list[Tensor | None] = []
     eps = []
@@ -559,7 +565,9 @@ def encoder(
         arguments += (weight1, bias1, *block[1:5], weight2, bias2, *block[6:])
     head_dim = blocks[0].qkv_weight.shape[0] // 3 // heads if blocks else 1
     scale = head_dim**-0.5 if scale is None else float(scale)
-    return torch.ops.vit_triton.encoder_fwd.default(x, arguments, eps, heads, scale, activation, first_token)
+    tables = rope or (None, None)
+    scalars = heads, scale, activation, rope_prefix, rope_layout == "interleaved", first_token
+    return torch.ops.vit_triton.encoder_fwd.default(x, arguments, eps, *tables, *scalars)
 
 
 def layer_norm(

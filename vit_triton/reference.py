@@ -267,9 +267,13 @@ def encoder(
     heads: int,
     scale: float | None = None,
     activation: str = "gelu",
+    rope: Rope | None = None,
+    rope_prefix: int = 0,
+    rope_layout: str = "half",
     first_token: bool = False,
 ) -> Tensor:
-    return encoder_of((linear, attention, mlp), x, blocks, heads, scale, activation, first_token)
+    positions: dict[str, Any] = dict(rope=rope, rope_prefix=rope_prefix, rope_layout=rope_layout)
+    return encoder_of((linear, attention, mlp), x, blocks, heads, scale, activation, positions, first_token)
 
 
 def encoder_of(
@@ -279,6 +283,7 @@ def encoder_of(
     heads: int,
     scale: float | None,
     activation: str,
+    positions: dict[str, Any],
     first_token: bool,
 ) -> Tensor:
     """Compute an encoder from the functions linear, attention and mlp."""
@@ -288,7 +293,7 @@ def encoder_of(
         q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
         if first_token and i == len(blocks) - 1:
             q, x = q[:, :1], x[:, :1]
-        out = attention(q, k, v, scale=scale).flatten(2)
+        out = attention(q, k, v, scale=scale, **positions).flatten(2)
         x = linear(out, block.out_weight, block.out_bias, residual=x, layer_scale=block.layer_scale1)
         weights = block.w1, block.b1, block.w2, block.b2
         x = mlp(x, *weights, norm=block.norm2, activation=activation, residual=x, layer_scale=block.layer_scale2)
