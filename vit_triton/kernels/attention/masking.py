@@ -23,9 +23,12 @@ from vit_triton.kernels.tiles import LOG2E
 
 @triton.jit
 def head_bias(ptr, strides, batch, head):
-    """The rows of one head of a (B, H, N_q, N_k) bias."""
-    stride_b, stride_h, stride_m, stride_n = strides
-    return ptr + batch * stride_b + head * stride_h, stride_m, stride_n
+    """The rows of one head of a (B, H, N_q, N_k) bias, or () without one."""
+    if ptr is None:
+        return ()
+    else:
+        stride_b, stride_h, stride_m, stride_n = strides
+        return ptr + batch * stride_b + head * stride_h, stride_m, stride_n
 
 
 @triton.jit
