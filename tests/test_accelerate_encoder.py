@@ -28,6 +28,11 @@ def of_timm(**changes) -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", **{**TIMM, **changes})
 
 
+def of_eva(name: str, **changes) -> nn.Module:
+    sizes = dict(img_size=16, patch_size=8, embed_dim=24, num_heads=2, depth=4, num_classes=5)
+    return timm.create_model(name, **{**sizes, **changes})
+
+
 def of_torchvision() -> nn.Module:
     sizes = dict(image_size=16, patch_size=8, num_layers=4, num_heads=2, hidden_dim=24, mlp_dim=48, num_classes=5)
     model = vision_transformer.VisionTransformer(**sizes)
@@ -48,11 +53,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, bool]] = {
     "timm, attention pool": (lambda: of_timm(global_pool="map"), "blocks", False),
     "timm, all tokens": (lambda: of_timm(global_pool=""), "blocks", False),
     "timm, distilled": (lambda: timm.create_model("deit_tiny_distilled_patch16_224", **TIMM), "blocks", False),
+    "timm, DINOv3": (lambda: of_eva("vit_small_patch16_dinov3"), "blocks", False),
+    "timm, EVA-02": (lambda: of_eva("eva02_small_patch14_224"), "blocks", False),
     "torchvision": (of_torchvision, "encoder.layers", True),
     "ViT": (lambda: hf.ViTForImageClassification(hf.ViTConfig(**HF, **HIDDEN)), "vit.layers", True),
     "ViTModel": (lambda: hf.ViTModel(hf.ViTConfig(**HF, **HIDDEN)), "layers", False),
     "DeiT": (lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**HF, **HIDDEN)), "deit.layers", True),
     "DINOv2": (lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**HF)), "dinov2.encoder.layer", False),
+    "DINOv3": (lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**HF, **HIDDEN)), "model.layer", False),
     "SigLIP": (lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**HF, **HIDDEN)), "encoder.layers", False),
     "CLIP": (lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**HF, **HIDDEN)), "encoder.layers", False),
     "vit_pytorch": (of_vit_pytorch, "transformer.layers", True),
@@ -325,6 +333,56 @@ def test_global_hooks_fire(calls):
     with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
         outputs(model, images())
     assert model.blocks[3].attn.qkv in seen and calls == []
+
+
+# --- rotary positions --------------------------------------------------------------------------------------
+
+ROTARY_RUNS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
+    "one table": (lambda: of_eva("vit_small_patch16_dinov3"), [4]),
+    "a table for each block": (lambda: of_eva("vit_small_patch16_rope_mixed_224"), []),
+    "no table": (lambda: of_eva("eva_giant_patch14_224", mlp_ratio=2.0), [4]),
+    "norm inside the MLP": (lambda: of_eva("eva02_base_patch14_224"), []),
+    "norm inside attention": (lambda: of_eva("vit_small_patch16_dinov3", qk_norm=True), []),
+    "RMSNorm": (lambda: of_eva("vit_small_patch16_dinov3", norm_layer=timm.layers.RmsNorm), []),
+    "post norm": (lambda: of_eva("vit_small_patch16_dinov3", use_post_norm=True), []),
+}
+
+
+@pytest.mark.parametrize("case", ROTARY_RUNS)
+def test_rotary_blocks_run_together_if_all_receive_the_same_table(case, calls):
+    model, runs = ROTARY_RUNS[case][0]().eval(), ROTARY_RUNS[case][1]
+    theirs = outputs(model, images())
+    vit_triton.accelerate(model, "triton", strict=True)
+    assert_same(outputs(model, images()), theirs, TERMS)
+    assert [count for count, _ in calls] == runs
+
+
+def test_blocks_that_receive_other_tables_run_apart(calls):
+    """A subclass may give each block its own table, or a mask."""
+
+    class Halved(timm.models.Eva):
+        def forward_features(self, x, **_):
+            x, rope = self._pos_embed(self.patch_embed(x))
+            for i, block in enumerate(self.blocks):
+                x = block(x, rope=rope / (i + 1))
+            return self.norm(x)
+
+    model = of_eva("vit_small_patch16_dinov3").eval()
+    model.__class__ = Halved
+    theirs = outputs(model, images())
+    vit_triton.accelerate(model, "triton", strict=True)
+    assert_same(outputs(model, images()), theirs, TERMS)
+    assert calls == []
+
+
+def test_masks_of_rotary_models(calls):
+    model = of_eva("vit_small_patch16_dinov3").eval()
+    mask = torch.rand(2, 1, 9, 9, generator=torch.Generator().manual_seed(0)) > 0.3
+    mask[..., 0] = True
+    theirs = outputs(copy.deepcopy(model).forward_features, images(), attn_mask=mask)
+    vit_triton.accelerate(model, "triton")
+    assert_same(outputs(model.forward_features, images(), attn_mask=mask), theirs, TERMS)
+    assert calls == []
 
 
 # --- features ----------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def test_outputs_of_transformers():
 
 
 def eva02() -> nn.Module:
-    return model_of("eva02_base_patch14_224", 28, **SMALL, depth=2)[0]
+    return model_of("eva02_small_patch14_224", 28, **SMALL, depth=2)[0]
 
 
 @pytest.mark.parametrize("make", [eva02, lambda: dinov3(**SMALL_CONFIG)], ids=["timm", "transformers"])
@@ -217,12 +217,12 @@ def test_compiled_and_prepacked(make: Callable[[], nn.Module], monkeypatch):
     compiled(images).sum().backward()
     vit_triton.prepack(model)
     calls = []
-    attention = F.attention_packed
-    monkeypatch.setattr(F, "attention_packed", lambda *a, **o: calls.append(o["rope"]) or attention(*a, **o))
+    encoder = F.encoder
+    monkeypatch.setattr(F, "encoder", lambda x, blocks, **o: calls.append((len(blocks), o)) or encoder(x, blocks, **o))
     with torch.no_grad():
         for _ in range(2):
             assert_same(model(images), expected, 192)
-    assert len(calls) == 4 and None not in calls
+    assert [count for count, _ in calls] == [2, 2] and all(options["rope"] for _, options in calls)
 
 
 def test_compiled_while_models_are_prepacked():

@@ -501,9 +501,9 @@ def test_missing_hugging_face_weights_are_reported(purpose, tmp_path, photo, cap
 
 
 def test_unsupported_hugging_face_architecture_is_rejected(tmp_path, photo, capsys):
-    transformers.SwinConfig().save_pretrained(tmp_path)
+    transformers.BeitConfig().save_pretrained(tmp_path)
     code, _, err = run(capsys, "features", photo, "--model", f"hf:{tmp_path}", "--out", tmp_path / "a.png")
-    assert code == 2 and "must be one of vit, deit, dinov2, dinov2_with_registers, got swin" in err
+    assert code == 2 and "must be one of vit, deit, dinov2, dinov2_with_registers, dinov3_vit, swin, got beit" in err
 
 
 # --- features and attention --------------------------------------------------------------------------------
@@ -703,7 +703,10 @@ def odd_models(tmp_path_factory) -> dict[str, Path | str]:
         (f"predict PHOTO --model timm:{TIMM} --weights WEIGHTS --key ema", "contains no set of weights 'ema'"),
         ("predict PHOTO --model TRAINED --image-size 8", "--image-size requires a timm: or hf: model"),
         ("predict PHOTO --model timm:nothing", "timm has no model nothing"),
-        ("predict PHOTO --model timm:resnet18", "expected a VisionTransformer of timm, got resnet18"),
+        (
+            "predict PHOTO --model timm:resnet18",
+            "expected one of VisionTransformer, Eva, SwinTransformer, SwinTransformerV2 of timm, got resnet18",
+        ),
         (f"predict PHOTO --model timm:{TIMM} --weights none.pt", "--weights: none.pt: no such file"),
         (f"predict PHOTO --model timm:{TIMM} --weights PHOTO", "photo.png: expected a file name with one of"),
         ("predict PHOTO --model timm:vit_small_patch16_224 --weights WEIGHTS", "Use --ignore PATTERN to skip weights"),
@@ -758,12 +761,54 @@ def test_unavailable_backend_gives_a_one_line_error(words, photo, trained, capsy
     assert code == 2 and err.startswith('vit-triton: backend: backend "triton" requires the package triton')
 
 
-def test_attention_of_a_simple_vit_is_rejected(photos, tmp_path, photo, capsys):
+def test_attention_without_a_class_token_is_the_mean(photos, tmp_path, photo, capsys):
     words = ["train", str(photos), "--out", str(tmp_path), "--epochs", "1", "--model", "SimpleViT", *SMALL.split()]
     assert main(words) == 0
-    code, _, err = run(capsys, "attention", photo, "--model", tmp_path, "--out", tmp_path / "a.png")
-    assert code == 2 and "attention requires a class token; this SimpleViT has none" in err
-    assert run(capsys, "features", photo, "--model", tmp_path, "--out", tmp_path / "a.png")[0] == 0
+    for command in ("attention", "features"):
+        assert run(capsys, command, photo, "--model", tmp_path, "--out", tmp_path / "a.png")[0] == 0
+    named = models.open_model(_options(photo, "--model", tmp_path), purpose="attention")
+    images = torch.randn(2, 3, 14, 14)
+    expected = attention_maps(named.model, images)[:, 0].mean(2)
+    torch.testing.assert_close(named.attention(images, 0), expected.unflatten(-1, (2, 2)))
+
+
+# features and maps of a model; the shapes are rows, columns and heads of the last block
+OTHERS = {
+    "timm:swin_tiny_patch4_window7_224": ((7, 7), 24),
+    "timm:vit_small_patch16_dinov3": ((16, 16), 6),
+    "hf:swin": ((7, 7), 24),
+    "hf:dinov3": ((14, 14), 6),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OTHERS)
+def test_swin_and_dinov3(name, tmp_path, photo, capsys):
+    (rows, columns), heads = OTHERS[name]
+    torch.manual_seed(0)
+    if name.startswith("timm"):
+        model = timm.create_model(name[5:])
+        weights = tmp_path / "weights.pt"
+        torch.save(model.state_dict(), weights)
+        words = ["--model", name, "--weights", weights]
+    else:
+        if name == "hf:swin":
+            model = transformers.SwinModel(transformers.SwinConfig())
+        else:
+            sizes = dict(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_hidden_layers=2)
+            model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**sizes))
+        model.save_pretrained(tmp_path)
+        (tmp_path / "preprocessor_config.json").write_text('{"size": 224}')
+        words = ["--model", f"hf:{tmp_path}"]
+    named = models.open_model(_options(photo, *words), purpose="attention")
+    images = torch.randn(2, 3, *[named.preprocessing.size] * 2)
+    assert named.features(images).shape == (2, rows, columns, 768 if "swin" in name else 384)
+    maps = named.attention(images, -1)
+    assert maps.shape == (2, heads, rows, columns)
+    whole = attention_maps(named.model, images)
+    expected = whole[-1].mean((2, 3)).flatten(2) if "swin" in name else whole[:, -1, :, 0, -rows * columns :]
+    torch.testing.assert_close(maps.flatten(2), expected)
+    assert run(capsys, "attention", photo, *words, "--layer", 0, "--out", tmp_path / "a.png")[0] == 0
 
 
 def test_predict_requires_a_classification_head(photo, capsys, theirs, monkeypatch):

@@ -59,7 +59,7 @@ VECTORS = re.compile(
     r"|\b(max|log2_sum|drel_h)_ptr \+"
     r"|masking.py:\d+: (value \+?=|return) tl.load"  # a bias in a masked step, in the thread layout of the scores
     r"|, (acc|tl.sum\(acc, \d\)).to\(dtype\)|acc.to\(drel_w_ptr"  # a bias's gradient, likewise
-    r"|: bias = \(\)$"  # the line after the dropout's seed, to which debug information assigns its load
+    r"|: bias = head_bias\("  # the line after the dropout's seed, to which debug information assigns its load
     r"|= scores_and_dp\(k, v"  # the line after delta's, to which debug information assigns delta's load
 )
 # partial sums are narrow on purpose, see pick_sum_parts; the bias of windows is gathered number by number

@@ -87,7 +87,11 @@ def small(monkeypatch, tmp_path):
     """Replace other libraries' models by small ones of the same kind, and create the files that the blocks read."""
     create = timm.create_model
     sizes = dict(embed_dim=DIM, depth=DEPTH, num_heads=HEADS)
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **o: create(name, **{**sizes, **o}))
+
+    def create_model(name, pretrained=False, **options):
+        return create(name, **{**({} if "swin" in name else sizes), **options})
+
+    monkeypatch.setattr(timm, "create_model", create_model)
 
     def from_pretrained(kind, name, **options):
         family = transformers.Dinov2Config if "dinov2" in name else transformers.ViTConfig
@@ -99,7 +103,7 @@ def small(monkeypatch, tmp_path):
     for kind in (automatic, transformers.AutoModel, transformers.PreTrainedModel):
         monkeypatch.setattr(kind, "from_pretrained", classmethod(from_pretrained))
     build = torchvision.models.swin_t
-    monkeypatch.setattr(torchvision.models, "swin_t", lambda weights: build())
+    monkeypatch.setattr(torchvision.models, "swin_t", lambda weights=None: build())
     np.savez(tmp_path / "B_16.npz", **as_jax(timm.create_model("vit_base_patch16_224")))
     monkeypatch.chdir(tmp_path)
 

@@ -74,6 +74,33 @@ def test_layer_scales(dtype, first_token):
     check(torch.randn(2, 21, 48).to(dtype), blocks, heads=3, first_token=first_token)
 
 
+# prefix, layout, shape of the tables for 2 samples of 9 tokens and 3 heads of 16 channels
+ROPE = [(0, "interleaved", (9, 16)), (1, "half", (1, 1, 8, 16)), (5, "half", (2, 3, 4, 6)), (9, "half", (0, 16))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("prefix", "layout", "shape"), ROPE)
+def test_rotary_positions(prefix, layout, shape, dtype):
+    angles = torch.randn(shape)
+    positions = dict(rope=(angles.cos(), angles.sin()), rope_prefix=prefix, rope_layout=layout)
+    x, blocks = torch.randn(2, 9, 48).to(dtype), make(48, 3, 16, 64, dtype)
+    check(x, blocks, heads=3, **positions)
+    with pytest.raises(ValueError, match="first_token requires that rope is None"):
+        F.encoder(x, blocks, heads=3, **positions, first_token=True, backend="triton")
+
+
+def test_errors_of_rotary_positions():
+    x, blocks, table = torch.randn(1, 9, 48), make(48, 3, 16, 64, torch.float32), torch.randn(9, 16)
+    for rope, options, error in (
+        ((table, table), dict(rope_prefix=1), "cos of rope must be"),
+        ((table.double(), table.double()), {}, "cos of rope must be float32"),
+        (table, {}, "rope must be a tuple"),
+        ((table, table), dict(rope_layout="pairs"), "rope_layout"),
+    ):
+        with torch.no_grad(), pytest.raises((TypeError, ValueError), match=error):
+            F.encoder(x, blocks, heads=3, rope=rope, backend="triton", **options)
+
+
 @pytest.mark.parametrize("first_token", [False, True])
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_depths(depth, first_token):

@@ -268,7 +268,7 @@ CASES = {
         lambda query=query: vit_triton.attention_maps(vit(), R(1, 3, 8, 8), query=query),
         TypeError, ["query", "index of a token", repr(query)]) for query in (1.5, "0", True)},
     "attention_maps of layers that are not called": (
-        lambda: vit_triton.attention_maps(Idle(), R(1)), ValueError, ["model", "Idle", "Attention"]),
+        lambda: vit_triton.attention_maps(Idle(), R(1)), ValueError, ["model", "Idle", "attention"]),
     "attention_maps of layers of two kinds": (
         lambda: vit_triton.attention_maps(
             torch.nn.Sequential(vit_triton.modules.Attention(8, 2, 4), vit_triton.modules.Attention(8, 1, 4)),

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EMULATOR, INTERPRETER
+from timm.models import swin_transformer, swin_transformer_v2
 
 if INTERPRETER or EMULATOR:
     pytest.skip("the interpreter or the emulator replaces the driver", allow_module_level=True)
 
+import vit_triton
 from benchmarks import __main__ as command
 from benchmarks import memory, overhead
 from benchmarks.runner import OURS
+from vit_triton.models.swin import SwinBlock
 
 SMALL = memory.Size(64, 2)
 SHAPE = overhead.Shape(tokens=5, width=64, heads=2, patch=4)
@@ -48,6 +51,42 @@ def test_memory_saved_by_an_eager_block():
     floats = 2 * rows + 3 * rows + scores + rows + rows + 2 * 4 * rows + statistics
     counted = memory.count("vit_pytorch", SMALL, batch, tokens, torch.float32).saved
     assert floats * 4 <= counted <= (floats + scores) * 4
+
+
+def swin_block(kind, version, shift):
+    """A block of Swin-T's first stage on 56 x 56 tokens."""
+    if kind == OURS:
+        return SwinBlock(96, 3, (7, 7), (shift, shift), 384, 0.0, 0.0, 0.0, version, backend="triton")
+    cls = swin_transformer.SwinTransformerBlock if version == 1 else swin_transformer_v2.SwinTransformerV2Block
+    block = cls(96, (56, 56), 3, window_size=7, shift_size=shift)
+    if kind == "accelerated":
+        vit_triton.accelerate(block, "triton", strict=True)
+    return block
+
+
+def elements_saved(block):
+    """What a block saves for backward, its input included, in elements and in tokens x width."""
+    x = torch.randn(1, 56, 56, 96, requires_grad=True)
+    with memory.saved_storages([*block.parameters(), *block.buffers()]) as kept:
+        block(x)
+    elements = sum(storage.nbytes() for storage in kept.values()) // 4
+    return elements, elements / x.numel()
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+@pytest.mark.parametrize("kind", [OURS, "accelerated"])
+def test_memory_saved_by_a_swin_block(kind, shift):
+    tokens, bias = 56 * 56, 3 * 49**2
+    # the input; q, k, v; the heads; the sum after attention; the hidden layer; mean and 1/std of two norms
+    expected = (1 + 3 + 1 + 1 + 4) * tokens * 96 + 4 * tokens + bias
+    assert elements_saved(swin_block(kind, 1, shift))[0] == expected <= 10.3 * tokens * 96
+
+
+def test_figures_of_swin_in_the_documentation_are_current():
+    page = (Path(__file__).parents[1] / "docs/memory.md").read_text()
+    for version, name in ((1, "Swin-T, first stage"), (2, "the same block of Swin V2")):
+        figures = [f"{elements_saved(swin_block(kind, version, 3))[1]:.1f}" for kind in (OURS, "accelerated", "timm")]
+        assert f"| {name} | {' | '.join(figures)} |" in page
 
 
 def test_memory_tracker_tracks_storages():

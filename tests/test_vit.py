@@ -512,7 +512,7 @@ class TestAttentionMaps:
         assert_same(maps.sum(-1), torch.ones(maps.shape[:-1]))
 
     def test_model_without_attention_is_rejected(self):
-        with pytest.raises(ValueError, match="model must contain .*got a Linear"):
+        with pytest.raises(ValueError, match="model must call .*got a Linear"):
             vit_triton.attention_maps(nn.Linear(2, 2), torch.zeros(1, 2))
 
 

@@ -553,20 +553,36 @@ def _remember(form: tuple | None) -> None:
     _forms[form] = None
 
 
-def check_encoder(x: Any, blocks: Any, heads: Any, scale: Any, activation: Any, first_token: Any) -> list[Any]:
+def check_encoder(
+    x: Any,
+    blocks: Any,
+    heads: Any,
+    scale: Any,
+    activation: Any,
+    rope: Any,
+    rope_prefix: Any,
+    rope_layout: Any,
+    first_token: Any,
+) -> list[Any]:
     """Check the arguments of an encoder, unless equal ones have passed, and return the fields of all blocks."""
     check_flag("first_token", first_token)
     if not isinstance(blocks, Sequence) or isinstance(blocks, (str, bytes, Block)):
         raise TypeError(f"blocks must be a sequence of Block, got {type_name(blocks)}")
     if first_token and not blocks:
         raise ValueError("first_token requires a block, got no blocks")
+    if first_token and rope is not None:
+        raise ValueError("first_token requires that rope is None")
     for i, block in enumerate(blocks):
         if not isinstance(block, Block):
             raise TypeError(f"blocks[{i}] must be a Block, got {type_name(block)}")
     parts = [part for block in blocks for field in block for part in (field if isinstance(field, tuple) else (field,))]
-    form = _form(x, *parts, heads, scale, activation)
+    tables = rope if isinstance(rope, tuple) else (rope,)
+    form = _form(x, *parts, heads, scale, activation, *tables, rope_prefix, rope_layout)
     if form is None or form not in _forms:
         _check_encoder(x, blocks, heads, scale, activation)
+        head_dim = blocks[0].qkv_weight.shape[0] // 3 // heads if blocks else 1
+        if blocks or rope is None:
+            check_rope((*x.shape[:2], heads, head_dim), x.shape[1], x, rope, rope_prefix, rope_layout)
         _remember(form)
     return parts
 

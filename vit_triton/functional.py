@@ -50,6 +50,7 @@ from vit_triton.checks import (
     hidden_features,
     shape_of,
 )
+from vit_triton.recording import active_recorder
 
 
 def attention(
@@ -126,6 +127,12 @@ def attention(
         mask = check_score_mask(q, scores, bias, key_lengths, causal)
     check_rope(q.shape, k.shape[1], q, rope, rope_prefix, rope_layout)
     q, k, v = autocast(q, k, v)
+    recorder = active_recorder()
+    if recorder is not None:
+        masks = dict(bias=bias, key_lengths=key_lengths, causal=causal)
+        norms = dict(q_norm=q_norm, k_norm=k_norm, norm_type=norm_type)
+        positions: dict[str, Any] = dict(rope=rope, rope_prefix=rope_prefix, rope_layout=rope_layout)
+        recorder.attention(q, k, scale=scale, **masks, **norms, **positions)
     if _attention_backend(backend, q, q.numel(), rope) == "torch":
         return reference.attention(
             q,
@@ -185,12 +192,15 @@ def attention_packed(
         batch, n, _, heads, _ = qkv.shape
         mask = check_score_mask(qkv, (batch, heads, n, n), bias, key_lengths, causal)
     (qkv,) = autocast(qkv)
-    if _attention_backend(backend, qkv, qkv.numel() // 3, rope) == "torch":
-        masks = dict(bias=bias, key_lengths=key_lengths, causal=causal)
-        norms = dict(q_norm=q_norm, k_norm=k_norm, norm_type=norm_type)
-        positions = dict(rope=rope, rope_prefix=rope_prefix, rope_layout=rope_layout)
-        options = dict(scale=scale, dropout_p=dropout_p, return_lse=return_lse)
-        return reference.attention_packed(qkv, **masks, **norms, **positions, **options)
+    recording = active_recorder() is not None
+    if recording or _attention_backend(backend, qkv, qkv.numel() // 3, rope) == "torch":
+        options: dict[str, Any] = dict(bias=bias, key_lengths=key_lengths, causal=causal)
+        options |= dict(q_norm=q_norm, k_norm=k_norm, norm_type=norm_type)
+        options |= dict(rope=rope, rope_prefix=rope_prefix, rope_layout=rope_layout)
+        options |= dict(scale=scale, dropout_p=dropout_p, return_lse=return_lse)
+        if recording:
+            return attention(*qkv.unbind(2), **options, backend=backend)
+        return reference.attention_packed(qkv, **options)
     check_kernel_dtype("qkv", qkv)
     if rope is not None:
         rotary = norm_type, rope, rope_prefix, rope_layout
@@ -306,6 +316,8 @@ def attention_varlen(
     Returns:
         (total_q, H, D), contiguous with "triton".
     """
+    if active_recorder() is not None:
+        raise ValueError("attention_maps does not support models with packed sequences (attention_varlen)")
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x, 3, "(total, H, D)")
     check_alike("q", q, k=k, v=v)
@@ -525,6 +537,9 @@ def encoder(
     heads: int,
     scale: float | None = None,
     activation: str = "gelu",
+    rope: Rope | None = None,
+    rope_prefix: int = 0,
+    rope_layout: str = "half",
     first_token: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -536,23 +551,27 @@ def encoder(
         heads: number of attention heads.
         scale: default 1 / sqrt(head size).
         activation: see :func:`mlp`.
-        first_token: compute only the first token of the result.
+        rope, rope_prefix, rope_layout: rotary positions of all blocks, see :func:`attention`.
+        first_token: compute only the first token of the result. Requires that ``rope`` is None.
 
     Returns:
         (B, N, D), or (B, 1, D) with ``first_token``. Without gradients this is one operator. With gradients, autocast
         or ``torch.compile`` it is composed of :func:`linear`, :func:`attention` and :func:`mlp`.
     """
-    parts = check_encoder(x, blocks, heads, scale, activation, first_token)
-    tensors = [x, *(part for part in parts if isinstance(part, Tensor))]
+    parts = check_encoder(x, blocks, heads, scale, activation, rope, rope_prefix, rope_layout, first_token)
+    tensors = [x, *(part for part in parts if isinstance(part, Tensor)), *(rope or ())]
+    positions: dict[str, Any] = dict(rope=rope, rope_prefix=rope_prefix, rope_layout=rope_layout)
     composed = any(block.norm1 is None or block.norm2 is None for block in blocks) or _needs_autograd(*tensors)
     composed = composed or torch.compiler.is_compiling() or is_autocast_enabled(x.device.type)
+    composed = composed or active_recorder() is not None
     # PyTorch does not resolve lazy negation in lists of optional tensors
     if composed or any(map(Tensor.is_neg, tensors)):
         functions = tuple(functools.partial(op, backend=backend) for op in (linear, attention, mlp))
-        return reference.encoder_of(functions, x, blocks, heads, scale, activation, first_token)
+        return reference.encoder_of(functions, x, blocks, heads, scale, activation, positions, first_token)
     qkv_weight = blocks[0].qkv_weight if blocks else None
     if resolve_backend(backend, "encoder", x, x.shape[-1], weight=qkv_weight) == "torch":
-        return reference.encoder(x, blocks, heads=heads, scale=scale, activation=activation, first_token=first_token)
+        options: dict[str, Any] = dict(heads=heads, scale=scale, activation=activation, first_token=first_token)
+        return reference.encoder(x, blocks, **options, **positions)
     check_kernel_dtype("x", x)
     arguments: list[Tensor | None] = []
     eps = []
@@ -562,7 +581,9 @@ def encoder(
         arguments += (weight1, bias1, *block[1:5], weight2, bias2, *block[6:])
     head_dim = blocks[0].qkv_weight.shape[0] // 3 // heads if blocks else 1
     scale = head_dim**-0.5 if scale is None else float(scale)
-    return torch.ops.vit_triton.encoder_fwd.default(x, arguments, eps, heads, scale, activation, first_token)
+    tables = rope or (None, None)
+    scalars = heads, scale, activation, rope_prefix, rope_layout == "interleaved", first_token
+    return torch.ops.vit_triton.encoder_fwd.default(x, arguments, eps, *tables, *scalars)
 
 
 def layer_norm(

@@ -1,83 +1,185 @@
 """Attention maps of a model.
 
-The kernels do not materialize the N x N attention matrix; they save one log-sum-exp per query, from which every row can
-be recomputed: softmax(s)_j = exp(s_j - logsumexp(s)).
+The kernels do not materialize the N x N attention matrix. While :func:`attention_maps` runs a model, the functions pass
+their arguments to a recorder, which computes the matrix in float32.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vit_triton import functional as F
+from vit_triton import reference
+from vit_triton.arguments import DecomposedBias
 from vit_triton.checks import check_module, format_value
+from vit_triton.integrations import accelerate
+from vit_triton.integrations.recipes import accelerated_class
+from vit_triton.models.swin import SwinAttention
 from vit_triton.modules import Attention
+from vit_triton.recording import record
 
 __all__ = ["attention_maps"]
 
+Query = int | tuple[int, int] | str | None
+
 
 @torch.no_grad()
-def attention_maps(model: nn.Module, image: Tensor, *, query: int | None = None) -> Tensor:
+def attention_maps(model: nn.Module, image: Tensor, *, query: Query = None) -> Tensor | list[Tensor]:
     """Return the attention probabilities of every layer, as ``vit_pytorch.recorder.Recorder`` does.
 
     Runs ``model(image)`` once in the current mode. The maps are the probabilities before dropout; in training mode,
-    dropout still affects the input of later layers.
+    dropout still affects the input of later layers. Positions are included: biases, masks and rotations.
 
     Args:
-        model: a model with :class:`vit_triton.modules.Attention` layers of equal head count, such as
-            :class:`vit_triton.ViT`.
-        image: the input of the model, (B, C, H, W) for a ViT.
-        query: index of one query token, 0 for the class token, to compute only its row. None computes every row.
+        model: a model of this package, or one that :func:`vit_triton.accelerate` supports. A model that is not
+            accelerated stays as it is; an accelerated copy that shares its weights runs.
+        image: the input of the model, (B, C, H, W).
+        query: None returns a map for every query. An integer selects one token, 0 for the class token; for models with
+            windows, (y, x) selects the token at this pixel of the image, in every layer. "mean" returns the mean over
+            all queries: how much attention each token receives.
 
     Returns:
-        (B, layers, heads, N, N), or (B, layers, heads, N) with `query`; float32, without gradient. Rows sum to 1.
+        float32, without gradient. The sum over the keys of a map is 1. With `query`, one map per head:
+
+        - (B, layers, heads, N, N), or (B, layers, heads, N) with `query`.
+        - For models with windows, such as Swin, a list with one tensor per layer, since the sizes of layers differ:
+          (B, heads, H, W, H, W), or (B, heads, H, W) with `query`. H x W are the layer's tokens where they lie in the
+          image, without shift and padding. Keys outside the query's window are 0, so maps for every query take much
+          memory: at 224 x 224 pixels, 118 MB per image for a layer of Swin-T's first stage. If the layer is padded,
+          attention to padding is left out, and sums may be less than 1.
 
     Raises:
-        TypeError: `model` is not a Module, or `query` is not an integer.
-        ValueError: `model` has or calls no such layer, its layers differ in heads or tokens, or `query` is out of
-            range.
+        TypeError: `model` is not a Module, or `query` has another type.
+        ValueError: `model` has or calls no attention that can be shown; a layer runs on its library, see
+            :func:`vit_triton.fallbacks`; layers without windows differ in heads or tokens; or `query` is out of range
+            or of the other kind.
     """
     check_module("model", model)
-    if query is not None and (isinstance(query, bool) or not isinstance(query, Integral)):
-        raise TypeError(f"query must be None or the index of a token, an integer, got {format_value(query)}")
-    layers = [module for module in model.modules() if isinstance(module, Attention)]
-    if not layers:
-        raise ValueError(
-            f"model must contain vit_triton.modules.Attention layers, got a {type(model).__name__} without any"
+    if not _is_query(query):
+        raise TypeError(
+            f'query must be None, "mean", the index of a token or the pixel (y, x), integers, got {format_value(query)}'
         )
-    maps: list[Tensor] = []
-
-    def record(attention: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(attention, Attention)
-        maps.append(_probabilities(attention, inputs[0], query))
-
-    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
-    try:
-        model(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not maps:
-        raise ValueError(f"model, a {type(model).__name__}, called none of its vit_triton.modules.Attention layers")
-    shapes = list(dict.fromkeys(tuple(each.shape[1:]) for each in maps))
+    maps = _Maps(query, tuple(image.shape[-2:]) if isinstance(image, Tensor) else (0, 0))
+    runnable = _runnable(model)
+    with record(maps):
+        runnable(image)
+    if not maps.maps:
+        raise ValueError(
+            f"model must call attention of this package or attention that accelerate supports, got a "
+            f"{type(model).__name__} that calls none; print(vit_triton.accelerate(model)) lists the reasons"
+        )
+    if maps.in_windows:
+        return maps.maps
+    shapes = list(dict.fromkeys(tuple(each.shape[1:]) for each in maps.maps))
     if len(shapes) > 1:
         raise ValueError(f"layers of model must have equal heads and tokens, got maps of {shapes[0]} and {shapes[1]}")
-    return torch.stack(maps, dim=1)
+    return torch.stack(maps.maps, dim=1)
 
 
-def _probabilities(attention: Attention, x: Tensor, query: int | None) -> Tensor:
-    """Compute tokens (B, N, dim) -> (B, heads, N, N) or (B, heads, N) from q, k and the log-sum-exp of the kernel."""
-    qkv = attention.project_qkv(x).float()
-    q, k, _ = qkv.transpose(1, 3).unbind(2)  # (B, heads, N, dim_head) each
-    # float32 without autocast: scores and log-sum-exp have the same rounding, so that rows sum to 1
-    with torch.autocast(x.device.type, enabled=False):
-        _, lse = F.attention_packed(qkv, scale=attention.scale, return_lse=True, backend=attention.backend)
-        if query is not None:
-            tokens = q.shape[2]
+def _is_query(query: object) -> bool:
+    indices = query if isinstance(query, tuple) and len(query) == 2 else (query,)
+    return query in (None, "mean") or all(isinstance(i, Integral) and not isinstance(i, bool) for i in indices)
+
+
+def _runnable(model: nn.Module) -> nn.Module:
+    """Return the model, or an accelerated copy that shares parameters and buffers if that is untouched."""
+    if any(isinstance(each, (Attention, SwinAttention)) or accelerated_class(each) for each in model.modules()):
+        return model
+    shared: Iterator[Tensor] = (tensor for get in (model.parameters, model.buffers) for tensor in get())
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    return twin if accelerate(twin).replaced else model
+
+
+class _Maps:
+    """The :class:`.recording.Recorder` that computes the maps of the queries `query`."""
+
+    def __init__(self, query: Query, pixels: tuple[int, ...]) -> None:
+        self.query, self.pixels = query, pixels
+        self.maps: list[Tensor] = []
+        self.in_windows = False
+
+    def attention(self, q: Tensor, k: Tensor, **options: Any) -> None:
+        tokens = q.shape[1]
+        if tokens != k.shape[1]:
+            return  # a pooling layer
+        rows = None
+        if isinstance(self.query, tuple):
+            raise ValueError("query must be the index of a token, since the model has attention without windows")
+        if isinstance(self.query, Integral):
+            query = int(self.query)
             if not -tokens <= query < tokens:
                 raise ValueError(f"query must be one of the model's {tokens} tokens, got {query}")
-            q, lse = q[:, :, query, None], lse[:, :, query, None]
-        maps = torch.exp(q @ k.transpose(-1, -2) * attention.scale - lse[..., None])
-    return maps if query is None else maps[:, :, 0]
+            rows = slice(query % tokens, query % tokens + 1)
+        options["bias"] = _as_float32(options.get("bias"))
+        with torch.autocast(q.device.type, enabled=False):
+            weights, _, _ = reference.attention_weights(q.float(), k.float(), **options, rows=rows)
+        self.maps.append(weights if self.query is None else weights.mean(2))
+
+    def windows(self, qkv: Tensor, bias: Tensor, size: tuple[int, int], **options: Any) -> None:
+        self.in_windows = True
+        token = None
+        if isinstance(self.query, Integral):
+            raise ValueError('query must be a pixel (y, x), "mean" or None, since the model has windows')
+        if isinstance(self.query, tuple):
+            if not all(0 <= i < n for i, n in zip(self.query, self.pixels, strict=True)):
+                raise ValueError(f"query must be one of the image's {self.pixels} pixels, got {self.query}")
+            y, x = (i * n // pixels for i, n, pixels in zip(self.query, size, self.pixels, strict=True))
+            token = y, x
+        with torch.autocast(qkv.device.type, enabled=False):
+            logit_scale = _as_float32(options.pop("logit_scale", None))
+            weights, _ = reference.window_weights(qkv.float(), bias.float(), logit_scale=logit_scale, **options)
+        batch, height, width = qkv.shape[:3]
+        (h, w), shift = options["window"], options.get("shift", (0, 0))
+        weights = weights.view(batch, height // h, width // w, -1, h, w, h, w)
+        if self.query is None:
+            maps = _place_all(weights, shift)[:, :, : size[0], : size[1]]
+        else:
+            maps = _place_mean(weights, shift, size) if token is None else _place_one(weights, shift, token)
+        self.maps.append(maps[..., : size[0], : size[1]].contiguous())
+
+
+def _as_float32(x: Any) -> Any:
+    if isinstance(x, DecomposedBias):
+        return DecomposedBias(x.rel_h.float(), x.rel_w.float())
+    return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+# Weights of windows, (B, rows, columns, heads, h, w, h, w), at their places in the map; padding is included.
+
+
+def _place_one(weights: Tensor, shift: tuple[int, int], token: tuple[int, int]) -> Tensor:
+    """Return the map of one query, (B, heads, H, W)."""
+    batch, rows, columns, heads, h, w = weights.shape[:6]
+    (row, y), (column, x) = (
+        divmod((token[0] - shift[0]) % (rows * h), h),
+        divmod((token[1] - shift[1]) % (columns * w), w),
+    )
+    maps = weights.new_zeros(batch, heads, rows * h, columns * w)
+    maps[:, :, row * h : (row + 1) * h, column * w : (column + 1) * w] = weights[:, row, column, :, y, x]
+    return maps.roll(tuple(shift), (2, 3))
+
+
+def _place_mean(weights: Tensor, shift: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Return the mean over the queries that are not padding, (B, heads, H, W)."""
+    batch, rows, columns, heads, h, w = weights.shape[:6]
+    real = weights.new_zeros(rows * h, columns * w)
+    real[: size[0], : size[1]] = 1.0
+    real = real.roll((-shift[0], -shift[1]), (0, 1)).view(rows, h, columns, w)
+    maps = torch.einsum("brchyxij,rycx->bhricj", weights, real) / (size[0] * size[1])
+    return maps.reshape(batch, heads, rows * h, columns * w).roll(tuple(shift), (2, 3))
+
+
+def _place_all(weights: Tensor, shift: tuple[int, int]) -> Tensor:
+    """Return the maps of all queries, (B, heads, H, W, H, W)."""
+    batch, rows, columns, heads, h, w = weights.shape[:6]
+    maps = weights.new_zeros(batch, heads, rows, h, columns, w, rows, h, columns, w)
+    for row in range(rows):
+        for column in range(columns):
+            maps[:, :, row, :, column, :, row, :, column] = weights[:, row, column]
+    size = rows * h, columns * w
+    return maps.view(batch, heads, *size, *size).roll((*shift, *shift), (2, 3, 4, 5))

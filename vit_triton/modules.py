@@ -22,6 +22,7 @@ from vit_triton import functional as F
 from vit_triton.backend import MAX_NORM_WIDTH, check_backend_name, resolve_backend
 from vit_triton.checks import check_count, check_dense, check_probability, format_value, type_name
 from vit_triton.fallback import count_fallback
+from vit_triton.recording import active_recorder
 
 __all__ = ["Attention", "FeedForward", "LayerNorm", "Linear", "PatchEmbedding", "PatchRows", "Transformer"]
 
@@ -279,6 +280,9 @@ class Attention(nn.Module):
             out = cast(Tensor, attended)
         else:
             q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, heads, N, dim_head) each
+            recorder = active_recorder()
+            if recorder is not None:
+                recorder.attention(q.transpose(1, 2), k.transpose(1, 2), scale=self.scale)
             probabilities = self.attend(q @ k.transpose(-1, -2) * self.scale)
             if self.dropout is not None:
                 probabilities = self.dropout(probabilities)
@@ -409,8 +413,9 @@ class MlpParts(NamedTuple):
 
 
 def may_fuse_blocks() -> bool:
-    """Return whether blocks may run as one operator: neither gradients nor ``torch.compile`` require single ones."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    """Return whether blocks may run as one operator: neither gradients nor ``torch.compile`` require single ones, and
+    :func:`vit_triton.attention_maps` does not record them."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or active_recorder() is not None)
 
 
 class Transformer(nn.Module):
@@ -478,7 +483,7 @@ class Transformer(nn.Module):
         """Compute ``self(x)[:, :1]``; the last block omits the other tokens if its parts may be fused."""
         if not (len(self.layers) and is_fusable(self, Transformer) and is_fusable(self.norm, LayerNorm)):
             return self(x)[:, :1]
-        if block_parts(self.layers[-1]) is None:
+        if block_parts(self.layers[-1]) is None or active_recorder() is not None:
             return self(x)[:, :1]
         check_tokens(x)
         return self.norm(self._run(x, first_token=True))

@@ -618,11 +618,13 @@ def _block_weights(n_tensors: int) -> list[int]:
 
 
 @_register(
-    "encoder_fwd(Tensor x, Tensor?[] blocks, float[] eps, int heads, float scale, str activation, bool first_token) "
-    "-> Tensor",
+    "encoder_fwd(Tensor x, Tensor?[] blocks, float[] eps, Tensor? cos, Tensor? sin, int heads, float scale, "
+    "str activation, int rope_prefix, bool interleaved, bool first_token) -> Tensor",
     copies=lambda x, blocks, *_: [packing.panels(blocks[i]) for i in _block_weights(len(blocks))],
 )
-def _encoder_fwd(x, blocks, eps, heads, scale, activation, first_token, copies=None):
+def _encoder_fwd(
+    x, blocks, eps, cos, sin, heads, scale, activation, rope_prefix, interleaved, first_token, copies=None
+):
     from vit_triton.kernels.encoder import BlockPanels, encoder_fwd
 
     blocks = [_block(blocks[_BLOCK * i : _BLOCK * (i + 1)], eps[2 * i :]) for i in range(len(blocks) // _BLOCK)]
@@ -633,15 +635,18 @@ def _encoder_fwd(x, blocks, eps, heads, scale, activation, first_token, copies=N
         x,
         blocks,
         panels,
+        rope=None if cos is None else (cos, sin),
         heads=heads,
         scale=scale,
         activation=activation,
+        rope_prefix=rope_prefix,
+        interleaved=interleaved,
         first_token=first_token,
     )
 
 
 @_fake("encoder_fwd")
-def _encoder_fwd_fake(x, blocks, eps, heads, scale, activation, first_token):
+def _encoder_fwd_fake(x, blocks, eps, cos, sin, heads, scale, activation, rope_prefix, interleaved, first_token):
     return x.new_empty(x.shape[0], 1 if first_token else x.shape[1], x.shape[2])
 
 

@@ -32,35 +32,77 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    q, k = _head_norm(q, q_norm, norm_type), _head_norm(k, k_norm, norm_type)
-    if rope is not None:
-        q, k = (rotate(x, rope, rope_prefix, rope_layout) for x in (q, k))
     # explicit formula: on a CPU, scaled_dot_product_attention returns zeros for NaN queries below 16 rows
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scale = float(scale)  # PyTorch's operators do not support every number type
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    scores = q @ k.transpose(-1, -2) * scale
-    empty = None  # the rows without keys
-    if bias is not None or key_lengths is not None or causal is not False:
-        scores = _mask_scores(scores, bias, key_lengths, causal)
-        empty = (scores == -torch.inf).all(-1, keepdim=True)
-        scores = scores.masked_fill(empty, 0.0)
-    weights = scores.softmax(-1)
-    weights = weights if empty is None else weights.masked_fill(empty, 0.0).to(v.dtype)
-    out = (_dropout(weights, dropout_p) @ v).transpose(1, 2)
+    weights, scores, empty = attention_weights(
+        q,
+        k,
+        bias=bias,
+        key_lengths=key_lengths,
+        causal=causal,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        norm_type=norm_type,
+        rope=rope,
+        rope_prefix=rope_prefix,
+        rope_layout=rope_layout,
+        scale=scale,
+    )
+    weights = weights if empty is None else weights.to(v.dtype)
+    out = (_dropout(weights, dropout_p) @ v.transpose(1, 2)).transpose(1, 2)
     if not return_lse:
         return out
     lse = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
     return out, lse if empty is None else lse.masked_fill(empty.squeeze(-1), -torch.inf)
 
 
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    bias: Tensor | DecomposedBias | None = None,
+    key_lengths: Tensor | None = None,
+    causal: bool | str = False,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+    norm_type: str = "layer_norm",
+    rope: Rope | None = None,
+    rope_prefix: int = 0,
+    rope_layout: str = "half",
+    scale: float | None = None,
+    rows: slice | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Compute weights and scores (B, H, N_q, N_k), and mark rows without keys; or only of the queries ``rows``."""
+    q, k = _head_norm(q, q_norm, norm_type), _head_norm(k, k_norm, norm_type)
+    if rope is not None:
+        q, k = (rotate(x, rope, rope_prefix, rope_layout) for x in (q, k))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(scale)  # PyTorch's operators do not support every number type
+    n_q = q.shape[1]
+    q, k = (q if rows is None else q[:, rows]).transpose(1, 2), k.transpose(1, 2)
+    scores = q @ k.transpose(-1, -2) * scale
+    empty = None
+    if bias is not None or key_lengths is not None or causal is not False:
+        scores = _mask_scores(scores, bias, key_lengths, causal, rows, n_q)
+        empty = (scores == -torch.inf).all(-1, keepdim=True)
+        scores = scores.masked_fill(empty, 0.0)
+    weights = scores.softmax(-1)
+    return weights if empty is None else weights.masked_fill(empty, 0.0), scores, empty
+
+
 def _mask_scores(
-    scores: Tensor, bias: Tensor | DecomposedBias | None, key_lengths: Tensor | None, causal: bool | str
+    scores: Tensor,
+    bias: Tensor | DecomposedBias | None,
+    key_lengths: Tensor | None,
+    causal: bool | str,
+    rows: slice | None,
+    n_q: int,
 ) -> Tensor:
-    """Add the bias to scores (B, H, N_q, N_k), in the wider dtype, and set those of excluded keys to -inf."""
-    n_q, n_k = scores.shape[-2:]
+    """Add the bias to scores (B, H, rows, N_k), in the wider dtype, and set those of excluded keys to -inf."""
+    n_k = scores.shape[-1]
     if isinstance(bias, DecomposedBias):
         bias = (bias.rel_h.unsqueeze(-1) + bias.rel_w.unsqueeze(-2)).flatten(-2)
+    if rows is not None and bias is not None and bias.ndim > 1 and bias.shape[-2] > 1:
+        bias = bias[..., rows, :]
     if bias is not None and bias.dtype == torch.bool:
         scores = scores.masked_fill(~bias, -torch.inf)
     elif bias is not None:
@@ -71,7 +113,7 @@ def _mask_scores(
     if causal is not False:
         offset = n_k - n_q if causal == "bottom_right" else 0
         allowed = torch.ones(n_q, n_k, dtype=torch.bool, device=scores.device).tril(offset)
-        scores = scores.masked_fill(~allowed, -torch.inf)
+        scores = scores.masked_fill(~(allowed if rows is None else allowed[rows]), -torch.inf)
     return scores
 
 
@@ -236,9 +278,13 @@ def encoder(
     heads: int,
     scale: float | None = None,
     activation: str = "gelu",
+    rope: Rope | None = None,
+    rope_prefix: int = 0,
+    rope_layout: str = "half",
     first_token: bool = False,
 ) -> Tensor:
-    return encoder_of((linear, attention, mlp), x, blocks, heads, scale, activation, first_token)
+    positions: dict[str, Any] = dict(rope=rope, rope_prefix=rope_prefix, rope_layout=rope_layout)
+    return encoder_of((linear, attention, mlp), x, blocks, heads, scale, activation, positions, first_token)
 
 
 def encoder_of(
@@ -248,6 +294,7 @@ def encoder_of(
     heads: int,
     scale: float | None,
     activation: str,
+    positions: dict[str, Any],
     first_token: bool,
 ) -> Tensor:
     """Compute an encoder from the functions linear, attention and mlp."""
@@ -257,7 +304,7 @@ def encoder_of(
         q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
         if first_token and i == len(blocks) - 1:
             q, x = q[:, :1], x[:, :1]
-        out = attention(q, k, v, scale=scale).flatten(2)
+        out = attention(q, k, v, scale=scale, **positions).flatten(2)
         x = linear(out, block.out_weight, block.out_bias, residual=x, layer_scale=block.layer_scale1)
         weights = block.w1, block.b1, block.w2, block.b2
         x = mlp(x, *weights, norm=block.norm2, activation=activation, residual=x, layer_scale=block.layer_scale2)
@@ -326,6 +373,29 @@ def window_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
+    weights, v = window_weights(
+        qkv, bias, window=window, shift=shift, mask_value=mask_value, logit_scale=logit_scale, scale=scale
+    )
+    batch, height, width, _, heads, head_dim = qkv.shape
+    out = _dropout(weights, dropout_p).to(v.dtype) @ v
+    out = out.view(batch, height // window[0], width // window[1], heads, *window, head_dim).permute(
+        0, 1, 4, 2, 5, 3, 6
+    )
+    out = out.reshape(batch, height, width, heads, head_dim)
+    return out.roll(tuple(shift), (1, 2)) if any(shift) else out
+
+
+def window_weights(
+    qkv: Tensor,
+    bias: Tensor | None,
+    *,
+    window: tuple[int, int],
+    shift: tuple[int, int] = (0, 0),
+    mask_value: float = -100.0,
+    logit_scale: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute weights (B * windows, heads, N, N) of the windows of the rolled map, and v."""
     batch, height, width, _, heads, head_dim = qkv.shape
     rows, columns = height // window[0], width // window[1]
     n_tokens = window[0] * window[1]
@@ -350,10 +420,7 @@ def window_attention(
         other = codes.unsqueeze(-1) != codes.unsqueeze(-2)  # (windows of an image, 1, N, N)
         mask = torch.zeros(other.shape, dtype=scores.dtype, device=qkv.device).masked_fill(other, float(mask_value))
         scores = (scores.view(batch, -1, *scores.shape[1:]) + mask).view(scores.shape)
-    out = _dropout(scores.softmax(-1), dropout_p).to(v.dtype) @ v
-    out = out.view(batch, rows, columns, heads, *window, head_dim).permute(0, 1, 4, 2, 5, 3, 6)
-    out = out.reshape(batch, height, width, heads, head_dim)
-    return out.roll(tuple(shift), (1, 2)) if any(shift) else out
+    return scores.softmax(-1), v
 
 
 def relative_position_bias(table: Tensor, window: tuple[int, int], *, prefix_tokens: int = 0) -> Tensor:

@@ -1,4 +1,5 @@
-"""``vit-triton attention``: the class token's attention per head (Caron et al. 2021, arXiv:2104.14294, figure 1)."""
+"""``vit-triton attention``: the class token's attention per head (Caron et al. 2021, arXiv:2104.14294, figure 1), or
+the mean attention of all tokens."""
 
 from __future__ import annotations
 

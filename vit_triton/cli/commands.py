@@ -26,7 +26,9 @@ COMMANDS = {
         "write the principal components of the patch features as a picture, and the features as .npz",
     ),
     "attention": Command(
-        "attention", options.attention, "draw the class token's attention over each image, one map per head"
+        "attention",
+        options.attention,
+        "draw attention over each image, one map per head: that of the class token, or the mean of all tokens",
     ),
     "train": Command(
         "training",

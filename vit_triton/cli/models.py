@@ -1,7 +1,8 @@
 """Models selected by the option ``--model``, and the image preprocessing of each.
 
-``RUN`` is a folder that ``vit-triton train`` wrote. ``timm:NAME`` is a ``VisionTransformer`` of timm. ``hf:NAME`` is a
-model of Hugging Face transformers: its name on the Hub, or a local folder with its ``config.json``.
+``RUN`` is a folder that ``vit-triton train`` wrote. ``timm:NAME`` is a ``VisionTransformer``, ``Eva`` or Swin
+Transformer of timm. ``hf:NAME`` is a model of Hugging Face transformers: its name on the Hub, or a local folder with
+its ``config.json``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 import json
 import socket
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -34,7 +35,9 @@ from vit_triton.weights import WeightsError, load_weights
 BATCH = 8  # images per forward pass
 # Classification heads in the naming of each library. Their weights are optional for features and attention.
 HEADS = ("head.*", "heads.*", "head_dist.*", "mlp_head.*", "*classifier.*", "*pooler.*", "pre_logits/*")
-HUGGING_FACE = ("vit", "deit", "dinov2", "dinov2_with_registers")  # the class token comes first, the patches last
+# the class token comes first, the patches last; Swin has only patches
+HUGGING_FACE = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "swin")
+TIMM = ("VisionTransformer", "Eva", "SwinTransformer", "SwinTransformerV2")
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,22 @@ class Preprocessing:
 
 
 class InferenceModel:
-    """A model in eval mode on its device. Its methods accept images (B, C, H, W) of :meth:`Preprocessing.to_tensor`."""
+    """A model in eval mode on its device. Its methods accept images (B, C, H, W) of :meth:`Preprocessing.to_tensor`.
+
+    Args:
+        patch: side of an output token, in pixels.
+    """
 
     def __init__(
         self, model: nn.Module, preprocessing: Preprocessing, patch: int, classes: tuple[str, ...], device: str
     ) -> None:
         self.model, self.preprocessing, self.patch, self.classes = model, preprocessing, patch, classes
         self.device = device
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the first token is a class token."""
+        raise NotImplementedError
 
     def grid(self, tokens: Tensor) -> Tensor:
         """Drop the prefix tokens: (..., prefix tokens + rows * columns, dim) -> (..., rows, columns, dim)."""
@@ -84,8 +96,15 @@ class InferenceModel:
         raise NotImplementedError
 
     def attention(self, images: Tensor, layer: int) -> Tensor:
-        """Return the attention of the class token to the patches, (B, heads, rows, columns)."""
-        raise NotImplementedError
+        """Return the attention of the class token to the patches, (B, heads, rows, columns); without a class token, the
+        mean attention of all tokens."""
+        maps = self.attention_maps(images, 0 if self.class_token else "mean")
+        if isinstance(maps, list):
+            return maps[_layer(layer, len(maps))]
+        return self.grid(maps[:, _layer(layer, maps.shape[1])].unsqueeze(-1))[..., 0]
+
+    def attention_maps(self, images: Tensor, query: int | str) -> Tensor | list[Tensor]:
+        return attention_maps(self.model, images, query=query)
 
     def batches(
         self, paths: list[Path], refused: dict[Path, ImageError]
@@ -114,44 +133,32 @@ class TrainedModel(InferenceModel):
         model: Any = self.model
         return self.grid(model.transformer(model.embed(images)))
 
-    def attention(self, images: Tensor, layer: int) -> Tensor:
+    @property
+    def class_token(self) -> bool:
         model: Any = self.model
-        if model.pool != "cls":
-            raise ValueError(f"--model: attention requires a class token; this {type(model).__name__} has none")
-        maps = attention_maps(model, images, query=0)
-        return self.grid(maps[:, _layer(layer, maps.shape[1])].unsqueeze(-1))[..., 0]
+        return bool(model.pool == "cls")
 
 
 class TimmModel(InferenceModel):
-    """A VisionTransformer of timm."""
+    """A Transformer of timm."""
 
     def features(self, images: Tensor) -> Tensor:
         model: Any = self.model
-        return self.grid(model.forward_features(images))
+        features = model.forward_features(images)
+        return features if features.ndim == 4 else self.grid(features)  # Swin computes a map
 
-    def attention(self, images: Tensor, layer: int) -> Tensor:
-        model: Any = self.model
-        if not model.has_class_token:
-            raise ValueError("--model: attention requires a class token; this model has none")
-        attention = model.blocks[_layer(layer, len(model.blocks))].attn
-        attention.fused_attn = False  # fused attention does not materialize the map
-        maps: list[Tensor] = []
-        hook = attention.attn_drop.register_forward_pre_hook(lambda module, inputs: maps.append(inputs[0]))
-        try:
-            model.forward_features(images)
-        finally:
-            hook.remove()
-        return self.grid(maps[0][:, :, 0].unsqueeze(-1))[..., 0]
+    @property
+    def class_token(self) -> bool:
+        return getattr(self.model, "cls_token", None) is not None
 
 
 class HuggingFaceModel(InferenceModel):
-    """A ViT, DeiT or DINOv2 of transformers."""
+    """A model of transformers."""
 
-    def _run(self, images: Tensor, **options: Any) -> Any:
+    def _run(self, images: Tensor) -> Any:
         model: Any = self.model
-        if self.preprocessing.size != model.config.image_size:
-            options["interpolate_pos_encoding"] = True
-        return model(images, **options)
+        resized = self.preprocessing.size != model.config.image_size and model.config.model_type != "dinov3_vit"
+        return model(images, **({"interpolate_pos_encoding": True} if resized else {}))
 
     def logits(self, images: Tensor) -> Tensor:
         return self._run(images).logits
@@ -159,9 +166,24 @@ class HuggingFaceModel(InferenceModel):
     def features(self, images: Tensor) -> Tensor:
         return self.grid(self._run(images).last_hidden_state)
 
-    def attention(self, images: Tensor, layer: int) -> Tensor:
-        maps = self._run(images, output_attentions=True).attentions
-        return self.grid(maps[_layer(layer, len(maps))][:, :, 0].unsqueeze(-1))[..., 0]
+    @property
+    def class_token(self) -> bool:
+        model: Any = self.model
+        return bool(model.config.model_type != "swin")
+
+    def attention_maps(self, images: Tensor, query: int | str) -> Tensor | list[Tensor]:
+        return attention_maps(_Call(self._run, self.model), images, query=query)
+
+
+class _Call(nn.Module):
+    """Calls a function that runs the model."""
+
+    def __init__(self, run: Callable[[Tensor], Any], model: nn.Module) -> None:
+        super().__init__()
+        self.run, self.model = run, model
+
+    def forward(self, images: Tensor) -> Any:
+        return self.run(images)
 
 
 def _layer(layer: int, layers: int) -> int:
@@ -230,11 +252,11 @@ def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> 
     try:
         with torch.device("meta"):
             model = timm.create_model(name, **size)
-        if not isinstance(model, timm.models.VisionTransformer):
+        if not any(cls.__name__ in TIMM for cls in type(model).__mro__):
             raise TypeError
     except TypeError:  # also raised by models that do not accept img_size
-        raise ValueError(f"--model: expected a VisionTransformer of timm, got {name}") from None
-    data_config, patch = timm.data.resolve_model_data_config(model), model.patch_embed.patch_size[0]
+        raise ValueError(f"--model: expected one of {', '.join(TIMM)} of timm, got {name}") from None
+    data_config, patch = timm.data.resolve_model_data_config(model), model.feature_info[-1]["reduction"]
     side = options.image_size or data_config["input_size"][-1]
     resample = getattr(Image.Resampling, data_config["interpolation"].upper())
     crop_pct = side / int(side / data_config["crop_pct"])  # timm's transforms truncate the resized side
@@ -261,8 +283,6 @@ def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> 
 def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: str) -> InferenceModel:
     transformers = _package("transformers")
     auto = transformers.AutoModelForImageClassification if purpose == "logits" else transformers.AutoModel
-    # the other implementations of attention do not materialize the map
-    attention_options = {"attn_implementation": "eager"} if purpose == "attention" else {}
     try:
         _set_offline_mode()
         config = transformers.AutoConfig.from_pretrained(name)
@@ -271,15 +291,16 @@ def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: 
         # read its settings only: creating the processor can require further packages
         processor_config, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
         preprocessing = _hugging_face_preprocessing(processor_config, options.image_size, config.image_size)
-        _check_size(preprocessing, config.patch_size)
+        patch = config.patch_size * 2 ** (len(getattr(config, "depths", "1")) - 1)  # Swin merges 2 x 2 patches
+        _check_size(preprocessing, patch)
         if options.weights is None:
-            model, loaded = auto.from_pretrained(name, output_loading_info=True, **attention_options)
+            model, loaded = auto.from_pretrained(name, output_loading_info=True)
             optional = _ignored(options, purpose)
             missing = [part for part in loaded["missing_keys"] if not any(fnmatchcase(part, p) for p in optional)]
             if missing:  # transformers initializes it randomly
                 raise ValueError(f"--model: {options.model} has no weights for {', '.join(sorted(missing)[:3])}")
         else:
-            model = auto.from_config(config, **attention_options)
+            model = auto.from_config(config)
     except (OSError, json.JSONDecodeError) as error:
         files = "config.json and preprocessor_config.json"
         if options.weights is None:
@@ -298,7 +319,7 @@ def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: 
     if purpose == "logits":
         labels = tuple(config.id2label[i] for i in range(config.num_labels))
         classes = _classes(len(labels)) if labels[0] == "LABEL_0" else labels
-    return HuggingFaceModel(model, preprocessing, config.patch_size, classes, device)
+    return HuggingFaceModel(model, preprocessing, patch, classes, device)
 
 
 def _hugging_face_preprocessing(processor_config: dict[str, Any], size: int | None, default: int) -> Preprocessing:

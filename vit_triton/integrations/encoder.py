@@ -25,7 +25,14 @@ from vit_triton import functional as F
 from vit_triton.autocast import is_autocast_enabled
 from vit_triton.backend import resolve_backend
 from vit_triton.checks import MAX_ROWS
-from vit_triton.integrations.parts import AttentionInput, BlockParts, check_tokens, compute_block
+from vit_triton.integrations.parts import (
+    AttentionInput,
+    BlockParts,
+    check_tokens,
+    compute_block,
+    compute_rotary_block,
+    rotary_options,
+)
 from vit_triton.integrations.recipes import (
     Container,
     Recipe,
@@ -69,11 +76,16 @@ class Options(NamedTuple):
     heads: int
     scale: float
     activation: str
+    rope_prefix: int = 0
+    rope_layout: str = "half"
 
 
 class Step(NamedTuple):
+    """A block and its arguments. Blocks that are called with the same arguments have the same `rope`."""
+
     block: F.Block
     options: Options
+    rope: F.Rope | None = None
 
     def continues(self, before: Step) -> bool:
         """Return whether one call may compute `before` and this block."""
@@ -95,13 +107,17 @@ def fuses(x: Any, backend: str | None) -> bool:
 def is_plain(parts: BlockParts) -> bool:
     """Return whether :func:`vit_triton.functional.encoder` supports blocks of this kind."""
     attention = parts.attention
-    required = attention.norm, attention.out_weight, parts.mlp.norm
     unsupported = attention.q_norm, attention.k_norm, attention.out_norm, parts.mlp.inner_norm
-    return all(part is not None for part in required) and all(part is None for part in unsupported)
+    normed = isinstance(attention.norm, tuple) and isinstance(parts.mlp.norm, tuple)
+    return normed and attention.out_weight is not None and all(part is None for part in unsupported)
 
 
-def step_of(x: Tensor, parts: BlockParts) -> Step | None:
-    """Return a block as an argument of :func:`vit_triton.functional.encoder`, or None if that does not support it."""
+def step_of(x: Tensor, parts: BlockParts, rope: F.Rope | None = None) -> Step | None:
+    """Return a block as an argument of :func:`vit_triton.functional.encoder`, or None if that does not support it.
+
+    Raises:
+        UnsupportedModule: `rope` does not fit.
+    """
     attention, mlp, branch1, branch2 = parts
     if not is_plain(parts) or x.shape[0] * x.shape[1] * attention.heads > MAX_ROWS:
         return None
@@ -125,12 +141,17 @@ def step_of(x: Tensor, parts: BlockParts) -> Step | None:
     for tensor in block:
         if isinstance(tensor, Tensor) and (tensor.dtype != x.dtype or tensor.device != x.device or is_sharded(tensor)):
             return None
-    return Step(block, Options(attention.heads, attention.scale, mlp.activation))
+    options = Options(attention.heads, attention.scale, mlp.activation)
+    if rope is not None:
+        positions = rotary_options(x, attention, rope)
+        options = options._replace(rope_prefix=positions["rope_prefix"], rope_layout=positions["rope_layout"])
+    return Step(block, options, rope)
 
 
 def encode(x: Tensor, steps: list[Step], first_token: bool) -> Tensor:
-    blocks = [step.block for step in steps]
-    return F.encoder(x, blocks, **steps[0].options._asdict(), first_token=first_token, backend="triton")
+    blocks, rope = [step.block for step in steps], steps[0].rope
+    first_token = first_token and rope is None
+    return F.encoder(x, blocks, **steps[0].options._asdict(), rope=rope, first_token=first_token, backend="triton")
 
 
 def run_parts(x: Tensor, blocks: list[BlockParts], backend: str | None, first_token: bool) -> Tensor:
@@ -177,7 +198,7 @@ def block_recipe(module: nn.Module) -> Recipe | None:
     """Return the recipe of an accelerated block, or None for other modules."""
     cls = accelerated_class(module)
     recipe = None if cls is None else recipe_for(cls._replaced)
-    return recipe if recipe is not None and recipe.compute is compute_block else None
+    return recipe if recipe is not None and recipe.compute in (compute_block, compute_rotary_block) else None
 
 
 def read_step(
@@ -197,9 +218,9 @@ def read_step(
         return None
     try:
         given = recipe.find_input((x, *args), kwargs)
-        if isinstance(given, AttentionInput) and (given.rope is not None or given.mask is not None):
+        if isinstance(given, AttentionInput) and given.mask is not None:
             return None
-        return step_of(x, recipe.read(module))
+        return step_of(x, recipe.read(module), given.rope if isinstance(given, AttentionInput) else None)
     except UnsupportedModule:
         return None
 
@@ -224,13 +245,18 @@ def run_sequence(
 SEQUENCE = Container("one operator in inference", has_blocks, run_sequence)
 
 
-def iterating(name: str, unless: Callable[[Any], bool] | None = None) -> Container:
+def iterating(
+    name: str,
+    unless: Callable[[Any], bool] | None = None,
+    supports: Callable[[Any], bool] = lambda module: True,
+) -> Container:
     """Return the container for a class whose ``forward`` iterates over the ModuleList called `name`.
 
     During ``forward``, the first access to the attribute gives a list of one function that runs all blocks.
 
     Args:
         unless: see :func:`.recipes.has_hooks`.
+        supports: module -> whether its ``forward`` calls all blocks with the same arguments.
     """
 
     def blocks(self: Any) -> Any:
@@ -244,12 +270,13 @@ def iterating(name: str, unless: Callable[[Any], bool] | None = None) -> Contain
         return [functools.partial(run_modules, modules, reads_class_token(self), self._replaced_backend, unless)]
 
     def run(original: Callable[..., Any], module: Any, backend: str | None, args: Any, kwargs: Any) -> Any:
-        with _set(_iterating_over, module):
+        with _set(_iterating_over, module if supports(module) else None):
             return original(*args, **kwargs)
 
-    return Container(
-        SEQUENCE.detail, lambda module: has_blocks(module._modules.get(name)), run, {name: property(blocks)}
-    )
+    def holds(module: Any) -> bool:
+        return supports(module) and has_blocks(module._modules.get(name))
+
+    return Container(SEQUENCE.detail, holds, run, {name: property(blocks)})
 
 
 def reading_class_token(find: Callable[[Any], nn.Module]) -> Container:

@@ -34,6 +34,7 @@ from vit_triton.integrations.report import Entry, Report
 from vit_triton.modules import may_fuse_blocks
 from vit_triton.packing import raise_if_prepacked, without_mark
 from vit_triton.portable import is_portable
+from vit_triton.recording import Recorder, active_recorder
 
 __all__ = ["accelerate", "restore"]
 
@@ -72,9 +73,23 @@ def _accelerated(cls: Any, recipe: Recipe, backend: str | None, strict: bool) ->
         except UnsupportedModule as reason:
             if strict or not torch.compiler.is_compiling():
                 _record_fallback(self, reason, strict)
+            recorder = active_recorder() if "attention" in recipe.needs else None
+            if recorder is not None:
+                return _call_recorded(recorder, functools.partial(cls.forward, self, *args, **kwargs), self, reason)
         return cls.forward(self, *args, **kwargs)
 
     return _subclass(cls, forward, backend, (_unpickle, (backend, strict)))
+
+
+def _call_recorded(recorder: Recorder, forward: Callable[[], Any], module: nn.Module, reason: UnsupportedModule) -> Any:
+    """Call the original ``forward``; raise ValueError if the recorder of attention_maps did not receive its attention,
+    since the maps would lack a layer."""
+    before = len(recorder.maps)
+    result = forward()
+    if len(recorder.maps) == before:
+        name = _module_names.get(module) or type(module).__name__
+        raise ValueError(f"attention_maps does not see the attention of {name}, which runs on its library: {reason}")
+    return result
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_triton import functional as F
-from vit_triton.integrations.encoder import reading_class_token
+from vit_triton.integrations.encoder import iterating, reading_class_token
 from vit_triton.integrations.parts import (
     AttentionInput,
     AttentionParts,
@@ -66,6 +66,7 @@ class Classes(NamedTuple):
     Block: Any
     AttentionRope: Any
     DropPath: Any
+    Eva: Any
     EvaAttention: Any
     EvaBlock: Any
     EvaBlockPostNorm: Any
@@ -119,6 +120,7 @@ def register_all() -> None:
     register(_classes.LayerNorm, LAYER_NORM)
     register_container(_classes.VisionTransformer, reading_class_token(class_token_blocks), *METHODS)
     register_naflex()
+    register_container(_classes.Eva, iterating("blocks", supports=shares_positions), "forward_features")
 
 
 # --- parts -------------------------------------------------------------------------------------------------
@@ -420,6 +422,15 @@ def class_token_blocks(model: Any) -> nn.Module:
         raise UnsupportedModule("the head reads other tokens")
     norm_or_none(model, "norm")
     return submodule(model, "blocks", nn.Sequential)
+
+
+def shares_positions(model: Any) -> bool:
+    """Return whether all blocks of an Eva model receive the same rotary positions."""
+    try:
+        check_methods(model, _classes.Eva, "forward_features")
+    except UnsupportedModule:
+        return False
+    return not getattr(model, "rope_mixed", False)
 
 
 class PoolParts(NamedTuple):

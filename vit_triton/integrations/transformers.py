@@ -176,7 +176,8 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 # Implementations that compute the same attention. Only "eager" returns the attention weights.
 IMPLEMENTATIONS = ("eager", "sdpa", "vit_triton", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
-IRRELEVANT = ("output_hidden_states", "num_items_in_batch", "return_dict")  # layers only pass these on
+# layers only pass these on
+IRRELEVANT = ("interpolate_pos_encoding", "output_hidden_states", "num_items_in_batch", "return_dict")
 
 
 def register_all() -> None:

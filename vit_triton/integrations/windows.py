@@ -22,6 +22,7 @@ from vit_triton.integrations.parts import (
     linear_of,
 )
 from vit_triton.integrations.recipes import UnsupportedModule
+from vit_triton.windows import attend_windows, fit_windows, pad_map
 
 __all__ = [
     "MergingParts",
@@ -108,7 +109,7 @@ def normalize(x: Tensor, norm: F.Norm, backend: str | None) -> Tensor:
     return cast(Tensor, F.layer_norm(x, weight, bias, eps=eps, backend=backend))
 
 
-def attend_windows(
+def attend(
     x: Tensor,
     parts: WindowParts,
     norm: F.Norm | None,
@@ -119,22 +120,16 @@ def attend_windows(
     check_input(x, parts.qkv_weight, parts.out_weight)
     height, width = x.shape[1:3]
     check_rows(x.shape[0] * height * width * parts.heads)
-    pads = -height % parts.window[0], -width % parts.window[1]
-    shift = parts.shift
-    if parts.drops_shift:
-        sides = height + pads[0], width + pads[1]
-        y, x_ = (0 if side <= n else s for side, n, s in zip(sides, parts.window, shift, strict=True))
-        shift = y, x_
+    pads, shift = fit_windows((height, width), parts.window, parts.shift, drops_shift=parts.drops_shift)
     if any(pads):
         if parts.rolls_first and any(shift):
             raise UnsupportedModule("padding of shifted windows")
-        # behind the norm, because padded tokens take part as zeros
-        x = x if norm is None else normalize(x, norm, backend)
-        x, norm = torch_F.pad(x, (0, 0, 0, pads[1], 0, pads[0])), None
-    qkv = F.linear(x, parts.qkv_weight, parts.qkv_bias, norm=norm, backend=backend)
-    out = F.window_attention(
-        qkv.unflatten(-1, (3, parts.heads, -1)),
-        F.relative_position_bias(parts.table, parts.window, backend=backend),
+        x, norm = pad_map(x if norm is None else normalize(x, norm, backend), pads), None
+    out = attend_windows(
+        F.linear(x, parts.qkv_weight, parts.qkv_bias, norm=norm, backend=backend),
+        parts.table,
+        (height, width),
+        heads=parts.heads,
         window=parts.window,
         shift=shift,
         logit_scale=parts.logit_scale,
@@ -142,7 +137,7 @@ def attend_windows(
         backend=backend,
     )
     return F.linear(
-        out[:, :height, :width].flatten(-2),
+        out,
         parts.out_weight,
         parts.out_bias,
         dropout_p=parts.out_dropout_p,
@@ -155,11 +150,11 @@ def compute_window_block(x: Tensor, parts: WindowBlockParts, backend: str | None
     check_map(x)
     (norm1, norm2), (drop1, drop2) = parts.norms, parts.drop_path_p
     if not parts.post_norm:
-        x = attend_windows(x, parts.attention, norm1, backend, Branch(x, None, drop1))
+        x = attend(x, parts.attention, norm1, backend, Branch(x, None, drop1))
         return feed_forward(x, parts.mlp._replace(norm=norm2), backend, Branch(x, None, drop2))
     assert parts.drop_paths is not None
     drop_path1, drop_path2 = parts.drop_paths
-    x = x + drop_path1(normalize(attend_windows(x, parts.attention, None, backend), norm1, backend))
+    x = x + drop_path1(normalize(attend(x, parts.attention, None, backend), norm1, backend))
     return cast(Tensor, x + drop_path2(normalize(feed_forward(x, parts.mlp, backend), norm2, backend)))
 
 

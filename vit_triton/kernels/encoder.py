@@ -2,7 +2,7 @@
 
     x = x + attention(norm(x)),   x = x + mlp(norm(x))            (pre-norm; Xiong et al. 2020, arXiv:2002.04745)
 
-Each branch is multiplied by its LayerScale, if any.
+Each branch is multiplied by its LayerScale, if any. All blocks have the same rotary positions, if any.
 
 The kernels are those of :mod:`.attention` and :mod:`.linear`. One operator for all blocks passes PyTorch's dispatcher
 once instead of four times per block, and on a CPU the launches are recorded together.
@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from vit_triton.arguments import Block, Branch
+from vit_triton.arguments import Block, Branch, Rope
 from vit_triton.kernels.attention.forward import attention_fwd
+from vit_triton.kernels.attention.rotary import rotary_fwd_into
 from vit_triton.kernels.linear.mlp import mlp_fwd, norm_linear_fwd
 
 
@@ -31,13 +32,17 @@ def encoder_fwd(
     blocks: list[Block],
     panels: list[BlockPanels],
     *,
+    rope: Rope | None,
     heads: int,
     scale: float,
     activation: str,
+    rope_prefix: int,
+    interleaved: bool,
     first_token: bool,
 ) -> torch.Tensor:
     """Tokens (B, N, D) -> (B, N, D) after the last block. ``first_token``: -> (B, 1, D); the last block computes only
-    keys and values of the other tokens."""
+    keys and values of the other tokens. ``rope``: cos and sin, see :func:`.rotary.rotary_fwd_into`; excludes
+    ``first_token``."""
     batch, length, dim = x.shape
     if not blocks:  # a copy, because results of an operator must not alias its arguments
         return (x[:, :1] if first_token else x).clone(memory_format=torch.contiguous_format)
@@ -55,6 +60,13 @@ def encoder_fwd(
         else:
             qkv = _project(rows, block, packed.qkv, slice(0, 3 * inner))
             q, k, v = qkv.view(batch, length, 3, heads, head_dim).unbind(2)
+            if rope is not None:
+                outs = q.new_empty(q.shape), k.new_empty(k.shape), None
+                rotary_fwd_into(
+                    *(outs, (q, k, None), None, None, *rope), rms=False, prefix=rope_prefix, interleaved=interleaved
+                )
+                q, k, _ = outs
+                del outs
             del qkv
         out, *_ = attention_fwd(q, k, v, scale=scale, save=False)
         rows, _, _ = norm_linear_fwd(

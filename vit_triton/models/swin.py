@@ -27,6 +27,7 @@ from vit_triton.modules import (
     consists_of_fusable,
     is_fusable,
 )
+from vit_triton.windows import attend_windows, fit_windows, pad_map
 
 __all__ = ["SwinTransformer"]
 
@@ -229,23 +230,21 @@ class SwinAttention(nn.Module):
     ) -> Tensor:
         """Compute (B, H, W, dim) -> (B, H, W, dim) of norm(x), plus `residual`."""
         height, width = x.shape[1:3]
-        pad_h, pad_w = -height % self.window[0], -width % self.window[1]
-        if pad_h or pad_w:  # behind the norm: padding takes part as zeros
-            x, norm = torch_F.pad(x if norm is None else norm(x), (0, 0, 0, pad_w, 0, pad_h)), None
-        # a window that covers the map is not shifted
-        covers = height + pad_h <= self.window[0], width + pad_w <= self.window[1]
-        shift = 0 if covers[0] else self.shift[0], 0 if covers[1] else self.shift[1]
+        pads, shift = fit_windows((height, width), self.window, self.shift)
+        if any(pads):
+            x, norm = pad_map(x if norm is None else norm(x), pads), None
         table, logit_scale = self.bias_table()
-        out = F.window_attention(
-            self.project_qkv(x, norm).unflatten(-1, (3, self.heads, -1)),
-            F.relative_position_bias(table, self.window, backend=self.backend),
+        out = attend_windows(
+            self.project_qkv(x, norm),
+            table,
+            (height, width),
+            heads=self.heads,
             window=self.window,
             shift=shift,
             logit_scale=logit_scale,
             dropout_p=self.attention_dropout if self.training else 0.0,
             backend=self.backend,
         )
-        out = out[:, :height, :width].flatten(-2)
         dropout_p = self.dropout if self.training else 0.0
         if is_fusable(self.proj, Linear):
             return F.linear(

@@ -19,7 +19,7 @@ from vit_triton.kernels.attention.config import (
 from vit_triton.kernels.attention.gradient import load_statistics, score_gradient, scores_and_dp
 from vit_triton.kernels.attention.masking import (
     Sequences,
-    head_biases,
+    head_bias,
     keys_of_rows,
     limit_keys,
     mask_arguments,
@@ -119,11 +119,10 @@ def attention_bwd_dq_kernel(
     do_rows = head_rows(do_ptr, (stride_dob, stride_don, stride_doh, stride_dod), batch, head, HEAD_ALIGN)
     dq_rows = head_rows(dq_ptr, (stride_dqb, stride_dqn, stride_dqh, 1), batch, head, HEAD_ALIGN)
     dropout = (tl.load(seed_ptr), off_bh, dropout_p, keep_scale) if DROPOUT else None
-    bias, rel = head_biases(
-        bias_ptr, (stride_biasb, stride_biash, stride_biasm, stride_biasn),
-        rel_h_ptr, (stride_rel_hb, stride_rel_hh, stride_rel_hm, stride_rel_hn),
-        rel_w_ptr, (stride_rel_wb, stride_rel_wh, stride_rel_wm, stride_rel_wn), rel_width, batch, head,
-    )  # fmt: skip
+    bias = head_bias(bias_ptr, (stride_biasb, stride_biash, stride_biasm, stride_biasn), batch, head)
+    rel_h = head_bias(rel_h_ptr, (stride_rel_hb, stride_rel_hh, stride_rel_hm, stride_rel_hn), batch, head)
+    rel_w = head_bias(rel_w_ptr, (stride_rel_wb, stride_rel_wh, stride_rel_wm, stride_rel_wn), batch, head)
+    rel = () if rel_h_ptr is None else rel_h + rel_w + (rel_width,)
     mask = None if bias_ptr is None and rel_h_ptr is None else (bias, rel, ())
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -257,11 +256,10 @@ def attention_bwd_dkdv_kernel(
         log2_sum_ptr += first_lse
     delta_ptr += first_lse
     dropout = (tl.load(seed_ptr), off_bh, dropout_p, keep_scale) if DROPOUT else None
-    bias, rel = head_biases(
-        bias_ptr, (stride_biasb, stride_biash, stride_biasm, stride_biasn),
-        rel_h_ptr, (stride_rel_hb, stride_rel_hh, stride_rel_hm, stride_rel_hn),
-        rel_w_ptr, (stride_rel_wb, stride_rel_wh, stride_rel_wm, stride_rel_wn), rel_width, batch, head,
-    )  # fmt: skip
+    bias = head_bias(bias_ptr, (stride_biasb, stride_biash, stride_biasm, stride_biasn), batch, head)
+    rel_h = head_bias(rel_h_ptr, (stride_rel_hb, stride_rel_hh, stride_rel_hm, stride_rel_hn), batch, head)
+    rel_w = head_bias(rel_w_ptr, (stride_rel_wb, stride_rel_wh, stride_rel_wm, stride_rel_wn), batch, head)
+    rel = () if rel_h_ptr is None else rel_h + rel_w + (rel_width,)
 
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = load_tile(k_rows, offs_n, n_k, DIMS, True)  # [BLOCK_N, D]

@@ -31,7 +31,7 @@ from vit_triton.kernels.attention.config import (
 )
 from vit_triton.kernels.attention.masking import (
     Sequences,
-    head_biases,
+    head_bias,
     keys_of_rows,
     limit_keys,
     mask_arguments,
@@ -138,11 +138,10 @@ def attention_fwd_kernel(
     first_out = batch * n_q if cu_q_ptr is None else first_q
     out_rows = (out_ptr + (first_out * n_heads + head) * HEAD_DIM, n_heads * HEAD_DIM, 1)
     dropout = (tl.load(seed_ptr), off_bh, dropout_p, keep_scale) if DROPOUT else None
-    bias, rel = head_biases(
-        bias_ptr, (stride_biasb, stride_biash, stride_biasm, stride_biasn),
-        rel_h_ptr, (stride_rel_hb, stride_rel_hh, stride_rel_hm, stride_rel_hn),
-        rel_w_ptr, (stride_rel_wb, stride_rel_wh, stride_rel_wm, stride_rel_wn), rel_width, batch, head,
-    )  # fmt: skip
+    bias = head_bias(bias_ptr, (stride_biasb, stride_biash, stride_biasm, stride_biasn), batch, head)
+    rel_h = head_bias(rel_h_ptr, (stride_rel_hb, stride_rel_hh, stride_rel_hm, stride_rel_hn), batch, head)
+    rel_w = head_bias(rel_w_ptr, (stride_rel_wb, stride_rel_wh, stride_rel_wm, stride_rel_wn), batch, head)
+    rel = () if rel_h_ptr is None else rel_h + rel_w + (rel_width,)
     mask = None if bias_ptr is None and rel_h_ptr is None else (bias, rel, ())
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -26,22 +26,12 @@ from vit_triton.kernels.tiles import LOG2E
 
 @triton.jit
 def head_bias(ptr, strides, batch, head):
-    """The rows of one head of a (B, H, N_q, N_k) bias."""
-    stride_b, stride_h, stride_m, stride_n = strides
-    return ptr + batch * stride_b + head * stride_h, stride_m, stride_n
-
-
-@triton.jit
-def head_biases(bias_ptr, bias_strides, rel_h_ptr, rel_h_strides, rel_w_ptr, rel_w_strides, rel_width, batch, head):
-    """(bias, rel) of one head."""
-    bias = ()
-    if bias_ptr is not None:
-        bias = head_bias(bias_ptr, bias_strides, batch, head)
-    rel = ()
-    if rel_h_ptr is not None:
-        rel_h = head_bias(rel_h_ptr, rel_h_strides, batch, head)
-        rel = rel_h + head_bias(rel_w_ptr, rel_w_strides, batch, head) + (rel_width,)
-    return bias, rel
+    """The rows of one head of a (B, H, N_q, N_k) bias, or () without one."""
+    if ptr is None:
+        return ()
+    else:
+        stride_b, stride_h, stride_m, stride_n = strides
+        return ptr + batch * stride_b + head * stride_h, stride_m, stride_n
 
 
 @triton.jit

@@ -277,7 +277,7 @@ def window_attention_fwd(
     (heads,) selects cosine attention and replaces ``scale``."""
     qkv = qkv.contiguous()
     out = torch.empty_like(qkv[:, :, :, 0], memory_format=torch.contiguous_format)
-    config = pick_window_fwd(*picker_arguments(qkv, window, logit_scale is not None), dropout.p > 0)
+    config = pick_window_fwd(*picker_arguments(qkv, window, logit_scale is not None), dropout=dropout.p > 0)
     launch(
         window_attention_fwd_kernel,
         (count_programs(qkv, window, config.group, config.block_m),),
