@@ -32,6 +32,7 @@ from vit_triton.kernels.attention.config import WindowConfig, pick_window_fwd
 from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import contiguous, input_precision, launch
 from vit_triton.kernels.picker import cdiv, next_power_of_2
+from vit_triton.kernels.target import Target
 from vit_triton.kernels.tiles import LOG2E, dropout_keep
 
 # one compiled form for all maps
@@ -90,13 +91,13 @@ def normalise(x, COSINE: tl.constexpr):
 
 @triton.jit
 def normalise_grad(grad, normalised):
-    """(the gradient of x before :func:`normalise`, whose result is ``normalised``; rowsum(grad * x / |x|))"""
+    """(the gradient of x before :func:`normalise`, whose result is ``normalised``; rowsum(grad * x / |x|), or 0)"""
     if len(normalised) > 1:
         x = normalised[0].to(tl.float32)
         along = tl.sum(grad * x, 1)
         return (grad - x * along[:, None]) * normalised[1][:, None], along
     else:
-        return grad, None
+        return grad, 0.0
 
 
 @triton.jit
@@ -207,7 +208,9 @@ def count_programs(qkv: torch.Tensor, window: tuple[int, int], group: int, block
     return cdiv(window[0] * window[1], block) * qkv.shape[4] * cdiv(count_windows(qkv, window), group)
 
 
-def picker_arguments(qkv: torch.Tensor, window: tuple[int, int], cosine: bool) -> tuple[Any, ...]:
+def picker_arguments(
+    qkv: torch.Tensor, window: tuple[int, int], cosine: bool
+) -> tuple[int, int, int, torch.dtype, Target, bool]:
     rows = count_windows(qkv, window) * qkv.shape[4]
     return rows, window[0] * window[1], qkv.shape[5], qkv.dtype, target_of(qkv.device), cosine
 
@@ -277,7 +280,7 @@ def window_attention_fwd(
     (heads,) selects cosine attention and replaces ``scale``."""
     qkv = qkv.contiguous()
     out = torch.empty_like(qkv[:, :, :, 0], memory_format=torch.contiguous_format)
-    config = pick_window_fwd(*picker_arguments(qkv, window, logit_scale is not None), dropout=dropout.p > 0)
+    config = pick_window_fwd(*picker_arguments(qkv, window, logit_scale is not None), dropout.p > 0)
     launch(
         window_attention_fwd_kernel,
         (count_programs(qkv, window, config.group, config.block_m),),
