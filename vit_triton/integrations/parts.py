@@ -15,7 +15,7 @@ from vit_triton import functional as F
 from vit_triton import reference
 from vit_triton.autocast import is_autocast_enabled
 from vit_triton.backend import MAX_NORM_WIDTH
-from vit_triton.checks import KERNEL_DTYPES, MAX_HEAD_DIM, MAX_ROWS, check_rope
+from vit_triton.checks import KERNEL_DTYPES, MAX_HEAD_DIM, MAX_ROWS, check_rope, check_score_mask
 from vit_triton.integrations.recipes import UnsupportedModule, check_members, is_sharded, submodule
 from vit_triton.modules import active_dropout_p
 from vit_triton.packing import concatenated
@@ -31,6 +31,7 @@ __all__ = [
     "attend_rotary",
     "check_head_size",
     "check_input",
+    "check_map",
     "check_rows",
     "check_tokens",
     "check_weight",
@@ -39,6 +40,7 @@ __all__ = [
     "dropout_of",
     "feed_forward",
     "joined_biases",
+    "layer_norm",
     "layer_norm_of",
     "linear_of",
     "norm_of",
@@ -117,12 +119,18 @@ def attend(
     backend: str | None,
     branch: Branch = Branch(),  # noqa: B008 - a tuple
     rope: F.Rope | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Compute attention and its branch: (B, N, dim) -> (B, N, dim_out)."""
+    """Compute attention and its branch: (B, N, dim) -> (B, N, dim_out).
+
+    Args:
+        bias: added to the scores, or a bool mask; broadcasts to (B, heads, N, N).
+    """
     check_input(x, parts.qkv_weight, parts.out_weight, branch.layer_scale)
     check_tokens(x)
     check_rows(x.shape[0] * x.shape[1] * parts.heads)
     positions = {} if rope is None else rotary_options(x, parts, rope)
+    check_bias(x, parts.heads, bias)
     normed, norm = apply_module(x, parts.norm)
     qkv = F.linear(normed, parts.qkv_weight, parts.qkv_bias, norm=norm, backend=backend)
     out = F.attention_packed(
@@ -131,6 +139,7 @@ def attend(
         k_norm=parts.k_norm,
         norm_type=parts.norm_type,
         **positions,
+        bias=bias,
         scale=parts.scale,
         dropout_p=parts.dropout_p,
         backend=backend,
@@ -169,9 +178,23 @@ def rotary_options(x: Tensor, parts: AttentionParts, rope: F.Rope) -> dict[str, 
     return dict(rope=rope, rope_prefix=prefix, rope_layout=parts.rope_layout)
 
 
+def check_bias(x: Tensor, heads: int, bias: Tensor | None) -> None:
+    """Raise UnsupportedModule unless `bias` is None or a bias of the scores of tokens (B, N, dim)."""
+    batch, n, _ = x.shape
+    try:
+        check_score_mask(x, (batch, heads, n, n), bias, None, False)
+    except (TypeError, ValueError) as error:
+        raise UnsupportedModule(str(error)) from error
+
+
 def apply_module(x: Tensor, norm: AnyNorm) -> tuple[Tensor, F.Norm | None]:
     """Apply a norm that runs as a module; return other norms, which the next operator computes."""
     return (norm(x), None) if isinstance(norm, nn.Module) else (x, norm)
+
+
+def layer_norm(x: Tensor, norm: F.Norm, backend: str | None) -> Tensor:
+    weight, bias, eps = norm
+    return cast(Tensor, F.layer_norm(x, weight, bias, eps=eps, backend=backend))
 
 
 def attend_rotary(given: RotaryInput, parts: AttentionParts, backend: str | None) -> Tensor:
@@ -192,16 +215,21 @@ def feed_forward(x: Tensor, parts: MlpParts, backend: str | None, branch: Branch
     return F.linear(hidden, parts.w2, parts.b2, **options, backend=backend)
 
 
-def compute_block(x: Tensor, parts: BlockParts, backend: str | None) -> Tensor:
+def compute_block(
+    x: Tensor,
+    parts: BlockParts,
+    backend: str | None,
+    rope: F.Rope | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Compute a block: (B, N, dim) -> (B, N, dim)."""
-    return compute_rotary_block(RotaryInput(x, None), parts, backend)
+    x = attend(x, parts.attention, backend, parts.branch1._replace(residual=x), rope, bias)
+    return feed_forward(x, parts.mlp, backend, parts.branch2._replace(residual=x))
 
 
 def compute_rotary_block(given: RotaryInput, parts: BlockParts, backend: str | None) -> Tensor:
     """Compute a block with rotary positions: (B, N, dim) -> (B, N, dim)."""
-    x, rope = given
-    x = attend(x, parts.attention, backend, parts.branch1._replace(residual=x), rope)
-    return feed_forward(x, parts.mlp, backend, parts.branch2._replace(residual=x))
+    return compute_block(given.x, parts, backend, given.rope)
 
 
 def check_input(x: Tensor, *weights: Tensor | None) -> None:
@@ -234,6 +262,12 @@ def check_tokens(x: Tensor) -> None:
     """Raise UnsupportedModule unless `x` is (B, N, dim) with N >= 1."""
     if x.ndim != 3 or x.shape[1] == 0:
         raise UnsupportedModule("input is not (B, N, dim) with at least one token")
+
+
+def check_map(x: Tensor) -> None:
+    """Raise UnsupportedModule unless `x` is (B, H, W, dim) with at least one token."""
+    if x.ndim != 4 or 0 in x.shape[1:]:
+        raise UnsupportedModule("input is not (B, H, W, dim) with at least one token")
 
 
 def check_weight(name: str, weight: Any) -> None:

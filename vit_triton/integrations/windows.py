@@ -16,9 +16,11 @@ from vit_triton.integrations.parts import (
     MlpParts,
     check_head_size,
     check_input,
+    check_map,
     check_rows,
     check_weight,
     feed_forward,
+    layer_norm,
     linear_of,
 )
 from vit_triton.integrations.recipes import UnsupportedModule
@@ -97,17 +99,6 @@ def cosine_of(module: Any) -> tuple[Tensor, Tensor]:
     return table, module.logit_scale.clamp(max=math.log(100.0)).exp().flatten()
 
 
-def check_map(x: Tensor) -> None:
-    """Raise UnsupportedModule unless `x` is (B, H, W, dim) with at least one token."""
-    if x.ndim != 4 or 0 in x.shape[1:]:
-        raise UnsupportedModule("input is not (B, H, W, dim) with at least one token")
-
-
-def normalize(x: Tensor, norm: F.Norm, backend: str | None) -> Tensor:
-    weight, bias, eps = norm
-    return cast(Tensor, F.layer_norm(x, weight, bias, eps=eps, backend=backend))
-
-
 def attend_windows(
     x: Tensor,
     parts: WindowParts,
@@ -129,7 +120,7 @@ def attend_windows(
         if parts.rolls_first and any(shift):
             raise UnsupportedModule("padding of shifted windows")
         # behind the norm, because padded tokens take part as zeros
-        x = x if norm is None else normalize(x, norm, backend)
+        x = x if norm is None else layer_norm(x, norm, backend)
         x, norm = torch_F.pad(x, (0, 0, 0, pads[1], 0, pads[0])), None
     qkv = F.linear(x, parts.qkv_weight, parts.qkv_bias, norm=norm, backend=backend)
     out = F.window_attention(
@@ -159,8 +150,8 @@ def compute_window_block(x: Tensor, parts: WindowBlockParts, backend: str | None
         return feed_forward(x, parts.mlp._replace(norm=norm2), backend, Branch(x, None, drop2))
     assert parts.drop_paths is not None
     drop_path1, drop_path2 = parts.drop_paths
-    x = x + drop_path1(normalize(attend_windows(x, parts.attention, None, backend), norm1, backend))
-    return cast(Tensor, x + drop_path2(normalize(feed_forward(x, parts.mlp, backend), norm2, backend)))
+    x = x + drop_path1(layer_norm(attend_windows(x, parts.attention, None, backend), norm1, backend))
+    return cast(Tensor, x + drop_path2(layer_norm(feed_forward(x, parts.mlp, backend), norm2, backend)))
 
 
 def compute_merging(x: Tensor, parts: MergingParts, backend: str | None) -> Tensor:
@@ -172,7 +163,7 @@ def compute_merging(x: Tensor, parts: MergingParts, backend: str | None) -> Tens
     x = torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)
     if not parts.post_norm:
         return F.linear(x, parts.weight, None, norm=parts.norm, backend=backend)
-    return normalize(F.linear(x, parts.weight, None, backend=backend), parts.norm, backend)
+    return layer_norm(F.linear(x, parts.weight, None, backend=backend), parts.norm, backend)
 
 
 def merging_weight(module: nn.Module) -> Tensor:

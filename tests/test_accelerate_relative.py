@@ -1,0 +1,163 @@
+"""Accelerated models with relative positions of timm and transformers (BEiT, SAM): logits and all gradients."""
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import EMULATOR, INTERPRETER
+from parity import assert_accelerated
+from precision import assert_same
+from timm.models import beit, vision_transformer_sam
+from torch import Tensor, nn
+
+import vit_triton
+
+if INTERPRETER or EMULATOR:
+    pytest.skip("models run on the CPU target only", allow_module_level=True)
+
+# real widths, one or two blocks
+MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "BEiT B": ("beit_base_patch16_224", 48, {"depth": 2}),
+    "BEiT L": ("beit_large_patch16_224", 32, {}),
+    "BEiT v2 B": ("beitv2_base_patch16_224", 32, {}),
+    "SAM B, windows and map": ("samvit_base_patch16", 80, {"depth": 2, "window_size": 3, "global_attn_indexes": (1,)}),
+}
+
+
+def model_of(architecture: str, size: int, **changes: Any) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, img_size=size, num_classes=5, **{"depth": 1, **changes})
+    shake(model)
+    return model.eval(), torch.randn(2, 3, size, size)
+
+
+def shake(model: nn.Module) -> None:
+    """Give every parameter an effect: tables of positions and biases start at 0, LayerScales at 1e-5."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "rel_pos" in name or "relative_position" in name:
+                parameter.normal_(std=0.5)
+            elif parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif parameter.ndim == 2 and parameter.shape[0] == 5:
+                parameter.normal_(std=0.05)  # BEiT's head starts with small weights
+
+
+def left(report: Any) -> set[str]:
+    """Classes inside the blocks that were not replaced."""
+    return {entry.cls for entry in report.not_replaced if "block" in entry.name or "layer" in entry.name}
+
+
+@pytest.mark.parametrize("name, size, changes", MODELS.values(), ids=MODELS)
+def test_timm(name, size, changes):
+    model, images = model_of(name, size, **changes)
+    report = assert_accelerated(model, images, low=True)
+    assert not left(report) and {"Block", "Attention", "Mlp"} <= {entry.cls for entry in report.replaced}
+
+
+SMALL = dict(embed_dim=48, num_heads=2)
+BEIT = "beit_base_patch16_224"
+VARIANTS = {
+    "no LayerScale": {"init_values": None},
+    "no bias": {"qkv_bias": False},
+    "SwiGLU with a norm": {"swiglu_mlp": True, "scale_mlp": True},
+    "MLP with a norm": {"scale_mlp": True},
+    "shared bias": {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
+    "shared bias and one per block": {"use_shared_rel_pos_bias": True},
+    "no relative positions": {"use_rel_pos_bias": False, "use_abs_pos_emb": True},
+    "RMSNorm": {"norm_layer": timm.layers.RmsNorm},
+    "not square": {"img_size": (32, 48)},
+}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_variants_of_beit(changes, fused):
+    torch.manual_seed(0)
+    options = dict(img_size=(48, 48), num_classes=5, depth=2, patch_size=16, **SMALL)
+    model = beit.Beit(**{**options, "use_rel_pos_bias": True, "init_values": 0.1, "qkv_bias": True, **changes})
+    shake(model)
+    for block in model.blocks:
+        block.attn.fused_attn, block.attn.scale = fused, 0.3  # PyTorch's fused attention ignores the scale
+        block.attn.qkv_bias_separate = fused
+    report = assert_accelerated(model.eval(), torch.randn(2, 3, *model.patch_embed.img_size))
+    assert not left(report)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")  # timm resizes the table
+def test_window_of_beit_is_read_in_every_call():
+    model, images = model_of(BEIT, 48, **SMALL)
+    ours = copy.deepcopy(model)
+    report = vit_triton.accelerate(ours, "triton", strict=True)
+    assert report.replaced
+    ours(images)
+    for each in (model, ours):
+        each.set_input_size((64, 32))
+    images = torch.randn(2, 3, 64, 32)
+    assert_same(ours(images), model(images), 192)
+    assert_accelerated(model, images)
+
+
+SAM_VARIANTS = {
+    "no windows": {"window_size": 0},
+    "windows without padding": {"window_size": 2},
+    "LayerScale": {"init_values": 0.5},
+    "qk-norm": {"qk_norm": True},
+    "no relative positions": {"use_rel_pos": False},
+    "no bias": {"qkv_bias": False},
+}
+
+
+def sam(**changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    options = dict(img_size=64, num_classes=5, depth=2, global_attn_indexes=(1,), window_size=3, use_rel_pos=True)
+    model = vision_transformer_sam.VisionTransformerSAM(**{**options, **SMALL, "neck_chans": 16, **changes})
+    shake(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("changes", SAM_VARIANTS.values(), ids=SAM_VARIANTS)
+def test_variants_of_sam(changes, fused):
+    model = sam(**changes)
+    for block in model.blocks:
+        block.attn.fused_attn, block.attn.scale = fused, 0.3
+    assert not left(assert_accelerated(model, torch.randn(2, 3, 64, 64)))
+
+
+def test_maps_of_another_size_resample_the_positions_of_sam():
+    assert not left(assert_accelerated(sam(), torch.randn(2, 3, 96, 48)))
+
+
+@pytest.mark.parametrize("make", [lambda: model_of(BEIT, 32, **SMALL)[0], sam], ids=["BEiT", "SAM"])
+def test_each_dropout_of_timm_is_applied(make):
+    # probability 1 makes the outputs comparable
+    for where in ("attn.attn_drop", "attn.proj_drop", "mlp.drop1", "mlp.drop2"):
+        model = make()
+        model.get_submodule(f"blocks.0.{where}").p = 1.0
+        size = 32 if isinstance(model, beit.Beit) else 64
+        assert_accelerated(model.train(), torch.randn(2, 3, size, size))
+
+
+def test_drop_path_draws_as_in_timm():
+    """SAM drops the windows of an image one by one."""
+    model, images = model_of(BEIT, 32, **SMALL, drop_path_rate=0.5, depth=2)
+    assert_accelerated(model.train(), torch.randn(5, 3, 32, 32), seed=3)
+    assert_accelerated(sam(drop_path_rate=0.5, global_attn_indexes=()).train(), torch.randn(3, 3, 64, 64), seed=3)
+    assert_accelerated(sam(drop_path_rate=0.5, window_size=0).train(), torch.randn(5, 3, 64, 64), seed=3)
+
+
+def test_blocks_of_timm_that_are_not_supported():
+    model = sam(use_rel_pos=False, use_rope=True)
+    reasons = {entry.name: entry.detail for entry in vit_triton.accelerate(model, "triton").not_replaced}
+    assert "rope" in reasons["blocks.0"] and "rope" in reasons["blocks.0.attn"]
+
+
+def test_tokens_of_another_number_raise_as_in_timm():
+    model, _ = model_of(BEIT, 32, **SMALL)
+    report = vit_triton.accelerate(model, "triton")
+    with pytest.raises(RuntimeError, match="size of tensor|expand"):
+        model.blocks[0](torch.randn(2, 9, 48))
+    assert "broadcast" in str(report.fallbacks())
