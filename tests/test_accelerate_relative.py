@@ -1,11 +1,14 @@
 """Accelerated models with relative positions of timm and transformers (BEiT, SAM): logits and all gradients."""
 
 import copy
+import math
+import re
 from typing import Any
 
 import pytest
 import timm
 import torch
+import transformers as hf
 from conftest import EMULATOR, INTERPRETER
 from parity import assert_accelerated
 from precision import assert_same
@@ -13,6 +16,7 @@ from timm.models import beit, vision_transformer_sam
 from torch import Tensor, nn
 
 import vit_triton
+from benchmarks import memory
 
 if INTERPRETER or EMULATOR:
     pytest.skip("models run on the CPU target only", allow_module_level=True)
@@ -47,7 +51,7 @@ def shake(model: nn.Module) -> None:
 
 def left(report: Any) -> set[str]:
     """Classes inside the blocks that were not replaced."""
-    return {entry.cls for entry in report.not_replaced if "block" in entry.name or "layer" in entry.name}
+    return {entry.cls for entry in report.not_replaced if re.search(r"(blocks|layers)\.", entry.name)}
 
 
 @pytest.mark.parametrize("name, size, changes", MODELS.values(), ids=MODELS)
@@ -161,3 +165,165 @@ def test_tokens_of_another_number_raise_as_in_timm():
     with pytest.raises(RuntimeError, match="size of tensor|expand"):
         model.blocks[0](torch.randn(2, 9, 48))
     assert "broadcast" in str(report.fallbacks())
+
+
+# --- transformers ------------------------------------------------------------------------------------------
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(pixel_values=images, **self.options).last_hidden_state
+
+
+def hf_beit(call: dict[str, Any] | None = None, **changes: Any) -> Wrapped:
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=48, num_attention_heads=2, intermediate_size=96, num_hidden_layers=2, image_size=48)
+    options = dict(use_relative_position_bias=True, layer_scale_init_value=0.5, drop_path_rate=0.0)
+    model = hf.BeitModel(hf.BeitConfig(**{**sizes, **options, **changes}), add_pooling_layer=False)
+    shake(model)
+    return Wrapped(model, **(call or {})).eval()
+
+
+def hf_sam(**changes: Any) -> Wrapped:
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=48, num_attention_heads=2, mlp_dim=96, num_hidden_layers=2, image_size=80)
+    options = dict(window_size=3, global_attn_indexes=[1], output_channels=16)
+    model = hf.SamVisionModel(hf.SamVisionConfig(**{**sizes, **options, **changes}))
+    shake(model)
+    return Wrapped(model).eval()
+
+
+WIDE = dict(hidden_size=768, num_attention_heads=12)
+TRANSFORMERS = {
+    "BEiT B": lambda: hf_beit(**WIDE, intermediate_size=3072),
+    "SAM B": lambda: hf_sam(**WIDE, mlp_dim=3072),
+}
+
+
+@pytest.mark.parametrize("make", TRANSFORMERS.values(), ids=TRANSFORMERS)
+def test_transformers(make):
+    model = make()
+    size = model.model.config.image_size
+    report = assert_accelerated(model, torch.randn(2, 3, size, size), low=True)
+    assert not left(report) and {"BeitLayer", "SamVisionLayer"} & {entry.cls for entry in report.replaced}
+
+
+def mask() -> Tensor:
+    valid = torch.ones(2, 10, dtype=torch.long)
+    valid[0, 7:] = 0
+    return valid
+
+
+TRANSFORMERS_VARIANTS = {
+    "no LayerScale": lambda: hf_beit(layer_scale_init_value=0.0),
+    "no relative positions": lambda: hf_beit(use_relative_position_bias=False),
+    "shared bias": lambda: hf_beit(use_relative_position_bias=False, use_shared_relative_position_bias=True),
+    "shared bias and one per layer": lambda: hf_beit(use_shared_relative_position_bias=True),
+    "interpolated": lambda: hf_beit({"interpolate_pos_encoding": True}, use_absolute_position_embeddings=True),
+    "attn_implementation": lambda: hf_beit(attn_implementation="vit_triton"),
+    "not square": lambda: hf_beit(image_size=(64, 32)),
+    "mask": lambda: hf_beit({"attention_mask": mask()}),
+    "mask without a bias": lambda: hf_beit({"attention_mask": mask()}, use_relative_position_bias=False),
+    "SAM, no relative positions": lambda: hf_sam(use_rel_pos=False),
+    "SAM, no bias": lambda: hf_sam(qkv_bias=False),
+}
+
+
+@pytest.mark.parametrize("make", TRANSFORMERS_VARIANTS.values(), ids=TRANSFORMERS_VARIANTS)
+def test_variants_of_transformers(make):
+    model = make()
+    size = model.model.config.image_size
+    images = torch.randn(2, 3, *(size if isinstance(size, tuple) else (size, size)))
+    assert not [name for name in left(assert_accelerated(model, images)) if name != "BeitAttention"]
+
+
+def test_maps_of_another_size_of_transformers():
+    """The library interpolates the bias; its reshape swaps height and width."""
+    for size in ((64, 32), (32, 64), (64, 64)):
+        assert_accelerated(hf_beit(), torch.randn(2, 3, *size))
+
+
+def test_transformers_in_training():
+    model = hf_beit(drop_path_rate=0.5)
+    assert_accelerated(model.train(), torch.randn(5, 3, 48, 48), seed=3)
+    for implementation in ("eager", "sdpa"):  # "sdpa" of SAM ignores the dropout
+        model = hf_sam(attention_dropout=1.0, attn_implementation=implementation)
+        assert_accelerated(model.train(), torch.randn(2, 3, 80, 80))
+    for changes in ({"attention_probs_dropout_prob": 1.0}, {"hidden_dropout_prob": 1.0}):
+        assert_accelerated(hf_beit(**changes).train(), torch.randn(2, 3, 48, 48))
+
+
+@pytest.mark.parametrize("make", [hf_beit, hf_sam], ids=["BEiT", "SAM"])
+def test_outputs_of_transformers(make):
+    """hidden_states of all layers, and attention weights, for which the layers fall back."""
+    untouched = make(attn_implementation="eager").model
+    ours, size = copy.deepcopy(untouched), untouched.config.image_size
+    images = torch.randn(2, 3, size, size)
+    vit_triton.accelerate(ours, "triton")
+    for options in ({"output_hidden_states": True}, {"output_attentions": True}):
+        results = [model(pixel_values=images, **options) for model in (ours, untouched)]
+        a, b = (each.attentions if "output_attentions" in options else each.hidden_states for each in results)
+        assert len(a) == len(b) > 1
+        assert_same(a, b, 96)
+
+
+def test_lambda_of_another_value_is_left_to_transformers():
+    model, images = hf_beit(layer_scale_init_value=0.0), torch.randn(2, 3, 48, 48)
+    vit_triton.accelerate(model, "triton")
+    model.model.layers[0].lambda_1 = 0.5
+    expected = vit_triton.restore(copy.deepcopy(model))(images)
+    assert_same(model(images), expected, 192)
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: sam(window_size=0, depth=1), lambda: hf_sam(num_hidden_layers=1)])
+def test_attention_of_sam_on_the_whole_map_has_no_matrix_of_scores(make):
+    """Neither forward nor backward allocates heads * N * N elements; 24 x 24 tokens make this the largest tensor."""
+    block = make()
+    block = block.blocks[0] if hasattr(block, "blocks") else block.model.vision_encoder.layers[0]
+    block.window_size, tokens = 0, 24 * 24
+    allocated = {}
+    for name in ("theirs", "ours"):
+        if name == "ours":
+            vit_triton.accelerate(block, "triton", strict=True)
+        x = torch.randn(1, 24, 24, 48, requires_grad=True)
+        with memory.count_storages(ours=name == "ours") as tracker:
+            block(x).sum().backward()
+        allocated[name] = max(math.prod(shape) for shape, _ in tracker.tensors)
+    scores = 2 * tokens**2
+    assert allocated["ours"] < scores / 4 < scores <= allocated["theirs"]
+
+
+# --- compiled, prepacked, other backends -------------------------------------------------------------------
+
+ALL = {
+    "timm BEiT": (lambda: model_of(BEIT, 32, **SMALL)[0], 32),
+    "timm SAM": (sam, 64),
+    "transformers BEiT": (hf_beit, 48),
+    "transformers SAM": (hf_sam, 80),
+}
+
+
+@pytest.mark.parametrize("make, size", ALL.values(), ids=ALL)
+def test_compiled_and_prepacked(make, size):
+    model, images = make(), torch.randn(2, 3, size, size)
+    expected = copy.deepcopy(model)(images)
+    report = vit_triton.accelerate(model, "triton", strict=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_same(compiled(images), expected, 192)
+    compiled(images).sum().backward()
+    vit_triton.prepack(model)
+    with torch.no_grad():
+        for _ in range(2):
+            assert_same(model(images), expected, 192)
+    vit_triton.unpack(model)
+    for backend in ("torch", "auto"):
+        vit_triton.accelerate(model, backend, strict=True)
+        assert_same(model(images), expected, 192)
+    assert report.replaced

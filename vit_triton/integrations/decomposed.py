@@ -18,6 +18,7 @@ from vit_triton.integrations.parts import (
     AttentionParts,
     BlockParts,
     Branch,
+    apply_module,
     check_input,
     check_map,
     check_rows,
@@ -68,8 +69,8 @@ def attend_decomposed(
         raise UnsupportedModule("the vectors of relative positions do not have the head size")
     if attention.norm_type != "layer_norm":
         raise UnsupportedModule("RMSNorm of queries and keys")
-    norm = cast(F.Norm | None, attention.norm)
-    qkv = F.linear(x, attention.qkv_weight, attention.qkv_bias, norm=norm, backend=backend)
+    normed, norm = apply_module(x, attention.norm)
+    qkv = F.linear(normed, attention.qkv_weight, attention.qkv_bias, norm=norm, backend=backend)
     q, k, v = qkv.unflatten(-1, (3, attention.heads, -1)).flatten(1, 2).unbind(2)
     # not in the operator, because the bias reads the normalized queries
     q = q if attention.q_norm is None else layer_norm(q, attention.q_norm, backend)

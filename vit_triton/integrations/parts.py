@@ -27,6 +27,7 @@ __all__ = [
     "MlpParts",
     "RotaryInput",
     "activation_of",
+    "apply_module",
     "attend",
     "attend_rotary",
     "check_head_size",
@@ -183,8 +184,10 @@ def check_bias(x: Tensor, heads: int, bias: Tensor | None) -> None:
     batch, n, _ = x.shape
     try:
         check_score_mask(x, (batch, heads, n, n), bias, None, False)
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
         raise UnsupportedModule(str(error)) from error
+    except ValueError as error:
+        raise UnsupportedModule("the bias does not broadcast to the scores") from error
 
 
 def apply_module(x: Tensor, norm: AnyNorm) -> tuple[Tensor, F.Norm | None]:

@@ -46,9 +46,10 @@ def _load_recipes() -> None:
     for library in (pytorch, timm, timm_relative, torchvision, vit_pytorch):
         library.register_all()
     if "transformers.modeling_utils" in sys.modules:  # importing it takes seconds
-        from vit_triton.integrations import transformers
+        from vit_triton.integrations import transformers, transformers_relative, transformers_swin
 
-        transformers.register_all()
+        for files in (transformers, transformers_relative, transformers_swin):
+            files.register_all()
 
 
 @functools.cache

@@ -374,7 +374,7 @@ def read_window_attention(module: Any, shift: tuple[int, int]) -> WindowParts:
     weight, bias = linear_of(module, "qkv")
     out_weight, out_bias = linear_of(module, "proj")
     if "cpb_mlp" in module._modules:
-        table, logit_scale = cosine_of(module)
+        table, logit_scale = cosine_of(module, module.cpb_mlp, module.num_heads)
         if module.q_bias is not None:
             bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
         dropout_p = dropout_of(module, "attn_drop")

@@ -53,6 +53,7 @@ class WindowParts(NamedTuple):
     out_dropout_p: float = 0.0
     rolls_first: bool = False  # before padding, as timm; the others pad first
     drops_shift: bool = False  # on an axis that one window covers, as torchvision
+    mask_value: float = -100.0  # added to the scores of tokens from different regions of a shifted map
 
 
 class WindowBlockParts(NamedTuple):
@@ -93,9 +94,9 @@ def window_of(heads: int, window: Any, shift: Any, table: Tensor, width: int) ->
     return dict(heads=heads, window=(h, w), shift=(y, x), table=table)
 
 
-def cosine_of(module: Any) -> tuple[Tensor, Tensor]:
+def cosine_of(module: Any, mlp: nn.Module, heads: int) -> tuple[Tensor, Tensor]:
     """Return the table of the relative position bias and the logit scale of a Swin V2 attention."""
-    table = 16 * torch.sigmoid(module.cpb_mlp(module.relative_coords_table).view(-1, module.num_heads))
+    table = 16 * torch.sigmoid(mlp(module.relative_coords_table).view(-1, heads))
     return table, module.logit_scale.clamp(max=math.log(100.0)).exp().flatten()
 
 
@@ -128,6 +129,7 @@ def attend_windows(
         F.relative_position_bias(parts.table, parts.window, backend=backend),
         window=parts.window,
         shift=shift,
+        mask_value=parts.mask_value,
         logit_scale=parts.logit_scale,
         dropout_p=parts.dropout_p,
         backend=backend,
