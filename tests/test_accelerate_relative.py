@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import vit_triton
 from benchmarks import memory
+from vit_triton import reference
 
 if INTERPRETER or EMULATOR:
     pytest.skip("models run on the CPU target only", allow_module_level=True)
@@ -24,8 +25,8 @@ if INTERPRETER or EMULATOR:
 # real widths, one or two blocks
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "BEiT B": ("beit_base_patch16_224", 48, {"depth": 2}),
-    "BEiT L": ("beit_large_patch16_224", 32, {}),
-    "BEiT v2 B": ("beitv2_base_patch16_224", 32, {}),
+    "BEiT L": ("beit_large_patch16_224", 48, {}),
+    "BEiT v2 B": ("beitv2_base_patch16_224", 48, {}),
     "SAM B, windows and map": ("samvit_base_patch16", 80, {"depth": 2, "window_size": 3, "global_attn_indexes": (1,)}),
 }
 
@@ -61,7 +62,7 @@ def test_timm(name, size, changes):
     assert not left(report) and {"Block", "Attention", "Mlp"} <= {entry.cls for entry in report.replaced}
 
 
-SMALL = dict(embed_dim=48, num_heads=2)
+SMALL = dict(embed_dim=128, num_heads=2)  # with the head size and the numbers of tokens above, for the same kernels
 BEIT = "beit_base_patch16_224"
 VARIANTS = {
     "no LayerScale": {"init_values": None},
@@ -106,7 +107,7 @@ def test_window_of_beit_is_read_in_every_call():
 
 SAM_VARIANTS = {
     "no windows": {"window_size": 0},
-    "windows without padding": {"window_size": 2},
+    "windows without padding": {"window_size": 5},
     "LayerScale": {"init_values": 0.5},
     "qk-norm": {"qk_norm": True},
     "no relative positions": {"use_rel_pos": False},
@@ -116,7 +117,7 @@ SAM_VARIANTS = {
 
 def sam(**changes: Any) -> nn.Module:
     torch.manual_seed(0)
-    options = dict(img_size=64, num_classes=5, depth=2, global_attn_indexes=(1,), window_size=3, use_rel_pos=True)
+    options = dict(img_size=80, num_classes=5, depth=2, global_attn_indexes=(1,), window_size=3, use_rel_pos=True)
     model = vision_transformer_sam.VisionTransformerSAM(**{**options, **SMALL, "neck_chans": 16, **changes})
     shake(model)
     return model.eval()
@@ -128,29 +129,29 @@ def test_variants_of_sam(changes, fused):
     model = sam(**changes)
     for block in model.blocks:
         block.attn.fused_attn, block.attn.scale = fused, 0.3
-    assert not left(assert_accelerated(model, torch.randn(2, 3, 64, 64)))
+    assert not left(assert_accelerated(model, torch.randn(2, 3, 80, 80)))
 
 
 def test_maps_of_another_size_resample_the_positions_of_sam():
-    assert not left(assert_accelerated(sam(), torch.randn(2, 3, 96, 48)))
+    assert not left(assert_accelerated(sam(), torch.randn(2, 3, 80, 48)))
 
 
-@pytest.mark.parametrize("make", [lambda: model_of(BEIT, 32, **SMALL)[0], sam], ids=["BEiT", "SAM"])
+@pytest.mark.parametrize("make", [lambda: model_of(BEIT, 48, **SMALL)[0], sam], ids=["BEiT", "SAM"])
 def test_each_dropout_of_timm_is_applied(make):
     # probability 1 makes the outputs comparable
     for where in ("attn.attn_drop", "attn.proj_drop", "mlp.drop1", "mlp.drop2"):
         model = make()
         model.get_submodule(f"blocks.0.{where}").p = 1.0
-        size = 32 if isinstance(model, beit.Beit) else 64
+        size = 48 if isinstance(model, beit.Beit) else 80
         assert_accelerated(model.train(), torch.randn(2, 3, size, size))
 
 
 def test_drop_path_draws_as_in_timm():
     """SAM drops the windows of an image one by one."""
-    model, images = model_of(BEIT, 32, **SMALL, drop_path_rate=0.5, depth=2)
-    assert_accelerated(model.train(), torch.randn(5, 3, 32, 32), seed=3)
-    assert_accelerated(sam(drop_path_rate=0.5, global_attn_indexes=()).train(), torch.randn(3, 3, 64, 64), seed=3)
-    assert_accelerated(sam(drop_path_rate=0.5, window_size=0).train(), torch.randn(5, 3, 64, 64), seed=3)
+    model, _ = model_of(BEIT, 48, **SMALL, drop_path_rate=0.5, depth=2)
+    assert_accelerated(model.train(), torch.randn(5, 3, 48, 48), seed=3)
+    assert_accelerated(sam(drop_path_rate=0.5, global_attn_indexes=()).train(), torch.randn(3, 3, 80, 80), seed=3)
+    assert_accelerated(sam(drop_path_rate=0.5, window_size=0).train(), torch.randn(5, 3, 80, 80), seed=3)
 
 
 def test_blocks_of_timm_that_are_not_supported():
@@ -160,10 +161,10 @@ def test_blocks_of_timm_that_are_not_supported():
 
 
 def test_tokens_of_another_number_raise_as_in_timm():
-    model, _ = model_of(BEIT, 32, **SMALL)
+    model, _ = model_of(BEIT, 48, **SMALL)
     report = vit_triton.accelerate(model, "triton")
     with pytest.raises(RuntimeError, match="size of tensor|expand"):
-        model.blocks[0](torch.randn(2, 9, 48))
+        model.blocks[0](torch.randn(2, 9, 128))
     assert "broadcast" in str(report.fallbacks())
 
 
@@ -181,7 +182,7 @@ class Wrapped(nn.Module):
 
 def hf_beit(call: dict[str, Any] | None = None, **changes: Any) -> Wrapped:
     torch.manual_seed(0)
-    sizes = dict(hidden_size=48, num_attention_heads=2, intermediate_size=96, num_hidden_layers=2, image_size=48)
+    sizes = dict(hidden_size=128, num_attention_heads=2, intermediate_size=256, num_hidden_layers=2, image_size=48)
     options = dict(use_relative_position_bias=True, layer_scale_init_value=0.5, drop_path_rate=0.0)
     model = hf.BeitModel(hf.BeitConfig(**{**sizes, **options, **changes}), add_pooling_layer=False)
     shake(model)
@@ -190,7 +191,7 @@ def hf_beit(call: dict[str, Any] | None = None, **changes: Any) -> Wrapped:
 
 def hf_sam(**changes: Any) -> Wrapped:
     torch.manual_seed(0)
-    sizes = dict(hidden_size=48, num_attention_heads=2, mlp_dim=96, num_hidden_layers=2, image_size=80)
+    sizes = dict(hidden_size=128, num_attention_heads=2, mlp_dim=256, num_hidden_layers=2, image_size=80)
     options = dict(window_size=3, global_attn_indexes=[1], output_channels=16)
     options["initializer_range"] = 0.05  # the default, 1e-10, would hide every branch
     model = hf.SamVisionModel(hf.SamVisionConfig(**{**sizes, **options, **changes}))
@@ -244,13 +245,21 @@ def test_variants_of_transformers(make):
 
 def test_maps_of_another_size_of_transformers():
     """The library interpolates the bias; its reshape swaps height and width."""
-    for size in ((64, 32), (32, 64), (64, 64)):
+    for size in ((64, 32), (32, 64)):
         assert_accelerated(hf_beit(), torch.randn(2, 3, *size))
 
 
-def test_transformers_in_training():
-    model = hf_beit(drop_path_rate=0.5)
-    assert_accelerated(model.train(), torch.randn(5, 3, 48, 48), seed=3)
+def test_drop_path_of_transformers(monkeypatch):
+    """The second layer drops samples 0 and 2 in both branches; transformers draws other numbers."""
+    model, images = hf_beit(drop_path_rate=0.5).train(), torch.randn(4, 3, 48, 48)
+    drawn = torch.tensor([0.1, 0.9, 0.1, 0.9])
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: drawn.to(**options).view(shape))
+    factors = torch.tensor([0.0, 2.0, 0.0, 2.0])
+    monkeypatch.setattr(reference, "drop_path_factors", lambda x, p: factors if p == 0.5 else None)
+    assert not left(assert_accelerated(model, images))
+
+
+def test_dropouts_of_transformers():
     for implementation in ("eager", "sdpa"):  # "sdpa" of SAM ignores the dropout
         model = hf_sam(attention_dropout=1.0, attn_implementation=implementation)
         assert_accelerated(model.train(), torch.randn(2, 3, 80, 80))
@@ -283,7 +292,7 @@ def test_lambda_of_another_value_is_left_to_transformers():
 # --- memory ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [lambda: sam(window_size=0, depth=1), lambda: hf_sam(num_hidden_layers=1)])
+@pytest.mark.parametrize("make", [lambda: sam(num_heads=8), lambda: hf_sam(num_attention_heads=8)])
 def test_attention_of_sam_on_the_whole_map_has_no_matrix_of_scores(make):
     """Neither forward nor backward allocates heads * N * N elements; 24 x 24 tokens make this the largest tensor."""
     block = make()
@@ -293,19 +302,19 @@ def test_attention_of_sam_on_the_whole_map_has_no_matrix_of_scores(make):
     for name in ("theirs", "ours"):
         if name == "ours":
             vit_triton.accelerate(block, "triton", strict=True)
-        x = torch.randn(1, 24, 24, 48, requires_grad=True)
+        x = torch.randn(1, 24, 24, 128, requires_grad=True)
         with memory.count_storages(ours=name == "ours") as tracker:
             block(x).sum().backward()
         allocated[name] = max(math.prod(shape) for shape, _ in tracker.tensors)
-    scores = 2 * tokens**2
-    assert allocated["ours"] < scores / 4 < scores <= allocated["theirs"]
+    scores = 8 * tokens**2
+    assert allocated["ours"] < scores / 2 < scores <= allocated["theirs"]
 
 
 # --- compiled, prepacked, other backends -------------------------------------------------------------------
 
 ALL = {
-    "timm BEiT": (lambda: model_of(BEIT, 32, **SMALL)[0], 32),
-    "timm SAM": (sam, 64),
+    "timm BEiT": (lambda: model_of(BEIT, 48, **SMALL)[0], 48),
+    "timm SAM": (sam, 80),
     "transformers BEiT": (hf_beit, 48),
     "transformers SAM": (hf_sam, 80),
 }

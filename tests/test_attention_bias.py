@@ -136,9 +136,14 @@ def test_bias_in_16_bits_and_float32(dtype, wide):
 def test_bias_of_all_samples(dtype):
     """On a CPU, the gradient is summed over groups of 32 / heads samples, of which the last is smaller."""
     q, k, v = make(7, 21, 37, 16, 24, dtype)
-    lengths = torch.tensor([37, 0, 5, 36, 1, 37, 16])
-    first = check(q, k, v, torch.randn(16, 21, 37).to(dtype), key_lengths=lengths, causal="bottom_right")
-    assert first[5].is_contiguous()
+    bias, lengths = torch.randn(16, 21, 37).to(dtype), torch.tensor([37, 0, 5, 36, 1, 37, 16])
+    options = dict(key_lengths=lengths, causal="bottom_right")
+    check(q, k, v, bias, **options)
+    gradients = []
+    for leaf in (bias.clone().requires_grad_(), bias.clone().requires_grad_()):
+        F.attention(q, k, v, bias=leaf, **options, backend="triton").square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
 
 
 def test_bias_with_odd_strides_and_strides_of_zero():
