@@ -1,6 +1,7 @@
-"""accelerate on Swin (timm, torchvision, transformers) and Swin V2 (timm, torchvision): the results of the library."""
+"""accelerate on Swin and Swin V2 of timm, torchvision and transformers: the results of the library."""
 
 import copy
+import math
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from precision import assert_model_as_precise
 from torch import nn
 
 import vit_triton
+from vit_triton import functional as F
 
 if INTERPRETER or EMULATOR:
     pytest.skip("models run on the CPU target only", allow_module_level=True)
@@ -58,12 +60,15 @@ def outcome(model, x):
 class OfTransformers(nn.Module):
     """Logits of transformers' model."""
 
-    def __init__(self, size):
+    def __init__(self, size, version=1, **options):
         super().__init__()
-        config = transformers.SwinConfig(
-            image_size=size, patch_size=4, embed_dim=96, depths=[2, 1], num_heads=[3, 6], window_size=7, num_labels=5
-        )
-        self.model = transformers.SwinForImageClassification(config)
+        sizes = dict(image_size=size, patch_size=4, embed_dim=96, depths=[2, 1], num_heads=[3, 6], num_labels=5)
+        if version == 1:
+            config = transformers.SwinConfig(**{**sizes, "window_size": 7, **options})
+            self.model = transformers.SwinForImageClassification(config)
+        else:
+            config = transformers.Swinv2Config(**{**sizes, "window_size": 8, **options})
+            self.model = transformers.Swinv2ForImageClassification(config)
 
     def forward(self, x):
         return self.model(x).logits
@@ -76,6 +81,8 @@ MODELS = {
     "torchvision V2": (of_torchvision, dict(version=2, window=(8, 8)), (64, 96)),
     "transformers": (OfTransformers, dict(size=56), (56, 56)),
     "transformers, padded": (OfTransformers, dict(size=60), (60, 60)),
+    "transformers V2": (OfTransformers, dict(version=2, size=64), (64, 64)),
+    "transformers V2, padded": (OfTransformers, dict(version=2, size=60, qkv_bias=False), (60, 60)),
     "timm": (of_timm, dict(img_size=56), (56, 56)),
     "timm, not square": (of_timm, dict(img_size=(56, 84), window=(7, 3)), (56, 84)),
     "timm V2": (of_timm, dict(version=2, window=8, img_size=64), (64, 64)),
@@ -98,9 +105,13 @@ def test_logits_and_gradients(name, dtype):
 
 
 def test_stochastic_depth_draws_the_same_samples():
-    for make, options in ((of_torchvision, dict(stochastic_depth_prob=0.5)), (of_timm, dict(drop_path_rate=0.5))):
-        extra = dict(img_size=56) if make is of_timm else {}
-        untouched = prepared(make(**options, **extra)).train()
+    cases = (
+        (of_torchvision, dict(stochastic_depth_prob=0.5)),
+        (of_timm, dict(drop_path_rate=0.5, img_size=56)),
+        (OfTransformers, dict(drop_path_rate=0.5, size=56, version=2, window_size=7)),
+    )
+    for make, options in cases:
+        untouched = prepared(make(**options)).train()
         ours = copy.deepcopy(untouched)
         vit_triton.accelerate(ours, backend="triton", strict=True)
         x = torch.randn(4, 3, 56, 56)
@@ -108,6 +119,58 @@ def test_stochastic_depth_draws_the_same_samples():
         expected = untouched(x)
         torch.manual_seed(3)
         torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def swin_v2_layer(**options):
+    """The shifted layer of a map of 8 x 8 tokens with windows of 4 x 4."""
+    config = transformers.Swinv2Config(window_size=4, embed_dim=32, **options)
+    modeling = transformers.models.swinv2.modeling_swinv2
+    return modeling.Swinv2Layer(config, 32, (8, 8), 2, shift_size=2).eval()
+
+
+def test_transformers_adds_the_mask_of_swin_v2_twice(monkeypatch):
+    """The cosine of tokens is -1 in one region and 1 in neighbouring regions. At a logit scale of 100, a mask of -100
+    makes the masked tokens dominate; with -200 they weigh the same as the others."""
+    torch.manual_seed(0)
+    untouched = prepared(swin_v2_layer())
+    attention = untouched.attention.self
+    with torch.no_grad():
+        attention.logit_scale.fill_(math.log(100.0))
+        attention.query.weight.copy_(torch.eye(32))
+        attention.key.weight.copy_(-torch.eye(32))
+        attention.query.bias.zero_()
+    y, x = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    sign = torch.where((y < 2) ^ (x < 2), -1.0, 1.0).view(1, 64, 1)  # the roll moves the first two rows to the end
+    tokens = sign * torch.randn(32) + 0.01 * torch.randn(3, 64, 32)
+    ours = copy.deepcopy(untouched)
+    vit_triton.accelerate(ours, backend="triton", strict=True)
+    results = {"exact": copy.deepcopy(untouched).double()(tokens.double(), (8, 8))[0]}
+    results |= {name: model(tokens, (8, 8))[0] for name, model in (("ours", ours), ("theirs", untouched))}
+    assert_model_as_precise(results["ours"], results["theirs"], results["exact"], TERMS)
+    window_attention = F.window_attention
+    monkeypatch.setattr(F, "window_attention", lambda *a, **o: window_attention(*a, **{**o, "mask_value": -100.0}))
+    once = ours(tokens, (8, 8))[0]
+    assert (once - results["theirs"]).norm() > 0.1 * results["theirs"].norm()
+
+
+def test_dropouts_of_swin_v2_of_transformers():
+    """The output of attention is dropped with the probability of the attention weights. 1 makes outputs comparable."""
+    for name in ("attention_probs_dropout_prob", "hidden_dropout_prob"):
+        untouched = prepared(swin_v2_layer(**{name: 1.0})).train()
+        ours, x = copy.deepcopy(untouched), torch.randn(2, 64, 32)
+        vit_triton.accelerate(ours, backend="triton", strict=True)
+        torch.testing.assert_close(ours(x, (8, 8))[0], untouched(x, (8, 8))[0], rtol=1e-4, atol=1e-4)
+
+
+def test_attention_weights_of_swin_v2_of_transformers():
+    untouched = prepared(OfTransformers(version=2, size=64)).eval().model
+    ours = copy.deepcopy(untouched)
+    report = vit_triton.accelerate(ours, backend="triton")
+    x = torch.randn(1, 3, 64, 64)
+    results = (model(x, output_attentions=True).attentions for model in (ours, untouched))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert "output_attentions" in str(report.fallbacks())
 
 
 def test_padded_and_shifted_windows_of_timm_fall_back():

@@ -132,6 +132,20 @@ def test_bias_in_16_bits_and_float32(dtype, wide):
     check(q, k, v, bias if wide else bias.to(dtype), scale=-0.3, do=torch.randn(()).to(dtype).expand(q.shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bias_of_all_samples(dtype):
+    """On a CPU, the gradient is summed over groups of 32 / heads samples, of which the last is smaller."""
+    q, k, v = make(7, 21, 37, 16, 24, dtype)
+    bias, lengths = torch.randn(16, 21, 37).to(dtype), torch.tensor([37, 0, 5, 36, 1, 37, 16])
+    options = dict(key_lengths=lengths, causal="bottom_right")
+    check(q, k, v, bias, **options)
+    gradients = []
+    for leaf in (bias.clone().requires_grad_(), bias.clone().requires_grad_()):
+        F.attention(q, k, v, bias=leaf, **options, backend="triton").square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
 def test_bias_with_odd_strides_and_strides_of_zero():
     """Columns of longer rows, and one column expanded along every other dimension."""
     q, k, v = make(2, 53, 53, 3, 64, torch.float32, "packed")

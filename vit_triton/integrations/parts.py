@@ -27,10 +27,12 @@ __all__ = [
     "Branch",
     "MlpParts",
     "activation_of",
+    "apply_module",
     "attend",
     "attend_input",
     "check_head_size",
     "check_input",
+    "check_map",
     "check_mask",
     "check_rows",
     "check_tokens",
@@ -40,6 +42,7 @@ __all__ = [
     "dropout_of",
     "feed_forward",
     "joined_biases",
+    "layer_norm",
     "layer_norm_of",
     "linear_of",
     "norm_of",
@@ -119,14 +122,18 @@ def attend(
     backend: str | None,
     branch: Branch = Branch(),  # noqa: B008 - a tuple
     rope: F.Rope | None = None,
-    mask: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Compute attention and its branch: (B, N, dim) -> (B, N, dim_out)."""
+    """Compute attention and its branch: (B, N, dim) -> (B, N, dim_out).
+
+    Args:
+        bias: added to the scores, or a bool mask; broadcasts to (B, heads, N, N).
+    """
     check_input(x, parts.qkv_weight, parts.out_weight, branch.layer_scale)
     check_tokens(x)
     check_rows(x.shape[0] * x.shape[1] * parts.heads)
     positions = {} if rope is None else rotary_options(x, parts, rope)
-    check_mask(x, parts.heads, x.shape[1], mask)
+    check_mask(x, parts.heads, x.shape[1], bias)
     normed, norm = apply_module(x, parts.norm)
     qkv = F.linear(normed, parts.qkv_weight, parts.qkv_bias, norm=norm, backend=backend)
     out = F.attention_packed(
@@ -135,7 +142,7 @@ def attend(
         k_norm=parts.k_norm,
         norm_type=parts.norm_type,
         **positions,
-        bias=mask,
+        bias=bias,
         scale=parts.scale,
         dropout_p=parts.dropout_p,
         backend=backend,
@@ -191,8 +198,13 @@ def apply_module(x: Tensor, norm: AnyNorm) -> tuple[Tensor, F.Norm | None]:
     return (norm(x), None) if isinstance(norm, nn.Module) else (x, norm)
 
 
+def layer_norm(x: Tensor, norm: F.Norm, backend: str | None) -> Tensor:
+    weight, bias, eps = norm
+    return cast(Tensor, F.layer_norm(x, weight, bias, eps=eps, backend=backend))
+
+
 def attend_input(given: AttentionInput, parts: AttentionParts, backend: str | None) -> Tensor:
-    return attend(given.x, parts, backend, rope=given.rope, mask=given.mask)
+    return attend(given.x, parts, backend, rope=given.rope, bias=given.mask)
 
 
 def feed_forward(x: Tensor, parts: MlpParts, backend: str | None, branch: Branch = Branch()) -> Tensor:  # noqa: B008
@@ -251,6 +263,12 @@ def check_tokens(x: Tensor) -> None:
     """Raise UnsupportedModule unless `x` is (B, N, dim) with N >= 1."""
     if x.ndim != 3 or x.shape[1] == 0:
         raise UnsupportedModule("input is not (B, N, dim) with at least one token")
+
+
+def check_map(x: Tensor) -> None:
+    """Raise UnsupportedModule unless `x` is (B, H, W, dim) with at least one token."""
+    if x.ndim != 4 or 0 in x.shape[1:]:
+        raise UnsupportedModule("input is not (B, H, W, dim) with at least one token")
 
 
 def check_weight(name: str, weight: Any) -> None:

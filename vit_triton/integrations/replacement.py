@@ -20,7 +20,7 @@ from torch import nn
 from vit_triton.backend import backend_name, check_backend_name, torch_reason
 from vit_triton.checks import check_module
 from vit_triton.fallback import clear_fallbacks, count_fallback, fallback_counter, is_capturing
-from vit_triton.integrations import pytorch, timm, torchvision, vit_pytorch
+from vit_triton.integrations import pytorch, timm, timm_relative, torchvision, vit_pytorch
 from vit_triton.integrations.recipes import (
     Container,
     Recipe,
@@ -44,12 +44,13 @@ CHOICES = ("attention", "mlp", "layer_norm", "patch_embedding")
 
 def _load_recipes() -> None:
     """Register the recipes for every library that has been imported."""
-    for library in (pytorch, timm, torchvision, vit_pytorch):
+    for library in (pytorch, timm, timm_relative, torchvision, vit_pytorch):
         library.register_all()
     if "transformers.modeling_utils" in sys.modules:  # importing it takes seconds
-        from vit_triton.integrations import transformers
+        from vit_triton.integrations import transformers, transformers_relative, transformers_swin
 
-        transformers.register_all()
+        for files in (transformers, transformers_relative, transformers_swin):
+            files.register_all()
 
 
 @functools.cache

@@ -290,13 +290,16 @@ def read_mlp(module: Any) -> MlpParts:
     )
 
 
+def read_inner_mlp(block: nn.Module) -> MlpParts:
+    return read_mlp(submodule(block, "mlp", _classes.Mlp, _classes.GluMlp, _classes.SwiGLU))
+
+
 def read_block(module: Any) -> BlockParts:
     check_members(module, "norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
     attention = submodule(module, "attn", _classes.Attention)
-    mlp = submodule(module, "mlp", _classes.Mlp, _classes.GluMlp, _classes.SwiGLU)
     return BlockParts(
         read_attention(attention)._replace(norm=norm_or_none(module, "norm1")),
-        read_mlp(mlp)._replace(norm=norm_or_none(module, "norm2")),
+        read_inner_mlp(module)._replace(norm=norm_or_none(module, "norm2")),
         branch_of(module, "1"),
         branch_of(module, "2"),
     )
@@ -316,8 +319,7 @@ def eva_branches(module: Any, *others: str) -> tuple[AttentionParts, MlpParts]:
     """Read attention and MLP of an EvaBlock or EvaBlockPostNorm; ``others``: its other members."""
     check_members(module, "norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2", *others)
     attention = submodule(module, "attn", _classes.EvaAttention, _classes.AttentionRope)
-    mlp = submodule(module, "mlp", _classes.Mlp, _classes.GluMlp, _classes.SwiGLU)
-    return read_rotary_attention(attention), read_mlp(mlp)
+    return read_rotary_attention(attention), read_inner_mlp(module)
 
 
 class PostNormParts(NamedTuple):
@@ -383,7 +385,7 @@ def read_window_attention(module: Any, shift: tuple[int, int]) -> WindowParts:
     weight, bias = linear_of(module, "qkv")
     out_weight, out_bias = linear_of(module, "proj")
     if "cpb_mlp" in module._modules:
-        table, logit_scale = cosine_of(module)
+        table, logit_scale = cosine_of(module, module.cpb_mlp, module.num_heads)
         if module.q_bias is not None:
             bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
         dropout_p = dropout_of(module, "attn_drop")

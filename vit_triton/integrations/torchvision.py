@@ -116,7 +116,7 @@ def read_swin_attention(module: Any) -> WindowParts:
         if bias is not None:  # keys have no bias
             q_bias, k_bias, v_bias = bias.chunk(3)
             bias = torch.cat((q_bias, torch.zeros_like(k_bias), v_bias))
-        table, logit_scale = cosine_of(module)
+        table, logit_scale = cosine_of(module, module.cpb_mlp, module.num_heads)
     else:
         table = module.relative_position_bias_table
     return WindowParts(

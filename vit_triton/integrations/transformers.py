@@ -1,5 +1,5 @@
 """Hugging Face transformers: ``attn_implementation="vit_triton"``, and recipes for ViT, DeiT, DINOv2 (with registers),
-DINOv3, SigLIP, SigLIP 2, CLIP and Swin, and the vision attention of Qwen2-VL and Qwen2.5-VL.
+DINOv3, SigLIP, SigLIP 2 and CLIP.
 
     import vit_triton.integrations.transformers
     model = AutoModel.from_pretrained(name, attn_implementation="vit_triton")
@@ -59,10 +59,19 @@ from vit_triton.integrations.recipes import (
     trust,
 )
 from vit_triton.integrations.transformers_qwen import register_qwen
-from vit_triton.integrations.transformers_swin import register_swin
 from vit_triton.packing import concatenated
 
-__all__ = ["attention_forward", "register_all"]
+__all__ = [
+    "ACTIVATIONS",
+    "VIT",
+    "Classes",
+    "attention_forward",
+    "concatenated_linears",
+    "hidden_states_input",
+    "read_mlp",
+    "records_outputs",
+    "register_all",
+]
 
 
 def attention_forward(
@@ -146,17 +155,18 @@ class Family(NamedTuple):
     scale: str
     dropout: str  # attention dropout probability
     rotary: bool = False  # layers receive tables of rotary positions
+    others: tuple[str, ...] = ()  # submodules and parameters of a layer, besides those that all families have
 
 
-_VIT = Family("attention", "layernorm_before", "layernorm_after", "o_proj", "scaling", "attention_dropout")
-_DINO = _VIT._replace(norm1="norm1", norm2="norm2")
+VIT = Family("attention", "layernorm_before", "layernorm_after", "o_proj", "scaling", "attention_dropout")
+_DINO = VIT._replace(norm1="norm1", norm2="norm2")
 _DINOV3 = _DINO._replace(dropout="dropout", rotary=True)
 _CLIP = Family("self_attn", "layer_norm1", "layer_norm2", "out_proj", "scale", "dropout")
 
 # model file: (class prefix, suffix of the layer class, family, suffix of the class that runs the layers, their name)
 FILES = {
-    "vit": ("ViT", "Layer", _VIT, "Model", "layers"),
-    "deit": ("DeiT", "Layer", _VIT, "Model", "layers"),
+    "vit": ("ViT", "Layer", VIT, "Model", "layers"),
+    "deit": ("DeiT", "Layer", VIT, "Model", "layers"),
     "dinov2": ("Dinov2", "Layer", _DINO, "Encoder", "layer"),
     "dinov2_with_registers": ("Dinov2WithRegisters", "Layer", _DINO, "Encoder", "layer"),
     "dinov3_vit": ("DINOv3ViT", "Layer", _DINOV3, "Encoder", "layer"),
@@ -186,7 +196,6 @@ def register_all() -> None:
     for file in FILES:
         if f"transformers.models.{file}.modeling_{file}" in sys.modules:
             register_file(file)
-    register_swin(read_mlp, concatenated_linears)
     register_qwen(read_mlp, IMPLEMENTATIONS, IRRELEVANT)
 
 
@@ -323,7 +332,7 @@ class Classes(NamedTuple):
     def read_layer(self, module: Any) -> BlockParts:
         family = self.family
         own = (family.attention, family.norm1, family.norm2)
-        check_members(module, *own, "mlp", "dropout", "layer_scale1", "layer_scale2", "drop_path")
+        check_members(module, *own, "mlp", "dropout", "layer_scale1", "layer_scale2", "drop_path", *family.others)
         norm1, norm2 = (norm_of(module, name, nn.LayerNorm) for name in (family.norm1, family.norm2))
         dropout_p = dropout_of(module, "dropout")
         attention = submodule(module, family.attention, self.Attention, unless=records_outputs)
@@ -333,18 +342,23 @@ class Classes(NamedTuple):
         return BlockParts(
             self.attention_of(attention)._replace(norm=norm1, out_dropout_p=dropout_p),
             mlp._replace(norm=norm2, dropout_p=dropout_p),
-            self.branch_of(module, "layer_scale1"),
-            self.branch_of(module, "layer_scale2"),
+            self.branch_of(module, "1"),
+            self.branch_of(module, "2"),
         )
 
-    def branch_of(self, module: nn.Module, scale: str) -> Branch:
+    def branch_of(self, module: nn.Module, number: str) -> Branch:
         """Return LayerScale and stochastic depth of a branch, without the residual."""
-        if self.LayerScale is None:
+        if self.DropPath is None:
             return Branch()
         drop = submodule(module, "drop_path", self.DropPath, nn.Identity)
         dropping = drop.training and not isinstance(drop, nn.Identity)
         drop_path_p = float(drop.drop_prob or 0.0) if dropping else 0.0
-        return Branch(None, submodule(module, scale, self.LayerScale).lambda1, drop_path_p)
+        if self.LayerScale is not None:
+            return Branch(None, submodule(module, f"layer_scale{number}", self.LayerScale).lambda1, drop_path_p)
+        scale = getattr(module, f"lambda_{number}")
+        if not isinstance(scale, Tensor) and scale != 1.0:
+            raise UnsupportedModule(f"lambda_{number} is a number other than 1")
+        return Branch(None, scale if isinstance(scale, Tensor) else None, drop_path_p)
 
     def read_pool(self, module: Any) -> PoolParts:
         """Read SigLIP's pooling head: attention with a learned query, and an MLP."""

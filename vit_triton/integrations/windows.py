@@ -16,9 +16,11 @@ from vit_triton.integrations.parts import (
     MlpParts,
     check_head_size,
     check_input,
+    check_map,
     check_rows,
     check_weight,
     feed_forward,
+    layer_norm,
     linear_of,
 )
 from vit_triton.integrations.recipes import UnsupportedModule
@@ -52,6 +54,7 @@ class WindowParts(NamedTuple):
     out_dropout_p: float = 0.0
     rolls_first: bool = False  # before padding, as timm; the others pad first
     drops_shift: bool = False  # on an axis that one window covers, as torchvision
+    mask_value: float = -100.0  # added to the scores of tokens from different regions of a shifted map
 
 
 class WindowBlockParts(NamedTuple):
@@ -92,21 +95,10 @@ def window_of(heads: int, window: Any, shift: Any, table: Tensor, width: int) ->
     return dict(heads=heads, window=(h, w), shift=(y, x), table=table)
 
 
-def cosine_of(module: Any) -> tuple[Tensor, Tensor]:
+def cosine_of(module: Any, mlp: nn.Module, heads: int) -> tuple[Tensor, Tensor]:
     """Return the table of the relative position bias and the logit scale of a Swin V2 attention."""
-    table = 16 * torch.sigmoid(module.cpb_mlp(module.relative_coords_table).view(-1, module.num_heads))
+    table = 16 * torch.sigmoid(mlp(module.relative_coords_table).view(-1, heads))
     return table, module.logit_scale.clamp(max=math.log(100.0)).exp().flatten()
-
-
-def check_map(x: Tensor) -> None:
-    """Raise UnsupportedModule unless `x` is (B, H, W, dim) with at least one token."""
-    if x.ndim != 4 or 0 in x.shape[1:]:
-        raise UnsupportedModule("input is not (B, H, W, dim) with at least one token")
-
-
-def normalize(x: Tensor, norm: F.Norm, backend: str | None) -> Tensor:
-    weight, bias, eps = norm
-    return cast(Tensor, F.layer_norm(x, weight, bias, eps=eps, backend=backend))
 
 
 def attend(
@@ -124,7 +116,7 @@ def attend(
     if any(pads):
         if parts.rolls_first and any(shift):
             raise UnsupportedModule("padding of shifted windows")
-        x, norm = pad_map(x if norm is None else normalize(x, norm, backend), pads), None
+        x, norm = pad_map(x if norm is None else layer_norm(x, norm, backend), pads), None
     out = attend_windows(
         F.linear(x, parts.qkv_weight, parts.qkv_bias, norm=norm, backend=backend),
         parts.table,
@@ -132,6 +124,7 @@ def attend(
         heads=parts.heads,
         window=parts.window,
         shift=shift,
+        mask_value=parts.mask_value,
         logit_scale=parts.logit_scale,
         dropout_p=parts.dropout_p,
         backend=backend,
@@ -154,8 +147,8 @@ def compute_window_block(x: Tensor, parts: WindowBlockParts, backend: str | None
         return feed_forward(x, parts.mlp._replace(norm=norm2), backend, Branch(x, None, drop2))
     assert parts.drop_paths is not None
     drop_path1, drop_path2 = parts.drop_paths
-    x = x + drop_path1(normalize(attend(x, parts.attention, None, backend), norm1, backend))
-    return cast(Tensor, x + drop_path2(normalize(feed_forward(x, parts.mlp, backend), norm2, backend)))
+    x = x + drop_path1(layer_norm(attend(x, parts.attention, None, backend), norm1, backend))
+    return cast(Tensor, x + drop_path2(layer_norm(feed_forward(x, parts.mlp, backend), norm2, backend)))
 
 
 def compute_merging(x: Tensor, parts: MergingParts, backend: str | None) -> Tensor:
@@ -167,7 +160,7 @@ def compute_merging(x: Tensor, parts: MergingParts, backend: str | None) -> Tens
     x = torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)
     if not parts.post_norm:
         return F.linear(x, parts.weight, None, norm=parts.norm, backend=backend)
-    return normalize(F.linear(x, parts.weight, None, backend=backend), parts.norm, backend)
+    return layer_norm(F.linear(x, parts.weight, None, backend=backend), parts.norm, backend)
 
 
 def merging_weight(module: nn.Module) -> Tensor:

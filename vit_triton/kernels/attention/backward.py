@@ -44,7 +44,10 @@ from vit_triton.kernels.attention.rows import (
 from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import input_precision, launch, maybe_contiguous
 from vit_triton.kernels.picker import cdiv
+from vit_triton.kernels.sums.sum_parts import sum_parts
 from vit_triton.kernels.tiles import LOG2E, dropout_keep
+
+DBIAS_PROGRAMS = 32  # that compute dS at a time, each with a buffer of N_q * N_k elements
 
 
 @triton.jit
@@ -166,12 +169,13 @@ def attention_bwd_dq_kernel(
 
 @triton.jit
 def attention_bwd_dkdv_step(
-    sums, k, v, q_rows, do_rows, dq_rows, lse_ptr, log2_sum_ptr, delta_ptr, start_m, n_q, n_k, scale, score_scale,
-    offs_n, dropout, mask,
-    DIMS: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    sums, k, v, q_rows, do_rows, dq_rows, dbias, lse_ptr, log2_sum_ptr, delta_ptr, start_m, n_q, n_k, scale,
+    score_scale, offs_n, dropout, mask,
+    DIMS: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, ADD_DBIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the contribution of query rows ``start_m ... start_m + BLOCK_M`` to dK (without ``scale``) and dV; tiles are
-    transposed. ``dq_rows``: store dQ of these rows too, which requires that ``k`` holds all keys."""
+    transposed. ``dq_rows``: store dQ of these rows too, which requires that ``k`` holds all keys. ``dbias``: (pointer,
+    columns) to store dS of these rows, or to add it with ADD_DBIAS."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     if MASKED:
         lse = tl.load(lse_ptr + offs_m, mask=offs_m < n_q, other=float("inf"))  # P = 0 in masked rows
@@ -198,7 +202,15 @@ def attention_bwd_dkdv_step(
         p_dropped = p * dropped
         dp *= dropped
     p_dropped = p_dropped.to(do[0].dtype)
-    ds = (p * (dp - delta[None, :])).to(q[0].dtype)  # [BLOCK_N, BLOCK_M]
+    ds = p * (dp - delta[None, :])  # [BLOCK_N, BLOCK_M]
+    if dbias is not None:
+        ptrs = (dbias[0] + offs_m.to(tl.int64)[:, None] * dbias[1]) + offs_n[None, :]
+        inside = (offs_m < n_q)[:, None] & (offs_n < dbias[1])[None, :]
+        of_bias = tl.trans(ds)
+        if ADD_DBIAS:
+            of_bias += tl.load(ptrs, mask=inside, other=0.0)
+        tl.store(ptrs, of_bias.to(dbias[0].dtype.element_ty), mask=inside)
+    ds = ds.to(q[0].dtype)
     dv = add_dot(sums[1::2], p_dropped, do, PRECISION)
     dk = add_dot(sums[0::2], ds, q, PRECISION)
     if dq_rows is not None:
@@ -210,7 +222,7 @@ def attention_bwd_dkdv_step(
 @triton.jit
 def attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, log2_sum_ptr, delta_ptr, seed_ptr, cu_q_ptr, cu_k_ptr, key_lengths_ptr,
-    bias_ptr, rel_h_ptr, rel_w_ptr, dq_ptr, dk_ptr, dv_ptr,
+    bias_ptr, rel_h_ptr, rel_w_ptr, dq_ptr, dk_ptr, dv_ptr, dbias_ptr,
     stride_qb, stride_qn, stride_qh, stride_qd,
     stride_kb, stride_kn, stride_kh, stride_kd,
     stride_vb, stride_vn, stride_vh, stride_vd,
@@ -224,10 +236,11 @@ def attention_bwd_dkdv_kernel(
     n_heads, n_q, n_k, n_tokens, rel_width, scale, score_scale, dropout_p, keep_scale,
     HEAD_ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_M: tl.constexpr, EMPTY_ROWS: tl.constexpr,
-    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, ADD_DBIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N rows of dK and dV. ``dq_ptr``: dQ too, which requires that BLOCK_N covers all keys; the scores, their
-    exponentials and dP are then computed once instead of twice."""
+    exponentials and dP are then computed once instead of twice. ``dbias_ptr``: dS too, (B, H, N_q, N_k), which requires
+    the same; with ADD_DBIAS it is added to what is there."""
     DIMS: tl.constexpr = (HEAD_DIM, D_MAIN, D_TAIL)
     pid_n, batch, head, off_bh = head_of_program(n_heads, tl.cdiv(n_k, BLOCK_N))
     if cu_q_ptr is not None:
@@ -248,6 +261,7 @@ def attention_bwd_dkdv_kernel(
         if cu_q_ptr is not None:
             dq_ptr += first_q * stride_dqn
         dq_rows = head_rows(dq_ptr, (stride_dqb, stride_dqn, stride_dqh, 1), batch, head, HEAD_ALIGN)
+    dbias = None if dbias_ptr is None else (dbias_ptr + off_bh.to(tl.int64) * n_q * n_k, n_k)
     dk_rows = head_rows(dk_ptr, (stride_dkb, stride_dkn, stride_dkh, 1), batch, head, HEAD_ALIGN)
     dv_rows = head_rows(dv_ptr, (stride_dvb, stride_dvn, stride_dvh, 1), batch, head, HEAD_ALIGN)
     first_lse = off_bh.to(tl.int64) * n_q if cu_q_ptr is None else head * n_tokens + first_q
@@ -281,20 +295,20 @@ def attention_bwd_dkdv_kernel(
         m_full = n_rows // BLOCK_M * BLOCK_M
         for start_m in tl.range(0, m_full, BLOCK_M):
             sums = attention_bwd_dkdv_step(
-                sums, k, v, q_rows, do_rows, dq_rows, lse_ptr, log2_sum_ptr, delta_ptr, start_m, n_q, n_keys, scale,
-                score_scale, offs_n, dropout, mask, DIMS, BLOCK_M, False, PRECISION,
+                sums, k, v, q_rows, do_rows, dq_rows, dbias, lse_ptr, log2_sum_ptr, delta_ptr, start_m, n_q, n_keys,
+                scale, score_scale, offs_n, dropout, mask, DIMS, BLOCK_M, False, ADD_DBIAS, PRECISION,
             )  # fmt: skip
         first_m = m_full
     if CAUSAL != "" or cu_q_ptr is not None:
         for start_m in tl.range(first_m, n_rows, BLOCK_M):
             sums = attention_bwd_dkdv_step(
-                sums, k, v, q_rows, do_rows, dq_rows, lse_ptr, log2_sum_ptr, delta_ptr, start_m, n_q, n_keys, scale,
-                score_scale, offs_n, dropout, mask, DIMS, BLOCK_M, True, PRECISION,
+                sums, k, v, q_rows, do_rows, dq_rows, dbias, lse_ptr, log2_sum_ptr, delta_ptr, start_m, n_q, n_keys,
+                scale, score_scale, offs_n, dropout, mask, DIMS, BLOCK_M, True, ADD_DBIAS, PRECISION,
             )  # fmt: skip
     elif TAIL_M > 0:
         sums = attention_bwd_dkdv_step(
-            sums, k, v, q_rows, do_rows, dq_rows, lse_ptr, log2_sum_ptr, delta_ptr, first_m, n_q, n_keys, scale,
-            score_scale, offs_n, dropout, mask, DIMS, TAIL_M, True, PRECISION,
+            sums, k, v, q_rows, do_rows, dq_rows, dbias, lse_ptr, log2_sum_ptr, delta_ptr, first_m, n_q, n_keys,
+            scale, score_scale, offs_n, dropout, mask, DIMS, TAIL_M, True, ADD_DBIAS, PRECISION,
         )  # fmt: skip
     store_tile(dk_rows, scale_tile(sums[0::2], scale), offs_n, n_k, DIMS)
     store_tile(dv_rows, sums[1::2], offs_n, n_k, DIMS)
@@ -369,7 +383,7 @@ def attention_varlen_bwd(
     operands = sequences.views(do, q, k, v)
     grads = sequences.views(dq, dk, dv)
     mask = ScoreMask(causal=causal)
-    launch_attention_bwd(grads, operands, lse, None, delta, sequences, scale=scale, dropout=dropout, mask=mask)
+    launch_attention_bwd(grads, operands, lse, None, delta, sequences, None, scale=scale, dropout=dropout, mask=mask)
     return dq, dk, dv
 
 
@@ -382,14 +396,33 @@ def attention_bwd_into(
     do = maybe_contiguous(do)
     delta = attention_bwd_delta(out, do, dlse)
     lse, log2_sum = lse.unbind(0) if mask.floating else (lse, None)
+    bias = mask.bias if needs_bias and mask.floating else None
+    # dropout draws by the index of the sample, which launches for a part of the batch do not have
+    partials = None if bias is None or dropout.p > 0 else partial_dbias(q, k, bias)
     arguments = launch_attention_bwd(
-        [dq, dk, dv], [do, q, k, v], lse, log2_sum, delta, None, scale=scale, dropout=dropout, mask=mask
+        [dq, dk, dv], [do, q, k, v], lse, log2_sum, delta, None, partials, scale=scale, dropout=dropout, mask=mask
     )
     if needs_bias and mask.rel is not None:
         return BiasGradients(None, *attention_bwd_rel(arguments, mask.rel))
-    if needs_bias and mask.bias is not None and mask.floating:
-        return BiasGradients(attention_bwd_bias(arguments, mask.bias))
-    return BiasGradients()
+    if bias is None:
+        return BiasGradients()
+    if partials is not None:
+        return BiasGradients(sum_parts(partials, bias.dtype)[None])
+    return BiasGradients(attention_bwd_bias(arguments, bias))
+
+
+def partial_dbias(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor) -> torch.Tensor | None:
+    """Buffers (samples, H, N_q, N_k) for dS of a few samples at a time, if the kernel of dK and dV can compute the
+    gradient of the bias: on a CPU, where it computes dQ too, and if the bias is broadcast over the batch only."""
+    (batch, n_q, n_heads, head_dim), n_k = q.shape, k.shape[1]
+    target = target_of(q.device)
+    if batch == 0 or bias.shape != (1, n_heads, n_q, n_k):
+        return None
+    if pick_attention_bwd_dq_bias(n_q, n_k, head_dim, q.dtype, target, False) is not None:
+        return None
+    samples = min(batch, max(1, DBIAS_PROGRAMS // n_heads))
+    dtype = bias.dtype if batch == 1 else torch.float32
+    return torch.empty(samples, n_heads, n_q, n_k, dtype=dtype, device=q.device)
 
 
 def attention_bwd_delta(out: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor | None) -> torch.Tensor:
@@ -430,13 +463,14 @@ def launch_attention_bwd(
     log2_sum: torch.Tensor | None,
     delta: torch.Tensor,
     sequences: Sequences | None,
+    dbias: torch.Tensor | None,
     *,
     scale: float,
     dropout: Dropout,
     mask: ScoreMask,
 ) -> dict[str, Any]:
-    """Launch the kernels that compute ``grads`` (dq, dk, dv) from ``operands`` (do, q, k, v). Return the arguments that
-    the kernels of a bias's gradient share with them."""
+    """Launch the kernels that compute ``grads`` (dq, dk, dv) from ``operands`` (do, q, k, v), and ``dbias``, see
+    :func:`partial_dbias`. Return the arguments that the kernels of a bias's gradient share with them."""
     (dq, dk, dv), (do, q, k, v) = grads, operands
     batch, n_q, n_heads, head_dim = q.shape
     n_k = k.shape[1]
@@ -493,24 +527,30 @@ def launch_attention_bwd(
     with_dq = config is None
     pick_dkdv = pick_attention_bwd_dkdv_bias if mask.biased else pick_attention_bwd_dkdv
     config = pick_dkdv(n_q, n_k, head_dim, q.dtype, target, dropped)
-    launch(
-        attention_bwd_dkdv_kernel,
-        (cdiv(n_k, config.block_n) * batch * n_heads,),
-        q,
-        dq_ptr=dq if with_dq else None,
-        dk_ptr=dk,
-        dv_ptr=dv,
-        **dq_strides,
-        stride_dkb=dk.stride(0),
-        stride_dkn=dk.stride(1),
-        stride_dkh=dk.stride(2),
-        stride_dvb=dv.stride(0),
-        stride_dvn=dv.stride(1),
-        stride_dvh=dv.stride(2),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        TAIL_M=attention_tail(n_q, config.block_m),
-        **config.options,
-        **shared,
-    )
+    of_batch = shared | dict(dq_ptr=dq if with_dq else None, dk_ptr=dk, dv_ptr=dv)
+    samples = batch if dbias is None else dbias.shape[0]
+    for first in range(0, max(1, batch), max(1, samples)):
+        rows = slice(first, first + samples)
+        of_rows = of_batch
+        if samples < batch:
+            of_rows = {name: x[rows] if isinstance(x, torch.Tensor) else x for name, x in of_batch.items()}
+        launch(
+            attention_bwd_dkdv_kernel,
+            (cdiv(n_k, config.block_n) * min(samples, batch - first) * n_heads,),
+            q,
+            dbias_ptr=dbias,
+            ADD_DBIAS=first > 0,
+            **dq_strides,
+            stride_dkb=dk.stride(0),
+            stride_dkn=dk.stride(1),
+            stride_dkh=dk.stride(2),
+            stride_dvb=dv.stride(0),
+            stride_dvn=dv.stride(1),
+            stride_dvh=dv.stride(2),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            TAIL_M=attention_tail(n_q, config.block_m),
+            **config.options,
+            **of_rows,
+        )
     return arguments

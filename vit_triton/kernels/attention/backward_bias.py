@@ -2,6 +2,7 @@
 
 One program owns a tile of the gradient and loops over what the tile is broadcast over, in a fixed order. dS of all
 scores is never stored. The programs of a split compute partial sums, which :func:`sum_parts` adds in a fixed order.
+On a CPU, ``attention_bwd_dkdv_kernel`` computes the gradient of a bias that is broadcast over the batch only.
 
 The gradient of a decomposed bias is the sum of dS over a row, or a column, of the grid of keys: a program owns BLOCK_M
 queries and reads the keys of one row of the grid per step.
