@@ -63,13 +63,13 @@ def _cases() -> Iterator[Case]:
         ("", "attention_fwd_kernel"),
         (": dq", "attention_bwd_dq_kernel"),
         (": dk and dv", "attention_bwd_dkdv_kernel"),
-        (": gradient of the bias", "attention_bwd_bias_kernel"),
+        (": dbias", "attention_bwd_bias_kernel"),
     ):
         yield Case(f"attention with bias, 201 tokens{name}", kernel, biased)
     for name, cosine in (("window attention", False), ("cosine window attention", True)):
         swin = functools.partial(workloads.swin_attention, batch=BATCH, side=56, heads=3, window=7, cosine=cosine)
-        yield Case(f"{name}, Swin-T stage 1", "window_attention_fwd_kernel", swin)
-        yield Case(f"{name}, Swin-T stage 1: gradients", "window_attention_bwd_kernel", swin)
+        yield Case(f"{name}, Swin-T", "window_attention_fwd_kernel", swin)
+        yield Case(f"{name}, Swin-T, gradients", "window_attention_bwd_kernel", swin)
     for layout in ("half", "interleaved"):
         rotary = functools.partial(workloads.rotary_attention, batch=BATCH, n_tokens=201, layout=layout)
         yield Case(f"rotation of q and k, {layout}", "rotary_kernel", rotary, {"TRANSPOSED": False})
