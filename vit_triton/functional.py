@@ -403,8 +403,9 @@ def linear(
     """Compute drop_path(layer_scale * dropout(norm(x) @ weight.T + bias)) + residual.
 
     With ``rope``, the result is a packed projection to q, k and v, and q and k are rotated: the input of
-    :func:`attention_packed`, reshaped to (B, N, 3, H, D). On a GPU, the kernel of the projection rotates, where D is a
-    power of two, all D channels are rotated, and all heads share the tables.
+    :func:`attention_packed`, reshaped to (B, N, 3, H, D). On a GPU, the kernel of the projection rotates in
+    its epilogue where D is a power of two, all heads share the tables, and these have D / 2 columns, or D columns in 16
+    bits with the layout "half". Otherwise a second kernel rotates q and k in place.
 
     Args:
         x: (..., K); weight: (N, K), as in ``nn.Linear``; bias: (N,); residual: (..., N).
