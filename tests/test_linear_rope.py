@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import EMULATOR
+from conftest import EMULATOR, forget_recordings
 from hypothesis import given
 from hypothesis import strategies as st
 from precision import DTYPES, assert_as_precise, assert_same, double, run
@@ -13,6 +13,7 @@ from test_rotary import LAYOUTS, rotated, tables
 from vit_triton import functional as F
 from vit_triton import reference
 from vit_triton.kernels.linear import forward
+from vit_triton.kernels.linear.config import VendorGemm
 
 pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("own_gemm")]
 
@@ -127,6 +128,15 @@ def test_several_tiles(small_tiles, batch):
     rope = tables("sample", batch, 2, 33, 8)
     inputs, dy = make(batch, 34, 40, 2, 16, torch.bfloat16, norm=True), torch.randn(batch, 34, 96).bfloat16()
     check(inputs, dy, 2, rope, 1, "interleaved")
+
+
+def test_vendor_gemm(monkeypatch, request):
+    """The second kernel rotates the result of the vendor's GEMM."""
+    forget_recordings()
+    request.addfinalizer(forget_recordings)
+    monkeypatch.setattr(forward, "pick_linear_fwd", lambda *args: VendorGemm())
+    rope = tables("shared", 2, 2, 8, 8)
+    check(make(2, 9, 16, 2, 16, torch.float32, norm=True), torch.randn(2, 9, 96), 2, rope, 1, "half")
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (2, 0), (2, 3)])

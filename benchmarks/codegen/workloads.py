@@ -50,7 +50,7 @@ def each_kernel(dtype: torch.dtype) -> None:
     _differentiate(F.attention_packed(qkv, q_norm=normed, k_norm=normed, backend="triton"))
     for layout in ("half", "interleaved"):
         rotary_attention(dtype, BATCH, TOKENS, layout)
-        qkv_projection(dtype, BATCH, TOKENS, layout)
+    qkv_projection(dtype, BATCH, TOKENS, "half")
     biased_attention(dtype, BATCH, TOKENS, HEAD_DIM)
     rel = DecomposedBias(*(_zeros(dtype, BATCH, HEADS, 196, 14) for _ in range(2)))
     _differentiate(F.attention_packed(_zeros(dtype, BATCH, 196, 3, HEADS, HEAD_DIM), bias=rel, backend="triton"))
