@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import vit_triton
 from vit_triton import functional as F
+from vit_triton.integrations import parts
 
 # real widths, one or two blocks
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -205,6 +206,15 @@ def test_outputs_of_transformers():
 
 def eva02() -> nn.Module:
     return model_of("eva02_small_patch14_224", 28, **SMALL, depth=2)[0]
+
+
+@pytest.mark.parametrize("make", [eva02, lambda: dinov3(**SMALL_CONFIG)], ids=["timm", "transformers"])
+def test_rotation_in_the_projection(make: Callable[[], nn.Module], monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(parts, "rotates_in_projection", lambda x, parts: parts.q_norm is None)
+    monkeypatch.setattr(F, "_rotate", lambda *_: pytest.fail("attention rotates"))
+    size = 28 if make is eva02 else 48
+    assert_accelerated(make(), torch.randn(2, 3, size, size), low=True)
 
 
 @pytest.mark.parametrize("make", [eva02, lambda: dinov3(**SMALL_CONFIG)], ids=["timm", "transformers"])

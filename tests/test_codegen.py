@@ -226,17 +226,22 @@ LIMITS = {
     ("sm_100", "attention_bwd_dkdv_kernel"): (168, 2, 390),
     ("sm_100", "linear_fwd_kernel"): (128, 2, 145),
     ("sm_100", "linear_bwd_input_kernel"): (128, 2, 170),
+    # a rotating epilogue: with a limit of 128 registers it spills 14, in two subtiles it takes more instructions
+    ("sm_100", "linear_fwd_kernel, rotating"): (168, 1, 145),
 }
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_registers_blocks_and_instructions_of_vit_b_16(arch):
     products = [found for found in each_kernel(arch, "bfloat16") if "PRECISION" in found.constants]
-    assert {kernel for of, kernel in LIMITS if of == arch} <= {found.kernel for found in products}
+    assert {kernel.split(",")[0] for of, kernel in LIMITS if of == arch} <= {found.kernel for found in products}
     for found in products:
         if is_biased(found):
             continue
-        registers, blocks, instructions = LIMITS.get((arch, found.kernel), (255, 2, 10**4))
+        limits = LIMITS.get((arch, found.kernel), (255, 2, 10**4))
+        if found.kernel == "linear_fwd_kernel" and found.constants["PAIRS"] != "":
+            limits = LIMITS.get((arch, "linear_fwd_kernel, rotating"), limits)
+        registers, blocks, instructions = limits
         assert found.registers <= registers and found.blocks >= blocks, found
         assert max(found.per_trip) <= instructions, found
 

@@ -65,6 +65,15 @@ def sample(name, dtype=torch.float32):
     if name == "linear":
         tensors = [rand(2, 5, 16), rand(8, 16), rand(8), rand(2, 5, 8), rand(16), rand(16), rand(8)]
         return tensors, lambda f, t, **o: f(*t[:3], residual=t[3], norm=(*t[4:6], 1e-5), layer_scale=t[6], **o)
+    if name == "linear rotary":
+        table = torch.linspace(0.5, 1, 32).view(4, 8)
+
+        def rotated(f, t, **options):
+            cos = table[: t[0].shape[1] - 1]
+            rope = dict(rope=(cos, cos - 0.2), rope_heads=2, rope_prefix=1)
+            return f(*t[:3], norm=(*t[3:], 1e-5), **rope, **options)
+
+        return [rand(2, 5, 16), rand(96, 16), rand(96), rand(16), rand(16)], rotated
     if name == "mlp":
         tensors = [rand(2, 5, 16), rand(24, 16), rand(24), rand(16, 24), *(rand(16) for _ in range(4))]
         return tensors, lambda f, t, **o: f(*t[:5], residual=t[0], norm=(*t[5:7], 1e-5), layer_scale=t[7], **o)
@@ -81,18 +90,20 @@ def sample(name, dtype=torch.float32):
 
 FUNCTIONS = ("attention", "attention_packed", "normed attention", "normed packed", "biased attention")
 FUNCTIONS += ("rotary", "rotary packed", "rotary normed", "window_attention", "relative_position_bias")
-FUNCTIONS += ("linear", "mlp", "layer_norm", "add_layer_norm", "patch_embed")
+FUNCTIONS += ("linear", "linear rotary", "mlp", "layer_norm", "add_layer_norm", "patch_embed")
 
 
 def random(name):
     """Options that make a function draw random numbers."""
     if name in ("linear", "mlp"):
         return [{"dropout_p": 0.5}, {"dropout_p": 0.5, "drop_path_p": 0.5}]
-    return [{"dropout_p": 0.5}] if "attention" in name or "packed" in name or "rotary" in name else []
+    draws = "attention" in name or "packed" in name or name in ("rotary", "rotary normed")
+    return [{"dropout_p": 0.5}] if draws else []
 
 
 def public(name, module=F):
     names = {"add_layer_norm": "layer_norm", "normed packed": "attention_packed", "rotary packed": "attention_packed"}
+    names["linear rotary"] = "linear"
     names |= dict.fromkeys(("normed attention", "biased attention", "rotary", "rotary normed"), "attention")
     return getattr(module, names.get(name, name))
 

@@ -10,6 +10,23 @@ Norm = tuple[Tensor | None, Tensor | None, float]
 Rope = tuple[Tensor, Tensor]
 
 
+class Rotation(NamedTuple):
+    """Rotary positions of q and k in a packed projection, (samples * tokens, 3 * heads * head size).
+
+    Attributes:
+        cos, sin: (samples or 1, heads or 1, tokens - prefix, columns) or (tokens - prefix, columns).
+        prefix: number of tokens at the start of a sample that are not rotated.
+        interleaved: whether neighbours are a pair; else channel i and channel i + D' / 2, D' the rotated channels.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    tokens: int
+    heads: int
+    prefix: int
+    interleaved: bool
+
+
 class SavedNorm(NamedTuple):
     """A LayerNorm saved for backward. ``weight``, ``bias``: (D,) or None; ``mean``, ``rstd``: (rows,), float32."""
 

@@ -214,6 +214,35 @@ class LinearFunction(Function):
         return *_select(tuple(grads), wanted), *residual, *(None,) * 5
 
 
+class LinearRopeFunction(Function):
+    """A packed projection of x, (B, N, K), with rotated q and k. Saves x, the statistics of the norm and the tables."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x, weight, bias, norm_weight, norm_bias, cos, sin,
+        eps, heads: int, prefix: int, interleaved: bool,
+    ):  # fmt: skip
+        y, mean, rstd = _op("linear_rope_fwd")(
+            x, weight, bias, norm_weight, norm_bias, cos, sin, eps, heads, prefix, interleaved
+        )
+        if eps is None:
+            mean = rstd = None
+        ctx.save_for_backward(cos, sin, x, weight, norm_weight, norm_bias, mean, rstd)
+        ctx.heads, ctx.scalars = heads, (None, None, False, prefix, interleaved)
+        return y
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, dy):
+        needs_x, needs_weight, needs_bias, *needs_norm = ctx.needs_input_grad[:5]
+        cos, sin, *saved = ctx.saved_tensors
+        dqkv = dy.unflatten(-1, (3, ctx.heads, -1))
+        dqkv, *_ = _op("rotary_bwd")(dqkv, None, None, None, cos, sin, *(None,) * 4, *ctx.scalars)
+        wanted = needs_x or any(needs_norm), needs_weight or needs_bias
+        *grads, _ = _op("linear_bwd")(dqkv.flatten(2), *saved, *(None,) * 4, 0.0, False, needs_bias, *wanted)
+        return *_select(tuple(grads), ctx.needs_input_grad[:5]), *(None,) * 6
+
+
 class MlpFunction(Function):
     """x (..., K), residual (..., L); ``residual_is_x`` and the bias as in :class:`LinearFunction`.
 

@@ -369,6 +369,28 @@ def check_branch(
         raise ValueError(f"drop_path_p requires x to be (B, ..., D), got {shape_of(x)}")
 
 
+def check_rotated_projection(
+    x: Tensor, weight: Tensor, rope: Rope, heads: Any, prefix: int, layout: str, **others: Any
+) -> None:
+    """Check a packed projection whose q and k are rotated; ``others`` are arguments that exclude ``rope``."""
+    for name, value in others.items():
+        if isinstance(value, Tensor) or value:
+            raise ValueError(f"{name} and rope cannot be combined: rope is for a projection to q, k and v")
+    if heads is None:
+        raise ValueError("rope requires rope_heads, the number of heads of q, k and v, got None")
+    check_count("rope_heads", heads, at_least=1)
+    if x.ndim != 3:
+        raise ValueError(f"x must be (B, N, K) with rope, got {shape_of(x)}")
+    rows = weight.shape[0]
+    if rows % (3 * heads):
+        raise ValueError(f"weight must have 3 * rope_heads * D rows with rope_heads={heads}, got {shape_of(weight)}")
+    if rows // (3 * heads) > MAX_HEAD_DIM:
+        raise ValueError(f"the head size must be at most {MAX_HEAD_DIM}, got {shape_of(weight)} for rope_heads={heads}")
+    if exceeds_max_rows(x.shape[0] * x.shape[1] * heads):
+        raise ValueError(f"batch * rope_heads * rows must be at most {MAX_ROWS}, got {x.shape[0] * x.shape[1] * heads}")
+    check_rope((*x.shape[:2], heads, rows // (3 * heads)), x.shape[1], x, rope, prefix, layout)
+
+
 def check_vector(name: str, x: Tensor, weight_name: str, weight: Tensor) -> None:
     check_tensor(name, x)
     if x.shape != weight.shape[:1]:

@@ -40,6 +40,7 @@ from vit_triton.checks import (
     check_probability,
     check_residual,
     check_rope,
+    check_rotated_projection,
     check_rows,
     check_score_mask,
     check_sequences,
@@ -222,8 +223,12 @@ def attention_packed(
 
 
 def _attention_backend(backend: str | None, x: Tensor, elements: int, rope: Rope | None) -> str:
-    """Resolve the backend of attention; the kernels have no gradient of the tables of ``rope``."""
-    name = resolve_backend(backend, "attention", x, elements=elements)
+    return _supported(resolve_backend(backend, "attention", x, elements=elements), backend, rope)
+
+
+def _supported(name: str, backend: str | None, rope: Rope | None) -> str:
+    """Return ``name``, to which ``backend`` resolved, or "torch" for a gradient of the tables of ``rope``, which the
+    kernels do not compute."""
     if name == "torch" or rope is None or not torch.is_grad_enabled():
         return name
     if not any(table.requires_grad for table in rope):
@@ -417,9 +422,18 @@ def linear(
     layer_scale: Tensor | None = None,
     drop_path_p: float = 0.0,
     dropout_p: float = 0.0,
+    rope: Rope | None = None,
+    rope_heads: int | None = None,
+    rope_prefix: int = 0,
+    rope_layout: str = "half",
     backend: str | None = None,
 ) -> Tensor:
     """Compute drop_path(layer_scale * dropout(norm(x) @ weight.T + bias)) + residual.
+
+    With ``rope``, the result is a packed projection to q, k and v, and q and k are rotated: the input of
+    :func:`attention_packed`, reshaped to (B, N, 3, H, D). On a GPU, the kernel of the projection rotates in
+    its epilogue where D is a power of two, all heads share the tables, and these have D / 2 columns, or D columns in 16
+    bits with the layout "half". Otherwise a second kernel rotates q and k in place.
 
     Args:
         x: (..., K); weight: (N, K), as in ``nn.Linear``; bias: (N,); residual: (..., N).
@@ -427,20 +441,28 @@ def linear(
         drop_path_p: stochastic depth, the probability of dropping the branch of a sample (first dimension of x); the
             others are scaled by 1 / (1 - p). Requires ``residual``. Draws the same random numbers as timm's DropPath
             (Huang et al. 2016, arXiv:1603.09382).
+        rope: tables (cos, sin) of rotary positions, see :func:`attention`. x is (B, N, K), and weight has
+            3 * rope_heads * D rows, those of q, then k, then v. Cannot be combined with ``residual``, ``layer_scale``,
+            ``drop_path_p`` or ``dropout_p``.
+        rope_heads: number of heads; required with ``rope``, ignored without.
+        rope_prefix, rope_layout: see :func:`attention`.
 
     Returns:
-        (..., N). Saved for backward: x, and with ``norm`` mean and 1/std of its rows.
+        (..., N). Saved for backward: x, and with ``norm`` mean and 1/std of its rows; with ``rope`` also the tables.
     """
     check_tensor("x", x)
     check_linear("x", x.shape[-1:], "weight", weight, "bias", bias)
     check_norm("norm", norm, x.shape[-1], x)
+    if rope is not None:
+        branch = dict(residual=residual, layer_scale=layer_scale, drop_path_p=drop_path_p, dropout_p=dropout_p)
+        check_rotated_projection(x, weight, rope, rope_heads, rope_prefix, rope_layout, **branch)
     check_residual(residual, (*x.shape[:-1], weight.shape[0]))
     check_branch(x, "weight", weight, residual, layer_scale, drop_path_p)
     check_probability("dropout_p", dropout_p)
     check_alike("x", x, weight=weight, bias=bias, residual=residual, layer_scale=layer_scale)
     check_rows(x)
     weight, bias = autocast(weight, bias, device=x.device)
-    if resolve_backend(backend, "linear", x, _width(norm, x), weight=weight) == "torch":
+    if _supported(resolve_backend(backend, "linear", x, _width(norm, x), weight=weight), backend, rope) == "torch":
         return reference.linear(
             x,
             weight,
@@ -450,9 +472,19 @@ def linear(
             layer_scale=layer_scale,
             drop_path_p=drop_path_p,
             dropout_p=dropout_p,
+            rope=rope,
+            rope_heads=rope_heads,
+            rope_prefix=rope_prefix,
+            rope_layout=rope_layout,
         )
     check_kernel_dtype("x", x)
     norm_weight, norm_bias, eps = _norm_parts(norm)
+    if rope is not None:
+        given = x, weight, bias, norm_weight, norm_bias
+        scalars = eps, rope_heads, rope_prefix, rope_layout == "interleaved"
+        if _needs_autograd(*given):
+            return autograd.LinearRopeFunction.apply(*given, *rope, *scalars)
+        return torch.ops.vit_triton.linear_rope_fwd.default(*given, *rope, *scalars, False)[0]
     residual_is_x = residual is x
     tensors = (x, weight, bias, norm_weight, norm_bias, None if residual_is_x else residual, layer_scale)
     drawn = _drop_path_factors(x, drop_path_p), _seed(x, dropout_p)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vit_triton import packing
-from vit_triton.arguments import Block, Branch, DecomposedBias, Dropout, Norm, SavedNorm, ScoreMask
+from vit_triton.arguments import Block, Branch, DecomposedBias, Dropout, Norm, Rotation, SavedNorm, ScoreMask
 
 _library = torch.library.Library("vit_triton", "DEF")
 
@@ -467,6 +467,35 @@ def _linear_fwd_fake(
 ):
     y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=_output_dtype(weight, residual, layer_scale))
     saved = save and eps is not None
+    return y, _statistics(x, saved), _statistics(x, saved)
+
+
+@_register(
+    "linear_rope_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor cos, "
+    "Tensor sin, float? eps, int heads, SymInt prefix, bool interleaved, bool save=True) -> (Tensor, Tensor, Tensor)",
+    copies=lambda x, weight, *_: [packing.panels(weight)],
+)
+def _linear_rope_fwd(
+    x, weight, bias, norm_weight, norm_bias, cos, sin, eps, heads, prefix, interleaved, save=True, copies=(None,)
+):
+    """A packed projection of x, (B, N, K), with rotated q and k; the backward pass is rotary_bwd, then linear_bwd."""
+    from vit_triton.kernels.linear.mlp import norm_linear_fwd
+
+    y, *statistics = norm_linear_fwd(
+        *(_rows(x), weight, bias, _norm(norm_weight, norm_bias, eps)),
+        rotation=Rotation(cos, sin, x.shape[1], heads, prefix, interleaved),
+        panels=copies[0],
+        save=save,
+    )
+    return y.view(*x.shape[:-1], weight.shape[0]), *statistics
+
+
+@_fake("linear_rope_fwd")
+def _linear_rope_fwd_fake(
+    x, weight, bias, norm_weight, norm_bias, cos, sin, eps, heads, prefix, interleaved, save=True
+):
+    saved = save and eps is not None
+    y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=weight.dtype)
     return y, _statistics(x, saved), _statistics(x, saved)
 
 

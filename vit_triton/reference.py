@@ -216,9 +216,17 @@ def linear(
     layer_scale: Tensor | None = None,
     drop_path_p: float = 0.0,
     dropout_p: float = 0.0,
+    rope: Rope | None = None,
+    rope_heads: int | None = None,
+    rope_prefix: int = 0,
+    rope_layout: str = "half",
 ) -> Tensor:
     x_normed = x if norm is None else _norm(x, norm).to(weight.dtype)
     y = _dropout(F.linear(x_normed, weight, bias), dropout_p)
+    if rope is not None:
+        q, k, v = y.unflatten(-1, (3, rope_heads, -1)).unbind(2)
+        q, k = (rotate(part, rope, rope_prefix, rope_layout) for part in (q, k))
+        return torch.stack((q, k, v), 2).flatten(2)
     if layer_scale is not None:
         y = y * layer_scale
     if drop_path_p > 0:

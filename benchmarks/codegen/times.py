@@ -74,6 +74,10 @@ def _cases() -> Iterator[Case]:
         rotary = functools.partial(workloads.rotary_attention, batch=BATCH, n_tokens=201, layout=layout)
         yield Case(f"rotation of q and k, {layout}", "rotary_kernel", rotary, {"TRANSPOSED": False})
 
+    for name, rotation in (("", None), (" + rotation, half", "half"), (" + rotation, interleaved", "interleaved")):
+        projection = functools.partial(workloads.qkv_projection, batch=BATCH, n_tokens=201, layout=rotation)
+        yield Case(f"qkv projection{name}", "linear_fwd_kernel", projection)
+
     wide, narrow = {"N": HIDDEN}, {"N": WIDTH}
     inference, training = _mlp(training=False), _mlp()
     yield Case("fc1", "linear_fwd_kernel", functools.partial(workloads.linear_alone, batch=BATCH), wide)

@@ -50,6 +50,7 @@ def each_kernel(dtype: torch.dtype) -> None:
     _differentiate(F.attention_packed(qkv, q_norm=normed, k_norm=normed, backend="triton"))
     for layout in ("half", "interleaved"):
         rotary_attention(dtype, BATCH, TOKENS, layout)
+    qkv_projection(dtype, BATCH, TOKENS, "half")
     biased_attention(dtype, BATCH, TOKENS, HEAD_DIM)
     rel = DecomposedBias(*(_zeros(dtype, BATCH, HEADS, 196, 14) for _ in range(2)))
     _differentiate(F.attention_packed(_zeros(dtype, BATCH, 196, 3, HEADS, HEAD_DIM), bias=rel, backend="triton"))
@@ -143,6 +144,13 @@ def rotary_attention(
     _differentiate(F.attention_packed(qkv, **rope, backend="triton"))
 
 
+def qkv_projection(dtype: torch.dtype, batch: int, n_tokens: int, layout: str | None = None) -> None:
+    """The projection to q, k and v, with rotated q and k for a ``layout``: one prefix token and an angle per pair."""
+    table = torch.zeros(n_tokens - 1, HEAD_DIM // 2)
+    rope = {} if layout is None else dict(rope=(table, table), rope_heads=HEADS, rope_prefix=1, rope_layout=layout)
+    _linear(_zeros(dtype, batch, n_tokens, WIDTH), 3 * WIDTH, **rope)
+
+
 def packed_attention(dtype: torch.dtype, batch: int, n_tokens: int, head_dim: int) -> None:
     _differentiate(F.attention_packed(_zeros(dtype, batch, n_tokens, 3, HEADS, head_dim), backend="triton"))
 
@@ -218,6 +226,10 @@ def every_tile(dtype: torch.dtype) -> None:
         _linear(x, hidden, bias=False, dropout_p=0.1)
         wide = _zeros(dtype, ROWS, hidden)
         _linear(x, hidden, residual=wide, layer_scale=_zeros(dtype, hidden), drop_path_p=0.1)
+
+    for width, head_dim in itertools.product((16, 32, 64), (4, 8, 16, 32)):
+        tables = (torch.zeros(ROWS, head_dim // 2),) * 2
+        _linear(_zeros(dtype, 1, ROWS, width), 3 * head_dim, rope=tables, rope_heads=1)
 
     for power in range(17):
         x = _zeros(dtype, ROWS, 2**power)

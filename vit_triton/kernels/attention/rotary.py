@@ -12,14 +12,17 @@ map is no rotation. Its gradient is the transposed map
 
 which is the same kernel with TRANSPOSED. Prefix tokens and the other channels are copied. One program handles the same
 rows of q and k, so that it reads the tables once. For a packed projection it also copies v, so that the result is
-packed. Only the tables are saved for backward, and with norms of q and k the tensors before the norms.
+packed; in place, v stays where it is. :func:`rotate_tile` is the rotation in the epilogue of a projection. Only the
+tables are saved for backward, and with norms of q and k the tensors before the norms.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from vit_triton.arguments import Norm
+from vit_triton.arguments import Norm, Rotation
 from vit_triton.kernels.attention.config import pick_rotary
 from vit_triton.kernels.attention.qk_norm import qk_norm_bwd_into, qk_norm_fwd
 from vit_triton.kernels.device import target_of
@@ -146,6 +149,30 @@ def rotary_kernel(
         _copy_columns(v_rows, v_out_ptr + out_rows, mask_m, 0, HEAD_DIM, BLOCK_D)
 
 
+@triton.jit
+def rotate_tile(
+    z, rows, mask_m, cos_ptr, sin_ptr, stride_cosb, stride_cosn, n_tokens, n_prefix,
+    HALF: tl.constexpr, PAIRS: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Rotate a tile of whole heads, [BLOCK_M, heads * 2 * HALF], whose rows are in the order batch, token. The tables
+    are the same for all heads. ``mask_m``: [BLOCK_M, 1]."""
+    batch = rows // n_tokens
+    token = rows - batch * n_tokens - n_prefix
+    turned = (token >= 0)[:, None]
+    table_rows = (batch.to(tl.int64) * stride_cosb + token.to(tl.int64) * stride_cosn)[:, None]
+    cos = _load_angles(cos_ptr + table_rows, mask_m & turned, 1.0, HALF, HALF, PAIRS, FULL)
+    sin = _load_angles(sin_ptr + table_rows, mask_m & turned, 0.0, HALF, HALF, PAIRS, FULL)
+    HEADS: tl.constexpr = z.shape[1] // (2 * HALF)
+    if PAIRS == "half":
+        a, b = tl.split(tl.permute(tl.reshape(z, (z.shape[0], HEADS, 2, HALF)), (0, 1, 3, 2)))
+    else:
+        a, b = tl.split(tl.reshape(z, (z.shape[0], HEADS, HALF, 2)))
+    u = a * cos[0][:, None, :] - b * sin[0][:, None, :]
+    w = b * cos[1][:, None, :] + a * sin[1][:, None, :]
+    pairs = tl.join(tl.where(turned[:, None, :], u, a), tl.where(turned[:, None, :], w, b))
+    return tl.reshape(tl.permute(pairs, (0, 1, 3, 2)) if PAIRS == "half" else pairs, z.shape)
+
+
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # q, k and v, (B, N, H, D), or without v
 
 
@@ -163,13 +190,8 @@ def _rotate_into(
     q, k, v = (x if x is None else maybe_contiguous(x) for x in heads)
     assert q is not None and k is not None
     batch, n_tokens, n_heads, head_dim = q.shape
-    if cos.stride(-1) != 1 or cos.stride() != sin.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
-    full = 2 * cos.shape[-1] > head_dim
-    half = cos.shape[-1] // 2 if full else cos.shape[-1]
-    # tables (B or 1, H or 1, N - prefix, columns), or (N - prefix, columns)
-    steps = [stride if size > 1 else 0 for size, stride in zip(cos.shape[:-1], cos.stride()[:-1], strict=True)]
-    stride_cosb, stride_cosh, stride_cosn = steps if cos.ndim == 4 else (0, 0, *steps)
+    tables = table_arguments(cos, sin, head_dim)
+    half = tables["HALF"]
     target = target_of(q.device)
     config = pick_rotary(half, target)
     rest = head_dim - 2 * half
@@ -183,23 +205,17 @@ def _rotate_into(
         q_out_ptr=outs[0],
         k_out_ptr=outs[1],
         v_out_ptr=outs[2],
-        cos_ptr=cos,
-        sin_ptr=sin,
+        **tables,
         **_strides("q", q),
         **_strides("k", k),
         **_strides("v", v),
         **_strides("out", outs[0]),
-        stride_cosb=stride_cosb,
-        stride_cosn=stride_cosn,
-        stride_cosh=stride_cosh,
         n_rows=batch * n_tokens * n_heads,
         n_tokens=n_tokens,
         n_heads=n_heads,
         n_prefix=prefix,
         HEAD_DIM=head_dim,
-        HALF=half,
         PAIRS=("swapped" if target.family == "cpu" else "split") if interleaved else "half",
-        FULL=full,
         TRANSPOSED=transposed,
         BLOCK_M=config.block_m,
         BLOCK_I=config.block_i,
@@ -207,6 +223,33 @@ def _rotate_into(
         BLOCK_D=next_power_of_2(head_dim),
         num_warps=config.num_warps,
     )
+
+
+def table_arguments(cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> dict[str, Any]:
+    """The kernel arguments that describe tables (B or 1, H or 1, N - prefix, columns) or (N - prefix, columns)."""
+    if cos.stride(-1) != 1 or cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    full = 2 * cos.shape[-1] > head_dim
+    steps = [stride if size > 1 else 0 for size, stride in zip(cos.shape[:-1], cos.stride()[:-1], strict=True)]
+    stride_cosb, stride_cosh, stride_cosn = steps if cos.ndim == 4 else (0, 0, *steps)
+    return dict(
+        cos_ptr=cos,
+        sin_ptr=sin,
+        stride_cosb=stride_cosb,
+        stride_cosn=stride_cosn,
+        stride_cosh=stride_cosh,
+        HALF=cos.shape[-1] // 2 if full else cos.shape[-1],
+        FULL=full,
+    )
+
+
+def rotate_packed(y: torch.Tensor, rotation: Rotation) -> None:
+    """Rotate q and k of a packed projection y, (B * N, 3 * H * D), in place: a program loads the pairs of its rows
+    before it stores them, and no other program reads these rows."""
+    cos, sin, n_tokens, n_heads, prefix, interleaved = rotation
+    samples, head_dim = y.shape[0] // max(n_tokens, 1), y.shape[1] // (3 * n_heads)
+    q, k, _ = y.view(samples, n_tokens, 3, n_heads, head_dim).unbind(2)
+    _rotate_into((q, k, None), (q, k, None), cos, sin, prefix=prefix, interleaved=interleaved)
 
 
 def _strides(name: str, x: torch.Tensor | None) -> dict[str, int]:

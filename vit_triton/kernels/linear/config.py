@@ -38,6 +38,7 @@ class Epilogue(enum.Enum):
     ELEMENTWISE = "elementwise"  # an activation or a residual
     BRANCH = "branch"  # LayerScale or stochastic depth
     DROPOUT = "dropout"
+    ROTATION = "rotation"  # of q and k in a packed projection
 
     @staticmethod
     def of(*, elementwise: bool, branch: bool = False, dropout: bool = False) -> "Epilogue":
@@ -152,9 +153,12 @@ def pick_linear_fwd(
     """Tiles of ``linear_fwd_kernel`` ((m, k) -> (m, n))."""
     if target.prefers_vendor_gemm(dtype):
         return VendorGemm()
-    tile = pick_gemm(tokens(m, target), n, k, dtype, target, precision, epilogue)
+    rotates = epilogue is Epilogue.ROTATION  # whole heads: as many columns as without an epilogue, in one subtile
+    tile = pick_gemm(tokens(m, target), n, k, dtype, target, precision, Epilogue.NONE if rotates else epilogue)
     if dtype == torch.float32 or epilogue is Epilogue.NONE:
         return tile
+    if rotates and target.family == "sm_80":
+        return replace(tile, num_warps=8)  # both layouts of pairs fit in 128 registers: two resident blocks
     if target.family == "sm_80":
         # Two resident blocks: an elementwise epilogue in two subtiles fits in 128 registers with eight warps; other
         # epilogues need more registers and therefore 64 columns (benchmarks codegen)

@@ -32,18 +32,21 @@ in the fused kernel; the dropout masks are the same.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from vit_triton.arguments import NO_BRANCH, NO_DROPOUT, Branch, Dropout
+from vit_triton.arguments import NO_BRANCH, NO_DROPOUT, Branch, Dropout, Rotation
+from vit_triton.kernels.attention.rotary import rotate_packed, rotate_tile, table_arguments
 from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import contiguous, input_precision, launch
-from vit_triton.kernels.linear.config import Epilogue, VendorGemm, pick_linear_fwd
+from vit_triton.kernels.linear.config import Epilogue, GemmConfig, VendorGemm, pick_linear_fwd
 from vit_triton.kernels.linear.elements import dropout_scale, offsets, rows_per_sample_of, sample_scale, within
 from vit_triton.kernels.linear.pack import pack_once
-from vit_triton.kernels.picker import cdiv
+from vit_triton.kernels.picker import cdiv, next_power_of_2
+from vit_triton.kernels.target import Target
 from vit_triton.kernels.tiles import activate, columns_of, grouped_tile
 
 
@@ -55,9 +58,12 @@ def linear_fwd_kernel(
     ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WORD: tl.constexpr,
     SUBTILES: tl.constexpr, MULTIPLIED: tl.constexpr = False,
+    cos_ptr=None, sin_ptr=None, stride_cosb=None, stride_cosn=None, n_tokens=None, n_prefix=None,
+    HALF: tl.constexpr = 0, PAIRS: tl.constexpr = "", FULL: tl.constexpr = False,
 ):  # fmt: skip
     """WORD: 0, or weight_ptr holds the panels of `pack_weight`, BLOCK_N columns of WORD values along K each.
-    MULTIPLIED: x_ptr holds the result of the GEMM, and only the dtype of the weight is used."""
+    MULTIPLIED: x_ptr holds the result of the GEMM, and only the dtype of the weight is used. HALF: not 0 if q and k of
+    a packed projection, the first two thirds of the columns, are rotated, see :mod:`.attention.rotary`."""
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -97,6 +103,12 @@ def linear_fwd_kernel(
         y_offs = offsets(offs_m, N, offs_n, 1)  # outputs are contiguous
         if bias_ptr is not None:
             z += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+        if HALF > 0:
+            if 3 * (pid_n * BLOCK_N + subtile * WIDTH) < 2 * N:
+                z = rotate_tile(
+                    z, offs_m, (offs_m < M)[:, None], cos_ptr, sin_ptr, stride_cosb, stride_cosn, n_tokens, n_prefix,
+                    HALF, PAIRS, FULL,
+                )  # fmt: skip
         if pre_ptr is not None:
             tl.store(pre_ptr + y_offs, z.to(dtype), mask=mask)
         if ACTIVATION != "none":
@@ -125,13 +137,16 @@ def linear_fwd(
     save_pre: bool = False,
     panels: torch.Tensor | None = None,
     multiplied: bool = False,
+    rotation: Rotation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y = s * gamma * dropout(act(x @ weight.T + bias)) + residual, and z = x @ weight.T + bias with ``save_pre``, else
     None.
 
     x (M, K), weight (N, K), bias (N,), residual (M, N), ``branch`` (gamma, s) -> y (M, N) in :func:`output_dtype`, z
     (M, N) in the weight's dtype. ``panels``: the weight packed by `pack_weight`, read instead of ``weight``.
-    ``multiplied``: x (M, N) is the result of the GEMM, and only shape and dtype of the weight are used.
+    ``multiplied``: x (M, N) is the result of the GEMM, and only shape and dtype of the weight are used. ``rotation``:
+    y is a packed projection, and q and k of it are rotated, in the epilogue if the tile allows it; excludes every
+    other epilogue.
     """
     (m, k), n = x.shape, weight.shape[0]
     dtype = output_dtype(weight, residual, branch.layer_scale)
@@ -142,7 +157,19 @@ def linear_fwd(
         branch=branch.scales,
         dropout=dropout.p > 0,
     )
+    if rotation is not None:
+        epilogue = Epilogue.ROTATION
     config = pick_linear_fwd(m, n, k, weight.dtype, target, precision, epilogue)
+    rotary: dict[str, Any] = {}
+    if rotation is not None:
+        if not _rotates_in_epilogue(rotation, n, config, target):
+            qkv, _ = linear_fwd(x, weight, bias, panels=panels)
+            rotate_packed(qkv, rotation)
+            return qkv, None
+        rotary = table_arguments(rotation.cos, rotation.sin, n // (3 * rotation.heads))
+        del rotary["stride_cosh"]
+        pairs = "split" if rotation.interleaved else "half"
+        rotary |= dict(PAIRS=pairs, n_tokens=rotation.tokens, n_prefix=rotation.prefix)
     y = pre = None
     if isinstance(config, VendorGemm) and not multiplied:
         x = x.to(weight.dtype)
@@ -197,9 +224,23 @@ def linear_fwd(
         WORD=0 if panels is None else panels.shape[3],
         SUBTILES=config.subtiles,
         MULTIPLIED=multiplied,
+        **rotary,
         **config.options,
     )
     return y, pre
+
+
+def _rotates_in_epilogue(rotation: Rotation, n: int, config: GemmConfig, target: Target) -> bool:
+    """Whether an epilogue subtile holds whole heads, of q and k or of v, that share tables which fit in registers."""
+    if not target.is_gpu or isinstance(config, VendorGemm):
+        return False
+    cos, columns = rotation.cos, rotation.cos.shape[-1]
+    head_dim, width = n // (3 * rotation.heads), config.block_n // config.subtiles
+    # an angle per channel spills in float32, and with interleaved pairs (benchmarks codegen)
+    light = 2 * columns == head_dim or columns == head_dim and cos.element_size() == 2 and not rotation.interleaved
+    shared = cos.ndim == 2 or cos.shape[1] == 1
+    whole = head_dim == next_power_of_2(head_dim) and width % head_dim == 0 and 2 * n // 3 % width == 0
+    return light and shared and whole
 
 
 def output_dtype(weight: torch.Tensor, residual: torch.Tensor | None, layer_scale: torch.Tensor | None) -> torch.dtype:

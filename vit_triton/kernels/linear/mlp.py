@@ -15,7 +15,7 @@ With the activation "swiglu", h is twice as wide and D_h * act(h) is a separate 
 import torch
 from torch import Tensor
 
-from vit_triton.arguments import NO_BRANCH, NO_DROPOUT, Branch, Dropout, Norm, SavedNorm
+from vit_triton.arguments import NO_BRANCH, NO_DROPOUT, Branch, Dropout, Norm, Rotation, SavedNorm
 from vit_triton.kernels.launch import maybe_contiguous
 from vit_triton.kernels.linear.backward import dropout_bwd, linear_bwd_input, linear_bwd_weight
 from vit_triton.kernels.linear.forward import linear_fwd
@@ -32,13 +32,16 @@ def norm_linear_fwd(
     *,
     branch: Branch = NO_BRANCH,
     dropout: Dropout = NO_DROPOUT,
+    rotation: Rotation | None = None,
     panels: Tensor | None = None,
     save: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """s * gamma * dropout(norm(x) @ weight.T + bias) + residual -> y (M, N), and with ``save`` mean and rstd (M,) of
-    the norm. ``panels``: the weight packed by `pack_weight`."""
+    the norm. ``rotation``: see :func:`.linear_fwd`. ``panels``: the weight packed by `pack_weight`."""
     x, mean, rstd = _norm(x, norm, weight.dtype, save)
-    y, _ = linear_fwd(x, weight, bias, residual, branch=branch, dropout=dropout, panels=panels)
+    y, _ = linear_fwd(
+        x, weight, bias, residual, branch=branch, dropout=dropout, rotation=rotation, panels=panels
+    )  # fmt: skip
     return y, mean, rstd
 
 
