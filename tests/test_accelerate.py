@@ -471,9 +471,9 @@ def test_forward_and_backward_on_the_meta_device(model, images, kernels):
 
 
 def test_bad_arguments(model):
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got builtins.str"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
         vit_triton.accelerate("vit_b_16")
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got builtins.NoneType"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got NoneType"):
         vit_triton.restore(None)
     with pytest.raises(ValueError, match="backend must be one of .*'cuda'"):
         vit_triton.accelerate(model, "cuda")

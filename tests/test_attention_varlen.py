@@ -158,6 +158,19 @@ def test_errors(backend):
         F.pack(q, torch.ones(6, 2))
     with pytest.raises(ValueError, match=r"valid must be \(B, N\) = \(6, 2\) on cpu, got \(6, 3\) on cpu"):
         F.pack(q, torch.ones(6, 3).bool())
+    with pytest.raises(ValueError, match=r"cu_seqlens_k is required .* got \(6, 2, 16\) and \(4, 2, 16\)"):
+        F.attention_varlen(q, q[:4], q[:4], good, 4, backend=backend)
+    with pytest.raises(ValueError, match="rope_prefix requires rope, got rope_prefix=1"):
+        F.attention_varlen(q, q, q, good, 4, rope_prefix=1, backend=backend)
+    for indices, message in (
+        ([0, 4], r"indices must have one number per row of x, \(6, 2, 16\) on cpu, got \(2,\) on cpu"),
+        ([0, 1, 2, 3, 4, 6], r"indices must be at least 0 and less than batch \* length = 2 \* 3, got 0 to 6"),
+        ([-1, 1, 2, 3, 4, 5], "got -1 to 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            F.unpack(q, torch.tensor(indices), 2, 3)
+    with pytest.raises(TypeError, match="indices must be an int32 or int64 tensor, got torch.float32"):
+        F.unpack(q, torch.ones(6), 2, 3)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -184,7 +197,7 @@ def test_rotary_positions_of_every_row(layout, prefix, backend):
     grads = (torch.autograd.grad(x, (q, k, v), dy) for x in (y, expected))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
-    with pytest.raises(ValueError, match="rope"):
+    with pytest.raises(ValueError, match=r"or \(15, columns\) with rows for the prefix too, got \(14, 8\)"):
         varlen(rope=tuple(table[1:] for table in rope))
     tables = tuple(table.expand(1, 2, 15, 8) for table in rope)
     torch.testing.assert_close(varlen(rope=tables), y)

@@ -227,11 +227,11 @@ class TestWrapper:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"teacher": "resnet"}, TypeError, r"teacher must be a torch.nn.Module, got builtins.str"),
+        ({"teacher": "resnet"}, TypeError, r"teacher must be a torch.nn.Module, got str"),
         ({"student": ViT(**BASE)}, TypeError, r"student must be a vit_triton.DistillableViT, got vit_triton.*ViT"),
         ({"student": DistillableViT(**{**BASE, "num_classes": 0})}, ValueError, r"student .* num_classes=0"),
         ({"temperature": 0}, ValueError, r"temperature must be positive, got 0"),
-        ({"temperature": "2"}, TypeError, r"temperature must be a number, got builtins.str '2'"),
+        ({"temperature": "2"}, TypeError, r"temperature must be a number, got str '2'"),
         ({"alpha": 1.5}, ValueError, r"alpha must be between 0 and 1, got 1.5"),
     ],
 )

@@ -189,7 +189,7 @@ IMAGE = torch.zeros(3, 16, 16)
 INVALID = {
     "none": ([], {}, ValueError, "batched_images must have at least one image"),
     "empty group": ([[IMAGE], []], {}, ValueError, "a group of batched_images must have at least one image"),
-    "not a list": (3, {}, TypeError, "batched_images must be a list of images or of lists, got builtins.int"),
+    "not a list": (3, {}, TypeError, "batched_images must be a list of images or of lists, got int"),
     "array": ([IMAGE.numpy()], {}, TypeError, "batched_images must be tensors or groups of tensors, got numpy.ndarray"),
     "mixed": ([IMAGE, [IMAGE]], {}, TypeError, "batched_images must be tensors or groups of tensors"),
     "rank": ([[IMAGE[None]]], {}, ValueError, "must be 3-D, (C, H, W), got shape (1, 3, 16, 16)"),

@@ -502,7 +502,7 @@ def test_a_model_in_training_mode_is_not_prepacked():
 
 @pytest.mark.parametrize("function", [vit_triton.prepack, vit_triton.unpack])
 def test_only_modules_are_prepacked(function):
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got builtins.dict"):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):
         function({})
 
 

@@ -133,6 +133,7 @@ def test_exported_at_the_top():
             ValueError,
             r"depths and num_heads must have one number per stage, got \[2, 2\] and \[3\]",
         ),
+        (dict(depths=2), TypeError, "depths must be a sequence of integers, one per stage, got 2"),
         (dict(num_heads=[5, 6]), ValueError, r"num_heads\[0\] must divide the width 96, got 5"),
         (dict(window_size=(7, 7, 7)), ValueError, "window_size must be an integer or two of them"),
         (dict(dropout=2.0), ValueError, "dropout must be between 0 and 1, got 2.0"),
@@ -151,7 +152,7 @@ def test_invalid_arguments(changes, error, message):
     [
         (torch.zeros(3, 56, 56), ValueError, "image must be 4-D"),
         (torch.zeros(1, 4, 56, 56), ValueError, "image must have 3 channels"),
-        (torch.zeros(1, 3, 56, 3), ValueError, "not divisible into patches"),
+        (torch.zeros(1, 3, 56, 3), ValueError, "img must have at least 4 x 4 pixels, got 56 x 3"),
         (torch.zeros(1, 3, 56, 56, dtype=torch.uint8), TypeError, "image must have a floating-point dtype"),
     ],
 )

@@ -474,7 +474,7 @@ INVALID = [
     (dict(qkv=torch.randn(1, 8, 8, 2, 2, 16)), ValueError, NOT_SIX + r"\(1, 8, 8, 2, 2, 16\)"),
     (dict(qkv=torch.randn(1, 8, 9, 3, 2, 16)), ValueError, NOT_DIVISIBLE + "8 x 9"),
     (dict(qkv=torch.randn(1, 0, 8, 3, 2, 16)), ValueError, NOT_DIVISIBLE + "0 x 8"),
-    (dict(qkv=None), TypeError, "qkv must be a torch.Tensor, got builtins.NoneType"),
+    (dict(qkv=None), TypeError, "qkv must be a torch.Tensor, got NoneType"),
     (dict(qkv=torch.randn(1, 8, 8, 3, 2, 16).double(), bias=None), TypeError, "qkv is torch.float64"),
     (dict(window=4), TypeError, "window must be two integers, got 4"),
     (dict(window=(4, 4, 4)), ValueError, r"window must be two integers, got \(4, 4, 4\)"),

@@ -38,7 +38,7 @@ def format_value(value: object) -> str:
 
 
 def type_name(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def check_module(name: str, value: object) -> None:
@@ -168,7 +168,8 @@ def check_score_mask(
 
 def _check_bias(name: str, x: Any, q: Tensor, also: tuple[torch.dtype, ...] = ()) -> Tensor:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type_name(x)}")
+        expected = "a torch.Tensor or vit_triton.DecomposedBias" if name == "bias" else "a torch.Tensor"
+        raise TypeError(f"{name} must be {expected}, got {type_name(x)}")
     check_dense(name, x)
     cast = is_autocast_enabled(q.device.type) and x.dtype in KERNEL_DTYPES
     if x.dtype not in (q.dtype, torch.float32, *also) and not cast:
@@ -236,6 +237,24 @@ def check_sequences(name: str, cu: Any, longest_name: str, longest: Any, q: Tens
         raise ValueError(f"{longest_name} must be at least the longest length, {lengths.max()}, got {longest}")
 
 
+def check_packed(x: Any, indices: Any, batch: Any, length: Any) -> None:
+    """Check packed tokens and their positions in padded sequences."""
+    check_tensor("x", x)
+    check_count("batch", batch, at_least=0)
+    check_count("length", length, at_least=0)
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
+        came = indices.dtype if isinstance(indices, Tensor) else type_name(indices)
+        raise TypeError(f"indices must be an int32 or int64 tensor, got {came}")
+    if x.ndim < 1 or indices.shape != x.shape[:1] or indices.device != x.device:
+        where = f"{shape_of(indices)} on {indices.device}"
+        raise ValueError(f"indices must have one number per row of x, {shape_of(x)} on {x.device}, got {where}")
+    if _has_values(indices) and indices.numel() and not (0 <= indices.min() and indices.max() < batch * length):
+        raise ValueError(
+            f"indices must be at least 0 and less than batch * length = {batch} * {length}, got {indices.min()} to "
+            f"{indices.max()}"
+        )
+
+
 def check_valid(x: Any, valid: Any) -> None:
     """Check padded sequences and the mask of their valid tokens."""
     check_tensor("x", x)
@@ -262,14 +281,25 @@ def check_head_norms(q: Tensor, q_norm: Norm | None, k_norm: Norm | None, norm_t
     check_norm("k_norm", k_norm, q.shape[-1], q)
 
 
-def check_rope(q_shape: Sequence[int], n_k: int, q: Tensor, rope: Rope | None, prefix: int, layout: str) -> None:
-    """Check the tables of rotary positions for queries of ``q_shape``, (B, N, H, D), with device and dtype of ``q``."""
+def check_rope(
+    q_shape: Sequence[int],
+    n_k: int,
+    q: Tensor,
+    rope: Rope | None,
+    prefix: int,
+    layout: str,
+    prefix_rows: bool = False,
+) -> None:
+    """Check the tables of rotary positions for queries of ``q_shape``, (B, N, H, D), with device and dtype of ``q``.
+    ``prefix_rows``: the tables have rows for the prefix too."""
     check_choice("rope_layout", layout, ROPE_LAYOUTS)
     check_count("rope_prefix", prefix, at_least=0)
     batch, n, heads, head_dim = q_shape
-    if prefix > n:
+    if prefix > n and not prefix_rows:
         raise ValueError(f"rope_prefix must be at most the number of tokens, {n}, got {format_value(prefix)}")
     if rope is None:
+        if prefix:
+            raise ValueError(f"rope_prefix requires rope, got rope_prefix={format_value(prefix)}")
         return
     if n != n_k:
         raise ValueError(f"rope requires q and k of one length, got {n} and {n_k}")
@@ -290,10 +320,12 @@ def check_rope(q_shape: Sequence[int], n_k: int, q: Tensor, rope: Rope | None, p
             f"cos and sin of rope must agree in shape and dtype, got {shape_of(cos)}, {cos.dtype} and "
             f"{shape_of(sin)}, {sin.dtype}"
         )
-    shape = f"({batch} or 1, {heads} or 1, {n - prefix}, columns) or ({n - prefix}, columns)"
-    fits = cos.ndim in (2, 4) and cos.shape[-2] == n - prefix
+    rows = n if prefix_rows else n - prefix
+    shape = f"({batch} or 1, {heads} or 1, {rows}, columns) or ({rows}, columns)"
+    fits = cos.ndim in (2, 4) and cos.shape[-2] == rows
     if not fits or cos.ndim == 4 and (cos.shape[0] not in (1, batch) or cos.shape[1] not in (1, heads)):
-        raise ValueError(f"cos of rope must be {shape} for rope_prefix={format_value(prefix)}, got {shape_of(cos)}")
+        of = "with rows for the prefix too" if prefix_rows else f"for rope_prefix={format_value(prefix)}"
+        raise ValueError(f"cos of rope must be {shape} {of}, got {shape_of(cos)}")
     columns = cos.shape[-1]
     if not 1 <= columns <= head_dim or 2 * columns > head_dim and columns % 2:
         raise ValueError(
@@ -525,7 +557,8 @@ def check_wide(first: str, x: Tensor, name: str, other: Tensor) -> None:
         and not (kernels and other.dtype == torch.float32)
         and not (kernels and other.dtype in KERNEL_DTYPES and is_autocast_enabled(x.device.type))
     ):
-        raise TypeError(f"{name} must be {x.dtype}, as {first}, or float32, got {other.dtype}")
+        alternative = "" if x.dtype == torch.float32 else ", or float32"
+        raise TypeError(f"{name} must be {x.dtype}, as {first}{alternative}, got {other.dtype}")
 
 
 def check_position_table(table: Any, window: Any, prefix_tokens: Any) -> None:

@@ -35,6 +35,7 @@ from vit_triton.checks import (
     check_linear,
     check_norm,
     check_number,
+    check_packed,
     check_patch_embed,
     check_position_table,
     check_probability,
@@ -333,6 +334,8 @@ def attention_varlen(
     check_sequences("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q, q.shape[0])
     cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     max_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+    if cu_seqlens_k is None and k.shape[0] != q.shape[0]:
+        raise ValueError(f"cu_seqlens_k is required if q and k differ in rows, got {shape_of(q)} and {shape_of(k)}")
     check_sequences("cu_seqlens_k", cu_k, "max_seqlen_k", max_k, q, k.shape[0])
     if cu_k.shape != cu_seqlens_q.shape:
         shapes = f"{shape_of(cu_seqlens_q)} and {shape_of(cu_k)}"
@@ -340,8 +343,8 @@ def attention_varlen(
     sequences = cu_k.shape[0] - 1
     check_attention("q", (sequences, max_seqlen_q, *q.shape[1:]), max(1, max_k), scale, dropout_p, return_lse)
     mask = check_score_mask(q, (sequences, q.shape[1], max_seqlen_q, max_k), None, None, causal)
-    check_rope((1, *q.shape), k.shape[0], q, rope, 0, rope_layout)
     check_count("rope_prefix", rope_prefix, at_least=0)
+    check_rope((1, *q.shape), k.shape[0], q, rope, rope_prefix, rope_layout, prefix_rows=True)
     if rope_prefix and cu_k is not cu_seqlens_q:
         raise ValueError("rope_prefix requires the keys of the queries' sequences; omit cu_seqlens_k")
     q, k, v = autocast(q, k, v)
@@ -408,6 +411,7 @@ def unpack(x: Tensor, indices: Tensor, batch: int, length: int) -> Tensor:
     Returns:
         (batch, length, ...), zero where no token is valid.
     """
+    check_packed(x, indices, batch, length)
     padded = x.new_zeros(batch * length, *x.shape[1:])
     return padded.index_copy(0, indices, x).unflatten(0, (batch, length))
 

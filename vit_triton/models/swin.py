@@ -42,7 +42,7 @@ class SwinTransformer(VisionModel):
         embed_dim: width of the tokens in the first stage; it doubles from stage to stage.
         depths: number of blocks in each stage.
         num_heads: attention heads in each stage.
-        window_size: side or (height, width) of a window, in tokens.
+        window_size: side or (height, width) of a window, in tokens; at most 256 tokens with backend "triton".
         mlp_ratio: hidden width of the MLP divided by the width of the tokens.
         dropout: probability after the output projection and after both layers of the MLP.
         attention_dropout: probability for the attention weights.
@@ -80,6 +80,9 @@ class SwinTransformer(VisionModel):
         check_number("mlp_ratio", mlp_ratio)
         if version not in (1, 2):
             raise ValueError(f"version must be 1 or 2, got {version!r}")
+        for name, value in (("depths", depths), ("num_heads", num_heads)):
+            if not isinstance(value, Sequence) or isinstance(value, str):
+                raise TypeError(f"{name} must be a sequence of integers, one per stage, got {value!r}")
         if len(depths) != len(num_heads) or not depths:
             raise ValueError(f"depths and num_heads must have one number per stage, got {depths} and {num_heads}")
         for stage, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
@@ -138,6 +141,9 @@ class SwinTransformer(VisionModel):
         if isinstance(img, Tensor) and img.dim() == 4:
             sides = (n // p * p for n, p in zip(img.shape[2:], self.patch_size, strict=True))
             height, width = sides
+            if not (height and width):
+                least = f"{self.patch_size[0]} x {self.patch_size[1]}"
+                raise ValueError(f"img must have at least {least} pixels, got {img.shape[2]} x {img.shape[3]}")
             img = img[:, :, :height, :width]
         self.count_patches(img)
         return self.head(self.norm(self.features(img)).mean((1, 2)))
