@@ -183,6 +183,15 @@ def test_images_and_intermediates():
     assert not report.fallbacks()
 
 
+def test_float64_embeds_once():
+    """A call that is not packed must not run the embeddings twice: hooks and patch dropout would see it."""
+    model, embedded = small(patch_drop_rate=0.5).train().double(), []
+    model.model.embeds.register_forward_hook(lambda *call: embedded.append(call))
+    vit_triton.accelerate(model, "triton")
+    model(model.patches().double())
+    assert len(embedded) == 1
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_other_backends(backend):
     model = small(**ROPE)

@@ -111,6 +111,7 @@ def read_blocks(model: Any) -> list[BlockParts]:
 def packed_features(model: Any, patches: Tensor, patch_coord: Tensor, patch_valid: Tensor) -> dict[str, Tensor]:
     """Compute ``forward_features`` with packed sequences; the tokens of padding are norm(0)."""
     check_call_context()
+    kernel_input(patches)  # before the embeddings run: they would run again in timm's forward_features
     blocks, backend = read_blocks(model), model._replaced_backend
     if any(accelerated_class(block)._replaced_backend != backend for block in model.blocks):
         raise UnsupportedModule("blocks and model have different backends")
@@ -119,7 +120,7 @@ def packed_features(model: Any, patches: Tensor, patch_coord: Tensor, patch_vali
         raise UnsupportedModule("the backend selects PyTorch")
     # timm does not create a mask if it is given one
     embeds = model._forward_embeds(patches, patch_coord=patch_coord, patch_valid=patch_valid, attn_mask=patch_valid)
-    x, patch_valid, prefix = kernel_input(embeds["patches"]), embeds["patch_valid"], model.num_prefix_tokens
+    x, patch_valid, prefix = embeds["patches"], embeds["patch_valid"], model.num_prefix_tokens
     packed = F.pack(x, torch_F.pad(patch_valid.bool(), (prefix, 0), value=True))
     samples = packed.indices // x.shape[1]
     rope = packed_tables(embeds["rope_embeds"], prefix, packed.indices)
