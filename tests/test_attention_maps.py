@@ -181,13 +181,14 @@ def test_maps_of_transformers_dinov3(accelerates):
 
 
 class Call(nn.Module):
-    """Calls attention with options, as a user's own module may."""
+    """Calls attention with options, as a user's own module may. The image has 3 * heads channels, 6 x 6 pixels."""
 
     def __init__(self, **options):
         super().__init__()
         self.options = options
 
-    def forward(self, qkv):
+    def forward(self, image):
+        qkv = image.unflatten(1, (3, -1)).permute(0, 3, 1, 2, 4)
         return F.attention_packed(qkv, **self.options, backend="torch")
 
 
@@ -205,13 +206,13 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_biases_and_masks(options):
     """With the identity as v, the result of attention is its weights."""
-    qkv = torch.randn(2, 6, 3, 3, 6)
-    maps = attention_maps(Call(**options), qkv)
-    q, k, v = qkv.clone().unbind(2)
-    v[:] = torch.eye(6)[:, None]
+    image = torch.randn(2, 9, 6, 6)
+    maps = attention_maps(Call(**options), image)
+    q, k, _ = image.unflatten(1, (3, 3)).permute(1, 0, 3, 2, 4)
+    v = torch.eye(6)[:, None].expand(2, -1, 3, -1)
     assert_same(maps[:, 0], F.attention(q, k, v, **options, backend="torch").transpose(1, 2))
     for query in (1, -1):
-        assert_same(attention_maps(Call(**options), qkv, query=query), maps[..., query, :])
+        assert_same(attention_maps(Call(**options), image, query=query), maps[..., query, :])
 
 
 def test_layers_that_run_on_their_library_raise():
@@ -252,8 +253,34 @@ def test_models_without_attention_that_can_be_shown(model):
 
 def test_packed_sequences_raise():
     class Packed(nn.Module):
-        def forward(self, q):
+        def forward(self, image):
+            q = image.flatten(0, 1)
             return F.attention_varlen(q, q, q, torch.tensor([0, 4], dtype=torch.int32), 4, backend="torch")
 
     with pytest.raises(ValueError, match="packed sequences"):
-        attention_maps(Packed(), torch.randn(4, 2, 8))
+        attention_maps(Packed(), torch.randn(1, 4, 2, 8))
+
+
+def sam_of(library, **sizes):
+    """SAM's image encoder for a map of 5 x 5 tokens; `sizes`: depth, window_size and global_attn_indexes."""
+    if library == "timm":
+        return timm.create_model("samvit_base_patch16", img_size=80, embed_dim=64, num_heads=2, **sizes).eval()
+    sizes = dict(num_hidden_layers=sizes.pop("depth"), **sizes)
+    config = transformers.SamVisionConfig(
+        hidden_size=64, num_attention_heads=2, mlp_dim=64, image_size=80, output_channels=8, **sizes
+    )
+    return transformers.SamVisionModel(config).eval()
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_windowed_layers_of_sam_raise(library):
+    image = torch.randn(2, 3, 80, 80)
+    message = "attention_maps does not support the windowed layers of SAM.* layer"
+    for depth, whole in ((1, ()), (2, (0,))):
+        model = sam_of(library, depth=depth, window_size=3, global_attn_indexes=whole)
+        with pytest.raises(ValueError, match=f"{message} {depth - 1} has a batch of 8, the image of 2"):
+            attention_maps(model, image)
+    with pytest.raises(ValueError, match=f"{message} 0 pads 5 x 5 tokens to a window of 7 x 7"):
+        attention_maps(sam_of(library, depth=1, window_size=7, global_attn_indexes=()), image)
+    maps = attention_maps(sam_of(library, depth=2, window_size=3, global_attn_indexes=(0, 1)), image)
+    assert maps.shape == (2, 2, 2, 25, 25)

@@ -513,7 +513,7 @@ class TestAttentionMaps:
 
     def test_model_without_attention_is_rejected(self):
         with pytest.raises(ValueError, match="model must call .*got a Linear"):
-            vit_triton.attention_maps(nn.Linear(2, 2), torch.zeros(1, 2))
+            vit_triton.attention_maps(nn.Linear(2, 2), torch.zeros(1, 3, 2, 2))
 
 
 class TestMemory:
