@@ -1,6 +1,7 @@
 """attention_maps: the weights of the library, put in their places in the image."""
 
 import copy
+import re
 
 import pytest
 import timm
@@ -159,7 +160,7 @@ def test_maps_with_rotary_positions(architecture, options, accelerates, monkeypa
     maps = attention_maps(ours, image)
     exact = weights(copy.deepcopy(theirs).double(), image.double())
     assert_model_as_precise(maps, weights(theirs, image), exact, 4 * 384)
-    assert_same(attention_maps(ours, image, query=-2), maps[..., -2, :])
+    assert_same(attention_maps(ours, image, query=7), maps[..., 7, :])
     assert_same(attention_maps(ours, image, query="mean"), maps.mean(-2))
     with torch.no_grad():
         assert_same(ours(image), theirs(image), 4 * 384)  # blocks are fused again
@@ -211,7 +212,7 @@ def test_biases_and_masks(options):
     q, k, _ = image.unflatten(1, (3, 3)).permute(1, 0, 3, 2, 4)
     v = torch.eye(6)[:, None].expand(2, -1, 3, -1)
     assert_same(maps[:, 0], F.attention(q, k, v, **options, backend="torch").transpose(1, 2))
-    for query in (1, -1):
+    for query in (1, 5):
         assert_same(attention_maps(Call(**options), image, query=query), maps[..., query, :])
 
 
@@ -228,18 +229,24 @@ def test_layers_that_run_on_their_library_raise():
 
 def test_queries_of_the_other_kind():
     swin, image = of_torchvision(), torch.randn(1, 3, 56, 28)
-    with pytest.raises(ValueError, match="query must be a pixel"):
+    with pytest.raises(ValueError, match="query must be a pixel .* windows, got 0"):
         attention_maps(swin, image, query=0)
     for query in ((56, 0), (0, 28), (-1, 0)):
-        with pytest.raises(ValueError, match=r"query must be one of the image's \(56, 28\) pixels"):
+        message = f"query must be a pixel (y, x) of the 56 x 28 image, got {query}"
+        with pytest.raises(ValueError, match=re.escape(message)):
             attention_maps(swin, image, query=query)
-    for query in ((1.0, 2), (1, 2, 3), "max"):
-        with pytest.raises(TypeError, match="query must be None"):
+    for query in ((1.0, 2), [1, True], (1, 2, 3), "max"):
+        message = f'query must be None, "mean", the index of a token or the pixel (y, x), got {query!r}'
+        with pytest.raises(TypeError, match=re.escape(message)):
             attention_maps(swin, image, query=query)
     vit = torchvision.models.VisionTransformer(16, 8, 1, 2, 24, 48, num_classes=5)
-    with pytest.raises(ValueError, match="query must be the index of a token"):
-        attention_maps(vit, torch.randn(1, 3, 16, 16), query=(0, 0))
+    with pytest.raises(ValueError, match=r"query must be the index of a token.* windows, got \(3, 3\)"):
+        attention_maps(vit, torch.randn(1, 3, 16, 16), query=(3, 3))
+    with pytest.raises(ValueError, match="query must be one of the model's 5 tokens, from 0 to 4, got -1"):
+        attention_maps(vit, torch.randn(1, 3, 16, 16), query=-1)
     assert attention_maps(vit, torch.randn(1, 3, 16, 16), query=0).shape == (1, 1, 2, 5)
+    pair, listed = (attention_maps(swin, image, query=query) for query in ((33, 13), [33, 13]))
+    assert all(torch.equal(p, q) for p, q in zip(pair, listed, strict=True))
 
 
 @pytest.mark.parametrize("model", [torchvision.models.resnet18(), nn.MultiheadAttention(8, 2)], ids=["ResNet", "cross"])
@@ -257,7 +264,7 @@ def test_packed_sequences_raise():
             q = image.flatten(0, 1)
             return F.attention_varlen(q, q, q, torch.tensor([0, 4], dtype=torch.int32), 4, backend="torch")
 
-    with pytest.raises(ValueError, match="packed sequences"):
+    with pytest.raises(ValueError, match=r"packed sequences .* needs images of one size in a tensor \(B, C, H, W\)"):
         attention_maps(Packed(), torch.randn(1, 4, 2, 8))
 
 

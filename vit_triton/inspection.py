@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from vit_triton import reference
 from vit_triton.arguments import DecomposedBias
-from vit_triton.checks import check_module, check_tensor, format_value, shape_of, type_name
+from vit_triton.checks import check_module, check_tensor, format_value, is_integer, shape_of, type_name
 from vit_triton.integrations import accelerate
 from vit_triton.integrations.recipes import accelerated_class
 from vit_triton.models.swin import SwinAttention
@@ -25,7 +24,7 @@ from vit_triton.recording import record
 
 __all__ = ["attention_maps"]
 
-Query = int | tuple[int, int] | str | None
+Query = int | tuple[int, int] | list[int] | str | None
 
 
 @torch.no_grad()
@@ -61,11 +60,7 @@ def attention_maps(model: nn.Module, image: Tensor, *, query: Query = None) -> T
     """
     check_module("model", model)
     _check_image(image)
-    if not _is_query(query):
-        raise TypeError(
-            f'query must be None, "mean", the index of a token or the pixel (y, x), integers, got {format_value(query)}'
-        )
-    maps = _Maps(query, image)
+    maps = _Maps(_check_query(query), image)
     runnable = _runnable(model)
     with record(maps):
         runnable(image)
@@ -92,9 +87,14 @@ def _check_image(image: Any) -> None:
     check_tensor("image", image, 4, "a tensor (B, C, H, W)")
 
 
-def _is_query(query: object) -> bool:
-    indices = query if isinstance(query, tuple) and len(query) == 2 else (query,)
-    return query in (None, "mean") or all(isinstance(i, Integral) and not isinstance(i, bool) for i in indices)
+def _check_query(query: Any) -> int | tuple[int, int] | str | None:
+    if query is None or isinstance(query, str) and query == "mean":
+        return query
+    if is_integer(query):
+        return int(query)
+    if isinstance(query, (tuple, list)) and len(query) == 2 and all(map(is_integer, query)):
+        return int(query[0]), int(query[1])
+    raise TypeError(f'query must be None, "mean", the index of a token or the pixel (y, x), got {format_value(query)}')
 
 
 def _runnable(model: nn.Module) -> nn.Module:
@@ -109,7 +109,7 @@ def _runnable(model: nn.Module) -> nn.Module:
 class _Maps:
     """The :class:`.recording.Recorder` that computes the maps of the queries `query`."""
 
-    def __init__(self, query: Query, image: Tensor) -> None:
+    def __init__(self, query: int | tuple[int, int] | str | None, image: Tensor) -> None:
         self.query, self.images, self.pixels = query, image.shape[0], tuple(image.shape[-2:])
         self.maps: list[Tensor] = []
         self.in_windows = False
@@ -128,12 +128,15 @@ class _Maps:
         self._check_batch(q.shape[0])
         rows = None
         if isinstance(self.query, tuple):
-            raise ValueError("query must be the index of a token, since the model has attention without windows")
-        if isinstance(self.query, Integral):
-            query = int(self.query)
-            if not -tokens <= query < tokens:
-                raise ValueError(f"query must be one of the model's {tokens} tokens, got {query}")
-            rows = slice(query % tokens, query % tokens + 1)
+            raise ValueError(
+                f"query must be the index of a token, since the model has attention without windows, got {self.query}"
+            )
+        if isinstance(self.query, int):
+            if not 0 <= self.query < tokens:
+                raise ValueError(
+                    f"query must be one of the model's {tokens} tokens, from 0 to {tokens - 1}, got {self.query}"
+                )
+            rows = slice(self.query, self.query + 1)
         options["bias"] = _as_float32(options.get("bias"))
         with torch.autocast(q.device.type, enabled=False):
             weights, _, _ = reference.attention_weights(q.float(), k.float(), **options, rows=rows)
@@ -143,11 +146,14 @@ class _Maps:
         self.in_windows = True
         self._check_batch(qkv.shape[0])
         token = None
-        if isinstance(self.query, Integral):
-            raise ValueError('query must be a pixel (y, x), "mean" or None, since the model has windows')
+        if isinstance(self.query, int):
+            raise ValueError(
+                f'query must be a pixel (y, x), "mean" or None, since the model has windows, got {self.query}'
+            )
         if isinstance(self.query, tuple):
             if not all(0 <= i < n for i, n in zip(self.query, self.pixels, strict=True)):
-                raise ValueError(f"query must be one of the image's {self.pixels} pixels, got {self.query}")
+                height, width = self.pixels
+                raise ValueError(f"query must be a pixel (y, x) of the {height} x {width} image, got {self.query}")
             y, x = (i * n // pixels for i, n, pixels in zip(self.query, size, self.pixels, strict=True))
             token = y, x
         with torch.autocast(qkv.device.type, enabled=False):
