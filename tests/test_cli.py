@@ -600,6 +600,28 @@ def test_attention_brightens_the_photo():
     assert np.isfinite(attention.overlay(Image.new("L", (32, 32)), torch.zeros(4, 4))).all()
 
 
+@pytest.mark.parametrize("stretch", [True, False])
+def test_nearly_uniform_attention_is_stretched_without_a_class_token(stretch, monkeypatch, tmp_path):
+    figures, draw = [], attention.draw
+    monkeypatch.setattr(attention, "draw", lambda *args, **options: figures.append(draw(*args, **options)))
+    monkeypatch.setattr(attention.report, "save_picture", lambda *args: None)
+    photo = tmp_path / "a.png"
+    Image.new("RGB", (32, 32), (90, 90, 90)).save(photo)
+
+    class Model(models.InferenceModel):
+        class_token = not stretch
+
+        def attention_maps(self, images, query):
+            weights = torch.linspace(0.0624, 0.0626, 16)
+            return [weights.view(1, 1, 4, 4)] if stretch else torch.cat((torch.zeros(1), weights)).view(1, 1, 1, 17)
+
+    model = Model(torch.nn.Identity(), models.Preprocessing(32), 8, (), "cpu")
+    monkeypatch.setattr(models, "open_model", lambda *args, **options: model)
+    assert main(["attention", str(photo), "--model", "any", "--out", str(tmp_path / "out.png")]) == 0
+    picture = figures[0].axes[1].get_images()[0].get_array()
+    assert (picture[-1, -1].sum() > 2 * picture[0, 0].sum()) == stretch
+
+
 # --- info and bench ----------------------------------------------------------------------------------------
 
 

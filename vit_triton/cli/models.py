@@ -97,7 +97,7 @@ class InferenceModel:
 
     def attention(self, images: Tensor, layer: int) -> Tensor:
         """Return the attention of the class token to the patches, (B, heads, rows, columns); without a class token, the
-        mean attention of all tokens."""
+        attention that each patch receives, averaged over all queries."""
         maps = self.attention_maps(images, 0 if self.class_token else "mean")
         if isinstance(maps, list):
             return maps[_layer(layer, len(maps))]
