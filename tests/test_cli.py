@@ -500,6 +500,26 @@ def test_missing_hugging_face_weights_are_reported(purpose, tmp_path, photo, cap
     assert (code, out) == (2, "") and err.endswith(f"hf:{tmp_path} has no weights for {lacking}\n")
 
 
+def test_missing_files_of_a_hugging_face_folder_are_named(tmp_path, photo, capsys):
+    config = transformers.SwinConfig(embed_dim=24, depths=[1, 1], num_heads=[1, 2], image_size=56)
+    words = ("features", photo, "--model", f"hf:{tmp_path}", "--out", tmp_path / "a.png")
+    for file, what, write in (
+        ("config.json", "the architecture of the model", lambda path: config.save_pretrained(tmp_path)),
+        ("preprocessor_config.json", "the size and normalization of images", lambda path: path.write_text("{}")),
+        (
+            "model.safetensors",
+            "the weights; --weights FILE reads them from another file",
+            lambda path: path.write_text("{"),
+        ),
+    ):
+        code, _, err = run(capsys, *words)
+        assert (code, err) == (2, f"vit-triton: --model: hf:{tmp_path} has no {file}, which contains {what}\n")
+        write(tmp_path / file)
+    assert "has invalid files" in run(capsys, *words)[2]
+    code, _, err = run(capsys, *words, "--image-size", 60)
+    assert code == 2 and "--image-size must be a multiple of 8, the stride of the last stage, got 60" in err
+
+
 def test_unsupported_hugging_face_architecture_is_rejected(tmp_path, photo, capsys):
     transformers.BeitConfig().save_pretrained(tmp_path)
     code, _, err = run(capsys, "features", photo, "--model", f"hf:{tmp_path}", "--out", tmp_path / "a.png")
@@ -727,12 +747,22 @@ def odd_models(tmp_path_factory) -> dict[str, Path | str]:
         ("predict PHOTO --model timm:nothing", "timm has no model nothing"),
         (
             "predict PHOTO --model timm:resnet18",
-            "expected one of VisionTransformer, Eva, SwinTransformer, SwinTransformerV2 of timm, got resnet18",
+            "expected one of VisionTransformer, Eva, SwinTransformer, SwinTransformerV2 of timm, got resnet18, "
+            "which is a ResNet",
+        ),
+        ("predict PHOTO --model timm:swin_tiny", "timm.list_models('*swin_tiny*') lists swin_tiny_patch4_window7_224"),
+        ("predict PHOTO --model timm:vit_bse_patch16_224", "similar names are vit_base_patch16_224, "),
+        (
+            "predict PHOTO --model timm:swin_tiny_patch4_window7_224 --image-size 112",
+            "--image-size must be a multiple of 32, the stride of the last stage, got 112",
         ),
         (f"predict PHOTO --model timm:{TIMM} --weights none.pt", "--weights: none.pt: no such file"),
         (f"predict PHOTO --model timm:{TIMM} --weights PHOTO", "photo.png: expected a file name with one of"),
         ("predict PHOTO --model timm:vit_small_patch16_224 --weights WEIGHTS", "Use --ignore PATTERN to skip weights"),
-        (f"predict PHOTO --model timm:{TIMM} --image-size 100", "--image-size must be a multiple of"),
+        (
+            f"predict PHOTO --model timm:{TIMM} --image-size 100",
+            "--image-size must be a multiple of the patch size 16, got 100",
+        ),
         (f"predict PHOTO --model timm:{TIMM} --image-size 0", "--image-size must be at least 1, got 0"),
         (f"attention PHOTO --model timm:{TIMM} --weights WEIGHTS --layer 12", "--layer must be from -12 to 11, got 12"),
         ("attention PHOTO --model TRAINED --layer -3", "--layer must be from -2 to 1, got -3"),
@@ -758,6 +788,7 @@ def odd_models(tmp_path_factory) -> dict[str, Path | str]:
         ("predict PHOTO --model LIST", "checkpoint.pt: ValueError: expected a checkpoint of train with "),
         ("predict PHOTO --model timm:vit_tiny_patch16_224.none", "--model: Invalid pretrained tag (none)"),
         ("predict PHOTO --model hf:ODD", "has invalid files: "),
+        ("predict PHOTO --model hf:./nowhere", "--model: hf:./nowhere: no such folder"),
         ("predict PHOTO", "--model"),
         ("predict", "IMAGE"),
         ("nothing", "nothing"),
