@@ -1,6 +1,7 @@
 """attention_maps: the weights of the library, put in their places in the image."""
 
 import copy
+import re
 
 import pytest
 import timm
@@ -159,7 +160,7 @@ def test_maps_with_rotary_positions(architecture, options, accelerates, monkeypa
     maps = attention_maps(ours, image)
     exact = weights(copy.deepcopy(theirs).double(), image.double())
     assert_model_as_precise(maps, weights(theirs, image), exact, 4 * 384)
-    assert_same(attention_maps(ours, image, query=-2), maps[..., -2, :])
+    assert_same(attention_maps(ours, image, query=7), maps[..., 7, :])
     assert_same(attention_maps(ours, image, query="mean"), maps.mean(-2))
     with torch.no_grad():
         assert_same(ours(image), theirs(image), 4 * 384)  # blocks are fused again
@@ -181,13 +182,14 @@ def test_maps_of_transformers_dinov3(accelerates):
 
 
 class Call(nn.Module):
-    """Calls attention with options, as a user's own module may."""
+    """Calls attention with options, as a user's own module may. The image has 3 * heads channels, 6 x 6 pixels."""
 
     def __init__(self, **options):
         super().__init__()
         self.options = options
 
-    def forward(self, qkv):
+    def forward(self, image):
+        qkv = image.unflatten(1, (3, -1)).permute(0, 3, 1, 2, 4)
         return F.attention_packed(qkv, **self.options, backend="torch")
 
 
@@ -205,13 +207,13 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_biases_and_masks(options):
     """With the identity as v, the result of attention is its weights."""
-    qkv = torch.randn(2, 6, 3, 3, 6)
-    maps = attention_maps(Call(**options), qkv)
-    q, k, v = qkv.clone().unbind(2)
-    v[:] = torch.eye(6)[:, None]
+    image = torch.randn(2, 9, 6, 6)
+    maps = attention_maps(Call(**options), image)
+    q, k, _ = image.unflatten(1, (3, 3)).permute(1, 0, 3, 2, 4)
+    v = torch.eye(6)[:, None].expand(2, -1, 3, -1)
     assert_same(maps[:, 0], F.attention(q, k, v, **options, backend="torch").transpose(1, 2))
-    for query in (1, -1):
-        assert_same(attention_maps(Call(**options), qkv, query=query), maps[..., query, :])
+    for query in (1, 5):
+        assert_same(attention_maps(Call(**options), image, query=query), maps[..., query, :])
 
 
 def test_layers_that_run_on_their_library_raise():
@@ -227,18 +229,24 @@ def test_layers_that_run_on_their_library_raise():
 
 def test_queries_of_the_other_kind():
     swin, image = of_torchvision(), torch.randn(1, 3, 56, 28)
-    with pytest.raises(ValueError, match="query must be a pixel"):
+    with pytest.raises(ValueError, match="query must be a pixel .* windows, got 0"):
         attention_maps(swin, image, query=0)
     for query in ((56, 0), (0, 28), (-1, 0)):
-        with pytest.raises(ValueError, match=r"query must be one of the image's \(56, 28\) pixels"):
+        message = f"query must be a pixel (y, x) of the 56 x 28 image, got {query}"
+        with pytest.raises(ValueError, match=re.escape(message)):
             attention_maps(swin, image, query=query)
-    for query in ((1.0, 2), (1, 2, 3), "max"):
-        with pytest.raises(TypeError, match="query must be None"):
+    for query in ((1.0, 2), [1, True], (1, 2, 3), "max"):
+        message = f'query must be None, "mean", the index of a token or the pixel (y, x), got {query!r}'
+        with pytest.raises(TypeError, match=re.escape(message)):
             attention_maps(swin, image, query=query)
     vit = torchvision.models.VisionTransformer(16, 8, 1, 2, 24, 48, num_classes=5)
-    with pytest.raises(ValueError, match="query must be the index of a token"):
-        attention_maps(vit, torch.randn(1, 3, 16, 16), query=(0, 0))
+    with pytest.raises(ValueError, match=r"query must be the index of a token.* windows, got \(3, 3\)"):
+        attention_maps(vit, torch.randn(1, 3, 16, 16), query=(3, 3))
+    with pytest.raises(ValueError, match="query must be one of the model's 5 tokens, from 0 to 4, got -1"):
+        attention_maps(vit, torch.randn(1, 3, 16, 16), query=-1)
     assert attention_maps(vit, torch.randn(1, 3, 16, 16), query=0).shape == (1, 1, 2, 5)
+    pair, listed = (attention_maps(swin, image, query=query) for query in ((33, 13), [33, 13]))
+    assert all(torch.equal(p, q) for p, q in zip(pair, listed, strict=True))
 
 
 @pytest.mark.parametrize("model", [torchvision.models.resnet18(), nn.MultiheadAttention(8, 2)], ids=["ResNet", "cross"])
@@ -252,8 +260,34 @@ def test_models_without_attention_that_can_be_shown(model):
 
 def test_packed_sequences_raise():
     class Packed(nn.Module):
-        def forward(self, q):
+        def forward(self, image):
+            q = image.flatten(0, 1)
             return F.attention_varlen(q, q, q, torch.tensor([0, 4], dtype=torch.int32), 4, backend="torch")
 
-    with pytest.raises(ValueError, match="packed sequences"):
-        attention_maps(Packed(), torch.randn(4, 2, 8))
+    with pytest.raises(ValueError, match=r"packed sequences .* needs images of one size in a tensor \(B, C, H, W\)"):
+        attention_maps(Packed(), torch.randn(1, 4, 2, 8))
+
+
+def sam_of(library, **sizes):
+    """SAM's image encoder for a map of 5 x 5 tokens; `sizes`: depth, window_size and global_attn_indexes."""
+    if library == "timm":
+        return timm.create_model("samvit_base_patch16", img_size=80, embed_dim=64, num_heads=2, **sizes).eval()
+    sizes = dict(num_hidden_layers=sizes.pop("depth"), **sizes)
+    config = transformers.SamVisionConfig(
+        hidden_size=64, num_attention_heads=2, mlp_dim=64, image_size=80, output_channels=8, **sizes
+    )
+    return transformers.SamVisionModel(config).eval()
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_windowed_layers_of_sam_raise(library):
+    image = torch.randn(2, 3, 80, 80)
+    message = "attention_maps does not support the windowed layers of SAM.* layer"
+    for depth, whole in ((1, ()), (2, (0,))):
+        model = sam_of(library, depth=depth, window_size=3, global_attn_indexes=whole)
+        with pytest.raises(ValueError, match=f"{message} {depth - 1} has a batch of 8, the image of 2"):
+            attention_maps(model, image)
+    with pytest.raises(ValueError, match=f"{message} 0 pads 5 x 5 tokens to a window of 7 x 7"):
+        attention_maps(sam_of(library, depth=1, window_size=7, global_attn_indexes=()), image)
+    maps = attention_maps(sam_of(library, depth=2, window_size=3, global_attn_indexes=(0, 1)), image)
+    assert maps.shape == (2, 2, 2, 25, 25)

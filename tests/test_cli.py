@@ -500,6 +500,26 @@ def test_missing_hugging_face_weights_are_reported(purpose, tmp_path, photo, cap
     assert (code, out) == (2, "") and err.endswith(f"hf:{tmp_path} has no weights for {lacking}\n")
 
 
+def test_missing_files_of_a_hugging_face_folder_are_named(tmp_path, photo, capsys):
+    config = transformers.SwinConfig(embed_dim=24, depths=[1, 1], num_heads=[1, 2], image_size=56)
+    words = ("features", photo, "--model", f"hf:{tmp_path}", "--out", tmp_path / "a.png")
+    for file, what, write in (
+        ("config.json", "the architecture of the model", lambda path: config.save_pretrained(tmp_path)),
+        ("preprocessor_config.json", "the size and normalization of images", lambda path: path.write_text("{}")),
+        (
+            "model.safetensors",
+            "the weights; --weights FILE reads them from another file",
+            lambda path: path.write_text("{"),
+        ),
+    ):
+        code, _, err = run(capsys, *words)
+        assert (code, err) == (2, f"vit-triton: --model: hf:{tmp_path} has no {file}, which contains {what}\n")
+        write(tmp_path / file)
+    assert "has invalid files" in run(capsys, *words)[2]
+    code, _, err = run(capsys, *words, "--image-size", 60)
+    assert code == 2 and "--image-size must be a multiple of 8, the stride of the last stage, got 60" in err
+
+
 def test_unsupported_hugging_face_architecture_is_rejected(tmp_path, photo, capsys):
     transformers.BeitConfig().save_pretrained(tmp_path)
     code, _, err = run(capsys, "features", photo, "--model", f"hf:{tmp_path}", "--out", tmp_path / "a.png")
@@ -598,6 +618,28 @@ def test_attention_brightens_the_photo():
     picture = attention.overlay(Image.new("RGB", (32, 32), (90, 90, 90)), weights)
     assert picture.shape == (32, 32, 3) and picture[0, 0].sum() > 2 * picture[-1, -1].sum()
     assert np.isfinite(attention.overlay(Image.new("L", (32, 32)), torch.zeros(4, 4))).all()
+
+
+@pytest.mark.parametrize("stretch", [True, False])
+def test_nearly_uniform_attention_is_stretched_without_a_class_token(stretch, monkeypatch, tmp_path):
+    figures, draw = [], attention.draw
+    monkeypatch.setattr(attention, "draw", lambda *args, **options: figures.append(draw(*args, **options)))
+    monkeypatch.setattr(attention.report, "save_picture", lambda *args: None)
+    photo = tmp_path / "a.png"
+    Image.new("RGB", (32, 32), (90, 90, 90)).save(photo)
+
+    class Model(models.InferenceModel):
+        class_token = not stretch
+
+        def attention_maps(self, images, query):
+            weights = torch.linspace(0.0624, 0.0626, 16)
+            return [weights.view(1, 1, 4, 4)] if stretch else torch.cat((torch.zeros(1), weights)).view(1, 1, 1, 17)
+
+    model = Model(torch.nn.Identity(), models.Preprocessing(32), 8, (), "cpu")
+    monkeypatch.setattr(models, "open_model", lambda *args, **options: model)
+    assert main(["attention", str(photo), "--model", "any", "--out", str(tmp_path / "out.png")]) == 0
+    picture = figures[0].axes[1].get_images()[0].get_array()
+    assert (picture[-1, -1].sum() > 2 * picture[0, 0].sum()) == stretch
 
 
 # --- info and bench ----------------------------------------------------------------------------------------
@@ -705,12 +747,22 @@ def odd_models(tmp_path_factory) -> dict[str, Path | str]:
         ("predict PHOTO --model timm:nothing", "timm has no model nothing"),
         (
             "predict PHOTO --model timm:resnet18",
-            "expected one of VisionTransformer, Eva, SwinTransformer, SwinTransformerV2 of timm, got resnet18",
+            "expected one of VisionTransformer, Eva, SwinTransformer, SwinTransformerV2 of timm, got resnet18, "
+            "which is a ResNet",
+        ),
+        ("predict PHOTO --model timm:swin_tiny", "timm.list_models('*swin_tiny*') lists swin_tiny_patch4_window7_224"),
+        ("predict PHOTO --model timm:vit_bse_patch16_224", "similar names are vit_base_patch16_224, "),
+        (
+            "predict PHOTO --model timm:swin_tiny_patch4_window7_224 --image-size 112",
+            "--image-size must be a multiple of 32, the stride of the last stage, got 112",
         ),
         (f"predict PHOTO --model timm:{TIMM} --weights none.pt", "--weights: none.pt: no such file"),
         (f"predict PHOTO --model timm:{TIMM} --weights PHOTO", "photo.png: expected a file name with one of"),
         ("predict PHOTO --model timm:vit_small_patch16_224 --weights WEIGHTS", "Use --ignore PATTERN to skip weights"),
-        (f"predict PHOTO --model timm:{TIMM} --image-size 100", "--image-size must be a multiple of"),
+        (
+            f"predict PHOTO --model timm:{TIMM} --image-size 100",
+            "--image-size must be a multiple of the patch size 16, got 100",
+        ),
         (f"predict PHOTO --model timm:{TIMM} --image-size 0", "--image-size must be at least 1, got 0"),
         (f"attention PHOTO --model timm:{TIMM} --weights WEIGHTS --layer 12", "--layer must be from -12 to 11, got 12"),
         ("attention PHOTO --model TRAINED --layer -3", "--layer must be from -2 to 1, got -3"),
@@ -736,6 +788,7 @@ def odd_models(tmp_path_factory) -> dict[str, Path | str]:
         ("predict PHOTO --model LIST", "checkpoint.pt: ValueError: expected a checkpoint of train with "),
         ("predict PHOTO --model timm:vit_tiny_patch16_224.none", "--model: Invalid pretrained tag (none)"),
         ("predict PHOTO --model hf:ODD", "has invalid files: "),
+        ("predict PHOTO --model hf:./nowhere", "--model: hf:./nowhere: no such folder"),
         ("predict PHOTO", "--model"),
         ("predict", "IMAGE"),
         ("nothing", "nothing"),

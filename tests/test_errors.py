@@ -261,18 +261,25 @@ CASES = {
         lambda: vit_triton.modules.PatchRows(4), TypeError, ["patch_size", "(height, width)", "4"]),
     "name of a backend": (lambda: vit_triton.use_backend("cudnn"), ValueError, ["'triton'", "'cudnn'"]),
     "attention_maps of numpy": (
-        lambda: vit_triton.attention_maps(vit(), np.zeros((1, 3, 8, 8))), TypeError, ["torch.Tensor"]),
+        lambda: vit_triton.attention_maps(vit(), np.zeros((1, 3, 8, 8))), TypeError, ["torch.Tensor (B, C, H, W)"]),
+    "attention_maps of bytes": (
+        lambda: vit_triton.attention_maps(vit(), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)),
+        TypeError, ["image", "uint8"]),
+    "attention_maps of one image": (
+        lambda: vit_triton.attention_maps(vit(), R(3, 8, 8)),
+        ValueError, ["image must be a tensor (B, C, H, W), got shape (3, 8, 8); image[None] adds the batch"]),
     "attention_maps of no module": (
         lambda: vit_triton.attention_maps("vit", R(1, 3, 8, 8)), TypeError, ["model", "torch.nn.Module", "str"]),
     **{f"attention_maps with query {query!r}": (
         lambda query=query: vit_triton.attention_maps(vit(), R(1, 3, 8, 8), query=query),
         TypeError, ["query", "index of a token", repr(query)]) for query in (1.5, "0", True)},
     "attention_maps of layers that are not called": (
-        lambda: vit_triton.attention_maps(Idle(), R(1)), ValueError, ["model", "Idle", "attention"]),
+        lambda: vit_triton.attention_maps(Idle(), R(1, 3, 8, 8)), ValueError, ["model", "Idle", "attention"]),
     "attention_maps of layers of two kinds": (
         lambda: vit_triton.attention_maps(
-            torch.nn.Sequential(vit_triton.modules.Attention(8, 2, 4), vit_triton.modules.Attention(8, 1, 4)),
-            R(1, 5, 8)),
+            torch.nn.Sequential(
+                torch.nn.Flatten(1, 2), vit_triton.modules.Attention(8, 2, 4), vit_triton.modules.Attention(8, 1, 4)),
+            R(1, 1, 5, 8)),
         ValueError, ["model", "heads", "(2, 5, 5)", "(1, 5, 5)"]),
     "sparse tokens": (
         lambda: vit_triton.modules.Attention(8, 2, 4)(R(1, 5, 8).to_sparse()), TypeError, ["x", "dense", "sparse_coo"]),

@@ -323,7 +323,10 @@ def attention_varlen(
         (total_q, H, D), contiguous with "triton".
     """
     if active_recorder() is not None:
-        raise ValueError("attention_maps does not support models with packed sequences (attention_varlen)")
+        raise ValueError(
+            "attention_maps does not support packed sequences (NaViT, padded batches of NaFlexVit, Qwen2-VL): "
+            "attention_maps needs images of one size in a tensor (B, C, H, W) and a model that does not pack them"
+        )
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x, 3, "(total, H, D)")
     check_alike("q", q, k=k, v=v)

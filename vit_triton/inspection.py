@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from vit_triton import reference
 from vit_triton.arguments import DecomposedBias
-from vit_triton.checks import check_module, format_value
+from vit_triton.checks import check_module, check_tensor, format_value, is_integer, shape_of, type_name
 from vit_triton.integrations import accelerate
 from vit_triton.integrations.recipes import accelerated_class
 from vit_triton.models.swin import SwinAttention
@@ -25,7 +24,7 @@ from vit_triton.recording import record
 
 __all__ = ["attention_maps"]
 
-Query = int | tuple[int, int] | str | None
+Query = int | tuple[int, int] | list[int] | str | None
 
 
 @torch.no_grad()
@@ -38,7 +37,7 @@ def attention_maps(model: nn.Module, image: Tensor, *, query: Query = None) -> T
     Args:
         model: a model of this package, or one that :func:`vit_triton.accelerate` supports. A model that is not
             accelerated stays as it is; an accelerated copy that shares its weights runs.
-        image: the input of the model, (B, C, H, W).
+        image: the input of the model, (B, C, H, W), floating point.
         query: None returns a map for every query. An integer selects one token, 0 for the class token; for models with
             windows, (y, x) selects the token at this pixel of the image, in every layer. "mean" returns the mean over
             all queries: how much attention each token receives.
@@ -54,17 +53,14 @@ def attention_maps(model: nn.Module, image: Tensor, *, query: Query = None) -> T
           attention to padding is left out, and sums may be less than 1.
 
     Raises:
-        TypeError: `model` is not a Module, or `query` has another type.
-        ValueError: `model` has or calls no attention that can be shown; a layer runs on its library, see
-            :func:`vit_triton.fallbacks`; layers without windows differ in heads or tokens; or `query` is out of range
-            or of the other kind.
+        TypeError: `model` is not a Module, or `image` or `query` has another type.
+        ValueError: `image` is not 4-D; `model` has or calls no attention that can be shown; a layer runs on its
+            library, see :func:`vit_triton.fallbacks`; a layer is windowed as in SAM or reads packed sequences; layers
+            without windows differ in heads or tokens; or `query` is out of range or of the other kind.
     """
     check_module("model", model)
-    if not _is_query(query):
-        raise TypeError(
-            f'query must be None, "mean", the index of a token or the pixel (y, x), integers, got {format_value(query)}'
-        )
-    maps = _Maps(query, tuple(image.shape[-2:]) if isinstance(image, Tensor) else (0, 0))
+    _check_image(image)
+    maps = _Maps(_check_query(query), image)
     runnable = _runnable(model)
     with record(maps):
         runnable(image)
@@ -81,9 +77,24 @@ def attention_maps(model: nn.Module, image: Tensor, *, query: Query = None) -> T
     return torch.stack(maps.maps, dim=1)
 
 
-def _is_query(query: object) -> bool:
-    indices = query if isinstance(query, tuple) and len(query) == 2 else (query,)
-    return query in (None, "mean") or all(isinstance(i, Integral) and not isinstance(i, bool) for i in indices)
+def _check_image(image: Any) -> None:
+    if not isinstance(image, Tensor):
+        raise TypeError(f"image must be a torch.Tensor (B, C, H, W), images of one size, got {type_name(image)}")
+    if image.ndim == 3:
+        raise ValueError(
+            f"image must be a tensor (B, C, H, W), got shape {shape_of(image)}; image[None] adds the batch"
+        )
+    check_tensor("image", image, 4, "a tensor (B, C, H, W)")
+
+
+def _check_query(query: Any) -> int | tuple[int, int] | str | None:
+    if query is None or isinstance(query, str) and query == "mean":
+        return query
+    if is_integer(query):
+        return int(query)
+    if isinstance(query, (tuple, list)) and len(query) == 2 and all(map(is_integer, query)):
+        return int(query[0]), int(query[1])
+    raise TypeError(f'query must be None, "mean", the index of a token or the pixel (y, x), got {format_value(query)}')
 
 
 def _runnable(model: nn.Module) -> nn.Module:
@@ -98,23 +109,34 @@ def _runnable(model: nn.Module) -> nn.Module:
 class _Maps:
     """The :class:`.recording.Recorder` that computes the maps of the queries `query`."""
 
-    def __init__(self, query: Query, pixels: tuple[int, ...]) -> None:
-        self.query, self.pixels = query, pixels
+    def __init__(self, query: int | tuple[int, int] | str | None, image: Tensor) -> None:
+        self.query, self.images, self.pixels = query, image.shape[0], tuple(image.shape[-2:])
         self.maps: list[Tensor] = []
         self.in_windows = False
+
+    def _check_batch(self, batch: int) -> None:
+        if batch != self.images:  # the first dimension of the maps would not be that of the images
+            raise ValueError(
+                f"attention_maps does not support the windowed layers of SAM and others that change the batch: "
+                f"layer {len(self.maps)} has a batch of {batch}, the image of {self.images}"
+            )
 
     def attention(self, q: Tensor, k: Tensor, **options: Any) -> None:
         tokens = q.shape[1]
         if tokens != k.shape[1]:
             return  # a pooling layer
+        self._check_batch(q.shape[0])
         rows = None
         if isinstance(self.query, tuple):
-            raise ValueError("query must be the index of a token, since the model has attention without windows")
-        if isinstance(self.query, Integral):
-            query = int(self.query)
-            if not -tokens <= query < tokens:
-                raise ValueError(f"query must be one of the model's {tokens} tokens, got {query}")
-            rows = slice(query % tokens, query % tokens + 1)
+            raise ValueError(
+                f"query must be the index of a token, since the model has attention without windows, got {self.query}"
+            )
+        if isinstance(self.query, int):
+            if not 0 <= self.query < tokens:
+                raise ValueError(
+                    f"query must be one of the model's {tokens} tokens, from 0 to {tokens - 1}, got {self.query}"
+                )
+            rows = slice(self.query, self.query + 1)
         options["bias"] = _as_float32(options.get("bias"))
         with torch.autocast(q.device.type, enabled=False):
             weights, _, _ = reference.attention_weights(q.float(), k.float(), **options, rows=rows)
@@ -122,12 +144,16 @@ class _Maps:
 
     def windows(self, qkv: Tensor, bias: Tensor, size: tuple[int, int], **options: Any) -> None:
         self.in_windows = True
+        self._check_batch(qkv.shape[0])
         token = None
-        if isinstance(self.query, Integral):
-            raise ValueError('query must be a pixel (y, x), "mean" or None, since the model has windows')
+        if isinstance(self.query, int):
+            raise ValueError(
+                f'query must be a pixel (y, x), "mean" or None, since the model has windows, got {self.query}'
+            )
         if isinstance(self.query, tuple):
             if not all(0 <= i < n for i, n in zip(self.query, self.pixels, strict=True)):
-                raise ValueError(f"query must be one of the image's {self.pixels} pixels, got {self.query}")
+                height, width = self.pixels
+                raise ValueError(f"query must be a pixel (y, x) of the {height} x {width} image, got {self.query}")
             y, x = (i * n // pixels for i, n, pixels in zip(self.query, size, self.pixels, strict=True))
             token = y, x
         with torch.autocast(qkv.device.type, enabled=False):

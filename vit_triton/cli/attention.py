@@ -1,5 +1,5 @@
 """``vit-triton attention``: the class token's attention per head (Caron et al. 2021, arXiv:2104.14294, figure 1), or
-the mean attention of all tokens."""
+the attention that each token receives, averaged over all queries."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def run(options: argparse.Namespace) -> int:
         photos += zip(paths, crops, strict=True)
         maps += model.attention(images, options.layer).float().cpu()
     if photos:
-        report.save_picture(draw(photos, maps), options.out)
+        report.save_picture(draw(photos, maps, stretch=not model.class_token), options.out)
     return report.exit_code(refused, len(options.images))
 
 
-def draw(photos: list[tuple[Path, Image.Image]], maps: list[Tensor]) -> Figure:
+def draw(photos: list[tuple[Path, Image.Image]], maps: list[Tensor], *, stretch: bool = False) -> Figure:
     """Draw each image, followed by the image overlaid with each head's map. Many heads continue on the next row."""
     heads = len(maps[0])
     columns = min(COLUMNS, heads + 1)
@@ -48,16 +48,21 @@ def draw(photos: list[tuple[Path, Image.Image]], maps: list[Tensor]) -> Figure:
         rows[0, 0].imshow(photo, cmap="gray", vmin=0, vmax=255)
         rows[0, 0].set_title(path.name, fontsize=11)
         for head, (axes, weights) in enumerate(zip(rows[:, 1:].flat, heads_of, strict=False)):
-            axes.imshow(overlay(photo, weights))
+            axes.imshow(overlay(photo, weights, stretch=stretch))
             if i == 0 or lines > 1:
                 axes.set_title(f"head {head + 1}", fontsize=11)
     return figure
 
 
-def overlay(photo: Image.Image, weights: Tensor) -> np.ndarray:
-    """Overlay the darkened gray image with a heat map of ``weights`` (rows, columns); return (height, width, 3)."""
+def overlay(photo: Image.Image, weights: Tensor, *, stretch: bool = False) -> np.ndarray:
+    """Overlay the darkened gray image with a heat map of ``weights`` (rows, columns); return (height, width, 3).
+
+    Args:
+        stretch: scale the weights from their 0.5 % quantile instead of 0, since mean attention is nearly uniform.
+    """
+    low = weights.quantile(0.005) if stretch else weights.new_zeros(())
     # a few outlier patches have far larger weights than all others (arXiv:2309.16588)
-    light = (weights / weights.quantile(0.995).clamp_min(1e-12)).clamp(0, 1)
+    light = ((weights - low) / (weights.quantile(0.995) - low).clamp_min(1e-12)).clamp(0, 1)
     light = torch.nn.functional.interpolate(light[None, None], size=photo.size[::-1], mode="bicubic")[0, 0].clamp(0, 1)
     heat = matplotlib.colormaps["inferno"](light.numpy())[..., :3]
     gray = np.asarray(photo.convert("L"))[..., None] / 255

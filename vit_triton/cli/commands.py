@@ -28,7 +28,8 @@ COMMANDS = {
     "attention": Command(
         "attention",
         options.attention,
-        "draw attention over each image, one map per head: that of the class token, or the mean of all tokens",
+        "draw the attention of the class token in a block, one picture per head; without a class token, as in Swin, "
+        "draw the attention that each token receives, averaged over all queries",
     ),
     "train": Command(
         "training",

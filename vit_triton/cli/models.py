@@ -1,13 +1,14 @@
 """Models selected by the option ``--model``, and the image preprocessing of each.
 
 ``RUN`` is a folder that ``vit-triton train`` wrote. ``timm:NAME`` is a ``VisionTransformer``, ``Eva`` or Swin
-Transformer of timm. ``hf:NAME`` is a model of Hugging Face transformers: its name on the Hub, or a local folder with
-its ``config.json``.
+Transformer of timm. ``hf:NAME`` is a model of Hugging Face transformers: a local folder with its files, or its name
+on the Hub.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import json
 import socket
@@ -37,6 +38,11 @@ BATCH = 8  # images per forward pass
 HEADS = ("head.*", "heads.*", "head_dist.*", "mlp_head.*", "*classifier.*", "*pooler.*", "pre_logits/*")
 # the class token comes first, the patches last; Swin has only patches
 HUGGING_FACE = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "swin")
+FOLDER_FILES = {
+    "config.json": "the architecture of the model",
+    "preprocessor_config.json": "the size and normalization of images",
+    "model.safetensors": "the weights",
+}
 TIMM = ("VisionTransformer", "Eva", "SwinTransformer", "SwinTransformerV2")
 
 
@@ -97,7 +103,7 @@ class InferenceModel:
 
     def attention(self, images: Tensor, layer: int) -> Tensor:
         """Return the attention of the class token to the patches, (B, heads, rows, columns); without a class token, the
-        mean attention of all tokens."""
+        attention that each patch receives, averaged over all queries."""
         maps = self.attention_maps(images, 0 if self.class_token else "mean")
         if isinstance(maps, list):
             return maps[_layer(layer, len(maps))]
@@ -243,25 +249,27 @@ def _trained(folder: Path, backend: str | None, device: str) -> InferenceModel:
 def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> InferenceModel:
     timm = _package("timm")
     if not timm.is_model(name):
-        raise ValueError(f"--model: timm has no model {name}; timm.list_models('*vit*') lists the available names")
+        raise ValueError(f"--model: timm has no model {name}; {_suggest(timm, name)}")
     size = {"img_size": options.image_size} if options.image_size else {}
     try:
         pretrained_cfg = timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # unknown tag of pretrained weights
         raise ValueError(f"--model: {error}") from error
+    found = name
     try:
         with torch.device("meta"):
             model = timm.create_model(name, **size)
+        found = f"{name}, which is a {type(model).__name__}"
         if not any(cls.__name__ in TIMM for cls in type(model).__mro__):
             raise TypeError
     except TypeError:  # also raised by models that do not accept img_size
-        raise ValueError(f"--model: expected one of {', '.join(TIMM)} of timm, got {name}") from None
+        raise ValueError(f"--model: expected one of {', '.join(TIMM)} of timm, got {found}") from None
     data_config, patch = timm.data.resolve_model_data_config(model), model.feature_info[-1]["reduction"]
     side = options.image_size or data_config["input_size"][-1]
     resample = getattr(Image.Resampling, data_config["interpolation"].upper())
     crop_pct = side / int(side / data_config["crop_pct"])  # timm's transforms truncate the resized side
     preprocessing = Preprocessing(side, crop_pct, tuple(data_config["mean"]), tuple(data_config["std"]), resample)
-    _check_size(preprocessing, patch)
+    _check_size(preprocessing, patch, stages="Swin" in type(model).__name__)
     if options.weights is not None:
         model = timm.create_model(name, **size)
         _load(model, options, purpose)
@@ -280,8 +288,23 @@ def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> 
     return TimmModel(model, preprocessing, patch, _classes(model.num_classes), device)
 
 
+def _suggest(timm: Any, name: str) -> str:
+    """Return which names of timm contain or resemble an unknown one."""
+    if names := timm.list_models(f"*{name}*"):
+        more = ", ..." if len(names) > 3 else ""
+        return f"timm.list_models('*{name}*') lists {', '.join(names[:3])}{more}"
+    if names := difflib.get_close_matches(name, timm.list_models(), 3):
+        return f"similar names are {', '.join(names)}"
+    return "timm.list_models() lists the names"
+
+
 def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: str) -> InferenceModel:
     transformers = _package("transformers")
+    folder = Path(name)
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".")):
+        raise FileNotFoundError(f"--model: {options.model}: no such folder")
+    if folder.is_dir():
+        _check_file(folder, options, "config.json")
     auto = transformers.AutoModelForImageClassification if purpose == "logits" else transformers.AutoModel
     try:
         _set_offline_mode()
@@ -292,7 +315,7 @@ def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: 
         processor_config, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
         preprocessing = _hugging_face_preprocessing(processor_config, options.image_size, config.image_size)
         patch = config.patch_size * 2 ** (len(getattr(config, "depths", "1")) - 1)  # Swin merges 2 x 2 patches
-        _check_size(preprocessing, patch)
+        _check_size(preprocessing, patch, stages=config.model_type == "swin")
         if options.weights is None:
             model, loaded = auto.from_pretrained(name, output_loading_info=True)
             optional = _ignored(options, purpose)
@@ -302,6 +325,11 @@ def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: 
         else:
             model = auto.from_config(config)
     except (OSError, json.JSONDecodeError) as error:
+        if folder.is_dir():
+            _check_file(folder, options, "preprocessor_config.json")
+            if options.weights is None and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+                _check_file(folder, options, "model.safetensors")
+            raise ValueError(f"--model: {options.model} has invalid files: {_first_line(error)}") from error
         files = "config.json and preprocessor_config.json"
         if options.weights is None:
             files = "config.json, preprocessor_config.json and model.safetensors"
@@ -322,6 +350,12 @@ def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: 
     return HuggingFaceModel(model, preprocessing, patch, classes, device)
 
 
+def _check_file(folder: Path, options: argparse.Namespace, file: str) -> None:
+    if not (folder / file).is_file():
+        hint = "; --weights FILE reads them from another file" if file == "model.safetensors" else ""
+        raise FileNotFoundError(f"--model: {options.model} has no {file}, which contains {FOLDER_FILES[file]}{hint}")
+
+
 def _hugging_face_preprocessing(processor_config: dict[str, Any], size: int | None, default: int) -> Preprocessing:
     """Convert the settings of an image processor. Images are center-cropped, never stretched to a square."""
     resized = _side(processor_config.get("size"), default)
@@ -335,9 +369,10 @@ def _hugging_face_preprocessing(processor_config: dict[str, Any], size: int | No
     )
 
 
-def _check_size(preprocessing: Preprocessing, patch: int) -> None:
+def _check_size(preprocessing: Preprocessing, patch: int, *, stages: bool) -> None:
     if preprocessing.size % patch:
-        raise ValueError(f"--image-size must be a multiple of the patch size {patch}, got {preprocessing.size}")
+        multiple = f"{patch}, the stride of the last stage" if stages else f"the patch size {patch}"
+        raise ValueError(f"--image-size must be a multiple of {multiple}, got {preprocessing.size}")
 
 
 def _side(size: Any, default: int) -> int:

@@ -33,7 +33,7 @@ def features(parser: argparse.ArgumentParser) -> None:
 
 def attention(parser: argparse.ArgumentParser) -> None:
     _model(parser)
-    parser.add_argument("--layer", type=int, default=-1, help="index of the block; -1 is the last (default)")
+    parser.add_argument("--layer", type=int, default=-1, help="index of the block; default: -1, the last")
     parser.add_argument("--out", type=Path, default=Path("attention.png"), help="the picture (default: attention.png)")
 
 

@@ -26,6 +26,7 @@ from vit_triton.integrations.parts import (
     layer_norm,
 )
 from vit_triton.integrations.recipes import UnsupportedModule
+from vit_triton.recording import active_recorder
 
 __all__ = ["DecomposedBlockParts", "DecomposedParts", "attend_decomposed", "compute_decomposed_block"]
 
@@ -108,6 +109,12 @@ def compute_decomposed_block(x: Tensor, parts: DecomposedBlockParts, backend: st
 def attend_partitioned(x: Tensor, parts: DecomposedBlockParts, backend: str | None) -> Tensor:
     """Compute attention in windows and its branch, in which each window is a sample: (B, H, W, dim) -> the same."""
     size, (height, width) = parts.window, x.shape[1:3]
+    recorder = active_recorder()
+    if recorder is not None and size > max(height, width):  # one window, whose tokens are not those of the map
+        raise ValueError(
+            f"attention_maps does not support the windowed layers of SAM: layer {len(recorder.maps)} pads "
+            f"{height} x {width} tokens to a window of {size} x {size}"
+        )
     attention, branch = parts.block.attention, parts.block.branch1
     residual = windows_of(x, size)
     given = residual
