@@ -218,13 +218,19 @@ def test_biases_and_masks(options):
 
 def test_layers_that_run_on_their_library_raise():
     """The list of maps would lack a layer."""
-    _, ours = accelerated(of_torchvision)
-    ours.features[1][1].attn.register_forward_hook(lambda *args: None)
-    with pytest.raises(ValueError, match=r"attention of features.1.1, .*: attn: has hooks"):
-        attention_maps(ours, torch.randn(1, 3, 56, 56))
     _, ours = accelerated(of_timm, img_size=60, always_partition=True)
     with pytest.raises(ValueError, match="padding of shifted windows"):
         attention_maps(ours.eval(), torch.randn(1, 3, 60, 60))
+
+
+def test_layers_with_hooks():
+    """The block of the hook falls back, but its attention is accelerated by itself."""
+    _, ours = accelerated(of_torchvision)
+    image, calls = torch.randn(1, 3, 56, 56), []
+    expected = attention_maps(ours, image)
+    ours.features[1][1].attn.register_forward_hook(lambda *args: calls.append(args))
+    assert_same(attention_maps(ours, image), expected, 49)
+    assert len(calls) == 1
 
 
 def test_queries_of_the_other_kind():
@@ -291,3 +297,29 @@ def test_windowed_layers_of_sam_raise(library):
         attention_maps(sam_of(library, depth=1, window_size=7, global_attn_indexes=()), image)
     maps = attention_maps(sam_of(library, depth=2, window_size=3, global_attn_indexes=(0, 1)), image)
     assert maps.shape == (2, 2, 2, 25, 25)
+
+
+@pytest.mark.parametrize("size, layer, stride, pixel", [(70, 0, 4, 4), (70, 0, 4, 64), (70, 0, 4, 69), (100, 1, 8, 93)])
+def test_pixels_of_maps_that_do_not_divide_the_image(size, layer, stride, pixel):
+    model, image = (
+        vit_triton.SwinTransformer(4, 16, (1, 1), (2, 4), window_size=4).eval(),
+        torch.randn(1, 3, size, size),
+    )
+    every = attention_maps(model, image)[layer]
+    token = min(pixel // stride, every.shape[2] - 1)
+    torch.testing.assert_close(attention_maps(model, image, query=(pixel, 0))[layer], every[:, :, token, 0])
+
+
+@pytest.mark.parametrize("change", ["one block", "no attention", "compiled"])
+def test_models_that_are_accelerated_in_part_show_every_layer(change):
+    model = timm.create_model("vit_tiny_patch16_224", depth=3, img_size=64).eval()
+    image = torch.randn(1, 3, 64, 64)
+    expected = attention_maps(model, image)
+    if change == "one block":
+        vit_triton.accelerate(model.blocks[1], "triton")
+    elif change == "no attention":
+        vit_triton.accelerate(model, "triton", attention=False)
+    else:
+        vit_triton.accelerate(model, "triton")
+        model.blocks[1].compile(backend="eager")
+    assert_same(attention_maps(model, image), expected, 17)

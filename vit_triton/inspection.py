@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from vit_triton import reference
 from vit_triton.arguments import DecomposedBias
 from vit_triton.checks import check_module, check_tensor, format_value, is_integer, shape_of, type_name
-from vit_triton.integrations import accelerate
-from vit_triton.integrations.recipes import accelerated_class
+from vit_triton.integrations import accelerate, restore
 from vit_triton.models.swin import SwinAttention
 from vit_triton.modules import Attention
 from vit_triton.recording import record
@@ -35,8 +34,8 @@ def attention_maps(model: nn.Module, image: Tensor, *, query: Query = None) -> T
     dropout still affects the input of later layers. Positions are included: biases, masks and rotations.
 
     Args:
-        model: a model of this package, or one that :func:`vit_triton.accelerate` supports. A model that is not
-            accelerated stays as it is; an accelerated copy that shares its weights runs.
+        model: a model of this package, or one that :func:`vit_triton.accelerate` supports, which stays as it is: an
+            accelerated copy that shares its weights runs.
         image: the input of the model, (B, C, H, W), floating point.
         query: None returns a map for every query. An integer selects one token, 0 for the class token; for models with
             windows, (y, x) selects the token at this pixel of the image, in every layer. "mean" returns the mean over
@@ -60,7 +59,7 @@ def attention_maps(model: nn.Module, image: Tensor, *, query: Query = None) -> T
     """
     check_module("model", model)
     _check_image(image)
-    maps = _Maps(_check_query(query), image)
+    maps = _Maps(_check_query(query), image, _patch_size(model))
     runnable = _runnable(model)
     with record(maps):
         runnable(image)
@@ -98,19 +97,32 @@ def _check_query(query: Any) -> int | tuple[int, int] | str | None:
 
 
 def _runnable(model: nn.Module) -> nn.Module:
-    """Return the model, or an accelerated copy that shares parameters and buffers if that is untouched."""
-    if any(isinstance(each, (Attention, SwinAttention)) or accelerated_class(each) for each in model.modules()):
+    """Return the model if attention in it is of this package, else an accelerated copy that shares parameters and
+    buffers. Nothing in a copy is compiled."""
+    own = any(isinstance(each, (Attention, SwinAttention)) for each in model.modules())
+    if own and all(each._compiled_call_impl is None for each in model.modules()):
         return model
     shared: Iterator[Tensor] = (tensor for get in (model.parameters, model.buffers) for tensor in get())
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-    return twin if accelerate(twin).replaced else model
+    if not own:
+        restore(twin)
+        accelerate(twin)
+    return twin
+
+
+def _patch_size(model: nn.Module) -> tuple[int, int]:
+    """Return the stride of the first convolution, which embeds patches."""
+    convolutions = (each for each in model.modules() if isinstance(each, nn.Conv2d))
+    first = next(convolutions, None)
+    return (1, 1) if first is None else (first.stride[0], first.stride[1])
 
 
 class _Maps:
     """The :class:`.recording.Recorder` that computes the maps of the queries `query`."""
 
-    def __init__(self, query: int | tuple[int, int] | str | None, image: Tensor) -> None:
+    def __init__(self, query: int | tuple[int, int] | str | None, image: Tensor, patch_size: tuple[int, int]) -> None:
         self.query, self.images, self.pixels = query, image.shape[0], tuple(image.shape[-2:])
+        self.stride, self.size = patch_size, (0, 0)  # pixels between tokens, and number of tokens, of a windowed layer
         self.maps: list[Tensor] = []
         self.in_windows = False
 
@@ -145,6 +157,9 @@ class _Maps:
     def windows(self, qkv: Tensor, bias: Tensor, size: tuple[int, int], **options: Any) -> None:
         self.in_windows = True
         self._check_batch(qkv.shape[0])
+        if self.maps and size != self.size:  # patches were merged
+            self.stride = self.stride[0] * 2, self.stride[1] * 2
+        self.size = size
         token = None
         if isinstance(self.query, int):
             raise ValueError(
@@ -154,7 +169,8 @@ class _Maps:
             if not all(0 <= i < n for i, n in zip(self.query, self.pixels, strict=True)):
                 height, width = self.pixels
                 raise ValueError(f"query must be a pixel (y, x) of the {height} x {width} image, got {self.query}")
-            y, x = (i * n // pixels for i, n, pixels in zip(self.query, size, self.pixels, strict=True))
+            # pixels at the end that do not fill a patch have no token
+            y, x = (min(i // step, n - 1) for i, step, n in zip(self.query, self.stride, size, strict=True))
             token = y, x
         with torch.autocast(qkv.device.type, enabled=False):
             logit_scale = _as_float32(options.pop("logit_scale", None))
