@@ -17,6 +17,7 @@ from vit_triton import reference
 from vit_triton.arguments import DecomposedBias
 from vit_triton.checks import check_module, check_tensor, format_value, is_integer, shape_of, type_name
 from vit_triton.integrations import accelerate, restore
+from vit_triton.integrations.recipes import accelerated_class, recipe_for
 from vit_triton.models.swin import SwinAttention
 from vit_triton.modules import Attention
 from vit_triton.recording import record
@@ -106,8 +107,24 @@ def _runnable(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     if not own:
         restore(twin)
-        accelerate(twin)
+        for entry in accelerate(twin).not_replaced:
+            module = twin.get_submodule(entry.name)
+            if _has_attention(type(module)) and not any(map(_is_replaced, module.modules())):
+                name = entry.name or type(model).__name__
+                raise ValueError(
+                    f"attention_maps does not see the attention of {name}, which is not accelerated: {entry.detail}"
+                )
     return twin
+
+
+def _has_attention(cls: type[nn.Module]) -> bool:
+    recipe = recipe_for(cls)
+    return recipe is not None and "attention" in recipe.needs
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    cls = accelerated_class(module)
+    return cls is not None and _has_attention(cls._replaced)
 
 
 def _patch_size(model: nn.Module) -> tuple[int, int]:
