@@ -315,7 +315,7 @@ BAD = {
     "bias must broadcast to .*2, 2, 5, 7.*got .3, 5, 7": dict(bias=torch.zeros(3, 5, 7)),
     "bias must broadcast to .*got .1, 1, 1, 5, 7": dict(bias=torch.zeros(1, 1, 1, 5, 7)),
     "bias must be float32 or bool, got torch.float16": dict(bias=torch.zeros(5, 7).half()),
-    "bias must be a torch.Tensor, got list": dict(bias=[0.0]),
+    "bias must be a torch.Tensor or vit_triton.DecomposedBias, got list": dict(bias=[0.0]),
     "bias must be on cpu, got meta": dict(bias=torch.zeros(5, 7, device="meta")),
     "rel_h must be .*Hk.* got .2, 2, 7, 1": dict(bias=DecomposedBias(torch.zeros(2, 2, 7, 1), torch.zeros(2, 2, 5, 7))),
     "Hk . Wk = 7 keys, got 2 . 7": dict(bias=DecomposedBias(torch.zeros(2, 2, 5, 2), torch.zeros(2, 2, 5, 7))),

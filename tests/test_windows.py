@@ -487,7 +487,7 @@ INVALID = [
     (
         dict(bias=torch.randn(2, 16, 16).half()),
         TypeError,
-        "bias must be torch.float32, as qkv, or float32, got torch.f",
+        "bias must be torch.float32, as qkv, got torch.f",
     ),
     (dict(logit_scale=torch.randn(2, 1, 1)), ValueError, r"logit_scale must be \(heads,\) = \(2,\), got \(2, 1, 1\)"),
     (dict(logit_scale=torch.randn(2), scale=1.0), ValueError, "scale must be None with logit_scale, which replaces it"),
