@@ -106,8 +106,10 @@ def _runnable(model: nn.Module) -> nn.Module:
     shared: Iterator[Tensor] = (tensor for get in (model.parameters, model.buffers) for tensor in get())
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     if not own:
+        accelerated = filter(None, map(accelerated_class, model.modules()))
+        backend = next((cls._replaced_backend for cls in accelerated), None)
         restore(twin)
-        for entry in accelerate(twin).not_replaced:
+        for entry in accelerate(twin, backend).not_replaced:
             module = twin.get_submodule(entry.name)
             if _has_attention(type(module)) and not any(map(_is_replaced, module.modules())):
                 name = entry.name or type(model).__name__
