@@ -159,6 +159,8 @@ def check_score_mask(
         rel, bias = bias, None
         _check_decomposed_bias(rel, q, shape)
     elif bias is not None:
+        if not isinstance(bias, Tensor):
+            raise TypeError(f"bias must be a torch.Tensor or vit_triton.DecomposedBias, got {type_name(bias)}")
         bias = _check_bias("bias", bias, q, also=(torch.bool,))
         if bias.ndim > 4 or any(n not in (1, m) for n, m in zip(bias.shape[::-1], shape[::-1], strict=False)):
             raise ValueError(f"bias must broadcast to (batch, heads, N_q, N_k) = {shape}, got {shape_of(bias)}")
@@ -168,8 +170,7 @@ def check_score_mask(
 
 def _check_bias(name: str, x: Any, q: Tensor, also: tuple[torch.dtype, ...] = ()) -> Tensor:
     if not isinstance(x, Tensor):
-        expected = "a torch.Tensor or vit_triton.DecomposedBias" if name == "bias" else "a torch.Tensor"
-        raise TypeError(f"{name} must be {expected}, got {type_name(x)}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type_name(x)}")
     check_dense(name, x)
     cast = is_autocast_enabled(q.device.type) and x.dtype in KERNEL_DTYPES
     if x.dtype not in (q.dtype, torch.float32, *also) and not cast:

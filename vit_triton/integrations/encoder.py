@@ -30,7 +30,6 @@ from vit_triton.integrations.parts import (
     BlockParts,
     check_tokens,
     compute_block,
-    compute_rotary_block,
     rotary_options,
 )
 from vit_triton.integrations.recipes import (
@@ -198,7 +197,7 @@ def block_recipe(module: nn.Module) -> Recipe | None:
     """Return the recipe of an accelerated block, or None for other modules."""
     cls = accelerated_class(module)
     recipe = None if cls is None else recipe_for(cls._replaced)
-    return recipe if recipe is not None and recipe.compute in (compute_block, compute_rotary_block) else None
+    return recipe if recipe is not None and recipe.compute is compute_block else None
 
 
 def read_step(

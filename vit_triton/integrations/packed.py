@@ -17,6 +17,7 @@ from vit_triton.integrations.parts import (
     check_input,
     check_rows,
     feed_forward,
+    layer_norm,
     project_out,
 )
 from vit_triton.integrations.recipes import UnsupportedModule
@@ -74,9 +75,9 @@ def normalize_heads(x: Tensor, norm: F.Norm | None, norm_type: str, backend: str
     """Normalize queries or keys (total, heads, head_dim)."""
     if norm is None:
         return x
-    weight, bias, eps = norm
     if norm_type == "layer_norm":
-        return cast(Tensor, F.layer_norm(x, weight, bias, eps=eps, backend=backend))
+        return layer_norm(x, norm, backend)
+    weight, _, eps = norm
     return torch_F.rms_norm(x, x.shape[-1:], weight, eps)
 
 

@@ -38,7 +38,6 @@ __all__ = [
     "check_tokens",
     "check_weight",
     "compute_block",
-    "compute_rotary_block",
     "dropout_of",
     "feed_forward",
     "joined_biases",
@@ -232,12 +231,7 @@ def feed_forward(x: Tensor, parts: MlpParts, backend: str | None, branch: Branch
 
 def compute_block(given: Tensor | AttentionInput, parts: BlockParts, backend: str | None) -> Tensor:
     """Compute a block: (B, N, dim) -> (B, N, dim)."""
-    return compute_rotary_block(given if isinstance(given, AttentionInput) else AttentionInput(given), parts, backend)
-
-
-def compute_rotary_block(given: AttentionInput, parts: BlockParts, backend: str | None) -> Tensor:
-    """Compute a block with rotary positions: (B, N, dim) -> (B, N, dim)."""
-    x, rope, mask = given
+    x, rope, mask = given if isinstance(given, AttentionInput) else AttentionInput(given)
     x = attend(x, parts.attention, backend, parts.branch1._replace(residual=x), rope, mask)
     return feed_forward(x, parts.mlp, backend, parts.branch2._replace(residual=x))
 

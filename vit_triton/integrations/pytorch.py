@@ -15,6 +15,7 @@ from vit_triton.integrations.parts import (
     check_input,
     check_rows,
     check_weight,
+    layer_norm,
     layer_norm_of,
 )
 from vit_triton.integrations.recipes import (
@@ -40,9 +41,8 @@ def register_all() -> None:
 
 
 def compute_layer_norm(x: Tensor, norm: F.Norm, backend: str | None) -> Tensor:
-    weight, bias, eps = norm
     check_input(x)
-    return cast(Tensor, F.layer_norm(x, weight, bias, eps=eps, backend=backend))
+    return layer_norm(x, norm, backend)
 
 
 LAYER_NORM = Recipe(("layer_norm",), layer_norm_of, compute_layer_norm)

@@ -24,7 +24,6 @@ from vit_triton.integrations.parts import (
     check_mask,
     check_tokens,
     compute_block,
-    compute_rotary_block,
     dropout_of,
     feed_forward,
     joined_biases,
@@ -105,7 +104,7 @@ def register_all() -> None:
     block = ("attention", "mlp", "layer_norm")
     register(_classes.Block, Recipe(block, read_block, compute_block, attention_input))
     register(_classes.Attention, Recipe(("attention",), read_attention, attend_input, attention_input))
-    register(_classes.EvaBlock, Recipe(block, read_eva_block, compute_rotary_block, rotary_input))
+    register(_classes.EvaBlock, Recipe(block, read_eva_block, compute_block, rotary_input))
     register(_classes.EvaBlockPostNorm, Recipe(block, read_post_norm_block, compute_post_norm_block, rotary_input))
     for cls in (_classes.EvaAttention, _classes.AttentionRope):
         register(cls, Recipe(("attention",), read_rotary_attention, attend_input, rotary_input))

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from vit_triton import functional as F
 from vit_triton.backend import resolve_backend
 from vit_triton.integrations.packed import Sequences, compute_packed_block
-from vit_triton.integrations.parts import BlockParts, compute_block, compute_rotary_block
+from vit_triton.integrations.parts import BlockParts, compute_block
 from vit_triton.integrations.recipes import (
     Container,
     UnsupportedModule,
@@ -95,7 +95,7 @@ def read_blocks(model: Any) -> list[BlockParts]:
     for block in model.blocks:
         cls = accelerated_class(block)
         recipe = None if cls is None else recipe_for(cls._replaced)
-        if recipe is None or recipe.compute not in (compute_block, compute_rotary_block):
+        if recipe is None or recipe.compute is not compute_block:
             raise UnsupportedModule(f"{type(block).__name__} is not an accelerated block")
         if "forward" in vars(block) or block._compiled_call_impl is not None or has_hooks(block):
             raise UnsupportedModule(f"{type(block).__name__} has hooks or another forward")

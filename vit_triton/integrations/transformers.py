@@ -39,7 +39,6 @@ from vit_triton.integrations.parts import (
     check_mask,
     check_tokens,
     compute_block,
-    compute_rotary_block,
     dropout_of,
     feed_forward,
     joined_biases,
@@ -205,10 +204,9 @@ def register_file(file: str) -> None:
     classes = classes_of(file)
     trust(*classes[1:])
     block = ("attention", "mlp", "layer_norm")
-    compute: Any = compute_rotary_block if classes.family.rotary else compute_block
     find_input: Any = positions_input if classes.family.rotary else hidden_states_input
     attend = attend_input_without_weights
-    register(getattr(module, prefix + layer, None), Recipe(block, classes.read_layer, compute, find_input))
+    register(getattr(module, prefix + layer, None), Recipe(block, classes.read_layer, compute_block, find_input))
     register(classes.Attention, Recipe(("attention",), classes.read_attention, attend, find_input))
     for mlp in (classes.MLP, classes.SwiGLUFFN, classes.GatedMLP):
         register(mlp, Recipe(("mlp",), read_mlp, feed_forward))
