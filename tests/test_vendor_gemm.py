@@ -11,13 +11,15 @@ import torch
 from conftest import forget_recordings
 from precision import DTYPES, assert_same
 
+from vit_triton import functional
 from vit_triton import functional as F
 from vit_triton.arguments import Dropout
 from vit_triton.cpu.driver import use_cpu_driver
 from vit_triton.kernels.linear import backward as linear_backward
-from vit_triton.kernels.linear import config
+from vit_triton.kernels.linear import config, expected
 from vit_triton.kernels.linear import forward as linear_forward
 from vit_triton.kernels.linear.config import Epilogue, GemmConfig, VendorGemm
+from vit_triton.kernels.linear.expected import Expected
 from vit_triton.kernels.picker import PICKERS
 from vit_triton.kernels.target import Target, target_named
 
@@ -165,6 +167,27 @@ def test_intel_cpus_use_the_vendor_gemm_in_float32():
             if VendorGemm in PICKERS[name].kinds:
                 choice = getattr(config, name)(1576, 768, 768, dtype, target, "ieee", Epilogue.NONE)
                 assert isinstance(choice, VendorGemm) == ("intel" in features and dtype == torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_operator_with_the_fastest_products(monkeypatch, request, dtype):
+    """With backend "auto" on a GPU; on other targets it has no effect."""
+    request.addfinalizer(forget_recordings)
+    monkeypatch.setattr(functional, "fastest_products", lambda backend, x: True)
+    inputs = test_linear.make(leading=(2, 37), k=72, n=50, layout="contiguous", dtype=dtype)
+    test_linear.check(inputs, torch.randn(2, 37, 50).to(dtype), norm=True)
+    inputs = test_patch_embed.make_inputs(2, 3, (3, 5), (4, 7), 50, dtype, layout="crop", prefix=1)
+    test_patch_embed.check(inputs, pre=True, post=False, patch_size=(4, 7), patch_order="c p1 p2")
+
+
+def test_the_fastest_products_are_the_vendor_gemm_where_ours_is_not_ahead(monkeypatch):
+    fastest = dataclasses.replace(target_named("sm_80"), fastest=True)
+    arguments = 1576, 3072, 768, torch.bfloat16, fastest, "ieee", Epilogue.ELEMENTWISE
+    for vendor, ours_is_ahead in ((10.9, False), (11.1, True)):
+        monkeypatch.setattr(expected, "EXPECTED", {("sm_80", "forward", "elementwise"): Expected(10.0, vendor)})
+        assert isinstance(config.pick_linear_fwd.__wrapped__(*arguments), VendorGemm) != ours_is_ahead
+    float32 = *arguments[:3], torch.float32, *arguments[4:]
+    assert isinstance(config.pick_linear_fwd.__wrapped__(*float32), VendorGemm)
 
 
 def test_elsewhere_only_tuned_tables_choose_the_vendor_gemm():

@@ -179,17 +179,17 @@ class LinearFunction(Function):
     @staticmethod
     def forward(
         ctx: Any, x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed,
-        eps, dropout_p: float, residual_is_x: bool,
+        eps, dropout_p: float, residual_is_x: bool, fastest: bool,
     ):  # fmt: skip
         y, mean, rstd = _op("linear_fwd")(
             x, weight, bias, norm_weight, norm_bias, x if residual_is_x else residual, layer_scale, samples, seed,
-            eps, dropout_p,
+            eps, dropout_p, True, fastest,
         )  # fmt: skip
         if eps is None:
             mean = rstd = None
         bias = None if layer_scale is None else bias
         ctx.save_for_backward(x, weight, norm_weight, norm_bias, mean, rstd, seed, layer_scale, samples, bias)
-        ctx.dropout_p, ctx.residual_is_x = dropout_p, residual_is_x
+        ctx.dropout_p, ctx.residual_is_x, ctx.fastest = dropout_p, residual_is_x, fastest
         return y
 
     @staticmethod
@@ -208,10 +208,11 @@ class LinearFunction(Function):
             needs_bias or bias is not None,
             needs_x or needs_norm_weight or needs_norm_bias,
             needs_weight or needs_bias or needs_layer_scale,
+            ctx.fastest,
         )
         wanted = (needs_x, needs_weight, needs_bias, needs_norm_weight, needs_norm_bias)
         residual = dy if needs_residual else None, dlayer_scale if needs_layer_scale else None
-        return *_select(tuple(grads), wanted), *residual, *(None,) * 5
+        return *_select(tuple(grads), wanted), *residual, *(None,) * 6
 
 
 class LinearRopeFunction(Function):
@@ -220,15 +221,15 @@ class LinearRopeFunction(Function):
     @staticmethod
     def forward(
         ctx: Any, x, weight, bias, norm_weight, norm_bias, cos, sin,
-        eps, heads: int, prefix: int, interleaved: bool,
+        eps, heads: int, prefix: int, interleaved: bool, fastest: bool,
     ):  # fmt: skip
         y, mean, rstd = _op("linear_rope_fwd")(
-            x, weight, bias, norm_weight, norm_bias, cos, sin, eps, heads, prefix, interleaved
+            x, weight, bias, norm_weight, norm_bias, cos, sin, eps, heads, prefix, interleaved, True, fastest
         )
         if eps is None:
             mean = rstd = None
         ctx.save_for_backward(cos, sin, x, weight, norm_weight, norm_bias, mean, rstd)
-        ctx.heads, ctx.scalars = heads, (None, None, False, prefix, interleaved)
+        ctx.heads, ctx.scalars, ctx.fastest = heads, (None, None, False, prefix, interleaved), fastest
         return y
 
     @staticmethod
@@ -239,8 +240,9 @@ class LinearRopeFunction(Function):
         dqkv = dy.unflatten(-1, (3, ctx.heads, -1))
         dqkv, *_ = _op("rotary_bwd")(dqkv, None, None, None, cos, sin, *(None,) * 4, *ctx.scalars)
         wanted = needs_x or any(needs_norm), needs_weight or needs_bias
-        *grads, _ = _op("linear_bwd")(dqkv.flatten(2), *saved, *(None,) * 4, 0.0, False, needs_bias, *wanted)
-        return *_select(tuple(grads), ctx.needs_input_grad[:5]), *(None,) * 6
+        scalars = 0.0, False, needs_bias, *wanted, ctx.fastest
+        *grads, _ = _op("linear_bwd")(dqkv.flatten(2), *saved, *(None,) * 4, *scalars)
+        return *_select(tuple(grads), ctx.needs_input_grad[:5]), *(None,) * 7
 
 
 class MlpFunction(Function):
@@ -252,11 +254,11 @@ class MlpFunction(Function):
     @staticmethod
     def forward(
         ctx: Any, x, w1, b1, w2, b2, norm_weight, norm_bias, residual, layer_scale, samples, hidden_seed, seed,
-        eps, activation: str, hidden_dropout_p: float, dropout_p: float, residual_is_x: bool,
+        eps, activation: str, hidden_dropout_p: float, dropout_p: float, residual_is_x: bool, fastest: bool,
     ):  # fmt: skip
         y, pre, mean, rstd = _op("mlp_fwd")(
             x, w1, b1, w2, b2, norm_weight, norm_bias, x if residual_is_x else residual, layer_scale, samples,
-            hidden_seed, seed, eps, activation, hidden_dropout_p, dropout_p, True,
+            hidden_seed, seed, eps, activation, hidden_dropout_p, dropout_p, True, fastest,
         )  # fmt: skip
         if eps is None:
             mean = rstd = None
@@ -265,6 +267,7 @@ class MlpFunction(Function):
             x, w1, w2, norm_weight, norm_bias, pre, mean, rstd, hidden_seed, seed, layer_scale, samples, b2
         )
         ctx.scalars = activation, hidden_dropout_p, dropout_p, residual_is_x
+        ctx.fastest = fastest
         return y
 
     @staticmethod
@@ -284,10 +287,11 @@ class MlpFunction(Function):
             needs_b2 or b2 is not None,
             needs_x or needs_norm_weight or needs_norm_bias,
             needs_w1 or needs_b1 or needs_w2 or needs_b2 or needs_layer_scale,
+            ctx.fastest,
         )
         wanted = (needs_x, needs_w1, needs_b1, needs_w2, needs_b2, needs_norm_weight, needs_norm_bias)
         residual = dy if needs_residual else None, dlayer_scale if needs_layer_scale else None
-        return *_select(tuple(grads), wanted), *residual, *(None,) * 8
+        return *_select(tuple(grads), wanted), *residual, *(None,) * 9
 
 
 class LayerNormFunction(Function):
@@ -328,11 +332,11 @@ class PatchEmbedFunction(Function):
     @staticmethod
     def forward(
         ctx: Any, image, weight, bias, pos, prefix, pre_weight, pre_bias, post_weight, post_bias, mean, std,
-        pre_eps, post_eps, patch_size: tuple[int, int], patch_order: str,
+        pre_eps, post_eps, patch_size: tuple[int, int], patch_order: str, fastest: bool,
     ):  # fmt: skip
         tokens, z, *stats = _op("patch_embed_fwd")(
             image, weight, bias, pos, prefix, pre_weight, pre_bias, pre_eps, post_weight, post_bias, post_eps,
-            mean, std, patch_size, patch_order,
+            mean, std, patch_size, patch_order, True, fastest,
         )  # fmt: skip
         pre_stats = stats[:2] if pre_eps is not None else (None, None)
         z, *post_stats = (z, *stats[2:]) if post_eps is not None else (None, None, None)
@@ -340,6 +344,7 @@ class PatchEmbedFunction(Function):
             image, weight, z, *pre_stats, *post_stats, pre_weight, pre_bias, post_weight, post_bias, mean, std
         )
         ctx.scalars = pre_eps, post_eps, patch_size, patch_order, 0 if prefix is None else prefix.shape[0]
+        ctx.fastest = fastest
         return tokens
 
     @staticmethod
@@ -350,10 +355,10 @@ class PatchEmbedFunction(Function):
         needs = ctx.needs_input_grad
         dimage, dweight, dbias, *dnorms, dpos, dprefix = _op("patch_embed_bwd")(
             dtokens, image, weight, z, *stats, pre_weight, pre_bias, pre_eps,
-            post_weight, post_bias, post_eps, mean, std, patch_size, patch_order, n_prefix, needs[0],
+            post_weight, post_bias, post_eps, mean, std, patch_size, patch_order, n_prefix, needs[0], ctx.fastest,
         )  # fmt: skip
         grads = (dimage, dweight, dbias, dpos, dprefix, *dnorms)
-        return *_select(grads, needs[:9]), *(None,) * 6
+        return *_select(grads, needs[:9]), *(None,) * 7
 
 
 class WindowAttentionFunction(Function):

@@ -126,6 +126,14 @@ def backend_name(backend: str | None) -> str:
     return check_backend_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
 
 
+def fastest_products(backend: str | None, x: torch.Tensor) -> bool:
+    """Return whether the products of an operator that runs the kernels may be the vendor's: with "auto" on a GPU.
+
+    An explicit "triton" computes every product with our kernels, except where a tuned table selects the vendor's.
+    """
+    return x.is_cuda and backend_name(backend) == "auto"
+
+
 def torch_reason(device: torch.device) -> str:
     """Return the reason why "auto" selects "torch" for all operators on a device, or "".
 

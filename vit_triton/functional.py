@@ -20,7 +20,7 @@ from torch import Tensor
 from vit_triton import autograd, reference
 from vit_triton.arguments import NO_MASK, Block, DecomposedBias, Norm, Packed, Rope, ScoreMask
 from vit_triton.autocast import autocast, is_autocast_enabled
-from vit_triton.backend import backend_name, resolve_backend
+from vit_triton.backend import backend_name, fastest_products, resolve_backend
 from vit_triton.checks import (
     ACTIVATIONS,
     MAX_WINDOW_TOKENS,
@@ -486,19 +486,20 @@ def linear(
         )
     check_kernel_dtype("x", x)
     norm_weight, norm_bias, eps = _norm_parts(norm)
+    fastest = fastest_products(backend, x)
     if rope is not None:
         given = x, weight, bias, norm_weight, norm_bias
         scalars = eps, rope_heads, rope_prefix, rope_layout == "interleaved"
         if _needs_autograd(*given):
-            return autograd.LinearRopeFunction.apply(*given, *rope, *scalars)
-        return torch.ops.vit_triton.linear_rope_fwd.default(*given, *rope, *scalars, False)[0]
+            return autograd.LinearRopeFunction.apply(*given, *rope, *scalars, fastest)
+        return torch.ops.vit_triton.linear_rope_fwd.default(*given, *rope, *scalars, False, fastest)[0]
     residual_is_x = residual is x
     tensors = (x, weight, bias, norm_weight, norm_bias, None if residual_is_x else residual, layer_scale)
     drawn = _drop_path_factors(x, drop_path_p), _seed(x, dropout_p)
     if _needs_autograd(*tensors):
-        return autograd.LinearFunction.apply(*tensors, *drawn, eps, float(dropout_p), residual_is_x)
+        return autograd.LinearFunction.apply(*tensors, *drawn, eps, float(dropout_p), residual_is_x, fastest)
     return torch.ops.vit_triton.linear_fwd.default(
-        *tensors[:5], residual, layer_scale, *drawn, eps, float(dropout_p), False
+        *tensors[:5], residual, layer_scale, *drawn, eps, float(dropout_p), False, fastest
     )[0]
 
 
@@ -564,9 +565,12 @@ def mlp(
     tensors = x, w1, b1, w2, b2, norm_weight, norm_bias, None if residual_is_x else residual, layer_scale
     drawn = _drop_path_factors(x, drop_path_p), _seed(x, hidden_dropout_p), _seed(x, dropout_p)
     scalars = eps, activation, float(hidden_dropout_p), float(dropout_p)
+    fastest = fastest_products(backend, x)
     if _needs_autograd(*tensors):
-        return autograd.MlpFunction.apply(*tensors, *drawn, *scalars, residual_is_x)
-    return torch.ops.vit_triton.mlp_fwd.default(*tensors[:7], residual, layer_scale, *drawn, *scalars, False)[0]
+        return autograd.MlpFunction.apply(*tensors, *drawn, *scalars, residual_is_x, fastest)
+    return torch.ops.vit_triton.mlp_fwd.default(*tensors[:7], residual, layer_scale, *drawn, *scalars, False, fastest)[
+        0
+    ]
 
 
 def encoder(
@@ -622,6 +626,7 @@ def encoder(
     scale = head_dim**-0.5 if scale is None else float(scale)
     tables = rope or (None, None)
     scalars = heads, scale, activation, rope_prefix, rope_layout == "interleaved", first_token
+    scalars = *scalars, fastest_products(backend, x)
     return torch.ops.vit_triton.encoder_fwd.default(x, arguments, eps, *tables, *scalars)
 
 
@@ -732,12 +737,14 @@ def patch_embed(
     pre_weight, pre_bias, pre_eps = _norm_parts(pre_norm)
     post_weight, post_bias, post_eps = _norm_parts(post_norm)
     tensors = (image, weight, bias, pos, prefix, pre_weight, pre_bias, post_weight, post_bias)
+    fastest = fastest_products(backend, weight)
     if _needs_autograd(*tensors):
         return autograd.PatchEmbedFunction.apply(
-            *tensors, image_mean, image_std, pre_eps, post_eps, (p1, p2), patch_order
+            *tensors, image_mean, image_std, pre_eps, post_eps, (p1, p2), patch_order, fastest
         )
     tokens, *_ = torch.ops.vit_triton.patch_embed_fwd.default(
         *tensors[:7], pre_eps, post_weight, post_bias, post_eps, image_mean, image_std, (p1, p2), patch_order, False,
+        fastest,
     )  # fmt: skip
     return tokens
 

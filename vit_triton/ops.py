@@ -22,18 +22,28 @@ from vit_triton.arguments import Block, Branch, DecomposedBias, Dropout, Norm, R
 _library = torch.library.Library("vit_triton", "DEF")
 
 
-def _register(schema: str, copies: Callable[..., list[Tensor | None]] | None = None) -> Any:
+_PRODUCTS: dict[str, int] = {}  # operators with products -> number of arguments without the last, ``fastest``
+
+
+def _register(schema: str, copies: Callable[..., list[Tensor | None]] | None = None, *, products: bool = False) -> Any:
     """Define an operator and register the decorated function for every device.
 
-    The function may return None for a Tensor.
+    The function may return None for a Tensor. An operator with ``products`` has a last argument ``fastest``: whether
+    its products may be the vendor's, see :func:`.device.fastest_products`. The function does not receive it.
 
     ``copies`` gets the operator's arguments and returns their prepacked weights, see :func:`vit_triton.prepack`. On a
     CPU the function receives them as its argument ``copies``.
     """
     name = schema.split("(")[0]
+    if products:
+        arguments, results = schema.split(") ->")
+        _PRODUCTS[name] = arguments.count(",") + 1
+        schema = f"{arguments}, bool fastest=False) ->{results}"
     _library.define(schema)
 
     def decorate(function: Any) -> Any:
+        function = _with_fastest_products(function, _PRODUCTS[name]) if products else function
+
         def implementation(x: Tensor, *args: Any) -> Any:
             return _none_to_empty(function(x, *args), x)
 
@@ -53,6 +63,19 @@ def _register(schema: str, copies: Callable[..., list[Tensor | None]] | None = N
         return function
 
     return decorate
+
+
+def _with_fastest_products(function: Any, n_args: int) -> Any:
+    @functools.wraps(function)
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        if not any(args[n_args:]):
+            return function(*args[:n_args], **kwargs)
+        from vit_triton.kernels.device import fastest_products
+
+        with fastest_products():
+            return function(*args[:n_args], **kwargs)
+
+    return choose
 
 
 def run_on_cpu(function: Any, args: tuple[Any, ...]) -> Any:
@@ -127,7 +150,7 @@ def _fake(name: str) -> Any:
                     f"the program contains the operator vit_triton::{name}, which is not supported by ONNX: capture it "
                     "inside `with vit_triton.portable_operators():`, or export the module itself"
                 )
-            return _none_to_empty(function(x, *args), x)
+            return _none_to_empty(function(*(x, *args)[: _PRODUCTS.get(name)]), x)
 
         torch.library.register_fake(f"vit_triton::{name}", fake, lib=_library)
         return function
@@ -443,6 +466,7 @@ def _rotary_bwd_fake(
     "Tensor? layer_scale, Tensor? samples, Tensor? seed, float? eps, float dropout_p, bool save=True) "
     "-> (Tensor, Tensor, Tensor)",
     copies=lambda x, weight, *_: [packing.panels(weight)],
+    products=True,
 )
 def _linear_fwd(
     x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed, eps, dropout_p, save=True,
@@ -474,6 +498,7 @@ def _linear_fwd_fake(
     "linear_rope_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor cos, "
     "Tensor sin, float? eps, int heads, SymInt prefix, bool interleaved, bool save=True) -> (Tensor, Tensor, Tensor)",
     copies=lambda x, weight, *_: [packing.panels(weight)],
+    products=True,
 )
 def _linear_rope_fwd(
     x, weight, bias, norm_weight, norm_bias, cos, sin, eps, heads, prefix, interleaved, save=True, copies=(None,)
@@ -508,7 +533,8 @@ def _output_dtype(weight: Tensor, residual: Tensor | None, layer_scale: Tensor |
     "linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, "
     "Tensor? rstd, Tensor? seed, Tensor? layer_scale, Tensor? samples, Tensor? bias, float dropout_p, "
     "bool residual_is_x, bool with_bias, bool needs_x, bool needs_weight) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    products=True,
 )
 def _linear_bwd(
     dy, x, weight, norm_weight, norm_bias, mean, rstd, seed, layer_scale, samples, bias,
@@ -556,6 +582,7 @@ def _norm_grads(weight: Tensor | None, bias: Tensor | None, wanted: bool) -> tup
     "Tensor? residual, Tensor? layer_scale, Tensor? samples, Tensor? hidden_seed, Tensor? seed, float? eps, "
     "str activation, float hidden_dropout_p, float dropout_p, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
     copies=lambda x, w1, b1, w2, *_: [packing.panels(w1), packing.panels(w2)],
+    products=True,
 )
 def _mlp_fwd(
     x, w1, b1, w2, b2, norm_weight, norm_bias, residual, layer_scale, samples, hidden_seed, seed,
@@ -590,7 +617,8 @@ def _mlp_fwd_fake(
     "mlp_bwd(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor? norm_weight, Tensor? norm_bias, Tensor pre, "
     "Tensor? mean, Tensor? rstd, Tensor? hidden_seed, Tensor? seed, Tensor? layer_scale, Tensor? samples, Tensor? b2, "
     "str activation, float hidden_dropout_p, float dropout_p, bool residual_is_x, bool with_b1, bool with_b2, "
-    "bool needs_x, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool needs_x, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    products=True,
 )
 def _mlp_bwd(
     dy, x, w1, w2, norm_weight, norm_bias, pre, mean, rstd, hidden_seed, seed, layer_scale, samples, b2,
@@ -650,6 +678,7 @@ def _block_weights(n_tensors: int) -> list[int]:
     "encoder_fwd(Tensor x, Tensor?[] blocks, float[] eps, Tensor? cos, Tensor? sin, int heads, float scale, "
     "str activation, int rope_prefix, bool interleaved, bool first_token) -> Tensor",
     copies=lambda x, blocks, *_: [packing.panels(blocks[i]) for i in _block_weights(len(blocks))],
+    products=True,
 )
 def _encoder_fwd(
     x, blocks, eps, cos, sin, heads, scale, activation, rope_prefix, interleaved, first_token, copies=None
@@ -739,6 +768,7 @@ def _layer_norm_bwd_fake(dy, x, weight, mean, rstd, dsum):
     "Tensor? std, SymInt[] patch_size, str patch_order, bool save=True) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     copies=lambda image, weight, *args: [packing.in_image_order(weight, image, tuple(args[11]), args[12])],
+    products=True,
 )
 def _patch_embed_fwd(
     image, weight, bias, pos, prefix, pre_weight, pre_bias, pre_eps, post_weight, post_bias, post_eps, mean, std,
@@ -790,7 +820,8 @@ def _patch_embed_fwd_fake(
     "Tensor? post_mean, Tensor? post_rstd, Tensor? pre_weight, Tensor? pre_bias, float? pre_eps, Tensor? post_weight, "
     "Tensor? post_bias, float? post_eps, Tensor? mean, Tensor? std, SymInt[] patch_size, str patch_order, "
     "SymInt n_prefix, bool needs_image) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    products=True,
 )
 def _patch_embed_bwd(
     dtokens, image, weight, z, pre_mean, pre_rstd, post_mean, post_rstd, pre_weight, pre_bias, pre_eps, post_weight,

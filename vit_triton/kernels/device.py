@@ -1,6 +1,9 @@
 """The compilation target of a device."""
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,16 +14,39 @@ from vit_triton.kernels import tuned
 from vit_triton.kernels.target import INTERPRETING, Target, Tuned, target_named
 
 
+class _Products(threading.local):
+    fastest = False
+
+
+_products = _Products()
+
+
+@contextlib.contextmanager
+def fastest_products() -> Iterator[None]:
+    """Context manager: the targets of GPUs are :attr:`.Target.fastest` in this thread."""
+    before, _products.fastest = _products.fastest, True
+    try:
+        yield
+    finally:
+        _products.fastest = before
+
+
 def target_of(device: torch.device) -> Target:
     """The target of kernels on tensors of ``device``. For a CPU it is the target of Triton's active driver, which may
-    emulate a GPU.
+    emulate a GPU. Inside :func:`fastest_products`, a GPU's target is :attr:`.Target.fastest`.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`.tuned.table`, on the first call for each GPU.
     """
     if INTERPRETING:
         return target_named("interpreter")
-    return target_of_driver(driver.active) if device.type == "cpu" else target_of_gpu(device)
+    target = target_of_driver(driver.active) if device.type == "cpu" else target_of_gpu(device)
+    return _with_fastest_products(target) if _products.fastest and target.is_gpu else target
+
+
+@functools.cache
+def _with_fastest_products(target: Target) -> Target:
+    return replace(target, fastest=True)
 
 
 def target_of_driver(active: Any) -> Target:

@@ -24,10 +24,18 @@ from vit_triton.kernels.launch import add_to_cache, float32_precision, last_gemm
 _ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
 # PyTorch's operations that are recorded, by their overload without the argument ``out`` -> with it
 _aten = torch.ops.aten
-_RECORDED = {
+
+
+def _copy(x: Tensor, *, out: Tensor, **_: Any) -> None:
+    out.copy_(x)
+
+
+_RECORDED: dict[Any, Callable[..., Any]] = {
     _aten.mm.default: _aten.mm.out,
     _aten.addmm.default: _aten.addmm.out,
+    _aten._addmm_activation.default: _aten._addmm_activation.out,
     _aten.sum.dim_IntList: _aten.sum.IntList_out,
+    _aten._to_copy.default: _copy,
 }
 _MAX_RECORDED = 4096  # a bound, because the number of shapes is unlimited
 _ALIGN = 64

@@ -28,13 +28,16 @@ class Target:
     """``name``: "cpu", "interpreter", "xpu" (Intel GPUs), or a GPU architecture such as "sm_90" or "gfx942".
     ``family``: the architecture family whose tiles it uses: "cpu", "interpreter", "sm_100" (tcgen05), "sm_90" (wgmma),
     "sm_80" (mma, all other NVIDIA GPUs) or "gfx" (AMD and Intel). ``shared_memory``: bytes per block, 0 if not a GPU.
-    ``device``: the driver's name of the device, "" if unknown. ``features``, ``panels``: of the family "cpu"."""
+    ``device``: the driver's name of the device, "" if unknown. ``fastest``: whether a product is the one that is
+    expected to be fastest, ours or the vendor's, see :mod:`.linear.expected`; else it is ours. ``features``,
+    ``panels``: of the family "cpu"."""
 
     name: str
     family: str
     shared_memory: int
     device: str = ""
     tuned: Tuned | None = None
+    fastest: bool = False
     features: tuple[str, ...] = ()
     panels: tuple[tuple[torch.dtype, tuple[int, int]], ...] = ()
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vit_triton.kernels.linear.expected import is_ours_ahead
 from vit_triton.kernels.picker import CompilerOptions, cdiv, clip, next_power_of_2, tunable
 from vit_triton.kernels.target import Target
 
@@ -67,7 +68,7 @@ class GemmConfig(CompilerOptions):
 @dataclass(frozen=True)
 class VendorGemm(GemmConfig):
     """The GEMM of the vendor's library; the epilogue is one pass of our kernel over its result, in tiles of ``block_m``
-    x ``block_n``. Selected by tuned tables, and where :attr:`.Target.prefers_vendor_gemm`."""
+    x ``block_n``. Selected by tuned tables, and by :func:`prefers_vendor`."""
 
     block_m: int = 32
     block_n: int = 128
@@ -142,6 +143,13 @@ def tokens(m: int, target: Target) -> int:
     return m if target.family == "interpreter" else 2**30
 
 
+def prefers_vendor(product: str, dtype: torch.dtype, target: Target, epilogue: Epilogue) -> bool:
+    """Whether the vendor's GEMM is the default for a product of :data:`.expected.EXPECTED`."""
+    if target.fastest:
+        return not is_ours_ahead(target.name, product, epilogue.value, dtype)
+    return target.prefers_vendor_gemm(dtype)
+
+
 def _candidates_linear_fwd(m, n, k, dtype, target, precision, epilogue):
     return [*candidates_gemm(tokens(m, target), n, k, dtype), VendorGemm()]
 
@@ -151,7 +159,7 @@ def pick_linear_fwd(
     m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
 ) -> GemmConfig:
     """Tiles of ``linear_fwd_kernel`` ((m, k) -> (m, n))."""
-    if target.prefers_vendor_gemm(dtype):
+    if prefers_vendor("forward", dtype, target, epilogue):
         return VendorGemm()
     rotates = epilogue is Epilogue.ROTATION  # whole heads: as many columns as without an epilogue, in one subtile
     tile = pick_gemm(tokens(m, target), n, k, dtype, target, precision, Epilogue.NONE if rotates else epilogue)
@@ -180,7 +188,7 @@ def pick_linear_bwd_input(
     m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
 ) -> GemmConfig:
     """Tiles of ``linear_bwd_input_kernel`` ((m, n) -> (m, k), depth n)."""
-    if target.prefers_vendor_gemm(dtype):
+    if prefers_vendor("input", dtype, target, epilogue):
         return VendorGemm()
     tile = pick_gemm(tokens(m, target), k, n, dtype, target, precision, epilogue)
     if dtype == torch.float32 or epilogue is Epilogue.NONE:
@@ -216,7 +224,7 @@ def pick_linear_bwd_weight(
 ) -> GemmConfig:
     """Tiles of ``linear_bwd_weight_kernel`` ((n, k), depth m) and the split-K factor; an elementwise ``epilogue`` is
     the gradient of a bias."""
-    if target.prefers_vendor_gemm(dtype):
+    if prefers_vendor("weight", dtype, target, epilogue):
         return VendorGemm()
     tile = pick_bwd_weight(m, n, k, dtype, target, precision, epilogue)
     if dtype == torch.float32 or epilogue is Epilogue.NONE or target.family not in ("sm_90", "sm_100"):

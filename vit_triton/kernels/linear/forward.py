@@ -172,11 +172,19 @@ def linear_fwd(
         rotary |= dict(PAIRS=pairs, n_tokens=rotation.tokens, n_prefix=rotation.prefix)
     y = pre = None
     if isinstance(config, VendorGemm) and not multiplied:
-        x = x.to(weight.dtype)
-        if epilogue is Epilogue.NONE and not save_pre and dtype == weight.dtype:
-            return (torch.mm(x, weight.T) if bias is None else torch.addmm(bias.to(dtype), x, weight.T)), None
-        x, multiplied = torch.mm(x, weight.T), True
-        # the epilogue overwrites the product
+        x, vector = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
+        plain = epilogue is Epilogue.NONE and not save_pre and dtype == weight.dtype
+        tanh = activation == "gelu_tanh" and epilogue is Epilogue.ELEMENTWISE and residual is None and not save_pre
+        if vector is not None and tanh and x.is_cuda and target.is_nvidia:
+            return torch._addmm_activation(vector, x, weight.T, use_gelu=True), None  # the tanh form on CUDA only
+        if vector is not None and (plain or target.is_gpu):  # GPU libraries add the bias in the epilogue of the GEMM
+            x, bias = torch.addmm(vector, x, weight.T), None
+        else:
+            x = torch.mm(x, weight.T)
+        if plain:
+            return x, None
+        multiplied = True
+        # the epilogue overwrites the product, except the pre-activation, which is the product and its bias
         pre, y = (x, None) if save_pre else (None, x if dtype == x.dtype else None)
     if y is None:
         y = x.new_empty(m, n, dtype=dtype)
@@ -199,7 +207,7 @@ def linear_fwd(
         samples_ptr=branch.samples,
         residual_ptr=residual,
         y_ptr=y,
-        pre_ptr=pre,
+        pre_ptr=None if pre is x and bias is None else pre,
         seed_ptr=dropout.seed if dropout.p > 0 else None,
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),

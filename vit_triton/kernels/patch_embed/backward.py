@@ -7,10 +7,12 @@ import triton.language as tl
 from vit_triton.arguments import Norm
 from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import TRITON_DTYPE, contiguous, input_precision, launch, maybe_contiguous
-from vit_triton.kernels.norm.config import pick_layer_norm
+from vit_triton.kernels.linear.config import Epilogue, prefers_vendor
+from vit_triton.kernels.norm.config import MAX_LAYER_NORM_WIDTH, pick_layer_norm
 from vit_triton.kernels.norm.layer_norm import layer_norm_bwd
 from vit_triton.kernels.norm.statistics import row_gradient
 from vit_triton.kernels.patch_embed.config import pick_patch_embed_bwd_image, pick_patch_embed_bwd_weight
+from vit_triton.kernels.patch_embed.forward import gather_patches
 from vit_triton.kernels.patch_embed.patches import (
     PatchLayout,
     channel_of,
@@ -192,7 +194,14 @@ def patch_embed_bwd(
     if pre_norm is None:
         pre_mean = pre_rstd = None
 
-    grad, dbias = _bwd_weight(dz, image, pre_mean, pre_rstd, mean, std, layout, dtype)
+    fits = layout.patch_dim <= MAX_LAYER_NORM_WIDTH and target_of(image.device).is_gpu  # not measured on CPUs
+    if fits and prefers_vendor("patches", dtype, target_of(image.device), Epilogue.ELEMENTWISE):
+        patches = gather_patches(image, mean, std, layout, dtype, (None, None), pre_mean, pre_rstd, patch_order)
+        rows = dz.reshape(-1, weight.shape[0]).to(dtype)
+        grad, dbias = torch.mm(rows.T, patches).float(), torch.sum(rows, 0, dtype=torch.float32)
+        del patches
+    else:
+        grad, dbias = _bwd_weight(dz, image, pre_mean, pre_rstd, mean, std, layout, dtype)
     dpre_weight = dpre_bias = None
     if pre_norm is not None:
         pre_weight, pre_bias, _ = pre_norm

@@ -27,10 +27,12 @@ import triton.language as tl
 from vit_triton.arguments import Norm
 from vit_triton.kernels.device import target_of
 from vit_triton.kernels.launch import contiguous, input_precision, launch
+from vit_triton.kernels.linear.config import Epilogue, prefers_vendor
 from vit_triton.kernels.norm.config import MAX_LAYER_NORM_WIDTH, check_layer_norm_width, pick_layer_norm
 from vit_triton.kernels.norm.statistics import row_statistics
 from vit_triton.kernels.patch_embed.config import pick_patch_embed_fwd
 from vit_triton.kernels.patch_embed.patches import (
+    PatchLayout,
     channel_of,
     column_offsets,
     image_strides,
@@ -193,6 +195,46 @@ def token_dtype(
     return functools.reduce(torch.promote_types, (x.dtype for x in parts if x is not None))
 
 
+def gather_patches(
+    image: torch.Tensor,
+    mean: torch.Tensor | None,
+    std: torch.Tensor | None,
+    layout: PatchLayout,
+    dtype: torch.dtype,
+    pre_norm: tuple[torch.Tensor | None, torch.Tensor | None],
+    pre_mean: torch.Tensor | None,
+    pre_rstd: torch.Tensor | None,
+    patch_order: str,
+) -> torch.Tensor:
+    """The normalised patches (B * patches, patch_dim) with their columns in ``patch_order``; ``pre_norm`` is a weight
+    and a bias, mean and rstd are None without a norm."""
+    n_rows = image.shape[0] * layout.n_patches
+    patches = image.new_empty((n_rows, layout.patch_dim), dtype=dtype)
+    rows = pick_layer_norm(layout.patch_dim, target_of(image.device))
+    launch(
+        patch_embed_gather_kernel,
+        (cdiv(n_rows, rows.block_m),),
+        image,
+        image_ptr=image,
+        pre_weight_ptr=contiguous(pre_norm[0]),
+        pre_bias_ptr=contiguous(pre_norm[1]),
+        pre_mean_ptr=pre_mean,
+        pre_rstd_ptr=pre_rstd,
+        mean_ptr=contiguous(mean),
+        std_ptr=contiguous(std),
+        out_ptr=patches,
+        **image_strides(image),
+        n_rows=n_rows,
+        n_patches=layout.n_patches,
+        grid_w=layout.grid_w,
+        **layout.constants | {"CHANNELS_LAST": patch_order == "p1 p2 c"},
+        BLOCK_M=rows.block_m,
+        BLOCK_K=rows.block_d,
+        num_warps=rows.num_warps,
+    )
+    return patches
+
+
 def patch_embed_fwd(
     image: torch.Tensor,
     weight: torch.Tensor,
@@ -260,24 +302,10 @@ def patch_embed_fwd(
 
     z: torch.Tensor | None
     fits = max(layout.patch_dim, dim) <= MAX_LAYER_NORM_WIDTH  # a program holds a whole row
-    vendor = fits and target.prefers_vendor_gemm(weight.dtype)
+    vendor = fits and prefers_vendor("patches", weight.dtype, target, Epilogue.NONE)
     if vendor:
-        patches = weight.new_empty((n_rows, layout.patch_dim))
-        rows = pick_layer_norm(layout.patch_dim, target)
-        launch(
-            patch_embed_gather_kernel,
-            (cdiv(n_rows, rows.block_m),),
-            image,
-            **image_args | {"CHANNELS_LAST": patch_order == "p1 p2 c"},
-            pre_weight_ptr=contiguous(pre_norm[0]) if pre_norm else None,
-            pre_bias_ptr=contiguous(pre_norm[1]) if pre_norm else None,
-            pre_mean_ptr=pre_mean,
-            pre_rstd_ptr=pre_rstd,
-            out_ptr=patches,
-            BLOCK_M=rows.block_m,
-            BLOCK_K=rows.block_d,
-            num_warps=rows.num_warps,
-        )
+        norm = pre_norm[:2] if pre_norm else (None, None)
+        patches = gather_patches(image, mean, std, layout, weight.dtype, norm, pre_mean, pre_rstd, patch_order)
         z = torch.mm(patches, weight.T) if bias is None else torch.addmm(bias.to(weight.dtype), patches, weight.T)
         del patches
     else:
