@@ -135,8 +135,13 @@ def test_dropout_mask_is_bitwise_equal(vendor, dtype):
 def test_vendor_gemm_is_called(vendor, monkeypatch):
     """The tests above also pass if the choice of GEMM is ignored; this one fails."""
     products = []
-    mm = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b: products.append((tuple(a.shape), tuple(b.shape))) or mm(a, b))
+    mm, addmm = torch.mm, torch.addmm
+
+    def add(a, b):
+        products.append((tuple(a.shape), tuple(b.shape)))
+
+    monkeypatch.setattr(torch, "mm", lambda a, b: add(a, b) or mm(a, b))
+    monkeypatch.setattr(torch, "addmm", lambda bias, a, b: add(a, b) or addmm(bias, a, b))  # on GPUs
     vendor()
     inputs = test_mlp.make((5,), 40, 136, 50, torch.float32)
     leaves = [x.requires_grad_() for x in inputs]

@@ -626,8 +626,8 @@ def encoder(
     scale = head_dim**-0.5 if scale is None else float(scale)
     tables = rope or (None, None)
     scalars = heads, scale, activation, rope_prefix, rope_layout == "interleaved", first_token
-    scalars = *scalars, fastest_products(backend, x)
-    return torch.ops.vit_triton.encoder_fwd.default(x, arguments, eps, *tables, *scalars)
+    fastest = fastest_products(backend, x)
+    return torch.ops.vit_triton.encoder_fwd.default(x, arguments, eps, *tables, *scalars, fastest)
 
 
 def layer_norm(
