@@ -260,10 +260,21 @@ def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 def _check(check: Check, dtype: torch.dtype, context: Context) -> dict[str, Any]:
     inputs, gradients = _made(check, dtype, context)
-    ours = functools.partial(_both, functools.partial(check.function, backend="triton"), inputs, gradients)
+    # with "auto", a GPU may compute the products with the vendor's GEMM
+    backends = {"": "triton", ", auto": "auto"} if context.device == "cuda" else {"": "triton"}
+
+    def run(backend: str) -> dict[str, Tensor]:
+        return _both(functools.partial(check.function, backend=backend), inputs, gradients)
+
+    def ours() -> dict[str, Tensor]:
+        return {name + suffix: x for suffix, backend in backends.items() for name, x in run(backend).items()}
+
+    def twice(results: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name + suffix: x for suffix in backends for name, x in results.items()}
+
     pytorch = functools.partial(check.function, backend="torch")
-    exact = _both(pytorch, _cast(inputs, torch.float64), _cast(gradients, torch.float64))
-    return check_results(ours(), ours(), exact, lambda: _both(pytorch, inputs, gradients), dtype)
+    exact = twice(_both(pytorch, _cast(inputs, torch.float64), _cast(gradients, torch.float64)))
+    return check_results(ours(), ours(), exact, lambda: twice(run("torch")), dtype)
 
 
 def check_results(
