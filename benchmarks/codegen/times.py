@@ -40,6 +40,10 @@ def _mlp(**options: Any) -> Callable[[torch.dtype], None]:
     return functools.partial(workloads.residual_mlp, batch=BATCH, **options)
 
 
+def _branch() -> Callable[[torch.dtype], None]:
+    return functools.partial(workloads.scaled_linear, batch=BATCH)
+
+
 def _patches(from_bytes: bool) -> Callable[[torch.dtype], None]:
     return functools.partial(workloads.patches_of_images, batch=BATCH, from_bytes=from_bytes)
 
@@ -88,6 +92,9 @@ def _cases() -> Iterator[Case]:
     yield Case("gradient of fc2's input, with GELU", "linear_bwd_input_kernel", training, narrow)
     yield Case("gradient of fc1's weight and bias", "linear_bwd_weight_kernel", training, wide)
     yield Case("gradient of fc2's weight and bias", "linear_bwd_weight_kernel", training, narrow)
+    yield Case("fc2 + LayerScale + residual", "linear_fwd_kernel", _branch())
+    yield Case("gradient of fc2's input, with LayerScale", "linear_bwd_input_kernel", _branch())
+    yield Case("gradient of fc2's weight, with LayerScale", "linear_bwd_weight_kernel", _branch())
     dropped = _mlp(hidden_dropout_p=0.1, dropout_p=0.1)
     product = {"MULTIPLIED": False}
     yield Case("fc1 + GELU + dropout, training", "linear_fwd_kernel", dropped, {**wide, **product})

@@ -160,6 +160,13 @@ def linear_alone(dtype: torch.dtype, batch: int) -> None:
     _linear(_zeros(dtype, batch, TOKENS, WIDTH), HIDDEN)
 
 
+def scaled_linear(dtype: torch.dtype, batch: int) -> None:
+    """The second linear layer of an MLP with LayerScale and residual, as a separate call."""
+    x, residual = _zeros(dtype, batch, TOKENS, HIDDEN), _zeros(dtype, batch, TOKENS, WIDTH)
+    weight, bias, scale = _zeros(dtype, WIDTH, HIDDEN), _zeros(dtype, WIDTH), _zeros(dtype, WIDTH)
+    _differentiate(F.linear(x, weight, bias, residual=residual, layer_scale=scale, backend="triton"))
+
+
 def residual_mlp(dtype: torch.dtype, batch: int, training: bool = True, **dropout: float) -> None:
     x = _zeros(dtype, batch, TOKENS, WIDTH)
     with torch.set_grad_enabled(training):
