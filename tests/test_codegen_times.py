@@ -11,13 +11,14 @@ if INTERPRETER or EMULATOR:
     pytest.skip("the interpreter or the emulator replaces the driver", allow_module_level=True)
 
 from benchmarks import __main__ as benchmarks
-from benchmarks.codegen import model, replay, sass, times, workloads
+from benchmarks.codegen import model, products, replay, sass, times, workloads
 from benchmarks.codegen.architectures import ARCHITECTURES
 from benchmarks.codegen.cost import COSTS
 from benchmarks.codegen.driver import compile_for
 from benchmarks.codegen.gpus import GPUS
 from benchmarks.codegen.program import Kernel
 from vit_triton.kernels import launch
+from vit_triton.kernels.linear.expected import EXPECTED
 
 
 def listing(*lines, stall=1):
@@ -201,3 +202,14 @@ def test_wrong_options(arguments, complaint, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *arguments)
     assert stopped.value.code != 0 and complaint in capsys.readouterr().err + str(stopped.value.code)
+
+
+def test_the_expected_times_of_products():
+    """The vendor's of every product, and ours of one case."""
+    for gpu in ("A100", "A10", "L40S", "H100"):
+        for (arch, *key), times_ in EXPECTED.items():
+            if arch == GPUS[gpu].arch:
+                cases = [p for p in products.PRODUCTS if [p.product, p.epilogue] == key]
+                assert times_.vendor in [round(1e6 * p.vendor(gpu)) for p in cases]
+    (residual,) = (p for p in products.PRODUCTS if p.case == "fc2 + residual")
+    assert products.row("L40S", residual).times == EXPECTED["sm_89", "forward", "elementwise"]

@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vit_triton
-from vit_triton import backend
+from vit_triton import backend, functional, ops
+from vit_triton.cli import info
 from vit_triton.kernels import device, launch, tuned
+from vit_triton.kernels.linear import expected
 from vit_triton.kernels.target import INTERPRETING
 
 T4, MI300X, ARC = "Tesla T4", "AMD Instinct MI300X", "Intel(R) Arc(TM) B580 Graphics"
@@ -256,3 +259,46 @@ def test_launch_runs_on_the_device_of_its_tensor(monkeypatch):
     with FakeTensorMode():
         for on in (CUDA_1, XPU_0):
             assert launch.guard(torch.empty(2, device=on)) == (on.type, on)
+
+
+@pytest.mark.parametrize(("name", "fastest"), [("auto", True), (None, True), ("triton", False)])
+def test_only_auto_on_a_gpu_uses_the_fastest_products(name, fastest):
+    with FakeTensorMode():
+        x, on_cpu = torch.empty(2, 4, device=CUDA_0), torch.empty(2, 4)
+    assert backend.fastest_products(name, x) == fastest and not backend.fastest_products(name, on_cpu)
+
+
+@pytest.mark.parametrize("fastest", [True, False])
+def test_operators_receive_the_choice_of_products(monkeypatch, fastest):
+    """Forward and backward, on a CPU, where the choice has no effect."""
+    monkeypatch.setattr(functional, "fastest_products", lambda backend, x: fastest)
+    received = {}
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            name = op._schema.name.removeprefix("vit_triton::")
+            if name in ops._PRODUCTS:
+                # the dispatcher omits arguments at the end that have their default values
+                received.setdefault(name, set()).add(len(args) > ops._PRODUCTS[name] and args[-1])
+            return op(*args, **(kwargs or {}))
+
+    sizes = dict(image_size=16, patch_size=8, num_classes=3, dim=32, depth=1, heads=2, mlp_dim=64)
+    model = vit_triton.ViT(**sizes, backend="triton")
+    x, weight, table = torch.randn(1, 4, 32), torch.randn(96, 32, requires_grad=True), torch.randn(4, 8)
+    with Operators():
+        model(torch.randn(1, 3, 16, 16)).sum().backward()
+        functional.linear(x, weight, rope=(table, table), rope_heads=2, backend="triton").sum().backward()
+        with torch.no_grad():
+            model.eval()(torch.randn(1, 3, 16, 16))
+    assert received == {name: {fastest} for name in ops._PRODUCTS}
+
+
+def test_info_shows_the_products_of_a_gpu(gpus):
+    gpus("cuda", name="NVIDIA L40S", major=8, minor=9)
+    gpus("cuda", name="NVIDIA GeForce RTX 5090", major=12, minor=0)
+    table = info.products("cuda:0")
+    cells = list(zip(*(column.cells for column in table.columns), strict=True))
+    ours, vendor = expected.EXPECTED["sm_89", "forward", "elementwise"]
+    assert ("forward", "elementwise", f"{ours}", f"{vendor}", "ours") in cells
+    assert {row[-1] for row in cells} == {"ours", "vendor's"}
+    assert info.products("cuda:1").endswith("the vendor's GEMM: no times were computed for sm_120")

@@ -6,6 +6,9 @@ are computed from shapes. Triton caches compiled kernels (TRITON_CACHE_DIR) for 
 
 --time computes times in microseconds instead, for the cases listed in docs/gpu.md: a lower bound from the machine code,
 a replay of the machine code, and the limit set by FLOPs and bytes. None of them is measured. Replays take minutes.
+
+--sizes computes the time of one encoder block for ViT Ti, S, B, L and SO400M, several batches and numbers of tokens, in
+inference and training: the sum over its kernels, the sum of their limits, and the kernels that exceed theirs most.
 """
 
 import argparse
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import options
-from benchmarks.codegen import times, workloads
+from benchmarks.codegen import products, sizes, times, workloads
 from benchmarks.codegen.architectures import ARCHITECTURES
 from benchmarks.codegen.cost import COSTS
 from benchmarks.codegen.figures import DTYPES, HEADER, figures, line
@@ -47,11 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="all tiles that the library can choose; default: those of ViT-B/16; slow until cached",
     )
-    parser.add_argument("--time", action="store_true", help="compute times for GPUs; slow")
-    parser.add_argument(
-        "--gpu", nargs="+", choices=GPUS, help="GPUs for --time; default: " + " ".join(DEFAULT_TIMED[0])
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--time", action="store_true", help="compute times of kernels on GPUs; slow")
+    modes.add_argument("--sizes", action="store_true", help="compute times of a block in all sizes and batches; slow")
+    modes.add_argument(
+        "--products", action="store_true", help="compute times of products in bfloat16, ours and the vendor's; slow"
     )
-    options.add_only(parser, "kernels (with --time, cases too)")
+    parser.add_argument(
+        "--gpu",
+        nargs="+",
+        choices=GPUS,
+        help="GPUs for --time, --sizes and --products; default: " + " ".join(DEFAULT_TIMED[0]),
+    )
+    options.add_only(parser, "kernels (with --time, cases too; with --sizes, blocks; with --products, cases)")
     options.add_json(parser)
     parser.add_argument(
         "--dump", type=folder, metavar="DIR", help="write binary, assembly and figures of each kernel to this folder"
@@ -65,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.time:
+    if args.time or args.sizes or args.products:
         _time(args)
     else:
         _count(args)
@@ -73,7 +84,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _count(args: argparse.Namespace) -> None:
     if args.gpu:
-        raise SystemExit("--gpu requires --time; without --time, choose an architecture with --arch")
+        raise SystemExit(
+            "--gpu requires --time, --sizes or --products; without them, choose an architecture with --arch"
+        )
     options.filter_by_name(COSTS, args.only, str)
     if args.dump:
         args.dump.mkdir(parents=True, exist_ok=True)
@@ -85,18 +98,35 @@ def _count(args: argparse.Namespace) -> None:
 
 
 def _time(args: argparse.Namespace) -> None:
-    for name in ("arch", "all", "dump"):
+    mode = "--sizes" if args.sizes else "--products" if args.products else "--time"
+    for name in ("arch", "all", "dump", *(["dtype"] if args.products else [])):
         if getattr(args, name):
-            raise SystemExit(f"--{name} is not supported with --time; use --gpu and --dtype")
-    cases = options.filter_by_name(
-        times.CASES, args.only, lambda case: case.name, lambda case: f"{case.name} {case.kernel}"
-    )
-    tasks = list(itertools.product(args.gpu or DEFAULT_TIMED[0], args.dtype or DEFAULT_TIMED[1], cases))
-    _show(args, times.HEADER, times.line, _row, tasks)
+            raise SystemExit(f"--{name} is not supported with {mode}; use --gpu")
+    gpus, dtypes = args.gpu or DEFAULT_TIMED[0], args.dtype or DEFAULT_TIMED[1]
+    if args.products:
+        gpus = [gpu for gpu in args.gpu or GPUS if GPUS[gpu].arch in products.CALIBRATION]
+        every = options.filter_by_name(products.PRODUCTS, args.only, lambda product: product.case)
+        _show(args, products.HEADER, products.line, _product, list(itertools.product(gpus, every)))
+    elif args.sizes:
+        blocks = options.filter_by_name(sizes.SIZES, args.only, str)
+        _show(args, sizes.HEADER, sizes.line, _block, list(itertools.product(gpus, dtypes, blocks)))
+    else:
+        cases = options.filter_by_name(
+            times.CASES, args.only, lambda case: case.name, lambda case: f"{case.name} {case.kernel}"
+        )
+        _show(args, times.HEADER, times.line, _row, list(itertools.product(gpus, dtypes, cases)))
 
 
 def _row(gpu: str, dtype: str, case: times.Case) -> list[times.Row]:
     return [times.row(gpu, dtype, case)]
+
+
+def _product(gpu: str, product: products.Product) -> list[products.Row]:
+    return [products.row(gpu, product)]
+
+
+def _block(gpu: str, dtype: str, size: sizes.Size) -> list[sizes.Row]:
+    return [sizes.row(gpu, dtype, size)]
 
 
 def _show(

@@ -38,6 +38,11 @@ class Times:
     tensor_share: float | None
     blocks: int
 
+    @property
+    def seconds(self) -> float:
+        """The replay, or the bound where there is none."""
+        return self.bound if self.replayed is None else self.replayed
+
 
 def times(kernel: Kernel, grid: int, trips: Sequence[int], blocks: int, flops: float, n_bytes: float) -> Times:
     """Times of a launch of ``grid`` blocks with ``blocks`` resident per multiprocessor. ``trips``: trips of each loop;

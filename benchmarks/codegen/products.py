@@ -1,7 +1,7 @@
-"""The expected time of each product with our kernel and with the vendor's GEMM: the table of kernels/linear/expected.py."""
+"""The expected time of each product, ours and the vendor's: the table of kernels/linear/expected.py."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from benchmarks.codegen import times
 from benchmarks.codegen.gpus import GPUS
@@ -60,10 +60,29 @@ PRODUCTS = (
 )
 
 
-def expected(gpu: str) -> Iterator[tuple[Product, Expected]]:
-    """The times of every product in microseconds."""
-    cases = {case.name: case for case in times.CASES}
-    for product in PRODUCTS:
-        computed = times.row(gpu, "bfloat16", cases[product.case]).times
-        ours = (computed.replayed or computed.bound) / CALIBRATION[GPUS[gpu].arch]
-        yield product, Expected(round(1e6 * ours), round(1e6 * product.vendor(gpu)))
+@dataclass(frozen=True)
+class Row:
+    """The expected times of a product, in microseconds."""
+
+    gpu: str
+    product: Product
+    times: Expected
+
+    def as_json(self) -> dict[str, Any]:
+        return {"gpu": self.gpu, **asdict(self.product), **self.times._asdict()}
+
+
+def row(gpu: str, product: Product) -> Row:
+    (case,) = (case for case in times.CASES if case.name == product.case)
+    computed = times.row(gpu, "bfloat16", case).times
+    ours = (computed.replayed or computed.bound) / CALIBRATION[GPUS[gpu].arch]
+    return Row(gpu, product, Expected(round(1e6 * ours), round(1e6 * product.vendor(gpu))))
+
+
+HEADER = f"{'GPU':<6}{'product':<9}{'epilogue':<13}{'case':<48}{'ours':>7}{'vendor':>8}{'ratio':>7}"
+
+
+def line(row: Row) -> str:
+    """A printed line, with times in microseconds."""
+    p, (ours, vendor) = row.product, row.times
+    return f"{row.gpu:<6}{p.product:<9}{p.epilogue:<13}{p.case:<48}{ours:>7}{vendor:>8}{vendor / ours:>7.2f}"

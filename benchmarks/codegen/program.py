@@ -24,6 +24,7 @@ class Kernel:
 
     def __init__(self, code: Sequence[SassInstruction], warps: int, gpu: GPU) -> None:
         self.code, self.warps, self.gpu = code, warps, gpu
+        self.replayed: dict[tuple[int, ...], float] = {}  # cycles by the arguments of a replay, see `extrapolated`
         self.work: list[Work] = work_of(code, gpu.rates)
         bodies = sorted(loops(code), key=min)
         waiting = [body for body in bodies if waits(code, body)]

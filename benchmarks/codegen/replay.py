@@ -50,7 +50,10 @@ def extrapolated(
     extrapolated linearly."""
 
     def run(trips: Sequence[int], blocks: int) -> float:
-        return simulate(kernel, _trace(kernel, trips), resident, blocks, dram_latency, stagger)
+        key = *trips, resident, blocks, dram_latency, stagger
+        if key not in kernel.replayed:
+            kernel.replayed[key] = simulate(kernel, _trace(kernel, trips), resident, blocks, dram_latency, stagger)
+        return kernel.replayed[key]
 
     def over_trips(blocks: int) -> float:
         short = [min(n, LONGEST) for n in trips]

@@ -138,21 +138,48 @@ def row(gpu: str, dtype: str, case: Case) -> Row:
         if all(arguments[name] == value for name, value in case.where.items())
     ]
     ((compiled, grid, arguments),) = launches
-    registers, _, code = sass.read(compiled)
-    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    blocks, _ = GPUS[gpu].architecture.resident(registers, warps, shared, tensor_columns(compiled))
-    kernel = Kernel(code, warps, GPUS[gpu])
-    flops, trips = COSTS[case.kernel]
-    computed = times(
+    registers, computed = price(gpu, compiled, grid, arguments)
+    return Row(case.name, case.kernel, gpu, dtype, tile_of(arguments), grid, registers, computed)
+
+
+def price(gpu: str, compiled: Any, grid: int, arguments: Arguments) -> tuple[int, Times]:
+    """Registers of a compiled kernel, and the times of a launch of it."""
+    registers, blocks, kernel = _read(gpu, _Compiled(compiled))
+    flops, trips = COSTS[compiled.name]
+    return registers, times(
         kernel,
         grid,
         kernel.trips(trips(arguments)),
         blocks,
         flops=flops(arguments) if kernel.multiplies else 0,
-        n_bytes=min_bytes(case.kernel, arguments),
+        n_bytes=min_bytes(compiled.name, arguments),
     )
-    tile = "x".join(str(arguments[name]) for name in arguments if name.startswith("BLOCK_"))
-    return Row(case.name, case.kernel, gpu, dtype, tile, grid, registers, computed)
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """A compiled kernel as a key; equal code is equal."""
+
+    kernel: Any = field(compare=False)
+    hash: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hash", self.kernel.hash)
+
+
+@functools.lru_cache(256)
+def _read(gpu: str, compiled: _Compiled) -> tuple[int, int, Kernel]:
+    """Registers, resident blocks and machine code; cached, because a :class:`.Kernel` keeps the results of its
+    replays."""
+    metadata = compiled.kernel.metadata
+    registers, _, code = sass.read(compiled.kernel)
+    columns = tensor_columns(compiled.kernel)
+    blocks, _ = GPUS[gpu].architecture.resident(registers, metadata.num_warps, metadata.shared, columns)
+    return registers, blocks, Kernel(code, metadata.num_warps, GPUS[gpu])
+
+
+def tile_of(arguments: Arguments) -> str:
+    return "x".join(str(arguments[name]) for name in arguments if name.startswith("BLOCK_"))
 
 
 HEADER = (

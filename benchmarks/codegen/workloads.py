@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vit_triton import functional as F
-from vit_triton.arguments import DecomposedBias
+from vit_triton.arguments import Block, DecomposedBias
 
 TOKENS, WIDTH, HIDDEN, HEADS, HEAD_DIM = 197, 768, 3072, 12, 64  # ViT-B/16 at 224 x 224
 HEAD_DIMS = (16, 32, 64, 72, 80, 88, 96, 104, 128, 192, 256)
@@ -165,6 +165,16 @@ def scaled_linear(dtype: torch.dtype, batch: int) -> None:
     x, residual = _zeros(dtype, batch, TOKENS, HIDDEN), _zeros(dtype, batch, TOKENS, WIDTH)
     weight, bias, scale = _zeros(dtype, WIDTH, HIDDEN), _zeros(dtype, WIDTH), _zeros(dtype, WIDTH)
     _differentiate(F.linear(x, weight, bias, residual=residual, layer_scale=scale, backend="triton"))
+
+
+def block(dtype: torch.dtype, width: int, hidden: int, heads: int, batch: int, n_tokens: int, training: bool) -> None:
+    """A pre-norm encoder block, in inference or forward and backward."""
+    x = _zeros(dtype, batch, n_tokens, width)
+    weights = (_zeros(dtype, *shape) for shape in ((3 * width, width), (3 * width,), (width, width), (width,)))
+    mlp = (_zeros(dtype, *shape) for shape in ((hidden, width), (hidden,), (width, hidden), (width,)))
+    tensors = Block(_norm(dtype, width), *weights, _norm(dtype, width), *mlp)
+    with torch.set_grad_enabled(training):
+        _differentiate(F.encoder(x, [tensors], heads=heads, backend="triton"))
 
 
 def residual_mlp(dtype: torch.dtype, batch: int, training: bool = True, **dropout: float) -> None:

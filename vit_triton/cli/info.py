@@ -21,6 +21,7 @@ from vit_triton.backend import (
     not_compiled_reason,
     omit_hint,
     resolve_backend,
+    torch_reason,
 )
 from vit_triton.names import BACKENDS
 from vit_triton.speeds import table as speeds
@@ -40,6 +41,8 @@ def run(options: argparse.Namespace) -> int:
     indices = (f"{kind}:{i}" for kind in ("cuda", "xpu") for i in range(getattr(torch, kind).device_count()))
     for device in ["cpu", *indices]:
         console.print(choices(device))
+        if device.startswith("cuda") and not torch_reason(torch.device(device)):
+            console.print(products(device))
     return 0
 
 
@@ -94,6 +97,28 @@ def _gpus() -> Iterator[tuple[str, str]]:
         yield f"cuda:{i}", f"{facts.total_memory / 2**30:.0f} GiB; {text}"
     for i in range(torch.xpu.device_count()):
         yield f"xpu:{i}", torch.xpu.get_device_properties(i).name
+
+
+def products(device: str) -> Table | str:
+    """Return a table of the GEMMs that "auto" selects on a GPU, or one line if all are the vendor's."""
+    from vit_triton.kernels.device import target_of_gpu
+    from vit_triton.kernels.linear.expected import AHEAD, EXPECTED, is_ours_ahead
+
+    name = target_of_gpu(torch.device(device)).name
+    rows = {key[1:]: times for key, times in EXPECTED.items() if key[0] == name}
+    if not rows:
+        return f'"auto" on {device} selects the vendor\'s GEMM: no times were computed for {name}'
+    table = Table(title=f'GEMM that "auto" selects on {device} in 16-bit types', title_justify="left")
+    for column in ("product", "epilogue", "ours, us", "vendor's, us", "selected"):
+        table.add_column(column)
+    for (product, epilogue), times in rows.items():
+        ours = is_ours_ahead(name, product, epilogue, torch.bfloat16)
+        table.add_row(product, epilogue, f"{times.ours}", f"{times.vendor}", "ours" if ours else "vendor's")
+    table.caption = (
+        f"Expected times, computed, not measured (docs/gpu.md); ours is selected if it is {AHEAD:.2f} times as fast.\n"
+        "float32 uses the vendor's GEMM. Tuned tiles have priority."
+    )
+    return table
 
 
 def choices(device: str) -> Table | str:
