@@ -39,7 +39,7 @@ class Launch(Protocol):
     @property
     def values(self) -> Sequence[Any]: ...
 
-    def start(self, values: Sequence[Any]) -> None: ...
+    def start(self, values: Sequence[Any], stream: int) -> None: ...
 
 
 class _View(NamedTuple):
@@ -62,7 +62,7 @@ class _Call(NamedTuple):
     keywords: dict[str, Any]
     views: list[_View]
 
-    def start(self, values: Sequence[Any]) -> None:
+    def start(self, values: Sequence[Any], stream: int) -> None:
         with torch.no_grad():
             self.op(*values[:-1], **self.keywords, out=values[-1])
 
@@ -99,23 +99,23 @@ class _Recording:
     one_result: bool
     device: torch.device
 
-    def run(self, arguments: list[Tensor], addresses: list[int]) -> Any:
+    def run(self, arguments: list[Tensor], addresses: list[int], stream: int) -> Any:
         memory: list[Any] = []
-        device, inputs = self.device, len(arguments)
+        device, inputs, empty = self.device, len(arguments), torch.empty_strided
         for allocations, launch, pointers, freed in self.steps:
             for _, _, shape, stride, dtype in allocations:
-                x = torch.empty_strided(shape, stride, dtype=dtype, device=device)  # faster than `empty`
+                x = empty(shape, stride, dtype=dtype, device=device)  # faster than `torch.empty`
                 memory.append(x)
                 addresses.append(x.data_ptr())
             values = [*launch.values]
-            if isinstance(launch, _Call):
+            if type(launch) is _Call:
                 for view, (slot, which, offset) in zip(launch.views, pointers, strict=True):
                     x = arguments[which] if which < inputs else memory[which - inputs]
                     values[slot] = view.at(x, offset)
             else:
                 for slot, which, offset in pointers:
                     values[slot] = addresses[which] + offset
-            launch.start(values)
+            launch.start(values, stream)
             for which in freed:
                 memory[which] = None
         return memory[self.results[0]] if self.one_result else tuple([memory[i] for i in self.results])
@@ -127,7 +127,13 @@ _recordings: dict[tuple[Any, ...], dict[str, _Recording | None]] = {}
 
 
 def replay(
-    function: Callable[..., Any], args: Sequence[Any], device_key: Any, recorder: Recorder, *, one_block: bool = False
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    device_key: Any,
+    recorder: Recorder,
+    *,
+    stream: int = 0,
+    one_block: bool = False,
 ) -> Any:
     """``function(*args)``, a tensor or a tuple of tensors; ``device_key`` identifies the driver and the device.
 
@@ -135,26 +141,23 @@ def replay(
     return tensors that it allocates. Temporary memory is allocated before its first use and freed after its last, or
     with ``one_block`` allocated as one block.
     """
-    first: dict[int, int] = {}  # which argument is the first at an address
     arguments: list[Tensor] = []
     addresses: list[int] = []
     key: list[Any] = [function, device_key]
+    bits = 0
     for x in _flatten(args):
         if isinstance(x, Tensor):
             address = x.data_ptr()
-            # the key contains which arguments are aliases, and the alignment, on which Triton specialises
-            key += (
-                x.dtype,
-                x.shape,
-                x.stride(),
-                x.get_device(),
-                address % 16,
-                first.setdefault(address, len(addresses)),
-            )
+            bits |= address
+            key += (x.dtype, x.shape, x.stride(), x.get_device())
             arguments.append(x)
             addresses.append(address)
         else:
             key.append(x)
+    if bits % 16:  # Triton specialises on the alignment
+        key += [address % 16 for address in addresses]
+    if len(set(addresses)) < len(addresses):  # some arguments are aliases
+        key += map(addresses.index, addresses)
     call = tuple(key)
     entry = _recordings.get(call)
     if entry is None:
@@ -173,7 +176,7 @@ def replay(
         if known is None:
             with torch.no_grad():
                 return function(*args)
-    return known.run(arguments, addresses)
+    return known.run(arguments, addresses, stream)
 
 
 def _expect_one_device(args: Sequence[Any]) -> None:
