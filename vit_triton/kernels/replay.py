@@ -22,13 +22,22 @@ from triton import knobs
 from vit_triton.kernels.launch import add_to_cache, float32_precision, last_gemm
 
 _ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
-# PyTorch's operations that are recorded, by their overload without the argument ``out`` -> with it
 _aten = torch.ops.aten
+
+
+def _copy(x: Tensor, *, out: Tensor) -> None:
+    _aten.copy_.default(out, x)
+
+
+# PyTorch's operations that are recorded, by their overload without the argument ``out`` -> with it
 _RECORDED = {
     _aten.mm.default: _aten.mm.out,
     _aten.addmm.default: _aten.addmm.out,
     _aten.sum.dim_IntList: _aten.sum.IntList_out,
+    _aten.mul.Tensor: _aten.mul.out,
+    _aten.add.Tensor: _aten.add.out,
 }
+_COPIES = {_aten.clone.default, _aten._to_copy.default}
 _MAX_RECORDED = 4096  # a bound, because the number of shapes is unlimited
 _ALIGN = 64
 
@@ -49,6 +58,8 @@ class _View(NamedTuple):
 
     def at(self, x: Tensor, offset: int) -> Tensor:
         """The view that starts ``offset`` bytes after the start of ``x``."""
+        if offset == 0 and x.dtype == self.dtype and x.shape == self.shape and x.stride() == self.stride:
+            return x
         x = x if x.dtype == self.dtype else x.view(self.dtype)
         return x.as_strided(self.shape, self.stride, x.storage_offset() + offset // x.element_size())
 
@@ -228,19 +239,25 @@ class _RecordingMode(TorchDispatchMode):
         self.add = add
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op in _RECORDED:
+        if op in _RECORDED or op in _COPIES:
             result = op(*args, **(kwargs or {}))  # for its shape; the arguments can contain anything
+            if result.device != args[0].device:
+                raise _NotRecordable
             self.storages.add(result)
-            values = [*args, result]
-            tensors = [(i, x) for i, x in enumerate(values) if isinstance(x, Tensor)]
-            views = [_View(x.shape, x.stride(), x.dtype) for _, x in tensors]
-            values = [None if isinstance(x, Tensor) else x for x in values]
-            self.add(_Call(_RECORDED[op], values, kwargs or {}, views), tensors)
+            if op in _COPIES:
+                self._add(_copy, [args[0], result], {})
+            else:
+                self._add(_RECORDED[op], [*args, result], kwargs or {})
             return result
+        if op is _aten.copy_.default and args[0].device == args[1].device:
+            self._add(_copy, [args[1], args[0]], {})
+            return args[0]
         if op.overloadpacket.__name__ in _ALLOCATIONS:
             result = op(*args, **(kwargs or {}))
             self.storages.add(result)
             return result
+        if op is _aten.promote_types.default:  # depends on dtypes alone, which the key contains
+            return op(*args)
         memory = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
         result = None if op._schema.is_mutable else op(*args, **(kwargs or {}))
         for x in result if isinstance(result, (tuple, list)) else [result]:
@@ -248,6 +265,11 @@ class _RecordingMode(TorchDispatchMode):
             if not view and not isinstance(x, torch.dtype):
                 raise _NotRecordable
         return result
+
+    def _add(self, op: Callable[..., Any], values: list[Any], keywords: dict[str, Any]) -> None:
+        tensors = [(i, x) for i, x in enumerate(values) if isinstance(x, Tensor)]
+        views = [_View(x.shape, x.stride(), x.dtype) for _, x in tensors]
+        self.add(_Call(op, [None if isinstance(x, Tensor) else x for x in values], keywords, views), tensors)
 
 
 class _TensorStart(NamedTuple):
