@@ -34,16 +34,25 @@ def check_backend(backend: str | None) -> str | None:
 
 def is_fusable(module: object, cls: type[nn.Module]) -> bool:
     """Return whether `module` has the ``forward`` of `cls` and no hooks, so that it may be fused."""
-    return (
-        isinstance(module, cls)
-        and (cls is not LayerNorm or cast(LayerNorm, module).normalized_shape[0] <= MAX_NORM_WIDTH)
-        and type(module).forward is cls.forward
-        and "forward" not in vars(module)  # wrappers such as those of accelerate replace it on the instance
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
+    if not isinstance(module, cls) or type(module).forward is not cls.forward:
+        return False
+    state = module.__dict__
+    return not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state  # wrappers such as those of accelerate replace it on the instance
+        or (cls is LayerNorm and state["normalized_shape"][0] > MAX_NORM_WIDTH)
     )
+
+
+def parameters_of(module: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor | None]:
+    """Return ``(module.weight, module.bias)``; ``nn.Module.__getattr__`` takes ten times as long."""
+    parameters = module._parameters
+    if "weight" in parameters and "bias" in parameters:
+        return cast(Tensor, parameters["weight"]), parameters["bias"]
+    return module.weight, module.bias  # parametrized
 
 
 def consists_of_fusable(sequence: nn.Module, *classes: type[nn.Module]) -> bool:
@@ -84,7 +93,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute (..., in_features) -> (..., out_features)."""
-        return F.linear(input, self.weight, self.bias, backend=self.backend)
+        return F.linear(input, *parameters_of(self), backend=self.backend)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -123,7 +132,7 @@ class LayerNorm(nn.LayerNorm):
 
     def arguments(self) -> F.Norm:
         """Return (weight, bias, eps), the argument ``norm`` of the functions."""
-        return self.weight, self.bias, self.eps
+        return *parameters_of(self), self.eps
 
 
 class PatchRows(nn.Module):
@@ -304,24 +313,27 @@ class Attention(nn.Module):
     @property
     def softmax_is_fusable(self) -> bool:
         """Whether softmax and dropout may be fused."""
-        return is_fusable(self.attend, nn.Softmax) and (self.dropout is None or is_fusable(self.dropout, nn.Dropout))
+        modules = self._modules
+        dropout = modules["dropout"] if "dropout" in modules else self.dropout
+        return is_fusable(modules["attend"], nn.Softmax) and (dropout is None or is_fusable(dropout, nn.Dropout))
 
     @property
     def fusable_before_projection(self) -> bool:
         """Whether every child except ``to_out`` may be fused."""
         return (
             is_fusable(self, Attention)
-            and is_fusable(self.norm, LayerNorm)
-            and is_fusable(self.to_qkv, Linear)
+            and is_fusable(self._modules["norm"], LayerNorm)
+            and is_fusable(self._modules["to_qkv"], Linear)
             and self.softmax_is_fusable
         )
 
     def projection(self) -> tuple[Linear, nn.Dropout | None] | None:
         """Return the output projection and its dropout, or None if they cannot be fused or do not exist."""
-        if is_fusable(self.to_out, Linear):
-            return cast(Linear, self.to_out), None
-        if is_fusable(self.to_out, nn.Sequential) and consists_of_fusable(self.to_out, Linear, nn.Dropout):
-            return cast(tuple[Linear, nn.Dropout | None], tuple(self.to_out._modules.values()))
+        to_out = self.to_out
+        if is_fusable(to_out, Linear):
+            return cast(Linear, to_out), None
+        if is_fusable(to_out, nn.Sequential) and consists_of_fusable(to_out, Linear, nn.Dropout):
+            return cast(tuple[Linear, nn.Dropout | None], tuple(to_out._modules.values()))
         return None
 
     def project_out(self, out: Tensor, residual: Tensor | None) -> Tensor:
@@ -332,8 +344,7 @@ class Attention(nn.Module):
         linear, dropout = projection
         return F.linear(
             out,
-            linear.weight,
-            linear.bias,
+            *parameters_of(linear),
             residual=residual,
             dropout_p=active_dropout_p(dropout),
             backend=linear.backend,
@@ -371,10 +382,8 @@ class FeedForward(nn.Module):
             return add_residual(self.net(x), residual)
         return F.mlp(
             x,
-            parts.fc1.weight,
-            parts.fc1.bias,
-            parts.fc2.weight,
-            parts.fc2.bias,
+            *parameters_of(parts.fc1),
+            *parameters_of(parts.fc2),
             norm=parts.norm.arguments(),
             activation=parts.activation,
             residual=residual,
@@ -385,9 +394,10 @@ class FeedForward(nn.Module):
 
     def parts(self) -> MlpParts | None:
         """Return the children of ``net``, or None if one of them cannot be fused."""
-        if not is_fusable(self.net, nn.Sequential):
+        net = self.net
+        if not is_fusable(net, nn.Sequential):
             return None
-        parts: tuple[Any, ...] = tuple(self.net._modules.values())
+        parts: tuple[Any, ...] = tuple(net._modules.values())
         if len(parts) == 4:
             parts = *parts[:3], None, parts[3], None
         classes = (LayerNorm, Linear, nn.GELU, nn.Dropout, Linear, nn.Dropout)
@@ -528,11 +538,11 @@ def encoder_arguments(blocks: Iterable[nn.Module]) -> tuple[list[F.Block], dict[
         project, out_dropout = parts.projection
         if any(map(active_dropout_p, (attention.dropout, out_dropout, mlp.hidden_dropout, mlp.dropout))):
             return None
-        qkv, fc1, fc2 = attention.to_qkv, mlp.fc1, mlp.fc2
+        qkv = attention.to_qkv
         arguments.append(
             F.Block(
-                *(attention.norm.arguments(), qkv.weight, qkv.bias, project.weight, project.bias),
-                *(mlp.norm.arguments(), fc1.weight, fc1.bias, fc2.weight, fc2.bias),
+                *(attention.norm.arguments(), *parameters_of(qkv), *parameters_of(project)),
+                *(mlp.norm.arguments(), *parameters_of(mlp.fc1), *parameters_of(mlp.fc2)),
             )
         )
         for backend in (attention.backend, qkv.backend, project.backend, feed_forward.backend):

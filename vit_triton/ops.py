@@ -88,10 +88,12 @@ def run_on_cpu(function: Any, args: tuple[Any, ...]) -> Any:
 
 def run_on_gpu(function: Any, args: tuple[Any, ...]) -> Any:
     """Call ``function`` under a guard of the first argument's device, and record its launches."""
-    interpreting, guard, replay, record_launches = _import_launch()
+    interpreting, guard, replay, record_launches, current_stream = _import_launch()
     x = args[0]
     with guard(x):
-        return function(*args) if interpreting else replay(function, args, x.device, record_launches)
+        if interpreting:
+            return function(*args)
+        return replay(function, args, x.device, record_launches, stream=current_stream())
 
 
 def run_directly(function: Any, args: tuple[Any, ...]) -> Any:
@@ -121,10 +123,10 @@ def override_run(run: Callable[[Any, tuple[Any, ...]], Any]) -> Iterator[None]:
 @functools.cache
 def _import_launch() -> tuple[Any, ...]:
     """Import once, since an import statement in every call takes longer."""
-    from vit_triton.kernels.launch import INTERPRETING, guard, record_launches
+    from vit_triton.kernels.launch import INTERPRETING, current_stream, guard, record_launches
     from vit_triton.kernels.replay import replay
 
-    return INTERPRETING, guard, replay, record_launches
+    return INTERPRETING, guard, replay, record_launches, current_stream
 
 
 @functools.cache

@@ -156,7 +156,7 @@ class Launch(NamedTuple):
     function: _Function
     values: Sequence[Any]
 
-    def start(self, values: Sequence[Any]) -> None:
+    def start(self, values: Sequence[Any], stream: int) -> None:
         """Launch with other values."""
         self.launcher.run(*self.grid, self.function, values)
 

@@ -55,14 +55,29 @@ def guard(like: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 class Launch(NamedTuple):
-    """A compiled kernel with its grid and its argument values; tensors are replaced by None."""
+    """A compiled kernel with its argument values; tensors are replaced by None. ``start(values, stream)`` launches it
+    with other values, where an address stands for a tensor."""
 
-    run: Callable[..., None]
+    start: Callable[[Sequence[Any], int], None]
     values: Sequence[Any]
 
-    def start(self, values: Sequence[Any]) -> None:
-        """Launch with other values; Triton accepts a tensor or its address."""
-        self.run(*values)
+
+def _starter(compiled: Any, grid: int) -> Callable[[Sequence[Any], int], None]:
+    """``compiled[grid, 1, 1]`` without the hooks, and with the stream as an argument: Triton looks up both in every
+    launch."""
+    run = compiled.run  # loads the kernel
+    function, metadata = compiled.function, compiled.packed_metadata
+
+    def start(values: Sequence[Any], stream: int, compiled: Any = compiled) -> None:  # the kernel must stay loaded
+        run(grid, 1, 1, stream, function, metadata, None, None, None, *values)
+
+    return start
+
+
+def current_stream() -> int:
+    """The stream of the current device, on which recorded launches start."""
+    active = driver.active
+    return active.get_current_stream(active.get_current_device())
 
 
 _recorder = threading.local()
@@ -102,7 +117,7 @@ def _run(kernel: Any, grid: tuple[int], device: torch.device, kernel_args: dict[
         values = [kernel_args.get(name) for name in kernel.arg_names]
         tensors = [(i, x) for i, x in enumerate(values) if isinstance(x, torch.Tensor)]
         values = [None if isinstance(x, torch.Tensor) else x for x in values]
-        callback(Launch(compiled[grid[0], 1, 1], values), tensors)
+        callback(Launch(_starter(compiled, grid[0]), values), tensors)
         return
     names = id(kernel), *kernel_args
     form = _forms.get(names) or _new_form(kernel, names)

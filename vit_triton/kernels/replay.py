@@ -22,21 +22,23 @@ from triton import knobs
 from vit_triton.kernels.launch import add_to_cache, float32_precision, last_gemm
 
 _ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
-# PyTorch's operations that are recorded, by their overload without the argument ``out`` -> with it
 _aten = torch.ops.aten
 
 
-def _copy(x: Tensor, *, out: Tensor, **_: Any) -> None:
-    out.copy_(x)
+def _copy(x: Tensor, *, out: Tensor) -> None:
+    _aten.copy_.default(out, x)
 
 
-_RECORDED: dict[Any, Callable[..., Any]] = {
+# PyTorch's operations that are recorded, by their overload without the argument ``out`` -> with it
+_RECORDED = {
     _aten.mm.default: _aten.mm.out,
     _aten.addmm.default: _aten.addmm.out,
     _aten._addmm_activation.default: _aten._addmm_activation.out,
     _aten.sum.dim_IntList: _aten.sum.IntList_out,
-    _aten._to_copy.default: _copy,
+    _aten.mul.Tensor: _aten.mul.out,
+    _aten.add.Tensor: _aten.add.out,
 }
+_COPIES = {_aten.clone.default, _aten._to_copy.default}
 _MAX_RECORDED = 4096  # a bound, because the number of shapes is unlimited
 _ALIGN = 64
 
@@ -47,7 +49,7 @@ class Launch(Protocol):
     @property
     def values(self) -> Sequence[Any]: ...
 
-    def start(self, values: Sequence[Any]) -> None: ...
+    def start(self, values: Sequence[Any], stream: int) -> None: ...
 
 
 class _View(NamedTuple):
@@ -57,6 +59,8 @@ class _View(NamedTuple):
 
     def at(self, x: Tensor, offset: int) -> Tensor:
         """The view that starts ``offset`` bytes after the start of ``x``."""
+        if offset == 0 and x.dtype == self.dtype and x.shape == self.shape and x.stride() == self.stride:
+            return x
         x = x if x.dtype == self.dtype else x.view(self.dtype)
         return x.as_strided(self.shape, self.stride, x.storage_offset() + offset // x.element_size())
 
@@ -70,7 +74,7 @@ class _Call(NamedTuple):
     keywords: dict[str, Any]
     views: list[_View]
 
-    def start(self, values: Sequence[Any]) -> None:
+    def start(self, values: Sequence[Any], stream: int) -> None:
         with torch.no_grad():
             self.op(*values[:-1], **self.keywords, out=values[-1])
 
@@ -107,23 +111,23 @@ class _Recording:
     one_result: bool
     device: torch.device
 
-    def run(self, arguments: list[Tensor], addresses: list[int]) -> Any:
+    def run(self, arguments: list[Tensor], addresses: list[int], stream: int) -> Any:
         memory: list[Any] = []
-        device, inputs = self.device, len(arguments)
+        device, inputs, empty = self.device, len(arguments), torch.empty_strided
         for allocations, launch, pointers, freed in self.steps:
             for _, _, shape, stride, dtype in allocations:
-                x = torch.empty_strided(shape, stride, dtype=dtype, device=device)  # faster than `empty`
+                x = empty(shape, stride, dtype=dtype, device=device)  # faster than `torch.empty`
                 memory.append(x)
                 addresses.append(x.data_ptr())
             values = [*launch.values]
-            if isinstance(launch, _Call):
+            if type(launch) is _Call:
                 for view, (slot, which, offset) in zip(launch.views, pointers, strict=True):
                     x = arguments[which] if which < inputs else memory[which - inputs]
                     values[slot] = view.at(x, offset)
             else:
                 for slot, which, offset in pointers:
                     values[slot] = addresses[which] + offset
-            launch.start(values)
+            launch.start(values, stream)
             for which in freed:
                 memory[which] = None
         return memory[self.results[0]] if self.one_result else tuple([memory[i] for i in self.results])
@@ -135,7 +139,13 @@ _recordings: dict[tuple[Any, ...], dict[str, _Recording | None]] = {}
 
 
 def replay(
-    function: Callable[..., Any], args: Sequence[Any], device_key: Any, recorder: Recorder, *, one_block: bool = False
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    device_key: Any,
+    recorder: Recorder,
+    *,
+    stream: int = 0,
+    one_block: bool = False,
 ) -> Any:
     """``function(*args)``, a tensor or a tuple of tensors; ``device_key`` identifies the driver and the device.
 
@@ -143,26 +153,23 @@ def replay(
     return tensors that it allocates. Temporary memory is allocated before its first use and freed after its last, or
     with ``one_block`` allocated as one block.
     """
-    first: dict[int, int] = {}  # which argument is the first at an address
     arguments: list[Tensor] = []
     addresses: list[int] = []
     key: list[Any] = [function, device_key]
+    bits = 0
     for x in _flatten(args):
         if isinstance(x, Tensor):
             address = x.data_ptr()
-            # the key contains which arguments are aliases, and the alignment, on which Triton specialises
-            key += (
-                x.dtype,
-                x.shape,
-                x.stride(),
-                x.get_device(),
-                address % 16,
-                first.setdefault(address, len(addresses)),
-            )
+            bits |= address
+            key += (x.dtype, x.shape, x.stride(), x.get_device())
             arguments.append(x)
             addresses.append(address)
         else:
             key.append(x)
+    if bits % 16:  # Triton specialises on the alignment
+        key += [address % 16 for address in addresses]
+    if len(set(addresses)) < len(addresses):  # some arguments are aliases
+        key += map(addresses.index, addresses)
     call = tuple(key)
     entry = _recordings.get(call)
     if entry is None:
@@ -181,7 +188,7 @@ def replay(
         if known is None:
             with torch.no_grad():
                 return function(*args)
-    return known.run(arguments, addresses)
+    return known.run(arguments, addresses, stream)
 
 
 def _expect_one_device(args: Sequence[Any]) -> None:
@@ -233,19 +240,25 @@ class _RecordingMode(TorchDispatchMode):
         self.add = add
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op in _RECORDED:
+        if op in _RECORDED or op in _COPIES:
             result = op(*args, **(kwargs or {}))  # for its shape; the arguments can contain anything
+            if result.device != args[0].device:
+                raise _NotRecordable
             self.storages.add(result)
-            values = [*args, result]
-            tensors = [(i, x) for i, x in enumerate(values) if isinstance(x, Tensor)]
-            views = [_View(x.shape, x.stride(), x.dtype) for _, x in tensors]
-            values = [None if isinstance(x, Tensor) else x for x in values]
-            self.add(_Call(_RECORDED[op], values, kwargs or {}, views), tensors)
+            if op in _COPIES:
+                self._add(_copy, [args[0], result], {})
+            else:
+                self._add(_RECORDED[op], [*args, result], kwargs or {})
             return result
+        if op is _aten.copy_.default and args[0].device == args[1].device:
+            self._add(_copy, [args[1], args[0]], {})
+            return args[0]
         if op.overloadpacket.__name__ in _ALLOCATIONS:
             result = op(*args, **(kwargs or {}))
             self.storages.add(result)
             return result
+        if op is _aten.promote_types.default:  # depends on dtypes alone, which the key contains
+            return op(*args)
         memory = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
         result = None if op._schema.is_mutable else op(*args, **(kwargs or {}))
         for x in result if isinstance(result, (tuple, list)) else [result]:
@@ -253,6 +266,11 @@ class _RecordingMode(TorchDispatchMode):
             if not view and not isinstance(x, torch.dtype):
                 raise _NotRecordable
         return result
+
+    def _add(self, op: Callable[..., Any], values: list[Any], keywords: dict[str, Any]) -> None:
+        tensors = [(i, x) for i, x in enumerate(values) if isinstance(x, Tensor)]
+        views = [_View(x.shape, x.stride(), x.dtype) for _, x in tensors]
+        self.add(_Call(op, [None if isinstance(x, Tensor) else x for x in values], keywords, views), tensors)
 
 
 class _TensorStart(NamedTuple):
