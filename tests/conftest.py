@@ -157,7 +157,7 @@ def small_tiles(monkeypatch, request):
             elif "attention" in name:
                 config = AttentionConfig(32, 16, 4, 1)
             else:
-                config = GemmConfig(32, 16, 16, 4, 1, group=2, split=4 if "weight" in name else 1)
+                config = GemmConfig(32, 16, 16, 4, 1, group=2, split=3 if "weight" in name else 1)
             if "norm" not in name and config is not None:
                 monkeypatch.setattr(module, name, lambda *args, config=config: config)
                 continue

@@ -15,6 +15,9 @@ _KIB = 1024
 # KiB per block; GPUs that are not listed have 64 KiB
 _SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 
+# A100, A10, Jetson AGX Orin, L40S, H100, B200, RTX 5090
+_MULTIPROCESSORS = {"sm_80": 108, "sm_86": 72, "sm_87": 16, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 170}
+
 
 @dataclass(frozen=True, eq=False)  # compared by identity, since pickers cache per table
 class Tuned:
@@ -28,6 +31,7 @@ class Target:
     """``name``: "cpu", "interpreter", "xpu" (Intel GPUs), or a GPU architecture such as "sm_90" or "gfx942".
     ``family``: the architecture family whose tiles it uses: "cpu", "interpreter", "sm_100" (tcgen05), "sm_90" (wgmma),
     "sm_80" (mma, all other NVIDIA GPUs) or "gfx" (AMD and Intel). ``shared_memory``: bytes per block, 0 if not a GPU.
+    ``multiprocessors``: of an NVIDIA GPU, by default those of the usual device of the architecture, else 0.
     ``device``: the driver's name of the device, "" if unknown. ``fastest``: whether a product is the one that is
     expected to be fastest, ours or the vendor's, see :mod:`.linear.expected`; else it is ours. ``features``,
     ``panels``: of the family "cpu"."""
@@ -35,6 +39,7 @@ class Target:
     name: str
     family: str
     shared_memory: int
+    multiprocessors: int = 0
     device: str = ""
     tuned: Tuned | None = None
     fastest: bool = False
@@ -83,4 +88,5 @@ def target_named(name: str) -> Target:
         return Target(name, "gfx", 64 * _KIB)
     major = name.removeprefix("sm_")[:-1]
     family = {"9": "sm_90", "10": "sm_100"}.get(major, "sm_80")
-    return Target(name, family, _SHARED_MEMORY.get(name, 227 if family != "sm_80" else 64) * _KIB)
+    shared_memory = _SHARED_MEMORY.get(name, 227 if family != "sm_80" else 64) * _KIB
+    return Target(name, family, shared_memory, _MULTIPROCESSORS.get(name, 108))

@@ -40,7 +40,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 _PRECISIONS = ("ieee", "tf32")
 _SIDES = ("block_m", "block_n", "block_k")  # at least 16, the minimum of tl.dot
 _MAXIMA = {"num_warps": 32, "num_stages": 8, "group": 64, "split": 64, "partials": 2**16, "max_registers": 255}
-_ANY_NUMBER = ("num_stages", "group", "partials", "max_registers")  # other fields are powers of two
+_ANY_NUMBER = ("num_stages", "group", "split", "partials", "max_registers")  # other fields are powers of two
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from vit_triton.kernels.linear.config import (
 from vit_triton.kernels.linear.elements import dropout_scale, offsets, rows_per_sample_of, sample_scale, within
 from vit_triton.kernels.linear.forward import linear_fwd
 from vit_triton.kernels.linear.pack import pack_once
-from vit_triton.kernels.picker import cdiv
+from vit_triton.kernels.picker import cdiv, next_power_of_2
 from vit_triton.kernels.sums.sum_parts import add_partials, new_partials, sum_parts
 from vit_triton.kernels.tiles import activate, activate_grad, columns_of, grouped_tile
 
@@ -185,12 +185,12 @@ def linear_bwd_input(
 # --- backward: the weight and the bias ---------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "n_splits"])
 def linear_bwd_weight_kernel(
     dy_ptr, samples_ptr, x_ptr, dweight_partials_ptr, dbias_partials_ptr,
     stride_dym, stride_dyn, stride_xm, stride_xk,
-    M, N, K, rows_per_sample,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
+    M, N, K, n_splits, rows_per_sample,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """SUM_BY_PRODUCT: sum the gradient of the bias with the matrix units; summing dy in registers stalls them."""
@@ -198,7 +198,7 @@ def linear_bwd_weight_kernel(
     num_k = tl.cdiv(K, BLOCK_K)
     split = tl.program_id(0) // (num_n * num_k)
     pid_n, pid_k = grouped_tile(tl.program_id(0) % (num_n * num_k), num_n, num_k, GROUP)
-    rows = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT) * BLOCK_M  # tokens of each partial sum
+    rows = tl.cdiv(tl.cdiv(M, BLOCK_M), n_splits) * BLOCK_M  # tokens of each partial sum
     start = split * rows
     stop = min(start + rows, M)
     offs_m = start + tl.arange(0, BLOCK_M)
@@ -289,10 +289,10 @@ def linear_bwd_weight(
         M=m,
         N=n,
         K=k,
+        n_splits=config.split,
         rows_per_sample=rows_per_sample_of(m, branch),
         DTYPE=TRITON_DTYPE[dtype],
         PRECISION=precision,
-        SPLIT=config.split,
         SUM_BY_PRODUCT=dtype != torch.float32 and target.is_gpu,
         BLOCK_N=config.block_m,
         BLOCK_K=config.block_n,
@@ -309,12 +309,12 @@ def linear_bwd_weight(
 # --- backward: LayerScale ----------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_partials"])
 def layer_scale_bwd_kernel(
     dweight_partials_ptr, dbias_partials_ptr, layer_scale_ptr, weight_ptr, bias_ptr,
     dweight_ptr, dbias_ptr, dlayer_scale_ptr,
-    stride_p, stride_wn, stride_wk, N, K,
-    SPLIT: tl.constexpr, BLOCK_K: tl.constexpr,
+    stride_p, stride_wn, stride_wk, n_partials, N, K,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One row of dweight, dbias and dgamma; sums the split-K partials itself, which saves a pass."""
     row = tl.program_id(0).to(tl.int64)
@@ -323,12 +323,14 @@ def layer_scale_bwd_kernel(
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask = offs_k < K
-        grad = add_partials(dweight_partials_ptr + row * K, 0, SPLIT, stride_p, offs_k, mask, SPLIT)  # [BLOCK_K]
+        grad = add_partials(dweight_partials_ptr + row * K, 0, n_partials, stride_p, offs_k, mask, BLOCK_P)  # [BLOCK_K]
         weight = tl.load(weight_ptr + row * stride_wn + offs_k.to(tl.int64) * stride_wk, mask=mask, other=0.0)
         dgamma += tl.sum(grad * weight.to(tl.float32), 0)
         tl.store(dweight_ptr + row * K + offs_k, (grad * gamma).to(dweight_ptr.dtype.element_ty), mask=mask)
     if bias_ptr is not None:
-        grad_bias = tl.sum(tl.load(dbias_partials_ptr + row + tl.arange(0, SPLIT).to(tl.int64) * N), 0)
+        offs_p = tl.arange(0, BLOCK_P)
+        bias_ptrs = dbias_partials_ptr + row + offs_p.to(tl.int64) * N
+        grad_bias = tl.sum(tl.load(bias_ptrs, mask=offs_p < n_partials, other=0.0), 0)
         dgamma += grad_bias * tl.load(bias_ptr + row).to(tl.float32)
         tl.store(dbias_ptr + row, (grad_bias * gamma).to(dbias_ptr.dtype.element_ty))
     tl.store(dlayer_scale_ptr + row, dgamma.to(dlayer_scale_ptr.dtype.element_ty))
@@ -341,9 +343,8 @@ def layer_scale_bwd(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """dweight (N, K), dbias (N,) and dgamma (N,) from float32 partials (P, N, K) of G and (P, N) of g; P is a power of
-    two."""
-    split, n, k = dweight_partials.shape
+    """dweight (N, K), dbias (N,) and dgamma (N,) from float32 partials (P, N, K) of G and (P, N) of g."""
+    n_partials, n, k = dweight_partials.shape
     dweight = weight.new_empty(n, k)
     dbias = None if bias is None else bias.new_empty(n)
     dlayer_scale = layer_scale.new_empty(n)
@@ -363,9 +364,10 @@ def layer_scale_bwd(
         stride_p=dweight_partials.stride(0),
         stride_wn=weight.stride(0),
         stride_wk=weight.stride(1),
+        n_partials=n_partials,
         N=n,
         K=k,
-        SPLIT=split,
+        BLOCK_P=next_power_of_2(n_partials),
         BLOCK_K=config.block_n,
         num_warps=config.num_warps,
     )

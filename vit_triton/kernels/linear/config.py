@@ -203,15 +203,26 @@ def pick_linear_bwd_input(
     return tile
 
 
-def split_k(tile: GemmConfig, n: int, k: int) -> GemmConfig:
-    """``tile`` with split-K: a weight has few tiles (768 x 768 has 36 of 128 x 128), too few to fill a GPU."""
-    tiles = cdiv(n, tile.block_m) * cdiv(k, tile.block_n)
-    # 216: two programs per multiprocessor of an A100
-    return replace(tile, split=min(16, next_power_of_2(cdiv(216, max(tiles, 1)))))
+_MAX_SPLIT = 16
+
+
+def split_k(tile: GemmConfig, m: int, n: int, k: int, target: Target) -> GemmConfig:
+    """``tile`` with the factor of split-K that takes the least time for m rows. A weight has few tiles (768 x 768 has
+    36 of 128 x 128), which do not fill a GPU or leave most of it idle in the last wave."""
+    tiles = max(1, cdiv(n, tile.block_m) * cdiv(k, tile.block_n))
+    multiprocessors = target.multiprocessors or 108
+
+    def rows(split: int) -> float:
+        """The time, in rows of the product of one program; two programs are resident per multiprocessor."""
+        waves = cdiv(tiles * split, 2 * multiprocessors)
+        # writing and adding a partial sum takes as long as 256 rows (bytes and FLOPs of an A100; an H100 has twice)
+        return waves * cdiv(m, split) + 256 * split * tiles / multiprocessors
+
+    return replace(tile, split=min(range(1, _MAX_SPLIT + 1), key=rows))
 
 
 def candidates_bwd_weight(m, n, k, dtype, target, precision):
-    return [split_k(tile, n, k) for tile in candidates_gemm(n, k, tokens(m, target), dtype)]
+    return [split_k(tile, m, n, k, target) for tile in candidates_gemm(n, k, tokens(m, target), dtype)]
 
 
 def _candidates_linear_bwd_weight(m, n, k, dtype, target, precision, epilogue):
@@ -231,7 +242,7 @@ def pick_linear_bwd_weight(
         return tile
     if target.family == "sm_90" and epilogue is Epilogue.ELEMENTWISE:  # the limit allows two resident blocks
         return tile if tile.block_m * tile.block_n < 128 * 128 else replace(tile, max_registers=128)
-    narrow = split_k(clipped(NARROW, n, k, 2**30), n, k)
+    narrow = split_k(clipped(NARROW, n, k, 2**30), m, n, k, target)
     if target.family == "sm_90":  # smaller tiles spill
         return tile if narrow.block_m * narrow.block_n < 64 * 128 else replace(narrow, max_registers=168)
     return narrow
@@ -243,4 +254,4 @@ def pick_bwd_weight(
     if target.family == "cpu":
         return GemmConfig(clip(256, n), clip(256, k), clip(128, tokens(m, target)), 1, 1)
     tile = pick_gemm(n, k, tokens(m, target), dtype, target, precision, epilogue)
-    return tile if target.family == "interpreter" else split_k(tile, n, k)
+    return tile if target.family == "interpreter" else split_k(tile, m, n, k, target)

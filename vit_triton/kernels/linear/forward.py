@@ -26,9 +26,9 @@ Hendrycks & Gimpel (2016, arXiv:1606.08415).
 No kernel uses atomics: the sum over tokens in `dweight` uses split-K, and the partial sums are added in a fixed order.
 
 With `VendorGemm`, the vendor's library computes the GEMM (and on GPUs adds the bias), and the same kernels apply the
-epilogue in one pass over its result, which is rounded to the weight's dtype: one rounding more than in the fused kernel.
-Factors in front of a GEMM (s and gamma of dy) take a separate pass with its own memory, rounded as in the fused kernel;
-the dropout masks are the same.
+epilogue in one pass over its result, which is rounded to the weight's dtype: one rounding more than in the fused
+kernel. Factors in front of a GEMM (s and gamma of dy) take a separate pass with its own memory, rounded as in the fused
+kernel; the dropout masks are the same.
 """
 
 from dataclasses import replace

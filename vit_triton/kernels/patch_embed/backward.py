@@ -28,16 +28,16 @@ from vit_triton.kernels.sums.sum_parts import new_partials, sum_parts
 from vit_triton.kernels.tiles import grouped_tile
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_splits"])
 def patch_embed_bwd_weight_kernel(
     dz_ptr, image_ptr, pre_mean_ptr, pre_rstd_ptr, mean_ptr, std_ptr, dweight_partials_ptr, dbias_partials_ptr,
     stride_ib, stride_ic, stride_ih, stride_iw, stride_zb, stride_zm, stride_zn,
-    n_rows, n_patches, grid_w, dim,
+    n_rows, n_patches, grid_w, dim, n_splits,
     C: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of G = dz.T @ xhat over one of SPLIT ranges of rows; the tiles of the first column sum dz too."""
+    """A tile of G = dz.T @ xhat over one of n_splits ranges of rows; the tiles of the first column sum dz too."""
     K: tl.constexpr = C * PATCH_H * PATCH_W
     n_tiles = tl.cdiv(dim, BLOCK_N) * tl.cdiv(K, BLOCK_K)
     split = tl.program_id(0) // n_tiles
@@ -52,7 +52,7 @@ def patch_embed_bwd_weight_kernel(
 
     dweight = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_N], dtype=tl.float32)
-    stretch = tl.cdiv(tl.cdiv(n_rows, BLOCK_M), SPLIT) * BLOCK_M
+    stretch = tl.cdiv(tl.cdiv(n_rows, BLOCK_M), n_splits) * BLOCK_M
     for m in range(split * stretch, min((split + 1) * stretch, n_rows), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < n_rows
@@ -258,10 +258,10 @@ def _bwd_weight(
         n_patches=layout.n_patches,
         grid_w=layout.grid_w,
         dim=dim,
+        n_splits=config.split,
         **layout.constants,
         DTYPE=TRITON_DTYPE[dtype],
         PRECISION=precision,
-        SPLIT=config.split,
         BLOCK_N=config.block_m,
         BLOCK_K=config.block_n,
         BLOCK_M=config.block_k,

@@ -63,8 +63,9 @@ def pick_patch_embed_bwd_weight(
     """Tiles of ``patch_embed_bwd_weight_kernel`` ((dim, patch_dim), depth m) and the split-K factor."""
     if _narrow_patches(patch_dim, dtype, target):
         # two resident blocks; a limit of 168 registers spills for patch size 14
-        return split_k(clipped(NARROW, dim, patch_dim, 2**30), dim, patch_dim)
+        return split_k(clipped(NARROW, dim, patch_dim, 2**30), m, dim, patch_dim, target)
     if target.family == "sm_80" and dtype != torch.float32:
         # without a limit the compiler spills to allow a third resident block
-        return split_k(clipped(GemmConfig(128, 64, 32, 4, 4, max_registers=248), dim, patch_dim, 2**30), dim, patch_dim)
+        tile = GemmConfig(128, 64, 32, 4, 4, max_registers=248)
+        return split_k(clipped(tile, dim, patch_dim, 2**30), m, dim, patch_dim, target)
     return pick_bwd_weight(m, dim, patch_dim, dtype, target, precision, Epilogue.ELEMENTWISE)
