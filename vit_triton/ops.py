@@ -20,6 +20,7 @@ from vit_triton import packing
 from vit_triton.arguments import Block, Branch, DecomposedBias, Dropout, Norm, Rotation, SavedNorm, ScoreMask
 
 _library = torch.library.Library("vit_triton", "DEF")
+NAMES: list[str] = []  # of all operators
 
 
 def _register(schema: str, copies: Callable[..., list[Tensor | None]] | None = None) -> Any:
@@ -31,6 +32,7 @@ def _register(schema: str, copies: Callable[..., list[Tensor | None]] | None = N
     CPU the function receives them as its argument ``copies``.
     """
     name = schema.split("(")[0]
+    NAMES.append(name)
     _library.define(schema)
 
     def decorate(function: Any) -> Any:
