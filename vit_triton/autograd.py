@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from vit_triton import ops  # noqa: F401 - defines torch.ops.vit_triton
+from vit_triton import ops
 
-
-def _op(name: str) -> Any:
-    return getattr(torch.ops.vit_triton, name).default
+OPS = {name: getattr(torch.ops.vit_triton, name).default for name in ops.NAMES}
 
 
 def _select(grads: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
@@ -62,7 +60,7 @@ class _NotTwiceDifferentiable(Function):
 class AttentionFunction(Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, seed, scale: float, dropout_p: float):
-        out, lse = _op("attention_fwd")(q, k, v, seed, scale, dropout_p)
+        out, lse = OPS["attention_fwd"](q, k, v, seed, scale, dropout_p)
         ctx.save_for_backward(q, k, v, out, lse, seed)
         ctx.set_materialize_grads(False)
         if not any(ctx.needs_input_grad[:2]):
@@ -75,14 +73,14 @@ class AttentionFunction(Function):
     def backward(ctx: Any, do, dlse):
         q, k, v, out, lse, seed = ctx.saved_tensors
         do = out.new_zeros(()).expand_as(out) if do is None else do
-        grads = _op("attention_bwd")(do, q, k, v, out, lse, dlse, seed, ctx.scale, ctx.dropout_p)
+        grads = OPS["attention_bwd"](do, q, k, v, out, lse, dlse, seed, ctx.scale, ctx.dropout_p)
         return *_select(grads, ctx.needs_input_grad[:3]), None, None, None
 
 
 class AttentionPackedFunction(Function):
     @staticmethod
     def forward(ctx: Any, qkv, seed, scale: float, dropout_p: float):
-        out, lse = _op("attention_packed_fwd")(qkv, seed, scale, dropout_p)
+        out, lse = OPS["attention_packed_fwd"](qkv, seed, scale, dropout_p)
         ctx.save_for_backward(qkv, out, lse, seed)
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.dropout_p = scale, dropout_p
@@ -93,7 +91,7 @@ class AttentionPackedFunction(Function):
     def backward(ctx: Any, do, dlse):
         qkv, out, lse, seed = ctx.saved_tensors
         do = out.new_zeros(()).expand_as(out) if do is None else do
-        return _op("attention_packed_bwd")(do, qkv, out, lse, dlse, seed, ctx.scale, ctx.dropout_p), None, None, None
+        return OPS["attention_packed_bwd"](do, qkv, out, lse, dlse, seed, ctx.scale, ctx.dropout_p), None, None, None
 
 
 class NormedAttentionFunction(Function):
@@ -107,7 +105,7 @@ class NormedAttentionFunction(Function):
         ctx: Any, q, k, v, q_weight, q_bias, k_weight, k_bias, bias, rel_h, rel_w, seed, key_lengths, *scalars: Any
     ):
         others = q_weight, q_bias, k_weight, k_bias, bias, rel_h, rel_w, seed, key_lengths
-        out, lse, statistics = _op("normed_attention_fwd")(q, k, v, *others, *scalars)
+        out, lse, statistics = OPS["normed_attention_fwd"](q, k, v, *others, *scalars)
         floating = rel_h is not None or bias is not None and bias.is_floating_point()
         ctx.save_for_backward(q, k, v, out, statistics if floating else lse, *others)
         ctx.set_materialize_grads(False)
@@ -122,14 +120,14 @@ class NormedAttentionFunction(Function):
         q, k, v, out, *rest = ctx.saved_tensors
         do = out.new_zeros(()).expand_as(out) if do is None else do
         needs_bias = any(ctx.needs_input_grad[7:10])
-        grads = _op("normed_attention_bwd")(do, dlse, q, k, v, out, *rest, *ctx.scalars, needs_bias)
+        grads = OPS["normed_attention_bwd"](do, dlse, q, k, v, out, *rest, *ctx.scalars, needs_bias)
         return *_select(grads, ctx.needs_input_grad[:10]), *(None,) * (2 + len(ctx.scalars))
 
 
 class AttentionVarlenFunction(Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, cu_q, cu_k, seed, *scalars: Any):
-        out, lse = _op("attention_varlen_fwd")(q, k, v, cu_q, cu_k, seed, *scalars)
+        out, lse = OPS["attention_varlen_fwd"](q, k, v, cu_q, cu_k, seed, *scalars)
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, seed)
         ctx.set_materialize_grads(False)
         if not any(ctx.needs_input_grad[:2]):
@@ -142,7 +140,7 @@ class AttentionVarlenFunction(Function):
     def backward(ctx: Any, do, dlse):
         q, k, v, out, lse, *rest = ctx.saved_tensors
         do = out.new_zeros(()).expand_as(out) if do is None else do
-        grads = _op("attention_varlen_bwd")(do, q, k, v, out, lse, dlse, *rest, *ctx.scalars)
+        grads = OPS["attention_varlen_bwd"](do, q, k, v, out, lse, dlse, *rest, *ctx.scalars)
         return *_select(grads, ctx.needs_input_grad[:3]), *(None,) * (3 + len(ctx.scalars))
 
 
@@ -155,7 +153,7 @@ class RotaryFunction(Function):
     @staticmethod
     def forward(ctx: Any, q, k, q_weight, q_bias, k_weight, k_bias, cos, sin, *scalars: Any):
         norms = q_weight, q_bias, k_weight, k_bias
-        q_out, k_out = _op("rotary_fwd")(q, k, cos, sin, *norms, *scalars)
+        q_out, k_out = OPS["rotary_fwd"](q, k, cos, sin, *norms, *scalars)
         normed = scalars[0] is not None or scalars[1] is not None
         ctx.save_for_backward(*((q, k) if normed else (None, None)), cos, sin, *norms)
         ctx.scalars, ctx.packed = scalars, k is None
@@ -164,7 +162,7 @@ class RotaryFunction(Function):
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, dq_out, dk_out=None):
-        dq, dk, *norms = _op("rotary_bwd")(dq_out, dk_out, *ctx.saved_tensors, *ctx.scalars)
+        dq, dk, *norms = OPS["rotary_bwd"](dq_out, dk_out, *ctx.saved_tensors, *ctx.scalars)
         grads = _select((dq, None if ctx.packed else dk, *norms), ctx.needs_input_grad[:6])
         return *grads, *(None,) * (2 + len(ctx.scalars))
 
@@ -181,7 +179,7 @@ class LinearFunction(Function):
         ctx: Any, x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed,
         eps, dropout_p: float, residual_is_x: bool, fastest: bool,
     ):  # fmt: skip
-        y, mean, rstd = _op("linear_fwd")(
+        y, mean, rstd = OPS["linear_fwd"](
             x, weight, bias, norm_weight, norm_bias, x if residual_is_x else residual, layer_scale, samples, seed,
             eps, dropout_p, True, fastest,
         )  # fmt: skip
@@ -200,7 +198,7 @@ class LinearFunction(Function):
         ) = ctx.needs_input_grad  # fmt: skip
         saved = ctx.saved_tensors  # once: checkpointing unpacks them
         *_, bias = saved
-        *grads, dlayer_scale = _op("linear_bwd")(
+        *grads, dlayer_scale = OPS["linear_bwd"](
             dy,
             *saved,
             ctx.dropout_p,
@@ -223,7 +221,7 @@ class LinearRopeFunction(Function):
         ctx: Any, x, weight, bias, norm_weight, norm_bias, cos, sin,
         eps, heads: int, prefix: int, interleaved: bool, fastest: bool,
     ):  # fmt: skip
-        y, mean, rstd = _op("linear_rope_fwd")(
+        y, mean, rstd = OPS["linear_rope_fwd"](
             x, weight, bias, norm_weight, norm_bias, cos, sin, eps, heads, prefix, interleaved, True, fastest
         )
         if eps is None:
@@ -238,10 +236,10 @@ class LinearRopeFunction(Function):
         needs_x, needs_weight, needs_bias, *needs_norm = ctx.needs_input_grad[:5]
         cos, sin, *saved = ctx.saved_tensors
         dqkv = dy.unflatten(-1, (3, ctx.heads, -1))
-        dqkv, *_ = _op("rotary_bwd")(dqkv, None, None, None, cos, sin, *(None,) * 4, *ctx.scalars)
+        dqkv, *_ = OPS["rotary_bwd"](dqkv, None, None, None, cos, sin, *(None,) * 4, *ctx.scalars)
         wanted = needs_x or any(needs_norm), needs_weight or needs_bias
         scalars = 0.0, False, needs_bias, *wanted, ctx.fastest
-        *grads, _ = _op("linear_bwd")(dqkv.flatten(2), *saved, *(None,) * 4, *scalars)
+        *grads, _ = OPS["linear_bwd"](dqkv.flatten(2), *saved, *(None,) * 4, *scalars)
         return *_select(tuple(grads), ctx.needs_input_grad[:5]), *(None,) * 7
 
 
@@ -256,7 +254,7 @@ class MlpFunction(Function):
         ctx: Any, x, w1, b1, w2, b2, norm_weight, norm_bias, residual, layer_scale, samples, hidden_seed, seed,
         eps, activation: str, hidden_dropout_p: float, dropout_p: float, residual_is_x: bool, fastest: bool,
     ):  # fmt: skip
-        y, pre, mean, rstd = _op("mlp_fwd")(
+        y, pre, mean, rstd = OPS["mlp_fwd"](
             x, w1, b1, w2, b2, norm_weight, norm_bias, x if residual_is_x else residual, layer_scale, samples,
             hidden_seed, seed, eps, activation, hidden_dropout_p, dropout_p, True, fastest,
         )  # fmt: skip
@@ -279,7 +277,7 @@ class MlpFunction(Function):
         ) = ctx.needs_input_grad  # fmt: skip
         saved = ctx.saved_tensors  # once: checkpointing unpacks them
         *_, b2 = saved
-        *grads, dlayer_scale = _op("mlp_bwd")(
+        *grads, dlayer_scale = OPS["mlp_bwd"](
             dy,
             *saved,
             *ctx.scalars,
@@ -297,21 +295,21 @@ class MlpFunction(Function):
 class LayerNormFunction(Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, eps: float):
-        y, mean, rstd = _op("layer_norm_fwd")(x, weight, bias, eps)
+        y, mean, rstd = OPS["layer_norm_fwd"](x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         return y
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, dy):
-        grads = _op("layer_norm_bwd")(dy, *ctx.saved_tensors, None)
+        grads = OPS["layer_norm_bwd"](dy, *ctx.saved_tensors, None)
         return *_select(grads, ctx.needs_input_grad[:3]), None
 
 
 class AddLayerNormFunction(Function):
     @staticmethod
     def forward(ctx: Any, x, residual, weight, bias, eps: float):
-        y, total, mean, rstd = _op("add_layer_norm_fwd")(x, residual, weight, bias, eps)
+        y, total, mean, rstd = OPS["add_layer_norm_fwd"](x, residual, weight, bias, eps)
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.set_materialize_grads(False)
         if not any(ctx.needs_input_grad[:2]):
@@ -324,7 +322,7 @@ class AddLayerNormFunction(Function):
         needs_x, needs_residual, *needs_norm, _ = ctx.needs_input_grad
         if dy is None:
             return *_select((dtotal, dtotal), (needs_x, needs_residual)), None, None, None
-        dx, *dnorm = _op("layer_norm_bwd")(dy, *ctx.saved_tensors, dtotal)
+        dx, *dnorm = OPS["layer_norm_bwd"](dy, *ctx.saved_tensors, dtotal)
         return *_select((dx, dx, *dnorm), (needs_x, needs_residual, *needs_norm)), None
 
 
@@ -334,7 +332,7 @@ class PatchEmbedFunction(Function):
         ctx: Any, image, weight, bias, pos, prefix, pre_weight, pre_bias, post_weight, post_bias, mean, std,
         pre_eps, post_eps, patch_size: tuple[int, int], patch_order: str, fastest: bool,
     ):  # fmt: skip
-        tokens, z, *stats = _op("patch_embed_fwd")(
+        tokens, z, *stats = OPS["patch_embed_fwd"](
             image, weight, bias, pos, prefix, pre_weight, pre_bias, pre_eps, post_weight, post_bias, post_eps,
             mean, std, patch_size, patch_order, True, fastest,
         )  # fmt: skip
@@ -353,7 +351,7 @@ class PatchEmbedFunction(Function):
         image, weight, z, *stats, pre_weight, pre_bias, post_weight, post_bias, mean, std = ctx.saved_tensors
         pre_eps, post_eps, patch_size, patch_order, n_prefix = ctx.scalars
         needs = ctx.needs_input_grad
-        dimage, dweight, dbias, *dnorms, dpos, dprefix = _op("patch_embed_bwd")(
+        dimage, dweight, dbias, *dnorms, dpos, dprefix = OPS["patch_embed_bwd"](
             dtokens, image, weight, z, *stats, pre_weight, pre_bias, pre_eps,
             post_weight, post_bias, post_eps, mean, std, patch_size, patch_order, n_prefix, needs[0], ctx.fastest,
         )  # fmt: skip
@@ -364,7 +362,7 @@ class PatchEmbedFunction(Function):
 class WindowAttentionFunction(Function):
     @staticmethod
     def forward(ctx: Any, qkv, bias, logit_scale, seed, *options: Any):
-        out = _op("window_attention_fwd")(qkv, bias, logit_scale, seed, *options)
+        out = OPS["window_attention_fwd"](qkv, bias, logit_scale, seed, *options)
         ctx.save_for_backward(qkv, bias, logit_scale, seed)
         ctx.options = options
         return out
@@ -373,7 +371,7 @@ class WindowAttentionFunction(Function):
     @_once_differentiable
     def backward(ctx: Any, do):
         needs = ctx.needs_input_grad
-        grads = _op("window_attention_bwd")(do, *ctx.saved_tensors, *ctx.options, needs[1])
+        grads = OPS["window_attention_bwd"](do, *ctx.saved_tensors, *ctx.options, needs[1])
         return *_select(grads, needs[:3]), *(None,) * (1 + len(ctx.options))
 
 
@@ -381,9 +379,9 @@ class RelativePositionBiasFunction(Function):
     @staticmethod
     def forward(ctx: Any, table, window: tuple[int, int], prefix_tokens: int):
         ctx.options = window, prefix_tokens
-        return _op("relative_position_bias_fwd")(table, *ctx.options)
+        return OPS["relative_position_bias_fwd"](table, *ctx.options)
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, dbias):
-        return _op("relative_position_bias_bwd")(dbias, *ctx.options), None, None
+        return OPS["relative_position_bias_bwd"](dbias, *ctx.options), None, None

@@ -867,7 +867,7 @@ def _apply(
     """Call the Function if autograd is needed, else the operator; ``save`` makes it return the tensors for backward."""
     if _needs_autograd(*differentiable):
         return function.apply(*arguments)
-    return getattr(torch.ops.vit_triton, op).default(*arguments, save)
+    return autograd.OPS[op](*arguments, save)
 
 
 def _seed(x: Tensor, dropout_p: float) -> Tensor | None:

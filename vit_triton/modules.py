@@ -267,12 +267,11 @@ class Attention(nn.Module):
 
     def project_qkv(self, x: Tensor) -> Tensor:
         """Project tokens (B, N, dim) to packed q, k and v (B, N, 3, heads, dim_head)."""
-        if is_fusable(self.norm, LayerNorm) and is_fusable(self.to_qkv, Linear):
-            qkv = F.linear(
-                x, self.to_qkv.weight, self.to_qkv.bias, norm=self.norm.arguments(), backend=self.to_qkv.backend
-            )
+        norm, to_qkv = self.norm, self.to_qkv
+        if is_fusable(norm, LayerNorm) and is_fusable(to_qkv, Linear):
+            qkv = F.linear(x, *parameters_of(to_qkv), norm=norm.arguments(), backend=to_qkv.backend)
         else:
-            qkv = self.to_qkv(self.norm(x))
+            qkv = to_qkv(norm(x))
         return qkv.unflatten(-1, (3, self.heads, self.dim_head))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -554,7 +553,7 @@ def encoder_arguments(blocks: Iterable[nn.Module]) -> tuple[list[F.Block], dict[
 
 def run_block(block: nn.Module, x: Tensor) -> Tensor:
     """Compute attention and MLP, each with its residual."""
-    attention, feed_forward = block.children()
+    attention, feed_forward = cast(tuple[nn.Module, nn.Module], block._modules.values())
     # a hook expects the output of the branch without the residual
     x = attention(x, residual=x) if is_fusable(attention, Attention) else attention(x) + x
     return feed_forward(x, residual=x) if is_fusable(feed_forward, FeedForward) else feed_forward(x) + x

@@ -20,8 +20,7 @@ from vit_triton import packing
 from vit_triton.arguments import Block, Branch, DecomposedBias, Dropout, Norm, Rotation, SavedNorm, ScoreMask
 
 _library = torch.library.Library("vit_triton", "DEF")
-
-
+NAMES: list[str] = []  # of all operators
 _PRODUCTS: dict[str, int] = {}  # operators with products -> number of arguments without the last, ``fastest``
 
 
@@ -35,6 +34,7 @@ def _register(schema: str, copies: Callable[..., list[Tensor | None]] | None = N
     CPU the function receives them as its argument ``copies``.
     """
     name = schema.split("(")[0]
+    NAMES.append(name)
     if products:
         arguments, results = schema.split(") ->")
         _PRODUCTS[name] = arguments.count(",") + 1

@@ -41,6 +41,7 @@ _RECORDED = {
 _COPIES = {_aten.clone.default, _aten._to_copy.default}
 _MAX_RECORDED = 4096  # a bound, because the number of shapes is unlimited
 _ALIGN = 64
+_SMALL = 2**25  # temporary memory of at most this many bytes is one block: an allocation takes as long as a launch
 
 
 class Launch(Protocol):
@@ -339,12 +340,11 @@ def _record(
         locations[storage] = len(allocations), 0
         allocations.append(_Allocation(lifetimes.get(storage, (0, 0))[0], None, x.shape, x.stride(), x.dtype))
     temporaries = {i: storages.sizes[i] for i in lifetimes if i not in locations and i not in of_arguments}
-    if one_block:
+    if one_block or sum(temporaries.values()) <= _SMALL:
         offsets, size = _pack_storages(temporaries, lifetimes)
         locations |= {storage: (len(allocations), offset) for storage, offset in offsets.items()}
         if offsets:
             allocations.append(_Allocation(0, None, (size,), (1,), torch.uint8))
-        allocations = [allocation._replace(first=0) for allocation in allocations]
     else:
         for storage, size in temporaries.items():
             locations[storage] = len(allocations), 0
