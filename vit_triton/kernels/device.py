@@ -47,4 +47,5 @@ def target_of_gpu(device: torch.device) -> Target:
     else:
         name = f"sm_{properties.major}{properties.minor}"
     table = tuned.table(properties.name, name)
-    return replace(target_named(name), device=properties.name, tuned=None if table is None else Tuned(table.choices))
+    target = replace(target_named(name), device=properties.name, tuned=None if table is None else Tuned(table.choices))
+    return replace(target, multiprocessors=properties.multi_processor_count) if target.is_nvidia else target

@@ -14,6 +14,8 @@ INTERPRETING = isinstance(tl.cdiv, InterpretedFunction)
 _KIB = 1024
 # KiB per block; GPUs that are not listed have 64 KiB
 _SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+# of the largest common GPU: A100, RTX 3090 and A10, Orin, L40S, H100, B200, RTX 5090
+_MULTIPROCESSORS = {"sm_80": 108, "sm_86": 72, "sm_87": 16, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 170}
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, since pickers cache per table
@@ -28,7 +30,8 @@ class Target:
     """``name``: "cpu", "interpreter", "xpu" (Intel GPUs), or a GPU architecture such as "sm_90" or "gfx942".
     ``family``: the architecture family whose tiles it uses: "cpu", "interpreter", "sm_100" (tcgen05), "sm_90" (wgmma),
     "sm_80" (mma, all other NVIDIA GPUs) or "gfx" (AMD and Intel). ``shared_memory``: bytes per block, 0 if not a GPU.
-    ``device``: the driver's name of the device, "" if unknown. ``features``, ``panels``: of the family "cpu"."""
+    ``device``: the driver's name of the device, "" if unknown. ``features``, ``panels``: of the family "cpu".
+    ``multiprocessors``: of the device, or a typical number for the architecture; 0 if unknown."""
 
     name: str
     family: str
@@ -37,6 +40,7 @@ class Target:
     tuned: Tuned | None = None
     features: tuple[str, ...] = ()
     panels: tuple[tuple[torch.dtype, tuple[int, int]], ...] = ()
+    multiprocessors: int = 0
 
     def panel(self, dtype: torch.dtype) -> tuple[int, int] | None:
         """The layout of packed weights of a dtype, see :func:`.linear.pack.pack_weight`; None if not supported."""
@@ -80,4 +84,5 @@ def target_named(name: str) -> Target:
         return Target(name, "gfx", 64 * _KIB)
     major = name.removeprefix("sm_")[:-1]
     family = {"9": "sm_90", "10": "sm_100"}.get(major, "sm_80")
-    return Target(name, family, _SHARED_MEMORY.get(name, 227 if family != "sm_80" else 64) * _KIB)
+    shared_memory = _SHARED_MEMORY.get(name, 227 if family != "sm_80" else 64) * _KIB
+    return Target(name, family, shared_memory, multiprocessors=_MULTIPROCESSORS.get(name, 0))
