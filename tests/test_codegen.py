@@ -339,7 +339,11 @@ def _in_one_part(config):
 def every_pick(arch, dtype):
     """The results of the ``pick_*`` functions for all relevant arguments, by name, except those for biased scores."""
     torch_dtype, precision = DTYPES[dtype], "tf32" if dtype == "tf32" and arch != "gfx90a" else "ieee"
-    lengths, sizes, powers = (1, 16, 17, 197, 513), (1, 17, 33, 64, 65, 129, 768, 1152, 3072, 4096), [2**n for n in range(17)]
+    lengths, sizes, powers = (
+        (1, 16, 17, 197, 513),
+        (1, 17, 33, 64, 65, 129, 768, 1152, 3072, 4096),
+        [2**n for n in range(17)],
+    )
     target = target_named(arch)
     attention = list(itertools.product(lengths, lengths, range(1, 257), [torch_dtype], [target], (False, True)))
     patches = [(8, n, k, torch_dtype, target, precision) for n in sizes for k in sizes]
