@@ -339,7 +339,11 @@ def _in_one_part(config):
 def every_pick(arch, dtype):
     """The results of the ``pick_*`` functions for all relevant arguments, by name, except those for biased scores."""
     torch_dtype, precision = DTYPES[dtype], "tf32" if dtype == "tf32" and arch != "gfx90a" else "ieee"
-    lengths, sizes, powers = (1, 16, 17, 197, 513), (1, 17, 33, 64, 65, 129, 768, 1152, 4096), [2**n for n in range(17)]
+    lengths, sizes, powers = (
+        (1, 16, 17, 197, 513),
+        (1, 17, 33, 64, 65, 129, 768, 1152, 3072, 4096),
+        [2**n for n in range(17)],
+    )
     target = target_named(arch)
     attention = list(itertools.product(lengths, lengths, range(1, 257), [torch_dtype], [target], (False, True)))
     patches = [(8, n, k, torch_dtype, target, precision) for n in sizes for k in sizes]
@@ -371,6 +375,8 @@ def every_pick(arch, dtype):
             arguments[name] = [(*args, dropout) for args in windows for dropout in (False, True)]
         elif name.startswith("pick_window"):
             arguments[name] = of_blocks if name == "pick_window_bwd_dkdv" else windows
+        elif name in workloads.BY_ROWS:
+            arguments[name] = [(m, *args[1:]) for m in workloads.ROW_COUNTS for args in linear]
         elif name.startswith("pick_linear"):
             arguments[name] = linear
         elif name.startswith("pick_patch"):

@@ -15,8 +15,8 @@ from vit_triton.kernels.linear import config as linear
 from vit_triton.kernels.linear.config import Epilogue, GemmConfig, split_k
 from vit_triton.kernels.norm.config import MAX_LAYER_NORM_WIDTH, pick_layer_norm
 from vit_triton.kernels.patch_embed import config as patch_embed
-from vit_triton.kernels.picker import INTERPRETER_TILE, next_power_of_2
-from vit_triton.kernels.target import target_named
+from vit_triton.kernels.picker import INTERPRETER_TILE, PICKERS, next_power_of_2
+from vit_triton.kernels.target import Tuned, target_named
 
 NAMES = ("interpreter", "cpu", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "xpu")
 TARGETS = tuple(map(target_named, NAMES))
@@ -73,12 +73,43 @@ def test_nvidia_compiler_options_are_set_for_nvidia_gpus_only(name):
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.is_gpu or target.name == "cpu"], ids=str_of)
 @pytest.mark.parametrize("pick", GEMMS, ids=lambda pick: pick.__name__)
-def test_tiles_do_not_depend_on_the_batch_size(pick, target):
-    """Except the factor of split-K of a weight's gradient, which is a sum over the batch."""
-    few, many = (list(gemms(pick, target, m)) for m in (197, 64 * 197))
-    if "weight" in pick.__name__:
-        few, many = ([dataclasses.replace(tile, split=1) for tile in tiles] for tiles in (few, many))
-    assert few == many
+def test_the_order_of_sums_does_not_depend_on_the_batch_size(pick, target):
+    """Nor does the matrix instruction: wgmma requires 64 rows and four warps. A weight's gradient is a sum over the
+    batch, whose parts depend on the batch."""
+    for one, many in zip(gemms(pick, target, 197), gemms(pick, target, 64 * 197), strict=True):
+        if "weight" in pick.__name__:
+            assert one == dataclasses.replace(many, split=one.split)
+        elif one != many:
+            assert pick in (linear.pick_linear_fwd, linear.pick_linear_bwd_input)
+            assert one.split == many.split == 1
+            if target.family == "sm_90":
+                assert min(one.block_m, many.block_m) >= 64 and min(one.num_warps, many.num_warps) >= 4
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90"])
+def test_few_rows_have_small_tiles(name):
+    def tile(m, n, k, dtype=torch.bfloat16, target=None, precision="ieee"):
+        return linear.pick_linear_fwd(m, n, k, dtype, target or target_named(name), precision, Epilogue.ELEMENTWISE)
+
+    smallest, larger, *_ = linear.SMALL_TILES[name]
+    assert tile(197, 768, 3072) == smallest and tile(8 * 197, 768, 3072) == larger
+    assert tile(64 * 197, 768, 3072) == tile(2**30, 768, 3072)
+    for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32")):
+        assert tile(197, 768, 3072, dtype, precision=precision) == tile(2**30, 768, 3072, dtype, precision=precision)
+    unknown = dataclasses.replace(target_named(name), multiprocessors=0)
+    assert tile(197, 768, 3072, target=unknown) == tile(2**30, 768, 3072, target=unknown)
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90"])
+def test_a_tuned_tile_applies_to_rows_that_fill_the_gpu(name):
+    args = 768, 3072, torch.bfloat16
+    tuned, rest = linear.GemmConfig(128, 64, 32, 4, 4), ("ieee", Epilogue.NONE)
+    key = PICKERS["pick_linear_fwd"].key((1, *args, target_named(name), *rest))
+    for config in (tuned, linear.VendorGemm()):
+        target = dataclasses.replace(target_named(name), tuned=Tuned({key: config}))
+        assert linear.pick_linear_fwd(64 * 197, *args, target, *rest) == config
+        few = linear.pick_linear_fwd(197, *args, target, *rest)
+        assert few == (linear.SMALL_TILES[name][0] if config is tuned else config)
 
 
 @pytest.mark.parametrize(("name", "tiles", "expected"), [("sm_80", 144, 3), ("sm_90", 36, 7), ("sm_90", 144, 7)])

@@ -46,7 +46,9 @@ def gpus(monkeypatch, tmp_path):
     monkeypatch.delenv(tuned.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
     forget()
-    yield lambda kind, **properties: found[kind].append(types.SimpleNamespace(**properties))
+    yield lambda kind, **properties: found[kind].append(
+        types.SimpleNamespace(**{"multi_processor_count": 108, **properties})
+    )
     forget()
 
 

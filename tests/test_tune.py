@@ -61,7 +61,7 @@ def gpus(monkeypatch):
 
     def properties(device):
         name, major, minor = devices[device.index]
-        return type("Properties", (), dict(name=name, major=major, minor=minor))
+        return type("Properties", (), dict(name=name, major=major, minor=minor, multi_processor_count=108))
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(torch.version, "hip", None)

@@ -1,6 +1,8 @@
 """Calls of the operators, forward and backward, that together launch all kernels."""
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from vit_triton import functional as F
 from vit_triton.arguments import Block, DecomposedBias
+from vit_triton.kernels.picker import Picker, override_choice
 
 TOKENS, WIDTH, HIDDEN, HEADS, HEAD_DIM = 197, 768, 3072, 12, 64  # ViT-B/16 at 224 x 224
 HEAD_DIMS = (16, 32, 64, 72, 80, 88, 96, 104, 128, 192, 256)
@@ -17,7 +20,9 @@ WIDTHS = ((192, 768), (384, 1536), (768, 3072), (1024, 4096), (1280, 5120), (140
 LENGTHS = (16, 17, 26, 50, 64, 257, 577, 1370)
 WINDOWS = (4, 5, 7, 9, 12)  # sides of windows in tiles of 16, 32, 64, 128 and 256 tokens
 BATCH = 8
-ROWS = 8  # tiles do not depend on the number of rows
+ROWS = 8
+ROW_COUNTS = (8, 400, 1600, 2**30)  # every_tile compiles the tiles of products for so many rows
+BY_ROWS = ("pick_linear_fwd", "pick_linear_bwd_input")  # pickers whose tiles depend on the rows
 
 
 def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -214,6 +219,27 @@ def every_tile(dtype: torch.dtype) -> None:
         for cosine, dropout_p in itertools.product((False, True), (0.0, 0.1)):
             swin_attention(dtype, 1, window, 2, window, cosine=cosine, head_dim=head_dim, dropout_p=dropout_p)
 
+    for rows in ROW_COUNTS:
+        with tiles_of(rows):
+            _products(dtype)
+
+    for power in range(17):
+        x = _zeros(dtype, ROWS, 2**power)
+        _differentiate(F.layer_norm(x, *_norm(dtype, 2**power)[:2], backend="triton"))
+        _differentiate(F.layer_norm(x, None, None, residual=x, backend="triton"))
+    for n_rows in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):  # the number of partial sums is the number of programs
+        x = _zeros(dtype, n_rows, WIDTH)
+        _differentiate(F.layer_norm(x, *_norm(dtype, WIDTH)[:2], backend="triton"))
+
+    for patch, dim in itertools.product((2, 3, 4, 8, 14, 16, 32), (16, 32, 64, WIDTH)):
+        _patches(_zeros(dtype, 1, 3, 4 * patch, 4 * patch), dtype, patch, dim)
+    for patch, dim in ((4, WIDTH), (5, WIDTH), (8, WIDTH), (8, 16), (8, 32)):
+        _patches(_zeros(dtype, 1, 1, 4 * patch, 4 * patch), dtype, patch, dim)
+    image = _zeros(dtype, 1, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    _patches(image, dtype, 16, WIDTH)
+
+
+def _products(dtype: torch.dtype) -> None:
     for width, hidden in WIDTHS:
         x = _zeros(dtype, ROWS, width)
         _mlp(x, width, hidden, norm=_norm(dtype, width), residual=x)
@@ -244,24 +270,26 @@ def every_tile(dtype: torch.dtype) -> None:
         wide = _zeros(dtype, ROWS, hidden)
         _linear(x, hidden, residual=wide, layer_scale=_zeros(dtype, hidden), drop_path_p=0.1)
 
+    for width, hidden in itertools.product((16, 32), (1152, 3072, 4096)):  # wide products of a small depth
+        x = _zeros(dtype, ROWS, width)
+        _linear(x, hidden)
+        _linear(x, hidden, residual=_zeros(dtype, ROWS, hidden))
+        _linear(_zeros(dtype, ROWS, hidden), width)
+
     for width, head_dim in itertools.product((16, 32, 64), (4, 8, 16, 32)):
         tables = (torch.zeros(ROWS, head_dim // 2),) * 2
         _linear(_zeros(dtype, 1, ROWS, width), 3 * head_dim, rope=tables, rope_heads=1)
 
-    for power in range(17):
-        x = _zeros(dtype, ROWS, 2**power)
-        _differentiate(F.layer_norm(x, *_norm(dtype, 2**power)[:2], backend="triton"))
-        _differentiate(F.layer_norm(x, None, None, residual=x, backend="triton"))
-    for n_rows in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):  # the number of partial sums is the number of programs
-        x = _zeros(dtype, n_rows, WIDTH)
-        _differentiate(F.layer_norm(x, *_norm(dtype, WIDTH)[:2], backend="triton"))
 
-    for patch, dim in itertools.product((2, 3, 4, 8, 14, 16, 32), (16, 32, 64, WIDTH)):
-        _patches(_zeros(dtype, 1, 3, 4 * patch, 4 * patch), dtype, patch, dim)
-    for patch, dim in ((4, WIDTH), (5, WIDTH), (8, WIDTH), (8, 16), (8, 32)):
-        _patches(_zeros(dtype, 1, 1, 4 * patch, 4 * patch), dtype, patch, dim)
-    image = _zeros(dtype, 1, 3, 64, 64).contiguous(memory_format=torch.channels_last)
-    _patches(image, dtype, 16, WIDTH)
+@contextlib.contextmanager
+def tiles_of(rows: int) -> Iterator[None]:
+    """Products have the tiles for ``rows`` rows."""
+
+    def choose(picker: Picker, args: tuple[Any, ...]) -> Any:
+        return picker.default(*((rows, *args[1:]) if picker.name in BY_ROWS else args))
+
+    with override_choice(choose):
+        yield
 
 
 def _mlp(x: Tensor, width: int, hidden: int, *, expanded: bool = False, **options: Any) -> None:

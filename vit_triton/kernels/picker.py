@@ -1,7 +1,9 @@
 """Pickers: functions ``pick_*`` that return the tiles of a kernel as a frozen dataclass.
 
-Tiles depend on sequence length, head size, width, dtype and target, but not on the batch, so the result of a sample is
-the same in every batch. The pickers of each family of kernels are in its ``config.py``.
+Tiles depend on sequence length, head size, width, dtype and target. What the bits of a result depend on, the order of
+its sums and the matrix instruction, does not depend on the batch, so the result of a sample is the same in every batch.
+The tiles of 16-bit products depend on the number of rows where few rows would not fill the GPU
+(:func:`.linear.config.for_rows`). The pickers of each family of kernels are in its ``config.py``.
 
 The tiles for GPUs (sm_*, gfx*) are computed from registers, shared memory and instructions; they are not measured. Each
 picker declares candidates. ``vit-triton tune`` measures them and writes a table (:mod:`.tuned`), which takes precedence
@@ -74,10 +76,14 @@ PICKERS: dict[str, Picker] = {}
 Pick = TypeVar("Pick", bound=Callable[..., Any])
 
 
-def tunable(*kinds: type, candidates: Callable[..., Iterable[Any]]) -> Callable[[Pick], Pick]:
+def tunable(
+    *kinds: type, candidates: Callable[..., Iterable[Any]], adapt: Callable[..., Any] | None = None
+) -> Callable[[Pick], Pick]:
     """Decorate a picker: return the tuned configuration of ``target`` if there is one, else the picker's, cached.
 
     ``candidates``: a function of the picker's arguments; ``vit-triton tune`` measures them and the picker's default.
+    ``adapt``: a function of the undecorated picker, a tuned configuration and the picker's arguments -> the
+    configuration to use.
     """
 
     def decorate(pick: Pick) -> Pick:
@@ -91,7 +97,9 @@ def tunable(*kinds: type, candidates: Callable[..., Iterable[Any]]) -> Callable[
         def choice(*args: Any) -> Any:
             tuned = args[target].tuned
             chosen = None if tuned is None else tuned.choices.get(picker.key(args))
-            return pick(*args) if chosen is None else chosen
+            if chosen is None:
+                return pick(*args)
+            return chosen if adapt is None else adapt(pick, chosen, *args)
 
         @functools.wraps(pick)
         def choose(*args: Any) -> Any:

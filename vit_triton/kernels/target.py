@@ -14,7 +14,6 @@ INTERPRETING = isinstance(tl.cdiv, InterpretedFunction)
 _KIB = 1024
 # KiB per block; GPUs that are not listed have 64 KiB
 _SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
-
 # A100, A10, Jetson AGX Orin, L40S, H100, B200, RTX 5090
 _MULTIPROCESSORS = {"sm_80": 108, "sm_86": 72, "sm_87": 16, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 170}
 
@@ -31,10 +30,9 @@ class Target:
     """``name``: "cpu", "interpreter", "xpu" (Intel GPUs), or a GPU architecture such as "sm_90" or "gfx942".
     ``family``: the architecture family whose tiles it uses: "cpu", "interpreter", "sm_100" (tcgen05), "sm_90" (wgmma),
     "sm_80" (mma, all other NVIDIA GPUs) or "gfx" (AMD and Intel). ``shared_memory``: bytes per block, 0 if not a GPU.
-    ``multiprocessors``: of an NVIDIA GPU, by default those of the usual device of the architecture, else 0.
-    ``device``: the driver's name of the device, "" if unknown. ``fastest``: whether a product is the one that is
-    expected to be fastest, ours or the vendor's, see :mod:`.linear.expected`; else it is ours. ``features``,
-    ``panels``: of the family "cpu"."""
+    ``multiprocessors``: of the device, or a typical number for the architecture; 0 if unknown. ``device``: the driver's
+    name of the device, "" if unknown. ``fastest``: whether a product is the one that is expected to be fastest, ours or
+    the vendor's, see :mod:`.linear.expected`; else it is ours. ``features``, ``panels``: of the family "cpu"."""
 
     name: str
     family: str
@@ -89,4 +87,4 @@ def target_named(name: str) -> Target:
     major = name.removeprefix("sm_")[:-1]
     family = {"9": "sm_90", "10": "sm_100"}.get(major, "sm_80")
     shared_memory = _SHARED_MEMORY.get(name, 227 if family != "sm_80" else 64) * _KIB
-    return Target(name, family, shared_memory, _MULTIPROCESSORS.get(name, 108))
+    return Target(name, family, shared_memory, multiprocessors=_MULTIPROCESSORS.get(name, 0))

@@ -139,7 +139,7 @@ def candidates_gemm(rows: int, cols: int, depth: int, dtype: torch.dtype) -> lis
 
 
 def tokens(m: int, target: Target) -> int:
-    """``m`` in the interpreter, else unlimited: on a GPU the tile must not depend on the batch."""
+    """``m`` in the interpreter, else unlimited: a tile is not clipped to the rows; :func:`for_rows` depends on them."""
     return m if target.family == "interpreter" else 2**30
 
 
@@ -150,17 +150,79 @@ def prefers_vendor(product: str, dtype: torch.dtype, target: Target, epilogue: E
     return target.prefers_vendor_gemm(dtype)
 
 
+# Tiles for products too small to fill a GPU with the tiles above. Rows, columns, depth and warps of a tile leave the
+# bits of a result as they are; another matrix instruction would not, so sm_90 has at least 64 rows and four warps. No
+# split, whose sums differ.
+SMALL_TILES = {
+    "sm_80": (GemmConfig(32, 32, 128, 4, 4), GemmConfig(64, 64, 64, 4, 3), GemmConfig(128, 64, 64, 4, 3)),
+    "sm_90": (GemmConfig(64, 32, 128, 4, 3), GemmConfig(64, 64, 64, 4, 4), GemmConfig(64, 128, 64, 4, 3, subtiles=2)),
+}
+# Computed microseconds of 1, 2, ... programs of block_m x block_n per multiprocessor with a depth of 768 (benchmarks
+# codegen); beyond, the time is proportional to the programs
+TIMES: dict[str, dict[tuple[int, int], tuple[float, ...]]] = {
+    "sm_80": {
+        (32, 32): (6, 7, 9.5, 12, 14.4),
+        (64, 64): (8.3, 10.1, 14.1, 17, 21, 25, 29, 32.7, 37),
+        (128, 64): (12, 14.8, 25, 30.8, 36.4),
+        (128, 128): (18, 23.4, 41.1, 46),
+    },
+    "sm_90": {
+        (64, 32): (4.1, 5, 6.8, 10.6, 11.7),
+        (64, 64): (5.4, 6.3, 8.9, 11, 13.5, 16, 20.2),
+        (64, 128): (8, 10.1, 11.4, 18.4, 22.5),
+        (128, 128): (9.5, 13.5, 24, 27),
+    },
+}
+
+
+def for_rows(tile: GemmConfig, rows: int, cols: int, depth: int, target: Target) -> GemmConfig:
+    """``tile``, or a small one where ``tile`` makes too few programs for the multiprocessors of the target."""
+    if target.multiprocessors == 0 or target.family not in SMALL_TILES:
+        return tile
+    times = TIMES[target.family]
+
+    def time(tile: GemmConfig) -> float:
+        programs = cdiv(rows, tile.block_m) * cdiv(cols, tile.block_n)
+        of_tile = times[tile.block_m, tile.block_n]
+        each = cdiv(programs, target.multiprocessors)
+        return of_tile[each - 1] if each <= len(of_tile) else each * of_tile[-1] / len(of_tile)
+
+    small = [clipped(tile, 2**30, cols, depth) for tile in SMALL_TILES[target.family]]
+    known = [tile for tile in small if (tile.block_m, tile.block_n) in times]
+    if rows == 0 or not known or (tile.block_m, tile.block_n) not in times:
+        return tile
+    best = min(known, key=time)
+    return best if time(best) < 0.95 * time(tile) else tile  # smaller differences are below the model's error
+
+
+def _adapted(pick, tuned, m, *args):
+    """A tuned tile applies to as many rows as fill the GPU; to fewer rows, the tile that ``pick`` has for them."""
+    if isinstance(tuned, VendorGemm):
+        return tuned
+    few = pick(m, *args)
+    return tuned if few == pick(2**30, *args) else few
+
+
 def _candidates_linear_fwd(m, n, k, dtype, target, precision, epilogue):
     return [*candidates_gemm(tokens(m, target), n, k, dtype), VendorGemm()]
 
 
-@tunable(GemmConfig, VendorGemm, candidates=_candidates_linear_fwd)
+@tunable(GemmConfig, VendorGemm, candidates=_candidates_linear_fwd, adapt=_adapted)
 def pick_linear_fwd(
     m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
 ) -> GemmConfig:
     """Tiles of ``linear_fwd_kernel`` ((m, k) -> (m, n))."""
     if prefers_vendor("forward", dtype, target, epilogue):
         return VendorGemm()
+    tile = _linear_fwd_tile(m, n, k, dtype, target, precision, epilogue)
+    if dtype == torch.float32 or epilogue in (Epilogue.DROPOUT, Epilogue.ROTATION):
+        return tile
+    return for_rows(tile, m, n, k, target)
+
+
+def _linear_fwd_tile(
+    m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
+) -> GemmConfig:
     rotates = epilogue is Epilogue.ROTATION  # whole heads: as many columns as without an epilogue, in one subtile
     tile = pick_gemm(tokens(m, target), n, k, dtype, target, precision, Epilogue.NONE if rotates else epilogue)
     if dtype == torch.float32 or epilogue is Epilogue.NONE:
@@ -183,13 +245,22 @@ def _candidates_linear_bwd_input(m, n, k, dtype, target, precision, epilogue):
     return [*candidates_gemm(tokens(m, target), k, n, dtype), VendorGemm()]
 
 
-@tunable(GemmConfig, VendorGemm, candidates=_candidates_linear_bwd_input)
+@tunable(GemmConfig, VendorGemm, candidates=_candidates_linear_bwd_input, adapt=_adapted)
 def pick_linear_bwd_input(
     m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
 ) -> GemmConfig:
     """Tiles of ``linear_bwd_input_kernel`` ((m, n) -> (m, k), depth n)."""
     if prefers_vendor("input", dtype, target, epilogue):
         return VendorGemm()
+    tile = _linear_bwd_input_tile(m, n, k, dtype, target, precision, epilogue)
+    if dtype == torch.float32 or epilogue not in (Epilogue.NONE, Epilogue.ELEMENTWISE):
+        return tile
+    return for_rows(tile, m, k, n, target)
+
+
+def _linear_bwd_input_tile(
+    m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
+) -> GemmConfig:
     tile = pick_gemm(tokens(m, target), k, n, dtype, target, precision, epilogue)
     if dtype == torch.float32 or epilogue is Epilogue.NONE:
         return tile

@@ -116,12 +116,23 @@ def linear_fwd_kernel(
         if DROPOUT:
             z *= dropout_scale(seed_ptr, offs_m, offs_n, dropout_p, keep_scale)
         if layer_scale_ptr is not None:
-            z *= tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+            gamma = tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
         if samples_ptr is not None:
-            z *= sample_scale(samples_ptr, offs_m, M, rows_per_sample)[:, None]
+            if layer_scale_ptr is not None:
+                z *= gamma
+            scale = sample_scale(samples_ptr, offs_m, M, rows_per_sample)[:, None]
+        elif layer_scale_ptr is not None:
+            scale = gamma
         if residual_ptr is not None:
             residual_ptrs = residual_ptr + offsets(offs_m, stride_rm, offs_n, stride_rn)
-            z += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+            residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+            if layer_scale_ptr is not None or samples_ptr is not None:
+                # explicit: whether the compiler fuses a product and a sum depends on the tile
+                z = tl.fma(z, tl.broadcast_to(scale, z.shape), residual)
+            else:
+                z += residual
+        elif layer_scale_ptr is not None or samples_ptr is not None:
+            z *= scale
         tl.store(y_ptr + y_offs, z.to(y_ptr.dtype.element_ty), mask=mask)
 
 
