@@ -51,7 +51,8 @@ class Epilogue(enum.Enum):
 class GemmConfig(CompilerOptions):
     """An output tile of ``block_m`` x ``block_n`` with ``block_k`` of the contraction per step. ``group`` rows of tiles
     share the L2 cache. ``split``: the factor of split-K. ``subtiles``: the epilogue processes the columns of the tile
-    in this many epilogue subtiles, one after the other."""
+    in this many epilogue subtiles, one after the other. ``descriptors``: load both operands with NVIDIA's tensor memory
+    accelerator (sm_90 and later) if their strides allow it."""
 
     block_m: int
     block_n: int
@@ -62,6 +63,7 @@ class GemmConfig(CompilerOptions):
     split: int = 1
     subtiles: int = 1
     max_registers: int = 255
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)
