@@ -139,13 +139,19 @@ def candidates_gemm(rows: int, cols: int, depth: int, dtype: torch.dtype) -> lis
     return [clipped(tile, rows, cols, depth) for tile in tiles]
 
 
+def described(tile: GemmConfig, dtype: torch.dtype, target: Target) -> GemmConfig:
+    """``tile`` with descriptors for 16-bit operands, where the GPU supports them."""
+    return replace(tile, descriptors=dtype != torch.float32 and target.family in ("sm_90", "sm_100"))
+
+
 def tokens(m: int, target: Target) -> int:
     """``m`` in the interpreter, else unlimited: on a GPU the tile must not depend on the batch."""
     return m if target.family == "interpreter" else 2**30
 
 
 def _candidates_linear_fwd(m, n, k, dtype, target, precision, epilogue):
-    return [*candidates_gemm(tokens(m, target), n, k, dtype), VendorGemm()]
+    tiles = candidates_gemm(tokens(m, target), n, k, dtype)
+    return [*(described(tile, dtype, target) for tile in tiles), VendorGemm()]
 
 
 @tunable(GemmConfig, VendorGemm, candidates=_candidates_linear_fwd)
@@ -157,6 +163,7 @@ def pick_linear_fwd(
         return VendorGemm()
     rotates = epilogue is Epilogue.ROTATION  # whole heads: as many columns as without an epilogue, in one subtile
     tile = pick_gemm(tokens(m, target), n, k, dtype, target, precision, Epilogue.NONE if rotates else epilogue)
+    tile = described(tile, dtype, target)
     if dtype == torch.float32 or epilogue is Epilogue.NONE:
         return tile
     if rotates and target.family == "sm_80":
@@ -167,14 +174,15 @@ def pick_linear_fwd(
         block_n, num_warps = (128, 8) if epilogue is Epilogue.ELEMENTWISE else (64, 4)
         return replace(tile, block_m=128, block_n=clip(block_n, n), num_warps=num_warps, subtiles=2)
     if target.family == "sm_90" and epilogue is Epilogue.DROPOUT:
-        return clipped(replace(NARROW, subtiles=2, max_registers=168), 2**30, n, k)
+        return clipped(replace(NARROW, subtiles=2, max_registers=168, descriptors=True), 2**30, n, k)
     if target.family == "sm_90":
         return replace(tile, max_registers=128)  # without the limit the compiler exceeds it: one resident block
     return tile
 
 
 def _candidates_linear_bwd_input(m, n, k, dtype, target, precision, epilogue):
-    return [*candidates_gemm(tokens(m, target), k, n, dtype), VendorGemm()]
+    tiles = candidates_gemm(tokens(m, target), k, n, dtype)
+    return [*(described(tile, dtype, target) for tile in tiles), VendorGemm()]
 
 
 @tunable(GemmConfig, VendorGemm, candidates=_candidates_linear_bwd_input)
@@ -184,14 +192,15 @@ def pick_linear_bwd_input(
     """Tiles of ``linear_bwd_input_kernel`` ((m, n) -> (m, k), depth n)."""
     if target.prefers_vendor_gemm(dtype):
         return VendorGemm()
-    tile = pick_gemm(tokens(m, target), k, n, dtype, target, precision, epilogue)
+    tile = described(pick_gemm(tokens(m, target), k, n, dtype, target, precision, epilogue), dtype, target)
     if dtype == torch.float32 or epilogue is Epilogue.NONE:
         return tile
     # the activation and its derivative together: one subtile spills on sm_80
     if target.family == "sm_80":
         return replace(tile, subtiles=2)
     if target.family == "sm_90" and epilogue is Epilogue.BRANCH:
-        return clipped(replace(NARROW, subtiles=4, max_registers=168), 2**30, k, n)
+        tile = replace(NARROW, subtiles=4, max_registers=168, descriptors=True)
+        return clipped(tile, 2**30, k, n)
     if target.family == "sm_90":  # two resident blocks
         return replace(tile, block_n=clip(128, k), subtiles=4, max_registers=128)
     return tile
