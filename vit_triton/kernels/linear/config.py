@@ -174,7 +174,7 @@ def pick_linear_fwd(
         block_n, num_warps = (128, 8) if epilogue is Epilogue.ELEMENTWISE else (64, 4)
         return replace(tile, block_m=128, block_n=clip(block_n, n), num_warps=num_warps, subtiles=2)
     if target.family == "sm_90" and epilogue is Epilogue.DROPOUT:
-        return clipped(replace(NARROW, subtiles=2, max_registers=168, descriptors=True), 2**30, n, k)
+        return clipped(replace(NARROW, subtiles=4, max_registers=168, descriptors=True), 2**30, n, k)
     if target.family == "sm_90":
         return replace(tile, max_registers=128)  # without the limit the compiler exceeds it: one resident block
     return tile
