@@ -7,13 +7,13 @@ import torch
 from conftest import EMULATOR, INTERPRETER, forget_recordings
 
 from vit_triton.arguments import Branch
-from vit_triton.kernels import launch
+from vit_triton.kernels import launch, replay
 from vit_triton.kernels.linear import backward, forward
-from vit_triton.kernels.linear.config import GemmConfig, pick_linear_bwd_input, pick_linear_fwd
+from vit_triton.kernels.linear.config import Epilogue, GemmConfig, pick_linear_bwd_input, pick_linear_fwd
 from vit_triton.kernels.target import target_named
 
 runs = pytest.mark.skipif(not (INTERPRETER or EMULATOR), reason="the CPU target has no descriptors")
-TILE = GemmConfig(32, 16, 64, 4, 2, group=2)
+TILE = GemmConfig(64, 64, 64, 4, 2, group=2)
 
 
 @pytest.fixture
@@ -54,8 +54,7 @@ def both(x, weight, dy, residual, gamma):
 
 
 @runs
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("m", "n", "k"), [(197, 333, 200), (40, 24, 72)])
+@pytest.mark.parametrize(("dtype", "m", "n", "k"), [(torch.bfloat16, 197, 333, 200), (torch.float16, 40, 24, 72)])
 def test_descriptors_give_the_same_bits(use, dtype, m, n, k):
     """Rows, columns and depths that are no multiples of the tile."""
     tensors = padded(m, k, dtype), padded(n, k, dtype), padded(m, n, dtype), padded(m, n, dtype), padded(1, n, dtype)[0]
@@ -81,26 +80,44 @@ UNSUITABLE = {
 }
 
 
-@pytest.mark.parametrize("operand", ["x", "weight"])
+@runs
 @pytest.mark.parametrize("view", UNSUITABLE)
-def test_other_views_use_pointers(use, view, operand):
-    if view == "another dtype" and operand == "weight":
-        pytest.skip("the weight's dtype selects the configuration")
-    odd, other = UNSUITABLE[view](), torch.randn(40, 72).bfloat16()
-    x, weight = (odd, other) if operand == "x" else (other, odd)
+def test_other_views_use_pointers(use, view):
+    odd, x, weight = UNSUITABLE[view](), torch.randn(24, 72).bfloat16(), torch.randn(72, 24).bfloat16()
     launched = use(replace(TILE, descriptors=True))
-    y, _ = forward.linear_fwd(x, weight, None)
-    dx, _ = backward.linear_bwd_input(x, weight.T)
-    assert described(launched) == [False, False]
-    for result in (y, dx):
-        torch.testing.assert_close(result.double(), x.bfloat16().double() @ weight.double().T, rtol=2**-7, atol=2**-6)
+    results = [
+        (forward.linear_fwd(odd, x, None)[0], odd, x.T),
+        (backward.linear_bwd_input(odd, weight)[0], odd, weight),
+    ]
+    if view != "another dtype":  # the weight's dtype selects the configuration
+        dy = torch.randn(24, 40).bfloat16()
+        results.append((forward.linear_fwd(x, odd, None)[0], x, odd.T))
+        results.append((backward.linear_bwd_input(dy, odd)[0], dy, odd))
+    assert described(launched) == [False] * len(results)
+    for result, left, right in results:
+        expected = left.bfloat16().double() @ right.double()
+        torch.testing.assert_close(result.double(), expected, rtol=2**-7, atol=2**-6)
+
+
+@pytest.mark.skipif(not EMULATOR, reason="records launches of compiled kernels")
+def test_recorded_launches_describe_the_tensors_of_each_call(use):
+    launched = use(replace(TILE, descriptors=True))
+
+    def function(x, weight):
+        hidden = forward.linear_fwd(x[1:], weight, None)[0]  # a view of an argument, and temporary memory
+        return backward.linear_bwd_input(hidden, weight)[0]
+
+    for _ in range(2):
+        x, weight = torch.randn(41, 72).bfloat16(), torch.randn(24, 72).bfloat16()
+        result = replay.replay(function, (x, weight), "emulator", launch.record_launches)
+        assert described(launched) == [True] * 2, "the second call is a replay"
+        hidden = (x[1:].float() @ weight.float().T).bfloat16()
+        torch.testing.assert_close(result.float(), hidden.float() @ weight.float(), rtol=2**-6, atol=0.5)
 
 
 @pytest.mark.parametrize("pick", [pick_linear_fwd, pick_linear_bwd_input])
 @pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "cpu"])
 def test_which_targets_use_descriptors(name, pick):
-    from vit_triton.kernels.linear.config import Epilogue
-
     for epilogue in Epilogue:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             tile = pick(25216, 768, 3072, dtype, target_named(name), "ieee", epilogue)

@@ -181,7 +181,8 @@ def override_start(function: Callable[[Any, tuple[int], torch.device, dict[str, 
 
 
 class _Form(NamedTuple):
-    """The argument names of a call: tensors, descriptors and others. Options such as maxnreg are present in some calls only."""
+    """The argument names of a call: tensors, descriptors and others. Options such as maxnreg are present in some
+    calls only."""
 
     number: int
     kernel: Any  # a reference, so that its id is not reused

@@ -52,7 +52,9 @@ def linear_bwd_input_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SUBTILES: tl.constexpr,
     MULTIPLIED: tl.constexpr = False, PACKED: tl.constexpr = False, dy_desc=None, w_desc=None,
 ):  # fmt: skip
-    """dy_desc, w_desc: descriptors of dy_ptr and weight_ptr, both or none, read instead of the pointers. PACKED: weight_ptr holds the panels of `pack_weight` of the transposed weight, BLOCK_K columns each. MULTIPLIED:
+    """dy_desc, w_desc: descriptors of dy_ptr and weight_ptr, both or none, read instead of the pointers.
+
+    PACKED: weight_ptr holds the panels of `pack_weight` of the transposed weight, BLOCK_K columns each. MULTIPLIED:
     dy_ptr holds the result of the GEMM, and only the dtype of the weight is used."""
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     pid_m, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)

@@ -61,7 +61,9 @@ def linear_fwd_kernel(
     cos_ptr=None, sin_ptr=None, stride_cosb=None, stride_cosn=None, n_tokens=None, n_prefix=None,
     HALF: tl.constexpr = 0, PAIRS: tl.constexpr = "", FULL: tl.constexpr = False, x_desc=None, w_desc=None,
 ):  # fmt: skip
-    """x_desc, w_desc: descriptors of x_ptr and weight_ptr, both or none, read instead of the pointers. WORD: 0, or weight_ptr holds the panels of `pack_weight`, BLOCK_N columns of WORD values along K each.
+    """x_desc, w_desc: descriptors of x_ptr and weight_ptr, both or none, read instead of the pointers.
+
+    WORD: 0, or weight_ptr holds the panels of `pack_weight`, BLOCK_N columns of WORD values along K each.
     MULTIPLIED: x_ptr holds the result of the GEMM, and only the dtype of the weight is used. HALF: not 0 if q and k of
     a packed projection, the first two thirds of the columns, are rotated, see :mod:`.attention.rotary`."""
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
