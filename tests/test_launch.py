@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from conftest import EMULATOR, INTERPRETER
+from triton.backends.nvidia import driver as nvidia
 
 if INTERPRETER or EMULATOR:
     pytest.skip("the interpreter or the emulator replaces the driver", allow_module_level=True)
@@ -82,3 +83,50 @@ def test_loaded_kernel_can_be_captured(kernel, compiled, monkeypatch, again):
         launch._compiled.clear()
     start(kernel)
     assert len(compiled()) == 1
+
+
+def test_recorded_launch_passes_descriptors_of_the_given_addresses(compiled, monkeypatch):
+    @triton.jit
+    def load_kernel(x_desc, y_ptr, BLOCK: tl.constexpr):
+        offs = tl.arange(0, BLOCK)
+        tl.store(y_ptr + offs[:, None] * BLOCK + offs[None, :], x_desc.load([0, 0]))
+
+    x, y = torch.zeros(40, 64), torch.zeros(16, 16)
+    described = launch.TensorDescriptor(x, x.shape, x.stride(), [16, 16])
+    recorded, passed = [], []
+    with launch.record_launches(lambda *launched: recorded.append(launched)):
+        launch._run(load_kernel, (1,), CUDA, dict(x_desc=described, y_ptr=y, BLOCK=16))
+    ((started, tensors),) = recorded
+    assert [(at, t.data_ptr()) for at, t in tensors] == [(0, x.data_ptr()), (1, y.data_ptr())]
+    assert started.values == [None, None, 16]
+    monkeypatch.setattr(gpu_path._Launcher, "__call__", lambda self, *values: passed.append(values))
+    started.start([4096, 8192, 16], 7)
+    ((*grid, stream, _, _, _, _, _, argument, address, block),) = passed
+    assert (*grid, stream, address, block) == (1, 1, 1, 7, 8192, 16)
+
+    def fill(*arguments):
+        maps.append(arguments)
+        return "map"
+
+    maps = []
+    monkeypatch.setattr(gpu_path._Utils, "fill_tma_descriptor_tiled", staticmethod(fill), raising=False)
+    meta = dict(swizzle=1, elem_size=4, elem_type=7, block_size=[16, 16], fp4_padded=False)
+    given = nvidia.make_tensordesc_arg(argument, meta, None)
+    assert given == nvidia.make_tensordesc_arg(described, meta, None) == ["map", 40, 64, 64, 1]
+    assert maps[0][0] == 4096 and maps[0][1:] == maps[1][1:]
+
+
+def test_descriptors_of_other_blocks_or_dtypes_select_their_own_kernel(compiled):
+    @triton.jit
+    def load_kernel(x_desc, y_ptr):
+        x = x_desc.load([0, 0])
+        tl.store(y_ptr + tl.arange(0, x.shape[1])[None, :] + tl.arange(0, x.shape[0])[:, None], x)
+
+    for dtype, rows, block in (
+        *((torch.float32, 40, 16), (torch.float32, 40, 32), (torch.bfloat16, 40, 16)),
+        *((torch.float32, 41, 16), (torch.float32, 40, 16)),
+    ):
+        x = torch.zeros(rows, 64, dtype=dtype)
+        described = launch.TensorDescriptor(x, x.shape, x.stride(), [16, block])
+        launch._run(load_kernel, (1,), CUDA, dict(x_desc=described, y_ptr=torch.zeros(64)))
+    assert len(compiled()) == 3, "the shape is an argument of the compiled kernel"

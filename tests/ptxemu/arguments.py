@@ -16,7 +16,9 @@ def flatten(signature, args):
         if isinstance(type_, tuple):
             yield from flatten(type_, tuple(value))
         elif type_.startswith("tensordesc"):
-            yield "*" + _parse_descriptor(type_)[0], value.base
+            # the base in a replayed launch is no tensor
+            base = value.base if hasattr(value.base, "stride") else value.base.data_ptr()
+            yield "*" + _parse_descriptor(type_)[0], base
             yield from (("i64", v) for v in (*value.shape, *value.strides))
             yield "i1", value.padding == "nan"
             yield "i1", bool(getattr(value, "round_f32_to_tf32", False))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vit_triton.kernels.target import INTERPRETING, Target
 
@@ -54,21 +55,45 @@ def guard(like: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.xpu.device(like.device) if like.is_xpu else _NOTHING
 
 
+class _Address(NamedTuple):
+    """The base of a descriptor, of which Triton's launcher reads the address only."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class _Descriptor:
+    """A `TensorDescriptor` of memory at an address, without its checks."""
+
+    __slots__ = ("base", "block_shape", "padding", "round_f32_to_tf32", "shape", "strides")
+
+    def __init__(self, like: Any, address: int) -> None:
+        self.base = _Address(address)
+        self.shape, self.strides, self.block_shape = like.shape, like.strides, like.block_shape
+        self.padding, self.round_f32_to_tf32 = "zero", False
+
+
 class Launch(NamedTuple):
     """A compiled kernel with its argument values; tensors are replaced by None. ``start(values, stream)`` launches it
-    with other values, where an address stands for a tensor."""
+    with a list of other values, where an address stands for a tensor, and for the tensor of a descriptor."""
 
-    start: Callable[[Sequence[Any], int], None]
+    start: Callable[[list[Any], int], None]
     values: Sequence[Any]
 
 
-def _starter(compiled: Any, grid: int) -> Callable[[Sequence[Any], int], None]:
+def _starter(
+    compiled: Any, grid: int, descriptors: Sequence[tuple[int, _Descriptor]]
+) -> Callable[[list[Any], int], None]:
     """``compiled[grid, 1, 1]`` without the hooks, and with the stream as an argument: Triton looks up both in every
-    launch."""
+    launch. ``descriptors``: pairs of position and descriptor."""
     run = compiled.run  # loads the kernel
     function, metadata = compiled.function, compiled.packed_metadata
 
-    def start(values: Sequence[Any], stream: int, compiled: Any = compiled) -> None:  # the kernel must stay loaded
+    def start(values: list[Any], stream: int, compiled: Any = compiled) -> None:  # the kernel must stay loaded
+        for i, like in descriptors:
+            values[i] = _Descriptor(like, values[i])
         run(grid, 1, 1, stream, function, metadata, None, None, None, *values)
 
     return start
@@ -110,14 +135,18 @@ def _run(kernel: Any, grid: tuple[int], device: torch.device, kernel_args: dict[
     """``kernel[grid](**kernel_args)`` with a cache of compiled kernels whose lookup is faster than Triton's. Its key
     contains all arguments except the addresses of tensors.
 
-    Tensors are the arguments whose names end in _ptr; every other argument has the same type in all calls.
+    Tensors are the arguments whose names end in _ptr, and descriptors of tensors those that end in _desc; every other
+    argument has the same type in all calls.
     """
     if (callback := getattr(_recorder, "callback", None)) is not None:
         compiled = _compile(kernel, grid, device, kernel_args)
         values = [kernel_args.get(name) for name in kernel.arg_names]
+        # without their bases: a recording holds no tensor
+        descriptors = [(i, _Descriptor(x, 0)) for i, x in enumerate(values) if isinstance(x, TensorDescriptor)]
+        values = [x.base if isinstance(x, TensorDescriptor) else x for x in values]
         tensors = [(i, x) for i, x in enumerate(values) if isinstance(x, torch.Tensor)]
         values = [None if isinstance(x, torch.Tensor) else x for x in values]
-        callback(Launch(_starter(compiled, grid[0]), values), tensors)
+        callback(Launch(_starter(compiled, grid[0], descriptors), values), tensors)
         return
     names = id(kernel), *kernel_args
     form = _forms.get(names) or _new_form(kernel, names)
@@ -125,6 +154,9 @@ def _run(kernel: Any, grid: tuple[int], device: torch.device, kernel_args: dict[
     for x in map(kernel_args.get, form.tensors):
         # Triton specialises on 16-byte alignment
         parts += (None,) if x is None else (x.dtype, x.data_ptr() % 16 == 0)
+    for x in map(kernel_args.get, form.descriptors):
+        # shape and strides are arguments of the compiled kernel
+        parts += (None,) if x is None else (x.base.dtype, *x.block_shape)
     key = tuple(parts)
     compiled = _compiled.get(key)
     if compiled is None:
@@ -161,11 +193,13 @@ def override_start(function: Callable[[Any, tuple[int], torch.device, dict[str, 
 
 
 class _Form(NamedTuple):
-    """The argument names of a call, tensors and others. Options such as maxnreg are present in some calls only."""
+    """The argument names of a call: tensors, descriptors and others. Options such as maxnreg are present in some
+    calls only."""
 
     number: int
     kernel: Any  # a reference, so that its id is not reused
     tensors: list[str]
+    descriptors: list[str]
     others: list[str]
 
 
@@ -175,9 +209,24 @@ _numbers = itertools.count()
 
 def _new_form(kernel: Any, names: tuple[Any, ...]) -> _Form:
     tensors = [name for name in names[1:] if name.endswith("_ptr")]
-    others = [name for name in names[1:] if name not in tensors]
-    _forms[names] = form = _Form(next(_numbers), kernel, tensors, others)
+    descriptors = [name for name in names[1:] if name.endswith("_desc")]
+    others = [name for name in names[1:] if name not in tensors and name not in descriptors]
+    _forms[names] = form = _Form(next(_numbers), kernel, tensors, descriptors, others)
     return form
+
+
+def descriptors(x: torch.Tensor, w: torch.Tensor, *blocks: list[int]) -> tuple[Any, Any]:
+    """Descriptors of two matrices for loads of ``blocks`` by NVIDIA's tensor memory accelerator; None for both unless
+    they have one dtype, a last stride of 1, and bases and rows aligned to 16 bytes."""
+    if x.dtype != w.dtype or not (_describable(x) and _describable(w)):
+        return None, None
+    each = [TensorDescriptor(t, t.shape, t.stride(), block) for t, block in zip((x, w), blocks, strict=True)]
+    return each[0], each[1]
+
+
+def _describable(x: torch.Tensor) -> bool:
+    rows, columns = x.stride()
+    return columns == 1 and rows > 0 and x.data_ptr() % 16 == rows * x.element_size() % 16 == 0 and x.numel() > 0
 
 
 class _LastGemm(threading.local):

@@ -245,6 +245,8 @@ def _config(where: str, value: Any, picker: Picker) -> Any:
     if kind is None:
         raise InvalidField(where, f"an object whose kind is {' or '.join(kinds)}", value)
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    if "descriptors" in fields:
+        value = {"descriptors": False, **value}  # missing in tables from before this field
     expect_names(where, value, ("kind", *fields))
     for name, field in fields.items():
         if field.type is bool:

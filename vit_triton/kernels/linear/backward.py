@@ -8,7 +8,7 @@ import triton.language as tl
 
 from vit_triton.arguments import NO_BRANCH, NO_DROPOUT, Branch, Dropout
 from vit_triton.kernels.device import target_of
-from vit_triton.kernels.launch import TRITON_DTYPE, contiguous, input_precision, launch
+from vit_triton.kernels.launch import TRITON_DTYPE, contiguous, descriptors, input_precision, launch
 from vit_triton.kernels.linear.config import (
     Epilogue,
     VendorGemm,
@@ -50,9 +50,11 @@ def linear_bwd_input_kernel(
     M, N, K, rows_per_sample, dropout_p, keep_scale,
     ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SUBTILES: tl.constexpr,
-    MULTIPLIED: tl.constexpr = False, PACKED: tl.constexpr = False,
+    MULTIPLIED: tl.constexpr = False, PACKED: tl.constexpr = False, dy_desc=None, w_desc=None,
 ):  # fmt: skip
-    """PACKED: weight_ptr holds the panels of `pack_weight` of the transposed weight, BLOCK_K columns each. MULTIPLIED:
+    """dy_desc, w_desc: descriptors of dy_ptr and weight_ptr, both or none, read instead of the pointers.
+
+    PACKED: weight_ptr holds the panels of `pack_weight` of the transposed weight, BLOCK_K columns each. MULTIPLIED:
     dy_ptr holds the result of the GEMM, and only the dtype of the weight is used."""
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     pid_m, pid_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
@@ -71,8 +73,13 @@ def linear_bwd_input_kernel(
 
     product = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for n in range(0, 0 if MULTIPLIED else N, BLOCK_N):
-        dy = tl.load(dy_ptrs, mask=within(offs_m, M, offs_n, N - n, EVEN_N), other=0.0)  # [BLOCK_M, BLOCK_N]
-        if PACKED:
+        if dy_desc is not None:
+            dy = dy_desc.load([pid_m * BLOCK_M, n])  # zeros out of bounds
+        else:
+            dy = tl.load(dy_ptrs, mask=within(offs_m, M, offs_n, N - n, EVEN_N), other=0.0)  # [BLOCK_M, BLOCK_N]
+        if w_desc is not None:
+            w = w_desc.load([n, pid_k * BLOCK_K])
+        elif PACKED:
             w = tl.load(w_ptrs, mask=(offs_n < N - n)[:, None], other=0.0)  # [BLOCK_N, BLOCK_K]
         elif EVEN_N:
             w = tl.load(w_ptrs, mask=(offs_k < K)[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
@@ -142,6 +149,11 @@ def linear_bwd_input(
     panels = None if multiplied else pack_once(weight.T, m, config.block_m, target)
     if panels is not None:
         config = replace(config, block_n=panels.shape[2])
+    optional = {}
+    if config.descriptors and not multiplied and panels is None:
+        block_m, block_k, block_n = config.block_m, config.block_n, config.block_k
+        dy_desc, w_desc = descriptors(dy, weight, [block_m, block_n], [block_n, block_k])
+        optional = dict(dy_desc=dy_desc, w_desc=w_desc)
     launch(
         linear_bwd_input_kernel,
         (cdiv(m, config.block_m) * cdiv(k, config.block_n),),
@@ -177,6 +189,7 @@ def linear_bwd_input(
         SUBTILES=config.subtiles,
         MULTIPLIED=multiplied,
         PACKED=panels is not None,
+        **optional,
         **config.options,
     )
     return dx, hidden

@@ -52,7 +52,8 @@ class Epilogue(enum.Enum):
 class GemmConfig(CompilerOptions):
     """An output tile of ``block_m`` x ``block_n`` with ``block_k`` of the contraction per step. ``group`` rows of tiles
     share the L2 cache. ``split``: the factor of split-K. ``subtiles``: the epilogue processes the columns of the tile
-    in this many epilogue subtiles, one after the other."""
+    in this many epilogue subtiles, one after the other. ``descriptors``: load both operands with NVIDIA's tensor memory
+    accelerator (sm_90 and later) if their strides allow it."""
 
     block_m: int
     block_n: int
@@ -63,6 +64,7 @@ class GemmConfig(CompilerOptions):
     split: int = 1
     subtiles: int = 1
     max_registers: int = 255
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,11 @@ def candidates_gemm(rows: int, cols: int, depth: int, dtype: torch.dtype) -> lis
     return [clipped(tile, rows, cols, depth) for tile in tiles]
 
 
+def described(tile: GemmConfig, dtype: torch.dtype, target: Target) -> GemmConfig:
+    """``tile`` with descriptors for 16-bit operands, where the GPU supports them."""
+    return replace(tile, descriptors=dtype != torch.float32 and target.family in ("sm_90", "sm_100"))
+
+
 def tokens(m: int, target: Target) -> int:
     """``m`` in the interpreter, else unlimited: a tile is not clipped to the rows; :func:`for_rows` depends on them."""
     return m if target.family == "interpreter" else 2**30
@@ -204,7 +211,8 @@ def _adapted(pick, tuned, m, *args):
 
 
 def _candidates_linear_fwd(m, n, k, dtype, target, precision, epilogue):
-    return [*candidates_gemm(tokens(m, target), n, k, dtype), VendorGemm()]
+    tiles = candidates_gemm(tokens(m, target), n, k, dtype)
+    return [*(described(tile, dtype, target) for tile in tiles), VendorGemm()]
 
 
 @tunable(GemmConfig, VendorGemm, candidates=_candidates_linear_fwd, adapt=_adapted)
@@ -225,6 +233,7 @@ def _linear_fwd_tile(
 ) -> GemmConfig:
     rotates = epilogue is Epilogue.ROTATION  # whole heads: as many columns as without an epilogue, in one subtile
     tile = pick_gemm(tokens(m, target), n, k, dtype, target, precision, Epilogue.NONE if rotates else epilogue)
+    tile = described(tile, dtype, target)
     if dtype == torch.float32 or epilogue is Epilogue.NONE:
         return tile
     if rotates and target.family == "sm_80":
@@ -235,14 +244,15 @@ def _linear_fwd_tile(
         block_n, num_warps = (128, 8) if epilogue is Epilogue.ELEMENTWISE else (64, 4)
         return replace(tile, block_m=128, block_n=clip(block_n, n), num_warps=num_warps, subtiles=2)
     if target.family == "sm_90" and epilogue is Epilogue.DROPOUT:
-        return clipped(replace(NARROW, subtiles=2, max_registers=168), 2**30, n, k)
+        return clipped(replace(NARROW, subtiles=4, max_registers=168, descriptors=True), 2**30, n, k)
     if target.family == "sm_90":
         return replace(tile, max_registers=128)  # without the limit the compiler exceeds it: one resident block
     return tile
 
 
 def _candidates_linear_bwd_input(m, n, k, dtype, target, precision, epilogue):
-    return [*candidates_gemm(tokens(m, target), k, n, dtype), VendorGemm()]
+    tiles = candidates_gemm(tokens(m, target), k, n, dtype)
+    return [*(described(tile, dtype, target) for tile in tiles), VendorGemm()]
 
 
 @tunable(GemmConfig, VendorGemm, candidates=_candidates_linear_bwd_input, adapt=_adapted)
@@ -261,14 +271,15 @@ def pick_linear_bwd_input(
 def _linear_bwd_input_tile(
     m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
 ) -> GemmConfig:
-    tile = pick_gemm(tokens(m, target), k, n, dtype, target, precision, epilogue)
+    tile = described(pick_gemm(tokens(m, target), k, n, dtype, target, precision, epilogue), dtype, target)
     if dtype == torch.float32 or epilogue is Epilogue.NONE:
         return tile
     # the activation and its derivative together: one subtile spills on sm_80
     if target.family == "sm_80":
         return replace(tile, subtiles=2)
     if target.family == "sm_90" and epilogue is Epilogue.BRANCH:
-        return clipped(replace(NARROW, subtiles=4, max_registers=168), 2**30, k, n)
+        tile = replace(NARROW, subtiles=4, max_registers=168, descriptors=True)
+        return clipped(tile, 2**30, k, n)
     if target.family == "sm_90":  # two resident blocks
         return replace(tile, block_n=clip(128, k), subtiles=4, max_registers=128)
     return tile

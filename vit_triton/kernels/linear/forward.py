@@ -41,7 +41,7 @@ import triton.language as tl
 from vit_triton.arguments import NO_BRANCH, NO_DROPOUT, Branch, Dropout, Rotation
 from vit_triton.kernels.attention.rotary import rotate_packed, rotate_tile, table_arguments
 from vit_triton.kernels.device import target_of
-from vit_triton.kernels.launch import contiguous, input_precision, launch
+from vit_triton.kernels.launch import contiguous, descriptors, input_precision, launch
 from vit_triton.kernels.linear.config import Epilogue, GemmConfig, VendorGemm, pick_linear_fwd
 from vit_triton.kernels.linear.elements import dropout_scale, offsets, rows_per_sample_of, sample_scale, within
 from vit_triton.kernels.linear.pack import pack_once
@@ -59,9 +59,11 @@ def linear_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WORD: tl.constexpr,
     SUBTILES: tl.constexpr, MULTIPLIED: tl.constexpr = False,
     cos_ptr=None, sin_ptr=None, stride_cosb=None, stride_cosn=None, n_tokens=None, n_prefix=None,
-    HALF: tl.constexpr = 0, PAIRS: tl.constexpr = "", FULL: tl.constexpr = False,
+    HALF: tl.constexpr = 0, PAIRS: tl.constexpr = "", FULL: tl.constexpr = False, x_desc=None, w_desc=None,
 ):  # fmt: skip
-    """WORD: 0, or weight_ptr holds the panels of `pack_weight`, BLOCK_N columns of WORD values along K each.
+    """x_desc, w_desc: descriptors of x_ptr and weight_ptr, both or none, read instead of the pointers.
+
+    WORD: 0, or weight_ptr holds the panels of `pack_weight`, BLOCK_N columns of WORD values along K each.
     MULTIPLIED: x_ptr holds the result of the GEMM, and only the dtype of the weight is used. HALF: not 0 if q and k of
     a packed projection, the first two thirds of the columns, are rotated, see :mod:`.attention.rotary`."""
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
@@ -82,8 +84,13 @@ def linear_fwd_kernel(
 
     product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, 0 if MULTIPLIED else K, BLOCK_K):
-        x = tl.load(x_ptrs, mask=within(offs_m, M, offs_k, K - k, EVEN_K), other=0.0)  # [BLOCK_M, BLOCK_K]
-        if not WORD:
+        if x_desc is not None:
+            x = x_desc.load([pid_m * BLOCK_M, k])  # zeros out of bounds
+        else:
+            x = tl.load(x_ptrs, mask=within(offs_m, M, offs_k, K - k, EVEN_K), other=0.0)  # [BLOCK_M, BLOCK_K]
+        if w_desc is not None:
+            w = w_desc.load([pid_n * BLOCK_N, k])
+        elif not WORD:
             w = tl.load(w_ptrs, mask=within(offs_n, N, offs_k, K - k, EVEN_K), other=0.0)  # [BLOCK_N, BLOCK_K]
         elif EVEN_K:
             w = tl.load(w_ptrs)
@@ -171,16 +178,16 @@ def linear_fwd(
     if rotation is not None:
         epilogue = Epilogue.ROTATION
     config = pick_linear_fwd(m, n, k, weight.dtype, target, precision, epilogue)
-    rotary: dict[str, Any] = {}
+    optional: dict[str, Any] = {}
     if rotation is not None:
         if not _rotates_in_epilogue(rotation, n, config, target):
             qkv, _ = linear_fwd(x, weight, bias, panels=panels)
             rotate_packed(qkv, rotation)
             return qkv, None
-        rotary = table_arguments(rotation.cos, rotation.sin, n // (3 * rotation.heads))
-        del rotary["stride_cosh"]
+        optional = table_arguments(rotation.cos, rotation.sin, n // (3 * rotation.heads))
+        del optional["stride_cosh"]
         pairs = "split" if rotation.interleaved else "half"
-        rotary |= dict(PAIRS=pairs, n_tokens=rotation.tokens, n_prefix=rotation.prefix)
+        optional |= dict(PAIRS=pairs, n_tokens=rotation.tokens, n_prefix=rotation.prefix)
     y = pre = None
     if isinstance(config, VendorGemm) and not multiplied:
         x, vector = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
@@ -207,6 +214,9 @@ def linear_fwd(
         panels = pack_once(weight, m, config.block_m, target)
     if panels is not None:
         config = replace(config, block_n=panels.shape[2])
+    if config.descriptors and not multiplied and panels is None:
+        block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+        optional["x_desc"], optional["w_desc"] = descriptors(x, weight, [block_m, block_k], [block_n, block_k])
     launch(
         linear_fwd_kernel,
         (cdiv(m, config.block_m) * cdiv(n, config.block_n),),
@@ -243,7 +253,7 @@ def linear_fwd(
         WORD=0 if panels is None else panels.shape[3],
         SUBTILES=config.subtiles,
         MULTIPLIED=multiplied,
-        **rotary,
+        **optional,
         **config.options,
     )
     return y, pre

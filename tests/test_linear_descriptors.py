@@ -1,0 +1,124 @@
+"""Linear layers whose operands are loaded through tensor descriptors, as on sm_90 and sm_100."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import EMULATOR, INTERPRETER, forget_recordings
+
+from vit_triton.arguments import Branch
+from vit_triton.kernels import launch, replay
+from vit_triton.kernels.linear import backward, forward
+from vit_triton.kernels.linear.config import Epilogue, GemmConfig, pick_linear_bwd_input, pick_linear_fwd
+from vit_triton.kernels.target import target_named
+
+runs = pytest.mark.skipif(not (INTERPRETER or EMULATOR), reason="the CPU target has no descriptors")
+TILE = GemmConfig(64, 64, 64, 4, 2, group=2)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """A function that selects the tile of both kernels; lists the launches as {argument: value}."""
+    launched = []
+
+    def linear_launch(kernel, grid, like, **arguments):
+        launched.append(arguments)
+        launch.launch(kernel, grid, like, **arguments)
+
+    def select(tile):
+        for module, name in ((forward, "pick_linear_fwd"), (backward, "pick_linear_bwd_input")):
+            monkeypatch.setattr(module, name, lambda *args: tile)
+            monkeypatch.setattr(module, "launch", linear_launch)
+        launched.clear()
+        return launched
+
+    forget_recordings()
+    yield select
+    forget_recordings()
+
+
+def described(launched):
+    return [arguments.get("w_desc") is not None for arguments in launched]
+
+
+def padded(rows, columns, dtype):
+    """A matrix whose rows start at multiples of 16 bytes."""
+    return torch.randn(rows, -(-columns // 8) * 8).to(dtype)[:, :columns]
+
+
+def both(x, weight, dy, residual, gamma):
+    y, pre = forward.linear_fwd(x, weight, weight[:, 0], residual, activation="gelu", save_pre=True)
+    dx, _ = backward.linear_bwd_input(dy, weight, branch=Branch(gamma, None))
+    plain, _ = backward.linear_bwd_input(dy, weight, x, activation="gelu")
+    return y, pre, dx, plain
+
+
+@runs
+@pytest.mark.parametrize(("dtype", "m", "n", "k"), [(torch.bfloat16, 197, 333, 200), (torch.float16, 40, 24, 72)])
+def test_descriptors_give_the_same_bits(use, dtype, m, n, k):
+    """Rows, columns and depths that are no multiples of the tile."""
+    tensors = padded(m, k, dtype), padded(n, k, dtype), padded(m, n, dtype), padded(m, n, dtype), padded(1, n, dtype)[0]
+    launched = use(TILE)
+    expected = both(*tensors)
+    assert described(launched) == [False] * 3
+    launched = use(replace(TILE, descriptors=True))
+    results = both(*tensors)
+    assert described(launched) == [True] * 3
+    for result, reference in zip(results, expected, strict=True):
+        assert torch.equal(result, reference)
+    x, weight, dy = (t.double() for t in tensors[:3])
+    torch.testing.assert_close(results[1].double(), x @ weight.T + weight[:, 0], rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(results[2].double(), dy * tensors[4].double() @ weight, rtol=2**-5, atol=0.5)
+
+
+UNSUITABLE = {
+    "misaligned base": lambda: torch.randn(40 * 72 + 1).bfloat16()[1:].view(40, 72),
+    "misaligned rows": lambda: torch.randn(40, 73).bfloat16()[:, :72],
+    "columns with a stride": lambda: torch.randn(72, 40).bfloat16().T,
+    "expanded rows": lambda: torch.randn(1, 72).bfloat16().expand(40, 72),
+    "another dtype": lambda: torch.randn(40, 72),
+}
+
+
+@runs
+@pytest.mark.parametrize("view", UNSUITABLE)
+def test_other_views_use_pointers(use, view):
+    odd, x, weight = UNSUITABLE[view](), torch.randn(24, 72).bfloat16(), torch.randn(72, 24).bfloat16()
+    launched = use(replace(TILE, descriptors=True))
+    results = [
+        (forward.linear_fwd(odd, x, None)[0], odd, x.T),
+        (backward.linear_bwd_input(odd, weight)[0], odd, weight),
+    ]
+    if view != "another dtype":  # the weight's dtype selects the configuration
+        dy = torch.randn(24, 40).bfloat16()
+        results.append((forward.linear_fwd(x, odd, None)[0], x, odd.T))
+        results.append((backward.linear_bwd_input(dy, odd)[0], dy, odd))
+    assert described(launched) == [False] * len(results)
+    for result, left, right in results:
+        expected = left.bfloat16().double() @ right.double()
+        torch.testing.assert_close(result.double(), expected, rtol=2**-7, atol=2**-6)
+
+
+@pytest.mark.skipif(not EMULATOR, reason="records launches of compiled kernels")
+def test_recorded_launches_describe_the_tensors_of_each_call(use):
+    launched = use(replace(TILE, descriptors=True))
+
+    def function(x, weight):
+        hidden = forward.linear_fwd(x[1:], weight, None)[0]  # a view of an argument, and temporary memory
+        return backward.linear_bwd_input(hidden, weight)[0]
+
+    for _ in range(2):
+        x, weight = torch.randn(41, 72).bfloat16(), torch.randn(24, 72).bfloat16()
+        result = replay.replay(function, (x, weight), "emulator", launch.record_launches)
+        assert described(launched) == [True] * 2, "the second call is a replay"
+        hidden = (x[1:].float() @ weight.float().T).bfloat16()
+        torch.testing.assert_close(result.float(), hidden.float() @ weight.float(), rtol=2**-6, atol=0.5)
+
+
+@pytest.mark.parametrize("pick", [pick_linear_fwd, pick_linear_bwd_input])
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "cpu"])
+def test_which_targets_use_descriptors(name, pick):
+    for epilogue in Epilogue:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            tile = pick(25216, 768, 3072, dtype, target_named(name), "ieee", epilogue)
+            assert tile.descriptors == (name in ("sm_90", "sm_100") and dtype != torch.float32)
