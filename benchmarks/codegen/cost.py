@@ -107,7 +107,7 @@ COSTS: dict[str, tuple[Count, Count]] = {
     "linear_bwd_weight_kernel": (_linear, _split_trips("M")),
     "layer_norm_fwd_kernel": (_layer_norm_fwd, _no_loop),
     "layer_norm_bwd_kernel": (_layer_norm_bwd, lambda a: a["n_steps"]),
-    "layer_scale_bwd_kernel": (lambda a: (a["n_partials"] + 3) * a["N"] * a["K"], _trips("K", "BLOCK_K")),
+    "layer_scale_bwd_kernel": (lambda a: (a["PARTIALS"] + 3) * a["N"] * a["K"], _trips("K", "BLOCK_K")),
     "swiglu_fwd_kernel": (lambda a: 2 * a["M"] * a["H"], _no_loop),
     "swiglu_bwd_kernel": (lambda a: 8 * a["M"] * a["H"], _no_loop),
     "qk_norm_fwd_kernel": (_qk_norm(3, 2), _no_loop),

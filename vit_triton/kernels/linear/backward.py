@@ -322,12 +322,12 @@ def linear_bwd_weight(
 # --- backward: LayerScale ----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["n_partials"])
+@triton.jit
 def layer_scale_bwd_kernel(
     dweight_partials_ptr, dbias_partials_ptr, layer_scale_ptr, weight_ptr, bias_ptr,
     dweight_ptr, dbias_ptr, dlayer_scale_ptr,
-    stride_p, stride_wn, stride_wk, n_partials, N, K,
-    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    stride_p, stride_wn, stride_wk, N, K,
+    PARTIALS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One row of dweight, dbias and dgamma; sums the split-K partials itself, which saves a pass."""
     row = tl.program_id(0).to(tl.int64)
@@ -336,14 +336,14 @@ def layer_scale_bwd_kernel(
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask = offs_k < K
-        grad = add_partials(dweight_partials_ptr + row * K, 0, n_partials, stride_p, offs_k, mask, BLOCK_P)  # [BLOCK_K]
+        grad = add_partials(dweight_partials_ptr + row * K, 0, PARTIALS, stride_p, offs_k, mask, BLOCK_P)  # [BLOCK_K]
         weight = tl.load(weight_ptr + row * stride_wn + offs_k.to(tl.int64) * stride_wk, mask=mask, other=0.0)
         dgamma += tl.sum(grad * weight.to(tl.float32), 0)
         tl.store(dweight_ptr + row * K + offs_k, (grad * gamma).to(dweight_ptr.dtype.element_ty), mask=mask)
     if bias_ptr is not None:
-        offs_p = tl.arange(0, BLOCK_P)
-        bias_ptrs = dbias_partials_ptr + row + offs_p.to(tl.int64) * N
-        grad_bias = tl.sum(tl.load(bias_ptrs, mask=offs_p < n_partials, other=0.0), 0)
+        grad_bias = tl.full([], 0.0, tl.float32)
+        for partial in tl.static_range(PARTIALS):
+            grad_bias += tl.load(dbias_partials_ptr + partial * N + row)
         dgamma += grad_bias * tl.load(bias_ptr + row).to(tl.float32)
         tl.store(dbias_ptr + row, (grad_bias * gamma).to(dbias_ptr.dtype.element_ty))
     tl.store(dlayer_scale_ptr + row, dgamma.to(dlayer_scale_ptr.dtype.element_ty))
@@ -377,9 +377,9 @@ def layer_scale_bwd(
         stride_p=dweight_partials.stride(0),
         stride_wn=weight.stride(0),
         stride_wk=weight.stride(1),
-        n_partials=n_partials,
         N=n,
         K=k,
+        PARTIALS=n_partials,
         BLOCK_P=next_power_of_2(n_partials),
         BLOCK_K=config.block_n,
         num_warps=config.num_warps,
