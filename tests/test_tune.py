@@ -71,13 +71,13 @@ def gpus(monkeypatch):
     device.target_of_gpu.cache_clear()
 
 
-def picked(name, epilogue=Epilogue.NONE, m=197):
+def picked(name, epilogue=Epilogue.NONE, m=64 * 197):
     return pick_linear_fwd(m, 768, 3072, torch.bfloat16, target_of(torch.device(name)), "ieee", epilogue)
 
 
 def computed(name, epilogue=Epilogue.NONE):
     target = target_named(name)
-    return PICKERS["pick_linear_fwd"].default(197, 768, 3072, torch.bfloat16, target, "ieee", epilogue)
+    return PICKERS["pick_linear_fwd"].default(64 * 197, 768, 3072, torch.bfloat16, target, "ieee", epilogue)
 
 
 def test_table_can_be_written_and_read(tmp_path):
@@ -122,7 +122,7 @@ def test_tuned_choice_applies_to_its_device_only(home, gpus):
     gpus += [(H100, 9, 0), ("NVIDIA H200", 9, 0), (H100, 8, 0)]
     tuned.write(tuned.default_path(H100), tuned.new_table(H100, SM, TIMED))
     assert [path.name for path in home.iterdir()] == ["nvidia-h100-80gb-hbm3.json"]
-    for m in (197, 8 * 197):
+    for m in (64 * 197, 128 * 197):
         assert picked("cuda:0", m=m) == VendorGemm() and picked("cuda:0", Epilogue.DROPOUT, m=m) == TILE
         assert picked("cuda:1", m=m) == computed(SM) and picked("cuda:2", m=m) == computed("sm_80")
     assert picked("cuda:0", Epilogue.ELEMENTWISE) == computed(SM, Epilogue.ELEMENTWISE)
