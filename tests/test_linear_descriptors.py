@@ -100,7 +100,15 @@ def test_other_views_use_pointers(use, view):
 
 
 @pytest.mark.skipif(not EMULATOR, reason="records launches of compiled kernels")
-def test_recorded_launches_describe_the_tensors_of_each_call(use):
+def test_recorded_launches_describe_the_tensors_of_each_call(use, monkeypatch):
+    import ptxemu
+
+    def registered(*args, allocate=torch.empty_strided, **options):
+        memory = allocate(*args, **options)
+        ptxemu.register(memory)  # the emulator allows access to the memory of tensors that it knows
+        return memory
+
+    monkeypatch.setattr(torch, "empty_strided", registered)
     launched = use(replace(TILE, descriptors=True))
 
     def function(x, weight):
@@ -109,6 +117,8 @@ def test_recorded_launches_describe_the_tensors_of_each_call(use):
 
     for _ in range(2):
         x, weight = torch.randn(41, 72).bfloat16(), torch.randn(24, 72).bfloat16()
+        ptxemu.register(x)
+        ptxemu.register(weight)
         result = replay.replay(function, (x, weight), "emulator", launch.record_launches)
         assert described(launched) == [True] * 2, "the second call is a replay"
         hidden = (x[1:].float() @ weight.float().T).bfloat16()
