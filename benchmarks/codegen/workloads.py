@@ -270,7 +270,7 @@ def _products(dtype: torch.dtype) -> None:
         wide = _zeros(dtype, ROWS, hidden)
         _linear(x, hidden, residual=wide, layer_scale=_zeros(dtype, hidden), drop_path_p=0.1)
 
-    for width, hidden in itertools.product((16, 32), (768, 1152, 3072, 4096)):  # wide products of a small depth
+    for width, hidden in itertools.product((16, 32), (192, 1152, 3072, 4096)):  # wide products of a small depth
         x = _zeros(dtype, ROWS, width)
         _linear(x, hidden)
         _linear(x, hidden, residual=_zeros(dtype, ROWS, hidden))
