@@ -50,6 +50,12 @@ from vit_triton.kernels.target import Target
 from vit_triton.kernels.tiles import activate, columns_of, grouped_tile
 
 
+@triton.jit
+def fma(x, factor, y):
+    """x * factor + y with one rounding; ``factor`` broadcasts. Of an expression, the tile would decide."""
+    return tl.fma(x, tl.broadcast_to(factor, x.shape), y)
+
+
 @triton.jit(do_not_specialize=["M"])
 def linear_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, layer_scale_ptr, samples_ptr, residual_ptr, y_ptr, pre_ptr, seed_ptr,
@@ -122,24 +128,19 @@ def linear_fwd_kernel(
             z = activate(z.to(dtype).to(tl.float32), ACTIVATION, dtype == tl.float32)
         if DROPOUT:
             z *= dropout_scale(seed_ptr, offs_m, offs_n, dropout_p, keep_scale)
-        if layer_scale_ptr is not None:
-            gamma = tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-        if samples_ptr is not None:
-            if layer_scale_ptr is not None:
-                z *= gamma
-            scale = sample_scale(samples_ptr, offs_m, M, rows_per_sample)[:, None]
-        elif layer_scale_ptr is not None:
-            scale = gamma
         if residual_ptr is not None:
             residual_ptrs = residual_ptr + offsets(offs_m, stride_rm, offs_n, stride_rn)
             residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-            if layer_scale_ptr is not None or samples_ptr is not None:
-                # explicit: whether the compiler fuses a product and a sum depends on the tile
-                z = tl.fma(z, tl.broadcast_to(scale, z.shape), residual)
-            else:
-                z += residual
-        elif layer_scale_ptr is not None or samples_ptr is not None:
-            z *= scale
+        else:
+            residual = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+        if samples_ptr is not None and layer_scale_ptr is not None:
+            z *= tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+        if samples_ptr is not None:
+            z = fma(z, sample_scale(samples_ptr, offs_m, M, rows_per_sample)[:, None], residual)
+        elif layer_scale_ptr is not None:
+            z = fma(z, tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :], residual)
+        elif residual_ptr is not None:
+            z += residual
         tl.store(y_ptr + y_offs, z.to(y_ptr.dtype.element_ty), mask=mask)
 
 
