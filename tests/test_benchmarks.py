@@ -343,7 +343,9 @@ def test_every_run_has_the_same_inputs():
 
 @pytest.mark.parametrize(("hip", "expected"), [(None, ("sm_90", "cuda")), ("7.1.2", ("gfx942", "hip"))])
 def test_machine_facts_contain_the_gpu(hip, expected, monkeypatch):
-    properties = types.SimpleNamespace(name="a GPU", major=9, minor=0, gcnArchName="gfx942:sramecc+:xnack-")
+    properties = types.SimpleNamespace(
+        name="a GPU", major=9, minor=0, multi_processor_count=132, gcnArchName="gfx942:sramecc+:xnack-"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

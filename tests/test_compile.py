@@ -210,6 +210,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(launch, "start", lambda kernel, grid, *_: recorded.append((kernel.__name__, grid)))
     monkeypatch.setattr(device, "target_of_gpu", lambda device: target.target_named("sm_90"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "_describable", lambda x: False)  # a fake tensor has no address
     return recorded
 
 
