@@ -242,11 +242,12 @@ def test_registers_blocks_and_instructions_of_vit_b_16(arch):
         if found.kernel == "linear_fwd_kernel" and found.constants["PAIRS"] != "":
             limits = LIMITS.get((arch, "linear_fwd_kernel, rotating"), limits)
         registers, blocks, instructions = limits
-        few_rows = (arch, found.kernel, found.warps) == ("sm_90", "linear_fwd_kernel", 4)
+        linear = ("linear_fwd_kernel", "linear_bwd_input_kernel")
+        few_rows = arch == "sm_90" and found.kernel in linear and found.warps == 4  # other tiles, without descriptors
         registers = 168 if few_rows else registers
         assert found.registers <= registers and found.blocks >= blocks, found
-        assert max(found.per_trip) <= (170 if few_rows else instructions), found
-        if found.kernel in ("linear_fwd_kernel", "linear_bwd_input_kernel") and not few_rows:
+        assert max(found.per_trip) <= (200 if few_rows else instructions), found
+        if found.kernel in linear and not few_rows:
             assert (found.count("UTMALDG") > 0) == (arch != "sm_80"), found  # loads through descriptors
 
 
