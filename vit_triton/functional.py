@@ -568,9 +568,8 @@ def mlp(
     fastest = fastest_products(backend, x)
     if _needs_autograd(*tensors):
         return autograd.MlpFunction.apply(*tensors, *drawn, *scalars, residual_is_x, fastest)
-    return torch.ops.vit_triton.mlp_fwd.default(*tensors[:7], residual, layer_scale, *drawn, *scalars, False, fastest)[
-        0
-    ]
+    given = *tensors[:7], residual, layer_scale, *drawn, *scalars
+    return torch.ops.vit_triton.mlp_fwd.default(*given, False, fastest)[0]
 
 
 def encoder(

@@ -144,7 +144,10 @@ def row(gpu: str, dtype: str, case: Case) -> Row:
 
 def price(gpu: str, compiled: Any, grid: int, arguments: Arguments) -> tuple[int, Times]:
     """Registers of a compiled kernel, and the times of a launch of it."""
-    registers, blocks, kernel = _read(gpu, _Compiled(compiled))
+    key = gpu, compiled.hash
+    if key not in _kernels:
+        _kernels[key] = _read(gpu, compiled)
+    registers, blocks, kernel = _kernels[key]
     flops, trips = COSTS[compiled.name]
     return registers, times(
         kernel,
@@ -156,25 +159,17 @@ def price(gpu: str, compiled: Any, grid: int, arguments: Arguments) -> tuple[int
     )
 
 
-@dataclass(frozen=True)
-class _Compiled:
-    """A compiled kernel as a key; equal code is equal."""
-
-    kernel: Any = field(compare=False)
-    hash: str = ""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "hash", self.kernel.hash)
+# results of _read by GPU and hash: a :class:`.Kernel` keeps the results of its replays
+_kernels: dict[tuple[str, str], tuple[int, int, Kernel]] = {}
 
 
-@functools.lru_cache(256)
-def _read(gpu: str, compiled: _Compiled) -> tuple[int, int, Kernel]:
-    """Registers, resident blocks and machine code; cached, because a :class:`.Kernel` keeps the results of its
-    replays."""
-    metadata = compiled.kernel.metadata
-    registers, _, code = sass.read(compiled.kernel)
-    columns = tensor_columns(compiled.kernel)
-    blocks, _ = GPUS[gpu].architecture.resident(registers, metadata.num_warps, metadata.shared, columns)
+def _read(gpu: str, compiled: Any) -> tuple[int, int, Kernel]:
+    """Registers, resident blocks and machine code of a compiled kernel."""
+    metadata = compiled.metadata
+    registers, _, code = sass.read(compiled)
+    blocks, _ = GPUS[gpu].architecture.resident(
+        registers, metadata.num_warps, metadata.shared, tensor_columns(compiled)
+    )
     return registers, blocks, Kernel(code, metadata.num_warps, GPUS[gpu])
 
 

@@ -25,12 +25,14 @@ _ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_
 _aten = torch.ops.aten
 
 
-def _copy(x: Tensor, *, out: Tensor) -> None:
+def _copy(x: Tensor, *, out: Tensor, **_: Any) -> None:
     _aten.copy_.default(out, x)
 
 
 # PyTorch's operations that are recorded, by their overload without the argument ``out`` -> with it
-_RECORDED = {
+_RECORDED: dict[Any, Callable[..., Any]] = {
+    _aten.clone.default: _copy,
+    _aten._to_copy.default: _copy,
     _aten.mm.default: _aten.mm.out,
     _aten.addmm.default: _aten.addmm.out,
     _aten._addmm_activation.default: _aten._addmm_activation.out,
@@ -38,7 +40,6 @@ _RECORDED = {
     _aten.mul.Tensor: _aten.mul.out,
     _aten.add.Tensor: _aten.add.out,
 }
-_COPIES = {_aten.clone.default, _aten._to_copy.default}
 _MAX_RECORDED = 4096  # a bound, because the number of shapes is unlimited
 _ALIGN = 64
 _SMALL = 2**25  # temporary memory of at most this many bytes is one block: an allocation takes as long as a launch
@@ -241,15 +242,12 @@ class _RecordingMode(TorchDispatchMode):
         self.add = add
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op in _RECORDED or op in _COPIES:
+        if op in _RECORDED:
             result = op(*args, **(kwargs or {}))  # for its shape; the arguments can contain anything
             if result.device != args[0].device:
                 raise _NotRecordable
             self.storages.add(result)
-            if op in _COPIES:
-                self._add(_copy, [args[0], result], {})
-            else:
-                self._add(_RECORDED[op], [*args, result], kwargs or {})
+            self._add(_RECORDED[op], [*args, result], kwargs or {})
             return result
         if op is _aten.copy_.default and args[0].device == args[1].device:
             self._add(_copy, [args[1], args[0]], {})

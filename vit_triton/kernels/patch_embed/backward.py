@@ -6,7 +6,7 @@ import triton.language as tl
 
 from vit_triton.arguments import Norm
 from vit_triton.kernels.device import target_of
-from vit_triton.kernels.launch import TRITON_DTYPE, contiguous, input_precision, launch, maybe_contiguous
+from vit_triton.kernels.launch import TRITON_DTYPE, input_precision, launch, maybe_contiguous
 from vit_triton.kernels.linear.config import Epilogue, prefers_vendor
 from vit_triton.kernels.norm.config import MAX_LAYER_NORM_WIDTH, pick_layer_norm
 from vit_triton.kernels.norm.layer_norm import layer_norm_bwd
@@ -17,6 +17,7 @@ from vit_triton.kernels.patch_embed.patches import (
     PatchLayout,
     channel_of,
     column_offsets,
+    image_arguments,
     image_strides,
     load_patches,
     patch_layout,
@@ -194,9 +195,10 @@ def patch_embed_bwd(
     if pre_norm is None:
         pre_mean = pre_rstd = None
 
-    fits = layout.patch_dim <= MAX_LAYER_NORM_WIDTH and target_of(image.device).is_gpu  # not measured on CPUs
-    if fits and prefers_vendor("patches", dtype, target_of(image.device), Epilogue.ELEMENTWISE):
-        patches = gather_patches(image, mean, std, layout, dtype, (None, None), pre_mean, pre_rstd, patch_order)
+    target = target_of(image.device)
+    fits = layout.patch_dim <= MAX_LAYER_NORM_WIDTH and target.is_gpu  # not measured on CPUs
+    if fits and prefers_vendor("patches", dtype, target, Epilogue.ELEMENTWISE):
+        patches = gather_patches(image, mean, std, layout, dtype, (None, None), pre_mean, pre_rstd)
         rows = dz.reshape(-1, weight.shape[0]).to(dtype)
         grad, dbias = torch.mm(rows.T, patches).float(), torch.sum(rows, 0, dtype=torch.float32)
         del patches
@@ -242,24 +244,17 @@ def _bwd_weight(
         patch_embed_bwd_weight_kernel,
         (cdiv(dim, config.block_m) * cdiv(layout.patch_dim, config.block_n) * config.split,),
         image,
+        **image_arguments(image, mean, std, layout),
         dz_ptr=dz,
-        image_ptr=image,
         pre_mean_ptr=pre_mean,
         pre_rstd_ptr=pre_rstd,
-        mean_ptr=contiguous(mean),
-        std_ptr=contiguous(std),
         dweight_partials_ptr=dweight_partials,
         dbias_partials_ptr=dbias_partials,
-        **image_strides(image),
         stride_zb=dz.stride(0),
         stride_zm=dz.stride(1),
         stride_zn=dz.stride(2),
-        n_rows=n_rows,
-        n_patches=layout.n_patches,
-        grid_w=layout.grid_w,
         dim=dim,
         n_splits=config.split,
-        **layout.constants,
         DTYPE=TRITON_DTYPE[dtype],
         PRECISION=precision,
         BLOCK_N=config.block_m,

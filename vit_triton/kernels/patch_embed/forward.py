@@ -35,7 +35,7 @@ from vit_triton.kernels.patch_embed.patches import (
     PatchLayout,
     channel_of,
     column_offsets,
-    image_strides,
+    image_arguments,
     load_patches,
     patch_layout,
     row_offsets,
@@ -204,30 +204,22 @@ def gather_patches(
     pre_norm: tuple[torch.Tensor | None, torch.Tensor | None],
     pre_mean: torch.Tensor | None,
     pre_rstd: torch.Tensor | None,
-    patch_order: str,
 ) -> torch.Tensor:
-    """The normalised patches (B * patches, patch_dim) with their columns in ``patch_order``; ``pre_norm`` is a weight
-    and a bias, mean and rstd are None without a norm."""
-    n_rows = image.shape[0] * layout.n_patches
-    patches = image.new_empty((n_rows, layout.patch_dim), dtype=dtype)
+    """The normalised patches (B * patches, patch_dim) with their columns in the weight's order; ``pre_norm`` is a
+    weight and a bias, mean and rstd are None without a norm."""
+    image_args = image_arguments(image, mean, std, layout)
+    patches = image.new_empty((image_args["n_rows"], layout.patch_dim), dtype=dtype)
     rows = pick_layer_norm(layout.patch_dim, target_of(image.device))
     launch(
         patch_embed_gather_kernel,
-        (cdiv(n_rows, rows.block_m),),
+        (cdiv(len(patches), rows.block_m),),
         image,
-        image_ptr=image,
+        **image_args | {"CHANNELS_LAST": layout.weight_order == "p1 p2 c"},
         pre_weight_ptr=contiguous(pre_norm[0]),
         pre_bias_ptr=contiguous(pre_norm[1]),
         pre_mean_ptr=pre_mean,
         pre_rstd_ptr=pre_rstd,
-        mean_ptr=contiguous(mean),
-        std_ptr=contiguous(std),
         out_ptr=patches,
-        **image_strides(image),
-        n_rows=n_rows,
-        n_patches=layout.n_patches,
-        grid_w=layout.grid_w,
-        **layout.constants | {"CHANNELS_LAST": patch_order == "p1 p2 c"},
         BLOCK_M=rows.block_m,
         BLOCK_K=rows.block_d,
         num_warps=rows.num_warps,
@@ -277,9 +269,7 @@ def patch_embed_fwd(
     if prefix is not None:
         tokens[:, :n_prefix] = prefix
     behind_prefix = tokens[:, n_prefix:]
-    image_args = {"image_ptr": image, **image_strides(image), **layout.constants}
-    image_args |= {"mean_ptr": contiguous(mean), "std_ptr": contiguous(std)}
-    image_args |= {"n_rows": n_rows, "n_patches": n_patches, "grid_w": layout.grid_w}
+    image_args = image_arguments(image, mean, std, layout)
 
     pre_weight = pre_bias = pre_mean = pre_rstd = None
     if pre_norm is not None:
@@ -305,7 +295,7 @@ def patch_embed_fwd(
     vendor = fits and prefers_vendor("patches", weight.dtype, target, Epilogue.NONE)
     if vendor:
         norm = pre_norm[:2] if pre_norm else (None, None)
-        patches = gather_patches(image, mean, std, layout, weight.dtype, norm, pre_mean, pre_rstd, patch_order)
+        patches = gather_patches(image, mean, std, layout, weight.dtype, norm, pre_mean, pre_rstd)
         z = torch.mm(patches, weight.T) if bias is None else torch.addmm(bias.to(weight.dtype), patches, weight.T)
         del patches
     else:

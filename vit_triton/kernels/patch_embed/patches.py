@@ -1,10 +1,12 @@
 """Addresses of the patches of an image in kernels, and the order of the values of a patch."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from vit_triton.kernels.launch import contiguous
 
 
 @triton.jit
@@ -114,6 +116,22 @@ def patch_layout(image: torch.Tensor, patch_size: tuple[int, int], weight_order:
     patch_h, patch_w = patch_size
     order = "p1 p2 c" if image.stride(1) < image.stride(3) else "c p1 p2"
     return PatchLayout(channels, patch_h, patch_w, height // patch_h, width // patch_w, order, weight_order)
+
+
+def image_arguments(
+    image: torch.Tensor, mean: torch.Tensor | None, std: torch.Tensor | None, layout: PatchLayout
+) -> dict[str, Any]:
+    """Arguments of the kernels that read all patches of an image."""
+    return {
+        "image_ptr": image,
+        "mean_ptr": contiguous(mean),
+        "std_ptr": contiguous(std),
+        **image_strides(image),
+        "n_rows": image.shape[0] * layout.n_patches,
+        "n_patches": layout.n_patches,
+        "grid_w": layout.grid_w,
+        **layout.constants,
+    }
 
 
 def image_strides(image: torch.Tensor, prefix: str = "stride_i") -> dict[str, int]:
