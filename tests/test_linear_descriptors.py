@@ -131,4 +131,7 @@ def test_which_targets_use_descriptors(name, pick):
     for epilogue in Epilogue:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             tile = pick(25216, 768, 3072, dtype, target_named(name), "ieee", epilogue)
-            assert tile.descriptors == (name in ("sm_90", "sm_100") and dtype != torch.float32)
+            # on sm_90, LayerScale multiplies dy between its load and the product: with pointers it is faster
+            pointers = name == "sm_90" and pick is pick_linear_bwd_input and epilogue is Epilogue.BRANCH
+            expected = name in ("sm_90", "sm_100") and dtype != torch.float32 and not pointers
+            assert tile.descriptors == expected
