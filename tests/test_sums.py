@@ -5,6 +5,7 @@ import torch
 from precision import DTYPES
 
 from vit_triton.cpu.driver import use_cpu_driver
+from vit_triton.kernels.launch import launch
 from vit_triton.kernels.sums import sum_parts as kernels
 from vit_triton.kernels.sums.config import SumConfig
 
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.compiled
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 5), (3, 7, 11), (32, 257), (33, 64), (264, 40)])
+@pytest.mark.parametrize("shape", [(1, 5), (3, 7, 11), (32, 257), (33, 64), (396, 40)])
 def test_sum_of_parts(shape, dtype):
     parts = torch.randn(shape)
     with use_cpu_driver():
@@ -21,6 +22,20 @@ def test_sum_of_parts(shape, dtype):
     exact, size = parts.double().sum(0), parts.double().abs().sum(0)
     bound = torch.finfo(dtype).eps / 2 * exact.abs() + shape[0] * torch.finfo(torch.float32).eps * size
     assert ((total - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("n_parts", [1, 3, 396])
+def test_sum_of_a_pair(n_parts, monkeypatch):
+    """Sizes that are no multiples of a block, in one launch unless the results are the parts."""
+    launches = []
+    monkeypatch.setattr(kernels, "launch", lambda *args, **options: launches.append(args) or launch(*args, **options))
+    first, second = torch.randn(n_parts, 7, 11), torch.randn(n_parts, 50)
+    with use_cpu_driver():
+        totals = kernels.sum_pair(first, second, torch.float32)
+        expected = [kernels.sum_parts(parts, torch.float32) for parts in (first, second)]
+    for total, reference in zip(totals, expected, strict=True):
+        assert torch.equal(total, reference)
+    assert len(launches) == (0 if n_parts == 1 else 3)
 
 
 def test_strided_parts():

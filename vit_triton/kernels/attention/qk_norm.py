@@ -23,7 +23,7 @@ from vit_triton.kernels.launch import contiguous, launch
 from vit_triton.kernels.norm.config import layer_norm_stretch, pick_qk_norm
 from vit_triton.kernels.norm.statistics import row_gradient, row_statistics
 from vit_triton.kernels.picker import cdiv
-from vit_triton.kernels.sums.sum_parts import new_partials, sum_parts
+from vit_triton.kernels.sums.sum_parts import new_partials, sum_pair
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def qk_norm_bwd_into(
     )
     if weight is None or dweight_partials is None or dbias_partials is None:
         return None, None
-    return sum_parts(dweight_partials, weight.dtype), sum_parts(dbias_partials, weight.dtype)
+    return sum_pair(dweight_partials, dbias_partials, weight.dtype)
 
 
 def normed_attention_fwd(

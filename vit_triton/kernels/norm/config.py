@@ -7,19 +7,17 @@ from vit_triton.kernels.picker import cdiv, next_power_of_2, tunable
 from vit_triton.kernels.target import Target
 
 MAX_LAYER_NORM_WIDTH = 2**16
-# 2 programs per multiprocessor of an H100 (132); constant, so that all GPUs add the same partial sums
-LAYER_NORM_PARTIALS = 264
 
 
 @dataclass(frozen=True)
 class LayerNormConfig:
     """A tile of ``block_m`` whole rows, padded to ``block_d`` >= width columns; the backward kernel writes at most
-    ``partials`` partial sums."""
+    ``partials`` partial sums, 32 on a CPU and in the interpreter."""
 
     block_m: int
     block_d: int
     num_warps: int
-    partials: int = LAYER_NORM_PARTIALS
+    partials: int = 32
 
 
 def check_layer_norm_width(width: int) -> None:
@@ -34,7 +32,12 @@ def _candidates_layer_norm(width: int, target: Target) -> Iterable[LayerNormConf
         for per_thread in (8, 16, 32):
             rows = num_warps * 32 * per_thread // block_d
             if 1 <= rows <= 16:
-                yield LayerNormConfig(rows, block_d, num_warps)
+                yield LayerNormConfig(rows, block_d, num_warps, resident_programs(target))
+
+
+def resident_programs(target: Target) -> int:
+    """Programs of a backward kernel that fill a GPU: four of four warps per multiprocessor (benchmarks codegen)."""
+    return 4 * (target.multiprocessors or 132)
 
 
 @tunable(LayerNormConfig, candidates=_candidates_layer_norm)
@@ -46,10 +49,10 @@ def pick_layer_norm(width: int, target: Target) -> LayerNormConfig:
         return LayerNormConfig(max(1, 2**17 // block_d), block_d, 4)
     if target.family == "cpu":
         # a row, and in the backward pass the column sums, stay in the L1 cache between passes
-        return LayerNormConfig(1, block_d, 1, partials=32)
+        return LayerNormConfig(1, block_d, 1)
     # 16 elements per thread: two 16-byte loads of bfloat16, and the backward kernel does not spill (benchmarks codegen)
     num_warps = 4 if block_d <= 1024 else min(16, block_d // 256) if block_d <= 8192 else 32
-    return LayerNormConfig(max(1, min(16, num_warps * 512 // block_d)), block_d, num_warps)
+    return LayerNormConfig(max(1, min(16, num_warps * 512 // block_d)), block_d, num_warps, resident_programs(target))
 
 
 def pick_qk_norm(head_dim: int, target: Target) -> LayerNormConfig:
@@ -58,9 +61,9 @@ def pick_qk_norm(head_dim: int, target: Target) -> LayerNormConfig:
     if target.family == "interpreter":
         return pick_layer_norm(head_dim, target)
     if target.family == "cpu":
-        return LayerNormConfig(max(1, 1024 // block_d), block_d, 1, partials=32)
+        return LayerNormConfig(max(1, 1024 // block_d), block_d, 1)
     per_thread = 8 if target.family == "sm_100" else 16  # with 16 the backward kernel spills on sm_100
-    return LayerNormConfig(max(1, min(128, 128 * per_thread // block_d)), block_d, 4)
+    return LayerNormConfig(max(1, min(128, 128 * per_thread // block_d)), block_d, 4, resident_programs(target))
 
 
 def layer_norm_stretch(n_rows: int, config: LayerNormConfig) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from vit_triton.kernels.launch import contiguous, launch
 from vit_triton.kernels.norm.config import check_layer_norm_width, layer_norm_stretch, pick_layer_norm
 from vit_triton.kernels.norm.statistics import row_gradient, row_statistics
 from vit_triton.kernels.picker import cdiv
-from vit_triton.kernels.sums.sum_parts import new_partials, sum_parts
+from vit_triton.kernels.sums.sum_parts import new_partials, sum_pair
 
 # --- forward -----------------------------------------------------------------------------------------------
 
@@ -272,4 +272,4 @@ def layer_norm_bwd(
     )
     if weight is None or dweight_partials is None or dbias_partials is None:
         return dx, None, None
-    return dx, sum_parts(dweight_partials, weight.dtype), sum_parts(dbias_partials, weight.dtype)
+    return dx, *sum_pair(dweight_partials, dbias_partials, weight.dtype)

@@ -25,7 +25,7 @@ from vit_triton.kernels.patch_embed.patches import (
     token_offsets,
 )
 from vit_triton.kernels.picker import cdiv
-from vit_triton.kernels.sums.sum_parts import new_partials, sum_parts
+from vit_triton.kernels.sums.sum_parts import new_partials, sum_pair
 from vit_triton.kernels.tiles import grouped_tile
 
 
@@ -263,7 +263,7 @@ def _bwd_weight(
         GROUP=config.group,
         **config.options,
     )
-    dweight, dbias = (sum_parts(partials, torch.float32) for partials in (dweight_partials, dbias_partials))
+    dweight, dbias = sum_pair(dweight_partials, dbias_partials, torch.float32)
     return layout.to_weight(dweight), dbias
 
 

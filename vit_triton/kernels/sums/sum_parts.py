@@ -22,8 +22,21 @@ def add_partials(partials_ptr, start, n_partials, stride_p, offs, mask, BLOCK_P:
 
 
 @triton.jit(do_not_specialize=["n_partials"])
-def sum_parts_kernel(partials_ptr, total_ptr, n_partials, stride_p, size, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+def sum_parts_kernel(
+    partials_ptr, total_ptr, second_partials_ptr, second_total_ptr,
+    n_partials, stride_p, second_stride_p, size, second_size, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of the total, or with ``second_partials_ptr`` of the second total, whose programs follow."""
+    block = tl.program_id(0)
+    if second_partials_ptr is not None:
+        n_blocks = tl.cdiv(size, BLOCK)
+        if block >= n_blocks:
+            partials_ptr = second_partials_ptr
+            total_ptr = second_total_ptr
+            stride_p = second_stride_p
+            size = second_size
+            block -= n_blocks
+    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = offs < size
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n_partials, BLOCK_P):
@@ -41,19 +54,40 @@ def sum_parts(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     so the storage must not be shared with other tensors."""
     if len(partials) == 1 and partials.dtype == dtype:
         return partials[0]
+    return _sum(partials, None, dtype)[0]
+
+
+def sum_pair(first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`sum_parts` of as many partials of two tensors, in one launch."""
+    if len(first) == 1:
+        return sum_parts(first, dtype), sum_parts(second, dtype)
+    total, second_total = _sum(first, second, dtype)
+    assert second_total is not None
+    return total, second_total
+
+
+def _sum(
+    partials: torch.Tensor, second: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     total = partials.new_empty(partials.shape[1:], dtype=dtype)
+    second_total = None if second is None else second.new_empty(second.shape[1:], dtype=dtype)
     config = pick_sum_parts(len(partials), target_of(partials.device))
+    second_size = 0 if second_total is None else second_total.numel()
     launch(
         sum_parts_kernel,
-        (cdiv(total.numel(), config.block),),
+        (cdiv(total.numel(), config.block) + cdiv(second_size, config.block),),
         partials,
         partials_ptr=partials,
         total_ptr=total,
+        second_partials_ptr=second,
+        second_total_ptr=second_total,
         n_partials=len(partials),
         stride_p=partials.stride(0),
+        second_stride_p=0 if second is None else second.stride(0),
         size=total.numel(),
+        second_size=second_size,
         BLOCK_P=config.block_p,
         BLOCK=config.block,
         num_warps=config.num_warps,
     )
-    return total
+    return total, second_total
