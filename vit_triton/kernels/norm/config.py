@@ -32,12 +32,13 @@ def _candidates_layer_norm(width: int, target: Target) -> Iterable[LayerNormConf
         for per_thread in (8, 16, 32):
             rows = num_warps * 32 * per_thread // block_d
             if 1 <= rows <= 16:
-                yield LayerNormConfig(rows, block_d, num_warps, resident_programs(target))
+                yield LayerNormConfig(rows, block_d, num_warps, backward_programs(target))
 
 
-def resident_programs(target: Target) -> int:
-    """Programs of a backward kernel that fill a GPU: four of four warps per multiprocessor (benchmarks codegen)."""
-    return 4 * (target.multiprocessors or 132)
+def backward_programs(target: Target) -> int:
+    """Programs of a backward kernel that fill a GPU, four of four warps per multiprocessor; `sum_parts` adds up to 512
+    partial sums in one step (benchmarks codegen)."""
+    return min(512, 4 * (target.multiprocessors or 132))
 
 
 @tunable(LayerNormConfig, candidates=_candidates_layer_norm)
@@ -52,7 +53,7 @@ def pick_layer_norm(width: int, target: Target) -> LayerNormConfig:
         return LayerNormConfig(1, block_d, 1)
     # 16 elements per thread: two 16-byte loads of bfloat16, and the backward kernel does not spill (benchmarks codegen)
     num_warps = 4 if block_d <= 1024 else min(16, block_d // 256) if block_d <= 8192 else 32
-    return LayerNormConfig(max(1, min(16, num_warps * 512 // block_d)), block_d, num_warps, resident_programs(target))
+    return LayerNormConfig(max(1, min(16, num_warps * 512 // block_d)), block_d, num_warps, backward_programs(target))
 
 
 def pick_qk_norm(head_dim: int, target: Target) -> LayerNormConfig:
@@ -63,7 +64,7 @@ def pick_qk_norm(head_dim: int, target: Target) -> LayerNormConfig:
     if target.family == "cpu":
         return LayerNormConfig(max(1, 1024 // block_d), block_d, 1)
     per_thread = 8 if target.family == "sm_100" else 16  # with 16 the backward kernel spills on sm_100
-    return LayerNormConfig(max(1, min(128, 128 * per_thread // block_d)), block_d, 4, resident_programs(target))
+    return LayerNormConfig(max(1, min(128, 128 * per_thread // block_d)), block_d, 4, backward_programs(target))
 
 
 def layer_norm_stretch(n_rows: int, config: LayerNormConfig) -> tuple[int, int]:

@@ -17,8 +17,8 @@ class SumConfig:
 
 
 def _candidates_sum_parts(n_parts: int, target: Target) -> Iterable[SumConfig]:
-    for block in (16, 32, 64, 128, 256):
-        for most in (8, 32, 64, 256):
+    for block in (8, 16, 32, 64, 128, 256):
+        for most in (8, 32, 64, 512):
             yield SumConfig(min(most, next_power_of_2(n_parts)), block, 4)
 
 
@@ -31,5 +31,5 @@ def pick_sum_parts(n_parts: int, target: Target) -> SumConfig:
         return SumConfig(min(32, next_power_of_2(n_parts)), 256, 1)
     # many partials (a LayerNorm's 432 of 768 elements) need many loads at once and small blocks, to fill the GPU (2
     # instead of 9 us on an A100, benchmarks codegen); few partials belong to a large weight
-    block_p = min(256, next_power_of_2(n_parts))
-    return SumConfig(block_p, 16 if block_p == 256 else 32 if block_p >= 32 else 2048 // block_p, 4)
+    block_p = min(512, next_power_of_2(n_parts))
+    return SumConfig(block_p, 8 if block_p == 512 else 16 if block_p >= 32 else 2048 // block_p, 4)

@@ -26,22 +26,19 @@ def sum_parts_kernel(
     partials_ptr, total_ptr, second_partials_ptr, second_total_ptr,
     n_partials, stride_p, second_stride_p, size, second_size, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of the total, or with ``second_partials_ptr`` of the second total, whose programs follow."""
-    block = tl.program_id(0)
-    if second_partials_ptr is not None:
-        n_blocks = tl.cdiv(size, BLOCK)
-        if block >= n_blocks:
-            partials_ptr = second_partials_ptr
-            total_ptr = second_total_ptr
-            stride_p = second_stride_p
-            size = second_size
-            block -= n_blocks
-    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    mask = offs < size
+    """One block of the total, and with ``second_partials_ptr`` of the second total."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     total = tl.zeros([BLOCK], tl.float32)
+    second = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n_partials, BLOCK_P):
-        total += add_partials(partials_ptr, start, n_partials, stride_p, offs, mask, BLOCK_P)
-    tl.store(total_ptr + offs, total.to(total_ptr.dtype.element_ty), mask=mask)
+        total += add_partials(partials_ptr, start, n_partials, stride_p, offs, offs < size, BLOCK_P)
+        if second_partials_ptr is not None:
+            second += add_partials(
+                second_partials_ptr, start, n_partials, second_stride_p, offs, offs < second_size, BLOCK_P
+            )
+    tl.store(total_ptr + offs, total.to(total_ptr.dtype.element_ty), mask=offs < size)
+    if second_partials_ptr is not None:
+        tl.store(second_total_ptr + offs, second.to(second_total_ptr.dtype.element_ty), mask=offs < second_size)
 
 
 def new_partials(like: torch.Tensor, n_partials: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -75,7 +72,7 @@ def _sum(
     second_size = 0 if second_total is None else second_total.numel()
     launch(
         sum_parts_kernel,
-        (cdiv(total.numel(), config.block) + cdiv(second_size, config.block),),
+        (cdiv(max(total.numel(), second_size), config.block),),
         partials,
         partials_ptr=partials,
         total_ptr=total,
