@@ -5,6 +5,7 @@ Activations take and return float32 tiles of any shape.
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -118,15 +119,40 @@ def activate_grad(x, KIND: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def dropout_keep(seed, row, col, off_bh, p):
-    """True if dropout with probability ``p`` keeps the element (off_bh, row, col).
+def dropout_keep(seed, rows, cols, plane, p, TRANSPOSED: tl.constexpr = False):
+    """True if dropout with probability ``p`` keeps the elements (plane, rows x cols); with TRANSPOSED (cols x rows).
 
-    Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the coordinates of the element
-    as the counter: the mask is independent of the tiles, so the backward kernels can recompute it.
+    Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") gives four words, for the elements
+    (row, col), (row, col + 8), (row + 8, col) and (row + 8, col + 8), which one thread holds after a product of NVIDIA's
+    matrix units, transposed or not. The counter is the first of them: the mask is independent of the tiles, so the
+    backward kernels can recompute it.
     """
-    c0 = (col + 0 * row).to(tl.uint32)
-    c1 = (row + 0 * col).to(tl.uint32)
-    c2 = (off_bh + 0 * c0).to(tl.uint32)
+    SHARED: tl.constexpr = is_cuda() and rows.shape[0] % 16 == 0 and cols.shape[0] % 16 == 0
+    row, col = rows, cols
+    if SHARED:
+        row, col = _first_eights(rows), _first_eights(cols)
+    c1 = (row - row % 16 + row % 8).to(tl.uint32)[:, None] + tl.zeros([1, col.shape[0]], tl.uint32)
+    c0 = (col - col % 16 + col % 8).to(tl.uint32)[None, :] + tl.zeros([row.shape[0], 1], tl.uint32)
+    if TRANSPOSED:
+        c0, c1 = c1, c0
     # 7 rounds are the minimum that passes BigCrush (same paper, table 2); Triton's default is 10
-    bits, _, _, _ = tl.philox(seed, c0, c1, c2, 0 * c0, 7)
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, (plane + 0 * c0).to(tl.uint32), 0 * c0, 7)
+    if TRANSPOSED:
+        w1, w2 = w2, w1
+    if SHARED:
+        M: tl.constexpr = rows.shape[0]
+        N: tl.constexpr = cols.shape[0]
+        bits = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # [M / 2, N / 2, 2 columns, 2 rows]
+        bits = tl.permute(tl.reshape(bits, (M // 16, 8, N // 16, 8, 2, 2)), (0, 5, 1, 2, 4, 3))
+        bits = tl.reshape(bits, (M, N))
+    else:
+        right = (cols % 16 >= 8)[None, :]
+        bits = tl.where((rows % 16 >= 8)[:, None], tl.where(right, w3, w2), tl.where(right, w1, w0))
     return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08 >= p  # 24 bits fill float32's significand
+
+
+@triton.jit
+def _first_eights(x):
+    """The elements 0 to 7, 16 to 23, ... of a vector: [N] -> [N / 2]."""
+    first, _ = tl.split(tl.permute(tl.reshape(x, (x.shape[0] // 16, 2, 8)), (0, 2, 1)))
+    return tl.reshape(first, (x.shape[0] // 2,))

@@ -197,7 +197,7 @@ def attention_bwd_dkdv_step(
     p_dropped = p
     if dropout is not None:
         seed, off_bh, dropout_p, keep_scale = dropout
-        keep = dropout_keep(seed, offs_m[None, :], offs_n[:, None], off_bh, dropout_p)
+        keep = dropout_keep(seed, offs_n, offs_m, off_bh, dropout_p, True)
         dropped = tl.where(keep, keep_scale, 0.0)  # a factor, so that dropped NaN stays NaN
         p_dropped = p * dropped
         dp *= dropped

@@ -92,7 +92,7 @@ def attention_fwd_step(
     row_sum = row_sum * rescale + tl.sum(p, 1)
     if dropout is not None:
         seed, off_bh, dropout_p, _ = dropout
-        p = tl.where(dropout_keep(seed, offs_m[:, None], offs_n[None, :], off_bh, dropout_p), p, 0.0)
+        p = tl.where(dropout_keep(seed, offs_m, offs_n, off_bh, dropout_p), p, 0.0)
 
     v = load_main(v_rows, offs_n, n_k, DIMS, MASKED)  # [BLOCK_N, D_MAIN]
     p = p.to(v.dtype)

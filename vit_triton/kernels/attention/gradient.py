@@ -44,7 +44,7 @@ def score_gradient(
         p = softmax_of(scores, lse[:, None], None if log2_sum is None else log2_sum[:, None])
     if dropout is not None:
         seed, off_bh, dropout_p, keep_scale = dropout
-        keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], off_bh, dropout_p)
+        keep = dropout_keep(seed, offs_m, offs_n, off_bh, dropout_p)
         dp = tl.where(keep, dp * keep_scale, 0.0)  # NaN in dp is NaN in delta too
     return p * (dp - delta[:, None]), k
 

@@ -190,7 +190,7 @@ def window_attention_fwd_kernel(
         norm = 1.0 / tl.sum(p, 1)
         if DROPOUT:
             plane = window * n_heads + head
-            keep = dropout_keep(tl.load(seed_ptr), offs_m[:, None], offs_n[None, :], plane, dropout_p)
+            keep = dropout_keep(tl.load(seed_ptr), offs_m, offs_n, plane, dropout_p)
             p = tl.where(keep, p, 0.0)
             norm *= keep_scale
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * norm[:, None]

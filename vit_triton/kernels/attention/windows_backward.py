@@ -89,7 +89,7 @@ def window_attention_bwd_kernel(
         plane = window * n_heads + head
         p_kept = p
         if DROPOUT:
-            keep = dropout_keep(tl.load(seed_ptr), offs_m[:, None], offs_n[None, :], plane, dropout_p)
+            keep = dropout_keep(tl.load(seed_ptr), offs_m, offs_n, plane, dropout_p)
             dp = tl.where(keep, dp * keep_scale, 0.0)
             p_kept = tl.where(keep, p * keep_scale, 0.0)
         if N_BLOCKS == 1:
@@ -178,7 +178,7 @@ def window_attention_bwd_dkdv_kernel(
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         p_kept = p
         if DROPOUT:
-            keep = dropout_keep(tl.load(seed_ptr), offs_m[:, None], offs_n[None, :], plane, dropout_p)
+            keep = dropout_keep(tl.load(seed_ptr), offs_m, offs_n, plane, dropout_p)
             dp = tl.where(keep, dp * keep_scale, 0.0)
             p_kept = tl.where(keep, p * keep_scale, 0.0)
         dv = tl.dot(tl.trans(p_kept.to(do.dtype)), do, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]

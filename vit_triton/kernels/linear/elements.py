@@ -25,7 +25,7 @@ def within(rows, num_rows, cols, num_cols, EVEN_COLS: tl.constexpr):
 @triton.jit
 def dropout_scale(seed_ptr, rows, cols, p, keep_scale):
     """D: 0 for a dropped element (row, col), else ``keep_scale`` = 1 / (1 - p)."""
-    return tl.where(dropout_keep(tl.load(seed_ptr), rows[:, None], cols[None, :], 0, p), keep_scale, 0.0)
+    return tl.where(dropout_keep(tl.load(seed_ptr), rows, cols, 0, p), keep_scale, 0.0)
 
 
 @triton.jit

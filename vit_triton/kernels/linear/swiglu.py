@@ -36,7 +36,7 @@ def swiglu_fwd_kernel(
     value = tl.load(gate_ptrs + H, mask=mask, other=0.0).to(tl.float32)
     hidden = activate(gate, "silu", True) * value
     if DROPOUT:
-        keep = dropout_keep(tl.load(seed_ptr), offs_m[:, None], offs_h[None, :], 0, dropout_p)
+        keep = dropout_keep(tl.load(seed_ptr), offs_m, offs_h, 0, dropout_p)
         hidden *= tl.where(keep, keep_scale, 0.0)
     tl.store(hidden_ptr + rows * H + offs_h[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
 
@@ -67,7 +67,7 @@ def swiglu_bwd_kernel(
     silu = activate(gate, "silu", True)
     hidden = silu * value
     if DROPOUT:
-        keep = dropout_keep(tl.load(seed_ptr), offs_m[:, None], offs_h[None, :], 0, dropout_p)
+        keep = dropout_keep(tl.load(seed_ptr), offs_m, offs_h, 0, dropout_p)
         scale = tl.where(keep, keep_scale, 0.0)
         hidden *= scale
         dhidden *= scale
