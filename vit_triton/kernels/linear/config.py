@@ -116,15 +116,12 @@ def pick_gemm(
     elif target.family == "gfx":
         tile = GemmConfig(128, 128, 64, 8, 2) if epilogue is Epilogue.NONE else GemmConfig(128, 64, 64, 8, 2)
     elif target.family in ("sm_90", "sm_100"):
-        # Two epilogue subtiles allow two resident blocks; Philox spills with 128 columns; 128 x 256 has one resident
-        # block and is not faster (benchmarks codegen, --time)
-        block_n, subtiles = 64 if epilogue is Epilogue.DROPOUT else 128, 1 if epilogue is Epilogue.NONE else 2
-        tile = GemmConfig(128, block_n, 64, 8, 3, subtiles=subtiles)
+        # Two epilogue subtiles allow two resident blocks; 128 x 256 has one resident block and is not faster
+        # (benchmarks codegen, --time)
+        tile = GemmConfig(128, 128, 64, 8, 3, subtiles=1 if epilogue is Epilogue.NONE else 2)
     else:
-        # Two resident blocks on an A100 without spills: 128 x 128 leaves no registers for an epilogue, and Philox needs
-        # more registers than a GELU (benchmarks codegen)
-        sides = {Epilogue.NONE: (128, 128), Epilogue.DROPOUT: (64, 64)}.get(epilogue, (128, 64))
-        tile = GemmConfig(*sides, 32, 4, 4)
+        # two resident blocks on an A100 without spills: 128 x 128 leaves no registers for an epilogue
+        tile = GemmConfig(128, 128 if epilogue is Epilogue.NONE else 64, 32, 4, 4)
     return clipped(tile, rows, cols, depth)
 
 
@@ -242,9 +239,8 @@ def _linear_fwd_tile(
         # Two resident blocks: an elementwise epilogue in two subtiles fits in 128 registers with eight warps; other
         # epilogues need more registers and therefore 64 columns (benchmarks codegen)
         block_n, num_warps = (128, 8) if epilogue is Epilogue.ELEMENTWISE else (64, 4)
-        return replace(tile, block_m=128, block_n=clip(block_n, n), num_warps=num_warps, subtiles=2)
-    if target.family == "sm_90" and epilogue is Epilogue.DROPOUT:
-        return clipped(replace(NARROW, subtiles=4, max_registers=168, descriptors=True), 2**30, n, k)
+        most = 128 if epilogue is Epilogue.DROPOUT else 255  # four resident blocks
+        return clipped(replace(tile, block_n=block_n, num_warps=num_warps, subtiles=2, max_registers=most), 2**30, n, k)
     if target.family == "sm_90":
         return replace(tile, max_registers=128)  # without the limit the compiler exceeds it: one resident block
     return tile
@@ -276,12 +272,13 @@ def _linear_bwd_input_tile(
         return tile
     # the activation and its derivative together: one subtile spills on sm_80
     if target.family == "sm_80":
-        return replace(tile, subtiles=2)
+        most = 168 if epilogue is Epilogue.DROPOUT else 255  # three resident blocks
+        return clipped(replace(tile, subtiles=2, max_registers=most), 2**30, k, n)
     if target.family == "sm_90" and epilogue is Epilogue.BRANCH:
         # pointers: gamma scales dy between its load and the product (benchmarks codegen)
         return clipped(replace(NARROW, subtiles=4, max_registers=168), 2**30, k, n)
     if target.family == "sm_90":  # two resident blocks
-        return replace(tile, block_n=clip(128, k), subtiles=4, max_registers=128)
+        return replace(tile, subtiles=4, max_registers=128)
     return tile
 
 
