@@ -123,7 +123,7 @@ def dropout_keep(seed, rows, cols, plane, p, TRANSPOSED: tl.constexpr = False):
     """True if dropout with probability ``p`` keeps the elements (plane, rows x cols); with TRANSPOSED (cols x rows).
 
     Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") gives four words, for the elements
-    (row, col), (row, col + 8), (row + 8, col) and (row + 8, col + 8), which one thread holds after a product of NVIDIA's
+    (row, col), (row, col + 8), (row + 8, col) and (row + 8, col + 8). One thread holds them after a product of NVIDIA's
     matrix units, transposed or not. The counter is the first of them: the mask is independent of the tiles, so the
     backward kernels can recompute it.
     """

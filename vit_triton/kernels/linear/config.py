@@ -239,8 +239,10 @@ def _linear_fwd_tile(
         # Two resident blocks: an elementwise epilogue in two subtiles fits in 128 registers with eight warps; other
         # epilogues need more registers and therefore 64 columns (benchmarks codegen)
         block_n, num_warps = (128, 8) if epilogue is Epilogue.ELEMENTWISE else (64, 4)
-        most = 128 if epilogue is Epilogue.DROPOUT else 255  # four resident blocks
-        return clipped(replace(tile, block_n=block_n, num_warps=num_warps, subtiles=2, max_registers=most), 2**30, n, k)
+        tile = replace(tile, block_n=block_n, num_warps=num_warps, subtiles=2)
+        if epilogue is Epilogue.DROPOUT:  # four resident blocks
+            tile = replace(tile, num_stages=3 if target.shared_memory <= 99 * 1024 else 4, max_registers=128)
+        return clipped(tile, 2**30, n, k)
     if target.family == "sm_90":
         return replace(tile, max_registers=128)  # without the limit the compiler exceeds it: one resident block
     return tile
@@ -272,8 +274,11 @@ def _linear_bwd_input_tile(
         return tile
     # the activation and its derivative together: one subtile spills on sm_80
     if target.family == "sm_80":
-        most = 168 if epilogue is Epilogue.DROPOUT else 255  # three resident blocks
-        return clipped(replace(tile, subtiles=2, max_registers=most), 2**30, k, n)
+        tile = replace(tile, subtiles=2)
+        if epilogue is Epilogue.DROPOUT:  # four resident blocks of 64 rows, or three of 128
+            small = target.shared_memory <= 99 * 1024
+            tile = replace(tile, block_m=64) if small else replace(tile, max_registers=168)
+        return clipped(tile, 2**30, k, n)
     if target.family == "sm_90" and epilogue is Epilogue.BRANCH:
         # pointers: gamma scales dy between its load and the product (benchmarks codegen)
         return clipped(replace(NARROW, subtiles=4, max_registers=168), 2**30, k, n)
