@@ -62,6 +62,14 @@ def _cases() -> Iterator[Case]:
         for gradients, kernel in (("dq", "attention_bwd_dq_kernel"), ("dk and dv", "attention_bwd_dkdv_kernel")):
             yield Case(f"{gradients}, {n_tokens} tokens, heads of 64", kernel, _attention(n_tokens, 64))
 
+    dropped = functools.partial(workloads.packed_attention, batch=BATCH, n_tokens=TOKENS, head_dim=64, dropout_p=0.1)
+    for name, kernel in (
+        ("", "attention_fwd_kernel"),
+        (": dq", "attention_bwd_dq_kernel"),
+        (": dk and dv", "attention_bwd_dkdv_kernel"),
+    ):
+        yield Case(f"attention with dropout{name}", kernel, dropped)
+
     biased = functools.partial(workloads.biased_attention, batch=BATCH, n_tokens=201)
     for name, kernel in (
         ("", "attention_fwd_kernel"),

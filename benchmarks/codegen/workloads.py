@@ -156,8 +156,9 @@ def qkv_projection(dtype: torch.dtype, batch: int, n_tokens: int, layout: str | 
     _linear(_zeros(dtype, batch, n_tokens, WIDTH), 3 * WIDTH, **rope)
 
 
-def packed_attention(dtype: torch.dtype, batch: int, n_tokens: int, head_dim: int) -> None:
-    _differentiate(F.attention_packed(_zeros(dtype, batch, n_tokens, 3, HEADS, head_dim), backend="triton"))
+def packed_attention(dtype: torch.dtype, batch: int, n_tokens: int, head_dim: int, dropout_p: float = 0.0) -> None:
+    qkv = _zeros(dtype, batch, n_tokens, 3, HEADS, head_dim)
+    _differentiate(F.attention_packed(qkv, dropout_p=dropout_p, backend="triton"))
 
 
 def linear_alone(dtype: torch.dtype, batch: int) -> None:
