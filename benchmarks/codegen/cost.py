@@ -113,7 +113,10 @@ COSTS: dict[str, tuple[Count, Count]] = {
     "qk_norm_fwd_kernel": (_qk_norm(3, 2), _no_loop),
     "qk_norm_bwd_kernel": (_qk_norm(10, 4), lambda a: a["n_steps"]),
     "rotary_kernel": (lambda a: 2 * 6 * a["n_rows"] * a["HALF"], _no_loop),  # 6 per pair of q and of k
-    "sum_parts_kernel": (lambda a: a["n_partials"] * (a["size"] + a["second_size"]), _trips("n_partials", "BLOCK_P")),
+    "sum_parts_kernel": (
+        lambda a: a["n_partials"] * a["size"] + a["second_n_partials"] * a["second_size"],
+        _trips("n_partials", "BLOCK_P"),
+    ),
     "patch_embed_statistics_kernel": (lambda a: 4 * a["n_rows"] * _patch_dim(a), _no_loop),
     "patch_embed_fwd_kernel": (_patches, lambda a: cdiv(_patch_dim(a), a["BLOCK_K"])),
     "patch_embed_norm_kernel": (

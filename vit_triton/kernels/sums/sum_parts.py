@@ -21,24 +21,29 @@ def add_partials(partials_ptr, start, n_partials, stride_p, offs, mask, BLOCK_P:
     return tl.sum(tl.load(ptrs, mask=(offs_p < n_partials)[:, None] & mask[None, :], other=0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["n_partials"])
+@triton.jit
+def store_sum(partials_ptr, total_ptr, n_partials, stride_p, offs, size, BLOCK_P: tl.constexpr):
+    """Store the elements ``offs`` [BLOCK] of the sum of all partials."""
+    total = tl.zeros(offs.shape, tl.float32)
+    for start in range(0, n_partials, BLOCK_P):
+        total += add_partials(partials_ptr, start, n_partials, stride_p, offs, offs < size, BLOCK_P)
+    tl.store(total_ptr + offs, total.to(total_ptr.dtype.element_ty), mask=offs < size)
+
+
+@triton.jit(do_not_specialize=["n_partials", "second_n_partials"])
 def sum_parts_kernel(
     partials_ptr, total_ptr, second_partials_ptr, second_total_ptr,
-    n_partials, stride_p, second_stride_p, size, second_size, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+    n_partials, second_n_partials, stride_p, second_stride_p, size, second_size,
+    BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of the total, and with ``second_partials_ptr`` of the second total."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    total = tl.zeros([BLOCK], tl.float32)
-    second = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n_partials, BLOCK_P):
-        total += add_partials(partials_ptr, start, n_partials, stride_p, offs, offs < size, BLOCK_P)
-        if second_partials_ptr is not None:
-            second += add_partials(
-                second_partials_ptr, start, n_partials, second_stride_p, offs, offs < second_size, BLOCK_P
-            )
-    tl.store(total_ptr + offs, total.to(total_ptr.dtype.element_ty), mask=offs < size)
+    store_sum(partials_ptr, total_ptr, n_partials, stride_p, offs, size, BLOCK_P)
     if second_partials_ptr is not None:
-        tl.store(second_total_ptr + offs, second.to(second_total_ptr.dtype.element_ty), mask=offs < second_size)
+        if tl.program_id(0) * BLOCK < second_size:
+            store_sum(
+                second_partials_ptr, second_total_ptr, second_n_partials, second_stride_p, offs, second_size, BLOCK_P
+            )
 
 
 def new_partials(like: torch.Tensor, n_partials: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -55,8 +60,8 @@ def sum_parts(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def sum_pair(first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`sum_parts` of as many partials of two tensors, in one launch."""
-    if len(first) == 1:
+    """:func:`sum_parts` of the partials of two tensors, in one launch unless one of them is a view."""
+    if any(len(partials) == 1 and partials.dtype == dtype for partials in (first, second)):
         return sum_parts(first, dtype), sum_parts(second, dtype)
     total, second_total = _sum(first, second, dtype)
     assert second_total is not None
@@ -79,6 +84,7 @@ def _sum(
         second_partials_ptr=second,
         second_total_ptr=second_total,
         n_partials=len(partials),
+        second_n_partials=0 if second is None else len(second),
         stride_p=partials.stride(0),
         second_stride_p=0 if second is None else second.stride(0),
         size=total.numel(),
