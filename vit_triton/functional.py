@@ -916,8 +916,8 @@ def _channel_values(name: str, values: Tensor | Sequence[float] | None, image: T
         if name == "std" and not all(values):
             raise ValueError(f"std must not contain 0, got {values}")
         traced = torch.compiler.is_compiling() or torch._guards.detect_fake_mode(image) is not None
-        if traced:  # fake tensors must not be cached
-            values = torch.tensor(values, dtype=torch.float32, device=image.device)
+        if traced:  # fake tensors must not be cached; a copy from the host would prevent CUDA graphs
+            values = torch.cat([torch.full((1,), x, dtype=torch.float32, device=image.device) for x in values])
         else:
             values = _channel_constant(values, image.device)
     if values.shape != image.shape[1:2]:
