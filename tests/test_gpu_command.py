@@ -15,7 +15,7 @@ import torch
 from cuda_graphs import simulated_graphs  # noqa: F401
 
 from benchmarks import gpu
-from benchmarks.gpu import graphs, machine, models, numbers, plan, process, report, speed, tiles
+from benchmarks.gpu import machine, model_graphs, models, numbers, plan, process, report, speed, tiles
 from benchmarks.gpu.machine import IDENTITY
 from benchmarks.gpu.process import CRASHED, FAILED, HUNG, OUT_OF_MEMORY, PASSED, Worker
 from benchmarks.gpu.results import Results
@@ -308,12 +308,12 @@ def compiled(simulated_graphs, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("what", [models.INFERENCE, models.TRAINING])
-@pytest.mark.parametrize("library", [graphs.OURS, graphs.OTHER])
+@pytest.mark.parametrize("library", [model_graphs.OURS, model_graphs.OTHER])
 def test_graphs_of_a_model_are_checked_and_timed(compiled, library, what):
-    facts = graphs.latency(library, what, TINY)
-    assert {*facts["milliseconds"]} == {*graphs.VARIANTS} and facts["errors"][graphs.GRAPHED] == 0
+    facts = model_graphs.latency(library, what, TINY)
+    assert {*facts["milliseconds"]} == {*model_graphs.VARIANTS} and facts["errors"][model_graphs.GRAPHED] == 0
     if what == models.TRAINING:
-        assert "differ" in graphs.dropout(library, TINY)["line"]
+        assert "differ" in model_graphs.dropout(library, TINY)["line"]
 
 
 def test_wrong_graphs_are_detected(compiled, monkeypatch):
@@ -333,9 +333,9 @@ def test_wrong_graphs_are_detected(compiled, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", frozen)
     with pytest.raises(WrongNumbers, match="graphed callable: error"):
-        graphs.latency(graphs.OURS, models.INFERENCE, TINY)
+        model_graphs.latency(model_graphs.OURS, models.INFERENCE, TINY)
     with pytest.raises(WrongNumbers, match="graphed callable: the gradients of two calls are equal"):
-        graphs.dropout(graphs.OURS, TINY)
+        model_graphs.dropout(model_graphs.OURS, TINY)
 
 
 # --- time ----------------------------------------------------------------------------------------------------
@@ -450,7 +450,7 @@ STEPS = {
         "images_per_second": {"accelerated": 2900.0, "torch.compile": 2500.0},
         "ratio": {"torch.compile": 1.16},
     },
-    f"models: {graphs.name_of(graphs.OURS, models.INFERENCE)}": {
+    f"models: {model_graphs.name_of(model_graphs.OURS, models.INFERENCE)}": {
         "status": PASSED,
         "line": "",
         "milliseconds": {"eager": 2.0, "reduce-overhead": 1.0, "graphed callable": 0.5},

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import graphs, machine, models, numbers, tiles
+from benchmarks.gpu import machine, model_graphs, models, numbers, tiles
 from benchmarks.gpu.process import BAD
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.step import Section
@@ -153,14 +153,14 @@ def _models(steps: Steps) -> str:
 
 def _graphs(steps: Steps) -> str:
     rows = []
-    for library in (graphs.OURS, graphs.OTHER):
+    for library in (model_graphs.OURS, model_graphs.OTHER):
         for what in (models.INFERENCE, models.TRAINING):
-            ms = steps.get(f"models: {graphs.name_of(library, what)}", {}).get("milliseconds")
+            ms = steps.get(f"models: {model_graphs.name_of(library, what)}", {}).get("milliseconds")
             if ms:
-                rows.append((library, what, *(f"{ms[name]:.3f}" for name in graphs.VARIANTS)))
+                rows.append((library, what, *(f"{ms[name]:.3f}" for name in model_graphs.VARIANTS)))
     if not rows:
         return ""
-    header = ("model", "", *(f"ms, {name}" for name in graphs.VARIANTS))
+    header = ("model", "", *(f"ms, {name}" for name in model_graphs.VARIANTS))
     return f"## CUDA graphs\n\n{models.MODELS[0].name} at batch 1.\n\n" + _rows(header, rows)
 
 
