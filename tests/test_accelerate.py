@@ -35,13 +35,13 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def kernels(monkeypatch) -> list[str]:
-    """Names of the called functions of vit_triton.functional."""
+    """Names of the called functions of vit_triton.functional; "linear" is also linear_and_input."""
     called: list[str] = []
-    for name in ("linear", "mlp", "attention_packed", "layer_norm", "patch_embed"):
+    for name in ("linear", "linear_and_input", "mlp", "attention_packed", "layer_norm", "patch_embed"):
         original = getattr(vit_triton.functional, name)
 
         def recorded(*args, name=name, original=original, **options):
-            called.append(name)
+            called.append(name.removesuffix("_and_input"))
             return original(*args, **options)
 
         monkeypatch.setattr(vit_triton.functional, name, recorded)

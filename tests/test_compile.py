@@ -241,6 +241,23 @@ def test_inference_can_be_captured_in_a_cuda_graph(launches):
     assert "vit_triton.encoder_fwd.default" in dict(captured.seen) and launches
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_accelerated_model_can_be_captured_in_a_cuda_graph(launches, training):
+    timm = pytest.importorskip("timm")
+    sizes = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+    model = timm.models.vision_transformer.VisionTransformer(**sizes, proj_drop_rate=0.1, drop_path_rate=0.1)
+    vit_triton.accelerate(model.train(training), backend="triton")
+    with FakeTensorMode() as mode, torch.set_grad_enabled(training):
+        for module in model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(mode.from_tensor(p).detach().to("cuda")))
+        with Captured() as captured:
+            output = model(torch.empty(2, 3, 16, 16, device="cuda"))
+            grads = backward(output, torch.ones_like(output)) if training else {}
+    assert {*grads} == {p for p in model.parameters() if training} and launches
+    assert ("vit_triton.encoder_fwd.default" in dict(captured.seen)) != training
+
+
 def test_inference_with_fake_weights_on_the_cpu():
     """Fake weights have no data from which to prepare a layout."""
     with FakeTensorMode(), torch.no_grad():

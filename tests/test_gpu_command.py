@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_graphs import simulated_graphs  # noqa: F401
 
 from benchmarks import gpu
-from benchmarks.gpu import machine, numbers, plan, process, report, speed, tiles
+from benchmarks.gpu import machine, model_graphs, models, numbers, plan, process, report, speed, tiles
 from benchmarks.gpu.machine import IDENTITY
 from benchmarks.gpu.process import CRASHED, FAILED, HUNG, OUT_OF_MEMORY, PASSED, Worker
 from benchmarks.gpu.results import Results
@@ -297,6 +298,46 @@ def test_every_operator_has_a_check():
         assert name in names and hasattr(F, name)
 
 
+# --- CUDA graphs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(simulated_graphs, monkeypatch):  # noqa: F811
+    """Simulated CUDA graphs, and a torch.compile that returns the model."""
+    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: model)
+
+
+@pytest.mark.parametrize("what", [models.INFERENCE, models.TRAINING])
+@pytest.mark.parametrize("library", [model_graphs.OURS, model_graphs.OTHER])
+def test_graphs_of_a_model_are_checked_and_timed(compiled, library, what):
+    facts = model_graphs.latency(library, what, TINY)
+    assert {*facts["milliseconds"]} == {*model_graphs.VARIANTS} and facts["errors"][model_graphs.GRAPHED] == 0
+    if what == models.TRAINING:
+        assert "differ" in model_graphs.dropout(library, TINY)["line"]
+
+
+def test_wrong_graphs_are_detected(compiled, monkeypatch):
+    make = torch.cuda.make_graphed_callables
+
+    def frozen(model, sample):
+        """A graph whose random numbers or input are those of the capture."""
+        result = make(model, sample)
+        call = result.forward
+
+        def forward(image):
+            torch.manual_seed(0)
+            return call(sample[0])
+
+        result.forward = forward
+        return result
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", frozen)
+    with pytest.raises(WrongNumbers, match="graphed callable: error"):
+        model_graphs.latency(model_graphs.OURS, models.INFERENCE, TINY)
+    with pytest.raises(WrongNumbers, match="graphed callable: the gradients of two calls are equal"):
+        model_graphs.dropout(model_graphs.OURS, TINY)
+
+
 # --- time ----------------------------------------------------------------------------------------------------
 
 
@@ -409,6 +450,11 @@ STEPS = {
         "images_per_second": {"accelerated": 2900.0, "torch.compile": 2500.0},
         "ratio": {"torch.compile": 1.16},
     },
+    f"models: {model_graphs.name_of(model_graphs.OURS, models.INFERENCE)}": {
+        "status": PASSED,
+        "line": "",
+        "milliseconds": {"eager": 2.0, "reduce-overhead": 1.0, "graphed callable": 0.5},
+    },
     "speed: mlp": {
         "status": PASSED,
         "line": "",
@@ -435,19 +481,20 @@ def test_report_page_shows_failures_and_measurements(tmp_path):
     entry = tuned.Timed("pick_layer_norm", {"width": 768}, other, [(default, 2.0), (other, 1.0)])
     tuned.write(tmp_path / tiles.FILE, tuned.new_table("NVIDIA H200", "sm_90", [entry]))
     page = report.markdown(made(tmp_path, STEPS), sections(Context("cuda", tmp_path)))
-    assert page.startswith("# vit_triton on NVIDIA H200\n\n9 of ")
-    assert "8 passed, 1 wrong" in page and "trial on a CPU" not in page
+    assert page.startswith("# vit_triton on NVIDIA H200\n\n10 of ")
+    assert "9 passed, 1 wrong" in page and "trial on a CPU" not in page
     wrong = "| numbers: linear, one row, bfloat16 | wrong | result 0: error 3.0e-01, PyTorch's 1.0e-03 |"
     assert page.index("## What went wrong") < page.index(wrong) < page.index("## The machine")
     assert "| linear, one row | wrong 3.0e-01 (1.0e-03) |  |  |" in page
     assert "| CUDA graph | passed | captured |" in page
     model = "| ViT-B/16 | inference | 256 | 3000 | 2000 | 2500 | 1.50 | 1.16 | 1.00 | 2.00 | 1.50 | timm |"
     assert model in page
+    assert "| vit_triton | inference | 2.000 | 1.000 | 0.500 |" in page
     # 7e10 FLOPs at 700 TFLOP/s take 0.1 ms
     assert "| mlp forward | B/16 at 224, batch 64 | 0.200 | 1.25 | pytorch | pytorch 0.250 | 50 % |" in page
     assert "| qkv | GemmConfig(128) | 0.1000 | 0.0900 | 0.90 |" in page
     assert "1 choices were timed, and 1 differ" in page and "| 2.00 |" in page
-    assert "| whole models | 14 |" in page  # not reached
+    assert "| whole models | 19 |" in page  # not reached
 
 
 @pytest.mark.parametrize("mode, gib, processes", [("Default", 8, 4), ("Exclusive_Process", 80, 1), ("Default", 1, 1)])

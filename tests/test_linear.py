@@ -153,6 +153,42 @@ def test_the_residual_may_be_x_itself(dtype, norm):
     assert_as_precise(ours, [peer], exact, [y, dx + dresidual, dweight, dbias, *dnorm], names)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("expanded", [False, True])
+def test_gradient_of_the_returned_input_is_added(dtype, norm, expanded):
+    inputs = make((2, 9), 40, 24, dtype, residual=False)
+    grads = [torch.randn(2, 9, 24).to(dtype), torch.randn(2, 9, 1 if expanded else 40).to(dtype).expand(2, 9, 40)]
+
+    def function(implementation, **options):
+        def inner(x, weight, bias, norm_weight, norm_bias):
+            return implementation(x, weight, bias, norm=(norm_weight, norm_bias, EPS) if norm else None, **options)
+
+        return inner
+
+    def apart(*args, **options):
+        return reference.linear(*args, **options), args[0]
+
+    inputs = [x for x in inputs if x is not None][: 5 if norm else 3] + [None] * (0 if norm else 2)
+    ours = run(function(F.linear_and_input, backend="triton"), inputs, grads)
+    peer = run(function(apart), inputs, grads)
+    exact = run(function(apart), double(inputs), double(grads))
+    assert torch.equal(ours[1], inputs[0])
+    y, dx, *others = absolute([*inputs[:3], None, *inputs[3:]], grads[0], norm=norm)
+    sizes = [y, double(inputs)[0].abs(), dx + double(grads)[1].abs(), *others]
+    names = ["y", "returned x", "x", "weight", "bias", "norm weight", "norm bias"][: len(ours)]
+    assert_as_precise(ours, [peer], exact, sizes, names)
+
+
+def test_input_without_a_gradient_is_returned_itself():
+    x, weight, bias, *_ = make((5,), 40, 24, torch.float32)
+    for backend in ("triton", "torch"):
+        y, passed = F.linear_and_input(x, weight.requires_grad_(), bias, backend=backend)
+        assert passed is x and y.requires_grad
+    with torch.no_grad():
+        assert F.linear_and_input(x.requires_grad_(), weight, backend="triton")[1] is x
+
+
 def dropped(rows, cols, p, seed):
     """The dropout mask of a call, 0 or 1 / (1 - p): the output for x = 0 and a bias of ones."""
     torch.manual_seed(seed)

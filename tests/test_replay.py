@@ -82,6 +82,13 @@ OPS = {
     "position bias": (lambda t: F.relative_position_bias(t, (4, 4), prefix_tokens=1, backend="triton"), [(52, 2)]),
     "layer_norm": (lambda x, g, b: F.layer_norm(x, g, b, backend="triton"), [(2, 21, 40), 40, 40]),
     "add": (lambda x, r, g, b: F.layer_norm(x, g, b, residual=r, backend="triton"), [(21, 40), (21, 40), 40, 40]),
+    "patch_embed": (
+        lambda image, w, b, g, h, g2, h2, pos, prefix: F.patch_embed(
+            image, w, b, patch_size=4, pre_norm=(g, h, 1e-5), post_norm=(g2, h2, 1e-5), pos=pos, prefix=prefix,
+            backend="triton",
+        ),
+        [(2, 3, 8, 12), (24, 48), 24, 48, 48, 24, 24, (6, 24), (1, 24)],
+    ),
     "slices": (  # the operator's arguments are slices of one storage
         lambda x: F.attention(*x.unbind(2), backend="triton"),
         [(2, 21, 3, 2, 16)],
@@ -117,6 +124,39 @@ def test_replay_is_bitwise_equal(name, dtype, way):
     torch.manual_seed(1)
     for again, first in zip(replayed, run(function, shapes, dtype), strict=True):
         assert torch.equal(again, first)
+
+
+@pytest.mark.parametrize("order", ["p1 p2 c", "c p1 p2"])
+def test_images_of_other_forms_have_their_own_recording(order, way):
+    """Values, batch, memory format and dtype of the image change from call to call; each form is recorded once."""
+    weight, bias, pos = torch.randn(24, 48), torch.randn(24), torch.randn(6, 24)
+
+    def tokens(image):
+        dtype = image.dtype if image.is_floating_point() else torch.float32
+        parameters = [x.to(dtype).requires_grad_() for x in (weight, bias, pos)]
+        leaves = [image.requires_grad_(), *parameters] if image.is_floating_point() else parameters
+        numbers = {} if image.is_floating_point() else dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+        options = dict(patch_size=4, patch_order=order, pos=parameters[2], **numbers)
+        y = F.patch_embed(image, *parameters[:2], **options, backend="triton")
+        return [y, *torch.autograd.grad(y, leaves, torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y))]
+
+    def images():
+        for batch in (2, 5):
+            image = torch.randn(batch, 3, 8, 12)
+            yield image
+            yield image.clone().contiguous(memory_format=torch.channels_last)
+            yield image.bfloat16()
+            yield (image * 50 + 100).to(torch.uint8)
+
+    counts = []
+    for _ in range(3):
+        for image in images():
+            replayed = tokens(image)
+            with ops.override_run(lambda function, args: run_plainly(function, *args)):
+                expected = tokens(image)
+            assert all(map(torch.equal, replayed, expected))
+        counts.append(len(replay._recordings))
+    assert counts == [2 * 8] * 3 and all(all(each.values()) for each in replay._recordings.values())
 
 
 @pytest.mark.parametrize("order", [(True, False), (False, True)])

@@ -171,13 +171,14 @@ class LinearFunction(Function):
     """x (..., K), residual (..., N).
 
     ``residual_is_x`` replaces passing x twice, which Dynamo cannot trace; the norm's backward kernel then adds both
-    gradients of x. The bias is saved for the gradient of layer_scale.
+    gradients of x. With ``returns_x``, the result is (y, x), and the kernel adds the gradient of this x. The bias is
+    saved for the gradient of layer_scale.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x, weight, bias, norm_weight, norm_bias, residual, layer_scale, samples, seed,
-        eps, dropout_p: float, residual_is_x: bool, fastest: bool,
+        eps, dropout_p: float, residual_is_x: bool, returns_x: bool, fastest: bool,
     ):  # fmt: skip
         y, mean, rstd = OPS["linear_fwd"](
             x, weight, bias, norm_weight, norm_bias, x if residual_is_x else residual, layer_scale, samples, seed,
@@ -188,11 +189,11 @@ class LinearFunction(Function):
         bias = None if layer_scale is None else bias
         ctx.save_for_backward(x, weight, norm_weight, norm_bias, mean, rstd, seed, layer_scale, samples, bias)
         ctx.dropout_p, ctx.residual_is_x, ctx.fastest = dropout_p, residual_is_x, fastest
-        return y
+        return (y, x) if returns_x else y
 
     @staticmethod
     @_once_differentiable
-    def backward(ctx: Any, dy):
+    def backward(ctx: Any, dy, dsum=None):
         (
             needs_x, needs_weight, needs_bias, needs_norm_weight, needs_norm_bias, needs_residual, needs_layer_scale, *_
         ) = ctx.needs_input_grad  # fmt: skip
@@ -201,8 +202,8 @@ class LinearFunction(Function):
         *grads, dlayer_scale = OPS["linear_bwd"](
             dy,
             *saved,
+            dy if ctx.residual_is_x else dsum,
             ctx.dropout_p,
-            ctx.residual_is_x,
             needs_bias or bias is not None,
             needs_x or needs_norm_weight or needs_norm_bias,
             needs_weight or needs_bias or needs_layer_scale,
@@ -210,7 +211,7 @@ class LinearFunction(Function):
         )
         wanted = (needs_x, needs_weight, needs_bias, needs_norm_weight, needs_norm_bias)
         residual = dy if needs_residual else None, dlayer_scale if needs_layer_scale else None
-        return *_select(tuple(grads), wanted), *residual, *(None,) * 6
+        return *_select(tuple(grads), wanted), *residual, *(None,) * 7
 
 
 class LinearRopeFunction(Function):
@@ -238,8 +239,8 @@ class LinearRopeFunction(Function):
         dqkv = dy.unflatten(-1, (3, ctx.heads, -1))
         dqkv, *_ = OPS["rotary_bwd"](dqkv, None, None, None, cos, sin, *(None,) * 4, *ctx.scalars)
         wanted = needs_x or any(needs_norm), needs_weight or needs_bias
-        scalars = 0.0, False, needs_bias, *wanted, ctx.fastest
-        *grads, _ = OPS["linear_bwd"](dqkv.flatten(2), *saved, *(None,) * 4, *scalars)
+        scalars = 0.0, needs_bias, *wanted, ctx.fastest
+        *grads, _ = OPS["linear_bwd"](dqkv.flatten(2), *saved, *(None,) * 5, *scalars)
         return *_select(tuple(grads), ctx.needs_input_grad[:5]), *(None,) * 7
 
 

@@ -457,6 +457,38 @@ def linear(
     Returns:
         (..., N). Saved for backward: x, and with ``norm`` mean and 1/std of its rows; with ``rope`` also the tables.
     """
+    options = layer_scale, drop_path_p, dropout_p, rope, rope_heads, rope_prefix, rope_layout
+    return _linear(x, weight, bias, norm, residual, backend, *options)[0]
+
+
+def linear_and_input(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute the pair (:func:`linear`, x) of the first layer of a branch with a residual.
+
+    The returned x is the residual of the branch's last layer: the gradients of both uses of x are then added by the
+    backward kernel of ``norm`` instead of in a pass of their own.
+    """
+    return _linear(x, weight, bias, norm, None, backend, returns_x=True)
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm | None,
+    residual: Tensor | None,
+    backend: str | None,
+    layer_scale: Tensor | None = None,
+    drop_path_p: float = 0.0,
+    dropout_p: float = 0.0,
+    rope: Rope | None = None,
+    rope_heads: int | None = None,
+    rope_prefix: int = 0,
+    rope_layout: str = "half",
+    returns_x: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`linear` and x; ``returns_x`` as in :class:`.LinearFunction`."""
     check_tensor("x", x)
     check_linear("x", x.shape[-1:], "weight", weight, "bias", bias)
     check_norm("norm", norm, x.shape[-1], x)
@@ -470,7 +502,7 @@ def linear(
     check_rows(x)
     weight, bias = autocast(weight, bias, device=x.device)
     if _supported(resolve_backend(backend, "linear", x, _width(norm, x), weight=weight), backend, rope) == "torch":
-        return reference.linear(
+        y = reference.linear(
             x,
             weight,
             bias,
@@ -484,6 +516,7 @@ def linear(
             rope_prefix=rope_prefix,
             rope_layout=rope_layout,
         )
+        return y, x
     check_kernel_dtype("x", x)
     norm_weight, norm_bias, eps = _norm_parts(norm)
     fastest = fastest_products(backend, x)
@@ -491,16 +524,20 @@ def linear(
         given = x, weight, bias, norm_weight, norm_bias
         scalars = eps, rope_heads, rope_prefix, rope_layout == "interleaved"
         if _needs_autograd(*given):
-            return autograd.LinearRopeFunction.apply(*given, *rope, *scalars, fastest)
-        return torch.ops.vit_triton.linear_rope_fwd.default(*given, *rope, *scalars, False, fastest)[0]
+            return autograd.LinearRopeFunction.apply(*given, *rope, *scalars, fastest), x
+        return torch.ops.vit_triton.linear_rope_fwd.default(*given, *rope, *scalars, False, fastest)[0], x
     residual_is_x = residual is x
     tensors = (x, weight, bias, norm_weight, norm_bias, None if residual_is_x else residual, layer_scale)
     drawn = _drop_path_factors(x, drop_path_p), _seed(x, dropout_p)
     if _needs_autograd(*tensors):
-        return autograd.LinearFunction.apply(*tensors, *drawn, eps, float(dropout_p), residual_is_x, fastest)
-    return torch.ops.vit_triton.linear_fwd.default(
+        returns_x = returns_x and x.requires_grad
+        switches = residual_is_x, returns_x, fastest
+        made = autograd.LinearFunction.apply(*tensors, *drawn, eps, float(dropout_p), *switches)
+        return made if returns_x else (made, x)
+    y, *_ = torch.ops.vit_triton.linear_fwd.default(
         *tensors[:5], residual, layer_scale, *drawn, eps, float(dropout_p), False, fastest
-    )[0]
+    )
+    return y, x
 
 
 def mlp(
@@ -916,8 +953,8 @@ def _channel_values(name: str, values: Tensor | Sequence[float] | None, image: T
         if name == "std" and not all(values):
             raise ValueError(f"std must not contain 0, got {values}")
         traced = torch.compiler.is_compiling() or torch._guards.detect_fake_mode(image) is not None
-        if traced:  # fake tensors must not be cached
-            values = torch.tensor(values, dtype=torch.float32, device=image.device)
+        if traced:  # fake tensors must not be cached; a copy from the host would prevent CUDA graphs
+            values = torch.cat([torch.full((1,), x, dtype=torch.float32, device=image.device) for x in values])
         else:
             values = _channel_constant(values, image.device)
     if values.shape != image.shape[1:2]:

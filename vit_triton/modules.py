@@ -265,14 +265,16 @@ class Attention(nn.Module):
         elif heads != 1 or dim_head != dim:
             self.to_out = nn.Sequential(Linear(inner_dim, dim, backend=backend), nn.Dropout(dropout))
 
-    def project_qkv(self, x: Tensor) -> Tensor:
-        """Project tokens (B, N, dim) to packed q, k and v (B, N, 3, heads, dim_head)."""
+    def project_qkv(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Project tokens (B, N, dim) to packed q, k and v (B, N, 3, heads, dim_head); also return x, as
+        :func:`.linear_and_input`."""
         norm, to_qkv = self.norm, self.to_qkv
         if is_fusable(norm, LayerNorm) and is_fusable(to_qkv, Linear):
-            qkv = F.linear(x, *parameters_of(to_qkv), norm=norm.arguments(), backend=to_qkv.backend)
+            options: dict[str, Any] = dict(norm=norm.arguments(), backend=to_qkv.backend)
+            qkv, x = F.linear_and_input(x, *parameters_of(to_qkv), **options)
         else:
             qkv = to_qkv(norm(x))
-        return qkv.unflatten(-1, (3, self.heads, self.dim_head))
+        return qkv.unflatten(-1, (3, self.heads, self.dim_head)), x
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute (B, N, dim) -> (B, N, dim), plus `residual` of the same shape.
@@ -281,7 +283,8 @@ class Attention(nn.Module):
             ValueError: `x` is not 3-D.
         """
         check_tokens(x)
-        qkv = self.project_qkv(x)
+        qkv, passed = self.project_qkv(x)
+        residual = passed if residual is x else residual
         if self.softmax_is_fusable:
             dropout_p = active_dropout_p(self.dropout)
             attended = F.attention_packed(qkv, scale=self.scale, dropout_p=dropout_p, backend=self.backend)
@@ -299,11 +302,13 @@ class Attention(nn.Module):
 
     def first_token(self, x: Tensor) -> Tensor:
         """Compute ``(self(x) + x)[:, :1]``, without queries and outputs for the other tokens."""
-        weight, bias, norm = self.to_qkv.weight, self.to_qkv.bias, self.norm.arguments()
-        inner_dim, first = self.heads * self.dim_head, x[:, :1]
-        q_bias, kv_bias = (None, None) if bias is None else (bias[:inner_dim], bias[inner_dim:])
-        q = F.linear(first, weight[:inner_dim], q_bias, norm=norm, backend=self.to_qkv.backend)
-        kv = F.linear(x, weight[inner_dim:], kv_bias, norm=norm, backend=self.to_qkv.backend)
+        bias, inner_dim = self.to_qkv.bias, self.heads * self.dim_head
+        sizes = inner_dim, 2 * inner_dim
+        q_weight, kv_weight = self.to_qkv.weight.split(sizes)
+        q_bias, kv_bias = (None, None) if bias is None else bias.split(sizes)
+        options: dict[str, Any] = dict(norm=self.norm.arguments(), backend=self.to_qkv.backend)
+        kv, x = F.linear_and_input(x, kv_weight, kv_bias, **options)
+        q, first = F.linear_and_input(x[:, :1], q_weight, q_bias, **options)
         q, kv = q.unflatten(-1, (self.heads, self.dim_head)), kv.unflatten(-1, (2, self.heads, self.dim_head))
         dropout_p = active_dropout_p(self.dropout)
         out = F.attention(q, *kv.unbind(2), scale=self.scale, dropout_p=dropout_p, backend=self.backend)

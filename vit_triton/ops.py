@@ -533,22 +533,22 @@ def _output_dtype(weight: Tensor, residual: Tensor | None, layer_scale: Tensor |
 
 @_register(
     "linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, "
-    "Tensor? rstd, Tensor? seed, Tensor? layer_scale, Tensor? samples, Tensor? bias, float dropout_p, "
-    "bool residual_is_x, bool with_bias, bool needs_x, bool needs_weight) "
+    "Tensor? rstd, Tensor? seed, Tensor? layer_scale, Tensor? samples, Tensor? bias, Tensor? dsum, float dropout_p, "
+    "bool with_bias, bool needs_x, bool needs_weight) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     products=True,
 )
 def _linear_bwd(
-    dy, x, weight, norm_weight, norm_bias, mean, rstd, seed, layer_scale, samples, bias,
-    dropout_p, residual_is_x, with_bias, needs_x, needs_weight,
+    dy, x, weight, norm_weight, norm_bias, mean, rstd, seed, layer_scale, samples, bias, dsum,
+    dropout_p, with_bias, needs_x, needs_weight,
 ):  # fmt: skip
     from vit_triton.kernels.linear.mlp import norm_linear_bwd
 
     dx, *grads = norm_linear_bwd(
         *(_rows(dy), _rows(x), weight, bias, _saved_norm(norm_weight, norm_bias, mean, rstd)),
+        dsum=None if dsum is None else _rows(dsum),
         branch=Branch(layer_scale, samples),
         dropout=Dropout(dropout_p, seed),
-        residual_is_x=residual_is_x,
         with_bias=with_bias,
         needs_x=needs_x,
         needs_weight=needs_weight,
@@ -558,8 +558,8 @@ def _linear_bwd(
 
 @_fake("linear_bwd")
 def _linear_bwd_fake(
-    dy, x, weight, norm_weight, norm_bias, mean, rstd, seed, layer_scale, samples, bias,
-    dropout_p, residual_is_x, with_bias, needs_x, needs_weight,
+    dy, x, weight, norm_weight, norm_bias, mean, rstd, seed, layer_scale, samples, bias, dsum,
+    dropout_p, with_bias, needs_x, needs_weight,
 ):  # fmt: skip
     dnorm_weight, dnorm_bias = _norm_grads(norm_weight, norm_bias, needs_x and mean is not None)
     return (

@@ -88,7 +88,7 @@ MODELS = (
 INFERENCE, TRAINING = "inference", "training step"
 
 
-def _accelerated(library: str, model: nn.Module, context: Context) -> nn.Module:
+def accelerated_copy(library: str, model: nn.Module, context: Context) -> nn.Module:
     made = copy.deepcopy(model)
     if library == "vit_triton":
         for module in made.modules():
@@ -99,7 +99,7 @@ def _accelerated(library: str, model: nn.Module, context: Context) -> nn.Module:
     return made
 
 
-def _call(what: str, model: nn.Module, image: Tensor, labels: Tensor) -> Callable[[], Any]:
+def call_of(what: str, model: nn.Module, image: Tensor, labels: Tensor) -> Callable[[], Any]:
     if what == INFERENCE:
         return inference(model, image)
     fused = {"fused": True} if image.is_cuda else {}
@@ -151,7 +151,7 @@ def _measure(what: str, model: Model, compiled: bool, context: Context) -> dict[
 def _measure_batch(what: str, model: Model, compiled: bool, context: Context, batch: int) -> dict[str, Any]:
     library, eager = model.build(context)
     eager = eager.to(torch.bfloat16 if what == INFERENCE else torch.float32)
-    accelerated = _accelerated(library, eager, context)
+    accelerated = accelerated_copy(library, eager, context)
     side = model.shape(context).image
     image = torch.randn(batch, 3, side, side, device=context.device).to(next(eager.parameters()).dtype)
     labels = torch.randint(CLASSES, (batch,), device=context.device)
@@ -162,7 +162,7 @@ def _measure_batch(what: str, model: Model, compiled: bool, context: Context, ba
     if compiled:
         torch.compiler.reset()
         variants = {"accelerated": accelerated, "torch.compile": torch.compile(eager, dynamic=False)}
-    calls = {name: _call(what, variant, image, labels) for name, variant in variants.items()}
+    calls = {name: call_of(what, variant, image, labels) for name, variant in variants.items()}
     facts["memory"] = {name: _peak(call, context) for name, call in calls.items()}
     rounds = METHODS[context.device](calls, context.select(SECONDS, 0.2), False).rounds
     seconds = {name: statistics.median(each) for name, each in rounds.items()}
@@ -186,14 +186,13 @@ def _peak(call: Callable[[], Any], context: Context) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def steps() -> Iterator[Step]:
-    for compiled in (False, True):
-        for model in MODELS:
-            for what in (INFERENCE, TRAINING):
-                name = f"{model.name}, {what}" + (", torch.compile" if compiled else "")
-                run = functools.partial(_measure, what, model, compiled)
-                training = what == TRAINING
-                flops = model.flops * model.batch[training] * (3 if training else 1) * CALLS
-                seconds = SECONDS + 4 + (COMPILE_SECONDS * (2 if training else 1) if compiled else 0)
-                kernels = 0 if compiled else 30 if training else 7
-                yield Step(name, run, seconds, kernels=kernels, flops=flops)
+def steps(compiled: bool) -> Iterator[Step]:
+    for model in MODELS:
+        for what in (INFERENCE, TRAINING):
+            name = f"{model.name}, {what}" + (", torch.compile" if compiled else "")
+            run = functools.partial(_measure, what, model, compiled)
+            training = what == TRAINING
+            flops = model.flops * model.batch[training] * (3 if training else 1) * CALLS
+            seconds = SECONDS + 4 + (COMPILE_SECONDS * (2 if training else 1) if compiled else 0)
+            kernels = 0 if compiled else 30 if training else 7
+            yield Step(name, run, seconds, kernels=kernels, flops=flops)

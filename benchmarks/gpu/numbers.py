@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.step import SEED, Context, Skip, Step, WrongNumbers
+from benchmarks.gpu.step import SEED, Context, Skip, Step, WrongNumbers, needs_gpu
 from benchmarks.runner import TOLERANCE, limits
 from vit_triton import ViT
 from vit_triton import functional as F
@@ -373,13 +373,8 @@ def _dropout(context: Context) -> dict[str, Any]:
 # --- GPU only -----------------------------------------------------------------------------------
 
 
-def _needs_gpu(context: Context, what: str) -> None:
-    if context.device != "cuda":
-        raise Skip(f"{what} require a GPU")
-
-
 def _memory(context: Context) -> dict[str, Any]:
-    _needs_gpu(context, "memory counters")
+    needs_gpu(context, "memory counters")
 
     def call(tokens: int) -> None:
         qkv = torch.randn(2, tokens, 3, 12, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -406,7 +401,7 @@ def _memory(context: Context) -> dict[str, Any]:
 
 def _graph(context: Context) -> dict[str, Any]:
     """Capture inference and training in CUDA graphs, and replay them with another image."""
-    _needs_gpu(context, "CUDA graphs")
+    needs_gpu(context, "CUDA graphs")
     model = _vit(context, "triton", torch.bfloat16)
     image = _image_for(context, torch.bfloat16)
     parameters = list(model.parameters())
@@ -440,7 +435,7 @@ def _graph(context: Context) -> dict[str, Any]:
 
 def _streams(context: Context) -> dict[str, Any]:
     """Run on a second stream while the default stream is busy, then in four concurrent threads."""
-    _needs_gpu(context, "streams")
+    needs_gpu(context, "streams")
     model = _vit(context, "triton", torch.bfloat16)
     image = _image_for(context, torch.bfloat16)
     busy = torch.randn(4096, 4096, device="cuda")
@@ -488,7 +483,7 @@ def small_call() -> None:
 
 
 def _sanitizer(context: Context) -> dict[str, Any]:
-    _needs_gpu(context, "compute-sanitizer checks")
+    needs_gpu(context, "compute-sanitizer checks")
     places = (shutil.which("compute-sanitizer"), "/usr/local/cuda/bin/compute-sanitizer")
     tool = next((place for place in places if place and os.access(place, os.X_OK)), None)
     if tool is None:

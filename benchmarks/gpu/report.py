@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import machine, models, numbers, tiles
+from benchmarks.gpu import machine, model_graphs, models, numbers, tiles
 from benchmarks.gpu.process import BAD
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.step import Section
@@ -25,6 +25,7 @@ def markdown(results: Results, sections: Sequence[Section]) -> str:
         _table_of_machine(results),
         _numbers(results.steps),
         _models(results.steps),
+        _graphs(results.steps),
         _operators(results.steps),
         _products(results.steps),
         _tuning(results.path.parent),
@@ -148,6 +149,19 @@ def _models(steps: Steps) -> str:
         "## Whole models\n\nInference in bfloat16; training with float32 parameters and autocast to bfloat16. Memory: "
         "peak bytes that a call allocates.\n\n" + _rows(header, rows)
     )
+
+
+def _graphs(steps: Steps) -> str:
+    rows = []
+    for library in (model_graphs.OURS, model_graphs.OTHER):
+        for what in (models.INFERENCE, models.TRAINING):
+            ms = steps.get(f"models: {model_graphs.name_of(library, what)}", {}).get("milliseconds")
+            if ms:
+                rows.append((library, what, *(f"{ms[name]:.3f}" for name in model_graphs.VARIANTS)))
+    if not rows:
+        return ""
+    header = ("model", "", *(f"ms, {name}" for name in model_graphs.VARIANTS))
+    return f"## CUDA graphs\n\n{models.MODELS[0].name} at batch 1.\n\n" + _rows(header, rows)
 
 
 def _operators(steps: Steps) -> str:

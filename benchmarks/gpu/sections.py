@@ -2,7 +2,7 @@
 
 import os
 
-from benchmarks.gpu import faults, machine, models, numbers, speed, tiles
+from benchmarks.gpu import faults, machine, model_graphs, models, numbers, speed, tiles
 from benchmarks.gpu.step import Context, Section
 from benchmarks.runner import free_memory
 
@@ -16,10 +16,11 @@ def sections(context: Context, cores: int | None = None) -> list[Section]:
     if cores is None:
         cores = min(os.cpu_count() or 1, int(free_memory("cpu") / PROCESS_BYTES))
     processes = max(1, min(MAX_PROCESSES, cores // 2))
+    whole_models = *models.steps(compiled=False), *model_graphs.steps(), *models.steps(compiled=True)
     every = [
         Section("machine", "the machine", 0.1, tuple(machine.steps())),
         Section("numbers", "numbers of every operator", 0.4, tuple(numbers.steps()), processes),
-        Section("models", "whole models", 0.75, tuple(models.steps())),
+        Section("models", "whole models", 0.75, whole_models),
         Section("speed", "operators against PyTorch's", 0.9, tuple(speed.steps())),
         Section("tiles", "tuning", 1.0, tuple(tiles.steps())),
     ]

@@ -39,6 +39,12 @@ class Skip(Exception):
     """A step does not apply on this machine; the message is the reason."""
 
 
+def needs_gpu(context: Context, what: str) -> None:
+    """Skip the step on a CPU; ``what``: plural."""
+    if context.device != "cuda":
+        raise Skip(f"{what} require a GPU")
+
+
 class WrongNumbers(Exception):
     """A step found wrong numbers; ``facts`` are added to its result."""
 

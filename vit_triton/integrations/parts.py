@@ -137,7 +137,12 @@ def attend(
     rotation: dict[str, Any] = {}
     if positions and rotates_in_projection(x, parts):
         rotation, positions = dict(positions, rope_heads=parts.heads), {}
-    qkv = F.linear(normed, parts.qkv_weight, parts.qkv_bias, norm=norm, **rotation, backend=backend)
+    given = normed, parts.qkv_weight, parts.qkv_bias
+    if branch.residual is normed and not rotation:
+        qkv, residual = F.linear_and_input(*given, norm=norm, backend=backend)
+        branch = branch._replace(residual=residual)
+    else:
+        qkv = F.linear(*given, norm=norm, **rotation, backend=backend)
     out = F.attention_packed(
         qkv.unflatten(-1, (3, parts.heads, -1)),
         q_norm=parts.q_norm,

@@ -119,8 +119,9 @@ class ViT(VisionModel):
         """Embed images (B, channels, H, W) as tokens (B, class token + patches, dim) with positions."""
         patches = self.count_patches(img)
         # fully_shard does not cast an empty class token under mixed precision
-        prefix = self.cls_token.to(self.pos_embedding.dtype) + self.pos_embedding[: len(self.cls_token)]
-        pos = self.pos_embedding[len(self.cls_token) :]
+        n_prefix = len(self.cls_token)
+        of_prefix, pos = self.pos_embedding.split((n_prefix, len(self.pos_embedding) - n_prefix))
+        prefix = self.cls_token.to(self.pos_embedding.dtype) + of_prefix
         if patches > len(pos):
             raise self.position_error(img, patches, f"{len(pos)}")
         pos = pos[:patches]

@@ -52,16 +52,16 @@ def norm_linear_bwd(
     bias: Tensor | None,
     norm: SavedNorm | None,
     *,
+    dsum: Tensor | None,
     branch: Branch,
     dropout: Dropout,
-    residual_is_x: bool,
     with_bias: bool,
     needs_x: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, ...]:
-    """dx, dweight, dbias, dnorm_weight, dnorm_bias, dlayer_scale; None for gradients that are not needed.
-    ``residual_is_x``: x was the residual too, and dx is the sum of both gradients. ``bias`` is read only with
-    LayerScale, whose gradient is computed together with dweight."""
+    """dx, dweight, dbias, dnorm_weight, dnorm_bias, dlayer_scale; None for gradients that are not needed. ``dsum``: the
+    gradient of another use of x, as a residual, which is added to dx. ``bias`` is read only with LayerScale, whose
+    gradient is computed together with dweight."""
     dy = maybe_contiguous(dy)
     dropped = dropout_bwd(dy, weight.dtype, dropout)
     dweight = dbias = dlayer_scale = None
@@ -75,7 +75,7 @@ def norm_linear_bwd(
         return None, dweight, dbias, None, None, dlayer_scale
     dx, _ = linear_bwd_input(dropped, weight, branch=branch)
     del dropped
-    dx, dnorm_weight, dnorm_bias = _norm_bwd(dx, x, norm, dy if residual_is_x else None)
+    dx, dnorm_weight, dnorm_bias = _norm_bwd(dx, x, norm, dsum)
     return dx, dweight, dbias, dnorm_weight, dnorm_bias, dlayer_scale
 
 
