@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vit_triton.kernels.linear.expected import is_ours_ahead
-from vit_triton.kernels.picker import CompilerOptions, cdiv, clip, next_power_of_2, tunable
+from vit_triton.kernels.picker import CompilerOptions, cdiv, clip, next_power_of_2, time_of, tunable
 from vit_triton.kernels.target import Target
 
 
@@ -165,7 +165,7 @@ SMALL_TILES = {
     "sm_90": (GemmConfig(64, 32, 128, 4, 3), GemmConfig(64, 64, 64, 4, 4), GemmConfig(64, 128, 64, 4, 3, subtiles=2)),
 }
 # Computed microseconds of 1, 2, ... programs of block_m x block_n per multiprocessor with a depth of 768 (benchmarks
-# codegen); beyond, the time is proportional to the programs
+# codegen)
 TIMES: dict[str, dict[tuple[int, int], tuple[float, ...]]] = {
     "sm_80": {
         (32, 32): (6, 7, 9.5, 12, 14.4),
@@ -190,9 +190,7 @@ def for_rows(tile: GemmConfig, rows: int, cols: int, depth: int, target: Target)
 
     def time(tile: GemmConfig) -> float:
         programs = cdiv(rows, tile.block_m) * cdiv(cols, tile.block_n)
-        of_tile = times[tile.block_m, tile.block_n]
-        each = cdiv(programs, target.multiprocessors)
-        return of_tile[each - 1] if each <= len(of_tile) else each * of_tile[-1] / len(of_tile)
+        return time_of(programs, target.multiprocessors, times[tile.block_m, tile.block_n])
 
     small = [clipped(tile, 2**30, cols, depth) for tile in SMALL_TILES[target.family]]
     known = [tile for tile in small if (tile.block_m, tile.block_n) in times]
