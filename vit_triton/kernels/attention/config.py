@@ -223,12 +223,14 @@ _FEW_HEADS: dict[str, dict[AttentionConfig, tuple[float, ...]]] = {
 }
 
 
-def for_heads(tile: AttentionConfig, heads: int, n_q: int, target: Target) -> AttentionConfig:
+def for_heads(tile: AttentionConfig, heads: int, n_q: int, n_k: int, head_dim: int, target: Target) -> AttentionConfig:
     """``tile``, or a small one where ``tile`` makes too few programs of ``heads`` heads of all samples."""
     small_memory = target.family == "sm_80" and target.shared_memory <= 99 * 1024
     times = _FEW_HEADS.get("sm_86" if small_memory else target.family, {})
-    if target.multiprocessors == 0 or heads == 0 or tile not in times:
+    if target.multiprocessors == 0 or heads == 0 or head_dim > 64 or tile not in times:
         return tile
+    if target.family == "sm_90" and attention_tail(n_k, tile.block_n) == 64:
+        return tile  # a masked step of 64 keys takes more registers: three resident blocks of the small tile
 
     def time(tile: AttentionConfig) -> float:
         return time_of(heads * cdiv(n_q, tile.block_m), target.multiprocessors, times[tile])
@@ -265,9 +267,9 @@ def pick_attention_fwd(
         return AttentionConfig(16, 64 if head_dim <= 64 or not dropout else 32, 4, 2)
     fits = head_dim <= 64 or head_dim <= 96 and attention_tail(n_k, 64) < 64  # a masked step of 64 keys spills
     if n_k > 512 and fits and dtype != torch.float32 and not dropout and target.family in _LONG_FWD:
-        return for_heads(_LONG_FWD[target.family], m, n_q, target)
+        return for_heads(_LONG_FWD[target.family], m, n_q, n_k, head_dim, target)
     tile = (_FWD_DROPOUT if dropout else _FWD).tile(head_dim, dtype, target)
-    return tile if dropout else for_heads(tile, m, n_q, target)
+    return tile if dropout else for_heads(tile, m, n_q, n_k, head_dim, target)
 
 
 def pick_attention_fwd_bias(
