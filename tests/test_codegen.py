@@ -39,6 +39,7 @@ from vit_triton.kernels.linear import config as linear_config
 from vit_triton.kernels.linear.config import Epilogue, GemmConfig
 from vit_triton.kernels.norm import config as norm_config
 from vit_triton.kernels.patch_embed import config as patch_embed_config
+from vit_triton.kernels.picker import override_choice
 from vit_triton.kernels.sums import config as sums_config
 from vit_triton.kernels.target import target_named
 
@@ -144,7 +145,7 @@ def narrow_rows(found):
 
 
 FLOAT32 = [("sm_80", "float32"), ("sm_90", "float32"), ("sm_100", "float32"), ("gfx90a", "tf32")]
-IN_FEW_FORMS = [*((arch, "bfloat16") for arch in ARCHITECTURES), *FLOAT32]
+IN_FEW_FORMS = [*((arch, "bfloat16") for arch in ARCHITECTURES if arch != "sm_87"), *FLOAT32]
 
 
 @functools.cache
@@ -158,6 +159,32 @@ def test_each_kernel(arch, dtype):
     for found in each_kernel(arch, dtype):
         check_requirements(found)
         assert not narrow_rows(found), found
+
+
+def test_main_kernels_on_sm_87():
+    """Jetson Orin has the tiles of sm_80."""
+    found = figures("sm_87", "bfloat16", workloads.main_kernels)
+    assert len({kernel.kernel for kernel in found}) > 10
+    for kernel in found:
+        check_requirements(kernel)
+
+
+@pytest.mark.parametrize("arch", linear_config.SMALL_TILES)
+def test_tiles_for_few_rows(arch):
+    """They have the matrix instruction of the tiles for many rows."""
+
+    def workload(dtype):
+        for tile in linear_config.SMALL_TILES[arch]:
+            with override_choice(lambda picker, args, tile=tile: tile):
+                workloads.residual_mlp(dtype, 1, training=False)
+        workloads.packed_attention(dtype, 1, 197, 64)
+
+    found = figures(arch, "bfloat16", workload, only="_fwd")
+    tiles = collections.Counter((kernel.kernel, kernel.constants["BLOCK_M"]) for kernel in found)
+    assert tiles.total() == 2 * len(linear_config.SMALL_TILES[arch]) + 1 and tiles["attention_fwd_kernel", "64"] == 1
+    for kernel in found:
+        check_requirements(kernel)
+        assert arch == "sm_80" or tile_rows(kernel) >= 64, kernel
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])

@@ -47,12 +47,18 @@ def _differentiate(y: Any, expanded: bool = False) -> None:
     )
 
 
-def each_kernel(dtype: torch.dtype) -> None:
-    """Launch every kernel of ViT-B/16 at 224 x 224, in few variants."""
+def main_kernels(dtype: torch.dtype) -> None:
+    """Launch attention, MLP, LayerNorm and patch embedding of ViT-B/16 at 224 x 224."""
     x = _zeros(dtype, BATCH, TOKENS, WIDTH)
     _differentiate(F.attention_packed(_zeros(dtype, BATCH, TOKENS, 3, HEADS, HEAD_DIM), backend="triton"))
     _mlp(x, WIDTH, HIDDEN, norm=_norm(dtype, WIDTH), residual=x)
     _patches(_zeros(dtype, BATCH, 3, 224, 224), dtype, 16, WIDTH)
+
+
+def each_kernel(dtype: torch.dtype) -> None:
+    """Launch every kernel of ViT-B/16 at 224 x 224, in few variants."""
+    main_kernels(dtype)
+    x = _zeros(dtype, BATCH, TOKENS, WIDTH)
     qkv, normed = _zeros(dtype, BATCH, TOKENS, 3, HEADS, HEAD_DIM), _norm(dtype, HEAD_DIM)
     _differentiate(F.attention_packed(qkv, q_norm=normed, k_norm=normed, backend="triton"))
     for layout in ("half", "interleaved"):

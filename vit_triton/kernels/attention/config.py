@@ -227,7 +227,7 @@ def for_heads(tile: AttentionConfig, heads: int, n_q: int, n_k: int, head_dim: i
     """``tile``, or a small one where ``tile`` makes too few programs of ``heads`` heads of all samples."""
     small_memory = target.family == "sm_80" and target.shared_memory <= 99 * 1024
     times = _FEW_HEADS.get("sm_86" if small_memory else target.family, {})
-    if target.multiprocessors == 0 or heads == 0 or head_dim > 64 or tile not in times:
+    if target.multiprocessors == 0 or heads == 0 or not 32 < head_dim <= 64 or tile not in times:
         return tile
     if target.family == "sm_90" and attention_tail(n_k, tile.block_n) == 64:
         return tile  # a masked step of 64 keys takes more registers: three resident blocks of the small tile
