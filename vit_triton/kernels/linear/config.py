@@ -158,11 +158,12 @@ def prefers_vendor(product: str, dtype: torch.dtype, target: Target, epilogue: E
 
 
 # Tiles for products too small to fill a GPU with the tiles above. Rows, columns, depth and warps of a tile leave the
-# bits of a result as they are; another matrix instruction would not, so sm_90 has at least 64 rows and four warps. No
-# split, whose sums differ.
+# bits of a result as they are; another matrix instruction would not, so sm_90 and sm_100 have at least 64 rows and four
+# warps. No split, whose sums differ.
 SMALL_TILES = {
     "sm_80": (GemmConfig(32, 32, 128, 4, 4), GemmConfig(64, 64, 64, 4, 3), GemmConfig(128, 64, 64, 4, 3)),
     "sm_90": (GemmConfig(64, 32, 128, 4, 3), GemmConfig(64, 64, 64, 4, 4), GemmConfig(64, 128, 64, 4, 3, subtiles=2)),
+    "sm_100": (GemmConfig(64, 32, 128, 4, 3), GemmConfig(64, 64, 64, 4, 4), GemmConfig(64, 128, 64, 4, 3, subtiles=2)),
 }
 # Computed microseconds of 1, 2, ... programs of block_m x block_n per multiprocessor with a depth of 768 (benchmarks
 # codegen)
@@ -179,6 +180,7 @@ TIMES: dict[str, dict[tuple[int, int], tuple[float, ...]]] = {
         (64, 128): (8, 10.1, 11.4, 18.4, 22.5),
         (128, 128): (9.5, 13.5, 24, 27),
     },
+    "sm_100": {(64, 32): (1.75,), (64, 64): (2.2,), (64, 128): (3.1,), (128, 128): (4.4,)},
 }
 
 
