@@ -187,6 +187,16 @@ def test_tiles_for_few_rows(arch):
         assert arch == "sm_80" or tile_rows(kernel) >= 64, kernel
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_hidden_width_that_is_no_multiple_of_16(arch):
+    def workload(dtype):
+        with workloads.tiles_of(2**30):
+            workloads.residual_mlp(dtype, 1, hidden=3000)
+
+    for found in figures(arch, "bfloat16", workload, only="linear_bwd_input"):
+        check_requirements(found)
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_masked_attention(arch):
     """Biases, key lengths, causal masks and packed sequences cause no spills at head size 64."""
@@ -374,7 +384,7 @@ def every_pick(arch, dtype):
     torch_dtype, precision = DTYPES[dtype], "tf32" if dtype == "tf32" and arch != "gfx90a" else "ieee"
     lengths, sizes, powers = (
         (1, 16, 17, 197, 513),
-        (1, 17, 33, 64, 65, 129, 768, 1152, 3072, 4096),
+        (1, 17, 33, 64, 65, 129, 768, 1152, 1536, 3072, 4096),
         [2**n for n in range(17)],
     )
     target = target_named(arch)

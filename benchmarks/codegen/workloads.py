@@ -190,10 +190,10 @@ def block(dtype: torch.dtype, width: int, hidden: int, heads: int, batch: int, n
         _differentiate(F.encoder(x, [tensors], heads=heads, backend="triton"))
 
 
-def residual_mlp(dtype: torch.dtype, batch: int, training: bool = True, **dropout: float) -> None:
+def residual_mlp(dtype: torch.dtype, batch: int, training: bool = True, hidden: int = HIDDEN, **dropout: float) -> None:
     x = _zeros(dtype, batch, TOKENS, WIDTH)
     with torch.set_grad_enabled(training):
-        _mlp(x, WIDTH, HIDDEN, residual=x, **dropout)
+        _mlp(x, WIDTH, hidden, residual=x, **dropout)
 
 
 def patches_of_images(dtype: torch.dtype, batch: int, from_bytes: bool) -> None:
@@ -284,7 +284,10 @@ def _products(dtype: torch.dtype) -> None:
         wide = _zeros(dtype, ROWS, hidden)
         _linear(x, hidden, residual=wide, layer_scale=_zeros(dtype, hidden), drop_path_p=0.1)
 
-    for width, hidden in itertools.product((16, 32), (192, 1152, 3072, 4096)):  # wide products of a small depth
+    for width in (16, 32, WIDTH):
+        _mlp(_zeros(dtype, ROWS, width), width, 136)  # a hidden width that is no multiple of 16
+
+    for width, hidden in itertools.product((16, 32), (192, 1152, 1536, 3072, 4096)):  # wide products of a small depth
         x = _zeros(dtype, ROWS, width)
         _linear(x, hidden)
         _linear(x, hidden, residual=_zeros(dtype, ROWS, hidden))

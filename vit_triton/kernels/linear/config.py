@@ -280,8 +280,12 @@ def _linear_bwd_input_tile(
     if target.family == "sm_90" and epilogue is Epilogue.BRANCH:
         # pointers: gamma scales dy between its load and the product (benchmarks codegen)
         return clipped(replace(NARROW, subtiles=4, max_registers=168), 2**30, k, n)
+    # rows of pre that are no multiple of 16 numbers are read one by one, which takes more registers
+    aligned = k % 16 == 0
     if target.family == "sm_90":  # two resident blocks
-        return replace(tile, block_n=clip(128, k), subtiles=4, max_registers=128)
+        return replace(tile, block_n=clip(128 if aligned else 64, k), subtiles=4, max_registers=128)
+    if target.family == "sm_100" and epilogue is Epilogue.ELEMENTWISE and tile.block_n == 128 and not aligned:
+        return replace(tile, subtiles=8)
     return tile
 
 
