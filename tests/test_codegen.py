@@ -39,6 +39,7 @@ from vit_triton.kernels.linear import config as linear_config
 from vit_triton.kernels.linear.config import Epilogue, GemmConfig
 from vit_triton.kernels.norm import config as norm_config
 from vit_triton.kernels.patch_embed import config as patch_embed_config
+from vit_triton.kernels.picker import override_choice
 from vit_triton.kernels.sums import config as sums_config
 from vit_triton.kernels.target import target_named
 
@@ -144,7 +145,7 @@ def narrow_rows(found):
 
 
 FLOAT32 = [("sm_80", "float32"), ("sm_90", "float32"), ("sm_100", "float32"), ("gfx90a", "tf32")]
-IN_FEW_FORMS = [*((arch, "bfloat16") for arch in ARCHITECTURES), *FLOAT32]
+IN_FEW_FORMS = [*((arch, "bfloat16") for arch in ARCHITECTURES if arch != "sm_87"), *FLOAT32]
 
 
 @functools.cache
@@ -158,6 +159,42 @@ def test_each_kernel(arch, dtype):
     for found in each_kernel(arch, dtype):
         check_requirements(found)
         assert not narrow_rows(found), found
+
+
+def test_main_kernels_on_sm_87():
+    """Jetson Orin has the tiles of sm_80."""
+    found = figures("sm_87", "bfloat16", workloads.main_kernels)
+    assert len({kernel.kernel for kernel in found}) > 10
+    for kernel in found:
+        check_requirements(kernel)
+
+
+@pytest.mark.parametrize("arch", linear_config.SMALL_TILES)
+def test_tiles_for_few_rows(arch):
+    """They have the matrix instruction of the tiles for many rows."""
+
+    def workload(dtype):
+        for tile in linear_config.SMALL_TILES[arch]:
+            with override_choice(lambda picker, args, tile=tile: tile):
+                workloads.residual_mlp(dtype, 1, training=False)
+        workloads.packed_attention(dtype, 1, 197, 64)
+
+    found = figures(arch, "bfloat16", workload, only="_fwd")
+    tiles = collections.Counter((kernel.kernel, kernel.constants["BLOCK_M"]) for kernel in found)
+    assert tiles.total() == 2 * len(linear_config.SMALL_TILES[arch]) + 1 and tiles["attention_fwd_kernel", "64"] == 1
+    for kernel in found:
+        check_requirements(kernel)
+        assert arch == "sm_80" or tile_rows(kernel) >= 64, kernel
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_hidden_width_that_is_no_multiple_of_16(arch):
+    def workload(dtype):
+        with workloads.tiles_of(2**30):
+            workloads.residual_mlp(dtype, 1, hidden=3000)
+
+    for found in figures(arch, "bfloat16", workload, only="linear_bwd_input"):
+        check_requirements(found)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -252,11 +289,12 @@ def test_registers_blocks_and_instructions_of_vit_b_16(arch):
 
 
 def test_registers_blocks_and_instructions_of_long_attention():
-    """The sequences end with a masked step of 16, 64 or 32 keys."""
+    """The sequences end with a masked step of 16, 64 or 32 keys. Many heads: few have smaller tiles."""
 
     def workload(dtype):
-        for head_dim, n_tokens in ((64, 577), (64, 570), (72, 730), (88, 730)):
-            workloads.attention(dtype, head_dim, 0.0, n_tokens, n_tokens)
+        with workloads.tiles_of(workloads.HEAD_COUNTS[-1]):
+            for head_dim, n_tokens in ((64, 577), (64, 570), (72, 730), (88, 730)):
+                workloads.attention(dtype, head_dim, 0.0, n_tokens, n_tokens)
 
     long = figures("sm_90", "bfloat16", workload, only="attention_fwd")
     assert len(long) == 4
@@ -298,7 +336,7 @@ def test_every_tile(arch, dtype):
     assert not failed, "\n".join(failed)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "tf32"])  # float16 has bfloat16's tiles
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_tile_is_compiled(arch, dtype, monkeypatch):
     picked = record_picks(monkeypatch)
@@ -346,7 +384,7 @@ def every_pick(arch, dtype):
     torch_dtype, precision = DTYPES[dtype], "tf32" if dtype == "tf32" and arch != "gfx90a" else "ieee"
     lengths, sizes, powers = (
         (1, 16, 17, 197, 513),
-        (1, 17, 33, 64, 65, 129, 768, 1152, 3072, 4096),
+        (1, 17, 33, 64, 65, 129, 768, 1152, 1536, 3072, 4096),
         [2**n for n in range(17)],
     )
     target = target_named(arch)
@@ -374,7 +412,9 @@ def every_pick(arch, dtype):
         if name.startswith("pick_") and name not in ("pick_gemm", "pick_bwd_weight") and not is_of_bias(name)
     }
     for name in pickers:
-        if name.startswith("pick_attention"):
+        if name == "pick_attention_fwd":
+            arguments[name] = [(m, *args) for m in workloads.HEAD_COUNTS for args in attention]
+        elif name.startswith("pick_attention"):
             arguments[name] = attention
         elif name == "pick_window_fwd":
             arguments[name] = [(*args, dropout) for args in windows for dropout in (False, True)]

@@ -11,6 +11,7 @@ import triton.language as tl
 from vit_triton.cpu.driver import use_cpu_driver
 from vit_triton.kernels import launch
 from vit_triton.kernels.attention import config as attention
+from vit_triton.kernels.attention.config import AttentionConfig
 from vit_triton.kernels.linear import config as linear
 from vit_triton.kernels.linear.config import Epilogue, GemmConfig, split_k
 from vit_triton.kernels.norm.config import MAX_LAYER_NORM_WIDTH, pick_layer_norm
@@ -41,6 +42,10 @@ def is_power_of_2(n):
     return n > 0 and n & (n - 1) == 0
 
 
+def attentions(pick, target, n_q, n_k, head_dim, dtype, dropout, m=16):
+    return pick(*([m] if pick is attention.pick_attention_fwd else []), n_q, n_k, head_dim, dtype, target, dropout)
+
+
 def gemms(pick, target, m):
     epilogues = list(Epilogue) if "linear" in pick.__name__ else [None]
     for n in WIDTHS:
@@ -67,7 +72,7 @@ def test_nvidia_compiler_options_are_set_for_nvidia_gpus_only(name):
         assert not any("maxnreg" in tile.options for tile in gemms(pick, target_named(name), 1576))
     for pick in ATTENTIONS:
         for n, head_dim in itertools.product((197, 1025), (64, 72, 80, 128, 256)):
-            tile = pick(n, n, head_dim, torch.bfloat16, target_named(name), False)
+            tile = attentions(pick, target_named(name), n, n, head_dim, torch.bfloat16, False)
             assert tile is None or "maxnreg" not in tile.options
 
 
@@ -82,17 +87,18 @@ def test_the_order_of_sums_does_not_depend_on_the_batch_size(pick, target):
         elif one != many:
             assert pick in (linear.pick_linear_fwd, linear.pick_linear_bwd_input)
             assert one.split == many.split == 1
-            if target.family == "sm_90":
+            if target.family in ("sm_90", "sm_100"):
                 assert min(one.block_m, many.block_m) >= 64 and min(one.num_warps, many.num_warps) >= 4
 
 
-@pytest.mark.parametrize("name", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_100"])
 def test_few_rows_have_small_tiles(name):
     def tile(m, n, k, dtype=torch.bfloat16, target=None, precision="ieee"):
         return linear.pick_linear_fwd(m, n, k, dtype, target or target_named(name), precision, Epilogue.ELEMENTWISE)
 
     smallest, larger, *_ = linear.SMALL_TILES[name]
-    assert tile(197, 768, 3072) == smallest and tile(8 * 197, 768, 3072) == larger
+    assert tile(197, 768, 3072) == smallest
+    assert tile(8 * 197, 768, 3072) == (tile(2**30, 768, 3072) if name == "sm_100" else larger)
     assert tile(64 * 197, 768, 3072) == tile(2**30, 768, 3072)
     for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32")):
         assert tile(197, 768, 3072, dtype, precision=precision) == tile(2**30, 768, 3072, dtype, precision=precision)
@@ -112,6 +118,37 @@ def test_a_tuned_tile_applies_to_rows_that_fill_the_gpu(name):
         assert few == (linear.SMALL_TILES[name][0] if config is tuned else config)
 
 
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.is_gpu or target.name == "cpu"], ids=str_of)
+def test_the_order_of_sums_of_attention_does_not_depend_on_the_batch_size(target):
+    """Nor does the matrix instruction, see above."""
+    for n, head_dim, dtype, dropout in itertools.product((17, 50, 197, 577), (64, 72, 128), DTYPES, (False, True)):
+        arguments = attention.pick_attention_fwd, target, n, n, head_dim, dtype, dropout
+        few, many = attentions(*arguments, m=12), attentions(*arguments, m=6144)
+        assert few.block_n == many.block_n
+        assert few == many or dtype != torch.float32 and min(few.block_m, many.block_m) >= 64 and few.num_warps == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "heads", "rows"),
+    [
+        *(("sm_80", 1370, 12, 64), ("sm_80", 1370, 96, 128), ("sm_80", 197, 12, 64), ("sm_80", 197, 96, 128)),
+        *(("sm_86", 1370, 6, 64), ("sm_86", 1370, 96, 128), ("sm_90", 1370, 12, 64), ("sm_90", 1370, 96, 128)),
+        *(("sm_100", 197, 12, 64), ("sm_100", 197, 768, 128)),
+    ],
+)
+def test_few_heads_have_small_attention_tiles(name, n, heads, rows):
+    def tile(heads, n=n, **changes):
+        target = dataclasses.replace(target_named(name), **changes)
+        return attentions(attention.pick_attention_fwd, target, n, n, 64, torch.bfloat16, False, heads)
+
+    assert tile(heads).block_m == rows and tile(2**30) == tile(heads, multiprocessors=0)
+    one, other = AttentionConfig(128, 64, 8, 2), AttentionConfig(64, 32, 4, 2)
+    key = PICKERS["pick_attention_fwd"].key((heads, n, n, 64, torch.bfloat16, target_named(name), False))
+    for tuned in (one, other):  # another number of keys would change the order of the sums
+        chosen = tile(heads, tuned=Tuned({key: tuned}))
+        assert chosen == (tile(heads) if tuned is one and rows == 64 else tuned)
+
+
 @pytest.mark.parametrize(("name", "tiles", "expected"), [("sm_80", 144, 3), ("sm_90", 36, 7), ("sm_90", 144, 7)])
 def test_split_k_fills_whole_waves(name, tiles, expected):
     """The split with the least time, and one part where a part would have few rows."""
@@ -129,7 +166,7 @@ def test_attention_tiles(pick, target, dropout):
     for n_q, n_k in [(1, 1), (1, 197), (197, 197), (577, 64), (1370, 1370)]:
         for head_dim in (1, 16, 40, 64, 72, 80, 88, 128, 256):
             for dtype in DTYPES:
-                tile = pick(n_q, n_k, head_dim, dtype, target, dropout)
+                tile = attentions(pick, target, n_q, n_k, head_dim, dtype, dropout)
                 if tile is None:  # the dK/dV kernel covers all keys in one block and computes dQ too
                     assert pick is attention.pick_attention_bwd_dq
                     assert attention.pick_attention_bwd_dkdv(n_q, n_k, head_dim, dtype, target, dropout).block_n >= n_k
@@ -180,7 +217,7 @@ def test_tail_block_covers_the_rest_of_the_sequence(length):
 def test_configurations_are_frozen_and_hashable():
     for tile in (
         pick_layer_norm(768, target_named("sm_80")),
-        attention.pick_attention_fwd(197, 197, 64, torch.float16, target_named("sm_80"), False),
+        attention.pick_attention_fwd(96, 197, 197, 64, torch.float16, target_named("sm_80"), False),
         linear.pick_linear_fwd(197, 768, 768, torch.float16, target_named("sm_80"), "ieee", Epilogue.NONE),
     ):
         hash(tile)
@@ -264,7 +301,7 @@ def test_amx_changes_the_tiles_of_bfloat16_only(dtype):
     def tiles(target):
         sides = [(1536, 384), (3072, 768)]
         gemms = [linear.pick_linear_fwd(1576, n, k, dtype, target, "ieee", Epilogue.NONE) for n, k in sides]
-        keys = attention.pick_attention_fwd(197, 1000, 64, dtype, target, False).block_n
+        keys = attention.pick_attention_fwd(96, 197, 1000, 64, dtype, target, False).block_n
         return [(tile.block_m, tile.block_k, tile.group) for tile in gemms], keys
 
     if dtype == torch.bfloat16:

@@ -1,4 +1,5 @@
-"""The bits of a sample do not depend on the batch where the tiles of products do: on sm_80, in the emulator."""
+"""The bits of a sample do not depend on the batch where the tiles of products and attention do: on sm_80, in the
+emulator."""
 
 import dataclasses
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from vit_triton.arguments import NO_BRANCH, Branch
+from vit_triton.kernels.attention import forward as attention
 from vit_triton.kernels.linear import backward, forward
 from vit_triton.kernels.target import target_named
 
@@ -14,11 +16,12 @@ TOKENS, WIDTH = 20, 192
 
 @pytest.fixture
 def tiles(kernels_run, monkeypatch):
-    """The tiles of products on an A100 with two multiprocessors, so that small products fill it."""
+    """The tiles on an A100 with two multiprocessors, so that small problems fill it."""
     if kernels_run != "emulator":
         pytest.skip("runs code for sm_80")
     target, tiles = dataclasses.replace(target_named("sm_80"), multiprocessors=2), []
-    for module, name in ((forward, "pick_linear_fwd"), (backward, "pick_linear_bwd_input")):
+    pickers = (forward, "pick_linear_fwd"), (backward, "pick_linear_bwd_input"), (attention, "pick_attention_fwd")
+    for module, name in pickers:
         pick = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, pick=pick: tiles.append(pick(*args)) or tiles[-1])
         monkeypatch.setattr(module, "target_of", lambda device: target)
@@ -54,3 +57,14 @@ def test_same_bits_in_every_batch(case, dtype, tiles):
         for y, of_many in zip(few, many, strict=True):
             assert y is None or torch.equal(y, of_many[: len(y)])
     assert len(set(tiles)) == (1 if dtype == torch.float32 else 3), tiles
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_attention_has_the_same_bits_in_every_batch(dtype, tiles):
+    """Attention on packed q, k and v, and the log-sum-exp that the backward pass reads; the last step has 16 keys."""
+    qkv = torch.randn(64, 80, 3, 2, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    one, some, many = (attention.attention_fwd(*qkv[:batch].unbind(2), scale=0.125)[:2] for batch in (1, 8, 64))
+    for few in (one, some):
+        for y, of_many in zip(few, many, strict=True):
+            assert torch.equal(y, of_many[: len(y)])
+    assert {tile.block_m for tile in tiles} == ({32} if dtype == torch.float32 else {64, 128}), tiles

@@ -65,6 +65,7 @@ def _amd(name: str) -> Architecture:
 ARCHITECTURES = {
     "sm_80": _nvidia(80, "HMMA", 64, 32),
     "sm_86": _nvidia(86, "HMMA", 48, 16),
+    "sm_87": _nvidia(87, "HMMA", 48, 16),
     "sm_89": _nvidia(89, "HMMA", 48, 24),
     "sm_90": _nvidia(90, "HGMMA", 64, 32),
     "sm_100": _nvidia(100, r"UTC\w*MMA", 64, 32),

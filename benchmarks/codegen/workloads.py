@@ -21,8 +21,10 @@ LENGTHS = (16, 17, 26, 50, 64, 257, 577, 1370)
 WINDOWS = (4, 5, 7, 9, 12)  # sides of windows in tiles of 16, 32, 64, 128 and 256 tokens
 BATCH = 8
 ROWS = 8
-ROW_COUNTS = (8, 400, 1600, 2**30)  # every_tile compiles the tiles of products for so many rows
-BY_ROWS = ("pick_linear_fwd", "pick_linear_bwd_input")  # pickers whose tiles depend on the rows
+# every_tile compiles the tiles of products for so many rows, and those of attention for so many heads of all samples
+ROW_COUNTS = (8, 400, 1600, 2**30)
+HEAD_COUNTS = (8, 2**30)
+BY_ROWS = ("pick_linear_fwd", "pick_linear_bwd_input", "pick_attention_fwd")  # pickers whose tiles depend on the rows
 
 
 def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -45,12 +47,18 @@ def _differentiate(y: Any, expanded: bool = False) -> None:
     )
 
 
-def each_kernel(dtype: torch.dtype) -> None:
-    """Launch every kernel of ViT-B/16 at 224 x 224, in few variants."""
+def main_kernels(dtype: torch.dtype) -> None:
+    """Launch attention, MLP, LayerNorm and patch embedding of ViT-B/16 at 224 x 224."""
     x = _zeros(dtype, BATCH, TOKENS, WIDTH)
     _differentiate(F.attention_packed(_zeros(dtype, BATCH, TOKENS, 3, HEADS, HEAD_DIM), backend="triton"))
     _mlp(x, WIDTH, HIDDEN, norm=_norm(dtype, WIDTH), residual=x)
     _patches(_zeros(dtype, BATCH, 3, 224, 224), dtype, 16, WIDTH)
+
+
+def each_kernel(dtype: torch.dtype) -> None:
+    """Launch every kernel of ViT-B/16 at 224 x 224, in few variants."""
+    main_kernels(dtype)
+    x = _zeros(dtype, BATCH, TOKENS, WIDTH)
     qkv, normed = _zeros(dtype, BATCH, TOKENS, 3, HEADS, HEAD_DIM), _norm(dtype, HEAD_DIM)
     _differentiate(F.attention_packed(qkv, q_norm=normed, k_norm=normed, backend="triton"))
     for layout in ("half", "interleaved"):
@@ -183,10 +191,10 @@ def block(dtype: torch.dtype, width: int, hidden: int, heads: int, batch: int, n
         _differentiate(F.encoder(x, [tensors], heads=heads, backend="triton"))
 
 
-def residual_mlp(dtype: torch.dtype, batch: int, training: bool = True, **dropout: float) -> None:
+def residual_mlp(dtype: torch.dtype, batch: int, training: bool = True, hidden: int = HIDDEN, **dropout: float) -> None:
     x = _zeros(dtype, batch, TOKENS, WIDTH)
     with torch.set_grad_enabled(training):
-        _mlp(x, WIDTH, HIDDEN, residual=x, **dropout)
+        _mlp(x, WIDTH, hidden, residual=x, **dropout)
 
 
 def patches_of_images(dtype: torch.dtype, batch: int, from_bytes: bool) -> None:
@@ -203,12 +211,8 @@ def every_tile(dtype: torch.dtype) -> None:
     kernel variant with a different register use. tests/test_codegen.py checks that none is missing."""
     vit_b_16(dtype)
     expanded_gradients(dtype)
-    for head_dim, dropout_p, n_q in itertools.product(HEAD_DIMS, (0.0, 0.1), (TOKENS, 1)):
-        attention(dtype, head_dim, dropout_p, n_q)
     q, k, v = (_zeros(dtype, 1, TOKENS, 2, HEAD_DIM) for _ in range(3))
     _differentiate(F.attention(q, k, v, return_lse=True, backend="triton"))
-    for n_tokens in LENGTHS:
-        _differentiate(F.attention_packed(_zeros(dtype, 1, n_tokens, 3, 2, HEAD_DIM), backend="triton"))
     for power, norm_type in itertools.product(range(9), ("layer_norm", "rms_norm")):
         head_dim, norm = 2**power, (_zeros(dtype, 2**power), None, 1e-5)
         qkv = _zeros(dtype, 1, ROWS, 3, 2, head_dim)
@@ -220,6 +224,9 @@ def every_tile(dtype: torch.dtype) -> None:
         for cosine, dropout_p in itertools.product((False, True), (0.0, 0.1)):
             swin_attention(dtype, 1, window, 2, window, cosine=cosine, head_dim=head_dim, dropout_p=dropout_p)
 
+    for heads in HEAD_COUNTS:
+        with tiles_of(heads):
+            _attentions(dtype)
     for rows in ROW_COUNTS:
         with tiles_of(rows):
             _products(dtype)
@@ -238,6 +245,13 @@ def every_tile(dtype: torch.dtype) -> None:
         _patches(_zeros(dtype, 1, 1, 4 * patch, 4 * patch), dtype, patch, dim)
     image = _zeros(dtype, 1, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     _patches(image, dtype, 16, WIDTH)
+
+
+def _attentions(dtype: torch.dtype) -> None:
+    for head_dim, dropout_p, n_q in itertools.product(HEAD_DIMS, (0.0, 0.1), (TOKENS, 1)):
+        attention(dtype, head_dim, dropout_p, n_q)
+    for n_tokens in LENGTHS:
+        packed_attention(dtype, 1, n_tokens, HEAD_DIM)
 
 
 def _products(dtype: torch.dtype) -> None:
@@ -271,7 +285,10 @@ def _products(dtype: torch.dtype) -> None:
         wide = _zeros(dtype, ROWS, hidden)
         _linear(x, hidden, residual=wide, layer_scale=_zeros(dtype, hidden), drop_path_p=0.1)
 
-    for width, hidden in itertools.product((16, 32), (192, 1152, 3072, 4096)):  # wide products of a small depth
+    for width in (16, 32, WIDTH):
+        _mlp(_zeros(dtype, ROWS, width), width, 136)  # a hidden width that is no multiple of 16
+
+    for width, hidden in itertools.product((16, 32), (192, 1152, 1536, 3072, 4096)):  # wide products of a small depth
         x = _zeros(dtype, ROWS, width)
         _linear(x, hidden)
         _linear(x, hidden, residual=_zeros(dtype, ROWS, hidden))
@@ -284,7 +301,7 @@ def _products(dtype: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def tiles_of(rows: int) -> Iterator[None]:
-    """Products have the tiles for ``rows`` rows."""
+    """Products and attention have the tiles for ``rows`` rows, or heads of all samples."""
 
     def choose(picker: Picker, args: tuple[Any, ...]) -> Any:
         return picker.default(*((rows, *args[1:]) if picker.name in BY_ROWS else args))

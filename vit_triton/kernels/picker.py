@@ -2,8 +2,9 @@
 
 Tiles depend on sequence length, head size, width, dtype and target. What the bits of a result depend on, the order of
 its sums and the matrix instruction, does not depend on the batch, so the result of a sample is the same in every batch.
-The tiles of 16-bit products depend on the number of rows where few rows would not fill the GPU
-(:func:`.linear.config.for_rows`). The pickers of each family of kernels are in its ``config.py``.
+The tiles of 16-bit products and of attention depend on the number of rows where few rows would not fill the GPU
+(:func:`.linear.config.for_rows`, :func:`.attention.config.for_heads`). The pickers of each family of kernels are in its
+``config.py``.
 
 The tiles for GPUs (sm_*, gfx*) are computed from registers, shared memory and instructions; they are not measured. Each
 picker declares candidates. ``vit-triton tune`` measures them and writes a table (:mod:`.tuned`), which takes precedence
@@ -28,6 +29,12 @@ def cdiv(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+def time_of(programs: int, multiprocessors: int, times: tuple[float, ...]) -> float:
+    """The time of ``programs``; ``times``: of 1, 2, ... per multiprocessor, beyond which it is proportional."""
+    each = cdiv(programs, multiprocessors)
+    return times[each - 1] if each <= len(times) else each * times[-1] / len(times)
 
 
 def clip(tile: int, size: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vit_triton.kernels.picker import CompilerOptions, clip, next_power_of_2, tunable
+from vit_triton.kernels.picker import CompilerOptions, cdiv, clip, next_power_of_2, time_of, tunable
 from vit_triton.kernels.target import Target
 
 
@@ -195,7 +195,7 @@ def _candidates(tiles: AttentionTiles, more: Iterable[Tile]) -> Callable[..., An
 
     def candidates(
         n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
-    ) -> Iterable[AttentionConfig]:
+    ) -> list[AttentionConfig]:
         most_m, most_n = (max(64, next_power_of_2(n)) for n in (n_q, n_k))
         float32 = dtype == torch.float32
         every = (AttentionConfig(*tile) for tile in (*tiles.all(float32), *(() if float32 else more)))
@@ -204,11 +204,61 @@ def _candidates(tiles: AttentionTiles, more: Iterable[Tile]) -> Callable[..., An
     return candidates
 
 
-@tunable(AttentionConfig, candidates=_candidates(_FWD, [(128, 64, 8, 3), (128, 32, 4, 3), (16, 64, 4, 2)]))
+# Computed microseconds of 1, 2, ... programs of a 16-bit forward tile per multiprocessor, with 1,370 keys and heads of
+# 64 (benchmarks codegen). The first tile of a family is for few heads. 64 query rows leave the bits of 128 as they are;
+# 32 rows (another matrix instruction on sm_90) and other numbers of keys do not.
+_FEW_HEADS: dict[str, dict[AttentionConfig, tuple[float, ...]]] = {
+    "sm_80": {  # three resident blocks
+        AttentionConfig(64, 64, 4, 3, 168): (24.3, 31.3, 42.5, 61.3, 73.9, 84.4, 99.5, 115.2, 125.2, 138.8),
+        AttentionConfig(128, 64, 4, 3): (36.5, 50, 82.3, 100.5, 129.9, 150.3),
+    },
+    "sm_86": {  # 99 KiB of shared memory: two resident blocks
+        AttentionConfig(64, 64, 4, 3): (25.8, 32.4, 57.9, 64.5, 90, 96.6, 112.6, 128.6),
+        AttentionConfig(128, 64, 4, 3): (39.8, 58.3, 97.9, 116.4, 156, 174.5),
+    },
+    "sm_90": {
+        AttentionConfig(64, 64, 4, 3): (16.7, 18.8, 22.3, 25.8, 40.3, 46.5, 48.5, 54.4),
+        AttentionConfig(64, 64, 4, 2): (22.8, 23.7, 25.4, 26.1, 48.8, 50.9, 51.8, 54.7),
+        _LONG_FWD["sm_90"]: (21.3, 26.3, 47.3, 54.9, 73.4, 78),
+    },
+    "sm_100": {AttentionConfig(64, 64, 4, 2): (4.43,), AttentionConfig(128, 64, 4, 2): (6.65,)},
+}
+
+
+def for_heads(tile: AttentionConfig, heads: int, n_q: int, n_k: int, head_dim: int, target: Target) -> AttentionConfig:
+    """``tile``, or a small one where ``tile`` makes too few programs of ``heads`` heads of all samples."""
+    small_memory = target.family == "sm_80" and target.shared_memory <= 99 * 1024
+    times = _FEW_HEADS.get("sm_86" if small_memory else target.family, {})
+    if target.multiprocessors == 0 or heads == 0 or not 32 < head_dim <= 64 or tile not in times:
+        return tile
+    if target.family == "sm_90" and attention_tail(n_k, tile.block_n) == 64:
+        return tile  # a masked step of 64 keys takes more registers: three resident blocks of the small tile
+
+    def time(tile: AttentionConfig) -> float:
+        return time_of(heads * cdiv(n_q, tile.block_m), target.multiprocessors, times[tile])
+
+    small = next(iter(times))
+    return small if time(small) < 0.95 * time(tile) else tile  # smaller differences are below the model's error
+
+
+def _adapted(pick: Any, tuned: AttentionConfig, m: int, *args: Any) -> AttentionConfig:
+    """A tuned tile applies to as many heads as fill the GPU; to fewer, the tile that ``pick`` has for them if it leaves
+    the bits as they are."""
+    few = pick(m, *args)
+    smaller = few.block_m < tuned.block_m and few.block_n == tuned.block_n
+    return few if smaller and few != pick(2**30, *args) else tuned
+
+
+def _candidates_attention_fwd(m: int, *args: Any) -> list[AttentionConfig]:
+    return _candidates(_FWD, [(128, 64, 8, 3), (128, 32, 4, 3), (16, 64, 4, 2)])(*args)
+
+
+@tunable(AttentionConfig, candidates=_candidates_attention_fwd, adapt=_adapted)
 def pick_attention_fwd(
-    n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
+    m: int, n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
 ) -> AttentionConfig:
-    """Tiles of ``attention_fwd_kernel``. ``dropout``: or a bias or mask, which need registers too."""
+    """Tiles of ``attention_fwd_kernel``; ``m``: number of samples times heads. ``dropout``: or a bias or mask, which
+    need registers too."""
     if target.family == "interpreter":
         return _pick_interpreted_attention(n_q, n_k)
     if target.family == "cpu":
@@ -219,17 +269,18 @@ def pick_attention_fwd(
         return AttentionConfig(16, 64 if head_dim <= 64 or not dropout else 32, 4, 2)
     fits = head_dim <= 64 or head_dim <= 96 and attention_tail(n_k, 64) < 64  # a masked step of 64 keys spills
     if n_k > 512 and fits and dtype != torch.float32 and not dropout and target.family in _LONG_FWD:
-        return _LONG_FWD[target.family]
-    return (_FWD_DROPOUT if dropout else _FWD).tile(head_dim, dtype, target)
+        return for_heads(_LONG_FWD[target.family], m, n_q, n_k, head_dim, target)
+    tile = (_FWD_DROPOUT if dropout else _FWD).tile(head_dim, dtype, target)
+    return tile if dropout else for_heads(tile, m, n_q, n_k, head_dim, target)
 
 
 def pick_attention_fwd_bias(
-    n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
+    m: int, n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, target: Target, dropout: bool
 ) -> AttentionConfig:
     """:func:`pick_attention_fwd` for scores with a bias. ``dropout``: or a decomposed bias."""
     if target.is_gpu and n_q > 16:
         return (_FWD_REL if dropout else _FWD_BIAS).tile(head_dim, dtype, target)
-    return pick_attention_fwd(n_q, n_k, head_dim, dtype, target, True)
+    return pick_attention_fwd(m, n_q, n_k, head_dim, dtype, target, True)
 
 
 _CPU_MAX_KEYS = 512  # per program that computes dq, dk and dv: its tiles of scores fit in the L2 cache

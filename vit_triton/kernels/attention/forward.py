@@ -253,9 +253,9 @@ def launch_attention_fwd(out, lse, stats, q, k, v, sequences, *, scale: float, d
     masked = mask.empty_rows or sequences is not None
     if mask.biased:
         dropped = dropout.p > 0 or mask.rel is not None
-        config = pick_attention_fwd_bias(n_q, n_k, head_dim, q.dtype, target, dropped)
+        config = pick_attention_fwd_bias(batch * n_heads, n_q, n_k, head_dim, q.dtype, target, dropped)
     else:
-        config = pick_attention_fwd(n_q, n_k, head_dim, q.dtype, target, dropout.p > 0 or masked)
+        config = pick_attention_fwd(batch * n_heads, n_q, n_k, head_dim, q.dtype, target, dropout.p > 0 or masked)
     d_main, d_tail = split_head_dim(head_dim, q.dtype, target)
     launch(
         attention_fwd_kernel,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vit_triton.kernels.linear.expected import is_ours_ahead
-from vit_triton.kernels.picker import CompilerOptions, cdiv, clip, next_power_of_2, tunable
+from vit_triton.kernels.picker import CompilerOptions, cdiv, clip, next_power_of_2, time_of, tunable
 from vit_triton.kernels.target import Target
 
 
@@ -155,14 +155,15 @@ def prefers_vendor(product: str, dtype: torch.dtype, target: Target, epilogue: E
 
 
 # Tiles for products too small to fill a GPU with the tiles above. Rows, columns, depth and warps of a tile leave the
-# bits of a result as they are; another matrix instruction would not, so sm_90 has at least 64 rows and four warps. No
-# split, whose sums differ.
+# bits of a result as they are; another matrix instruction would not, so sm_90 and sm_100 have at least 64 rows and four
+# warps. No split, whose sums differ.
 SMALL_TILES = {
     "sm_80": (GemmConfig(32, 32, 128, 4, 4), GemmConfig(64, 64, 64, 4, 3), GemmConfig(128, 64, 64, 4, 3)),
     "sm_90": (GemmConfig(64, 32, 128, 4, 3), GemmConfig(64, 64, 64, 4, 4), GemmConfig(64, 128, 64, 4, 3, subtiles=2)),
+    "sm_100": (GemmConfig(64, 32, 128, 4, 3), GemmConfig(64, 64, 64, 4, 4), GemmConfig(64, 128, 64, 4, 3, subtiles=2)),
 }
 # Computed microseconds of 1, 2, ... programs of block_m x block_n per multiprocessor with a depth of 768 (benchmarks
-# codegen); beyond, the time is proportional to the programs
+# codegen)
 TIMES: dict[str, dict[tuple[int, int], tuple[float, ...]]] = {
     "sm_80": {
         (32, 32): (6, 7, 9.5, 12, 14.4),
@@ -176,6 +177,7 @@ TIMES: dict[str, dict[tuple[int, int], tuple[float, ...]]] = {
         (64, 128): (8, 10.1, 11.4, 18.4, 22.5),
         (128, 128): (9.5, 13.5, 24, 27),
     },
+    "sm_100": {(64, 32): (1.75,), (64, 64): (2.2,), (64, 128): (3.1,), (128, 128): (4.4,)},
 }
 
 
@@ -187,9 +189,7 @@ def for_rows(tile: GemmConfig, rows: int, cols: int, depth: int, target: Target)
 
     def time(tile: GemmConfig) -> float:
         programs = cdiv(rows, tile.block_m) * cdiv(cols, tile.block_n)
-        of_tile = times[tile.block_m, tile.block_n]
-        each = cdiv(programs, target.multiprocessors)
-        return of_tile[each - 1] if each <= len(of_tile) else each * of_tile[-1] / len(of_tile)
+        return time_of(programs, target.multiprocessors, times[tile.block_m, tile.block_n])
 
     small = [clipped(tile, 2**30, cols, depth) for tile in SMALL_TILES[target.family]]
     known = [tile for tile in small if (tile.block_m, tile.block_n) in times]
@@ -282,8 +282,12 @@ def _linear_bwd_input_tile(
     if target.family == "sm_90" and epilogue is Epilogue.BRANCH:
         # pointers: gamma scales dy between its load and the product (benchmarks codegen)
         return clipped(replace(NARROW, subtiles=4, max_registers=168), 2**30, k, n)
+    # rows of pre that are no multiple of 16 numbers are read one by one, which takes more registers
+    aligned = k % 16 == 0
     if target.family == "sm_90":  # two resident blocks
-        return replace(tile, subtiles=4, max_registers=128)
+        return replace(tile, block_n=tile.block_n if aligned else clip(64, k), subtiles=4, max_registers=128)
+    if target.family == "sm_100" and epilogue is Epilogue.ELEMENTWISE and tile.block_n == 128 and not aligned:
+        return replace(tile, subtiles=8)
     return tile
 
 
