@@ -243,8 +243,9 @@ def linear_bwd_weight_kernel(
             dy_ptr, samples_ptr, first, min(first + part, stop), offs_n, stride_dym, stride_dyn, M, N, rows_per_sample,
             DTYPE, BLOCK_N, BLOCK_M,
         )  # fmt: skip
-        dbias_ptrs = dbias_partials_ptr + (split * num_k + pid_k).to(tl.int64) * N + offs_n
-        tl.store(dbias_ptrs, dbias.to(dbias_partials_ptr.dtype.element_ty), mask=offs_n < N)
+        dbias = dbias.to(dbias_partials_ptr.dtype.element_ty)
+        row = (split * num_k + pid_k).to(tl.int64)
+        tl.store(dbias_partials_ptr + row * N + offs_n, dbias, mask=offs_n < N)
 
     offs_m = start + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -296,7 +297,7 @@ def linear_bwd_weight(
     (m, n), k = dy.shape, x.shape[1]
     target = target_of(dy.device)
     precision = input_precision(dtype, target)
-    epilogue = Epilogue.of(elementwise=False, branch=samples is not None)
+    epilogue = Epilogue.NONE if samples is None else Epilogue.BRANCH
     config = pick_linear_bwd_weight(m, n, k, dtype, target, precision, epilogue)
     if isinstance(config, VendorGemm):
         dy = _scaled(dy, dtype, branch=Branch(samples=samples))
