@@ -201,13 +201,13 @@ def linear_bwd_input(
 @triton.jit
 def _sum_rows(
     dy_ptr, samples_ptr, first, stop, offs_n, stride_dym, stride_dyn, M, N, rows_per_sample,
-    DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The sum of the rows first ... stop of s * dy, rounded as for the product -> [BLOCK_N]."""
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for m in range(first, stop, BLOCK_M):
-        offs_m = m + tl.arange(0, BLOCK_M)
-        dy_ptrs = dy_ptr + offsets(offs_m, stride_dym, offs_n, stride_dyn)  # [BLOCK_M, BLOCK_N]
+    total = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for m in range(first, stop, ROWS):
+        offs_m = m + tl.arange(0, ROWS)
+        dy_ptrs = dy_ptr + offsets(offs_m, stride_dym, offs_n, stride_dyn)  # [ROWS, BLOCK_N]
         mask = (offs_m < stop)[:, None] & (offs_n < N)[None, :]
         dy = tl.load(dy_ptrs, mask=mask, other=0.0)
         if samples_ptr is not None:
@@ -221,7 +221,7 @@ def linear_bwd_weight_kernel(
     dy_ptr, samples_ptr, x_ptr, dweight_partials_ptr, dbias_partials_ptr,
     stride_dym, stride_dyn, stride_xm, stride_xk,
     M, N, K, n_splits, rows_per_sample,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, SUMMED_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
     dy_desc=None, x_desc=None,
 ):  # fmt: skip
@@ -241,7 +241,7 @@ def linear_bwd_weight_kernel(
         first = start + pid_k * part
         dbias = _sum_rows(
             dy_ptr, samples_ptr, first, min(first + part, stop), offs_n, stride_dym, stride_dyn, M, N, rows_per_sample,
-            DTYPE, BLOCK_N, BLOCK_M,
+            DTYPE, BLOCK_N, SUMMED_ROWS,
         )  # fmt: skip
         dbias = dbias.to(dbias_partials_ptr.dtype.element_ty)
         row = (split * num_k + pid_k).to(tl.int64)
@@ -337,6 +337,7 @@ def linear_bwd_weight(
         rows_per_sample=rows_per_sample_of(m, branch),
         DTYPE=TRITON_DTYPE[dtype],
         PRECISION=precision,
+        SUMMED_ROWS=16 if target.family == "cpu" else config.block_k,  # 16 rows stay in the L1 cache
         BLOCK_N=config.block_m,
         BLOCK_K=config.block_n,
         BLOCK_M=config.block_k,
