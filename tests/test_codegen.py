@@ -254,6 +254,8 @@ def test_registers_blocks_and_instructions_of_vit_b_16(arch):
         assert max(found.per_trip) <= ((370 if scaled else 200) if few_rows else instructions), found
         if found.kernel in linear and not few_rows:
             assert (found.count("UTMALDG") > 0) == (arch != "sm_80"), found  # loads through descriptors
+        if arch == "sm_90" and found.kernel == "linear_fwd_kernel" and not few_rows:  # stores through descriptors
+            assert (found.count("UTMASTG") > 0) == (found.constants["SUBTILES"] == "1"), found
 
 
 def test_registers_blocks_and_instructions_of_long_attention():

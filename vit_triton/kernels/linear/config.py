@@ -246,7 +246,8 @@ def _linear_fwd_tile(
     if target.family == "sm_90" and epilogue is Epilogue.DROPOUT:
         return clipped(replace(NARROW, subtiles=4, max_registers=168, descriptors=True), 2**30, n, k)
     if target.family == "sm_90":
-        return replace(tile, max_registers=128)  # without the limit the compiler exceeds it: one resident block
+        # without the limit the compiler exceeds it: one resident block
+        return replace(tile, max_registers=128, subtiles=1 if epilogue is Epilogue.ELEMENTWISE else 2)
     return tile
 
 
