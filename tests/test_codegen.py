@@ -253,16 +253,19 @@ LIMITS = {
     ("sm_80", "attention_bwd_dkdv_kernel"): (255, 2, 300),
     ("sm_80", "linear_fwd_kernel"): (255, 2, 175),
     ("sm_80", "linear_bwd_input_kernel"): (255, 2, 190),
+    ("sm_80", "linear_bwd_weight_kernel"): (255, 2, 430),  # with stochastic depth; else 220
     ("sm_90", "attention_fwd_kernel"): (128, 4, 330),
     ("sm_90", "attention_bwd_dq_kernel"): (128, 4, 200),
     ("sm_90", "attention_bwd_dkdv_kernel"): (168, 3, 250),
     ("sm_90", "linear_fwd_kernel"): (128, 2, 95),
     ("sm_90", "linear_bwd_input_kernel"): (128, 2, 170),
+    ("sm_90", "linear_bwd_weight_kernel"): (128, 2, 135),
     ("sm_100", "attention_fwd_kernel"): (255, 2, 570),
     ("sm_100", "attention_bwd_dq_kernel"): (168, 2, 510),
     ("sm_100", "attention_bwd_dkdv_kernel"): (168, 2, 390),
     ("sm_100", "linear_fwd_kernel"): (128, 2, 115),
     ("sm_100", "linear_bwd_input_kernel"): (128, 2, 180),
+    ("sm_100", "linear_bwd_weight_kernel"): (128, 2, 290),  # with stochastic depth; else 120
     # a rotating epilogue: with a limit of 128 registers it spills 14, in two subtiles it takes more instructions
     ("sm_100", "linear_fwd_kernel, rotating"): (168, 1, 115),
 }
@@ -279,13 +282,17 @@ def test_registers_blocks_and_instructions_of_vit_b_16(arch):
         if found.kernel == "linear_fwd_kernel" and found.constants["PAIRS"] != "":
             limits = LIMITS.get((arch, "linear_fwd_kernel, rotating"), limits)
         registers, blocks, instructions = limits
-        linear = ("linear_fwd_kernel", "linear_bwd_input_kernel")
-        few_rows = arch == "sm_90" and found.kernel in linear and found.warps == 4  # other tiles, without descriptors
+        linear = ("linear_fwd_kernel", "linear_bwd_input_kernel", "linear_bwd_weight_kernel")
+        # other tiles, without descriptors; with stochastic depth, a weight's gradient has one of them
+        few_rows = arch == "sm_90" and found.kernel in linear and found.warps == 4
         registers = 168 if few_rows else registers
         assert found.registers <= registers and found.blocks >= blocks, found
-        assert max(found.per_trip) <= (200 if few_rows else instructions), found
+        scaled = found.kernel == "linear_bwd_weight_kernel"
+        assert max(found.per_trip) <= ((370 if scaled else 200) if few_rows else instructions), found
         if found.kernel in linear and not few_rows:
             assert (found.count("UTMALDG") > 0) == (arch != "sm_80"), found  # loads through descriptors
+        if arch == "sm_90" and found.kernel == "linear_fwd_kernel" and not few_rows:  # stores through descriptors
+            assert (found.count("UTMASTG") > 0) == (found.constants["SUBTILES"] == "1"), found
 
 
 def test_registers_blocks_and_instructions_of_long_attention():

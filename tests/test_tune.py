@@ -297,7 +297,7 @@ def test_every_configuration_of_a_vit_is_tuned(dropout):
         image = torch.randn(2, 3, 16, 16, dtype=torch.bfloat16)
         ours = vit_triton.ViT(**shape.vit(), dropout=dropout, emb_dropout=dropout, backend="triton")
         used = picker_keys(lambda: steps(ours.bfloat16(), image))
-        assert len(used) > 30 and used <= tuned
+        assert len(used) >= 30 and used <= tuned
         timm = pytest.importorskip("timm.models.vision_transformer")
         size = dict(img_size=16, patch_size=8, num_classes=0, embed_dim=32, depth=2, num_heads=2)
         other = timm.VisionTransformer(**size, proj_drop_rate=dropout, attn_drop_rate=dropout)

@@ -86,7 +86,7 @@ def _no_loop(a: Arguments) -> int:
     return 0
 
 
-# kernel -> (FLOPs, loop trips; 0 without a loop)
+# kernel -> (FLOPs, loop trips; 0 without a loop). With matrix instructions, the trips of the loops that have them
 COSTS: dict[str, tuple[Count, Count]] = {
     "attention_fwd_kernel": (_attention(2), lambda a: a["n_k"] // a["BLOCK_N"]),
     "attention_bwd_delta_kernel": (lambda a: 2 * a["do_ptr"].numel(), _no_loop),
@@ -126,6 +126,11 @@ COSTS: dict[str, tuple[Count, Count]] = {
     "patch_embed_bwd_weight_kernel": (_patches, _split_trips("n_rows")),
     "patch_embed_bwd_image_kernel": (_patches, _trips("dim", "BLOCK_N")),
     "patch_embed_bwd_norm_kernel": (lambda a: 10 * a["n_rows"] * _patch_dim(a), _no_loop),
+}
+# trips of loops without matrix instructions beside such a loop; 1 for other kernels
+OTHER_TRIPS: dict[str, Count] = {
+    # the sum of dy, one part in each program of a row of tiles
+    "linear_bwd_weight_kernel": lambda a: cdiv(_split_trips("M")(a), cdiv(a["K"], a["BLOCK_K"])),
 }
 # tensors that are read and written
 IN_PLACE = {("patch_embed_bwd_norm_kernel", "dimage_ptr"), ("qk_norm_bwd_kernel", "dx_ptr")}

@@ -52,8 +52,8 @@ PRODUCTS = (
     Product("input", "elementwise", "gradient of fc2's input, with GELU", 4 * _WIDE),
     Product("input", "branch", "gradient of fc2's input, with LayerScale", 2 * _NARROW),
     Product("input", "dropout", "gradient of fc2's input, with GELU and dropout", 4 * _WIDE),
-    Product("weight", "elementwise", "gradient of fc1's weight and bias", _WIDE),
-    Product("weight", "elementwise", "gradient of fc2's weight and bias", _NARROW),
+    Product("weight", "none", "gradient of fc1's weight and bias", _WIDE),
+    Product("weight", "none", "gradient of fc2's weight and bias", _NARROW),
     Product(
         "patches", "none", "patch embedding from floats", 2 * _IMAGES + 2 * _PATCHES * WIDTH, outer=WIDTH, rows=_PATCHES
     ),

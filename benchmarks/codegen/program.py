@@ -59,13 +59,13 @@ class Kernel:
                     total[pipe] += cycles * blocks * self.warps / PARTS
         return total
 
-    def trips(self, main: int) -> list[int]:
+    def trips(self, main: int, others: int = 1) -> list[int]:
         """Trips of each loop: ``main`` for loops with matrix instructions, minus the trips that the compiler peels
-        (sm_100). Without such loops, ``main`` for the longest loop. All others: 1."""
+        (sm_100), and ``others`` for those without. Without such loops, ``main`` for the longest loop, else 1."""
         if self.multiplies and any(self.flops(loop.own) for loop in self.loops):
             moved = self.flops(self.once)  # includes the code after the loop, which is less than a trip
             each = [self.flops(loop.own) for loop in self.loops]
-            return [max(0, main - moved // flops) if flops else 1 for flops in each]
+            return [max(0, main - moved // flops) if flops else others for flops in each]
         longest = max((len(loop.body) for loop in self.loops), default=0)
         return [main if len(loop.body) == longest else 1 for loop in self.loops]
 

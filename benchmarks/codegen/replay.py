@@ -55,15 +55,15 @@ def extrapolated(
             kernel.replayed[key] = simulate(kernel, _trace(kernel, trips), resident, blocks, dram_latency, stagger)
         return kernel.replayed[key]
 
-    def over_trips(blocks: int) -> float:
-        short = [min(n, LONGEST) for n in trips]
-        cycles = run(short, blocks)
-        for k, n in enumerate(trips):
-            if n > LONGEST:
-                half = [*short[:k], LONGEST // 2, *short[k + 1 :]]
-                # includes the extrapolation of earlier loops
-                cycles += (n - LONGEST) * (cycles - run(half, blocks)) / (LONGEST - LONGEST // 2)
-        return cycles
+    def over_trips(blocks: int, *simulated: int) -> float:
+        """``simulated``: trips of the first loops."""
+        if len(simulated) == len(trips):
+            return run(simulated, blocks)
+        n = trips[len(simulated)]
+        if n <= LONGEST:
+            return over_trips(blocks, *simulated, n)
+        cycles, half = (over_trips(blocks, *simulated, short) for short in (LONGEST, LONGEST // 2))
+        return cycles + (n - LONGEST) * (cycles - half) / (LONGEST - LONGEST // 2)
 
     if total <= 3 * resident:
         return over_trips(total)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.codegen import sass, workloads
-from benchmarks.codegen.cost import COSTS, Arguments, min_bytes
+from benchmarks.codegen.cost import COSTS, OTHER_TRIPS, Arguments, min_bytes
 from benchmarks.codegen.driver import compile_for
 from benchmarks.codegen.figures import DTYPES, precision, tensor_columns
 from benchmarks.codegen.gpus import GPUS
@@ -157,10 +157,11 @@ def price(gpu: str, compiled: Any, grid: int, arguments: Arguments) -> tuple[int
         _kernels[key] = _read(gpu, compiled)
     registers, blocks, kernel = _kernels[key]
     flops, trips = COSTS[compiled.name]
+    others = OTHER_TRIPS.get(compiled.name, lambda a: 1)
     return registers, times(
         kernel,
         grid,
-        kernel.trips(trips(arguments)),
+        kernel.trips(trips(arguments), others(arguments)),
         blocks,
         flops=flops(arguments) if kernel.multiplies else 0,
         n_bytes=min_bytes(compiled.name, arguments),

@@ -20,7 +20,7 @@ from vit_triton.kernels.linear.elements import dropout_scale, offsets, rows_per_
 from vit_triton.kernels.linear.forward import linear_fwd
 from vit_triton.kernels.linear.pack import pack_once
 from vit_triton.kernels.picker import cdiv, next_power_of_2
-from vit_triton.kernels.sums.sum_parts import add_partials, new_partials, sum_parts
+from vit_triton.kernels.sums.sum_parts import add_partials, new_partials, sum_pair, sum_parts
 from vit_triton.kernels.tiles import activate, activate_grad, columns_of, grouped_tile
 
 # --- backward: the input -----------------------------------------------------------------------------------
@@ -198,15 +198,34 @@ def linear_bwd_input(
 # --- backward: the weight and the bias ---------------------------------------------------------------------
 
 
+@triton.jit
+def _sum_rows(
+    dy_ptr, samples_ptr, first, stop, offs_n, stride_dym, stride_dyn, M, N, rows_per_sample,
+    DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The sum of the rows first ... stop of s * dy, rounded as for the product -> [BLOCK_N]."""
+    total = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for m in range(first, stop, ROWS):
+        offs_m = m + tl.arange(0, ROWS)
+        dy_ptrs = dy_ptr + offsets(offs_m, stride_dym, offs_n, stride_dyn)  # [ROWS, BLOCK_N]
+        mask = (offs_m < stop)[:, None] & (offs_n < N)[None, :]
+        dy = tl.load(dy_ptrs, mask=mask, other=0.0)
+        if samples_ptr is not None:
+            dy = dy.to(tl.float32) * sample_scale(samples_ptr, offs_m, M, rows_per_sample)[:, None]
+        total += dy.to(DTYPE).to(tl.float32)
+    return tl.sum(total, 0)
+
+
 @triton.jit(do_not_specialize=["M", "n_splits"])
 def linear_bwd_weight_kernel(
     dy_ptr, samples_ptr, x_ptr, dweight_partials_ptr, dbias_partials_ptr,
     stride_dym, stride_dyn, stride_xm, stride_xk,
     M, N, K, n_splits, rows_per_sample,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, SUMMED_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+    dy_desc=None, x_desc=None,
 ):  # fmt: skip
-    """SUM_BY_PRODUCT: sum the gradient of the bias with the matrix units; summing dy in registers stalls them."""
+    """dy_desc, x_desc: descriptors of dy_ptr and x_ptr, both or none, read instead of the pointers."""
     num_n = tl.cdiv(N, BLOCK_N)
     num_k = tl.cdiv(K, BLOCK_K)
     split = tl.program_id(0) // (num_n * num_k)
@@ -214,8 +233,21 @@ def linear_bwd_weight_kernel(
     rows = tl.cdiv(tl.cdiv(M, BLOCK_M), n_splits) * BLOCK_M  # tokens of each partial sum
     start = split * rows
     stop = min(start + rows, M)
-    offs_m = start + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if dbias_partials_ptr is not None:
+        # Each of the num_k programs that read the same rows of dy sums a part of them first. The registers of a sum in
+        # the loop would limit the tile
+        part = tl.cdiv(rows // BLOCK_M, num_k) * BLOCK_M
+        first = start + pid_k * part
+        dbias = _sum_rows(
+            dy_ptr, samples_ptr, first, min(first + part, stop), offs_n, stride_dym, stride_dyn, M, N, rows_per_sample,
+            DTYPE, BLOCK_N, SUMMED_ROWS,
+        )  # fmt: skip
+        dbias = dbias.to(dbias_partials_ptr.dtype.element_ty)
+        row = (split * num_k + pid_k).to(tl.int64)
+        tl.store(dbias_partials_ptr + row * N + offs_n, dbias, mask=offs_n < N)
+
+    offs_m = start + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     dy_ptrs = dy_ptr + offsets(offs_n, stride_dyn, offs_m, stride_dym)  # [BLOCK_N, BLOCK_M]: dy transposed
     x_ptrs = x_ptr + offsets(offs_m, stride_xm, offs_k, stride_xk)  # [BLOCK_M, BLOCK_K]
@@ -223,33 +255,25 @@ def linear_bwd_weight_kernel(
     step_x = tl.full([], BLOCK_M, tl.int64) * stride_xm
 
     dw = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    db = tl.zeros([BLOCK_N, 16] if SUM_BY_PRODUCT else [BLOCK_N], tl.float32)
-    sixteenth = tl.full([BLOCK_M, 16], 0.0625, DTYPE)  # 1 / 16 is exact, and so is the sum of 16 columns
     for m in range(start, stop, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
-        dy = tl.load(dy_ptrs, mask=within(offs_n, N, offs_m, M, False), other=0.0)  # [BLOCK_N, BLOCK_M]
-        x = tl.load(x_ptrs, mask=within(offs_m, M, offs_k, K, False), other=0.0)  # [BLOCK_M, BLOCK_K]
+        if dy_desc is not None:
+            dy = tl.trans(dy_desc.load([m, pid_n * BLOCK_N]))  # zeros out of bounds
+        else:
+            dy = tl.load(dy_ptrs, mask=within(offs_n, N, offs_m, M, False), other=0.0)  # [BLOCK_N, BLOCK_M]
+        if x_desc is not None:
+            x = x_desc.load([m, pid_k * BLOCK_K])
+        else:
+            x = tl.load(x_ptrs, mask=within(offs_m, M, offs_k, K, False), other=0.0)  # [BLOCK_M, BLOCK_K]
         if samples_ptr is not None:
             dy = dy.to(tl.float32) * sample_scale(samples_ptr, offs_m, M, rows_per_sample)[None, :]
         dw = tl.dot(dy.to(DTYPE), x.to(DTYPE), dw, input_precision=PRECISION)
-        if dbias_partials_ptr is not None:
-            if SUM_BY_PRODUCT:
-                db = tl.dot(dy.to(DTYPE), sixteenth, db)
-            elif pid_k == 0:
-                db += tl.sum(dy.to(tl.float32), 1)
         dy_ptrs += step_dy
         x_ptrs += step_x
 
-    first = split.to(tl.int64) * N  # partials are stacked along N
     mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
-    dw_ptrs = dweight_partials_ptr + first * K + offsets(offs_n, K, offs_k, 1)
+    dw_ptrs = dweight_partials_ptr + split.to(tl.int64) * N * K + offsets(offs_n, K, offs_k, 1)  # stacked along N
     tl.store(dw_ptrs, dw.to(dweight_partials_ptr.dtype.element_ty), mask=mask)
-    if dbias_partials_ptr is not None:
-        if SUM_BY_PRODUCT:
-            db = tl.sum(db, 1)
-        if pid_k == 0:
-            dbias = db.to(dbias_partials_ptr.dtype.element_ty)
-            tl.store(dbias_partials_ptr + first + offs_n, dbias, mask=offs_n < N)
 
 
 def linear_bwd_weight(
@@ -273,7 +297,7 @@ def linear_bwd_weight(
     (m, n), k = dy.shape, x.shape[1]
     target = target_of(dy.device)
     precision = input_precision(dtype, target)
-    epilogue = Epilogue.of(elementwise=with_bias, branch=samples is not None)
+    epilogue = Epilogue.NONE if samples is None else Epilogue.BRANCH
     config = pick_linear_bwd_weight(m, n, k, dtype, target, precision, epilogue)
     if isinstance(config, VendorGemm):
         dy = _scaled(dy, dtype, branch=Branch(samples=samples))
@@ -285,7 +309,14 @@ def linear_bwd_weight(
         return dweight, None if dbias is None else dbias.to(dtype), None
     sum_dtype = dtype if layer_scale is None else torch.float32  # scaling by gamma is in float32
     dweight_partials = new_partials(dy, config.split, n, k, dtype=sum_dtype)
-    dbias_partials = new_partials(dy, config.split, n, dtype=sum_dtype) if with_bias else None
+    dbias_partials = None
+    if with_bias:
+        dbias_partials = new_partials(dy, config.split * cdiv(k, config.block_n), n, dtype=sum_dtype)
+    optional = {}
+    if config.descriptors:
+        block_n, block_k, block_m = config.block_m, config.block_n, config.block_k
+        dy_desc, x_desc = descriptors(dy, x, [block_m, block_n], [block_m, block_k])
+        optional = dict(dy_desc=dy_desc, x_desc=x_desc)
     launch(
         linear_bwd_weight_kernel,
         (cdiv(n, config.block_m) * cdiv(k, config.block_n) * config.split,),
@@ -306,17 +337,19 @@ def linear_bwd_weight(
         rows_per_sample=rows_per_sample_of(m, branch),
         DTYPE=TRITON_DTYPE[dtype],
         PRECISION=precision,
-        SUM_BY_PRODUCT=dtype != torch.float32 and target.is_gpu,
+        SUMMED_ROWS=16 if target.family == "cpu" else config.block_k,  # 16 rows stay in the L1 cache
         BLOCK_N=config.block_m,
         BLOCK_K=config.block_n,
         BLOCK_M=config.block_k,
         GROUP=config.group,
+        **optional,
         **config.options,
     )
     if layer_scale is not None:
         return layer_scale_bwd(dweight_partials, dbias_partials, layer_scale, weight, bias)
-    dbias = None if dbias_partials is None else sum_parts(dbias_partials, dtype)
-    return sum_parts(dweight_partials, dtype), dbias, None
+    if dbias_partials is None:
+        return sum_parts(dweight_partials, dtype), None, None
+    return *sum_pair(dweight_partials, dbias_partials, dtype), None
 
 
 # --- backward: LayerScale ----------------------------------------------------------------------------------
@@ -328,6 +361,7 @@ def layer_scale_bwd_kernel(
     dweight_ptr, dbias_ptr, dlayer_scale_ptr,
     stride_p, stride_wn, stride_wk, N, K,
     PARTIALS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    BIAS_PARTIALS: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """One row of dweight, dbias and dgamma; sums the split-K partials itself, which saves a pass."""
     row = tl.program_id(0).to(tl.int64)
@@ -341,9 +375,8 @@ def layer_scale_bwd_kernel(
         dgamma += tl.sum(grad * weight.to(tl.float32), 0)
         tl.store(dweight_ptr + row * K + offs_k, (grad * gamma).to(dweight_ptr.dtype.element_ty), mask=mask)
     if bias_ptr is not None:
-        grad_bias = tl.full([], 0.0, tl.float32)
-        for partial in tl.static_range(PARTIALS):
-            grad_bias += tl.load(dbias_partials_ptr + partial * N + row)
+        offs_b = tl.arange(0, BLOCK_B)
+        grad_bias = tl.sum(tl.load(dbias_partials_ptr + offs_b * N + row, mask=offs_b < BIAS_PARTIALS, other=0.0), 0)
         dgamma += grad_bias * tl.load(bias_ptr + row).to(tl.float32)
         tl.store(dbias_ptr + row, (grad_bias * gamma).to(dbias_ptr.dtype.element_ty))
     tl.store(dlayer_scale_ptr + row, dgamma.to(dlayer_scale_ptr.dtype.element_ty))
@@ -356,8 +389,9 @@ def layer_scale_bwd(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """dweight (N, K), dbias (N,) and dgamma (N,) from float32 partials (P, N, K) of G and (P, N) of g."""
+    """dweight (N, K), dbias (N,) and dgamma (N,) from float32 partials (P, N, K) of G and (Q, N) of g."""
     n_partials, n, k = dweight_partials.shape
+    n_bias_partials = 0 if dbias_partials is None else len(dbias_partials)
     dweight = weight.new_empty(n, k)
     dbias = None if bias is None else bias.new_empty(n)
     dlayer_scale = layer_scale.new_empty(n)
@@ -382,6 +416,8 @@ def layer_scale_bwd(
         PARTIALS=n_partials,
         BLOCK_P=next_power_of_2(n_partials),
         BLOCK_K=config.block_n,
+        BIAS_PARTIALS=n_bias_partials,
+        BLOCK_B=next_power_of_2(n_bias_partials),
         num_warps=config.num_warps,
     )
     return dweight, dbias, dlayer_scale

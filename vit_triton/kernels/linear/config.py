@@ -244,7 +244,8 @@ def _linear_fwd_tile(
             tile = replace(tile, num_stages=3 if target.shared_memory <= 99 * 1024 else 4, max_registers=128)
         return clipped(tile, 2**30, n, k)
     if target.family == "sm_90":
-        return replace(tile, max_registers=128)  # without the limit the compiler exceeds it: one resident block
+        # without the limit the compiler exceeds it: one resident block
+        return replace(tile, max_registers=128, subtiles=1 if epilogue is Epilogue.ELEMENTWISE else 2)
     return tile
 
 
@@ -314,26 +315,23 @@ def candidates_bwd_weight(m, n, k, dtype, target, precision):
 
 
 def _candidates_linear_bwd_weight(m, n, k, dtype, target, precision, epilogue):
-    return [*candidates_bwd_weight(m, n, k, dtype, target, precision), VendorGemm()]
+    tiles = candidates_bwd_weight(m, n, k, dtype, target, precision)
+    return [*(described(tile, dtype, target) for tile in tiles), VendorGemm()]
 
 
 @tunable(GemmConfig, VendorGemm, candidates=_candidates_linear_bwd_weight)
 def pick_linear_bwd_weight(
     m: int, n: int, k: int, dtype: torch.dtype, target: Target, precision: str, epilogue: Epilogue
 ) -> GemmConfig:
-    """Tiles of ``linear_bwd_weight_kernel`` ((n, k), depth m) and the split-K factor; an elementwise ``epilogue`` is
-    the gradient of a bias."""
+    """Tiles of ``linear_bwd_weight_kernel`` ((n, k), depth m) and the split-K factor. ``epilogue``: BRANCH with
+    stochastic depth, else NONE."""
     if prefers_vendor("weight", dtype, target, epilogue):
         return VendorGemm()
-    tile = pick_bwd_weight(m, n, k, dtype, target, precision, epilogue)
-    if dtype == torch.float32 or epilogue is Epilogue.NONE or target.family not in ("sm_90", "sm_100"):
-        return tile
-    if target.family == "sm_90" and epilogue is Epilogue.ELEMENTWISE:  # the limit allows two resident blocks
-        return tile if tile.block_m * tile.block_n < 128 * 128 else replace(tile, max_registers=128)
-    narrow = split_k(clipped(NARROW, n, k, 2**30), m, n, k, target)
-    if target.family == "sm_90":  # smaller tiles spill
-        return tile if narrow.block_m * narrow.block_n < 64 * 128 else replace(narrow, max_registers=168)
-    return narrow
+    if dtype != torch.float32 and target.family == "sm_90" and epilogue is Epilogue.BRANCH:
+        # pointers: the scale of a sample multiplies dy between its load and the product (benchmarks codegen)
+        return split_k(clipped(NARROW, n, k, 2**30), m, n, k, target)
+    tile = pick_bwd_weight(m, n, k, dtype, target, precision, Epilogue.NONE)
+    return described(tile, dtype, target)
 
 
 def pick_bwd_weight(

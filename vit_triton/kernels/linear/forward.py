@@ -65,9 +65,11 @@ def linear_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WORD: tl.constexpr,
     SUBTILES: tl.constexpr, MULTIPLIED: tl.constexpr = False,
     cos_ptr=None, sin_ptr=None, stride_cosb=None, stride_cosn=None, n_tokens=None, n_prefix=None,
-    HALF: tl.constexpr = 0, PAIRS: tl.constexpr = "", FULL: tl.constexpr = False, x_desc=None, w_desc=None,
+    HALF: tl.constexpr = 0, PAIRS: tl.constexpr = "", FULL: tl.constexpr = False,
+    x_desc=None, w_desc=None, y_desc=None, pre_desc=None,
 ):  # fmt: skip
-    """x_desc, w_desc: descriptors of x_ptr and weight_ptr, both or none, read instead of the pointers.
+    """x_desc, w_desc: descriptors of x_ptr and weight_ptr, both or none, read instead of the pointers. y_desc,
+    pre_desc: likewise written, in one epilogue subtile.
 
     WORD: 0, or weight_ptr holds the panels of `pack_weight`, BLOCK_N columns of WORD values along K each.
     MULTIPLIED: x_ptr holds the result of the GEMM, and only the dtype of the weight is used. HALF: not 0 if q and k of
@@ -123,7 +125,10 @@ def linear_fwd_kernel(
                     HALF, PAIRS, FULL,
                 )  # fmt: skip
         if pre_ptr is not None:
-            tl.store(pre_ptr + y_offs, z.to(dtype), mask=mask)
+            if pre_desc is not None:
+                pre_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N], z.to(dtype))
+            else:
+                tl.store(pre_ptr + y_offs, z.to(dtype), mask=mask)
         if ACTIVATION != "none":
             z = activate(z.to(dtype).to(tl.float32), ACTIVATION, dtype == tl.float32)
         if DROPOUT:
@@ -141,7 +146,10 @@ def linear_fwd_kernel(
             z = fma(z, tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :], residual)
         elif residual_ptr is not None:
             z += residual
-        tl.store(y_ptr + y_offs, z.to(y_ptr.dtype.element_ty), mask=mask)
+        if y_desc is not None:
+            y_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N], z.to(y_ptr.dtype.element_ty))
+        else:
+            tl.store(y_ptr + y_offs, z.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def linear_fwd(
@@ -218,6 +226,10 @@ def linear_fwd(
     if config.descriptors and not multiplied and panels is None:
         block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
         optional["x_desc"], optional["w_desc"] = descriptors(x, weight, [block_m, block_k], [block_n, block_k])
+        if config.subtiles == 1:  # with more subtiles the store takes as long or longer (benchmarks codegen)
+            block = [block_m, block_n]
+            y_desc, pre_desc = descriptors(y, y if pre is None else pre, block, block)
+            optional |= dict(y_desc=y_desc, pre_desc=None if pre is None else pre_desc)
     launch(
         linear_fwd_kernel,
         (cdiv(m, config.block_m) * cdiv(n, config.block_n),),
