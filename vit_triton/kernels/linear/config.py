@@ -245,7 +245,7 @@ def _linear_fwd_tile(
         return clipped(tile, 2**30, n, k)
     if target.family == "sm_90":
         # without the limit the compiler exceeds it: one resident block
-        return replace(tile, max_registers=128, subtiles=1 if epilogue is Epilogue.ELEMENTWISE else 2)
+        return replace(tile, max_registers=128, subtiles=1 if epilogue is Epilogue.ELEMENTWISE else tile.subtiles)
     return tile
 
 
