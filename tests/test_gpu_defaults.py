@@ -295,6 +295,24 @@ def test_operators_receive_the_choice_of_products(monkeypatch, fastest):
     assert received == {name: {fastest} for name in ops._PRODUCTS}
 
 
+def test_blocks_in_inference_keep_the_backend(monkeypatch):
+    """Of a model and of an accelerated model: "auto" decides the products of their blocks too."""
+    timm = pytest.importorskip("timm")
+    backends = []
+    monkeypatch.setattr(functional, "fastest_products", lambda backend, x: backends.append(backend) or False)
+    sizes = dict(img_size=16, patch_size=8, num_classes=3, embed_dim=32, depth=2, num_heads=2)
+    theirs = timm.models.VisionTransformer(**sizes)
+    ours = vit_triton.ViT(image_size=16, patch_size=8, num_classes=3, dim=32, depth=2, heads=2, mlp_dim=64)
+    encoded = []
+    encoder = functional.encoder
+    monkeypatch.setattr(functional, "encoder", lambda *args, **options: encoded.append(1) or encoder(*args, **options))
+    with vit_triton.use_backend("triton"), torch.no_grad():
+        vit_triton.accelerate(theirs)
+        for model in (ours, theirs):
+            model.eval()(torch.randn(1, 3, 16, 16))
+    assert len(encoded) == 2 and set(backends) == {None}
+
+
 def test_info_shows_the_products_of_a_gpu(gpus):
     gpus("cuda", name="NVIDIA L40S", major=8, minor=9)
     gpus("cuda", name="NVIDIA GeForce RTX 5090", major=12, minor=0)

@@ -483,7 +483,7 @@ class Transformer(nn.Module):
             blocks, options = arguments
             weight = blocks[0].qkv_weight if blocks else None
             if resolve_backend(options["backend"], "encoder", x, weight=weight) == "triton":
-                return F.encoder(x, blocks, **{**options, "backend": "triton"}, first_token=first_token)
+                return F.encoder(x, blocks, **options, first_token=first_token)
         *before, last = self.layers if first_token else (*self.layers, None)
         for block in before:
             x = run_block(cast(nn.Module, block), x)

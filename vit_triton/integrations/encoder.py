@@ -147,10 +147,10 @@ def step_of(x: Tensor, parts: BlockParts, rope: F.Rope | None = None) -> Step | 
     return Step(block, options, rope)
 
 
-def encode(x: Tensor, steps: list[Step], first_token: bool) -> Tensor:
+def encode(x: Tensor, steps: list[Step], backend: str | None, first_token: bool) -> Tensor:
     blocks, rope = [step.block for step in steps], steps[0].rope
     first_token = first_token and rope is None
-    return F.encoder(x, blocks, **steps[0].options._asdict(), rope=rope, first_token=first_token, backend="triton")
+    return F.encoder(x, blocks, **steps[0].options._asdict(), rope=rope, first_token=first_token, backend=backend)
 
 
 def run_parts(x: Tensor, blocks: list[BlockParts], backend: str | None, first_token: bool) -> Tensor:
@@ -158,7 +158,7 @@ def run_parts(x: Tensor, blocks: list[BlockParts], backend: str | None, first_to
     if blocks and fuses(x, backend):
         steps = [step for block in blocks if (step := step_of(x, block)) is not None]
         if len(steps) == len(blocks) and all(step.continues(steps[0]) for step in steps):
-            return encode(x, steps, first_token)
+            return encode(x, steps, backend, first_token)
     for block in blocks:
         x = compute_block(x, block, backend)
     return x
@@ -185,12 +185,12 @@ def run_modules(
     for module in modules:
         step = read_step(module, backend, unless, x, args, kwargs)
         if run and (step is None or not step.continues(run[0])):
-            x, run = encode(x, run, False), []
+            x, run = encode(x, run, backend, False), []
         if step is None:
             x = module(x, *args, **kwargs)
         else:
             run.append(step)
-    return encode(x, run, first_token) if run else x
+    return encode(x, run, backend, first_token) if run else x
 
 
 def block_recipe(module: nn.Module) -> Recipe | None:
