@@ -11,6 +11,7 @@ from torch import Tensor
 from vit_triton import functional as F
 from vit_triton.arguments import Block, DecomposedBias
 from vit_triton.kernels.picker import Picker, override_choice
+from vit_triton.kernels.sums.sum_parts import sum_parts
 
 TOKENS, WIDTH, HIDDEN, HEADS, HEAD_DIM = 197, 768, 3072, 12, 64  # ViT-B/16 at 224 x 224
 HEAD_DIMS = (16, 32, 64, 72, 80, 88, 96, 104, 128, 192, 256)
@@ -211,6 +212,8 @@ def every_tile(dtype: torch.dtype) -> None:
     kernel variant with a different register use. tests/test_codegen.py checks that none is missing."""
     vit_b_16(dtype)
     expanded_gradients(dtype)
+    for power in range(1, 10):
+        sum_parts(torch.zeros(2**power, WIDTH), torch.float32)
     q, k, v = (_zeros(dtype, 1, TOKENS, 2, HEAD_DIM) for _ in range(3))
     _differentiate(F.attention(q, k, v, return_lse=True, backend="triton"))
     for power, norm_type in itertools.product(range(9), ("layer_norm", "rms_norm")):
