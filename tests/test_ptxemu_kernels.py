@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from conftest import EMULATOR
+from philox import philox
 from precision import assert_same
 
 if not EMULATOR:
@@ -250,24 +251,10 @@ def test_math(op):
     assert err < (3e-6 if op not in ("log", "pow", "lgamma", "erfinv") else 1e-4), err
 
 
-def philox(seed, off):
-    """Philox 4x32-10 as in triton.language.random, first output."""
-    M = 0xFFFFFFFF
-    c = [
-        off.astype(np.uint64),
-        np.zeros_like(off, np.uint64),
-        np.zeros_like(off, np.uint64),
-        np.zeros_like(off, np.uint64),
-    ]
-    k0, k1 = seed & M, (seed >> 32) & M
-    for _ in range(10):
-        c0, c2 = c[0], c[2]
-        a, b = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-        n0 = ((b * c2) >> np.uint64(32)) ^ c[1] ^ np.uint64(k0)
-        n2 = ((a * c0) >> np.uint64(32)) ^ c[3] ^ np.uint64(k1)
-        c = [n0, (b * c2) & np.uint64(M), n2, (a * c0) & np.uint64(M)]
-        k0, k1 = (k0 + 0x9E3779B9) & M, (k1 + 0xBB67AE85) & M
-    x = c[0].astype(np.uint32).view(np.int32)
+def uniform(seed, off):
+    """triton.language.rand: the first word of Philox with 10 rounds."""
+    zero = np.zeros((), int)
+    x = philox(seed, off, zero, zero, zero, rounds=10)[0].astype(np.uint32).view(np.int32)
     x = np.where(x < 0, -x - 1, x).astype(np.float32)
     return x * np.float32(4.6566127342e-10)
 
@@ -277,7 +264,7 @@ def test_dropout_philox():
     y = torch.empty_like(x)
     with ptxemu.emulate():
         K.dropout[(4,)](x, y, 0.3, 123456789, 1000, BLOCK=256)
-    keep = torch.from_numpy(philox(123456789, np.arange(1000)) > np.float32(0.3))
+    keep = torch.from_numpy(uniform(123456789, np.arange(1000)) > np.float32(0.3))
     assert torch.equal(y != 0, keep)
     assert_same(y, torch.where(keep, x / 0.7, torch.zeros(())))
 

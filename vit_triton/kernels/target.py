@@ -71,6 +71,11 @@ class Target:
         return self.family.startswith("sm_")
 
     @property
+    def has_small_shared_memory(self) -> bool:
+        """Whether a block has at most 99 KiB of shared memory, as on sm_86, sm_89 and sm_120."""
+        return self.shared_memory <= 99 * _KIB
+
+    @property
     def has_tf32(self) -> bool:
         """Whether Triton supports ``input_precision="tf32"``."""
         return self.is_nvidia or self.name == "gfx942"

@@ -80,8 +80,8 @@ class AttentionTiles:
             return row
         if not target.is_nvidia:
             return self.amd_float32
-        small = target.shared_memory <= 99 * 1024
-        return self.small_float32 if small and self.small_float32 is not None else self.nvidia_float32
+        small = self.small_float32 if target.has_small_shared_memory else None
+        return small or self.nvidia_float32
 
     def tile(self, head_dim: int, dtype: torch.dtype, target: Target) -> "AttentionConfig":
         covered = sum(split_head_dim(head_dim, dtype, target))
@@ -226,7 +226,7 @@ _FEW_HEADS: dict[str, dict[AttentionConfig, tuple[float, ...]]] = {
 
 def for_heads(tile: AttentionConfig, heads: int, n_q: int, n_k: int, head_dim: int, target: Target) -> AttentionConfig:
     """``tile``, or a small one where ``tile`` makes too few programs of ``heads`` heads of all samples."""
-    small_memory = target.family == "sm_80" and target.shared_memory <= 99 * 1024
+    small_memory = target.family == "sm_80" and target.has_small_shared_memory
     times = _FEW_HEADS.get("sm_86" if small_memory else target.family, {})
     if target.multiprocessors == 0 or heads == 0 or not 32 < head_dim <= 64 or tile not in times:
         return tile

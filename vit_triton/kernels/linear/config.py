@@ -157,10 +157,10 @@ def prefers_vendor(product: str, dtype: torch.dtype, target: Target, epilogue: E
 # Tiles for products too small to fill a GPU with the tiles above. Rows, columns, depth and warps of a tile leave the
 # bits of a result as they are; another matrix instruction would not, so sm_90 and sm_100 have at least 64 rows and four
 # warps. No split, whose sums differ.
+_64_ROWS = GemmConfig(64, 32, 128, 4, 3), GemmConfig(64, 64, 64, 4, 4), GemmConfig(64, 128, 64, 4, 3, subtiles=2)
 SMALL_TILES = {
     "sm_80": (GemmConfig(32, 32, 128, 4, 4), GemmConfig(64, 64, 64, 4, 3), GemmConfig(128, 64, 64, 4, 3)),
-    "sm_90": (GemmConfig(64, 32, 128, 4, 3), GemmConfig(64, 64, 64, 4, 4), GemmConfig(64, 128, 64, 4, 3, subtiles=2)),
-    "sm_100": (GemmConfig(64, 32, 128, 4, 3), GemmConfig(64, 64, 64, 4, 4), GemmConfig(64, 128, 64, 4, 3, subtiles=2)),
+    **dict.fromkeys(("sm_90", "sm_100"), _64_ROWS),
 }
 # Computed microseconds of 1, 2, ... programs of block_m x block_n per multiprocessor with a depth of 768 (benchmarks
 # codegen)
@@ -241,7 +241,7 @@ def _linear_fwd_tile(
         block_n, num_warps = (128, 8) if epilogue is Epilogue.ELEMENTWISE else (64, 4)
         tile = replace(tile, block_n=block_n, num_warps=num_warps, subtiles=2)
         if epilogue is Epilogue.DROPOUT:  # four resident blocks
-            tile = replace(tile, num_stages=3 if target.shared_memory <= 99 * 1024 else 4, max_registers=128)
+            tile = replace(tile, num_stages=3 if target.has_small_shared_memory else 4, max_registers=128)
         return clipped(tile, 2**30, n, k)
     if target.family == "sm_90":
         # without the limit the compiler exceeds it: one resident block
@@ -277,7 +277,7 @@ def _linear_bwd_input_tile(
     if target.family == "sm_80":
         tile = replace(tile, subtiles=2)
         if epilogue is Epilogue.DROPOUT:  # four resident blocks of 64 rows, or three of 128
-            small = target.shared_memory <= 99 * 1024
+            small = target.has_small_shared_memory
             tile = replace(tile, block_m=64) if small else replace(tile, max_registers=168)
         return clipped(tile, 2**30, k, n)
     if target.family == "sm_90" and epilogue is Epilogue.BRANCH:
