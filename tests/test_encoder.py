@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from precision import DTYPES, assert_as_precise, assert_same
+from precision import DTYPES, assert_as_precise, assert_model_as_precise, assert_same
 from torch import nn
 
 import vit_triton
@@ -120,12 +120,77 @@ def test_empty_batch():
         assert F.encoder(x, blocks, heads=2, first_token=True, backend="triton").shape == (0, 1, 32)
 
 
-def test_outputs_and_gradients_with_autograd():
+# --- gradients ---------------------------------------------------------------------------------------------
+
+
+def leaves_of(x, blocks):
+    """All tensors that may require a gradient, by name."""
+    named = {"x": x}
+    for i, block in enumerate(blocks):
+        for field, value in block._asdict().items():
+            parts = zip(("weight", "bias"), value, strict=False) if isinstance(value, tuple) else [("", value)]
+            named |= {f"{i}.{field}.{part}": tensor for part, tensor in parts if tensor is not None}
+    return named
+
+
+def gradients(x, blocks, dy, *, wanted=None, **options):
+    """The result and the gradients of the leaves by name; None for those that are not ``wanted``."""
+
+    def copy(value):
+        return tuple(map(copy, value)) if isinstance(value, tuple) else getattr(value, "detach", lambda: value)()
+
+    x, blocks = x.detach(), [F.Block(*map(copy, block)) for block in blocks]
+    leaves = {name: leaf for name, leaf in leaves_of(x, blocks).items() if wanted is None or name in wanted}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    function = F.encoder if "backend" in options else reference.encoder
+    y = function(x, blocks, **options)
+    y.backward(dy.to(y.dtype))
+    return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
+GRADIENTS = {
+    "biases and LayerScale": dict(layer_scales=True),
+    "no biases": dict(biases=False),
+    "no affine norms, gated": dict(norms=False, gated=True),
+    "heads of 72": dict(sizes=(72, 1, 72, 100)),
+}
+
+
+@pytest.mark.parametrize("gradient", ["dense", "expanded", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", GRADIENTS)
+def test_gradients_against_float64(case, dtype, gradient):
+    options = dict(GRADIENTS[case])
+    dim, heads, head_dim, hidden = options.pop("sizes", (48, 3, 16, 64))
+    blocks = make(dim, heads, head_dim, hidden, dtype, **options)
+    x = torch.randn(2, 21, dim).to(dtype)
+    dy = torch.randn(2, dim, 21).to(dtype).transpose(1, 2)
+    dy = dy.contiguous() if gradient == "dense" else dy[:1, :1, :1].expand(x.shape) if gradient == "expanded" else dy
+    options = dict(heads=heads, activation="swiglu" if options.get("gated") else "gelu")
+    ours = gradients(x, blocks, dy, **options, backend="triton")
+    peer = gradients(x, blocks, dy, **options)
+    exact = gradients(x.double(), list(map(double, blocks)), dy, **options)
+    assert_model_as_precise(ours, peer, exact, 128, dtype)
+
+
+@pytest.mark.parametrize("layer_scales", [False, True])
+def test_one_tensor_alone_requires_a_gradient(layer_scales):
+    blocks = make(32, 2, 16, 40, torch.float32, depth=1, layer_scales=layer_scales)
+    x, dy = torch.randn(2, 9, 32), torch.randn(2, 9, 32)
+    every = gradients(x, blocks, dy, heads=2, backend="triton")
+    for name in every.keys() - {"y"}:
+        alone = gradients(x, blocks, dy, wanted=[name], heads=2, backend="triton")
+        assert alone.keys() == {"y", name}
+        assert_same(alone[name], every[name], 40)
+
+
+def test_gradients_with_first_token():
     results = []
     for backend in ("triton", "torch"):
         torch.manual_seed(0)
         x, blocks = torch.randn(2, 9, 32).requires_grad_(), make(32, 2, 16, 40, torch.float32)
-        leaves = [x, *(t.requires_grad_() for t in blocks[1] if isinstance(t, torch.Tensor))]
+        leaves = [x, *(t.requires_grad_() for block in blocks for t in block if isinstance(t, torch.Tensor))]
         y = F.encoder(x, blocks, heads=2, first_token=True, backend=backend)
         results.append([y, *torch.autograd.grad(y.sum(), leaves)])
     assert_same(*results, 40)
@@ -139,9 +204,9 @@ def calls(monkeypatch):
     seen = []
     encoder = F.encoder
 
-    def noted(*args, **options):
-        seen.append(options.get("first_token"))
-        return encoder(*args, **options)
+    def noted(x, blocks, **options):
+        seen.append((len(blocks), options.get("first_token")))
+        return encoder(x, blocks, **options)
 
     monkeypatch.setattr(modules.F, "encoder", noted)
     return seen
@@ -155,11 +220,13 @@ def vit(**options):
 @pytest.mark.parametrize("options", [{}, {"pool": "mean"}, {"num_classes": 0}, {"dropout": 0.5, "emb_dropout": 0.1}])
 def test_inference_is_one_operator(options, calls):
     model, images = vit(**options).eval(), torch.randn(2, 3, 32, 32)
+    first_token = not options.get("pool") and options.get("num_classes", 1) > 0
     expected = model(images).detach()
-    assert calls == []
+    assert calls == [(1, False)] * (1 if first_token else 2), "with gradients one call per block"
+    calls.clear()
     with torch.no_grad():
         assert_same(model(images), expected, 192)
-    assert calls == [not options.get("pool") and options.get("num_classes", 1) > 0]
+    assert calls == [(2, first_token)]
 
 
 def hook(module, *args):
@@ -189,6 +256,31 @@ def test_hooked_or_modified_models_do_not_run_the_encoder_operator(change, calls
     with torch.no_grad():
         model(torch.randn(2, 3, 32, 32))
     assert calls == []
+
+
+def nodes(tensor):
+    """The names of the nodes of a graph."""
+    found, stack = {}, [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in found:
+            found[node] = type(node).__name__
+            stack += [function for function, _ in node.next_functions]
+    return list(found.values())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_block_in_training_is_one_node_with_the_bits_of_its_parts(autocast, monkeypatch):
+    model, images = vit(pool="mean"), torch.randn(2, 3, 32, 32)
+    results = []
+    for whole in (True, False):
+        monkeypatch.setattr(modules, "may_fuse_branches", lambda whole=whole: whole)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(images)
+        assert nodes(y).count("BlockFunctionBackward") == (2 if whole else 0)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), list(model.parameters()))])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_autocast_applies_inside_the_encoder(calls):

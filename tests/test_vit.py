@@ -210,7 +210,9 @@ class TestLastBlock:
         _, model, config = both(backend, **{**BASE, "image_size": 16, "patch_size": 4, "depth": 2, **changes})
         seen = []
         mlp = modules.F.mlp
+        block = modules.F._block
         monkeypatch.setattr(modules.F, "mlp", lambda x, *args, **kw: seen.append(x.shape[1]) or mlp(x, *args, **kw))
+        monkeypatch.setattr(modules.F, "_block", lambda x, *args: seen.append(x.shape[1]) or block(x, *args))
         model(images(config))
         assert seen == tokens
 

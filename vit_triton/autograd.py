@@ -293,6 +293,66 @@ class MlpFunction(Function):
         return *_select(tuple(grads), wanted), *residual, *(None,) * 9
 
 
+class BlockFunction(Function):
+    """A block of :func:`.functional.encoder` as one node of the graph. Saves what the Functions of its parts save."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, out_weight, out_bias, norm2_weight, norm2_bias,
+        w1, b1, w2, b2, layer_scale1, layer_scale2,
+        eps1: float, eps2: float, heads: int, scale: float, activation: str, fastest: bool,
+    ):  # fmt: skip
+        linear_fwd, norm1, norm2 = OPS["linear_fwd"], (norm1_weight, norm1_bias), (norm2_weight, norm2_bias)
+        qkv, *statistics1 = linear_fwd(x, qkv_weight, qkv_bias, *norm1, *(None,) * 4, eps1, 0.0, True, fastest)
+        qkv = qkv.unflatten(-1, (3, heads, -1))
+        out, lse = OPS["attention_packed_fwd"](qkv, None, scale, 0.0)
+        others: Any = None, None, x, layer_scale1, None, None, None, 0.0, True, fastest
+        middle, *_ = linear_fwd(out.flatten(2), out_weight, out_bias, *others)
+        others = middle, layer_scale2, None, None, None, eps2, activation, 0.0, 0.0, True, fastest
+        y, pre, *statistics2 = OPS["mlp_fwd"](middle, w1, b1, w2, b2, *norm2, *others)
+        out_bias, b2 = (None if layer_scale1 is None else out_bias), (None if layer_scale2 is None else b2)
+        ctx.save_for_backward(
+            x, qkv_weight, *norm1, *statistics1, qkv, out, lse, out_weight, layer_scale1, out_bias,
+            middle, w1, w2, *norm2, pre, *statistics2, layer_scale2, b2,
+        )  # fmt: skip
+        ctx.scale, ctx.activation, ctx.fastest = scale, activation, fastest
+        return y
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, dy):
+        (
+            x, qkv_weight, norm1_weight, norm1_bias, mean1, rstd1, qkv, out, lse, out_weight, layer_scale1, out_bias,
+            middle, w1, w2, norm2_weight, norm2_bias, pre, mean2, rstd2, layer_scale2, b2,
+        ) = ctx.saved_tensors  # fmt: skip
+        wanted, fastest = ctx.needs_input_grad[:15], ctx.fastest
+        needs_qkv, needs_x = any(wanted[3:5]), any(wanted[:3])
+        needs_out = any(wanted[5:7]) or wanted[13]
+        needs_middle = needs_x or needs_qkv or needs_out
+        dqkv_weight = dqkv_bias = dx = dnorm1_weight = dnorm1_bias = dout_weight = dout_bias = dlayer_scale1 = None
+        dmiddle, dw1, db1, dw2, db2, dnorm2_weight, dnorm2_bias, dlayer_scale2 = OPS["mlp_bwd"](
+            dy, middle, w1, w2, norm2_weight, norm2_bias, pre, mean2, rstd2, None, None, layer_scale2, None, b2,
+            ctx.activation, 0.0, 0.0, True, wanted[10], wanted[12] or b2 is not None,
+            needs_middle or any(wanted[7:9]), any(wanted[9:13]) or wanted[14], fastest,
+        )  # fmt: skip
+        if needs_middle:
+            dout, dout_weight, dout_bias, *_, dlayer_scale1 = OPS["linear_bwd"](
+                dmiddle, out.flatten(2), out_weight, *(None,) * 5, layer_scale1, None, out_bias, None, 0.0,
+                wanted[6] or out_bias is not None, needs_x or needs_qkv, needs_out, fastest,
+            )  # fmt: skip
+        if needs_x or needs_qkv:
+            dqkv = OPS["attention_packed_bwd"](dout.view(out.shape), qkv, out, lse, None, None, ctx.scale, 0.0)
+            dx, dqkv_weight, dqkv_bias, dnorm1_weight, dnorm1_bias, _ = OPS["linear_bwd"](
+                dqkv.flatten(2), x, qkv_weight, norm1_weight, norm1_bias, mean1, rstd1, *(None,) * 4, dmiddle, 0.0,
+                wanted[4], needs_x, needs_qkv, fastest,
+            )  # fmt: skip
+        grads = (
+            dx, dnorm1_weight, dnorm1_bias, dqkv_weight, dqkv_bias, dout_weight, dout_bias, dnorm2_weight, dnorm2_bias,
+            dw1, db1, dw2, db2, dlayer_scale1, dlayer_scale2,
+        )  # fmt: skip
+        return *_select(grads, wanted), *(None,) * 6
+
+
 class LayerNormFunction(Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, eps: float):

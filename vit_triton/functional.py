@@ -634,36 +634,54 @@ def encoder(
         first_token: compute only the first token of the result. Requires that ``rope`` is None.
 
     Returns:
-        (B, N, D), or (B, 1, D) with ``first_token``. Without gradients this is one operator. With gradients, autocast
-        or ``torch.compile`` it is composed of :func:`linear`, :func:`attention` and :func:`mlp`.
+        (B, N, D), or (B, 1, D) with ``first_token``. Without gradients this is one operator. With gradients it is one
+        autograd Function per block, which saves what :func:`linear`, :func:`attention` and :func:`mlp` save. It is
+        composed of these three with ``torch.compile``, for a last block with ``first_token`` and gradients, with
+        gradients and ``rope``, and with autocast without gradients.
     """
     parts = check_encoder(x, blocks, heads, scale, activation, rope, rope_prefix, rope_layout, first_token)
     tensors = [x, *(part for part in parts if isinstance(part, Tensor)), *(rope or ())]
     positions: dict[str, Any] = dict(rope=rope, rope_prefix=rope_prefix, rope_layout=rope_layout)
-    composed = any(block.norm1 is None or block.norm2 is None for block in blocks) or _needs_autograd(*tensors)
-    composed = composed or torch.compiler.is_compiling() or is_autocast_enabled(x.device.type)
+    functions = tuple(functools.partial(op, backend=backend) for op in (linear, attention, mlp))
+    differentiated = _needs_autograd(*tensors)
+    composed = any(block.norm1 is None or block.norm2 is None for block in blocks) or torch.compiler.is_compiling()
     composed = composed or active_recorder() is not None
+    composed = composed or (rope is not None if differentiated else is_autocast_enabled(x.device.type))
     # PyTorch does not resolve lazy negation in lists of optional tensors
     if composed or any(map(Tensor.is_neg, tensors)):
-        functions = tuple(functools.partial(op, backend=backend) for op in (linear, attention, mlp))
         return reference.encoder_of(functions, x, blocks, heads, scale, activation, positions, first_token)
     qkv_weight = blocks[0].qkv_weight if blocks else None
     if resolve_backend(backend, "encoder", x, x.shape[-1], weight=qkv_weight) == "torch":
         options: dict[str, Any] = dict(heads=heads, scale=scale, activation=activation, first_token=first_token)
         return reference.encoder(x, blocks, **options, **positions)
     check_kernel_dtype("x", x)
+    head_dim = blocks[0].qkv_weight.shape[0] // 3 // heads if blocks else 1
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    fastest = fastest_products(backend, x)
+    if differentiated:
+        whole = blocks[:-1] if first_token else blocks
+        for block in whole:
+            x = _block(x, block, heads, scale, activation, fastest)
+        return reference.encoder_of(
+            functions, x, blocks[len(whole) :], heads, scale, activation, positions, first_token
+        )
     arguments: list[Tensor | None] = []
     eps = []
     for block in blocks:
         (weight1, bias1, eps1), (weight2, bias2, eps2) = _norm_parts(block.norm1), _norm_parts(block.norm2)
         eps += [eps1, eps2]
         arguments += (weight1, bias1, *block[1:5], weight2, bias2, *block[6:])
-    head_dim = blocks[0].qkv_weight.shape[0] // 3 // heads if blocks else 1
-    scale = head_dim**-0.5 if scale is None else float(scale)
     tables = rope or (None, None)
     scalars = heads, scale, activation, rope_prefix, rope_layout == "interleaved", first_token
-    fastest = fastest_products(backend, x)
     return torch.ops.vit_triton.encoder_fwd.default(x, arguments, eps, *tables, *scalars, fastest)
+
+
+def _block(x: Tensor, block: Block, heads: int, scale: float, activation: str, fastest: bool) -> Tensor:
+    """A block of :func:`encoder` with gradients."""
+    (weight1, bias1, eps1), (weight2, bias2, eps2) = _norm_parts(block.norm1), _norm_parts(block.norm2)
+    weights = autocast(*block[1:5], *block[6:10], device=x.device)
+    given = weight1, bias1, *weights[:4], weight2, bias2, *weights[4:], *block[10:]
+    return autograd.BlockFunction.apply(x, *given, eps1, eps2, heads, scale, activation, fastest)
 
 
 def layer_norm(

@@ -427,9 +427,19 @@ class MlpParts(NamedTuple):
 
 
 def may_fuse_blocks() -> bool:
-    """Return whether blocks may run as one operator: neither gradients nor ``torch.compile`` require single ones, and
-    :func:`vit_triton.attention_maps` does not record them."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or active_recorder() is not None)
+    """Return whether blocks may run as one operator: gradients are disabled, and nothing requires single parts."""
+    return not torch.is_grad_enabled() and not _requires_parts()
+
+
+def may_fuse_branches() -> bool:
+    """Return whether a block may run as one autograd Function: gradients are enabled, and nothing requires single
+    parts."""
+    return torch.is_grad_enabled() and not _requires_parts()
+
+
+def _requires_parts() -> bool:
+    # attention_maps records every attention
+    return torch.compiler.is_compiling() or active_recorder() is not None
 
 
 class Transformer(nn.Module):
@@ -478,12 +488,9 @@ class Transformer(nn.Module):
 
     def _run(self, x: Tensor, first_token: bool = False) -> Tensor:
         """Run the blocks without the final norm; ``first_token`` requires a last block whose parts may be fused."""
-        arguments = encoder_arguments(self.layers)
-        if arguments is not None:
-            blocks, options = arguments
-            weight = blocks[0].qkv_weight if blocks else None
-            if resolve_backend(options["backend"], "encoder", x, weight=weight) == "triton":
-                return F.encoder(x, blocks, **options, first_token=first_token)
+        encoded = encode(x, self.layers, first_token) if may_fuse_blocks() else None
+        if encoded is not None:
+            return encoded
         *before, last = self.layers if first_token else (*self.layers, None)
         for block in before:
             x = run_block(cast(nn.Module, block), x)
@@ -525,14 +532,12 @@ def block_parts(block: nn.Module) -> BlockParts | None:
     return BlockParts(attention, projection, feed_forward, mlp)
 
 
-def encoder_arguments(blocks: Iterable[nn.Module]) -> tuple[list[F.Block], dict[str, Any]] | None:
-    """Return the blocks and options for :func:`vit_triton.functional.encoder`, or None if it cannot be used.
+def encode(x: Tensor, blocks: Iterable[nn.Module], first_token: bool = False) -> Tensor | None:
+    """Compute blocks by :func:`vit_triton.functional.encoder`, or return None if it cannot be used.
 
-    It requires that gradients are disabled, that there is no active dropout, that every module may be fused, and that
-    all blocks have the same options.
+    It requires that there is no active dropout, that every module may be fused, that all blocks have the same options,
+    and that the backend selects the kernels.
     """
-    if not may_fuse_blocks():
-        return None
     arguments, options = [], []
     for block in blocks:
         parts = block_parts(block)
@@ -553,11 +558,19 @@ def encoder_arguments(blocks: Iterable[nn.Module]) -> tuple[list[F.Block], dict[
             options.append((attention.heads, attention.scale, mlp.activation, backend))
     if len(set(options)) != 1:  # also without blocks
         return None
-    return arguments, dict(zip(("heads", "scale", "activation", "backend"), options[0], strict=True))
+    heads, scale, activation, backend = options[0]
+    if resolve_backend(backend, "encoder", x, weight=arguments[0].qkv_weight) != "triton":
+        return None
+    return F.encoder(
+        x, arguments, heads=heads, scale=scale, activation=activation, first_token=first_token, backend=backend
+    )
 
 
 def run_block(block: nn.Module, x: Tensor) -> Tensor:
     """Compute attention and MLP, each with its residual."""
+    encoded = encode(x, [block]) if may_fuse_branches() else None
+    if encoded is not None:
+        return encoded
     attention, feed_forward = cast(tuple[nn.Module, nn.Module], block._modules.values())
     # a hook expects the output of the branch without the residual
     x = attention(x, residual=x) if is_fusable(attention, Attention) else attention(x) + x

@@ -17,19 +17,20 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from vit_triton import functional as F
 from vit_triton.autocast import is_autocast_enabled
 from vit_triton.backend import resolve_backend
-from vit_triton.checks import MAX_ROWS
 from vit_triton.integrations.parts import (
     AttentionInput,
     BlockParts,
     check_tokens,
     compute_block,
+    encoder_block,
+    is_plain,
     rotary_options,
 )
 from vit_triton.integrations.recipes import (
@@ -40,7 +41,6 @@ from vit_triton.integrations.recipes import (
     check_call_context,
     container_for,
     has_hooks,
-    is_sharded,
     kernel_input,
     recipe_for,
 )
@@ -103,46 +103,18 @@ def fuses(x: Any, backend: str | None) -> bool:
     return not is_autocast_enabled(x.device.type) and resolve_backend(backend, "encoder", x) == "triton"
 
 
-def is_plain(parts: BlockParts) -> bool:
-    """Return whether :func:`vit_triton.functional.encoder` supports blocks of this kind."""
-    attention = parts.attention
-    unsupported = attention.q_norm, attention.k_norm, attention.out_norm, parts.mlp.inner_norm
-    normed = isinstance(attention.norm, tuple) and isinstance(parts.mlp.norm, tuple)
-    return normed and attention.out_weight is not None and all(part is None for part in unsupported)
-
-
 def step_of(x: Tensor, parts: BlockParts, rope: F.Rope | None = None) -> Step | None:
     """Return a block as an argument of :func:`vit_triton.functional.encoder`, or None if that does not support it.
 
     Raises:
         UnsupportedModule: `rope` does not fit.
     """
-    attention, mlp, branch1, branch2 = parts
-    if not is_plain(parts) or x.shape[0] * x.shape[1] * attention.heads > MAX_ROWS:
+    block = encoder_block(x, parts)
+    if block is None:
         return None
-    dropouts = attention.dropout_p, attention.out_dropout_p, mlp.hidden_dropout_p, mlp.dropout_p
-    if any((*dropouts, branch1.drop_path_p, branch2.drop_path_p)):
-        return None
-    block = F.Block(
-        norm1=cast(F.Norm, attention.norm),
-        qkv_weight=attention.qkv_weight,
-        qkv_bias=attention.qkv_bias,
-        out_weight=cast(Tensor, attention.out_weight),
-        out_bias=attention.out_bias,
-        norm2=cast(F.Norm, mlp.norm),
-        w1=mlp.w1,
-        b1=mlp.b1,
-        w2=mlp.w2,
-        b2=mlp.b2,
-        layer_scale1=branch1.layer_scale,
-        layer_scale2=branch2.layer_scale,
-    )
-    for tensor in block:
-        if isinstance(tensor, Tensor) and (tensor.dtype != x.dtype or tensor.device != x.device or is_sharded(tensor)):
-            return None
-    options = Options(attention.heads, attention.scale, mlp.activation)
+    options = Options(parts.attention.heads, parts.attention.scale, parts.mlp.activation)
     if rope is not None:
-        positions = rotary_options(x, attention, rope)
+        positions = rotary_options(x, parts.attention, rope)
         options = options._replace(rope_prefix=positions["rope_prefix"], rope_layout=positions["rope_layout"])
     return Step(block, options, rope)
 

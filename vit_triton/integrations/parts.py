@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from vit_triton import functional as F
 from vit_triton import reference
 from vit_triton.autocast import is_autocast_enabled
-from vit_triton.backend import MAX_NORM_WIDTH
+from vit_triton.backend import MAX_NORM_WIDTH, resolve_backend
 from vit_triton.checks import KERNEL_DTYPES, MAX_HEAD_DIM, MAX_ROWS, check_rope, check_score_mask
 from vit_triton.integrations.recipes import UnsupportedModule, check_members, is_sharded, submodule
-from vit_triton.modules import active_dropout_p
+from vit_triton.modules import active_dropout_p, may_fuse_branches
 from vit_triton.packing import concatenated
 
 __all__ = [
@@ -39,7 +39,9 @@ __all__ = [
     "check_weight",
     "compute_block",
     "dropout_of",
+    "encoder_block",
     "feed_forward",
+    "is_plain",
     "joined_biases",
     "layer_norm",
     "layer_norm_of",
@@ -237,8 +239,53 @@ def feed_forward(x: Tensor, parts: MlpParts, backend: str | None, branch: Branch
 def compute_block(given: Tensor | AttentionInput, parts: BlockParts, backend: str | None) -> Tensor:
     """Compute a block: (B, N, dim) -> (B, N, dim)."""
     x, rope, mask = given if isinstance(given, AttentionInput) else AttentionInput(given)
+    if rope is None and mask is None and may_fuse_branches() and resolve_backend(backend, "encoder", x) == "triton":
+        check_tokens(x)
+        block = encoder_block(x, parts)
+        if block is not None:
+            heads, scale, activation = parts.attention.heads, parts.attention.scale, parts.mlp.activation
+            return F.encoder(x, [block], heads=heads, scale=scale, activation=activation, backend=backend)
     x = attend(x, parts.attention, backend, parts.branch1._replace(residual=x), rope, mask)
     return feed_forward(x, parts.mlp, backend, parts.branch2._replace(residual=x))
+
+
+def is_plain(parts: BlockParts) -> bool:
+    """Return whether :func:`vit_triton.functional.encoder` supports blocks of this kind."""
+    attention = parts.attention
+    unsupported = attention.q_norm, attention.k_norm, attention.out_norm, parts.mlp.inner_norm
+    normed = isinstance(attention.norm, tuple) and isinstance(parts.mlp.norm, tuple)
+    return normed and attention.out_weight is not None and all(part is None for part in unsupported)
+
+
+def encoder_block(x: Tensor, parts: BlockParts) -> F.Block | None:
+    """Return a block as an argument of :func:`vit_triton.functional.encoder`, or None if that does not support it."""
+    attention, mlp, branch1, branch2 = parts
+    if not is_plain(parts) or x.shape[0] * x.shape[1] * attention.heads > MAX_ROWS:
+        return None
+    dropouts = attention.dropout_p, attention.out_dropout_p, mlp.hidden_dropout_p, mlp.dropout_p
+    if any((*dropouts, branch1.drop_path_p, branch2.drop_path_p)):
+        return None
+    block = F.Block(
+        norm1=cast(F.Norm, attention.norm),
+        qkv_weight=attention.qkv_weight,
+        qkv_bias=attention.qkv_bias,
+        out_weight=cast(Tensor, attention.out_weight),
+        out_bias=attention.out_bias,
+        norm2=cast(F.Norm, mlp.norm),
+        w1=mlp.w1,
+        b1=mlp.b1,
+        w2=mlp.w2,
+        b2=mlp.b2,
+        layer_scale1=branch1.layer_scale,
+        layer_scale2=branch2.layer_scale,
+    )
+    casts = is_autocast_enabled(x.device.type)
+    for tensor in block:
+        if isinstance(tensor, Tensor):
+            fits = tensor.dtype == x.dtype or casts and tensor.dtype in KERNEL_DTYPES
+            if not fits or tensor.device != x.device or is_sharded(tensor):
+                return None
+    return block
 
 
 def check_input(x: Tensor, *weights: Tensor | None) -> None:
