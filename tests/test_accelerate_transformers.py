@@ -110,16 +110,21 @@ def with_our_attention(model: nn.Module) -> nn.Module:
 
 @pytest.fixture
 def fused_layers(monkeypatch) -> list[str]:
-    """Record the activation of every MLP that is fused with its residual."""
+    """Record the activation of every block, and of every MLP that is fused with its residual."""
     calls = []
-    mlp = F.mlp
+    encoder, mlp = F.encoder, F.mlp
 
-    def counted(*args, **options) -> Tensor:
+    def counted_encoder(*args, **options) -> Tensor:
+        calls.append(options["activation"])
+        return encoder(*args, **options)
+
+    def counted_mlp(*args, **options) -> Tensor:
         if options.get("residual") is not None:
             calls.append(options["activation"])
         return mlp(*args, **options)
 
-    monkeypatch.setattr(F, "mlp", counted)
+    monkeypatch.setattr(F, "encoder", counted_encoder)
+    monkeypatch.setattr(F, "mlp", counted_mlp)
     return calls
 
 

@@ -325,6 +325,7 @@ class BlockFunction(Function):
             x, qkv_weight, norm1_weight, norm1_bias, mean1, rstd1, qkv, out, lse, out_weight, layer_scale1, out_bias,
             middle, w1, w2, norm2_weight, norm2_bias, pre, mean2, rstd2, layer_scale2, b2,
         ) = ctx.saved_tensors  # fmt: skip
+        ctx.maybe_clear_saved_tensors()  # unless the graph is retained
         wanted, fastest = ctx.needs_input_grad[:15], ctx.fastest
         needs_qkv, needs_x = any(wanted[3:5]), any(wanted[:3])
         needs_out = any(wanted[5:7]) or wanted[13]
@@ -335,6 +336,7 @@ class BlockFunction(Function):
             ctx.activation, 0.0, 0.0, True, wanted[10], wanted[12] or b2 is not None,
             needs_middle or any(wanted[7:9]), any(wanted[9:13]) or wanted[14], fastest,
         )  # fmt: skip
+        del middle, pre  # frees memory for the attention
         if needs_middle:
             dout, dout_weight, dout_bias, *_, dlayer_scale1 = OPS["linear_bwd"](
                 dmiddle, out.flatten(2), out_weight, *(None,) * 5, layer_scale1, None, out_bias, None, 0.0,
@@ -342,6 +344,7 @@ class BlockFunction(Function):
             )  # fmt: skip
         if needs_x or needs_qkv:
             dqkv = OPS["attention_packed_bwd"](dout.view(out.shape), qkv, out, lse, None, None, ctx.scale, 0.0)
+            del dout, out, qkv
             dx, dqkv_weight, dqkv_bias, dnorm1_weight, dnorm1_bias, _ = OPS["linear_bwd"](
                 dqkv.flatten(2), x, qkv_weight, norm1_weight, norm1_bias, mean1, rstd1, *(None,) * 4, dmiddle, 0.0,
                 wanted[4], needs_x, needs_qkv, fastest,
