@@ -185,6 +185,15 @@ def test_one_tensor_alone_requires_a_gradient(layer_scales):
         assert_same(alone[name], every[name], 40)
 
 
+def test_backward_through_a_retained_graph():
+    x, blocks = torch.randn(2, 9, 32).requires_grad_(), make(32, 2, 16, 40, torch.float32)
+    y = F.encoder(x, blocks, heads=2, backend="triton")
+    first, second = (torch.autograd.grad(y.sum(), x, retain_graph=again)[0] for again in (True, False))
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y.sum(), x)
+
+
 def test_gradients_with_first_token():
     results = []
     for backend in ("triton", "torch"):
