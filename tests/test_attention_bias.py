@@ -255,21 +255,27 @@ def test_dropout_and_norms_with_a_bias():
         torch.testing.assert_close(a, b)
 
 
-def test_gradient_of_a_bias_with_dropout():
-    """v = 1 on the diagonal: out is the matrix of weights after dropout, so that autograd has the same mask."""
+@pytest.mark.parametrize("grid", [None, (4, 8)], ids=["matrix", "decomposed"])
+def test_gradient_of_a_bias_with_dropout(grid):
+    """v = 1 on the diagonal: out is the matrix of weights after dropout, so that autograd has the same mask. A row of
+    the grid of a decomposed bias starts at a key that is no multiple of 16."""
     n, p = 32, 0.4
     q, k, v = torch.randn(1, n, 1, n), torch.randn(1, n, 1, n), torch.eye(n).view(1, n, 1, n)
-    bias, do = torch.randn(n, n), torch.randn(1, n, 1, n)
+    parts, do = [torch.randn(1, 1, n, size) for size in grid or (n,)], torch.randn(1, n, 1, n)
     torch.manual_seed(0)
-    call = lambda b: F.attention(q, k, v, bias=b, dropout_p=p, backend="triton")  # noqa: E731
-    out, dbias = run(call, [bias], [do])
+
+    def ours(*parts):
+        return F.attention(q, k, v, bias=DecomposedBias(*parts) if grid else parts[0], dropout_p=p, backend="triton")
+
+    out, *grads = run(ours, parts, [do])
     kept = (out != 0).transpose(1, 2)
 
-    def theirs(b):
-        weights = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * n**-0.5 + b).softmax(-1) * kept / (1 - p)
+    def theirs(*parts):
+        bias = (parts[0][..., None] + parts[1][..., None, :]).flatten(-2) if grid else parts[0]
+        weights = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * n**-0.5 + bias).softmax(-1) * kept / (1 - p)
         return weights.transpose(1, 2)
 
-    for a, b in zip((out, dbias), run(theirs, [bias], [do]), strict=True):
+    for a, b in zip((out, *grads), run(theirs, parts, [do]), strict=True):
         torch.testing.assert_close(a, b)
 
 

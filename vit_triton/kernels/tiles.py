@@ -119,15 +119,16 @@ def activate_grad(x, KIND: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def dropout_keep(seed, rows, cols, plane, p, TRANSPOSED: tl.constexpr = False):
+def dropout_keep(seed, rows, cols, plane, p, TRANSPOSED: tl.constexpr = False, ALIGNED: tl.constexpr = True):
     """True if dropout with probability ``p`` keeps the elements (plane, rows x cols); with TRANSPOSED (cols x rows).
 
     Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") gives four words, for the elements
     (row, col), (row, col + 8), (row + 8, col) and (row + 8, col + 8). One thread holds them after a product of NVIDIA's
     matrix units, transposed or not. The counter is the first of them: the mask is independent of the tiles, so the
-    backward kernels can recompute it.
+    backward kernels can recompute it. ALIGNED: rows and cols start at multiples of 16; else one thread may not hold
+    all four, and each element calls Philox itself.
     """
-    SHARED: tl.constexpr = is_cuda() and rows.shape[0] % 16 == 0 and cols.shape[0] % 16 == 0
+    SHARED: tl.constexpr = ALIGNED and is_cuda() and rows.shape[0] % 16 == 0 and cols.shape[0] % 16 == 0
     row, col = rows, cols
     if SHARED:
         row, col = _first_eights(rows), _first_eights(cols)

@@ -184,7 +184,7 @@ def attention_bwd_rel_kernel(
         end = tl.minimum((row + 1) * rel_width, n_keys)  # keys of the next row of the grid do not count
         ds, keys = score_gradient(
             q, do, lse, log2_sum, delta, k_rows, v_rows, offs_n, n_q, end, score_scale, offs_m, dropout, mask,
-            DIMS, True, PRECISION,
+            DIMS, True, PRECISION, False,  # a row of the grid starts at any key
         )  # fmt: skip
         acc += ds
         tl.store(drel_h_ptr + rows * height + row, tl.sum(ds, 1).to(drel_h_ptr.dtype.element_ty), mask=mask_m)

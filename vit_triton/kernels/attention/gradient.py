@@ -31,9 +31,10 @@ def scores_and_dp(
 @triton.jit
 def score_gradient(
     q, do, lse, log2_sum, delta, k_rows, v_rows, offs_n, n_q, n_k, score_scale, offs_m, dropout, mask,
-    DIMS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    DIMS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr = True,
 ):  # fmt: skip
-    """(dS, float32 [BLOCK_M, BLOCK_N], the keys ``offs_n``); ``lse`` and ``log2_sum`` as in :func:`softmax_of`."""
+    """(dS, float32 [BLOCK_M, BLOCK_N], the keys ``offs_n``); ``lse`` and ``log2_sum`` as in :func:`softmax_of`,
+    ALIGNED as in :func:`dropout_keep`."""
     scores, dp, k, v = scores_and_dp(q, do, k_rows, v_rows, offs_n, n_k, DIMS, MASKED, PRECISION)
     if mask is None:
         p = tl.exp2(scores * score_scale - lse[:, None])
@@ -44,7 +45,7 @@ def score_gradient(
         p = softmax_of(scores, lse[:, None], None if log2_sum is None else log2_sum[:, None])
     if dropout is not None:
         seed, off_bh, dropout_p, keep_scale = dropout
-        keep = dropout_keep(seed, offs_m, offs_n, off_bh, dropout_p)
+        keep = dropout_keep(seed, offs_m, offs_n, off_bh, dropout_p, ALIGNED=ALIGNED)
         dp = tl.where(keep, dp * keep_scale, 0.0)  # NaN in dp is NaN in delta too
     return p * (dp - delta[:, None]), k
 
