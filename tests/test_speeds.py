@@ -235,7 +235,7 @@ def resolved(monkeypatch, call):
     """The operators and numbers of elements for which ``call`` resolves the backend."""
     seen = []
 
-    def resolve(name, op, x, norm_width=0, *, elements=None, weight=None):
+    def resolve(name, op, x, norm_width=0, *, elements=None, weight=None, head_dim=0):
         seen.append((op, x.numel() if elements is None else elements, weight is not None))
         return "torch"
 
