@@ -5,6 +5,8 @@ import importlib
 import sys
 from typing import Any
 
+from vit_triton.extras import install
+
 # command -> (module, summary); only the given command's module is imported: `gpu` requires fewer packages
 COMMANDS = {
     "gpu": ("gpu", "first run on a GPU: check every operator, time models and operators, then tune"),
@@ -21,9 +23,11 @@ def module(command: str) -> Any:
     try:
         return importlib.import_module(f"benchmarks.{COMMANDS[command][0]}")
     except ModuleNotFoundError as error:
-        if error.name != "triton":
+        if error.name == "triton":
+            raise SystemExit("the kernels require the package triton (pip install triton; Linux only)") from None
+        if (error.name or "").partition(".")[0] not in ("matplotlib", "rich"):
             raise
-        raise SystemExit("the kernels require the package triton (pip install triton; Linux only)") from None
+        raise SystemExit(f"{error}; {install('bench')}") from None
 
 
 def main() -> None:

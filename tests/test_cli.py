@@ -947,10 +947,18 @@ def test_missing_package_error_names_the_extra(package, monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, f"vit_triton.{name}", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     code, _, err = run(capsys, "features", "photo.png", "--model", "run")
-    assert code == 2 and package in err and "pip install 'vit_triton[cli]'" in err and err.count("\n") == 1
+    assert code == 2 and package in err and "install the extra [cli], for example" in err and err.count("\n") == 1
 
 
 def test_missing_timm_is_reported(monkeypatch, capsys, photo):
     monkeypatch.setitem(sys.modules, "timm", None)
     code, _, err = run(capsys, "predict", photo, "--model", f"timm:{TIMM}")
     assert code == 2 and "pip install timm" in err and err.count("\n") == 1
+
+
+def test_missing_package_of_training_names_the_extra_of_the_command(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.delitem(sys.modules, "sklearn.datasets", raising=False)
+    code, _, err = run(capsys, "train", "digits", "--out", tmp_path)
+    assert code == 2 and "sklearn" in err and "extra [cli], for example pip install '.[cli]'" in err
+    assert err.count("\n") == 1 and "[train]" not in err

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import vit_triton
 from vit_triton.cli import bench, errors, options
+from vit_triton.extras import install
 
 
 class Command(NamedTuple):
@@ -64,7 +65,7 @@ def _module(command: str) -> Any:
     try:
         return importlib.import_module(f"vit_triton.cli.{COMMANDS[command].module}")
     except ImportError as error:
-        raise ImportError(f"{error}; install the extra cli: pip install 'vit_triton[cli]'") from error
+        raise ImportError(f"{error}; {install('cli')}") from error
 
 
 def run(argv: list[str]) -> int:

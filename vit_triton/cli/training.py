@@ -7,9 +7,18 @@ import dataclasses
 import json
 
 from vit_triton import training
+from vit_triton.extras import install
 
 
 def run(options: argparse.Namespace) -> int:
+    try:
+        return _run(options)
+    except ImportError as error:
+        # the command requires a larger extra than the package training
+        raise ImportError(str(error).replace(install("train"), install("cli"))) from error
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.command == "train":
         try:
             training.train(training.config_from(options))
