@@ -163,6 +163,17 @@ def test_functional_call_uses_the_given_parameters(model, images):
 # --- replaced and unsupported modules ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+def test_empty_batch_runs_without_fallback(model, images, gradients):
+    vit_triton.accelerate(model, "triton", strict=True)
+    with torch.set_grad_enabled(gradients):
+        result = model(images[:0])
+    assert result.shape == (0, 5)
+    if gradients:
+        result.sum().backward()
+        assert not any(parameter.grad.any() for parameter in model.parameters())
+
+
 def test_blocks_run_fused(model, images, kernels):
     theirs = model(images)
     vit_triton.accelerate(model, "triton")
