@@ -238,6 +238,33 @@ def test_subclass_with_inherited_forward_is_replaced(model, images, kernels):
     assert type(model.blocks[1].attn) is SameAttention
 
 
+SIZES = dict(image_size=16, patch_size=8, num_classes=5, dim=24, depth=2, heads=2, mlp_dim=40, dim_head=8)
+OWN_MODELS = {
+    "ViT": lambda: vit_triton.ViT(**SIZES),
+    "SimpleViT": lambda: vit_triton.SimpleViT(**SIZES),
+    "NaViT": lambda: vit_triton.NaViT(**SIZES),
+    "SwinTransformer": lambda: vit_triton.SwinTransformer(4, 24, (1, 1), (3, 6), 2, num_classes=5),
+}
+
+
+@pytest.mark.parametrize("name", OWN_MODELS)
+def test_models_of_this_package_run_on_the_kernels_already(name):
+    model = OWN_MODELS[name]()
+    classes = [type(module) for module in model.modules()]
+    (entry,) = vit_triton.accelerate(model).entries
+    assert (entry.name, entry.cls, entry.replaced) == ("", name, False)
+    assert "runs on the kernels already" in entry.detail
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_other_modules_around_and_inside_a_model_of_this_package_are_replaced(model):
+    ours = vit_triton.ViT(**SIZES)
+    ours.transformer.layers[1] = model.blocks[0]
+    report = vit_triton.accelerate(nn.Sequential(ours, nn.LayerNorm(5)))
+    assert {"0.transformer.layers.1", "1"} <= {entry.name for entry in report.replaced}
+    assert [(entry.name, entry.cls) for entry in report.not_replaced] == [("0", "ViT")]
+
+
 def test_unknown_module_is_not_replaced(model, images):
     model.blocks[0].mlp = UnknownModule()
     theirs = model(images)
@@ -424,7 +451,7 @@ def test_exports(model, images):
     assert_same(program.module()(images), model(images), TERMS)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 10, 8), (3, 8, 8), (0, 3, 8, 8)], ids=["ragged", "unbatched", "empty"])
+@pytest.mark.parametrize("shape", [(2, 3, 10, 8), (3, 8, 8)], ids=["ragged", "unbatched"])
 def test_unsupported_image_shapes_run_the_convolution(kernels, shape):
     model = nn.Sequential(nn.Conv2d(3, 5, 4, stride=4))
     image = torch.randn(shape)
