@@ -1,10 +1,10 @@
 """Benchmarks of speed and memory against PyTorch and other libraries, and figures of the compiled kernels."""
 
-import argparse
 import importlib
 import sys
 from typing import Any
 
+from vit_triton.cli.errors import Parser
 from vit_triton.extras import install
 
 # command -> (module, summary); only the given command's module is imported: `gpu` requires fewer packages
@@ -31,7 +31,7 @@ def module(command: str) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = Parser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="|".join(COMMANDS))
     for name, (_, summary) in COMMANDS.items():
         one = commands.add_parser(name, help=summary, description=summary)

@@ -563,6 +563,7 @@ def test_command_writes_its_results(tmp_path, monkeypatch, capsys):
         (["ops", "--device", "tpu"], "must be cpu or cuda, got 'tpu'"),
         (["ops", "--json", "/nowhere/r.json"], "must be a file in a folder that exists, got '/nowhere/r.json'"),
         (["ops", "--plot", __file__], "must be a folder, got the file"),
+        (["ops", "--bogus"], "usage: python -m benchmarks ops "),
         (["ops", "--model", "XL"], "invalid choice: 'XL'"),
         (["models", "--direction", "backward"], "invalid choice: 'backward'"),
         (["ops", "--providers", "sdqa"], "--providers: unknown 'sdqa'; available: vit_triton, "),

@@ -768,22 +768,34 @@ def odd_models(tmp_path_factory) -> dict[str, Path | str]:
         ("attention PHOTO --model TRAINED --layer -3", "--layer must be from -2 to 1, got -3"),
         ("features PHOTO --model TRAINED --out picture.txt", "--out must end in .png, .jpg, .webp, got picture.txt"),
         ("features PHOTO --model TRAINED --out nowhere/a.png", "--out: folder nowhere does not exist"),
-        ("predict PHOTO --model TRAINED --device nothing", "device: "),
-        ("train digits --device nothing", "device: "),
-        ("eval TRAINED --device nothing", "device: "),
+        ("predict PHOTO --model TRAINED --device nothing", "vit-triton: --device: "),
+        ("train digits --device nothing", "vit-triton: --device: "),
+        ("eval TRAINED --device nothing", "vit-triton: --device: "),
+        ("train digits --fsdp", "vit-triton: --fsdp requires torchrun"),
+        ("train digits --dim 10 --heads 3", "vit-triton: --dim must be divisible by heads"),
+        ("train digits --out TRAINED", "contains a checkpoint; --resume, or choose another folder"),
+        ("predict PHOTO --bogus --model TRAINED", "usage: vit-triton predict "),
+        ("predict PHOTO --bogus --model TRAINED", "unrecognized arguments: --bogus"),
+        ("--bogus predict PHOTO --model TRAINED", "usage: vit-triton [-h]"),
+        (
+            f"features PHOTO --model timm:{TIMM} --weights WEIGHTS --ignore blocs.*",
+            "--ignore: 'blocs.*' matches no name",
+        ),
+        (f"predict PHOTO --model timm:{TIMM} --ignore head.*", "--ignore requires --weights"),
         ("train digits --epochs 0", "--epochs must be at least 1, got 0"),
         ("train digits --learning-rate inf", "--learning-rate must be positive and finite, got inf"),
         ("train digits --workers -1", "--workers must be at least 0, got -1"),
         ("train digits --batch-size 2000", "--batch-size must be at most the number of training images, 1438"),
         ("train digits --epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
         ("train digits --dim 1000000000000", "out of memory; reduce the size of the model, image or batch: "),
-        ("train digits --device meta", "device: meta is not supported"),
+        ("train digits --device meta", "--device: meta is not supported"),
         ("train digits --out PHOTO", "File exists: '"),
         ("train nowhere", "nowhere/CLASS/"),
         ("train PHOTO", "data: [Errno 20] Not a directory: '"),
         ("train EMPTY", "data must be a folder, digits or cifar10, got ''"),
-        ("eval TRAINED --data EMPTY", "data must be a folder, digits or cifar10, got ''"),
-        ("eval PHOTO", "has no checkpoint.pt"),
+        ("eval TRAINED --data EMPTY", "--data must be a folder, digits or cifar10, got ''"),
+        ("eval PHOTO", "argument RUN: must be a folder, got the file "),
+        ("eval FOLDER", "has no checkpoint.pt"),
         ("eval LIST", "checkpoint.pt: ValueError: expected a checkpoint of train with "),
         ("predict PHOTO --model LIST", "checkpoint.pt: ValueError: expected a checkpoint of train with "),
         ("predict PHOTO --model timm:vit_tiny_patch16_224.none", "--model: Invalid pretrained tag (none)"),
@@ -811,7 +823,7 @@ def test_unavailable_backend_gives_a_one_line_error(words, photo, trained, capsy
     monkeypatch.setattr("vit_triton.backend._TRITON_INSTALLED", False)
     named = {"PHOTO": photo, "TRAINED": trained}
     code, _, err = run(capsys, *(named.get(word, word) for word in words.split()), "--backend", "triton")
-    assert code == 2 and err.startswith('vit-triton: backend: backend "triton" requires the package triton')
+    assert code == 2 and err.startswith('vit-triton: --backend: backend "triton" requires the package triton')
 
 
 def test_attention_without_a_class_token_is_the_mean(photos, tmp_path, photo, capsys):
