@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import transformers  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from PIL import Image  # noqa: E402
+from rich.console import Console  # noqa: E402
 from test_training import bright_and_dark  # noqa: E402
 
 import vit_triton  # noqa: E402
@@ -659,7 +661,8 @@ def test_info_shows_versions_and_backends(capsys, monkeypatch):
 def test_info_rejects_an_unknown_backend(capsys, monkeypatch):
     monkeypatch.setenv("VIT_TRITON_BACKEND", "none")
     code, out, err = run(capsys, "info")
-    assert (code, out) == (2, "") and "VIT_TRITON_BACKEND must be one of 'triton', 'torch', 'auto', got 'none'" in err
+    assert code == 2 and "x86_64" in out and "backend by default" not in out
+    assert "VIT_TRITON_BACKEND must be one of 'triton', 'torch', 'auto', got 'none'" in err
 
 
 def test_info_shows_the_reasons(monkeypatch):
@@ -674,12 +677,17 @@ def test_info_shows_the_reasons(monkeypatch):
     cells = [cell for column in table.columns[1:] for cell in column.cells]
     rows = list(table.columns[0].cells)
     assert len(cells) == 4 * len(rows) and rows == [f"{op}, {size}" for op in speeds.OPS for size in ("small", "large")]
-    assert cells.count("uses the other ops") == 4  # the encoder, in training
-    assert {"triton: 1.52x", "torch: 0.80x", "torch: not measured"} <= set(cells)
-    for cell in set(cells) - {"uses the other ops"}:  # the table is what decides
-        name, reason = cell.split(": ")
+    assert cells.count("other ops") == 4  # the encoder, in training
+    assert {"triton 1.52x", "torch 0.80x", "torch: not measured"} <= set(cells)
+    for cell in set(cells) - {"other ops"}:  # the table is what decides
+        name, reason = re.split(": | ", cell, maxsplit=1)
         faster = reason.endswith("x") and float(reason[:-1]) >= speeds.FASTER
         assert name == ("triton" if faster else "torch"), cell
+    with io.StringIO() as text:
+        Console(file=text, width=80).print(table)
+        shown = text.getvalue()
+    assert all(f" {op}, " in shown for op in speeds.OPS) and "\u2026" not in shown
+    assert {len(line) for line in shown.splitlines() if line.startswith("│")} == {80}
     monkeypatch.setattr(backend, "not_compiled_reason", lambda: "triton is not installed")
     assert info.choices("cpu") == '"auto" on cpu selects torch: triton is not installed'
 
