@@ -444,6 +444,15 @@ def test_compiles_into_one_graph(model, images):
     assert_same(torch.compile(model, backend="aot_eager", fullgraph=True)(images), theirs, TERMS)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_scripting_asks_for_restore(model, images):
+    theirs = model(images)
+    vit_triton.accelerate(model)
+    with pytest.raises(RuntimeError, match=r"torch.jit.script does not support .* call vit_triton.restore\(model\)"):
+        torch.jit.script(model)
+    assert_same(torch.jit.script(vit_triton.restore(model))(images), theirs, TERMS)
+
+
 def test_exports(model, images):
     vit_triton.accelerate(model, "triton")
     program = torch.export.export(model, (images,))

@@ -117,7 +117,11 @@ def _subclass(
         _, (_, *arguments), *state = super(accelerated, self).__reduce_ex__(max(int(protocol), 2))
         return unpickle[0], (cls, unpickle[1], _module_names.get(self, ""), *arguments), *state
 
+    def __prepare_scriptable__(self: Any) -> Any:  # called by torch.jit.script
+        raise RuntimeError("torch.jit.script does not support an accelerated model; call vit_triton.restore(model)")
+
     members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    members |= {"__prepare_scriptable__": __prepare_scriptable__}
     members |= {"forward": forward, "__reduce_ex__": __reduce_ex__, "_replaced": cls, "_replaced_backend": backend}
     accelerated: Any = type(cls.__name__, (cls,), members)
     return accelerated
