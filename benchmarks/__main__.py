@@ -1,9 +1,11 @@
 """Benchmarks of speed and memory against PyTorch and other libraries, and figures of the compiled kernels."""
 
-import argparse
 import importlib
 import sys
 from typing import Any
+
+from vit_triton.cli.errors import Parser
+from vit_triton.extras import install
 
 # command -> (module, summary); only the given command's module is imported: `gpu` requires fewer packages
 COMMANDS = {
@@ -21,13 +23,15 @@ def module(command: str) -> Any:
     try:
         return importlib.import_module(f"benchmarks.{COMMANDS[command][0]}")
     except ModuleNotFoundError as error:
-        if error.name != "triton":
+        if error.name == "triton":
+            raise SystemExit("the kernels require the package triton (pip install triton; Linux only)") from None
+        if (error.name or "").partition(".")[0] not in ("matplotlib", "rich"):
             raise
-        raise SystemExit("the kernels require the package triton (pip install triton; Linux only)") from None
+        raise SystemExit(f"{error}; {install('bench')}") from None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = Parser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="|".join(COMMANDS))
     for name, (_, summary) in COMMANDS.items():
         one = commands.add_parser(name, help=summary, description=summary)

@@ -15,6 +15,7 @@ import vit_triton
 from benchmarks import runtimes
 from benchmarks.cost import Cost, nbytes, trace
 from benchmarks.runner import COMPILE, EAGER, OURS, PREPACKED, RUNTIME, Case, Provider
+from vit_triton.extras import install
 from vit_triton.tuning.measure import errors
 from vit_triton.tuning.shapes import CLASSES, Shape
 
@@ -111,7 +112,7 @@ class Variant:
         needed = (PYTHON.get(self.library, self.library), *self.requires)
         missing = [name for name in needed if importlib.util.find_spec(name) is None]
         if missing:
-            return f"{', '.join(missing)} not installed: pip install 'vit_triton[bench-cpu]'"
+            return f"{', '.join(missing)} not installed; {install('bench-cpu')}"
         reason = self.lacks(dtype)
         return reason and f"in {str(dtype).removeprefix('torch.')}, {reason}"
 

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.runner import OURS
 from vit_triton.cli.arguments import duration, folder, new_file, positive
+from vit_triton.extras import install
 from vit_triton.tuning.shapes import DTYPES, Shape
 
 T = TypeVar("T")
@@ -26,7 +27,7 @@ def device(text: str) -> str:
 
 def plot_folder(text: str) -> Path:
     if importlib.util.find_spec("matplotlib") is None:
-        raise argparse.ArgumentTypeError("charts require matplotlib: pip install 'vit_triton[bench]'")
+        raise argparse.ArgumentTypeError(f"No module named 'matplotlib'; {install('bench')}")
     return folder(text)
 
 

@@ -163,6 +163,17 @@ def test_functional_call_uses_the_given_parameters(model, images):
 # --- replaced and unsupported modules ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+def test_empty_batch_runs_without_fallback(model, images, gradients):
+    vit_triton.accelerate(model, "triton", strict=True)
+    with torch.set_grad_enabled(gradients):
+        result = model(images[:0])
+    assert result.shape == (0, 5)
+    if gradients:
+        result.sum().backward()
+        assert not any(parameter.grad.any() for parameter in model.parameters())
+
+
 def test_blocks_run_fused(model, images, kernels):
     theirs = model(images)
     vit_triton.accelerate(model, "triton")
@@ -225,6 +236,33 @@ def test_subclass_with_inherited_forward_is_replaced(model, images, kernels):
     assert kernels == FUSED
     vit_triton.restore(model)
     assert type(model.blocks[1].attn) is SameAttention
+
+
+SIZES = dict(image_size=16, patch_size=8, num_classes=5, dim=24, depth=2, heads=2, mlp_dim=40, dim_head=8)
+OWN_MODELS = {
+    "ViT": lambda: vit_triton.ViT(**SIZES),
+    "SimpleViT": lambda: vit_triton.SimpleViT(**SIZES),
+    "NaViT": lambda: vit_triton.NaViT(**SIZES),
+    "SwinTransformer": lambda: vit_triton.SwinTransformer(4, 24, (1, 1), (3, 6), 2, num_classes=5),
+}
+
+
+@pytest.mark.parametrize("name", OWN_MODELS)
+def test_models_of_this_package_run_on_the_kernels_already(name):
+    model = OWN_MODELS[name]()
+    classes = [type(module) for module in model.modules()]
+    (entry,) = vit_triton.accelerate(model).entries
+    assert (entry.name, entry.cls, entry.replaced) == ("", name, False)
+    assert "runs on the kernels already" in entry.detail
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_other_modules_around_and_inside_a_model_of_this_package_are_replaced(model):
+    ours = vit_triton.ViT(**SIZES)
+    ours.transformer.layers[1] = model.blocks[0]
+    report = vit_triton.accelerate(nn.Sequential(ours, nn.LayerNorm(5)))
+    assert {"0.transformer.layers.1", "1"} <= {entry.name for entry in report.replaced}
+    assert [(entry.name, entry.cls) for entry in report.not_replaced] == [("0", "ViT")]
 
 
 def test_unknown_module_is_not_replaced(model, images):
@@ -406,6 +444,15 @@ def test_compiles_into_one_graph(model, images):
     assert_same(torch.compile(model, backend="aot_eager", fullgraph=True)(images), theirs, TERMS)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_scripting_asks_for_restore(model, images):
+    theirs = model(images)
+    vit_triton.accelerate(model)
+    with pytest.raises(RuntimeError, match=r"torch.jit.script does not support .* call vit_triton.restore\(model\)"):
+        torch.jit.script(model)
+    assert_same(torch.jit.script(vit_triton.restore(model))(images), theirs, TERMS)
+
+
 def test_exports(model, images):
     vit_triton.accelerate(model, "triton")
     program = torch.export.export(model, (images,))
@@ -413,7 +460,7 @@ def test_exports(model, images):
     assert_same(program.module()(images), model(images), TERMS)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 10, 8), (3, 8, 8), (0, 3, 8, 8)], ids=["ragged", "unbatched", "empty"])
+@pytest.mark.parametrize("shape", [(2, 3, 10, 8), (3, 8, 8)], ids=["ragged", "unbatched"])
 def test_unsupported_image_shapes_run_the_convolution(kernels, shape):
     model = nn.Sequential(nn.Conv2d(3, 5, 4, stride=4))
     image = torch.randn(shape)

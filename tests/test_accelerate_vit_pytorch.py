@@ -7,6 +7,8 @@ from parity import BASE, assert_accelerated, images, shake
 from torch import Tensor, nn
 from vit_pytorch.distill import DistillableViT, DistillWrapper
 
+from vit_triton import accelerate
+
 REAL = {"image_size": 32, "patch_size": 16, "dim": 768, "heads": 12, "mlp_dim": 3072, "depth": 1, "dim_head": 64}
 REPLACED = {"Sequential", "Transformer", "Attention", "FeedForward", "LayerNorm"}
 
@@ -70,3 +72,10 @@ def test_each_dropout_is_applied(where):
     model.transformer.layers[0].get_submodule(where).p = 1.0  # deterministic outputs
     assert_accelerated(model.train(), image)
     assert_accelerated(model.eval(), image)
+
+
+@pytest.mark.parametrize("cls", [vit_pytorch.ViT, vit_pytorch.SimpleViT], ids=["ViT", "SimpleViT"])
+def test_empty_batch_runs_without_fallback(cls):
+    model, image = model_of(cls)
+    accelerate(model, "triton", strict=True)
+    assert model.eval()(image[:0]).shape == (0, 5)

@@ -86,6 +86,13 @@ SWIN = {
 }
 
 
+@pytest.mark.parametrize("query", [None, "mean", (9, 5)])
+def test_maps_of_an_empty_batch(query):
+    _, model = ours_of(1, [7, 7])
+    maps, one = (attention_maps(model, torch.randn(batch, 3, 56, 56), query=query) for batch in (0, 1))
+    assert [each.shape for each in maps] == [(0, *each.shape[1:]) for each in one]
+
+
 @pytest.mark.parametrize("name", SWIN)
 def test_maps_of_windows(name, monkeypatch):
     make, args, options, window, size = SWIN[name]

@@ -101,6 +101,49 @@ def test_backend_of_a_model_overrides_the_default():
         assert not kernels_ran()
 
 
+R = torch.randn
+WIDE_HEADS = {  # head sizes above 256
+    "attention": lambda backend: F.attention(*R(3, 1, 4, 2, 257), backend=backend),
+    "attention_packed": lambda backend: F.attention_packed(R(1, 4, 3, 1, 300), causal=True, backend=backend),
+    "attention_varlen": lambda backend: F.attention_varlen(
+        *R(3, 5, 1, 257), torch.tensor([0, 2, 5], dtype=torch.int32), 3, backend=backend
+    ),
+    "window_attention": lambda backend: F.window_attention(
+        R(1, 4, 4, 3, 1, 257), R(1, 4, 4), window=(2, 2), shift=(1, 1), backend=backend
+    ),
+    "linear": lambda backend: F.linear(
+        R(1, 4, 8), R(3 * 258, 8), rope=(R(4, 129), R(4, 129)), rope_heads=1, backend=backend
+    ),
+    "encoder": lambda backend: F.encoder(
+        R(1, 4, 8),
+        [
+            F.Block(
+                (None, None, 1e-5), R(771, 8), None, R(8, 257), None, (None, None, 1e-5), R(8, 8), None, R(8, 8), None
+            )
+        ],
+        heads=1,
+        backend=backend,
+    ),
+    "ViT": lambda backend: vit_triton.ViT(
+        image_size=8, patch_size=4, num_classes=3, dim=16, depth=2, heads=2, mlp_dim=24, dim_head=300, backend=backend
+    )(R(1, 3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("case", WIDE_HEADS)
+def test_head_sizes_above_256_run_in_torch_and_raise_in_triton(case, gradients, monkeypatch):
+    call = WIDE_HEADS[case]
+    with torch.set_grad_enabled(gradients):
+        torch.manual_seed(0)
+        expected = call("torch")
+        with pytest.raises(ValueError, match='supports head sizes of 1 to 256, got [0-9]+; use backend="torch"'):
+            call("triton")
+        monkeypatch.setattr(backend, "_faster_on_cpu", lambda *arguments: True)  # "auto" prefers the kernels
+        torch.manual_seed(0)
+        torch.testing.assert_close(call("auto"), expected)
+
+
 @pytest.mark.parametrize("name", ["triton", "torch"])
 def test_float64_runs_in_torch_and_raises_in_triton(name):
     if name == "torch":

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.machinery
 import json
 import os
+import subprocess
 import sys
 import types
 
@@ -160,7 +161,7 @@ def test_unavailable_libraries_are_reported(monkeypatch, capsys):
     main(monkeypatch, "models", "--model", "Ti", "--batch", "1", "--dtype", "float32", "bfloat16")
     text = capsys.readouterr().out
     for name, module in (("OpenVINO", "openvino"), ("vit_triton Hugging Face prepacked", "transformers")):
-        assert text.count(f"left out: {name}: {module} not installed: pip install 'vit_triton[bench-cpu]'\n") == 1
+        assert text.count(f"left out: {name}: {module} not installed; install the extra [bench-cpu]") == 1
     assert text.count("left out: ONNX Runtime: in bfloat16, its kernels for CPUs run models in float32 only\n") == 1
     single, half = (case.left_out.keys() for case in seen)
     assert half - single == {"ONNX Runtime"} and "OpenVINO" in single and "timm" not in single
@@ -557,10 +558,12 @@ def test_command_writes_its_results(tmp_path, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["ops", "--batch", "0"], "must be a whole number above 0, got '0'"),
-        (["ops", "--seconds", "soon"], "must be a number of seconds, got 'soon'"),
+        (["ops", "--seconds", "soon"], "must be a number of seconds, 0 or more, got 'soon'"),
+        (["ops", "--seconds", "-1"], "must be a number of seconds, 0 or more, got '-1'"),
         (["ops", "--device", "tpu"], "must be cpu or cuda, got 'tpu'"),
         (["ops", "--json", "/nowhere/r.json"], "must be a file in a folder that exists, got '/nowhere/r.json'"),
         (["ops", "--plot", __file__], "must be a folder, got the file"),
+        (["ops", "--bogus"], "usage: python -m benchmarks ops "),
         (["ops", "--model", "XL"], "invalid choice: 'XL'"),
         (["models", "--direction", "backward"], "invalid choice: 'backward'"),
         (["ops", "--providers", "sdqa"], "--providers: unknown 'sdqa'; available: vit_triton, "),
@@ -584,6 +587,23 @@ def test_bad_options_are_rejected(monkeypatch, capsys, arguments, message):
         main(monkeypatch, *arguments)
     assert refused.value.code not in (0, None)
     assert message in capsys.readouterr().err + str(refused.value.code)
+
+
+@pytest.mark.parametrize(
+    "words", ["memory", "overhead", "ops --plot charts", "growth --plot charts", "models --plot charts"]
+)
+def test_missing_packages_are_reported_in_one_line(words):
+    code = f"""
+import subprocess
+import sys
+sys.modules["rich"] = sys.modules["matplotlib"] = None
+sys.argv = ["benchmarks", *{words.split()}]
+from benchmarks.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode and "Traceback" not in done.stderr
+    assert "install the extra [bench], for example pip install '.[bench]'" in done.stderr.splitlines()[-1]
 
 
 def test_unwritable_output_folder_is_rejected(tmp_path, monkeypatch):

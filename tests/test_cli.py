@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import transformers  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from PIL import Image  # noqa: E402
+from rich.console import Console  # noqa: E402
 from test_training import bright_and_dark  # noqa: E402
 
 import vit_triton  # noqa: E402
@@ -659,7 +661,8 @@ def test_info_shows_versions_and_backends(capsys, monkeypatch):
 def test_info_rejects_an_unknown_backend(capsys, monkeypatch):
     monkeypatch.setenv("VIT_TRITON_BACKEND", "none")
     code, out, err = run(capsys, "info")
-    assert (code, out) == (2, "") and "VIT_TRITON_BACKEND must be one of 'triton', 'torch', 'auto', got 'none'" in err
+    assert code == 2 and "x86_64" in out and "backend by default" not in out
+    assert "VIT_TRITON_BACKEND must be one of 'triton', 'torch', 'auto', got 'none'" in err
 
 
 def test_info_shows_the_reasons(monkeypatch):
@@ -674,12 +677,17 @@ def test_info_shows_the_reasons(monkeypatch):
     cells = [cell for column in table.columns[1:] for cell in column.cells]
     rows = list(table.columns[0].cells)
     assert len(cells) == 4 * len(rows) and rows == [f"{op}, {size}" for op in speeds.OPS for size in ("small", "large")]
-    assert cells.count("uses the other ops") == 4  # the encoder, in training
-    assert {"triton: 1.52x", "torch: 0.80x", "torch: not measured"} <= set(cells)
-    for cell in set(cells) - {"uses the other ops"}:  # the table is what decides
-        name, reason = cell.split(": ")
+    assert cells.count("other ops") == 4  # the encoder, in training
+    assert {"triton 1.52x", "torch 0.80x", "torch: not measured"} <= set(cells)
+    for cell in set(cells) - {"other ops"}:  # the table is what decides
+        name, reason = re.split(": | ", cell, maxsplit=1)
         faster = reason.endswith("x") and float(reason[:-1]) >= speeds.FASTER
         assert name == ("triton" if faster else "torch"), cell
+    with io.StringIO() as text:
+        Console(file=text, width=80).print(table)
+        shown = text.getvalue()
+    assert all(f" {op}, " in shown for op in speeds.OPS) and "\u2026" not in shown
+    assert {len(line) for line in shown.splitlines() if line.startswith("│")} == {80}
     monkeypatch.setattr(backend, "not_compiled_reason", lambda: "triton is not installed")
     assert info.choices("cpu") == '"auto" on cpu selects torch: triton is not installed'
 
@@ -768,22 +776,34 @@ def odd_models(tmp_path_factory) -> dict[str, Path | str]:
         ("attention PHOTO --model TRAINED --layer -3", "--layer must be from -2 to 1, got -3"),
         ("features PHOTO --model TRAINED --out picture.txt", "--out must end in .png, .jpg, .webp, got picture.txt"),
         ("features PHOTO --model TRAINED --out nowhere/a.png", "--out: folder nowhere does not exist"),
-        ("predict PHOTO --model TRAINED --device nothing", "device: "),
-        ("train digits --device nothing", "device: "),
-        ("eval TRAINED --device nothing", "device: "),
+        ("predict PHOTO --model TRAINED --device nothing", "vit-triton: --device: "),
+        ("train digits --device nothing", "vit-triton: --device: "),
+        ("eval TRAINED --device nothing", "vit-triton: --device: "),
+        ("train digits --fsdp", "vit-triton: --fsdp requires torchrun"),
+        ("train digits --dim 10 --heads 3", "vit-triton: --dim must be divisible by heads"),
+        ("train digits --out TRAINED", "contains a checkpoint; --resume, or choose another folder"),
+        ("predict PHOTO --bogus --model TRAINED", "usage: vit-triton predict "),
+        ("predict PHOTO --bogus --model TRAINED", "unrecognized arguments: --bogus"),
+        ("--bogus predict PHOTO --model TRAINED", "usage: vit-triton [-h]"),
+        (
+            f"features PHOTO --model timm:{TIMM} --weights WEIGHTS --ignore blocs.*",
+            "--ignore: 'blocs.*' matches no name",
+        ),
+        (f"predict PHOTO --model timm:{TIMM} --ignore head.*", "--ignore requires --weights"),
         ("train digits --epochs 0", "--epochs must be at least 1, got 0"),
         ("train digits --learning-rate inf", "--learning-rate must be positive and finite, got inf"),
         ("train digits --workers -1", "--workers must be at least 0, got -1"),
         ("train digits --batch-size 2000", "--batch-size must be at most the number of training images, 1438"),
         ("train digits --epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
         ("train digits --dim 1000000000000", "out of memory; reduce the size of the model, image or batch: "),
-        ("train digits --device meta", "device: meta is not supported"),
+        ("train digits --device meta", "--device: meta is not supported"),
         ("train digits --out PHOTO", "File exists: '"),
         ("train nowhere", "nowhere/CLASS/"),
         ("train PHOTO", "data: [Errno 20] Not a directory: '"),
         ("train EMPTY", "data must be a folder, digits or cifar10, got ''"),
-        ("eval TRAINED --data EMPTY", "data must be a folder, digits or cifar10, got ''"),
-        ("eval PHOTO", "has no checkpoint.pt"),
+        ("eval TRAINED --data EMPTY", "--data must be a folder, digits or cifar10, got ''"),
+        ("eval PHOTO", "argument RUN: must be a folder, got the file "),
+        ("eval FOLDER", "has no checkpoint.pt"),
         ("eval LIST", "checkpoint.pt: ValueError: expected a checkpoint of train with "),
         ("predict PHOTO --model LIST", "checkpoint.pt: ValueError: expected a checkpoint of train with "),
         ("predict PHOTO --model timm:vit_tiny_patch16_224.none", "--model: Invalid pretrained tag (none)"),
@@ -811,7 +831,7 @@ def test_unavailable_backend_gives_a_one_line_error(words, photo, trained, capsy
     monkeypatch.setattr("vit_triton.backend._TRITON_INSTALLED", False)
     named = {"PHOTO": photo, "TRAINED": trained}
     code, _, err = run(capsys, *(named.get(word, word) for word in words.split()), "--backend", "triton")
-    assert code == 2 and err.startswith('vit-triton: backend: backend "triton" requires the package triton')
+    assert code == 2 and err.startswith('vit-triton: --backend: backend "triton" requires the package triton')
 
 
 def test_attention_without_a_class_token_is_the_mean(photos, tmp_path, photo, capsys):
@@ -947,10 +967,18 @@ def test_missing_package_error_names_the_extra(package, monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, f"vit_triton.{name}", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     code, _, err = run(capsys, "features", "photo.png", "--model", "run")
-    assert code == 2 and package in err and "pip install 'vit_triton[cli]'" in err and err.count("\n") == 1
+    assert code == 2 and package in err and "install the extra [cli], for example" in err and err.count("\n") == 1
 
 
 def test_missing_timm_is_reported(monkeypatch, capsys, photo):
     monkeypatch.setitem(sys.modules, "timm", None)
     code, _, err = run(capsys, "predict", photo, "--model", f"timm:{TIMM}")
     assert code == 2 and "pip install timm" in err and err.count("\n") == 1
+
+
+def test_missing_package_of_training_names_the_extra_of_the_command(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.delitem(sys.modules, "sklearn.datasets", raising=False)
+    code, _, err = run(capsys, "train", "digits", "--out", tmp_path)
+    assert code == 2 and "sklearn" in err and "extra [cli], for example pip install '.[cli]'" in err
+    assert err.count("\n") == 1 and "[train]" not in err

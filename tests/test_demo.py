@@ -50,4 +50,4 @@ def test_missing_extra_is_named_in_the_error() -> None:
     code = f"import sys, runpy; sys.modules['sklearn'] = None; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert result.returncode != 0
-    assert "ImportError" in result.stderr and "vit_triton[train]" in result.stderr
+    assert "ImportError" in result.stderr and "extra [train]" in result.stderr

@@ -488,7 +488,7 @@ def test_report_page_shows_failures_and_measurements(tmp_path):
     assert "| linear, one row | wrong 3.0e-01 (1.0e-03) |  |  |" in page
     assert "| CUDA graph | passed | captured |" in page
     model = "| ViT-B/16 | inference | 256 | 3000 | 2000 | 2500 | 1.50 | 1.16 | 1.00 | 2.00 | 1.50 | timm |"
-    assert model in page
+    assert model in page and "a ratio is the median of the ratios of interleaved rounds" in page
     assert "| vit_triton | inference | 2.000 | 1.000 | 0.500 |" in page
     # 7e10 FLOPs at 700 TFLOP/s take 0.1 ms
     assert "| mlp forward | B/16 at 224, batch 64 | 0.200 | 1.25 | pytorch | pytorch 0.250 | 50 % |" in page

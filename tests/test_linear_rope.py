@@ -219,7 +219,6 @@ def test_gradients_of_tables_require_torch():
         (dict(rope_prefix=6), ValueError, "rope_prefix must be at most the number of tokens, 5, got 6"),
         (dict(rope=torch.zeros(2)), TypeError, r"rope must be a tuple \(cos, sin\)"),
         (dict(rope_prefix=1), ValueError, r"cos of rope must be \(2 or 1, 2 or 1, 4, columns\)"),
-        (dict(weight=torch.zeros(3 * 2 * 257, 16)), ValueError, "the head size must be at most 256"),
     ],
 )  # fmt: skip
 def test_errors(changes, error, message, backend):

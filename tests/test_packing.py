@@ -458,6 +458,17 @@ def test_next_call_after_a_detected_edit_raises(change, make):
         assert torch.equal(vit_triton.prepack(model)(x), after)
 
 
+def test_operations_on_pytorch_use_edited_parameters():
+    model, x = vit_triton.prepack(built(our_vit)), torch.randn(2, 3, 32, 32)
+    model.backend = "torch"
+    with torch.no_grad():
+        before = model(x)
+        for parameter in model.parameters():
+            parameter.mul_(2)
+        after = model(x)
+        assert not torch.equal(after, before) and torch.equal(after, copy.deepcopy(model)(x))
+
+
 @compiled_only
 def test_next_call_after_a_detected_edit_of_bias_or_norm_raises():
     x = torch.randn(2, 3, 32, 32)

@@ -235,7 +235,7 @@ def resolved(monkeypatch, call):
     """The operators and numbers of elements for which ``call`` resolves the backend."""
     seen = []
 
-    def resolve(name, op, x, norm_width=0, *, elements=None, weight=None):
+    def resolve(name, op, x, norm_width=0, *, elements=None, weight=None, head_dim=0):
         seen.append((op, x.numel() if elements is None else elements, weight is not None))
         return "torch"
 
@@ -423,6 +423,7 @@ def test_command_writes_a_table_that_auto_reads(clock, capsys, home):
     out = capsys.readouterr().out
     path = home / "acme-avx-512.json"
     assert out.startswith(f"{KIND}, 1 thread\n") and f"written: {path}" in out and f"1 thread, in {path}" in out
+    assert f"\nin use: {KIND}: speeds measured" in out and "to use it" not in out
     (line,) = [line for line in out.splitlines() if line.startswith("mlp forward, bfloat16, large")]
     assert line.split()[-4:] == ["1.00", "ms", "2.00x", "4.00x"]
     table = speeds.read(path)
@@ -433,6 +434,18 @@ def test_command_writes_a_table_that_auto_reads(clock, capsys, home):
     clock.cost = 1e-4
     assert main(["tune", "--dtype", "float16", "--seconds", "0"]) == 0  # a CPU without --device, since there is no GPU
     assert len(speeds.read(path).speeds) == 52 + 26  # the other dtypes are kept
+
+
+def test_command_shows_how_another_file_is_used(clock, capsys, tmp_path, monkeypatch):
+    path = tmp_path / "t.json"
+    words = ["tune", "--device", "cpu", "--dtype", "float32", "--out", str(path)]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert f"\nto use it, set VIT_TRITON_TUNED={path}\nin use: {KIND}: no measured speeds" in out
+    monkeypatch.setenv("VIT_TRITON_TUNED", str(path))
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "to use it" not in out and f"\nin use: {KIND}: speeds measured" in out and f"in {path}" in out
 
 
 def test_interrupted_command_writes_its_results(home, capsys):

@@ -19,8 +19,8 @@ PACKAGE = ROOT / "vit_triton"
 # The parts of the package that each part may import, besides itself. Imports point down this list only.
 ARROWS: dict[str, set[str]] = {
     "cli": {
-        *("__init__", "backend", "cpu", "images", "inspection", "integrations", "kernels", "names", "training"),
-        *("speeds", "tables", "tuning", "weights"),
+        *("__init__", "backend", "cpu", "extras", "images", "inspection", "integrations", "kernels", "names"),
+        *("training", "speeds", "tables", "tuning", "weights"),
     },
     "tuning": {
         "arguments",
@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
         "speeds",
         "tables",
     },
-    "training": {"backend", "images", "lazy", "models", "names", "weights"},
+    "training": {"backend", "extras", "images", "lazy", "models", "names", "weights"},
     "__init__": {
         *(
             "arguments",
@@ -78,6 +78,7 @@ ARROWS: dict[str, set[str]] = {
     "arguments": set(),
     "tables": set(),
     "names": set(),
+    "extras": set(),
     "lazy": set(),
     "cpu": set(),  # self-contained package
 }

@@ -109,3 +109,11 @@ def test_a_fresh_export(tmp_path):
     assert any(name.startswith("onnx::MatMul") for name in names)
     load_weights(ours, tmp_path / "model.onnx")
     assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in theirs.state_dict().items())
+
+
+def test_files_that_are_not_onnx(tmp_path):
+    for name, content in (("junk", b"\xff" * 100), ("text", b"x = 1\n" * 20), ("empty", b"")):
+        path = tmp_path / f"{name}.onnx"
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match=f"{name}.onnx: cannot be read as a .onnx file: "):
+            load_weights(torch.nn.Linear(2, 2), path)

@@ -298,10 +298,12 @@ def test_bitwise_reproducible_and_independent_of_the_batch(name):
     assert torch.equal(first[0][1:2], one[0]) and torch.equal(first[1][1:2], one[1])
 
 
-def test_empty_batch():
+@pytest.mark.parametrize("shift", [(0, 0), (3, 3)])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_empty_batch(backend, shift):
     qkv, bias, logit_scale, do = make(0, 14, 14, 2, 32, (7, 7), cosine=True)
     out, dqkv, dbias, dlogit_scale = run(
-        lambda x, b, s: F.window_attention(x, b, window=(7, 7), logit_scale=s, backend="triton"),
+        lambda x, b, s: F.window_attention(x, b, window=(7, 7), shift=shift, logit_scale=s, backend=backend),
         [qkv, bias, logit_scale],
         [do],
     )

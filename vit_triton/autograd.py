@@ -52,8 +52,8 @@ class _NotTwiceDifferentiable(Function):
     @staticmethod
     def backward(ctx: Any, *grads):
         raise RuntimeError(
-            f'backend "triton" has no second derivative, but the gradient of {ctx.name} was differentiated again; '
-            'use backend="torch"'
+            f"the kernels have no second derivative, but the gradient of {ctx.name} was differentiated again; the "
+            'kernels run with backend "triton" and where "auto" selects it: use backend="torch"'
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vit_triton import packing
-from vit_triton.checks import KERNEL_DTYPES, check_choice
+from vit_triton.checks import KERNEL_DTYPES, MAX_HEAD_DIM, check_choice
 from vit_triton.names import BACKENDS
 from vit_triton.portable import is_portable
 from vit_triton.speeds import table as speeds
@@ -81,12 +81,14 @@ def resolve_backend(
     *,
     elements: int | None = None,
     weight: torch.Tensor | None = None,
+    head_dim: int = 0,
 ) -> str:
     """Return "triton" or "torch" for the operator called ``op``.
 
     If :func:`is_portable`, the result is "torch". "auto" selects "triton" on a GPU unless :func:`torch_reason` gives a
     reason, and on a CPU if the compiled kernels were measured to be faster on this kind of CPU, see
-    :mod:`.speeds.table`. It selects "torch" otherwise, for float64, and for a ``norm_width`` above ``MAX_NORM_WIDTH``.
+    :mod:`.speeds.table`. It selects "torch" otherwise, for float64, for a ``norm_width`` above ``MAX_NORM_WIDTH``, and
+    for a ``head_dim`` above ``MAX_HEAD_DIM``.
     An explicit "triton" warns once per GPU where "auto" selects "torch".
 
     Args:
@@ -94,21 +96,27 @@ def resolve_backend(
         norm_width: width of the LayerNorm, 0 for none.
         elements: number of elements of the input, by default those of ``x``.
         weight: a weight of the operator, which may be prepacked.
+        head_dim: head size of attention, 0 for none.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`torch_reason`; ValueError also if ``backend`` is not a backend.
+        FileNotFoundError, ValueError: see :func:`torch_reason`; ValueError also if ``backend`` is not a backend, or is
+            "triton" with a ``head_dim`` above ``MAX_HEAD_DIM``.
         RuntimeError: ``backend`` is "triton", which cannot run on the device of ``x``.
     """
     name = backend_name(backend)
     if is_portable():
         return "torch"
     if name == "auto":
-        if norm_width > MAX_NORM_WIDTH:
+        if norm_width > MAX_NORM_WIDTH or head_dim > MAX_HEAD_DIM:
             return "torch"
         if x.device.type in _GPU_TYPES:
             return "torch" if x.dtype == torch.float64 or torch_reason(x.device) else "triton"
         return "triton" if _faster_on_cpu(op, x, elements, weight) else "torch"
     if name == "triton":
+        if head_dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f'backend "triton" supports head sizes of 1 to {MAX_HEAD_DIM}, got {head_dim}; use backend="torch"'
+            )
         _require_triton(x.device)
     return name
 

@@ -17,7 +17,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
 NORM_TYPES = ("layer_norm", "rms_norm")
 ROPE_LAYOUTS = ("half", "interleaved")
 PATCH_ORDERS = ("p1 p2 c", "c p1 p2")
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256  # of the kernels
 MAX_ROWS = 2**31 - 1  # kernels index rows with 32 bits, and the launch grid has the same limit
 
 _FLOATS = (*KERNEL_DTYPES, torch.float64)
@@ -134,8 +134,8 @@ def check_attention(
     name: str, q_shape: Sequence[int], n_k: int, scale: float | None, dropout_p: float, return_lse: bool
 ) -> None:
     batch, n_q, heads, head_dim = q_shape
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"{name} must have a head size of 1 to {MAX_HEAD_DIM}, got {head_dim}")
+    if head_dim < 1:
+        raise ValueError(f"{name} must have a head size of at least 1, got {head_dim}")
     if n_k < 1:
         raise ValueError("k and v must have at least one row, got 0")
     if exceeds_max_rows(batch * heads * max(n_q, n_k)):
@@ -417,8 +417,6 @@ def check_rotated_projection(
     rows = weight.shape[0]
     if rows % (3 * heads):
         raise ValueError(f"weight must have 3 * rope_heads * D rows with rope_heads={heads}, got {shape_of(weight)}")
-    if rows // (3 * heads) > MAX_HEAD_DIM:
-        raise ValueError(f"the head size must be at most {MAX_HEAD_DIM}, got {shape_of(weight)} for rope_heads={heads}")
     if exceeds_max_rows(x.shape[0] * x.shape[1] * heads):
         raise ValueError(f"batch * rope_heads * rows must be at most {MAX_ROWS}, got {x.shape[0] * x.shape[1] * heads}")
     check_rope((*x.shape[:2], heads, rows // (3 * heads)), x.shape[1], x, rope, prefix, layout)

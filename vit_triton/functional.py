@@ -81,7 +81,7 @@ def attention(
     be inf or NaN for scaled scores above 1e9 in magnitude (float16: 1e8).
 
     Args:
-        q: (B, N_q, H, D), D <= 256.
+        q: (B, N_q, H, D); with "triton", D <= 256.
         k, v: (B, N_k, H, D), N_k >= 1. Grouped queries, fewer heads than q has, are not supported.
         bias: broadcasts to (B, H, N_q, N_k) and has any strides. Floating, in the dtype of q or float32: added to the
             scaled scores; differentiable, and the gradient has the shape of ``bias``, so that broadcasting here takes
@@ -224,7 +224,8 @@ def attention_packed(
 
 
 def _attention_backend(backend: str | None, x: Tensor, elements: int, rope: Rope | None) -> str:
-    return _supported(resolve_backend(backend, "attention", x, elements=elements), backend, rope)
+    name = resolve_backend(backend, "attention", x, elements=elements, head_dim=x.shape[-1])
+    return _supported(name, backend, rope)
 
 
 def _supported(name: str, backend: str | None, rope: Rope | None) -> str:
@@ -306,7 +307,8 @@ def attention_varlen(
     first key, as in PyTorch. :func:`pack` makes packed sequences.
 
     Args:
-        q: (total_q, H, D), D <= 256, the rows of the first sequence, then those of the second, and so on.
+        q: (total_q, H, D), the rows of the first sequence, then those of the second, and so on; with "triton",
+            D <= 256.
         k, v: (total_k, H, D).
         cu_seqlens_q: (sequences + 1,), int32: the first row of each sequence, and the number of rows. A sequence may be
             empty. The values are checked on a CPU only, since the check would synchronize a GPU.
@@ -501,7 +503,9 @@ def _linear(
     check_alike("x", x, weight=weight, bias=bias, residual=residual, layer_scale=layer_scale)
     check_rows(x)
     weight, bias = autocast(weight, bias, device=x.device)
-    if _supported(resolve_backend(backend, "linear", x, _width(norm, x), weight=weight), backend, rope) == "torch":
+    head_dim = 0 if rope is None or rope_heads is None else weight.shape[0] // (3 * rope_heads)
+    name = resolve_backend(backend, "linear", x, _width(norm, x), weight=weight, head_dim=head_dim)
+    if _supported(name, backend, rope) == "torch":
         y = reference.linear(
             x,
             weight,
@@ -651,11 +655,11 @@ def encoder(
     if composed or any(map(Tensor.is_neg, tensors)):
         return reference.encoder_of(functions, x, blocks, heads, scale, activation, positions, first_token)
     qkv_weight = blocks[0].qkv_weight if blocks else None
-    if resolve_backend(backend, "encoder", x, x.shape[-1], weight=qkv_weight) == "torch":
+    head_dim = 1 if qkv_weight is None else qkv_weight.shape[0] // 3 // heads
+    if resolve_backend(backend, "encoder", x, x.shape[-1], weight=qkv_weight, head_dim=head_dim) == "torch":
         options: dict[str, Any] = dict(heads=heads, scale=scale, activation=activation, first_token=first_token)
         return reference.encoder(x, blocks, **options, **positions)
     check_kernel_dtype("x", x)
-    head_dim = blocks[0].qkv_weight.shape[0] // 3 // heads if blocks else 1
     scale = head_dim**-0.5 if scale is None else float(scale)
     fastest = fastest_products(backend, x)
     if differentiated:
@@ -825,7 +829,7 @@ def window_attention(
     back.
 
     Args:
-        qkv: (B, H, W, 3, heads, D), D <= 256. The window must divide H and W.
+        qkv: (B, H, W, 3, heads, D); with "triton", D <= 256. The window must divide H and W.
         bias: (heads, N, N), N = tokens of a window, added to the scores, see :func:`relative_position_bias`; or None.
         window: height and width of a window. With "triton", at most 256 tokens.
         shift: rows and columns of the shift, at least 0 and less than the window.
@@ -847,7 +851,7 @@ def window_attention(
     too_large = window[0] * window[1] > MAX_WINDOW_TOKENS
     # the speed of attention, until the tables contain this operator
     if (too_large and backend_name(backend) == "auto") or (
-        resolve_backend(backend, "attention", qkv, elements=qkv.numel() // 3) == "torch"
+        resolve_backend(backend, "attention", qkv, elements=qkv.numel() // 3, head_dim=qkv.shape[-1]) == "torch"
     ):
         return reference.window_attention(
             qkv,

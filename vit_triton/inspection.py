@@ -196,7 +196,7 @@ class _Maps:
             weights, _ = reference.window_weights(qkv.float(), bias.float(), logit_scale=logit_scale, **options)
         batch, height, width = qkv.shape[:3]
         (h, w), shift = options["window"], options.get("shift", (0, 0))
-        weights = weights.view(batch, height // h, width // w, -1, h, w, h, w)
+        weights = weights.view(batch, height // h, width // w, weights.shape[1], h, w, h, w)
         if self.query is None:
             maps = _place_all(weights, shift)[:, :, : size[0], : size[1]]
         else:

@@ -559,7 +559,8 @@ def encode(x: Tensor, blocks: Iterable[nn.Module], first_token: bool = False) ->
     if len(set(options)) != 1:  # also without blocks
         return None
     heads, scale, activation, backend = options[0]
-    if resolve_backend(backend, "encoder", x, weight=arguments[0].qkv_weight) != "triton":
+    weight, head_dim = arguments[0].qkv_weight, attention.dim_head
+    if resolve_backend(backend, "encoder", x, weight=weight, head_dim=head_dim) != "triton":
         return None
     return F.encoder(
         x, arguments, heads=heads, scale=scale, activation=activation, first_token=first_token, backend=backend

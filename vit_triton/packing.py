@@ -56,8 +56,9 @@ def prepack(model: nn.Module) -> nn.Module:
 
     **Do not edit a prepacked model.** Writes that change neither the address nor the version counter of a parameter
     (``p.data[0] = 0``, ``p.detach().numpy()[0] = 0``, a fused optimizer, another process) are not detected, and have no
-    effect where a packed copy is used. Other writes make the next call raise RuntimeError. To change a weight, call
-    :func:`unpack`, edit it, and call ``prepack`` again.
+    effect where a packed copy is used. Other writes make the next kernel that reads the parameter raise RuntimeError;
+    an operation that runs on PyTorch uses the new values. To change a weight, call :func:`unpack`, edit it, and call
+    ``prepack`` again.
 
     Backend "torch", autocast, ``torch.compile`` and GPUs use the parameters directly. Copies made by ``deepcopy`` or
     ``pickle`` are not prepacked.

@@ -427,7 +427,7 @@ def window_weights(
         codes = codes.view(rows, window[0], columns, window[1]).transpose(1, 2).reshape(-1, 1, n_tokens)
         other = codes.unsqueeze(-1) != codes.unsqueeze(-2)  # (windows of an image, 1, N, N)
         mask = torch.zeros(other.shape, dtype=scores.dtype, device=qkv.device).masked_fill(other, float(mask_value))
-        scores = (scores.view(batch, -1, *scores.shape[1:]) + mask).view(scores.shape)
+        scores = (scores.view(batch, rows * columns, *scores.shape[1:]) + mask).view(scores.shape)
     return scores.softmax(-1), v
 
 

@@ -170,7 +170,7 @@ def _measure_batch(what: str, model: Model, compiled: bool, context: Context, ba
     facts["ratio"] = ratios(rounds, "accelerated")
     rates = ", ".join(f"{name} {rate:.0f}" for name, rate in facts["images_per_second"].items())
     against = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in facts["ratio"].items())
-    return {"line": f"{rates} images/s at batch {batch}; {against} ({library})", **facts}
+    return {"line": f"{rates} images/s at batch {batch}; median of the rounds: {against} ({library})", **facts}
 
 
 def _peak(call: Callable[[], Any], context: Context) -> int | None:

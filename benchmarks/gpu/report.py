@@ -147,7 +147,8 @@ def _models(steps: Steps) -> str:
     header += ("GiB, accelerated", "GiB, eager", "GiB, torch.compile", "library")
     return (
         "## Whole models\n\nInference in bfloat16; training with float32 parameters and autocast to bfloat16. Memory: "
-        "peak bytes that a call allocates.\n\n" + _rows(header, rows)
+        "peak bytes that a call allocates. Images/s come from the median time of each variant; a ratio is the median "
+        "of the ratios of interleaved rounds, and may differ from the ratio of both rates.\n\n" + _rows(header, rows)
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import vit_triton
 from vit_triton.cli import bench, errors, options
+from vit_triton.extras import install
 
 
 class Command(NamedTuple):
@@ -64,7 +66,20 @@ def _module(command: str) -> Any:
     try:
         return importlib.import_module(f"vit_triton.cli.{COMMANDS[command].module}")
     except ImportError as error:
-        raise ImportError(f"{error}; install the extra cli: pip install 'vit_triton[cli]'") from error
+        raise ImportError(f"{error}; {install('cli')}") from error
+
+
+def _as_typed(message: str, argv: list[str]) -> str:
+    """Replace the names of arguments in an error message, as Python writes them, with the options of the command."""
+    one = argparse.ArgumentParser(add_help=False)
+    COMMANDS[next(word for word in argv if word in COMMANDS)].add_options(one)
+    names = {action.dest: action.option_strings[-1] for action in one._actions if action.option_strings}
+    if not names:
+        return message
+    name = f"({'|'.join(names)})"
+    subject = rf"(^|, |: ){name}(?=: | must | requires | matches )"
+    advice = rf"(; |or set |with ){name}(?=, |$)"
+    return re.sub(f"{subject}|{advice}", lambda m: f"{m[1] or m[3] or ''}{names[m[2] or m[4]]}", message)
 
 
 def run(argv: list[str]) -> int:
@@ -80,7 +95,7 @@ def run(argv: list[str]) -> int:
         hint = "; --resume continues from the last checkpoint" if argv[:1] == ["train"] else ""
         return errors.report(f"interrupted{hint}", INTERRUPTED)
     except (ImportError, OSError, ValueError) as error:
-        return errors.report(" ".join(str(error).split()), 2)
+        return errors.report(_as_typed(" ".join(str(error).split()), argv), 2)
     except (MemoryError, RuntimeError) as error:
         if not errors.is_out_of_memory(error):
             raise

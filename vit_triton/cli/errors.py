@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from typing import NoReturn
+from typing import Any, NoReturn
 
 GRACE = 10.0  # seconds; the processes of a run reach the same error within a few seconds
 
@@ -20,7 +20,13 @@ def report(line: str, code: int) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser whose errors are printed by one process."""
+    """Argument parser whose errors are printed by one process, with the usage of the given command."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # argparse would report those of a command with the usage of the whole program
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         _prepare_report(message)

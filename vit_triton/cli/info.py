@@ -32,11 +32,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def run(options: argparse.Namespace) -> int:
     named = os.environ.get(ENVIRONMENT_VARIABLE)
-    if named and named not in BACKENDS:
-        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(map(repr, BACKENDS))}, got {named!r}")
     console = Console()
     console.print(_pairs("versions", [("vit_triton", vit_triton.__version__), *_versions()]))
     console.print(_pairs("devices", [("cpu", cpu()), *_gpus()]))
+    if named and named not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(map(repr, BACKENDS))}, got {named!r}")
     console.print(f'backend by default: "{named or "auto"}"' + (f" ({ENVIRONMENT_VARIABLE})" if named else ""))
     indices = (f"{kind}:{i}" for kind in ("cuda", "xpu") for i in range(getattr(torch, kind).device_count()))
     for device in ["cpu", *indices]:
@@ -123,8 +123,8 @@ def products(device: str) -> Table | str:
 
 def choices(device: str) -> Table | str:
     """Return a table of the backend that "auto" selects for each op, or one line if all ops have the same."""
-    table = Table(title=f'backend that "auto" selects on {device}', title_justify="left")
-    table.add_column("op")
+    table = Table(title=f'backend that "auto" selects on {device}', title_justify="left", caption_justify="left")
+    table.add_column("op", min_width=max(map(len, speeds.OPS)) + 1)  # never shortened; the size wraps
     for what in ("inference", "training"):
         for dtype in DTYPES:
             table.add_column(f"{what}\n{str(dtype).removeprefix('torch.')}")
@@ -136,15 +136,18 @@ def choices(device: str) -> Table | str:
         for training in (False, True):
             for dtype in DTYPES:
                 if training and op == "encoder":  # in training, it calls the other ops
-                    cells.append("uses the other ops")
+                    cells.append("other ops")
                     continue
                 x = torch.empty((), dtype=dtype, device=device).expand(elements)
                 with torch.set_grad_enabled(training):
-                    cells.append(f"{resolve_backend('auto', op, x)}: {auto_reason(op, x)}")
+                    reason = auto_reason(op, x)
+                    separator = " " if reason[0].isdigit() else ": "  # a speed-up: four columns fit 80 characters
+                    cells.append(f"{resolve_backend('auto', op, x)}{separator}{reason}")
                 answers.add(cells[-1])
         table.add_row(f"{op}, {size}" if size else op, *cells)
     table.caption = (
-        f"1.24x: speed-up over PyTorch, where measured; the kernels are selected from {speeds.FASTER}x.\n"
-        f"small: up to {speeds.SMALL_ELEMENTS:,} elements. Prepacked weights have their own figures (docs/cpu.md)."
+        f"Figures: measured speed-ups over PyTorch; the kernels are selected from {speeds.FASTER}x.\n"
+        f"small: up to {speeds.SMALL_ELEMENTS:,} elements.\n"
+        "Prepacked weights have their own figures (docs/cpu.md)."
     )
     return table if len(answers) > 1 else f'"auto" on {device} selects {answers.pop()}'

@@ -15,7 +15,6 @@ import socket
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,8 @@ from vit_triton.inspection import attention_maps
 from vit_triton.integrations import accelerate
 from vit_triton.training import load_trained
 from vit_triton.training.loop import device_for
-from vit_triton.weights import WeightsError, load_weights
+from vit_triton.weights import WeightsError, load
+from vit_triton.weights.fitting import matches, unmatched
 
 BATCH = 8  # images per forward pass
 # Classification heads in the naming of each library. Their weights are optional for features and attention.
@@ -216,7 +216,7 @@ def open_model(options: argparse.Namespace, *, purpose: str) -> InferenceModel:
     if name and kind in ("timm", "hf"):
         if options.weights is not None and not options.weights.is_file():
             raise FileNotFoundError(f"--weights: {options.weights}: no such file")
-        for option in ("key", "grid", "resample"):
+        for option in ("key", "grid", "resample", *(["ignore"] if kind == "timm" else [])):
             if getattr(options, option) and options.weights is None:
                 raise ValueError(f"--{option} requires --weights")
         model = (_timm if kind == "timm" else _hugging_face)(name, options, device, purpose)
@@ -318,8 +318,10 @@ def _hugging_face(name: str, options: argparse.Namespace, device: str, purpose: 
         _check_size(preprocessing, patch, stages=config.model_type == "swin")
         if options.weights is None:
             model, loaded = auto.from_pretrained(name, output_loading_info=True)
-            optional = _ignored(options, purpose)
-            missing = [part for part in loaded["missing_keys"] if not any(fnmatchcase(part, p) for p in optional)]
+            if unused := unmatched(options.ignore, (*model.state_dict(), *loaded["unexpected_keys"])):
+                raise ValueError(f"--ignore: {unused[0]!r} matches no name in the file or the model")
+            skipped = (*options.ignore, *_optional(purpose))
+            missing = [part for part in loaded["missing_keys"] if not matches(part, skipped)]
             if missing:  # transformers initializes it randomly
                 raise ValueError(f"--model: {options.model} has no weights for {', '.join(sorted(missing)[:3])}")
         else:
@@ -384,13 +386,14 @@ def _side(size: Any, default: int) -> int:
 
 def _load(model: nn.Module, options: argparse.Namespace, purpose: str) -> None:
     try:
-        load_weights(
+        load(
             model,
             options.weights,
             key=options.key,
-            ignore=_ignored(options, purpose),
+            ignore=options.ignore,
             grid=options.grid,
             resample=options.resample,
+            optional=_optional(purpose),
         )
     except WeightsError as error:
         raise ValueError(_mismatch_message(error)) from error
@@ -411,8 +414,9 @@ def _mismatch_message(error: WeightsError) -> str:
     return f"{first} {'; '.join(parts)}. Use --ignore PATTERN to skip weights" if parts else first
 
 
-def _ignored(options: argparse.Namespace, purpose: str) -> tuple[str, ...]:
-    return (*options.ignore, *(() if purpose == "logits" else HEADS))
+def _optional(purpose: str) -> tuple[str, ...]:
+    """Return the patterns of names that a model does not need for a purpose."""
+    return () if purpose == "logits" else HEADS
 
 
 def _classes(number: int) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from vit_triton import names, training
-from vit_triton.cli.arguments import duration, new_file, positive
+from vit_triton.cli.arguments import duration, folder, new_file, positive
 from vit_triton.tuning.sizes import SIZES
 
 TUNE_MODELS = {f"ViT-{name}/{size.patch}": name for name, size in SIZES.items()}
@@ -42,7 +42,7 @@ def train(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train wrote")
+    parser.add_argument("run", type=folder, metavar="RUN", help="a folder that train wrote")
     parser.add_argument("--data", help="a folder, digits or cifar10 (default: the test images of the run)")
     parser.add_argument("--backend", choices=names.BACKENDS, help="backend of the model")
     parser.add_argument("--device", help="device of the model (default: cuda if available, else cpu)")

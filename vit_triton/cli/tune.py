@@ -4,11 +4,14 @@ vit_triton reads."""
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
+from pathlib import Path
 
 import torch
 
 from vit_triton.cli.options import TUNE_MODELS, TUNED_ON_GPU
+from vit_triton.tables import ENVIRONMENT_VARIABLE
 from vit_triton.tuning.shapes import DTYPES, Shape
 
 
@@ -53,7 +56,7 @@ def _tune_gpu(options: argparse.Namespace) -> int:
     measured = tune.tune(every, lambda call: on_gpu(call, options.seconds))
     path = options.out or tuned.default_path(name)
     complete = tune.write(path, name, arch, measured, len(tune.choices(every)))
-    print(tuned.describe(name, arch))
+    _show_use(path, options, tuned.describe(name, arch))
     return 0 if complete else 130
 
 
@@ -71,5 +74,12 @@ def _tune_cpu(options: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     print(f"{kind}, {threads} thread{'' if threads == 1 else 's'}")
     complete = compare.write(path, kind, compare.compare(every, options.seconds), len(every))
-    print(table.describe(kind))
+    _show_use(path, options, table.describe(kind))
     return 0 if complete else 130
+
+
+def _show_use(path: Path, options: argparse.Namespace, description: str) -> None:
+    """Print how vit_triton reads a table that was written elsewhere than by default, and which one it reads now."""
+    if options.out is not None and path.exists() and os.environ.get(ENVIRONMENT_VARIABLE) != str(path):
+        print(f"to use it, set {ENVIRONMENT_VARIABLE}={path.absolute()}")
+    print(f"in use: {description}")

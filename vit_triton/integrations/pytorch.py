@@ -69,7 +69,7 @@ def compute_convolution(image: Tensor, parts: Convolution, backend: str | None) 
     """Compute (B, C, H, W) -> (B, dim, H/ph, W/pw), in channels-last memory format."""
     patch_h, patch_w = parts.patch_size
     check_input(image, parts.weight)
-    if image.ndim != 4 or 0 in image.shape:
+    if image.ndim != 4 or 0 in image.shape[1:]:
         raise UnsupportedModule("input is not a batch of images")
     height, width = image.shape[-2:]
     if height % patch_h or width % patch_w:

@@ -39,6 +39,7 @@ from vit_triton.recording import Recorder, active_recorder
 __all__ = ["accelerate", "restore"]
 
 NOT_SUPPORTED = "not supported"
+OWN = "runs on the kernels already; its attribute backend selects them"
 CHOICES = ("attention", "mlp", "layer_norm", "patch_embedding")
 
 
@@ -116,7 +117,11 @@ def _subclass(
         _, (_, *arguments), *state = super(accelerated, self).__reduce_ex__(max(int(protocol), 2))
         return unpickle[0], (cls, unpickle[1], _module_names.get(self, ""), *arguments), *state
 
+    def __prepare_scriptable__(self: Any) -> Any:  # called by torch.jit.script
+        raise RuntimeError("torch.jit.script does not support an accelerated model; call vit_triton.restore(model)")
+
     members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    members |= {"__prepare_scriptable__": __prepare_scriptable__}
     members |= {"forward": forward, "__reduce_ex__": __reduce_ex__, "_replaced": cls, "_replaced_backend": backend}
     accelerated: Any = type(cls.__name__, (cls,), members)
     return accelerated
@@ -203,8 +208,14 @@ def accelerate(
     entries: list[Entry] = []
     accelerated: list[tuple[str, nn.Module, type[nn.Module]]] = []
     inside: tuple[str, ...] = ()  # name prefixes of replaced modules
+    own: dict[str, bool] = {}  # by name: whether the module belongs to one of this package's modules
     for name, module in model.named_modules():
         kind: Any = type(module)
+        in_own = own.get(name.rpartition(".")[0], False)
+        own[name] = _is_own(module) or (in_own and kind.__module__.startswith(("torch.nn.", "vit_triton.")))
+        if own[name]:
+            entries += [] if in_own else [Entry(name, kind.__name__, False, OWN)]
+            continue
         recipe = recipe_for(kind)
         if recipe is None and name.startswith(inside):
             continue
@@ -235,6 +246,12 @@ def accelerate(
         notes,
         tuple((name, fallback_counter(module)) for name, module, _ in accelerated),
     )
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Return whether a module is one of this package's that has a backend."""
+    ours = any(base.__module__.startswith("vit_triton.") for base in type(module).__mro__)
+    return ours and hasattr(module, "backend")
 
 
 def _replace_containers(model: nn.Module, backend: str | None) -> list[Entry]:

@@ -97,7 +97,7 @@ def compute_patch_embedding(image: Tensor, parts: PatchEmbeddingParts, backend: 
     patch_h, patch_w = parts.patch_size
     weight, bias = parts.linear
     check_input(image, weight)
-    if image.ndim != 4 or height % patch_h or width % patch_w or 0 in image.shape:
+    if image.ndim != 4 or height % patch_h or width % patch_w or 0 in image.shape[1:]:
         raise UnsupportedModule("input is not a batch of images whose size is divisible by the patch size")
     check_rows(image.shape[0] * (height // patch_h) * (width // patch_w))
     return F.patch_embed(

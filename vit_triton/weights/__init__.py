@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vit_triton.packing import raise_if_prepacked
 from vit_triton.weights import files
 from vit_triton.weights.files import WeightsError
-from vit_triton.weights.fitting import Fit, ModelSpec, best_fit, fit, matches
+from vit_triton.weights.fitting import Fit, ModelSpec, best_fit, fit, matches, unmatched
 from vit_triton.weights.layouts import map_names
 from vit_triton.weights.patches import patch_of
 from vit_triton.weights.positions import grid_of
@@ -52,7 +52,8 @@ def load_weights(
         key: set of weights in a training checkpoint: an entry such as ``"teacher"`` or ``"model_ema"``, or a prefix of
             names. Required if there are several sets, such as ``state_dict``, ``model``, ``model_state_dict``,
             ``state_dict_ema``, ``model_ema``, ``ema``, ``teacher`` and ``student``.
-        ignore: pattern or patterns (``"head.*"``) of names in file or model to skip. The model keeps these tensors.
+        ignore: pattern or patterns (``"head.*"``) of names in file or model to skip; each must match a name. The model
+            keeps these tensors.
         grid: rows and columns of the position embeddings in the file; required if the grid is not square.
         resample: also resample a patch embedding to another patch size and number of channels (from three, or from up
             to three to one), as timm's ``resample_patch_embed`` and ``adapt_input_conv`` do.
@@ -64,9 +65,24 @@ def load_weights(
         TypeError, ValueError: An argument is invalid.
         WeightsError: The file cannot be read or does not match the model. The model is unchanged.
     """
+    load(model, path, key=key, ignore=ignore, grid=grid, resample=resample)
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    key: str | None = None,
+    ignore: str | Sequence[str] = (),
+    grid: Sequence[int] | None = None,
+    resample: bool = False,
+    optional: tuple[str, ...] = (),
+) -> None:
+    """Run :func:`load_weights`; also skip the names that match patterns of ``optional``, which may match none."""
     _check(model, path, key, grid, resample)
     raise_if_prepacked(model, "load_weights()")
-    path, patterns = Path(path), _patterns(ignore)
+    path, required = Path(path), _patterns(ignore)
+    patterns = (*required, *optional)
     state = model.state_dict()
     # skip empty tensors, such as the class token of a model with pool="mean"
     into = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and tensor.numel()}
@@ -81,6 +97,8 @@ def load_weights(
     file_grid = None if grid is None else (grid[0], grid[1])
     spec = ModelSpec(like, map_names(like), grid_of(model), patch_of(model), patterns, file_grid, resample)
     with files.open_weights(path, key) as (tensors, others):
+        if unused := unmatched(required, (*state, *tensors, *others)):
+            raise WeightsError(f"{path}: ignore: {unused[0]!r} matches no name in the file or the model")
         odd = [f"{name!r}: {kind}" for name, kind in others.items() if not spec.ignores(name)]
         if odd:
             raise WeightsError(f"{path}: expected a state dict of tensors, got {', '.join(odd[:10])}")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -26,6 +26,11 @@ MIN_LIMIT = 2**24  # elements that may always be unpacked to be compared or resa
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
     """Return whether a name matches one of the patterns, such as ``head.*``."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def unmatched(patterns: Iterable[str], names: Collection[str]) -> list[str]:
+    """Return the patterns that match none of the names."""
+    return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
 
 
 class ModelSpec(NamedTuple):

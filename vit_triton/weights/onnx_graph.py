@@ -26,7 +26,10 @@ def read_onnx(path: Path) -> dict[str, Any]:
     """
     import onnx
 
-    graph = onnx.load(str(path), load_external_data=False).graph
+    model = onnx.load(str(path), load_external_data=False)
+    if not model.HasField("graph"):  # protobuf reads many other files as an empty model
+        raise ValueError("it contains no graph")
+    graph = model.graph
     tensors = {tensor.name: _read_initializer(tensor, path.parent) for tensor in graph.initializer}
     users: dict[str, list[Any]] = {}
     producers: dict[str, Any] = {}
