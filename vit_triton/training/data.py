@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Subset
 
 from vit_triton.training.config import TrainConfig
 from vit_triton.training.extras import extra
+from vit_triton.training.preprocessing import Preprocessing
 
 CIFAR10_FILE = "cifar-10-python.tar.gz"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/" + CIFAR10_FILE
@@ -78,18 +79,28 @@ def batches(
     return [order[i : i + batch_size][rank::processes] for i in whole]
 
 
-def load_data(config: TrainConfig) -> Data:
-    """Load the data of ``config``.
+def load_data(config: TrainConfig, preprocessing: Preprocessing | None = None) -> Data:
+    """Load the data of ``config``, with the preprocessing of a pretrained model or that of our own.
 
     Raises:
         FileNotFoundError: The data are missing; the message gives the expected path.
         ImportError: A package is missing; the message gives the command to install it.
     """
-    if config.data == "digits":
-        return _digits(config)
-    if config.data == "cifar10":
-        return _cifar10(config)
-    return _folder(config)
+    if preprocessing is not None:
+        config = replace(config, image_size=preprocessing.size[0])
+    load = {"digits": _digits, "cifar10": _cifar10}.get(config.data, _folder)
+    data = load(config)
+    if preprocessing is None:
+        return data
+    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (preprocessing.mean, preprocessing.std))
+
+    def adapted(transform: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        undo = 0.0 if data.channels == 1 else 0.5
+        return lambda image: ((transform(image) * (1 - undo) + undo).expand(3, -1, -1) - mean) / std
+
+    for part in (data.train, data.test):
+        part.transform = adapted(part.transform)
+    return replace(data, channels=3)
 
 
 def _digits(config: TrainConfig) -> Data:

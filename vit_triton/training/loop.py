@@ -23,13 +23,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
 
-from vit_triton import models
 from vit_triton.backend import resolve_backend
-from vit_triton.training import checkpoint, curves
+from vit_triton.training import checkpoint, curves, finetune
 from vit_triton.training.checkpoint import CURVES, METRICS
 from vit_triton.training.config import TrainConfig
 from vit_triton.training.data import AugmentedDataset, Data, batches, load_data, seed_of
 from vit_triton.training.extras import extra
+from vit_triton.training.networks import Network, build_network, preprocessing_of
 from vit_triton.weights.atomic import write_atomically
 
 FLUSH_EVERY = 20  # steps; reading the loss waits for the device
@@ -108,29 +108,16 @@ def join_processes(config: TrainConfig) -> Iterator[Process]:
         dist.destroy_process_group()
 
 
-def build(config: TrainConfig, channels: int, classes: int) -> nn.Module:
-    """Create the model of a run, with initial weights that depend on its seed."""
-    options: dict[str, Any] = dict(num_classes=classes, channels=channels, backend=config.backend, **config.sizes())
-    if config.model == "ViT":
-        options |= dict(dropout=config.dropout, emb_dropout=config.dropout)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
-        model: nn.Module = getattr(models, config.model)(**options)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in ("pos_embedding", "cls_token"):
-                parameter.mul_(0.02)  # vit_pytorch's unit variance is too large compared with the patches
-    return model
-
-
-def distribute(model: nn.Module, config: TrainConfig, process: Process) -> nn.Module:
-    """Shard ``model`` with FSDP or replicate it with DistributedDataParallel."""
+def distribute(network: Network, config: TrainConfig, process: Process) -> nn.Module:
+    """Shard a model with FSDP, block by block, or replicate it with DistributedDataParallel."""
+    model = network.model
     if config.fsdp:
         dtype = torch.bfloat16 if config.precision == "bfloat16" else None
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         mesh = dist.init_device_mesh(process.device.type, (process.count,))
-        for branch in (branch for block in model.transformer.layers for branch in block):  # type: ignore
-            fully_shard(branch, mesh=mesh, mp_policy=policy)
+        for block in map(model.get_submodule, network.blocks):
+            for part in block if isinstance(block, nn.ModuleList) else (block,):  # a list has no forward
+                fully_shard(part, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
     elif process.count > 1:
         return DistributedDataParallel(model)
@@ -182,13 +169,12 @@ def test(model: nn.Module, data: Data, config: TrainConfig, process: Process) ->
         logits, labels = compute_logits(model, batch, config, process), labels.to(process.device)
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack((loss, (logits.argmax(1) == labels).sum()))
-    model.train()
     loss, right = (process.sum(sums) / images).tolist()
     return {"test_loss": loss, "test_accuracy": right}
 
 
 class Run:
-    """The state of a run: model, optimizer, schedule and step."""
+    """The state of a run: model, its moving average, optimizer, schedule and step."""
 
     def __init__(self, config: TrainConfig, data: Data, process: Process) -> None:
         if config.batch_size % process.count:
@@ -202,16 +188,20 @@ class Run:
                 f"batch_size must be at most the number of training images, {images}, got {config.batch_size}"
             )
         self.config, self.data, self.process = config, data, process
-        self.model = build(config, data.channels, len(data.classes)).to(process.device)
-        self.distributed_model = distribute(self.model, config, process)
+        if config.fsdp and (config.tune != "full" or config.ema is not None):
+            raise ValueError("fsdp requires tune 'full' and no ema")
+        self.network = build_network(config, len(data.classes), data.channels)
+        finetune.prepare(self.network, config)
+        self.model = self.network.model.to(process.device)
+        self.average = finetune.moving_average(self.model, config)
+        self.mix = finetune.mixer(config, len(data.classes))
+        self.distributed_model = distribute(self.network, config, process)
         seed = seed_of(config.seed, process.rank)  # each process has its own dropout
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        matrices = [p for p in self.model.parameters() if p.ndim > 1]
-        vectors = [p for p in self.model.parameters() if p.ndim <= 1]
-        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+        groups = finetune.parameter_groups(self.network, config)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.rate, weight_decay=config.weight_decay)
         self.steps = config.epochs * self.steps_per_epoch
         self.keep = True  # keep the previous checkpoint at the next save
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
@@ -226,10 +216,16 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """Return properties that a checkpoint must match to resume the run."""
         config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in CHANGEABLE | {"size"}}
-        return {**config, **self.config.sizes(), **self.data.facts(), "processes": self.process.count}
+        return {**config, **_sizes(self.network, self.config), **self.data.facts(), "processes": self.process.count}
+
+    @property
+    def tested_model(self) -> nn.Module:
+        """The moving average of the model, if there is one, else the model."""
+        return self.model if self.average is None else self.average.module
 
     def training_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Run one step and return the loss of this process's part of the batch."""
+        images, labels = self.mix(images, labels, *divmod(self.step, self.steps_per_epoch))
         loss = nn.functional.cross_entropy(
             compute_logits(self.distributed_model, images, self.config, self.process),
             labels.to(self.process.device, non_blocking=True),
@@ -241,6 +237,8 @@ class Run:
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.model, step=self.step)
         return loss.detach()
 
     def save(self, result: dict[str, float]) -> None:
@@ -253,8 +251,9 @@ class Run:
         if self.process.is_first:
             checkpoint.save(self.config.out, {
                 "model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict(),
-                "step": self.step, "random": states, "facts": self.facts(), "config": _plain(self.config),
-                "result": result,
+                "step": self.step, "random": states, "facts": self.facts(),
+                "config": _plain(self.network, self.config), "result": result,
+                **({} if self.average is None else {"average": self.average.module.state_dict()}),
             }, keep=self.keep)  # fmt: skip
             self.keep = True
 
@@ -271,15 +270,29 @@ class Run:
             self.model, self.optimizer,
             model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FULL_STATE,
         )  # fmt: skip
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
         self.schedule.load_state_dict(state["schedule"])
         self.step = state["step"]
         checkpoint.set_random_state(state["random"][self.process.rank], self.process.device)
 
 
-def _plain(config: TrainConfig) -> dict[str, Any]:
+def _sizes(network: Network, config: TrainConfig) -> dict[str, Any]:
+    """Return the sizes of a model; those of a library's model except the image size follow from its name."""
+    image_size = network.preprocessing.size[0]
+    if config.library is not None:
+        return {"image_size": image_size}
+    sizes: dict[str, Any] = config.sizes()
+    if config.model == "SwinTransformer":
+        sizes = {"image_size": image_size, "patch_size": sizes["patch_size"], **config.swin_sizes()}
+    return sizes
+
+
+def _plain(network: Network, config: TrainConfig) -> dict[str, Any]:
     """Return ``config`` with all sizes resolved, in types that a checkpoint can contain."""
-    sizes = {name: size for name, size in config.sizes().items() if name != "dim_head"}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in (dataclasses.asdict(config) | sizes).items()}
+    given = dataclasses.asdict(config)
+    given |= {name: size for name, size in _sizes(network, config).items() if name in given}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
 
 
 class Metrics:
@@ -333,8 +346,10 @@ def train(config: TrainConfig) -> dict[str, float]:
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config must be a TrainConfig, got {config!r}")
     progress_of, _ = extra("rich.progress"), extra("matplotlib")  # fail now if one is missing, not after training
+    if config.tune == "lora":
+        extra("peft", "finetune")
     with join_processes(config) as process, contextlib.ExitStack() as stack:
-        run = Run(config, load_data(config), process)
+        run = Run(config, load_data(config, preprocessing_of(config)), process)
         if process.is_first:
             config.out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(checkpoint.lock_folder(config.out))
@@ -362,12 +377,13 @@ def train(config: TrainConfig) -> dict[str, float]:
             while run.step < run.steps:
                 epoch, start = divmod(run.step, run.steps_per_epoch)
                 run.data.train.epoch = epoch
+                finetune.set_mode(run.network, config)
                 parts = batches(
                     len(run.data.train), config.batch_size, config.seed, epoch,
                     start=start, rank=process.rank, processes=process.count,
                 )  # fmt: skip
                 for images, labels in load_batches(run.data.train, parts, config, process):
-                    rate = run.schedule.get_last_lr()[0]
+                    rate = max(run.schedule.get_last_lr())
                     loss = run.training_step(images, labels)
                     metrics.step(loss, step=run.step, epoch=epoch + 1, learning_rate=rate)
                     done = run.step % run.steps_per_epoch == 0
@@ -377,7 +393,7 @@ def train(config: TrainConfig) -> dict[str, float]:
                         metrics.flush()
                         run.save(result)
                     progress.update(task, advance=1, description=f"loss {metrics.loss:.3f}" if metrics.loss else "")
-                result = test(run.model, run.data, config, process)
+                result = test(run.tested_model, run.data, config, process)
                 metrics.flush({"step": run.step, "epoch": epoch + 1, **result})
                 run.save(result)
                 if process.is_first:
@@ -390,7 +406,11 @@ def train(config: TrainConfig) -> dict[str, float]:
                     drawn = time.monotonic()
         draw(config, process)
         if process.is_first:
-            print(f"wrote {', '.join(str(config.out / name) for name in (checkpoint.NAME, METRICS, CURVES))}")
+            files = [checkpoint.NAME, METRICS, CURVES]
+            if config.tune == "lora":
+                finetune.save_adapter(run.tested_model, run.network, config, config.out)
+                files += [finetune.ADAPTER, finetune.MERGED]
+            print(f"wrote {', '.join(str(config.out / name) for name in files)}")
         return result
 
 
@@ -424,8 +444,11 @@ def load_trained(
         classes, channels = tuple(map(str, state["facts"]["classes"])), state["facts"]["channels"]
     config = dataclasses.replace(config, out=Path(folder), backend=backend, device=device, fsdp=False)
     with checkpoint.invalid_contents(path):
-        model = build(config, channels, len(classes))
-        model.load_state_dict(state["model"])
+        network = build_network(config, len(classes), channels, load=False)
+        if config.tune == "lora":
+            finetune.prepare(network, config)
+        network.model.load_state_dict(state.get("average", state["model"]))
+        model = finetune.merge(network.model) if config.tune == "lora" else network.model
     return model.eval(), config, classes
 
 
@@ -443,7 +466,7 @@ def evaluate(
     """
     model, config, classes = load_trained(folder, backend=backend, device=device)
     config = dataclasses.replace(config, data=config.data if data is None else data)
-    examples = load_data(config)
+    examples = load_data(config, preprocessing_of(config))
     if examples.classes != classes:
         theirs = list(examples.classes)
         raise ValueError(f"data: the model has the classes {list(classes)}, {config.data} has {theirs}")
