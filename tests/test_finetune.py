@@ -15,7 +15,7 @@ from conftest import INTERPRETER
 from test_training import assert_same_run
 
 from vit_triton import save_weights
-from vit_triton.training import TrainConfig, checkpoint, evaluate, finetune, load_trained, train
+from vit_triton.training import TrainConfig, checkpoint, evaluate, finetune, load_trained, loop, train
 from vit_triton.training.config import RATES
 from vit_triton.training.loop import Run
 from vit_triton.training.networks import build_network, preprocessing_of
@@ -362,10 +362,31 @@ def test_mixtures_depend_on_seed_epoch_and_step():
     assert finetune.mixer(config(weights="none"), 3)(images, labels, 0, 0) == (images, labels)
 
 
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_best_or_last_weights_are_tested_and_kept(keep, weights, photos, tmp_path, monkeypatch):
+    """The validation is replaced: the second of three epochs is the best."""
+    tested = []
+
+    def test(model, data, config, process, name="test"):
+        tested.append((name, model.state_dict()["head.bias"].clone()))
+        accuracy = [0.25, 0.75, 0.75][len(tested) - 1] if name == "val" else 0.5
+        return {f"{name}_loss": 1.0, f"{name}_accuracy": accuracy}
+
+    monkeypatch.setattr(loop, "test", test)
+    result = train(config(photos, weights=str(weights), tune="head", epochs=3, keep=keep, out=tmp_path))
+    assert [name for name, _ in tested] == ["val", "val", "val", "test"]
+    expected = tested[1 if keep == "best" else 2][1]
+    assert torch.equal(tested[3][1], expected) and not torch.equal(tested[0][1], expected)
+    assert not torch.equal(tested[1][1], tested[2][1])
+    assert torch.equal(load_trained(tmp_path)[0].state_dict()["head.bias"], expected)
+    assert result["val_accuracy"] == 0.75 and result["test_accuracy"] == 0.5
+
+
 def test_tested_model_is_the_average(weights, photos, tmp_path):
     train(config(photos, weights=str(weights), ema=0.5, out=tmp_path, epochs=1))
     state, model = checkpoint.load(tmp_path)[0], load_trained(tmp_path)[0]
     name = "blocks.0.attn.qkv.weight"
+    assert torch.equal(model.state_dict()[name], state["best_model"][name])
     assert torch.equal(model.state_dict()[name], state["average"][name])
     assert not torch.equal(state["average"][name], state["model"][name])
 

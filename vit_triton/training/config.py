@@ -41,7 +41,7 @@ RATES = {"full": 5e-5, "head": 1e-2, "lora": 2e-3, "last-K": 3e-4}
 INITIAL_RATE = 1e-3
 
 # default image size, patch size and model size
-DEFAULTS = {"digits": (16, 4, "mini"), "cifar10": (32, 4, "tiny")}
+DEFAULTS = {"digits": (16, 4, "mini"), "cifar10": (32, 4, "tiny"), "idx:": (28, 4, "mini")}
 FOLDER_DEFAULTS = (224, 16, "small")
 
 
@@ -60,10 +60,24 @@ class TrainConfig:
         ValueError: A value is out of range; the message names it.
     """
 
-    data: str = dataclasses.field(metadata={"help": "a folder of class folders, digits or cifar10"})
+    data: str = dataclasses.field(metadata={
+        "help": "digits, cifar10, idx:FOLDER (files as of MNIST), a folder of class folders, FILE.csv (columns path, "
+        "label and optionally split), hf:FOLDER or FILE.parquet (Hugging Face)"
+    })  # fmt: skip
     out: Path = _option(Path("training_output"), "folder for checkpoint.pt, metrics.jsonl and curves.png", type=Path)
     data_folder: Path = _option(Path("data"), "folder of cifar10", type=Path)
     download: bool = _option(False, "download cifar10 if it is missing")
+    label: str | None = _option(None, "column of the label in FILE.csv, hf:FOLDER or FILE.parquet (default: label)")
+    train_images: int | None = _option(
+        None, "train on this many images, of every class in proportion; drawn by the seed, nested", type=int
+    )
+    balance: str = _option(
+        "none",
+        "classes of different size: weights in the loss, or a sampler that draws every class equally often",
+        choices=("none", "loss", "sampler"),
+    )
+    skip_damaged: bool = _option(False, "check all images before training and leave out damaged ones")
+    keep: str = _option("best", "weights to test and keep: best validation accuracy, or last", choices=("best", "last"))
     resume: bool = _option(False, "resume from the checkpoint in OUT, if there is one")
     model: str = _option("ViT", "ViT, SimpleViT, SwinTransformer, timm:NAME or hf:FOLDER")
     weights: str | None = _option(
@@ -78,9 +92,13 @@ class TrainConfig:
     heads: int | None = _option(None, "number of heads; overrides the size", type=int)
     mlp_dim: int | None = _option(None, "hidden width of the MLP; overrides the size", type=int)
     image_size: int | None = _option(
-        None, "image side in pixels (default: as pretrained, or for the data: 16, 32 or 224)", type=int
+        None,
+        "image side in pixels (default: as pretrained; from initial weights, digits 16, cifar10 32, idx 28, else 224)",
+        type=int,
     )
-    patch_size: int | None = _option(None, "patch side in pixels (default for the data: 4, 4 or 16)", type=int)
+    patch_size: int | None = _option(
+        None, "patch side in pixels (default for digits, cifar10 and idx 4, else 16)", type=int
+    )
     dropout: float = _option(0.1, "dropout of the blocks and the embedding (ViT and SwinTransformer)", type=float)
     tune: str = _option("full", "what trains: full, head, lora, or last-K, the last K blocks with norm and head")
     layer_decay: float | None = _option(
@@ -153,9 +171,12 @@ class TrainConfig:
         """K of ``tune="last-K"``."""
         return int(self.tune.removeprefix("last-")) if self.tune.startswith("last-") else None
 
+    def _defaults(self) -> tuple[int, int, str]:
+        return DEFAULTS.get("idx:" if self.data.startswith("idx:") else self.data, FOLDER_DEFAULTS)
+
     def sizes(self) -> dict[str, int]:
         """Return image_size, patch_size, dim, depth, heads, mlp_dim and dim_head of the model."""
-        image_size, patch_size, size = DEFAULTS.get(self.data, FOLDER_DEFAULTS)
+        image_size, patch_size, size = self._defaults()
         patch_size = 4 if self.model == "SwinTransformer" else patch_size
         dim, depth, heads, mlp_dim = SIZES[self.size or size]
         chosen = {
@@ -173,7 +194,7 @@ class TrainConfig:
     def swin_sizes(self) -> dict[str, Any]:
         """Return embed_dim, depths, num_heads and window_size of a SwinTransformer."""
         names = ("embed_dim", "depths", "num_heads", "window_size")
-        return dict(zip(names, SWIN_SIZES[self.size or DEFAULTS.get(self.data, FOLDER_DEFAULTS)[2]], strict=True))
+        return dict(zip(names, SWIN_SIZES[self.size or self._defaults()[2]], strict=True))
 
 
 # option: (description of the range, predicate)
@@ -190,7 +211,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("mixup", "cutmix"), ("at least 0 and finite", lambda x: 0 <= x < math.inf)),
     "workers": ("at least 0", lambda x: x >= 0),
     "seed": ("at least 0 and below 2**63", lambda x: 0 <= x < 2**63),
-    **dict.fromkeys(("epochs", "batch_size", "checkpoint_every", "lora_rank"), _COUNT),
+    **dict.fromkeys(("epochs", "batch_size", "checkpoint_every", "train_images", "lora_rank"), _COUNT),
     **dict.fromkeys(("dim", "depth", "heads", "mlp_dim", "image_size", "patch_size"), _COUNT),
 }
 # option: (description of its texts, pattern)
@@ -237,7 +258,7 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     if name in _RANGES and not _RANGES[name][1](value):
         raise ValueError(f"{name} must be {_RANGES[name][0]}, got {value}")
     if name == "data" and not value:
-        raise ValueError("data must be a folder, digits or cifar10, got ''")
+        raise ValueError("data must be a folder, digits, cifar10 or another source, got ''")
     if name in _TEXTS and not re.fullmatch(_TEXTS[name][1], value):
         raise ValueError(f"{name} must be {_TEXTS[name][0]}, got {value!r}")
     choices = field.metadata.get("choices")

@@ -4,14 +4,14 @@ import importlib
 from typing import Any
 
 
-def extra(name: str, of: str = "train") -> Any:
-    """Import a module; the ImportError of a missing one has the command to install it.
+def extra(name: str, extra: str = "train") -> Any:
+    """Import a module of the optional dependencies ``extra``.
 
-    Args:
-        name: name of the module.
-        of: the extra that contains its package.
+    Raises:
+        ImportError: The module is missing; the message has the command to install it.
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"{error}: training requires the extra [{of}], pip install 'vit_triton[{of}]'") from error
+        uses = "training requires" if extra == "train" else "this requires"
+        raise ImportError(f"{error}: {uses} the extra [{extra}], pip install 'vit_triton[{extra}]'") from error
