@@ -42,6 +42,19 @@ def train(parser: argparse.ArgumentParser) -> None:
     training.add_arguments(parser)
 
 
+def distill(parser: argparse.ArgumentParser) -> None:
+    training.add_arguments(parser, distill=True)
+
+
+def compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders that train or distill wrote")
+    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture (default: compare.png)")
+    parser.add_argument("--force", action="store_true", help="also compare runs with different test images")
+    parser.add_argument("--backend", choices=names.BACKENDS, help="backend of the models")
+    parser.add_argument("--device", help="device of the models (default: cuda if available, else cpu)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
 def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train wrote")
     fields = {field.name: field.metadata["help"] for field in dataclasses.fields(training.TrainConfig)}

@@ -1,4 +1,4 @@
-"""``vit-triton train`` and ``vit-triton eval``."""
+"""``vit-triton train``, ``distill``, ``eval`` and ``compare``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from vit_triton import training
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.command == "train":
+    if options.command in ("train", "distill"):
         try:
-            training.train(training.config_from(options))
+            getattr(training, options.command)(training.config_from(options))
         except ValueError as error:
             raise ValueError(_with_option(str(error))) from error
         return 0
+    if options.command == "compare":
+        return _compare(options)
     result = training.evaluate(
         options.run,
         options.data,
@@ -31,6 +33,24 @@ def run(options: argparse.Namespace) -> int:
     else:
         loss, accuracy, images = (result[name] for name in ("test_loss", "test_accuracy", "images"))
         print(f"test loss {loss:.3f}, test accuracy {accuracy:.1%}, {images:,} images")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    outcomes = training.compare(
+        options.runs, options.out, force=options.force, backend=options.backend, device=options.device
+    )
+    if options.json:
+        print(json.dumps([outcome.summary() for outcome in outcomes]))
+        return 0
+    width = max(len(outcome.run) for outcome in outcomes)
+    for outcome in outcomes:
+        low, high = outcome.interval
+        print(
+            f"{outcome.run:{width}}  {outcome.accuracy:6.1%} of {len(outcome.labels):,} test images "
+            f"(95 % interval {low:.1%} to {high:.1%})  {outcome.model}"
+        )
+    print(f"wrote {options.out}")
     return 0
 
 

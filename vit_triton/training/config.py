@@ -115,6 +115,14 @@ class TrainConfig:
     )
     mixup: float = _option(0.0, "alpha of mixup; 0: off", type=float)
     cutmix: float = _option(0.0, "alpha of CutMix; 0: off", type=float)
+    teacher: str | None = _option(
+        None,
+        "the frozen teacher: a folder that train wrote, or timm:NAME with as many classes as the data",
+        distill=True,
+    )
+    temperature: float = _option(3.0, "temperature of both predictions", type=float, distill=True)
+    alpha: float = _option(0.5, "weight of the teacher in the loss; the labels have the rest", type=float, distill=True)
+    hard: bool = _option(False, "use the teacher's most likely class instead of its probabilities", distill=True)
     epochs: int = _option(10, "number of epochs", type=int)
     batch_size: int = _option(64, "images per step, over all processes", type=int)
     learning_rate: float | None = _option(
@@ -212,6 +220,8 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "clip": ("positive", lambda x: x > 0),  # infinity disables clipping
     **dict.fromkeys(("warmup", "label_smoothing", "dropout"), _PART),
     "layer_decay": ("above 0 and below 1", lambda x: 0 < x < 1),
+    "temperature": _POSITIVE,
+    "alpha": ("above 0 and at most 1", lambda x: 0 < x <= 1),
     "ema": ("above 0 and below 1", lambda x: 0 < x < 1),
     **dict.fromkeys(("mixup", "cutmix"), ("at least 0 and finite", lambda x: 0 <= x < math.inf)),
     "workers": ("at least 0", lambda x: x >= 0),
@@ -272,10 +282,15 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     return value
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add an argument for every field of :class:`TrainConfig`."""
+def add_arguments(parser: argparse.ArgumentParser, *, distill: bool = False) -> None:
+    """Add an argument for every field of :class:`TrainConfig`; those of a teacher only with ``distill``, where the
+    model is the student."""
     for field in dataclasses.fields(TrainConfig):
         details = dict(field.metadata)
+        if details.pop("distill", False) and not distill:
+            continue
+        if field.name == "teacher":
+            details["required"] = True
         if field.default is dataclasses.MISSING:
             parser.add_argument(field.name, **details)
             continue
@@ -286,10 +301,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif field.default is not None:
             details["help"] += f" (default: {field.default})"
         default = None if isinstance(field.default, tuple) else field.default  # "append" would extend the default
-        parser.add_argument("--" + field.name.replace("_", "-"), default=default, **details)
+        option = "--" + field.name.replace("_", "-")
+        if distill and field.name == "model":
+            option, details["dest"] = "--student", "model"
+        parser.add_argument(option, default=default, **details)
 
 
 def config_from(options: argparse.Namespace) -> TrainConfig:
     """Create the configuration from options parsed with :func:`add_arguments`. Other options are ignored."""
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(TrainConfig)}
+    names = [field.name for field in dataclasses.fields(TrainConfig) if hasattr(options, field.name)]
+    given = {name: getattr(options, name) for name in names}
     return TrainConfig(**{**given, "ignore": given["ignore"] or ()})

@@ -43,8 +43,9 @@ from vit_triton.training.data import (
     open_data,
     seed_of,
 )
+from vit_triton.training.distillation import Teacher, distillation_loss
 from vit_triton.training.extras import extra
-from vit_triton.training.networks import Network, build_network, preprocessing_of
+from vit_triton.training.networks import Network, build_network, preprocessing_of, pretrained_classifier
 from vit_triton.training.preprocessing import default_preprocessing
 from vit_triton.weights.atomic import write_atomically
 
@@ -212,6 +213,7 @@ class Run:
         finetune.prepare(self.network, config)
         self.model = self.network.model.to(process.device)
         self.average = finetune.moving_average(self.model, config)
+        self.teacher = load_teacher(config, data, process)
         self.mix = finetune.mixer(config, len(data.classes))
         self.distributed_model = distribute(self.network, config, process)
         seed = seed_of(config.seed, process.rank)  # each process has its own dropout
@@ -258,6 +260,11 @@ class Run:
             losses = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
             weights = labels @ self.class_weights if labels.ndim == 2 else self.class_weights[labels]
             loss = (weights * losses).mean()
+        if self.teacher is not None:
+            wanted, config = self.teacher(images.to(self.process.device)), self.config
+            loss = distillation_loss(
+                logits, wanted, loss, temperature=config.temperature, alpha=config.alpha, hard=config.hard
+            )
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
@@ -320,6 +327,34 @@ class Run:
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.best, self.best_weights = state["step"], state["best"], state["best_model"]
         checkpoint.set_random_state(state["random"][self.process.rank], self.process.device)
+
+
+def load_teacher(config: TrainConfig, data: Data, process: Process) -> Teacher | None:
+    """Load the teacher of a run, or return None if there is none.
+
+    Raises:
+        FileNotFoundError: The folder has no checkpoint, or the weights cannot be downloaded.
+        ValueError: The classes of the teacher are not those of the data.
+    """
+    if config.teacher is None:
+        return None
+    students = preprocessing_of(config) or default_preprocessing(config, data.channels)
+    library, _, name = config.teacher.partition(":")
+    model: Any
+    if library == "timm":
+        own = TrainConfig(config.data, model=config.teacher, backend=config.backend)
+        model, teachers = pretrained_classifier(name, own)
+        if model.num_classes != len(data.classes):
+            raise ValueError(
+                f"teacher: {config.teacher} has {model.num_classes} classes, {config.data} has {len(data.classes)}"
+            )
+    else:
+        model, own, classes = load_trained(Path(config.teacher), backend=config.backend)
+        if classes != data.classes:
+            theirs = list(data.classes)
+            raise ValueError(f"teacher: {config.teacher} has the classes {list(classes)}, {config.data} has {theirs}")
+        teachers = preprocessing_of(own) or default_preprocessing(own, model.channels)
+    return Teacher(model.to(process.device), teachers, students)
 
 
 def _sizes(network: Network, config: TrainConfig) -> dict[str, Any]:
@@ -468,6 +503,13 @@ def train(config: TrainConfig) -> dict[str, float]:
                 files += [finetune.ADAPTER, finetune.MERGED]
             print(f"wrote {', '.join(str(config.out / name) for name in files)}")
         return result
+
+
+def distill(config: TrainConfig) -> dict[str, float]:
+    """Train a student with a teacher: :func:`train`, and an error if ``config`` has no teacher."""
+    if isinstance(config, TrainConfig) and config.teacher is None:
+        raise ValueError("teacher must be a folder that train wrote, or timm:NAME, got None")
+    return train(config)
 
 
 def draw(config: TrainConfig, process: Process) -> None:

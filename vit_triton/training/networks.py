@@ -21,7 +21,7 @@ from vit_triton.training.preprocessing import Preprocessing, default_preprocessi
 from vit_triton.weights import WeightsError, load_weights
 from vit_triton.weights.files import open_weights
 
-__all__ = ["Network", "build_network", "preprocessing_of"]
+__all__ = ["Network", "build_network", "preprocessing_of", "pretrained_classifier"]
 
 # Classification heads in the naming of each library: a file need not have them, and the model has a new one.
 HEADS = ("head.*", "heads.*", "head_dist.*", "mlp_head.*", "fc.*", "*classifier.*", "*pooler.*", "pre_logits/*")
@@ -246,6 +246,34 @@ def _create_timm(name: str, config: TrainConfig, **options: Any) -> Any:
         return timm.create_model(name, **options)
 
 
+def _download_timm(name: str, config: TrainConfig, advice: str, classes: int | None = None) -> Any:
+    """Create a model of timm with its pretrained weights, by default with its own classes."""
+    options = {} if classes is None else {"num_classes": classes}
+    try:
+        return _create_timm(name, config, pretrained=True, **options)
+    except ValueError:
+        raise
+    except Exception as error:  # a failed download can raise many types
+        first = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        raise FileNotFoundError(
+            f"the weights of timm:{name} are not cached and cannot be downloaded ({type(error).__name__}: {first})"
+            f"{advice}"
+        ) from error
+
+
+def pretrained_classifier(name: str, config: TrainConfig) -> tuple[nn.Module, Preprocessing]:
+    """Return a model of timm with its own head, on the kernels where they support it, and what it expects of images.
+
+    Raises:
+        FileNotFoundError: The weights are not cached and cannot be downloaded.
+        ImportError: timm is not installed; the message names the extra.
+        ValueError: The model does not exist.
+    """
+    model = _download_timm(name, config, "")
+    accelerate(model, config.backend)
+    return model, _timm_preprocessing(name, config)
+
+
 def _timm_preprocessing(name: str, config: TrainConfig) -> Preprocessing:
     timm = extra("timm", "finetune")
     with torch.device("meta"):
@@ -261,14 +289,7 @@ def _timm(name: str, config: TrainConfig, classes: int, channels: int, load: boo
     preprocessing = _timm_preprocessing(name, config)
     download = load and config.weights is None
     if download:
-        try:
-            model = _create_timm(name, config, num_classes=classes, pretrained=True)
-        except Exception as error:  # a failed download can raise many types
-            first = str(error).strip().splitlines() or [""]
-            raise FileNotFoundError(
-                f"the weights of {config.model} are not cached and cannot be downloaded ({type(error).__name__}: "
-                f"{first[0].rstrip('.')}); pass --weights FILE, or --weights none for initial weights"
-            ) from error
+        model = _download_timm(name, config, "; pass --weights FILE, or --weights none for initial weights", classes)
     else:
         model = _create_timm(name, config, num_classes=classes)
     classifier = model.pretrained_cfg.get("classifier") or ()
