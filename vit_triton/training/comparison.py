@@ -140,7 +140,7 @@ def _draw(outcomes: list[Outcome], images: AugmentedDataset | None) -> Any:
         predicted = np.array([outcome.predicted for outcome in outcomes])
         count = int((predicted != predicted[0]).any(0).sum())
         parts[1].suptitle(f"the runs disagree on {count:,} of {len(images):,} test images", fontsize="medium")
-        _draw_images(parts[1].subplots(rows, COLUMNS, squeeze=False).flat, outcomes, colors, images, apart)
+        _draw_images(parts[1].subplots(rows, COLUMNS, squeeze=False).flatten(), outcomes, colors, images, apart)
     return figure
 
 
