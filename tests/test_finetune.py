@@ -16,7 +16,7 @@ from test_training import assert_same_run
 
 from vit_triton import save_weights
 from vit_triton.training import TrainConfig, checkpoint, evaluate, finetune, load_trained, loop, train
-from vit_triton.training.config import RATES
+from vit_triton.training.config import NEW_HEAD_RATE, RATES
 from vit_triton.training.loop import Run
 from vit_triton.training.networks import build_network, preprocessing_of
 
@@ -293,6 +293,13 @@ def test_rate_depends_on_what_trains(weights):
     assert config(weights=str(weights), tune="lora", learning_rate=5e-4).rate == 5e-4
 
 
+def test_new_head_has_a_least_rate(weights):
+    for rate, expected in ((1e-5, NEW_HEAD_RATE), (1e-2, 1e-2)):
+        ours = rates(*network_of(weights=str(weights), learning_rate=rate))
+        assert ours["head.weight"][0] == expected and ours["blocks.0.attn.qkv.weight"][0] == rate
+    assert rates(*network_of(weights="none", learning_rate=1e-5))["head.weight"][0] == 1e-5
+
+
 @pytest.mark.parametrize("model", ["timm", "hf", "ViT", "SwinTransformer"])
 def test_positions_and_tokens_have_no_weight_decay(model, weights, folder):
     changes = {"timm": dict(weights=str(weights)), "hf": dict(model=f"hf:{folder}")}.get(
@@ -309,11 +316,11 @@ def test_layer_decay(model, weights, folder):
     )
     network, given = network_of(layer_decay=0.5, learning_rate=1.0, **changes)
     ours = {name: rate for name, (rate, _) in rates(network, given).items()}
-    depth, new = len(network.blocks), finetune.HEAD_FACTOR if given.is_pretrained else 1.0
+    depth = len(network.blocks)
     for i, block in enumerate(network.blocks):
         inside = {rate for name, rate in ours.items() if name.startswith(f"{block}.")}
         assert inside == {0.5 ** (depth - i)}
-    assert {ours[name] for name in network.head} == {new}
+    assert {ours[name] for name in network.head} == {1.0}
     first = next(rate for name, rate in ours.items() if "patch_embed" in name or name.startswith("features.0."))
     assert first == 0.5 ** (depth + 1)
 
