@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
         "speeds",
         "tables",
     },
-    "training": {"backend", "extras", "images", "lazy", "models", "names", "weights"},
+    "training": {"backend", "extras", "images", "integrations", "lazy", "models", "names", "weights"},
     "__init__": {
         *(
             "arguments",

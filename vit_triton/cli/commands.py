@@ -36,7 +36,13 @@ COMMANDS = {
     "train": Command(
         "training",
         options.train,
-        "train a model on a folder of images, digits or cifar10; on several GPUs under torchrun",
+        "train a model on labelled images; on several GPUs under torchrun",
+    ),
+    "distill": Command("training", options.distill, "train a student on the labels and the predictions of a teacher"),
+    "compare": Command(
+        "training",
+        options.compare,
+        "test runs on the same test images and draw their curves, their accuracies and where they disagree",
     ),
     "eval": Command("training", options.evaluate, "print the loss and accuracy of a trained model on test images"),
     "tune": Command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from vit_triton import names, training
@@ -41,9 +42,28 @@ def train(parser: argparse.ArgumentParser) -> None:
     training.add_arguments(parser)
 
 
+def distill(parser: argparse.ArgumentParser) -> None:
+    training.add_arguments(parser, distill=True)
+
+
+def compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders that train or distill wrote")
+    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture (default: compare.png)")
+    parser.add_argument("--force", action="store_true", help="also compare runs with different test images")
+    parser.add_argument("--backend", choices=names.BACKENDS, help="backend of the models")
+    parser.add_argument("--device", help="device of the models (default: cuda if available, else cpu)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
 def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=folder, metavar="RUN", help="a folder that train wrote")
-    parser.add_argument("--data", help="a folder, digits or cifar10 (default: the test images of the run)")
+    fields = {field.name: field.metadata["help"] for field in dataclasses.fields(training.TrainConfig)}
+    parser.add_argument("--data", help=f"{fields['data']}; their test images are used, or the validation images if "
+                        "there are none, or all images without either (default: the run's test images)")  # fmt: skip
+    parser.add_argument("--data-folder", type=Path, help=f"{fields['data_folder']} (default: as in training)")
+    parser.add_argument("--download", action="store_true", help=fields["download"])
+    parser.add_argument("--label", help="as for train (default: as in training)")
+    parser.add_argument("--skip-damaged", action="store_true", help="check all images first and leave out damaged ones")
     parser.add_argument("--backend", choices=names.BACKENDS, help="backend of the model")
     parser.add_argument("--device", help="device of the model (default: cuda if available, else cpu)")
     parser.add_argument("--json", action="store_true", help="print JSON")
