@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -215,13 +216,14 @@ def test_only_regular_files_are_opened(name, why, odd):
 def test_pipe_among_training_images_is_reported(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / "photos" / name).mkdir(parents=True)
-        save(tmp_path / "photos" / name / "1.png", np.zeros((16, 16, 3), np.uint8))
+        for i in range(2):
+            save(tmp_path / "photos" / name / f"{i}.png", np.zeros((16, 16, 3), np.uint8))
         os.mkfifo(tmp_path / "photos" / name / "2.png")
     for workers in (0, 1):
         words = (*SMALL.split(), "--batch-size", 2, "--workers", workers)
         code, _, err = run(capsys, "train", tmp_path / "photos", "--out", tmp_path, *words)
-        assert code == 2 and err.startswith(f"vit-triton: {tmp_path}/photos/") and err.count("\n") == 1
-        assert err.endswith("/2.png: not a regular file\n")
+        assert code == 2 and err.startswith(f"vit-triton: data: {tmp_path}/photos/") and err.count("\n") == 1
+        assert "/2.png: not a regular file; --skip-damaged (" in err
 
 
 def test_size_limit_applies_before_decoding(tmp_path, monkeypatch):
@@ -299,10 +301,12 @@ def test_an_image_of_one_row(trained, tmp_path, capsys):
 def test_bad_training_image_is_reported(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / "photos" / name).mkdir(parents=True)
-        save(tmp_path / "photos" / name / "1.png", np.zeros((16, 16, 3), np.uint8))
-        (tmp_path / "photos" / name / "2.png").write_text("none")
+        for i in range(3):
+            save(tmp_path / "photos" / name / f"{i}.png", np.zeros((16, 16, 3), np.uint8))
+            (tmp_path / "photos" / name / f"damaged {i}.png").write_text("none")
     code, _, err = run(capsys, "train", tmp_path / "photos", "--out", tmp_path, *SMALL.split(), "--batch-size", 2)
-    assert code == 2 and err.startswith("vit-triton: ") and "2.png: not an image" in err
+    assert code == 2 and err.startswith("vit-triton: ") and err.count("\n") == 1
+    assert re.search(r" \S+/photos/[ab]/damaged \d.png: not an image", err) and "; --skip-damaged (" in err
 
 
 # --- train and eval ----------------------------------------------------------------------------------------
@@ -318,7 +322,7 @@ def test_train_resume_and_evaluate(trained, photos, tmp_path, capsys):
     code, out, _ = run(capsys, "eval", trained, "--json")
     assert code == 0 and json.loads(out) == expected
     code, out, _ = run(capsys, "eval", trained, "--data", photos, "--backend", "torch")
-    assert out == f"test loss {expected['test_loss']:.3f}, test accuracy {expected['test_accuracy']:.1%}\n"
+    assert out == f"test loss {expected['test_loss']:.3f}, test accuracy {expected['test_accuracy']:.1%}, 4 images\n"
     code, _, err = run(capsys, "eval", tmp_path)
     assert code == 2 and "has no checkpoint.pt" in err
 
@@ -330,8 +334,7 @@ def test_train_resume_and_evaluate(trained, photos, tmp_path, capsys):
 def test_predictions_match_the_model_on_test_images(trained, photos, capsys):
     """The images fill more than one batch."""
     model, config, classes = load_trained(trained, backend="torch")
-    data = load_data(config).train.examples
-    paths = [data.dataset.samples[i][0] for i in data.indices]
+    paths = [str(photos / name) for name in load_data(config).train.names]
     test = load_data(config).test.transform
     images = torch.stack([test(open_image(path)) for path in paths])
     code, out, _ = run(capsys, "predict", *paths, "--model", trained, "--json", "--backend", "torch")
@@ -774,15 +777,15 @@ def odd_models(tmp_path_factory) -> dict[str, Path | str]:
         ("train digits --epochs 0", "--epochs must be at least 1, got 0"),
         ("train digits --learning-rate inf", "--learning-rate must be positive and finite, got inf"),
         ("train digits --workers -1", "--workers must be at least 0, got -1"),
-        ("train digits --batch-size 2000", "--batch-size must be at most the number of training images, 1438"),
+        ("train digits --batch-size 2000", "--batch-size must be at most the number of training images, 1259"),
         ("train digits --epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
         ("train digits --dim 1000000000000", "out of memory; reduce the size of the model, image or batch: "),
         ("train digits --device meta", "device: meta is not supported"),
         ("train digits --out PHOTO", "File exists: '"),
         ("train nowhere", "nowhere/CLASS/"),
         ("train PHOTO", "data: [Errno 20] Not a directory: '"),
-        ("train EMPTY", "data must be a folder, digits or cifar10, got ''"),
-        ("eval TRAINED --data EMPTY", "data must be a folder, digits or cifar10, got ''"),
+        ("train EMPTY", "data must be a folder, digits, cifar10 or another source, got ''"),
+        ("eval TRAINED --data EMPTY", "data must be a folder, digits, cifar10 or another source, got ''"),
         ("eval PHOTO", "has no checkpoint.pt"),
         ("eval LIST", "checkpoint.pt: ValueError: expected a checkpoint of train with "),
         ("predict PHOTO --model LIST", "checkpoint.pt: ValueError: expected a checkpoint of train with "),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +30,32 @@ def open_image(path: str | Path) -> Image.Image:
         ImageError: The file is missing, not a regular file or damaged, or the image has more than MAX_PIXELS, exceeds
             Pillow's limit against decompression bombs, or has gray values out of range.
     """
-    try:
+    with _named_errors(str(path)):
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe waits for its writer
             raise ImageError("a folder; name the images in it" if Path(path).is_dir() else "not a regular file")
+        with Image.open(path) as image:
+            return _decode(image)
+
+
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """Read the contents of an image file as :func:`open_image` does; ``name`` is for messages.
+
+    Raises:
+        ImageError: The image is damaged or too large.
+    """
+    with _named_errors(name), Image.open(io.BytesIO(content)) as image:
+        return _decode(image)
+
+
+@contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Convert every error to an ImageError that starts with ``name``."""
+    try:
         with warnings.catch_warnings():
             # warnings about large images below the limit and about unused metadata
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                _limit(image)
-                ImageOps.exif_transpose(image, in_place=True)
-                return _to_rgb(image)
+            yield
+            return
     except ImageError as error:
         reason = str(error)
     except FileNotFoundError:
@@ -47,7 +66,13 @@ def open_image(path: str | Path) -> Image.Image:
         reason = f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, Pillow's limit"
     except Exception as error:  # damaged files raise exceptions of many types
         reason = f"cannot be read: {error}"
-    raise ImageError(f"{path}: {' '.join(reason.split())}")
+    raise ImageError(f"{name}: {' '.join(reason.split())}")
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    _limit(image)
+    ImageOps.exif_transpose(image, in_place=True)
+    return _to_rgb(image)
 
 
 def _limit(image: Image.Image) -> None:

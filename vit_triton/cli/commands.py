@@ -34,7 +34,7 @@ COMMANDS = {
     "train": Command(
         "training",
         options.train,
-        "train a model on a folder of images, digits or cifar10; on several GPUs under torchrun",
+        "train a model on labelled images; on several GPUs under torchrun",
     ),
     "eval": Command("training", options.evaluate, "print the loss and accuracy of a trained model on test images"),
     "tune": Command(

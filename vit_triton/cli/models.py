@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from vit_triton.inspection import attention_maps
 from vit_triton.integrations import accelerate
 from vit_triton.training import load_trained
 from vit_triton.training.loop import device_for
+from vit_triton.training.preprocessing import default_preprocessing, is_photographs
 from vit_triton.weights import WeightsError, load_weights
 
 BATCH = 8  # images per forward pass
@@ -237,12 +238,10 @@ def _trained(folder: Path, backend: str | None, device: str) -> InferenceModel:
         raise FileNotFoundError(f"--model: expected a folder that train wrote, timm:NAME or hf:NAME, got {folder}")
     model, config, classes = load_trained(folder, backend=backend, device=device)
     size, patch = (config.sizes()[name] for name in ("image_size", "patch_size"))
-    if config.data == "digits":
-        preprocessing = Preprocessing(size, mean=(0.0,), std=(1.0,))
-    elif config.data == "cifar10":
-        preprocessing = Preprocessing(size)
-    else:
-        preprocessing = Preprocessing(size, crop_pct=size / (size * 8 // 7))
+    channels = cast(Any, model).channels
+    trained = default_preprocessing(config, channels)
+    crop_pct = size / (size * 8 // 7) if is_photographs(config.data, channels) else 1.0
+    preprocessing = Preprocessing(size, crop_pct, trained.mean, trained.std)
     return TrainedModel(model, preprocessing, patch, classes, device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from vit_triton import names, training
@@ -43,7 +44,13 @@ def train(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train wrote")
-    parser.add_argument("--data", help="a folder, digits or cifar10 (default: the test images of the run)")
+    fields = {field.name: field.metadata["help"] for field in dataclasses.fields(training.TrainConfig)}
+    parser.add_argument("--data", help=f"{fields['data']}; their test images are used, or the validation images if "
+                        "there are none, or all images without either (default: the run's test images)")  # fmt: skip
+    parser.add_argument("--data-folder", type=Path, help=f"{fields['data_folder']} (default: as in training)")
+    parser.add_argument("--download", action="store_true", help=fields["download"])
+    parser.add_argument("--label", help=f"{fields['label'].partition(' (')[0]} (default: as in training)")
+    parser.add_argument("--skip-damaged", action="store_true", help="check all images first and leave out damaged ones")
     parser.add_argument("--backend", choices=names.BACKENDS, help="backend of the model")
     parser.add_argument("--device", help="device of the model (default: cuda if available, else cpu)")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -16,11 +16,21 @@ def run(options: argparse.Namespace) -> int:
         except ValueError as error:
             raise ValueError(_with_option(str(error))) from error
         return 0
-    result = training.evaluate(options.run, options.data, backend=options.backend, device=options.device)
+    result = training.evaluate(
+        options.run,
+        options.data,
+        data_folder=options.data_folder,
+        download=options.download,
+        label=options.label,
+        skip_damaged=options.skip_damaged or None,
+        backend=options.backend,
+        device=options.device,
+    )
     if options.json:
         print(json.dumps(result))
     else:
-        print(f"test loss {result['test_loss']:.3f}, test accuracy {result['test_accuracy']:.1%}")
+        loss, accuracy, images = (result[name] for name in ("test_loss", "test_accuracy", "images"))
+        print(f"test loss {loss:.3f}, test accuracy {accuracy:.1%}, {images:,} images")
     return 0
 
 

@@ -26,7 +26,7 @@ SIZES = {
 }
 
 # default image size, patch size and model size
-DEFAULTS = {"digits": (16, 4, "mini"), "cifar10": (32, 4, "tiny")}
+DEFAULTS = {"digits": (16, 4, "mini"), "cifar10": (32, 4, "tiny"), "idx:": (28, 4, "mini")}
 FOLDER_DEFAULTS = (224, 16, "small")
 
 
@@ -45,10 +45,23 @@ class TrainConfig:
         ValueError: A value is out of range; the message names it.
     """
 
-    data: str = dataclasses.field(metadata={"help": "a folder of class folders, digits or cifar10"})
+    data: str = dataclasses.field(metadata={
+        "help": "digits, cifar10, idx:FOLDER (files as of MNIST), a folder of class folders, FILE.csv (columns path, "
+        "label and optionally split), hf:FOLDER or FILE.parquet (Hugging Face)"
+    })  # fmt: skip
     out: Path = _option(Path("training_output"), "folder for checkpoint.pt, metrics.jsonl and curves.png", type=Path)
     data_folder: Path = _option(Path("data"), "folder of cifar10", type=Path)
     download: bool = _option(False, "download cifar10 if it is missing")
+    label: str | None = _option(None, "column of the label in FILE.csv, hf:FOLDER or FILE.parquet (default: label)")
+    train_images: int | None = _option(
+        None, "train on this many images, of every class in proportion; drawn by the seed, nested", type=int
+    )
+    balance: str = _option(
+        "none",
+        "classes of different size: weights in the loss, or a sampler that draws every class equally often",
+        choices=("none", "loss", "sampler"),
+    )
+    skip_damaged: bool = _option(False, "check all images before training and leave out damaged ones")
     resume: bool = _option(False, "resume from the checkpoint in OUT, if there is one")
     model: str = _option("ViT", "model architecture", choices=MODELS)
     size: str | None = _option(None, "model size (default for the data: mini, tiny or small)", choices=tuple(SIZES))
@@ -56,8 +69,12 @@ class TrainConfig:
     depth: int | None = _option(None, "number of blocks; overrides the size", type=int)
     heads: int | None = _option(None, "number of heads; overrides the size", type=int)
     mlp_dim: int | None = _option(None, "hidden width of the MLP; overrides the size", type=int)
-    image_size: int | None = _option(None, "image side in pixels (default for the data: 16, 32 or 224)", type=int)
-    patch_size: int | None = _option(None, "patch side in pixels (default for the data: 4, 4 or 16)", type=int)
+    image_size: int | None = _option(
+        None, "image side in pixels (default for digits 16, cifar10 32, idx 28, else 224)", type=int
+    )
+    patch_size: int | None = _option(
+        None, "patch side in pixels (default for digits, cifar10 and idx 4, else 16)", type=int
+    )
     dropout: float = _option(0.1, "dropout of the blocks and the embedding (ViT only)", type=float)
     epochs: int = _option(10, "number of epochs", type=int)
     batch_size: int = _option(64, "images per step, over all processes", type=int)
@@ -82,7 +99,9 @@ class TrainConfig:
 
     def sizes(self) -> dict[str, int]:
         """Return image_size, patch_size, dim, depth, heads, mlp_dim and dim_head of the model."""
-        image_size, patch_size, size = DEFAULTS.get(self.data, FOLDER_DEFAULTS)
+        image_size, patch_size, size = DEFAULTS.get(
+            "idx:" if self.data.startswith("idx:") else self.data, FOLDER_DEFAULTS
+        )
         dim, depth, heads, mlp_dim = SIZES[self.size or size]
         chosen = {
             "image_size": self.image_size or image_size,
@@ -108,7 +127,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("warmup", "label_smoothing", "dropout"), _PART),
     "workers": ("at least 0", lambda x: x >= 0),
     "seed": ("at least 0 and below 2**63", lambda x: 0 <= x < 2**63),
-    **dict.fromkeys(("epochs", "batch_size", "checkpoint_every"), _COUNT),
+    **dict.fromkeys(("epochs", "batch_size", "checkpoint_every", "train_images"), _COUNT),
     **dict.fromkeys(("dim", "depth", "heads", "mlp_dim", "image_size", "patch_size"), _COUNT),
 }
 
@@ -137,7 +156,7 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     if name in _RANGES and not _RANGES[name][1](value):
         raise ValueError(f"{name} must be {_RANGES[name][0]}, got {value}")
     if name == "data" and not value:
-        raise ValueError("data must be a folder, digits or cifar10, got ''")
+        raise ValueError("data must be a folder, digits, cifar10 or another source, got ''")
     choices = field.metadata.get("choices")
     if choices and value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -10,7 +10,8 @@ from typing import Any
 from vit_triton.training.extras import extra
 from vit_triton.weights.atomic import write_atomically
 
-STEP, TEST = {"step", "epoch", "learning_rate", "loss"}, {"step", "epoch", "test_loss", "test_accuracy"}
+STEP = {"step", "epoch", "learning_rate", "loss"}
+VAL, TEST = {"step", "epoch", "val_loss", "val_accuracy"}, {"step", "epoch", "test_loss", "test_accuracy"}
 SMOOTHED = 0.05  # fraction of the steps over which the training loss is averaged
 
 
@@ -34,18 +35,18 @@ def read(metrics: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             start = text[:40].decode(errors="replace")
             raise ValueError(
-                f"{metrics}, line {i}: expected the JSON of a step or test, got {start!r}; correct or remove the "
-                "line, or move the file"
+                f"{metrics}, line {i}: expected the JSON of a step, validation or test, got {start!r}; correct or "
+                "remove the line, or move the file"
             ) from None
         lines.append(line)
     return lines
 
 
 def _is_line(line: Any) -> bool:
-    """Return whether `line` has the keys of a step or a test and only numbers as values."""
+    """Return whether `line` has the keys of a step, a validation or a test and only numbers as values."""
     if not isinstance(line, dict) or not all(type(value) in (int, float) for value in line.values()):
         return False
-    return line.keys() in (STEP, TEST) and type(line["step"]) is int
+    return line.keys() in (STEP, VAL, TEST) and type(line["step"]) is int
 
 
 def draw(metrics: Path, picture: Path, title: str) -> None:
@@ -54,7 +55,7 @@ def draw(metrics: Path, picture: Path, title: str) -> None:
     plt = extra("matplotlib.pyplot")
     lines = read(metrics)
     steps = [line for line in lines if "loss" in line]
-    tests = [line for line in lines if "test_loss" in line]
+    vals, tests = ([line for line in lines if f"{name}_loss" in line] for name in ("val", "test"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     at, losses = [line["step"] for line in steps], [line["loss"] for line in steps]
     span = max(1, round(len(losses) * SMOOTHED))
@@ -62,17 +63,19 @@ def draw(metrics: Path, picture: Path, title: str) -> None:
     mean = [sum(part) / len(part) for part in around]
     left.plot(at, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each step")
     left.plot(at, mean, color="tab:blue", label=f"training, mean of {span} steps" if span > 1 else None)
-    after, dots = [test["step"] for test in tests], dict(marker="o", markersize=4, color="tab:orange")
-    left.plot(after, [test["test_loss"] for test in tests], label="test", **dots)
+    after, dots = [val["step"] for val in vals], dict(marker="o", markersize=4, color="tab:orange")
+    left.plot(after, [val["val_loss"] for val in vals], label="validation", **dots)
     left.set(xlabel="step", ylabel="cross-entropy", title="loss (training: augmented images)")
-    right.plot(after, [100 * test["test_accuracy"] for test in tests], **dots)
-    right.set(xlabel="step", ylabel="test accuracy (%)", title="accuracy", ylim=(0, 104))
-    if tests:
-        last = tests[-1]
-        right.annotate(f"{100 * last['test_accuracy']:.1f} %", (last["step"], 100 * last["test_accuracy"]),
+    right.plot(after, [100 * val["val_accuracy"] for val in vals], label="validation", **dots)
+    right.set(xlabel="step", ylabel="accuracy (%)", title="accuracy", ylim=(0, 104))
+    for test in tests:
+        star = dict(marker="*", markersize=9, linestyle="none", color="tab:green", label="test")
+        left.plot(test["step"], test["test_loss"], **star)
+        right.plot(test["step"], 100 * test["test_accuracy"], **star)
+        right.annotate(f"{100 * test['test_accuracy']:.1f} %", (test["step"], 100 * test["test_accuracy"]),
                        xytext=(0, -16), textcoords="offset points", ha="right")  # fmt: skip
-    left.legend(frameon=False, fontsize="small")
     for axes in (left, right):
+        axes.legend(frameon=False, fontsize="small")
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

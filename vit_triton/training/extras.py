@@ -4,9 +4,14 @@ import importlib
 from typing import Any
 
 
-def extra(name: str) -> Any:
-    """Import a module; the ImportError of a missing one has the command to install it."""
+def extra(name: str, extra: str = "train") -> Any:
+    """Import a module of the optional dependencies ``extra``.
+
+    Raises:
+        ImportError: The module is missing; the message has the command to install it.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"{error}: training requires the extra [train], pip install 'vit_triton[train]'") from error
+        uses = "training requires" if extra == "train" else "this requires"
+        raise ImportError(f"{error}: {uses} the extra [{extra}], pip install 'vit_triton[{extra}]'") from error

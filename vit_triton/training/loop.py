@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,8 +28,18 @@ from vit_triton.backend import resolve_backend
 from vit_triton.training import checkpoint, curves
 from vit_triton.training.checkpoint import CURVES, METRICS
 from vit_triton.training.config import TrainConfig
-from vit_triton.training.data import AugmentedDataset, Data, batches, load_data, seed_of
+from vit_triton.training.data import (
+    AugmentedDataset,
+    Data,
+    batches,
+    class_weights,
+    images_for_evaluation,
+    load_data,
+    open_data,
+    seed_of,
+)
 from vit_triton.training.extras import extra
+from vit_triton.training.preprocessing import default_preprocessing
 from vit_triton.weights.atomic import write_atomically
 
 FLUSH_EVERY = 20  # steps; reading the loss waits for the device
@@ -42,6 +52,7 @@ CHANGEABLE = {
     "data",
     "data_folder",
     "download",
+    "skip_damaged",
     "resume",
     "checkpoint_every",
     "workers",
@@ -154,9 +165,8 @@ def load_batches(
     except ValueError as error:
         if not config.workers:
             raise
-        # the message of a worker's error is its whole traceback
-        name = f"{type(error).__module__}.{type(error).__qualname__}: "
-        raise type(error)(str(error).splitlines()[-1].removeprefix(name)) from error
+        # the message of a worker's error is its whole traceback, which ends with the type and the message
+        raise type(error)(str(error).splitlines()[-1].partition(": ")[2]) from error
 
 
 def _collate(examples: list[tuple[Tensor, int]], shape: torch.Size) -> Any:
@@ -171,20 +181,22 @@ def compute_logits(model: nn.Module, images: Tensor, config: TrainConfig, proces
 
 
 @torch.no_grad()
-def test(model: nn.Module, data: Data, config: TrainConfig, process: Process) -> dict[str, float]:
-    """Compute loss and accuracy on the test images."""
-    images, size = len(data.test), config.batch_size
+def test(
+    model: nn.Module, data: AugmentedDataset, config: TrainConfig, process: Process, name: str = "test"
+) -> dict[str, float]:
+    """Compute the loss and accuracy, "NAME_loss" and "NAME_accuracy", on images without augmentation."""
+    images, size = len(data), config.batch_size
     # a process may have no images in the last batch, but with FSDP all processes must run the model
     parts = [list(range(i, min(i + size, images)))[process.rank :: process.count] for i in range(0, images, size)]
     sums = torch.zeros(2, dtype=torch.float64, device=process.device)
     model.eval()
-    for batch, labels in load_batches(data.test, parts, config, process):
+    for batch, labels in load_batches(data, parts, config, process):
         logits, labels = compute_logits(model, batch, config, process), labels.to(process.device)
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack((loss, (logits.argmax(1) == labels).sum()))
     model.train()
     loss, right = (process.sum(sums) / images).tolist()
-    return {"test_loss": loss, "test_accuracy": right}
+    return {f"{name}_loss": loss, f"{name}_accuracy": right}
 
 
 class Run:
@@ -216,6 +228,9 @@ class Run:
         self.keep = True  # keep the previous checkpoint at the next save
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
         self.step = 0
+        self.class_weights: Tensor | None = None
+        if config.balance == "loss":
+            self.class_weights = class_weights(data.train.labels, len(data.classes)).to(process.device)
 
     def _learning_rate_factor(self, step: int) -> float:
         rising = max(1, round(self.config.warmup * self.steps))
@@ -230,11 +245,14 @@ class Run:
 
     def training_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Run one step and return the loss of this process's part of the batch."""
-        loss = nn.functional.cross_entropy(
-            compute_logits(self.distributed_model, images, self.config, self.process),
-            labels.to(self.process.device, non_blocking=True),
-            label_smoothing=self.config.label_smoothing,
-        )
+        logits = compute_logits(self.distributed_model, images, self.config, self.process)
+        labels = labels.to(self.process.device, non_blocking=True)
+        smoothing = self.config.label_smoothing
+        if self.class_weights is None:
+            loss = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+        else:  # cross_entropy(weight=...) divides by the sum of the weights, which differs between processes
+            losses = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+            loss = (self.class_weights[labels] * losses).mean()
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
@@ -321,7 +339,7 @@ def train(config: TrainConfig) -> dict[str, float]:
     """Train a model, or resume training, and write checkpoint, metrics and curves to ``config.out``.
 
     Returns:
-        "test_loss" and "test_accuracy" after the last epoch.
+        "val_loss", "val_accuracy", "test_loss" and "test_accuracy" after the last epoch.
 
     Raises:
         FileNotFoundError: The data are missing; the message gives the expected path.
@@ -365,6 +383,7 @@ def train(config: TrainConfig) -> dict[str, float]:
                 parts = batches(
                     len(run.data.train), config.batch_size, config.seed, epoch,
                     start=start, rank=process.rank, processes=process.count,
+                    labels=run.data.train.labels if config.balance == "sampler" else None,
                 )  # fmt: skip
                 for images, labels in load_batches(run.data.train, parts, config, process):
                     rate = run.schedule.get_last_lr()[0]
@@ -377,19 +396,27 @@ def train(config: TrainConfig) -> dict[str, float]:
                         metrics.flush()
                         run.save(result)
                     progress.update(task, advance=1, description=f"loss {metrics.loss:.3f}" if metrics.loss else "")
-                result = test(run.model, run.data, config, process)
-                metrics.flush({"step": run.step, "epoch": epoch + 1, **result})
+                result = test(run.model, run.data.val, config, process, "val")
+                lines = [result]
+                if run.step == run.steps:  # the test images are used once
+                    lines.append(test(run.model, run.data.test, config, process))
+                    result = lines[0] | lines[1]
+                metrics.flush(*({"step": run.step, "epoch": epoch + 1, **line} for line in lines))
                 run.save(result)
                 if process.is_first:
                     progress.console.print(
-                        f"epoch {epoch + 1} of {config.epochs}: loss {metrics.loss:.3f}, test loss "
-                        f"{result['test_loss']:.3f}, test accuracy {result['test_accuracy']:.1%}"
+                        f"epoch {epoch + 1} of {config.epochs}: loss {metrics.loss:.3f}, validation loss "
+                        f"{result['val_loss']:.3f}, validation accuracy {result['val_accuracy']:.1%}"
                     )
                 if time.monotonic() > drawn + DRAW_EVERY:
                     draw(config, process)
                     drawn = time.monotonic()
         draw(config, process)
         if process.is_first:
+            print(
+                f"test loss {result['test_loss']:.3f}, test accuracy {result['test_accuracy']:.1%}, "
+                f"{len(run.data.test):,} images"
+            )
             print(f"wrote {', '.join(str(config.out / name) for name in (checkpoint.NAME, METRICS, CURVES))}")
         return result
 
@@ -430,22 +457,41 @@ def load_trained(
 
 
 def evaluate(
-    folder: Path, data: str | None = None, *, backend: str | None = None, device: str | None = None
+    folder: Path,
+    data: str | None = None,
+    *,
+    data_folder: Path | None = None,
+    download: bool = False,
+    label: str | None = None,
+    skip_damaged: bool | None = None,
+    backend: str | None = None,
+    device: str | None = None,
 ) -> dict[str, float]:
-    """Evaluate the checkpoint in ``folder`` on its test images, or on those of ``data``.
+    """Evaluate the checkpoint in ``folder`` on the test images of its run, or on other ``data``.
+
+    Of other data, the test images are used, else the validation images, else all images. ``data_folder``, ``label``
+    and ``skip_damaged`` are those of the run by default.
 
     Returns:
-        "test_loss" and "test_accuracy".
+        "test_loss", "test_accuracy" and the number of "images".
 
     Raises:
         FileNotFoundError: Checkpoint or data are missing.
         ValueError: The classes of the data differ from those of the model.
     """
     model, config, classes = load_trained(folder, backend=backend, device=device)
-    config = dataclasses.replace(config, data=config.data if data is None else data)
-    examples = load_data(config)
-    if examples.classes != classes:
-        theirs = list(examples.classes)
+    own, given = config, dict(data=data, data_folder=data_folder, label=label, skip_damaged=skip_damaged)
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    config = dataclasses.replace(config, download=download, **changes)
+    source = open_data(config)
+    if source.classes != classes:
+        theirs = list(source.classes)
         raise ValueError(f"data: the model has the classes {list(classes)}, {config.data} has {theirs}")
+    if config.data == own.data or Path(config.data).resolve() == Path(own.data).resolve():
+        images = load_data(config, source=source).test
+    else:
+        preprocessing = default_preprocessing(own, cast(Any, model).channels)
+        transform = preprocessing.test_transform(source.name, source.channels)
+        images = AugmentedDataset(source, images_for_evaluation(source), transform)
     with join_processes(config) as process:
-        return test(model.to(process.device), examples, config, process)
+        return test(model.to(process.device), images, config, process) | {"images": len(images)}
