@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
         "speeds",
         "tables",
     },
-    "training": {"backend", "images", "lazy", "models", "names", "weights"},
+    "training": {"backend", "images", "integrations", "lazy", "models", "names", "weights"},
     "__init__": {
         *(
             "arguments",

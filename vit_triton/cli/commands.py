@@ -37,6 +37,11 @@ COMMANDS = {
         "train a model on labelled images; on several GPUs under torchrun",
     ),
     "eval": Command("training", options.evaluate, "print the loss and accuracy of a trained model on test images"),
+    "probe": Command(
+        "probe",
+        options.probe,
+        "compare models without training them: kNN and logistic regression on their features of labelled images",
+    ),
     "tune": Command(
         "tune",
         options.tune,

@@ -14,7 +14,7 @@ def run(options: argparse.Namespace) -> int:
         try:
             training.train(training.config_from(options))
         except ValueError as error:
-            raise ValueError(_with_option(str(error))) from error
+            raise ValueError(with_option(str(error))) from error
         return 0
     result = training.evaluate(
         options.run,
@@ -34,8 +34,9 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _with_option(message: str) -> str:
-    """Replace a field of TrainConfig at the start of an error message with its command-line option."""
+def with_option(message: str) -> str:
+    """Replace an argument at the start of an error message with its command-line option."""
     name, _, rest = message.partition(" ")
-    options = {field.name for field in dataclasses.fields(training.TrainConfig)} - {"data"}
-    return f"--{name.replace('_', '-')} {rest}" if name in options else message
+    options = {field.name: field.name for field in dataclasses.fields(training.TrainConfig)}
+    options |= {"models": "model", "pool": "pool", "shots": "shots", "seeds": "seeds"}  # of probe
+    return f"--{options[name].replace('_', '-')} {rest}" if name in options.keys() - {"data"} else message

@@ -24,17 +24,21 @@ def draw_data_sets(scores: Sequence[dict[str, Any]], path: Path) -> None:
     kinds = [(features, classifier) for features in colours for classifier in CLASSIFIERS]
     group = max(len(kinds) + 1.5, 6)  # in bars
     width = BAR * group * max(len(datas), 3) + 1
-    rows = math.ceil(len(kinds) / (columns := max(1, int(width // 3))))
+    rows = math.ceil((len(kinds) + 2) / (columns := max(1, int(width // 3))))
     figure, axes = plt.subplots(figsize=(width, 3.8 + 0.22 * rows), layout="constrained")
+    lines = []  # (position, ends of the interval)
     for k, (features, classifier) in enumerate(kinds):
-        style = dict(width=1, color=_mixed(colours[features], PALE[classifier]), label=f"{features}, {classifier}")
         bars = [(datas.index(x["data"]) * group + k, x) for x in _of(scores, features=features, classifier=classifier)]
-        axes.bar([at for at, _ in bars], [100 * x["accuracy"] for _, x in bars], **style)
+        style = dict(width=1, edgecolor="white", linewidth=0.5, color=_mixed(colours[features], PALE[classifier]))
+        heights = [100 * x["accuracy"] for _, x in bars]
+        axes.bar([at for at, _ in bars], heights, label=f"{features}, {classifier}", **style)
         for at, x in bars:
             low, high = x["interval"] or (x["accuracy"], x["accuracy"])
-            axes.vlines(at, 100 * low, 100 * high, color="0.25", linewidth=1)
+            lines.append((at, 100 * low, 100 * high))
             axes.annotate(f"{100 * x['accuracy']:.1f}", (at, 100 * high), xytext=(0, 3), textcoords="offset points",
                           ha="center", va="bottom", rotation=90, fontsize=8)  # fmt: skip
+    label = "95 % interval" if any(x["interval"] for x in scores) else None
+    axes.vlines(*zip(*lines, strict=True), color="0.25", linewidth=1, label=label)
     for i, data in enumerate(datas):
         majority = 100 * _of(scores, data=data)[0]["majority"]
         ends = i * group - 0.75, i * group + len(kinds) - 0.25
@@ -59,7 +63,7 @@ def draw_shots(scores: Sequence[dict[str, Any]], path: Path) -> None:
     datas, colours = _unique(scores, "data"), _colours(scores)
     columns = min(COLUMNS, len(datas))
     rows = math.ceil(len(datas) / columns)
-    entries = 2 * len(colours) + 1
+    entries = 2 * len(colours) + 2
     legend_columns = max(1, int(4.4 * columns // 3.2))
     size = max(5.2, 4.4 * columns), 3.5 * rows + 0.22 * math.ceil(entries / legend_columns)
     figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
@@ -87,6 +91,7 @@ def draw_shots(scores: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_ylim(max(0, 10 * ((low - 3) // 10)), 102)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].fill_between([], [], color="0.85", linewidth=0, label="range of the subsets")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns, frameon=False, fontsize="small")
     _write(figure, path)
