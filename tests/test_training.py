@@ -38,6 +38,7 @@ from vit_triton.training import (
     loop,
     train,
 )
+from vit_triton.training.config import kind_of
 from vit_triton.training.data import load_data
 from vit_triton.training.loop import METRICS, Process, Run
 
@@ -575,12 +576,13 @@ WRONG = {
     float: ["1e-3", True, 1j, torch.tensor(1.0)],
     str: [3, b"ViT", True, Path("a")],
     Path: [3, b"a", None],
+    tuple: [3, [1], b"a", None],
 }
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)
 def test_option_of_a_wrong_type_is_named_in_the_error(field):
-    kind = field.metadata.get("type", bool if field.default is False else str)
+    kind = kind_of(field)
     wrong = WRONG[kind] + ([] if field.default is None else [None])
     for value in wrong if field.name != "data" else [3, None, b"digits"]:
         with pytest.raises(TypeError, match=rf"^{field.name} must be .*, got {re.escape(repr(value))}$"):
@@ -607,7 +609,7 @@ def test_fuzz_options(name, value):
     except (TypeError, ValueError) as error:
         assert str(error).startswith(f"{name} must be ") and len(str(error).splitlines()) == 1
     else:
-        assert type(getattr(made, name)) in (bool, int, float, str, type(None), type(Path()))
+        assert type(getattr(made, name)) in (bool, int, float, str, tuple, type(None), type(Path()))
         assert made == replace(made)
 
 

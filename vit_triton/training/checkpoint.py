@@ -19,7 +19,7 @@ from vit_triton.weights.atomic import write_atomically
 
 NAME, PREVIOUS, METRICS, CURVES = "checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", "curves.png"
 LOCK = ".lock"
-KEYS = {"model", "optimizer", "schedule", "step", "random", "facts", "config", "result"}
+KEYS = {"model", "optimizer", "schedule", "step", "random", "facts", "config", "result", "best", "best_model"}
 
 
 @contextlib.contextmanager

@@ -77,6 +77,7 @@ class TrainConfig:
         choices=("none", "loss", "sampler"),
     )
     skip_damaged: bool = _option(False, "check all images before training and leave out damaged ones")
+    keep: str = _option("best", "weights to test and keep: best validation accuracy, or last", choices=("best", "last"))
     resume: bool = _option(False, "resume from the checkpoint in OUT, if there is one")
     model: str = _option("ViT", "ViT, SimpleViT, SwinTransformer, timm:NAME or hf:FOLDER")
     weights: str | None = _option(
@@ -91,7 +92,9 @@ class TrainConfig:
     heads: int | None = _option(None, "number of heads; overrides the size", type=int)
     mlp_dim: int | None = _option(None, "hidden width of the MLP; overrides the size", type=int)
     image_size: int | None = _option(
-        None, "image side in pixels (default: as pretrained, or for digits 16, cifar10 32, idx 28, else 224)", type=int
+        None,
+        "image side in pixels (default: as pretrained; from initial weights, digits 16, cifar10 32, idx 28, else 224)",
+        type=int,
     )
     patch_size: int | None = _option(
         None, "patch side in pixels (default for digits, cifar10 and idx 4, else 16)", type=int
@@ -109,7 +112,13 @@ class TrainConfig:
     cutmix: float = _option(0.0, "alpha of CutMix; 0: off", type=float)
     epochs: int = _option(10, "number of epochs", type=int)
     batch_size: int = _option(64, "images per step, over all processes", type=int)
-    learning_rate: float = _option(1e-3, "peak learning rate of AdamW", type=float)
+    learning_rate: float | None = _option(
+        None,
+        f"peak learning rate of AdamW (default: {INITIAL_RATE:g} for initial weights; for pretrained ones, by --tune: "
+        + ", ".join(f"{tune} {rate:g}" for tune, rate in RATES.items())
+        + ")",
+        type=float,
+    )
     weight_decay: float = _option(
         0.05, "weight decay of matrices; vectors, positions and learned tokens have none", type=float
     )
@@ -151,15 +160,23 @@ class TrainConfig:
         return self.weights != "none" if self.library else self.weights not in (None, "none")
 
     @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return RATES["last-K" if self.tune.startswith("last-") else self.tune] if self.is_pretrained else INITIAL_RATE
+
+    @property
     def last_blocks(self) -> int | None:
         """K of ``tune="last-K"``."""
         return int(self.tune.removeprefix("last-")) if self.tune.startswith("last-") else None
 
+    def _defaults(self) -> tuple[int, int, str]:
+        return DEFAULTS.get("idx:" if self.data.startswith("idx:") else self.data, FOLDER_DEFAULTS)
+
     def sizes(self) -> dict[str, int]:
         """Return image_size, patch_size, dim, depth, heads, mlp_dim and dim_head of the model."""
-        image_size, patch_size, size = DEFAULTS.get(
-            "idx:" if self.data.startswith("idx:") else self.data, FOLDER_DEFAULTS
-        )
+        image_size, patch_size, size = self._defaults()
         patch_size = 4 if self.model == "SwinTransformer" else patch_size
         dim, depth, heads, mlp_dim = SIZES[self.size or size]
         chosen = {
@@ -177,7 +194,7 @@ class TrainConfig:
     def swin_sizes(self) -> dict[str, Any]:
         """Return embed_dim, depths, num_heads and window_size of a SwinTransformer."""
         names = ("embed_dim", "depths", "num_heads", "window_size")
-        return dict(zip(names, SWIN_SIZES[self.size or DEFAULTS.get(self.data, FOLDER_DEFAULTS)[2]], strict=True))
+        return dict(zip(names, SWIN_SIZES[self.size or self._defaults()[2]], strict=True))
 
 
 # option: (description of the range, predicate)
@@ -194,7 +211,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("mixup", "cutmix"), ("at least 0 and finite", lambda x: 0 <= x < math.inf)),
     "workers": ("at least 0", lambda x: x >= 0),
     "seed": ("at least 0 and below 2**63", lambda x: 0 <= x < 2**63),
-    **dict.fromkeys(("epochs", "batch_size", "checkpoint_every", "lora_rank", "train_images"), _COUNT),
+    **dict.fromkeys(("epochs", "batch_size", "checkpoint_every", "train_images", "lora_rank"), _COUNT),
     **dict.fromkeys(("dim", "depth", "heads", "mlp_dim", "image_size", "patch_size"), _COUNT),
 }
 # option: (description of its texts, pattern)

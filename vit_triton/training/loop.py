@@ -18,14 +18,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
 
-from vit_triton import models
 from vit_triton.backend import resolve_backend
-from vit_triton.training import checkpoint, curves
+from vit_triton.training import checkpoint, curves, finetune
 from vit_triton.training.checkpoint import CURVES, METRICS
 from vit_triton.training.config import TrainConfig
 from vit_triton.training.data import (
@@ -39,6 +44,7 @@ from vit_triton.training.data import (
     seed_of,
 )
 from vit_triton.training.extras import extra
+from vit_triton.training.networks import Network, build_network, preprocessing_of
 from vit_triton.training.preprocessing import default_preprocessing
 from vit_triton.weights.atomic import write_atomically
 
@@ -119,29 +125,16 @@ def join_processes(config: TrainConfig) -> Iterator[Process]:
         dist.destroy_process_group()
 
 
-def build(config: TrainConfig, channels: int, classes: int) -> nn.Module:
-    """Create the model of a run, with initial weights that depend on its seed."""
-    options: dict[str, Any] = dict(num_classes=classes, channels=channels, backend=config.backend, **config.sizes())
-    if config.model == "ViT":
-        options |= dict(dropout=config.dropout, emb_dropout=config.dropout)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
-        model: nn.Module = getattr(models, config.model)(**options)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in ("pos_embedding", "cls_token"):
-                parameter.mul_(0.02)  # vit_pytorch's unit variance is too large compared with the patches
-    return model
-
-
-def distribute(model: nn.Module, config: TrainConfig, process: Process) -> nn.Module:
-    """Shard ``model`` with FSDP or replicate it with DistributedDataParallel."""
+def distribute(network: Network, config: TrainConfig, process: Process) -> nn.Module:
+    """Shard a model with FSDP, block by block, or replicate it with DistributedDataParallel."""
+    model = network.model
     if config.fsdp:
         dtype = torch.bfloat16 if config.precision == "bfloat16" else None
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         mesh = dist.init_device_mesh(process.device.type, (process.count,))
-        for branch in (branch for block in model.transformer.layers for branch in block):  # type: ignore
-            fully_shard(branch, mesh=mesh, mp_policy=policy)
+        for block in map(model.get_submodule, network.blocks):
+            for part in block if isinstance(block, nn.ModuleList) else (block,):  # a list has no forward
+                fully_shard(part, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
     elif process.count > 1:
         return DistributedDataParallel(model)
@@ -194,13 +187,12 @@ def test(
         logits, labels = compute_logits(model, batch, config, process), labels.to(process.device)
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack((loss, (logits.argmax(1) == labels).sum()))
-    model.train()
     loss, right = (process.sum(sums) / images).tolist()
     return {f"{name}_loss": loss, f"{name}_accuracy": right}
 
 
 class Run:
-    """The state of a run: model, optimizer, schedule and step."""
+    """The state of a run: model, its moving average, optimizer, schedule and step."""
 
     def __init__(self, config: TrainConfig, data: Data, process: Process) -> None:
         if config.batch_size % process.count:
@@ -214,20 +206,26 @@ class Run:
                 f"batch_size must be at most the number of training images, {images}, got {config.batch_size}"
             )
         self.config, self.data, self.process = config, data, process
-        self.model = build(config, data.channels, len(data.classes)).to(process.device)
-        self.distributed_model = distribute(self.model, config, process)
+        if config.fsdp and (config.tune != "full" or config.ema is not None):
+            raise ValueError("fsdp requires tune 'full' and no ema")
+        self.network = build_network(config, len(data.classes), data.channels)
+        finetune.prepare(self.network, config)
+        self.model = self.network.model.to(process.device)
+        self.average = finetune.moving_average(self.model, config)
+        self.mix = finetune.mixer(config, len(data.classes))
+        self.distributed_model = distribute(self.network, config, process)
         seed = seed_of(config.seed, process.rank)  # each process has its own dropout
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        matrices = [p for p in self.model.parameters() if p.ndim > 1]
-        vectors = [p for p in self.model.parameters() if p.ndim <= 1]
-        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+        groups = finetune.parameter_groups(self.network, config)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.rate, weight_decay=config.weight_decay)
         self.steps = config.epochs * self.steps_per_epoch
         self.keep = True  # keep the previous checkpoint at the next save
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
         self.step = 0
+        self.best: dict[str, Any] = {}  # step and validation of the best weights
+        self.best_weights: dict[str, Any] = {}  # of the first process
         self.class_weights: Tensor | None = None
         if config.balance == "loss":
             self.class_weights = class_weights(data.train.labels, len(data.classes)).to(process.device)
@@ -241,10 +239,16 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """Return properties that a checkpoint must match to resume the run."""
         config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in CHANGEABLE | {"size"}}
-        return {**config, **self.config.sizes(), **self.data.facts(), "processes": self.process.count}
+        return {**config, **_sizes(self.network, self.config), **self.data.facts(), "processes": self.process.count}
+
+    @property
+    def tested_model(self) -> nn.Module:
+        """The moving average of the model, if there is one, else the model."""
+        return self.model if self.average is None else self.average.module
 
     def training_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Run one step and return the loss of this process's part of the batch."""
+        images, labels = self.mix(images, labels, *divmod(self.step, self.steps_per_epoch))
         logits = compute_logits(self.distributed_model, images, self.config, self.process)
         labels = labels.to(self.process.device, non_blocking=True)
         smoothing = self.config.label_smoothing
@@ -252,13 +256,16 @@ class Run:
             loss = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
         else:  # cross_entropy(weight=...) divides by the sum of the weights, which differs between processes
             losses = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
-            loss = (self.class_weights[labels] * losses).mean()
+            weights = labels @ self.class_weights if labels.ndim == 2 else self.class_weights[labels]
+            loss = (weights * losses).mean()
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.model, step=self.step)
         return loss.detach()
 
     def save(self, result: dict[str, float]) -> None:
@@ -271,10 +278,27 @@ class Run:
         if self.process.is_first:
             checkpoint.save(self.config.out, {
                 "model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict(),
-                "step": self.step, "random": states, "facts": self.facts(), "config": _plain(self.config),
-                "result": result,
+                "step": self.step, "random": states, "facts": self.facts(),
+                "config": _plain(self.network, self.config), "result": result, "best": self.best,
+                "best_model": self.best_weights,
+                **({} if self.average is None else {"average": self.average.module.state_dict()}),
             }, keep=self.keep)  # fmt: skip
             self.keep = True
+
+    def keep_best(self, result: dict[str, float]) -> None:
+        """Keep a copy of the weights if ``result`` is the best validation so far. All processes must call it."""
+        if self.config.keep == "best" and result["val_accuracy"] > self.best.get("val_accuracy", -1.0):
+            self.best = {"step": self.step, **result}
+            weights: dict[str, Any] = get_model_state_dict(self.tested_model, options=FULL_STATE)
+            self.best_weights = {name: tensor.clone() for name, tensor in weights.items()}
+
+    def load_best(self, result: dict[str, float]) -> dict[str, float]:
+        """Load the best weights and return their validation; ``result`` is that of the last ones."""
+        if self.config.keep == "last" or self.best["step"] == self.step:
+            return result
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.process.count > 1)
+        set_model_state_dict(self.tested_model, self.best_weights, options=options)
+        return {name: value for name, value in self.best.items() if name != "step"}
 
     def differences(self, state: dict[str, Any]) -> str:
         """Describe how the run of a checkpoint differs from this one, "" if it does not."""
@@ -289,15 +313,31 @@ class Run:
             self.model, self.optimizer,
             model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FULL_STATE,
         )  # fmt: skip
+        if not isinstance(state["best"], dict) or not all(type(x) in (int, float) for x in state["best"].values()):
+            raise ValueError(f"expected numbers of the best validation, got {state['best']!r}")
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
         self.schedule.load_state_dict(state["schedule"])
-        self.step = state["step"]
+        self.step, self.best, self.best_weights = state["step"], state["best"], state["best_model"]
         checkpoint.set_random_state(state["random"][self.process.rank], self.process.device)
 
 
-def _plain(config: TrainConfig) -> dict[str, Any]:
+def _sizes(network: Network, config: TrainConfig) -> dict[str, Any]:
+    """Return the sizes of a model; those of a library's model except the image size follow from its name."""
+    image_size = network.preprocessing.size[0]
+    if config.library is not None:
+        return {"image_size": image_size}
+    sizes: dict[str, Any] = config.sizes()
+    if config.model == "SwinTransformer":
+        sizes = {"image_size": image_size, "patch_size": sizes["patch_size"], **config.swin_sizes()}
+    return sizes
+
+
+def _plain(network: Network, config: TrainConfig) -> dict[str, Any]:
     """Return ``config`` with all sizes resolved, in types that a checkpoint can contain."""
-    sizes = {name: size for name, size in config.sizes().items() if name != "dim_head"}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in (dataclasses.asdict(config) | sizes).items()}
+    given = dataclasses.asdict(config)
+    given |= {name: size for name, size in _sizes(network, config).items() if name in given}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
 
 
 class Metrics:
@@ -339,7 +379,7 @@ def train(config: TrainConfig) -> dict[str, float]:
     """Train a model, or resume training, and write checkpoint, metrics and curves to ``config.out``.
 
     Returns:
-        "val_loss", "val_accuracy", "test_loss" and "test_accuracy" after the last epoch.
+        "val_loss", "val_accuracy", "test_loss" and "test_accuracy" of the weights that ``config.keep`` selects.
 
     Raises:
         FileNotFoundError: The data are missing; the message gives the expected path.
@@ -351,8 +391,10 @@ def train(config: TrainConfig) -> dict[str, float]:
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config must be a TrainConfig, got {config!r}")
     progress_of, _ = extra("rich.progress"), extra("matplotlib")  # fail now if one is missing, not after training
+    if config.tune == "lora":
+        extra("peft", "finetune")
     with join_processes(config) as process, contextlib.ExitStack() as stack:
-        run = Run(config, load_data(config), process)
+        run = Run(config, load_data(config, preprocessing_of(config)), process)
         if process.is_first:
             config.out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(checkpoint.lock_folder(config.out))
@@ -380,13 +422,14 @@ def train(config: TrainConfig) -> dict[str, float]:
             while run.step < run.steps:
                 epoch, start = divmod(run.step, run.steps_per_epoch)
                 run.data.train.epoch = epoch
+                finetune.set_mode(run.network, config)
                 parts = batches(
                     len(run.data.train), config.batch_size, config.seed, epoch,
                     start=start, rank=process.rank, processes=process.count,
                     labels=run.data.train.labels if config.balance == "sampler" else None,
                 )  # fmt: skip
                 for images, labels in load_batches(run.data.train, parts, config, process):
-                    rate = run.schedule.get_last_lr()[0]
+                    rate = max(run.schedule.get_last_lr())
                     loss = run.training_step(images, labels)
                     metrics.step(loss, step=run.step, epoch=epoch + 1, learning_rate=rate)
                     done = run.step % run.steps_per_epoch == 0
@@ -396,17 +439,19 @@ def train(config: TrainConfig) -> dict[str, float]:
                         metrics.flush()
                         run.save(result)
                     progress.update(task, advance=1, description=f"loss {metrics.loss:.3f}" if metrics.loss else "")
-                result = test(run.model, run.data.val, config, process, "val")
+                result = test(run.tested_model, run.data.val, config, process, "val")
                 lines = [result]
+                run.keep_best(result)
                 if run.step == run.steps:  # the test images are used once
-                    lines.append(test(run.model, run.data.test, config, process))
-                    result = lines[0] | lines[1]
+                    result = run.load_best(result)
+                    lines.append(test(run.tested_model, run.data.test, config, process))
+                    result = result | lines[1]
                 metrics.flush(*({"step": run.step, "epoch": epoch + 1, **line} for line in lines))
                 run.save(result)
                 if process.is_first:
                     progress.console.print(
                         f"epoch {epoch + 1} of {config.epochs}: loss {metrics.loss:.3f}, validation loss "
-                        f"{result['val_loss']:.3f}, validation accuracy {result['val_accuracy']:.1%}"
+                        f"{lines[0]['val_loss']:.3f}, validation accuracy {lines[0]['val_accuracy']:.1%}"
                     )
                 if time.monotonic() > drawn + DRAW_EVERY:
                     draw(config, process)
@@ -417,7 +462,11 @@ def train(config: TrainConfig) -> dict[str, float]:
                 f"test loss {result['test_loss']:.3f}, test accuracy {result['test_accuracy']:.1%}, "
                 f"{len(run.data.test):,} images"
             )
-            print(f"wrote {', '.join(str(config.out / name) for name in (checkpoint.NAME, METRICS, CURVES))}")
+            files = [checkpoint.NAME, METRICS, CURVES]
+            if config.tune == "lora":
+                finetune.save_adapter(run.tested_model, run.network, config, config.out)
+                files += [finetune.ADAPTER, finetune.MERGED]
+            print(f"wrote {', '.join(str(config.out / name) for name in files)}")
         return result
 
 
@@ -451,8 +500,11 @@ def load_trained(
         classes, channels = tuple(map(str, state["facts"]["classes"])), state["facts"]["channels"]
     config = dataclasses.replace(config, out=Path(folder), backend=backend, device=device, fsdp=False)
     with checkpoint.invalid_contents(path):
-        model = build(config, channels, len(classes))
-        model.load_state_dict(state["model"])
+        network = build_network(config, len(classes), channels, load=False)
+        if config.tune == "lora":
+            finetune.prepare(network, config)
+        network.model.load_state_dict(state["best_model"] or state.get("average") or state["model"])
+        model = finetune.merge(network.model) if config.tune == "lora" else network.model
     return model.eval(), config, classes
 
 
@@ -488,9 +540,9 @@ def evaluate(
         theirs = list(source.classes)
         raise ValueError(f"data: the model has the classes {list(classes)}, {config.data} has {theirs}")
     if config.data == own.data or Path(config.data).resolve() == Path(own.data).resolve():
-        images = load_data(config, source=source).test
+        images = load_data(config, preprocessing_of(own), source=source).test
     else:
-        preprocessing = default_preprocessing(own, cast(Any, model).channels)
+        preprocessing = preprocessing_of(own) or default_preprocessing(own, cast(Any, model).channels)
         transform = preprocessing.test_transform(source.name, source.channels)
         images = AugmentedDataset(source, images_for_evaluation(source), transform)
     with join_processes(config) as process:

@@ -17,7 +17,7 @@ from vit_triton import models
 from vit_triton.integrations import accelerate
 from vit_triton.training.config import TrainConfig
 from vit_triton.training.extras import extra
-from vit_triton.training.preprocessing import Preprocessing
+from vit_triton.training.preprocessing import Preprocessing, default_preprocessing
 from vit_triton.weights import WeightsError, load_weights
 from vit_triton.weights.files import open_weights
 
@@ -82,8 +82,7 @@ def preprocessing_of(config: TrainConfig) -> Preprocessing | None:
         return _hugging_face_preprocessing(name, config)
     sizes = config.sizes()
     _check_size(sizes["image_size"], sizes["patch_size"])
-    side = sizes["image_size"]
-    return Preprocessing((side, side), HALF, HALF) if config.model == "SwinTransformer" else None
+    return default_preprocessing(config, 3) if config.model == "SwinTransformer" else None
 
 
 def build_network(config: TrainConfig, classes: int, channels: int, *, load: bool = True) -> Network:
@@ -191,7 +190,7 @@ def _load_by_timm(model: nn.Module, head: tuple[str, ...], path: Path, config: T
 
 
 def _own(name: str, config: TrainConfig, classes: int, channels: int, load: bool) -> Network:
-    sizes, side = config.sizes(), config.sizes()["image_size"]
+    sizes = config.sizes()
     model: Any
     if config.model == "SwinTransformer":
         channels = 3
@@ -214,7 +213,6 @@ def _own(name: str, config: TrainConfig, classes: int, channels: int, load: bool
     names = _parameters(model, head)
     if load and config.weights not in (None, "none"):
         _load(model, names, config)
-    mean = (0.5,) * channels
     class_token = config.model == "ViT"
 
     def tokens(images: Tensor) -> Tensor:
@@ -222,7 +220,7 @@ def _own(name: str, config: TrainConfig, classes: int, channels: int, load: bool
             return model.norm(model.features(images)).flatten(1, 2)
         return model.transformer(model.embed(images))
 
-    preprocessing = Preprocessing((side, side), mean, mean, channels)
+    preprocessing = default_preprocessing(config, channels)
     return Network(model, preprocessing, names, blocks, tokens, class_token, int(class_token))
 
 
