@@ -62,12 +62,17 @@ class TrainConfig:
 
     data: str = dataclasses.field(metadata={
         "help": "digits, cifar10, idx:FOLDER (files as of MNIST), a folder of class folders, FILE.csv (columns path, "
-        "label and optionally split), hf:FOLDER or FILE.parquet (Hugging Face)"
+        "label and optionally split), hf:FOLDER or FILE.parquet (Hugging Face), 'wds:SHARDS' such as "
+        "'wds:shard-{000..009}.tar', or tensorbay:LOADER=PATH"
     })  # fmt: skip
     out: Path = _option(Path("training_output"), "folder for checkpoint.pt, metrics.jsonl and curves.png", type=Path)
     data_folder: Path = _option(Path("data"), "folder of cifar10", type=Path)
     download: bool = _option(False, "download cifar10 if it is missing")
-    label: str | None = _option(None, "column of the label in FILE.csv, hf:FOLDER or FILE.parquet (default: label)")
+    label: str | None = _option(
+        None,
+        "column of the label in .csv, hf: and .parquet data (default: label), its ending in wds: data (default: cls), "
+        "attribute:NAME or 'attribute:NAME>NUMBER' in tensorbay: data",
+    )
     train_images: int | None = _option(
         None, "train on this many images, of every class in proportion; drawn by the seed, nested", type=int
     )

@@ -1,17 +1,21 @@
-"""Labelled images: digits, cifar10, idx files, folders, CSV files, and data sets of Hugging Face."""
+"""Labelled images from files of several kinds, see :data:`KINDS`."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import functools
+import glob
 import gzip
+import importlib
 import io
 import os
+import re
+import tarfile
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -23,7 +27,11 @@ if TYPE_CHECKING:
 
 CIFAR10_FILE = "cifar-10-python.tar.gz"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/" + CIFAR10_FILE
-KINDS = "digits, cifar10, idx:FOLDER, a folder of images, FILE.csv, hf:FOLDER or FILE.parquet"
+KINDS = (
+    "digits, cifar10, idx:FOLDER, a folder of images, FILE.csv, hf:FOLDER, FILE.parquet, wds:SHARDS or "
+    "tensorbay:LOADER=PATH"
+)
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")  # in shards
 SPLITS = {**dict(zip(NAMES, NAMES, strict=True)), "validation": "val", "valid": "val"}
 
 
@@ -74,12 +82,14 @@ class Source:
 
 
 def open_source(data: str, *, folder: Path = Path("data"), download: bool = False, label: str | None = None) -> Source:
-    """Open ``data``: digits, cifar10, idx:FOLDER, a folder of images, FILE.csv, hf:FOLDER or FILE.parquet.
+    """Open ``data``: digits, cifar10, idx:FOLDER, a folder of images, FILE.csv, hf:FOLDER, FILE.parquet,
+    wds:SHARDS or tensorbay:LOADER=PATH.
 
     Args:
         folder: the folder of cifar10.
         download: whether to download cifar10 if it is missing.
-        label: the column of the label in CSV and Hugging Face data; "label" by default.
+        label: the column of the label in CSV and Hugging Face data ("label" by default), the ending of the label's
+            file in shards ("cls" by default), attribute:NAME or attribute:NAME>NUMBER for tensorbay.
 
     Raises:
         FileNotFoundError: The data are missing; the message gives the expected path.
@@ -87,18 +97,23 @@ def open_source(data: str, *, folder: Path = Path("data"), download: bool = Fals
         ValueError: The data are damaged or contain no images.
     """
     kind, _, rest = data.partition(":")
-    is_parquet = data.endswith(".parquet")
-    if label is not None and not (data.endswith(".csv") or is_parquet or kind == "hf"):
-        raise ValueError(f"label must be unset except for FILE.csv, hf:FOLDER and FILE.parquet, got {label!r}")
+    kind = kind if rest else ""
+    kind = "hf" if data.endswith(".parquet") else "csv" if data.endswith(".csv") and not rest else kind
+    if label is not None and kind not in ("csv", "hf", "wds", "tensorbay"):
+        raise ValueError(f"label must be unset except for .csv, hf:, .parquet, wds: and tensorbay: data, got {label!r}")
     if data == "digits":
         source = _digits()
     elif data == "cifar10":
         source = _cifar10(folder, download)
-    elif kind == "idx" and rest:
+    elif kind == "idx":
         source = _idx(Path(rest), data)
-    elif kind == "hf" and rest or is_parquet:
-        source = _hugging_face(Path(rest if kind == "hf" else data), data, label or "label")
-    elif data.endswith(".csv"):
+    elif kind == "hf":
+        source = _hugging_face(Path(data.removeprefix("hf:")), data, label or "label")
+    elif kind == "wds":
+        source = _shards(rest, data, label or "cls")
+    elif kind == "tensorbay":
+        source = _tensorbay(rest, data, label)
+    elif kind == "csv":
         source = _csv(Path(data), data, label or "label")
     else:
         source = _folder(Path(data), data)
@@ -117,10 +132,44 @@ def _read_array(images: np.ndarray, i: int) -> Image.Image:
     return Image.fromarray(images[i])
 
 
-def _read_file(paths: Sequence[str], i: int) -> Image.Image:
-    from vit_triton.images import open_image
+def _files(
+    data: str,
+    classes: Sequence[str],
+    labels: Sequence[int],
+    names: Sequence[str],
+    splits: Sequence[str] | None,
+    contents: Callable[[int], bytes | str],
+) -> Source:
+    """Return a source of image files. They are gray if all of about 16 images are.
 
-    return open_image(paths[i])
+    Args:
+        contents: returns the bytes or the path of an image.
+    """
+    some = range(0, len(names), max(1, len(names) // 16))
+    channels = 1 if all(_is_gray(contents(i)) for i in some) else 3
+    read = functools.partial(_read_file, contents, tuple(names))
+    splits = None if splits is None else tuple(splits)
+    return Source(data, tuple(classes), tuple(labels), tuple(names), splits, read, channels)
+
+
+def _read_file(contents: Callable[[int], bytes | str], names: Sequence[str], i: int) -> Image.Image:
+    from vit_triton.images import decode_image, open_image
+
+    content = contents(i)
+    return decode_image(content, names[i]) if isinstance(content, bytes) else open_image(content)
+
+
+def _is_gray(content: bytes | str) -> bool:
+    """Return whether an image has one channel, False if it is damaged."""
+    from PIL import Image
+
+    if isinstance(content, str) and not os.path.isfile(content):
+        return False
+    try:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            return image.mode in ("1", "L", "I;16")
+    except Exception:  # damaged images raise exceptions of many types; they are reported when they are used
+        return False
 
 
 def _numbered(labels: Iterable[Hashable]) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -250,13 +299,13 @@ def _folder(folder: Path, data: str) -> Source:
     names = tuple(sorted({name for *_, name in found}))
     index = {name: i for i, name in enumerate(names)}
     paths = tuple(path for _, path, _ in found)
-    return Source(
+    return _files(
         data,
         names,
-        tuple(index[name] for *_, name in found),
-        tuple(Path(os.path.relpath(path, folder)).as_posix() for path in paths),
-        None if parts == [""] else tuple(part for part, *_ in found),
-        functools.partial(_read_file, paths),
+        [index[name] for *_, name in found],
+        [Path(os.path.relpath(path, folder)).as_posix() for path in paths],
+        None if parts == [""] else [part for part, *_ in found],
+        paths.__getitem__,
     )
 
 
@@ -292,15 +341,14 @@ def _csv(file: Path, data: str, column: str) -> Source:
         for name in needed:
             if not row[name]:
                 raise ValueError(f"data: {file}, line {line}: the column {name!r} is empty")
-        if first.setdefault(os.path.normpath(row["path"]), line) != line:
-            raise ValueError(f"data: {file}, line {line}: {row['path']} is also in line {first[row['path']]}")
+        if (before := first.setdefault(os.path.normpath(row["path"]), line)) != line:
+            raise ValueError(f"data: {file}, line {line}: {row['path']} is also in line {before}")
         if "split" in needed and (split := row["split"]) not in SPLITS:
             raise ValueError(f"data: {file}, line {line}: split must be one of {', '.join(SPLITS)}, got {split!r}")
     classes, labels = _numbered(row[column] for _, row in rows)
-    names = tuple(row["path"] for _, row in rows)
-    paths = tuple(str(file.parent / name) for name in names)
-    splits = tuple(SPLITS[row["split"]] for _, row in rows) if "split" in needed else None
-    return Source(data, classes, labels, names, splits, functools.partial(_read_file, paths))
+    names = [row["path"] for _, row in rows]
+    splits = [SPLITS[row["split"]] for _, row in rows] if "split" in needed else None
+    return _files(data, classes, labels, names, splits, [str(file.parent / name) for name in names].__getitem__)
 
 
 # --- Hugging Face ------------------------------------------------------------------------------------------
@@ -348,37 +396,136 @@ def _hugging_face(path: Path, data: str, column: str) -> Source:
         classes, labels = _numbered(values)
     column, undecoded = images[0], datasets.Image(decode=False)
     columns = [part.select_columns(column).cast_column(column, undecoded) for part in parts.values()]
-    read = functools.partial(_read_row, columns, column, names)
-    some = range(0, len(names), max(1, len(names) // 16))
-    is_gray = all(_mode(columns, column, i) in ("1", "L", "I;16") for i in some)
-    splits = tuple(SPLITS[split] for split, part in parts.items() for _ in range(len(part)))
-    source = Source(data, classes, labels, names, splits, read, 1 if is_gray else 3)
+    splits = [SPLITS[split] for split, part in parts.items() for _ in range(len(part))]
+    source = _files(data, classes, labels, names, splits, functools.partial(_row_contents, columns, column))
     return source.select(range(len(names))) if len(set(labels)) < len(classes) else source
 
 
-def _row(parts: Sequence[Any], column: str, i: int) -> dict[str, Any]:
-    """Return the dictionary with bytes and path of an image."""
+def _row_contents(parts: Sequence[Any], column: str, i: int) -> bytes | str:
+    """Return the bytes or the path of an image of a data set in several parts."""
     for part in parts:
         if i < len(part):
-            return part[i][column] or {}
+            row = part[i][column] or {}
+            return row.get("bytes") or row.get("path") or b""
         i -= len(part)
     raise IndexError(i)
 
 
-def _mode(parts: Sequence[Any], column: str, i: int) -> str | None:
-    """Return the mode of an image, or None if it is damaged."""
-    from PIL import Image
+# --- webdataset --------------------------------------------------------------------------------------------
 
-    row = _row(parts, column, i)
+
+def _shards(pattern: str, data: str, ending: str) -> Source:
+    """Index the shards of webdataset: tar files with KEY.jpg (or another image) and KEY.cls, the label, per image."""
+    paths = [path for name in _expand(pattern) for path in (sorted(glob.glob(name)) if "*" in name else [name])]
+    shards = list(dict.fromkeys(paths))
+    if not shards:
+        raise FileNotFoundError(f"data: no file matches {pattern}")
+    found: list[tuple[str, str, str, int, int]] = []  # label, name, shard, offset, size
+    for shard in shards:
+        try:
+            found += _samples(shard, ending)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"data: {shard}: no such file") from None
+        except (OSError, tarfile.TarError) as error:
+            raise ValueError(f"data: {shard} is not an uncompressed tar file: {error}") from error
+    classes, labels = _numbered(label for label, *_ in found)
+    names = [name for _, name, *_ in found]
+    # the name of a shard can start with its split, as in train-000.tar
+    starts = [re.match("[a-z]*", Path(shard).name)[0] for _, _, shard, *_ in found]  # type: ignore[index]
+    splits = [SPLITS[start] for start in starts] if {*starts} <= SPLITS.keys() else None
+    places = [(shard, offset, size) for _, _, shard, offset, size in found]
+    return _files(data, classes, labels, names, splits, functools.partial(_member_contents, places))
+
+
+def _expand(pattern: str) -> list[str]:
+    """Expand the braces of a pattern: {000..009} and {a,b}."""
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if braces is None:
+        return [pattern]
+    between = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
+    options = braces[1].split(",")
+    if between:
+        options = [str(i).zfill(len(between[1])) for i in range(int(between[1]), int(between[2]) + 1)]
+    return [
+        name for option in options for name in _expand(pattern[: braces.start()] + option + pattern[braces.end() :])
+    ]
+
+
+def _samples(shard: str, ending: str) -> Iterator[tuple[str, str, str, int, int]]:
+    """Yield the label, name, shard, offset and size of each image of a shard."""
+    images: dict[tuple[str, str], tuple[str, int, int]] = {}
+    labels: dict[tuple[str, str], str] = {}
+    with tarfile.open(shard, "r:") as tar:
+        for member in tar:
+            folder, name = os.path.split(member.name)
+            key, _, kind = name.partition(".")
+            if not member.isfile():
+                continue
+            if kind.lower() in IMAGE_ENDINGS:
+                images[folder, key] = (member.name, member.offset_data, member.size)
+            elif kind == ending:
+                labels[folder, key] = cast(IO[bytes], tar.extractfile(member)).read().decode(errors="replace").strip()
+    for (folder, key), (member_name, offset, size) in images.items():
+        name = f"{Path(shard).name}/{member_name}"
+        if not (label := labels.get((folder, key))):
+            raise ValueError(f"data: {name} has no label, {key}.{ending}; --label (label=...) selects another ending")
+        yield label, name, shard, offset, size
+
+
+def _member_contents(places: Sequence[tuple[str, int, int]], i: int) -> bytes:
+    shard, offset, size = places[i]
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+# --- TensorBay ---------------------------------------------------------------------------------------------
+
+
+def _tensorbay(rest: str, data: str, label: str | None) -> Source:
+    """Load files in the layout of a data set that tensorbay.opendataset describes."""
+    name, _, path = rest.partition("=")
+    wanted = re.fullmatch(r"attribute:([^>]+)(?:>(.+))?", label or "")
+    limit = None
     try:
-        with Image.open(io.BytesIO(row["bytes"]) if row.get("bytes") else row["path"]) as image:
-            return image.mode
-    except Exception:  # damaged images raise exceptions of many types; they are reported when they are used
-        return None
-
-
-def _read_row(parts: Sequence[Any], column: str, names: Sequence[str], i: int) -> Image.Image:
-    from vit_triton.images import decode_image, open_image
-
-    row = _row(parts, column, i)
-    return decode_image(row["bytes"], names[i]) if row.get("bytes") else open_image(row.get("path") or names[i])
+        limit = float(wanted[2]) if wanted and wanted[2] else None
+    except ValueError:
+        wanted = None
+    if label is not None and wanted is None:
+        raise ValueError(f"label must be attribute:NAME or attribute:NAME>NUMBER for tensorbay, got {label!r}")
+    if not path:
+        raise ValueError(f"data: tensorbay needs the name of a loader and a path, tensorbay:LOADER=PATH, got {data!r}")
+    try:
+        opendataset = importlib.import_module("tensorbay.opendataset")
+    except ImportError as error:
+        raise ImportError(
+            f"{error}: tensorbay: data require pip install --no-deps tensorbay==1.24.2 and pip install "
+            "numpy-quaternion click filetype requests requests-toolbelt tqdm typing-extensions ulid-py urllib3"
+        ) from error
+    if not callable(load := getattr(opendataset, name, None)):
+        raise ValueError(f"data: tensorbay.opendataset has no loader {name!r}; dir(tensorbay.opendataset) lists them")
+    try:
+        dataset = load(path)
+    except ImportError:
+        raise
+    except Exception as error:  # missing and damaged files raise exceptions of many types
+        raise ValueError(
+            f"data: tensorbay's {name} cannot read {path}: {type(error).__name__}: {error}; "
+            f"help(tensorbay.opendataset.{name}) shows the files it reads"
+        ) from error
+    images = [(segment.name, image) for segment in dataset for image in segment]
+    values, above = [], (label or "").partition(":")[2]
+    for _, image in images:
+        classification = getattr(image.label, "classification", None)
+        attributes = getattr(classification, "attributes", None) or {}
+        value = attributes.get(wanted[1]) if wanted else getattr(classification, "category", None)
+        if value is None or limit is not None and not isinstance(value, (int, float)):
+            has = ", ".join(f"attribute:{each}" for each in attributes) or "none"
+            raise ValueError(f"data: {image.path} has no {label or 'category'}; its attributes are {has}")
+        values.append(str(value) if limit is None else above if value > limit else f"not {above}")
+    classes, labels = _numbered(values)
+    starts = [segment.lower() for segment, _ in images]
+    splits = [SPLITS[start] for start in starts] if {*starts} <= SPLITS.keys() else None
+    paths = [image.path for _, image in images]
+    names = [os.path.relpath(each, path) for each in paths]
+    return _files(data, classes, labels, names, splits, paths.__getitem__)
