@@ -4,7 +4,11 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,9 +18,10 @@ import torch
 from conftest import INTERPRETER
 from test_training import assert_same_run
 
-from vit_triton import save_weights
+from vit_triton import cli, save_weights
 from vit_triton.training import TrainConfig, checkpoint, evaluate, finetune, load_trained, loop, train
-from vit_triton.training.config import RATES
+from vit_triton.training.config import NEW_HEAD_RATE, RATES
+from vit_triton.training.data import load_data
 from vit_triton.training.loop import Run
 from vit_triton.training.networks import build_network, preprocessing_of
 
@@ -293,6 +298,13 @@ def test_rate_depends_on_what_trains(weights):
     assert config(weights=str(weights), tune="lora", learning_rate=5e-4).rate == 5e-4
 
 
+def test_new_head_has_a_least_rate(weights):
+    for rate, expected in ((1e-5, NEW_HEAD_RATE), (1e-2, 1e-2)):
+        ours = rates(*network_of(weights=str(weights), learning_rate=rate))
+        assert ours["head.weight"][0] == expected and ours["blocks.0.attn.qkv.weight"][0] == rate
+    assert rates(*network_of(weights="none", learning_rate=1e-5))["head.weight"][0] == 1e-5
+
+
 @pytest.mark.parametrize("model", ["timm", "hf", "ViT", "SwinTransformer"])
 def test_positions_and_tokens_have_no_weight_decay(model, weights, folder):
     changes = {"timm": dict(weights=str(weights)), "hf": dict(model=f"hf:{folder}")}.get(
@@ -309,11 +321,11 @@ def test_layer_decay(model, weights, folder):
     )
     network, given = network_of(layer_decay=0.5, learning_rate=1.0, **changes)
     ours = {name: rate for name, (rate, _) in rates(network, given).items()}
-    depth, new = len(network.blocks), finetune.HEAD_FACTOR if given.is_pretrained else 1.0
+    depth = len(network.blocks)
     for i, block in enumerate(network.blocks):
         inside = {rate for name, rate in ours.items() if name.startswith(f"{block}.")}
         assert inside == {0.5 ** (depth - i)}
-    assert {ours[name] for name in network.head} == {new}
+    assert {ours[name] for name in network.head} == {1.0}
     first = next(rate for name, rate in ours.items() if "patch_embed" in name or name.startswith("features.0."))
     assert first == 0.5 ** (depth + 1)
 
@@ -325,13 +337,20 @@ class Killed(BaseException):
     pass
 
 
+EVERYTHING = dict(tune="lora", lora_rank=2, ema=0.9, mixup=0.2, cutmix=1.0)
+
+
+@pytest.fixture(scope="module")
+def whole(weights, photos, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run with adapters, moving average, mixup and CutMix."""
+    out = tmp_path_factory.mktemp("whole")
+    train(config(photos, out=out, weights=str(weights), **EVERYTHING))
+    return out
+
+
 @pytest.mark.parametrize("moment", [3, 8])
-def test_resumed_run_with_adapters_average_and_mixup_is_bitwise_equal(moment, weights, photos, tmp_path, monkeypatch):
-    changes = dict(weights=str(weights), tune="lora", lora_rank=2, ema=0.9, mixup=0.2, cutmix=1.0)
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    train(config(photos, out=tmp_path / "whole", **changes))
-    state = checkpoint.load(tmp_path / "whole")[0]
+def test_resumed_run_is_bitwise_equal(moment, whole, weights, photos, tmp_path, monkeypatch):
+    state = checkpoint.load(whole)[0]
     assert any(not torch.equal(state["average"][name], state["model"][name]) for name in state["model"])
     steps, original = [], Run.training_step
 
@@ -341,13 +360,41 @@ def test_resumed_run_with_adapters_average_and_mixup_is_bitwise_equal(moment, we
             raise Killed
         return original(self, *args)
 
+    given = config(photos, out=tmp_path, weights=str(weights), **EVERYTHING)
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
         patch.setattr(Run, "training_step", training_step)
-        train(config(photos, out=tmp_path / "killed", **changes))
+        train(given)
     assert len(steps) == moment
     torch.manual_seed(5)
-    train(config(photos, out=tmp_path / "killed", resume=True, **changes))
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    train(dataclasses.replace(given, resume=True))
+    assert_same_run(tmp_path, whole)
+
+
+def test_resumes_after_kill_9(whole, weights, photos, tmp_path):
+    given = config(photos, out=tmp_path, weights=str(weights), **EVERYTHING)
+    names = (
+        "out",
+        "model",
+        "weights",
+        "image_size",
+        "batch_size",
+        "epochs",
+        "checkpoint_every",
+        "backend",
+        *EVERYTHING,
+    )
+    words = [word for name in names for word in ("--" + name.replace("_", "-"), str(getattr(given, name)))]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vit_triton.cli", "train", str(photos), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and not (tmp_path / checkpoint.NAME).exists():
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and checkpoint.load(tmp_path)[0]["step"] < 10
+    train(dataclasses.replace(given, resume=True))
+    assert_same_run(tmp_path, whole)
 
 
 def test_mixtures_depend_on_seed_epoch_and_step():
@@ -389,6 +436,41 @@ def test_tested_model_is_the_average(weights, photos, tmp_path):
     assert torch.equal(model.state_dict()[name], state["best_model"][name])
     assert torch.equal(model.state_dict()[name], state["average"][name])
     assert not torch.equal(state["average"][name], state["model"][name])
+
+
+def test_predict_reads_a_run_of_another_library(weights, photos, tmp_path, capsys):
+    train(config(photos, weights=str(weights), tune="head", out=tmp_path, epochs=1))
+    capsys.readouterr()
+    images = [str(photos / name / "0.png") for name in ("bright", "dark")]
+    assert cli.main(["predict", *images, "--model", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    model, data = load_trained(tmp_path)[0], load_data(config(photos), preprocessing_of(config(weights=str(weights))))
+    with torch.no_grad():
+        for result, path in zip(found, images, strict=True):
+            with Image.open(path) as image:
+                expected = model(data.test.transform(image)[None]).softmax(1)[0]
+            top = result["predictions"][0]
+            assert top["probability"] == pytest.approx(float(expected.max()), abs=0.02)
+    assert cli.main(["features", images[0], "--model", str(tmp_path)]) == 2
+    assert "is a timm:test_vit, of which only predict and eval read a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--tune last-9 --weights {weights}", "--tune last-9 exceeds the 6 blocks of timm:test_vit"),
+        ("--weights {weights} --image-size 40", "--image-size must be a multiple of the patch size 16, got 40"),
+        ("--weights {weights} --ignore decoder.*", "--ignore 'decoder.*' matches no name in vit.safetensors"),
+        ("--tune lora --weights none", "--tune must be 'full' for initial weights, got 'lora'; pass weights"),
+        ("--weights nowhere.pt", "weights: nowhere.pt: no such file"),
+    ],
+)
+def test_bad_option_on_the_command_line(words, message, weights, photos, tmp_path, capsys):
+    words = ["--image-size", "32", "--batch-size", "4", *words.format(weights=weights).split()]
+    assert cli.main(["train", str(photos), "--model", VIT, "--out", str(tmp_path / "run"), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"vit-triton: {message}") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 # --- a pretrained model ------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from sklearn.preprocessing import StandardScaler  # noqa: E402
 from vit_triton import save_weights, training  # noqa: E402
 from vit_triton.cli import main  # noqa: E402
 from vit_triton.training import classifiers, probe_charts, probing  # noqa: E402
+from vit_triton.training.data import open_data  # noqa: E402
 
 # --- classifiers and statistics ----------------------------------------------------------------------------
 
@@ -205,7 +206,7 @@ def test_features_are_those_of_timm(pool, photos, weights, tmp_path):
     (path,) = (tmp_path / "features").iterdir()
     features = np.load(path)["features"]
     config = training.TrainConfig(str(photos), model=VIT, weights=str(weights), **SIZE)
-    source = probing.open_data(config)
+    source = open_data(config)
     transform = probing.preprocessing_of(config).test_transform(source.name, source.channels)
     images = torch.stack([transform(source.image(i)) for i in range(len(source))])
     model = timm.create_model("test_vit", img_size=32).eval()
@@ -221,7 +222,7 @@ def test_features_are_those_of_timm(pool, photos, weights, tmp_path):
 @needs_kernels
 def test_features_have_no_dropout_and_no_gradient(photos, tmp_path):
     config = training.TrainConfig(str(photos), model="ViT", size="mini", patch_size=8, dropout=0.5, **SIZE)
-    source = probing.open_data(config)
+    source = open_data(config)
     network = probing.build_network(config, 3, 3)
     features, _ = probing.compute_features(network, source, config, "cls", torch.device("cpu"))
     again, _ = probing.compute_features(network, source, config, "cls", torch.device("cpu"))
@@ -279,6 +280,17 @@ def test_raw_pixels_are_reduced(tmp_path):
     assert probing.load_examples(training.TrainConfig(str(tmp_path)), raw=False).raw is None
     digits = probing.load_examples(training.TrainConfig("digits"), raw=True)
     assert digits.raw.shape == (1797, 64) and len(digits.train) == 1438 and digits.majority < 0.11
+
+
+def test_damaged_images(tmp_path):
+    folder = draw_photos(tmp_path / "photos", bright=12, dark=12)
+    (folder / "dark" / "4.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="data: .*4.png: not an image.*skip.damaged"):
+        training.probe(str(folder), raw=True, out=tmp_path / "out")
+    with pytest.warns(UserWarning, match="left out 1 damaged of 24 images: .*4.png"):
+        result = training.probe(str(folder), raw=True, out=tmp_path / "out", skip_damaged=True)
+    assert result["scores"][0]["train"] + result["scores"][0]["test"] == 23
+    assert result["scores"][1]["accuracy"] == 1  # images and labels are still in the same order
 
 
 def test_command(few_strengths, photos, tmp_path, capsys):

@@ -4,6 +4,7 @@ import collections
 import gzip
 import hashlib
 import io
+import json
 import os
 import pickle
 import shutil
@@ -17,7 +18,7 @@ import torch
 
 from vit_triton.cli import main
 from vit_triton.training import TrainConfig, evaluate, train
-from vit_triton.training.data import AugmentedDataset, batches, class_weights, load_data, open_data
+from vit_triton.training.data import AugmentedDataset, batches, class_weights, load_data
 from vit_triton.training.loop import Run
 from vit_triton.training.preprocessing import Preprocessing
 from vit_triton.training.sources import Source, open_source
@@ -129,6 +130,27 @@ def test_damaged_csv_file_is_named(text, message, tmp_path):
         (tmp_path / "list.csv").write_text(text, errors="surrogateescape")
     with pytest.raises((ValueError, FileNotFoundError), match=rf"^data: \S*/list.csv.*{message}|^data: .*{message}"):
         open_source(str(tmp_path / "list.csv"))
+
+
+def test_evaluation_of_data_without_columns(photos, tmp_path):
+    """The run's column of the label does not apply."""
+    write_csv(photos, tmp_path / "list.csv", "path,kind")
+    train(
+        TrainConfig(
+            tmp_path / "list.csv", label="kind", out=tmp_path / "run", **SMALL | {"epochs": 1, "backend": "torch"}
+        )
+    )
+    assert evaluate(tmp_path / "run", str(photos))["images"] == 20
+
+
+@pytest.mark.parametrize("data", [".", "empty"])
+def test_class_folder_without_images_is_named(data, photos, tmp_path):
+    shutil.copytree(photos, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match="^data: (no images in .*/empty; the ext|Couldn't find any)"
+    ):
+        open_source(str(tmp_path / data))
 
 
 @pytest.mark.parametrize("kind", ["digits", "cifar10", "idx:a", "folder"])
@@ -347,11 +369,25 @@ def test_damaged_images_are_named_and_left_out(photos, tmp_path, capsys):
         (tmp_path / "images" / "dark" / f"{i}.png").write_bytes((photos / "dark" / f"{i}.png").read_bytes()[:60])
     data, out = tmp_path / "images", tmp_path / "run"
     message = r"^data: left out 2 damaged of 20 images: \S+/dark/1.png: cannot be read: [^;]*; \S+/dark/4.png: [^;]*$"
+    made = load_data(TrainConfig(data, **SIZES))
     with pytest.warns(UserWarning, match=message):
-        made = open_data(TrainConfig(data, skip_damaged=True))
-    assert made.names == tuple(f"{x}/{i}.png" for x in ("bright", "dark") for i in range(10) if (x, i) not in
-                               {("dark", 1), ("dark", 4)})  # fmt: skip
-    assert made.image(11).tobytes() == open_source(str(data)).image(12).tobytes()
+        kept = load_data(TrainConfig(data, skip_damaged=True, **SIZES))
+    for part in NAMES:
+        expected = [name for name in getattr(made, part).names if name not in ("dark/1.png", "dark/4.png")]
+        assert getattr(kept, part).names == expected
+    for part in (kept.train, kept.val, kept.test):
+        assert all(part[i][0].shape == (3, 8, 8) for i in range(len(part)))
+    with pytest.warns(UserWarning, match=message):
+        train(TrainConfig(data, out=out, skip_damaged=True, **SMALL | {"epochs": 1, "backend": "torch"}))
+    with pytest.warns(UserWarning, match=message):
+        assert main(["eval", str(out), "--data", os.path.join(data, "."), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == len(kept.test)
+    shutil.copytree(data, tmp_path / "other")
+    with pytest.raises(ValueError, match="; --skip-damaged"):
+        evaluate(out, str(tmp_path / "other"), skip_damaged=False)
+    with pytest.warns(UserWarning, match=message):
+        assert evaluate(out, str(tmp_path / "other"))["images"] == 18
+    shutil.rmtree(out)
     for name in NAMES:  # wherever they are
         write_csv(data, tmp_path / "list.csv", splits=(name, *NAMES))
         with pytest.raises(ValueError, match=r"^data: \S+/dark/[14].png: .*; --skip-damaged \("):

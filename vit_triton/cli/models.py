@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from vit_triton.inspection import attention_maps
 from vit_triton.integrations import accelerate
 from vit_triton.training import load_trained
 from vit_triton.training.loop import device_for
+from vit_triton.training.networks import preprocessing_of
 from vit_triton.training.preprocessing import default_preprocessing, is_photographs
 from vit_triton.weights import WeightsError, load_weights
 
@@ -134,7 +135,7 @@ class InferenceModel:
 
 
 class TrainedModel(InferenceModel):
-    """A ViT or SimpleViT of this library."""
+    """A model that ``vit-triton train`` wrote; features and attention only of a ViT or SimpleViT."""
 
     def features(self, images: Tensor) -> Tensor:
         model: Any = self.model
@@ -226,23 +227,27 @@ def open_model(options: argparse.Namespace, *, purpose: str) -> InferenceModel:
         for option in ("weights", "ignore", "key", "grid", "resample", "image_size"):
             if getattr(options, option):
                 raise ValueError(f"--{option.replace('_', '-')} requires a timm: or hf: model, got {options.model}")
-        model = _trained(Path(options.model), options.backend, device)
+        model = _trained(Path(options.model), options.backend, device, purpose)
     if purpose == "logits" and not model.classes:
         raise ValueError(f"--model: {options.model} has no classification head")
     model.model.eval().to(device)
     return model
 
 
-def _trained(folder: Path, backend: str | None, device: str) -> InferenceModel:
+def _trained(folder: Path, backend: str | None, device: str, purpose: str) -> InferenceModel:
     if not folder.is_dir():
         raise FileNotFoundError(f"--model: expected a folder that train wrote, timm:NAME or hf:NAME, got {folder}")
     model, config, classes = load_trained(folder, backend=backend, device=device)
-    size, patch = (config.sizes()[name] for name in ("image_size", "patch_size"))
-    channels = cast(Any, model).channels
-    trained = default_preprocessing(config, channels)
-    crop_pct = size / (size * 8 // 7) if is_photographs(config.data, channels) else 1.0
-    preprocessing = Preprocessing(size, crop_pct, trained.mean, trained.std)
-    return TrainedModel(model, preprocessing, patch, classes, device)
+    if purpose != "logits" and config.model not in ("ViT", "SimpleViT"):
+        raise ValueError(f"--model: {folder} is a {config.model}, of which only predict and eval read a run")
+    channels = getattr(model, "channels", 3)
+    trained = preprocessing_of(config) or default_preprocessing(config, channels)
+    size = trained.size[0]
+    is_gray = config.data == "digits" or config.data.startswith("idx:")
+    crop_pct = size / (size * 8 // 7) if is_photographs(config.data, 1 if is_gray else channels) else 1.0
+    resample = getattr(Image.Resampling, trained.interpolation.upper())
+    preprocessing = Preprocessing(size, crop_pct, trained.mean, trained.std, resample)
+    return TrainedModel(model, preprocessing, config.sizes()["patch_size"], classes, device)
 
 
 def _timm(name: str, options: argparse.Namespace, device: str, purpose: str) -> InferenceModel:

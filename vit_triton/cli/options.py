@@ -49,7 +49,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
                         "there are none, or all images without either (default: the run's test images)")  # fmt: skip
     parser.add_argument("--data-folder", type=Path, help=f"{fields['data_folder']} (default: as in training)")
     parser.add_argument("--download", action="store_true", help=fields["download"])
-    parser.add_argument("--label", help=f"{fields['label'].partition(' (')[0]} (default: as in training)")
+    parser.add_argument("--label", help="as for train (default: as in training)")
     parser.add_argument("--skip-damaged", action="store_true", help="check all images first and leave out damaged ones")
     parser.add_argument("--backend", choices=names.BACKENDS, help="backend of the model")
     parser.add_argument("--device", help="device of the model (default: cuda if available, else cpu)")

@@ -18,12 +18,14 @@ from vit_triton.integrations.parts import (
     AttentionParts,
     BlockParts,
     Branch,
+    Weight,
     apply_module,
     check_input,
     check_map,
     check_rows,
     feed_forward,
     layer_norm,
+    linear,
 )
 from vit_triton.integrations.recipes import UnsupportedModule
 from vit_triton.recording import active_recorder
@@ -71,7 +73,7 @@ def attend_decomposed(
     if attention.norm_type != "layer_norm":
         raise UnsupportedModule("RMSNorm of queries and keys")
     normed, norm = apply_module(x, attention.norm)
-    qkv = F.linear(normed, attention.qkv_weight, attention.qkv_bias, norm=norm, backend=backend)
+    qkv = linear(normed, attention.qkv_weight, attention.qkv_bias, norm=norm, backend=backend)
     q, k, v = qkv.unflatten(-1, (3, attention.heads, -1)).flatten(1, 2).unbind(2)
     # not in the operator, because the bias reads the normalized queries
     q = q if attention.q_norm is None else layer_norm(q, attention.q_norm, backend)
@@ -84,9 +86,9 @@ def attend_decomposed(
         bias = F.DecomposedBias(rel_h.flatten(2, 3), rel_w.flatten(2, 3))
     scale, dropout_p = attention.scale, attention.dropout_p
     out = F.attention(q, k, v, bias=bias, scale=scale, dropout_p=dropout_p, backend=backend)
-    return F.linear(
+    return linear(
         cast(Tensor, out).flatten(2).unflatten(1, sides),
-        cast(Tensor, attention.out_weight),
+        cast(Weight, attention.out_weight),
         attention.out_bias,
         dropout_p=attention.out_dropout_p,
         **branch._asdict(),

@@ -18,6 +18,7 @@ from vit_triton.integrations.parts import (
     check_rows,
     feed_forward,
     layer_norm,
+    linear,
     project_out,
 )
 from vit_triton.integrations.recipes import UnsupportedModule
@@ -54,7 +55,7 @@ def attend_packed(
         except (TypeError, ValueError) as error:
             raise UnsupportedModule(str(error)) from error
     normed, norm = apply_module(x, parts.norm)
-    qkv = F.linear(normed, parts.qkv_weight, parts.qkv_bias, norm=norm, backend=backend)
+    qkv = linear(normed, parts.qkv_weight, parts.qkv_bias, norm=norm, backend=backend)
     q, k, v = qkv.unflatten(-1, (3, parts.heads, head_dim)).unbind(1)
     out = F.attention_varlen(
         normalize_heads(q, parts.q_norm, parts.norm_type, backend),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,7 +15,14 @@ from vit_triton import reference
 from vit_triton.autocast import is_autocast_enabled
 from vit_triton.backend import MAX_NORM_WIDTH, resolve_backend
 from vit_triton.checks import KERNEL_DTYPES, MAX_HEAD_DIM, MAX_ROWS, check_rope, check_score_mask
-from vit_triton.integrations.recipes import UnsupportedModule, check_members, is_sharded, submodule
+from vit_triton.integrations.recipes import (
+    UnsupportedModule,
+    check_members,
+    has_hooks,
+    is_sharded,
+    submodule,
+    why_modified,
+)
 from vit_triton.modules import active_dropout_p, may_fuse_branches
 from vit_triton.packing import concatenated
 
@@ -25,6 +31,7 @@ __all__ = [
     "AttentionParts",
     "BlockParts",
     "Branch",
+    "ForeignLinear",
     "MlpParts",
     "activation_of",
     "apply_module",
@@ -42,9 +49,10 @@ __all__ = [
     "encoder_block",
     "feed_forward",
     "is_plain",
-    "joined_biases",
+    "joined_linears",
     "layer_norm",
     "layer_norm_of",
+    "linear",
     "linear_of",
     "norm_of",
 ]
@@ -61,6 +69,21 @@ class Branch(NamedTuple):
     drop_path_p: float = 0.0
 
 
+class ForeignLinear:
+    """Linears of another library, such as those of peft with adapters: they run as modules, and their results are
+    concatenated. It takes the place of a weight in the parts, and has its shape."""
+
+    def __init__(self, *modules: Any) -> None:
+        self.modules = modules
+        self.shape = torch.Size((sum(each.out_features for each in modules), modules[0].in_features))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        outs = [each(x) for each in self.modules]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+
+
+Weight = Tensor | ForeignLinear
+
 # weight, bias and eps of a LayerNorm, or another norm, which runs as a module
 AnyNorm = F.Norm | nn.Module | None
 
@@ -71,9 +94,9 @@ class AttentionParts(NamedTuple):
 
     heads: int
     scale: float
-    qkv_weight: Tensor  # (3 * heads * head_dim, dim)
+    qkv_weight: Weight  # (3 * heads * head_dim, dim)
     qkv_bias: Tensor | None
-    out_weight: Tensor | None  # None: no output projection
+    out_weight: Weight | None  # None: no output projection
     out_bias: Tensor | None
     norm: AnyNorm = None
     q_norm: F.Norm | None = None
@@ -89,9 +112,9 @@ class AttentionParts(NamedTuple):
 class MlpParts(NamedTuple):
     """[norm], projection, activation, [inner_norm], projection."""
 
-    w1: Tensor
+    w1: Weight
     b1: Tensor | None
-    w2: Tensor
+    w2: Weight
     b2: Tensor | None
     activation: str
     norm: AnyNorm = None
@@ -139,12 +162,12 @@ def attend(
     rotation: dict[str, Any] = {}
     if positions and rotates_in_projection(x, parts):
         rotation, positions = dict(positions, rope_heads=parts.heads), {}
-    given = normed, parts.qkv_weight, parts.qkv_bias
-    if branch.residual is normed and not rotation:
-        qkv, residual = F.linear_and_input(*given, norm=norm, backend=backend)
+    weight, bias_ = parts.qkv_weight, parts.qkv_bias
+    if branch.residual is normed and not rotation and not isinstance(weight, ForeignLinear):
+        qkv, residual = F.linear_and_input(normed, weight, bias_, norm=norm, backend=backend)
         branch = branch._replace(residual=residual)
     else:
-        qkv = F.linear(*given, norm=norm, **rotation, backend=backend)
+        qkv = linear(normed, weight, bias_, norm=norm, **rotation, backend=backend)
     out = F.attention_packed(
         qkv.unflatten(-1, (3, parts.heads, -1)),
         q_norm=parts.q_norm,
@@ -164,7 +187,7 @@ def project_out(out: Tensor, parts: AttentionParts, backend: str | None, branch:
     if parts.out_weight is None:
         return out if branch.residual is None else out + branch.residual
     out, out_norm = apply_module(out, parts.out_norm)
-    return F.linear(
+    return linear(
         out,
         parts.out_weight,
         parts.out_bias,
@@ -178,7 +201,8 @@ def project_out(out: Tensor, parts: AttentionParts, backend: str | None, branch:
 def rotates_in_projection(x: Tensor, parts: AttentionParts) -> bool:
     """Whether the projection rotates q and k, with less memory traffic on a GPU. Norms of q and k precede the
     rotation."""
-    return x.device.type != "cpu" and parts.q_norm is None and parts.k_norm is None
+    plain = parts.q_norm is None and parts.k_norm is None and not isinstance(parts.qkv_weight, ForeignLinear)
+    return x.device.type != "cpu" and plain
 
 
 def rotary_options(x: Tensor, parts: AttentionParts, rope: F.Rope) -> dict[str, Any]:
@@ -218,6 +242,33 @@ def layer_norm(x: Tensor, norm: F.Norm, backend: str | None) -> Tensor:
     return cast(Tensor, F.layer_norm(x, weight, bias, eps=eps, backend=backend))
 
 
+def linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    *,
+    norm: F.Norm | None = None,
+    dropout_p: float = 0.0,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    drop_path_p: float = 0.0,
+    backend: str | None,
+    **rotation: Any,
+) -> Tensor:
+    """Compute :func:`vit_triton.functional.linear`; a foreign Linear runs as a module between norm and branch."""
+    branch = dict(residual=residual, layer_scale=layer_scale, drop_path_p=drop_path_p)
+    if not isinstance(weight, ForeignLinear):
+        options: dict[str, Any] = dict(norm=norm, dropout_p=dropout_p, **branch, **rotation)
+        return F.linear(x, weight, bias, **options, backend=backend)
+    out = weight(x if norm is None else layer_norm(x, norm, backend))
+    out = out if bias is None else out + bias
+    out = torch_F.dropout(out, dropout_p) if dropout_p > 0 else out
+    out = out if layer_scale is None else out * layer_scale
+    if drop_path_p > 0:
+        out = out * reference.drop_path_factors(x, drop_path_p).to(out.dtype).view(-1, *(1,) * (out.ndim - 1))
+    return out if residual is None else out + residual
+
+
 def attend_input(given: AttentionInput, parts: AttentionParts, backend: str | None) -> Tensor:
     return attend(given.x, parts, backend, rope=given.rope, bias=given.mask)
 
@@ -227,13 +278,14 @@ def feed_forward(x: Tensor, parts: MlpParts, backend: str | None, branch: Branch
     check_input(x, parts.w1, parts.w2, branch.layer_scale)
     x, norm = apply_module(x, parts.norm)
     options = parts._replace(norm=norm)._asdict()
-    if options.pop("inner_norm") is None:
+    foreign = isinstance(parts.w1, ForeignLinear) or isinstance(parts.w2, ForeignLinear)
+    if options.pop("inner_norm") is None and not foreign:
         return F.mlp(x, **options, **branch._asdict(), backend=backend)
-    hidden = reference.activate(F.linear(x, parts.w1, parts.b1, norm=norm, backend=backend), parts.activation)
+    hidden = reference.activate(linear(x, parts.w1, parts.b1, norm=norm, backend=backend), parts.activation)
     hidden = torch_F.dropout(hidden, parts.hidden_dropout_p) if parts.hidden_dropout_p > 0 else hidden
     hidden, inner_norm = apply_module(hidden, parts.inner_norm)
     options = dict(norm=inner_norm, dropout_p=parts.dropout_p, **branch._asdict())
-    return F.linear(hidden, parts.w2, parts.b2, **options, backend=backend)
+    return linear(hidden, parts.w2, parts.b2, **options, backend=backend)
 
 
 def compute_block(given: Tensor | AttentionInput, parts: BlockParts, backend: str | None) -> Tensor:
@@ -253,6 +305,9 @@ def is_plain(parts: BlockParts) -> bool:
     """Return whether :func:`vit_triton.functional.encoder` supports blocks of this kind."""
     attention = parts.attention
     unsupported = attention.q_norm, attention.k_norm, attention.out_norm, parts.mlp.inner_norm
+    weights = attention.qkv_weight, attention.out_weight, parts.mlp.w1, parts.mlp.w2
+    if any(isinstance(weight, ForeignLinear) for weight in weights):
+        return False
     normed = isinstance(attention.norm, tuple) and isinstance(parts.mlp.norm, tuple)
     return normed and attention.out_weight is not None and all(part is None for part in unsupported)
 
@@ -267,14 +322,14 @@ def encoder_block(x: Tensor, parts: BlockParts) -> F.Block | None:
         return None
     block = F.Block(
         norm1=cast(F.Norm, attention.norm),
-        qkv_weight=attention.qkv_weight,
+        qkv_weight=cast(Tensor, attention.qkv_weight),
         qkv_bias=attention.qkv_bias,
         out_weight=cast(Tensor, attention.out_weight),
         out_bias=attention.out_bias,
         norm2=cast(F.Norm, mlp.norm),
-        w1=mlp.w1,
+        w1=cast(Tensor, mlp.w1),
         b1=mlp.b1,
-        w2=mlp.w2,
+        w2=cast(Tensor, mlp.w2),
         b2=mlp.b2,
         layer_scale1=branch1.layer_scale,
         layer_scale2=branch2.layer_scale,
@@ -288,7 +343,7 @@ def encoder_block(x: Tensor, parts: BlockParts) -> F.Block | None:
     return block
 
 
-def check_input(x: Tensor, *weights: Tensor | None) -> None:
+def check_input(x: Tensor, *weights: Weight | None) -> None:
     """Check the dtypes and the number of rows of an input and its weights.
 
     Raises:
@@ -296,7 +351,7 @@ def check_input(x: Tensor, *weights: Tensor | None) -> None:
             PyTorch's type promotion applies, or there are more rows than the kernels support.
     """
     for weight in weights:
-        if weight is None:
+        if weight is None or isinstance(weight, ForeignLinear):
             continue
         if is_sharded(weight):
             raise UnsupportedModule("sharded weight")
@@ -365,22 +420,37 @@ def norm_of(module: nn.Module, name: str, *classes: type[nn.Module] | None) -> F
     return layer_norm_of(submodule(module, name, *classes))
 
 
-def linear_of(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias of the Linear called `name`, after :func:`check_weight`."""
+def linear_of(module: nn.Module, name: str) -> tuple[Any, Tensor | None]:
+    """Return weight and bias of the Linear called `name`, after :func:`check_weight`.
+
+    A Linear that peft wraps, which adds the output of an adapter, is a :class:`ForeignLinear` with its own bias.
+    """
+    child: Any = module._modules.get(name)
+    if isinstance(getattr(child, "base_layer", None), nn.Linear) and type(child).__module__.startswith("peft."):
+        if has_hooks(child) or "forward" in vars(child):
+            raise UnsupportedModule(f"{name}: {why_modified(child, ())}")
+        return ForeignLinear(child), None
     linear = submodule(module, name, nn.Linear)
     weight = linear.weight
     check_weight(name, weight)
     return weight, linear.bias
 
 
-def joined_biases(weight: Tensor, biases: Sequence[Tensor | None]) -> Tensor | None:
-    """Return the bias of several projections with the joint ``weight``, with zeros for those without a bias."""
+def joined_linears(module: nn.Module, *names: str) -> tuple[Any, Tensor | None]:
+    """Return the concatenated weights and biases of several Linears, which then run as one GEMM.
+
+    Every call concatenates them unless the model is prepacked.
+    """
+    weights, biases = zip(*(linear_of(module, name) for name in names), strict=True)
+    if any(isinstance(weight, ForeignLinear) for weight in weights):
+        return ForeignLinear(*(module._modules[name] for name in names)), None
+    weight = concatenated(weights)
     if all(bias is None for bias in biases):
-        return None
+        return weight, None
     if any(bias is None for bias in biases):
         zeros = weight.new_zeros(weight.shape[0] // len(biases))
-        return torch.cat([zeros if bias is None else bias for bias in biases])
-    return concatenated([bias for bias in biases if bias is not None])
+        return weight, torch.cat([zeros if bias is None else bias for bias in biases])
+    return weight, concatenated(biases)
 
 
 def dropout_of(module: nn.Module, name: str) -> float:

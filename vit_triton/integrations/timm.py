@@ -17,6 +17,7 @@ from vit_triton.integrations.parts import (
     BlockParts,
     Branch,
     MlpParts,
+    Weight,
     activation_of,
     attend_input,
     check_head_size,
@@ -26,8 +27,9 @@ from vit_triton.integrations.parts import (
     compute_block,
     dropout_of,
     feed_forward,
-    joined_biases,
+    joined_linears,
     layer_norm_of,
+    linear,
     linear_of,
 )
 from vit_triton.integrations.pytorch import LAYER_NORM
@@ -54,7 +56,6 @@ from vit_triton.integrations.windows import (
     merging_weight,
     window_of,
 )
-from vit_triton.packing import concatenated
 
 
 class Classes(NamedTuple):
@@ -232,9 +233,7 @@ def read_rotary_attention(module: Any) -> AttentionParts:
         raise UnsupportedModule("fewer heads of keys than of queries")
     check_head_size(module.head_dim)
     if module._modules.get("qkv") is None:
-        weights, biases = zip(*(linear_of(module, f"{name}_proj") for name in "qkv"), strict=True)
-        weight = concatenated(weights)
-        bias = joined_biases(weight, biases)
+        weight, bias = joined_linears(module, "q_proj", "k_proj", "v_proj")
     else:
         weight, bias = linear_of(module, "qkv")
         if getattr(module, "q_bias", None) is not None:
@@ -276,9 +275,7 @@ def read_mlp(module: Any) -> MlpParts:
         if isinstance(module, _classes.GluMlp):
             w1, b1 = linear_of(module, "fc1")
         else:
-            (gate, gate_bias), (value, value_bias) = linear_of(module, "fc1_g"), linear_of(module, "fc1_x")
-            w1 = concatenated((gate, value))
-            b1 = None if gate_bias is None or value_bias is None else concatenated((gate_bias, value_bias))
+            w1, b1 = joined_linears(module, "fc1_g", "fc1_x")
     w2, b2 = linear_of(module, "fc2")
     hidden_dropout_p, dropout_p = dropout_of(module, "drop1"), dropout_of(module, "drop2")
     return MlpParts(
@@ -437,9 +434,9 @@ def shares_positions(model: Any) -> bool:
 class PoolParts(NamedTuple):
     latent: Tensor
     pos_embed: Tensor | None
-    q: tuple[Tensor, Tensor | None]
-    kv: tuple[Tensor, Tensor | None]
-    proj: tuple[Tensor, Tensor | None]
+    q: tuple[Weight, Tensor | None]
+    kv: tuple[Weight, Tensor | None]
+    proj: tuple[Weight, Tensor | None]
     attention: dict[str, Any]
     heads: int
     out_dropout_p: float
@@ -477,11 +474,11 @@ def compute_pool(given: AttentionInput, parts: PoolParts, backend: str | None) -
     check_tokens(x)
     if parts.pos_embed is not None:
         x = x + parts.pos_embed.unsqueeze(0).to(x.dtype)
-    q = F.linear(parts.latent.expand(x.shape[0], -1, -1), *parts.q, backend=backend)
-    kv = F.linear(x, *parts.kv, backend=backend)
+    q = linear(parts.latent.expand(x.shape[0], -1, -1), *parts.q, backend=backend)
+    kv = linear(x, *parts.kv, backend=backend)
     q, kv = q.unflatten(-1, (parts.heads, -1)), kv.unflatten(-1, (2, parts.heads, -1))
     out = F.attention(q, *kv.unbind(2), bias=mask, **parts.attention, backend=backend)
-    x = F.linear(cast(Tensor, out).flatten(2), *parts.proj, dropout_p=parts.out_dropout_p, backend=backend)
+    x = linear(cast(Tensor, out).flatten(2), *parts.proj, dropout_p=parts.out_dropout_p, backend=backend)
     if parts.mlp is not None:
         x = feed_forward(x, parts.mlp, backend, Branch(residual=x))
     if parts.pool == "token":

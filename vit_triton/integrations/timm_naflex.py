@@ -115,8 +115,8 @@ def packed_features(model: Any, patches: Tensor, patch_coord: Tensor, patch_vali
     blocks, backend = read_blocks(model), model._replaced_backend
     if any(accelerated_class(block)._replaced_backend != backend for block in model.blocks):
         raise UnsupportedModule("blocks and model have different backends")
-    weight, tokens = blocks[0].attention.qkv_weight, patch_valid.numel()
-    if resolve_backend(backend, "attention", weight, elements=tokens * weight.shape[0] // 3) != "triton":
+    width, tokens = blocks[0].attention.qkv_weight.shape[0] // 3, patch_valid.numel()
+    if resolve_backend(backend, "attention", next(model.parameters()), elements=tokens * width) != "triton":
         raise UnsupportedModule("the backend selects PyTorch")
     # timm does not create a mask if it is given one
     embeds = model._forward_embeds(patches, patch_coord=patch_coord, patch_valid=patch_valid, attn_mask=patch_valid)

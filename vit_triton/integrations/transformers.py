@@ -41,7 +41,7 @@ from vit_triton.integrations.parts import (
     compute_block,
     dropout_of,
     feed_forward,
-    joined_biases,
+    joined_linears,
     linear_of,
     norm_of,
 )
@@ -58,14 +58,12 @@ from vit_triton.integrations.recipes import (
     trust,
 )
 from vit_triton.integrations.transformers_qwen import register_qwen
-from vit_triton.packing import concatenated
 
 __all__ = [
     "ACTIVATIONS",
     "VIT",
     "Classes",
     "attention_forward",
-    "concatenated_linears",
     "hidden_states_input",
     "read_mlp",
     "records_outputs",
@@ -315,7 +313,7 @@ class Classes(NamedTuple):
             raise UnsupportedModule("causal attention")
         check_head_size(module.head_dim)
         check_members(module, "q_proj", "k_proj", "v_proj", self.family.out)
-        weight, bias = concatenated_linears(module, "q_proj", "k_proj", "v_proj")
+        weight, bias = joined_linears(module, "q_proj", "k_proj", "v_proj")
         out_weight, out_bias = linear_of(module, self.family.out)
         return AttentionParts(
             heads=out_weight.shape[1] // module.head_dim,
@@ -379,16 +377,6 @@ def classes_of(file: str) -> Classes:
     return Classes(family, *(named.get((prefix + name).lower()) for name in Classes._fields[1:]))
 
 
-def concatenated_linears(module: nn.Module, *names: str) -> tuple[Tensor, Tensor | None]:
-    """Return the concatenated weights and biases of several Linears, which then run as one GEMM.
-
-    Every call concatenates them unless the model is prepacked.
-    """
-    weights, biases = zip(*(linear_of(module, name) for name in names), strict=True)
-    weight = concatenated(weights)
-    return weight, joined_biases(weight, biases)
-
-
 def read_mlp(module: Any) -> MlpParts:
     if "gate_proj" not in module._modules:
         names = ("up_proj", "down_proj", "act_fn") if "up_proj" in module._modules else ("fc1", "fc2", "activation_fn")
@@ -399,7 +387,7 @@ def read_mlp(module: Any) -> MlpParts:
     check_members(module, "gate_proj", "up_proj", "down_proj", "act_fn")
     if activation_of(module, "act_fn", ACTIVATIONS) != "silu":
         raise UnsupportedModule("act_fn: gate activation is not SiLU")
-    return MlpParts(*concatenated_linears(module, "gate_proj", "up_proj"), *linear_of(module, "down_proj"), "swiglu")
+    return MlpParts(*joined_linears(module, "gate_proj", "up_proj"), *linear_of(module, "down_proj"), "swiglu")
 
 
 # --- computing ---------------------------------------------------------------------------------------------
@@ -411,7 +399,7 @@ def compute_pool(given: AttentionInput, parts: PoolParts, backend: str | None) -
     check_mask(x, attention.heads, 1, mask)
     check_input(x, attention.qkv_weight, attention.out_weight, probe)
     check_tokens(x)
-    q_weight, kv_weight = attention.qkv_weight.tensor_split([x.shape[-1]])
+    q_weight, kv_weight = cast(Tensor, attention.qkv_weight).tensor_split([x.shape[-1]])
     q_bias, kv_bias = cast(Tensor, attention.qkv_bias).tensor_split([x.shape[-1]])
     q = F.linear(probe, q_weight, q_bias, backend=backend).unflatten(-1, (attention.heads, -1))
     kv = F.linear(x, kv_weight, kv_bias, backend=backend).unflatten(-1, (2, attention.heads, -1))

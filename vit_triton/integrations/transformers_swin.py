@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from vit_triton.integrations.parts import MlpParts, activation_of, dropout_of, linear_of, norm_of
+from vit_triton.integrations.parts import MlpParts, activation_of, dropout_of, joined_linears, linear_of, norm_of
 from vit_triton.integrations.recipes import (
     Recipe,
     UnsupportedModule,
@@ -18,7 +18,7 @@ from vit_triton.integrations.recipes import (
     submodule,
     trust,
 )
-from vit_triton.integrations.transformers import ACTIVATIONS, concatenated_linears, read_mlp
+from vit_triton.integrations.transformers import ACTIVATIONS, read_mlp
 from vit_triton.integrations.windows import (
     MergingParts,
     WindowBlockParts,
@@ -91,7 +91,7 @@ def read_layer(module: Any) -> LayerParts:
         raise UnsupportedModule(f"attn_implementation={attention.config._attn_implementation!r}")
     check_members(attention, "q_proj", "k_proj", "v_proj", "o_proj", "relative_position_bias")
     position_bias = submodule(attention, "relative_position_bias", file.SwinRelativePositionBias)
-    qkv_weight, qkv_bias = concatenated_linears(attention, "q_proj", "k_proj", "v_proj")
+    qkv_weight, qkv_bias = joined_linears(attention, "q_proj", "k_proj", "v_proj")
     out_weight, out_bias = linear_of(attention, "o_proj")
     dropout_p = dropout_of(module, "dropout")
     drop = submodule(module, "drop_path", file.SwinDropPath, nn.Identity)
@@ -169,7 +169,7 @@ def read_attention_v2(module: Any, output: nn.Module, shift: int) -> WindowParts
     """Read attention, whose key projection has no bias, and its output projection."""
     check_members(module, "logit_scale", "continuous_position_bias_mlp", "query", "key", "value", "dropout")
     check_members(output, "dense", "dropout")
-    weight, bias = concatenated_linears(module, "query", "key", "value")
+    weight, bias = joined_linears(module, "query", "key", "value")
     out_weight, out_bias = linear_of(output, "dense")
     table, logit_scale = cosine_of(module, module.continuous_position_bias_mlp, module.num_attention_heads)
     return WindowParts(

@@ -14,6 +14,7 @@ from vit_triton.checks import MAX_WINDOW_TOKENS
 from vit_triton.integrations.parts import (
     Branch,
     MlpParts,
+    Weight,
     check_head_size,
     check_input,
     check_map,
@@ -21,6 +22,7 @@ from vit_triton.integrations.parts import (
     check_weight,
     feed_forward,
     layer_norm,
+    linear,
     linear_of,
 )
 from vit_triton.integrations.recipes import UnsupportedModule
@@ -44,9 +46,9 @@ class WindowParts(NamedTuple):
     heads: int
     window: tuple[int, int]
     shift: tuple[int, int]
-    qkv_weight: Tensor  # (3 * heads * head_dim, dim)
+    qkv_weight: Weight  # (3 * heads * head_dim, dim)
     qkv_bias: Tensor | None
-    out_weight: Tensor
+    out_weight: Weight
     out_bias: Tensor | None
     table: Tensor  # the relative position bias, (offsets, heads)
     logit_scale: Tensor | None = None  # (heads,): cosine attention
@@ -72,7 +74,7 @@ class WindowBlockParts(NamedTuple):
 class MergingParts(NamedTuple):
     """Merge 2 x 2 tokens: norm and projection, or projection and norm with ``post_norm``."""
 
-    weight: Tensor
+    weight: Weight
     norm: F.Norm
     post_norm: bool = False
 
@@ -118,7 +120,7 @@ def attend(
             raise UnsupportedModule("padding of shifted windows")
         x, norm = pad_map(x if norm is None else layer_norm(x, norm, backend), pads), None
     out = attend_windows(
-        F.linear(x, parts.qkv_weight, parts.qkv_bias, norm=norm, backend=backend),
+        linear(x, parts.qkv_weight, parts.qkv_bias, norm=norm, backend=backend),
         parts.table,
         (height, width),
         heads=parts.heads,
@@ -129,7 +131,7 @@ def attend(
         dropout_p=parts.dropout_p,
         backend=backend,
     )
-    return F.linear(
+    return linear(
         out,
         parts.out_weight,
         parts.out_bias,
@@ -159,11 +161,11 @@ def compute_merging(x: Tensor, parts: MergingParts, backend: str | None) -> Tens
         x = torch_F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
     x = torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)
     if not parts.post_norm:
-        return F.linear(x, parts.weight, None, norm=parts.norm, backend=backend)
-    return layer_norm(F.linear(x, parts.weight, None, backend=backend), parts.norm, backend)
+        return linear(x, parts.weight, None, norm=parts.norm, backend=backend)
+    return layer_norm(linear(x, parts.weight, None, backend=backend), parts.norm, backend)
 
 
-def merging_weight(module: nn.Module) -> Tensor:
+def merging_weight(module: nn.Module) -> Weight:
     """Return the weight of the Linear `reduction`, which has no bias."""
     weight, bias = linear_of(module, "reduction")
     if bias is not None:

@@ -37,8 +37,9 @@ SWIN_SIZES = {
 }
 
 # peak learning rates by --tune, and that of a model with initial weights
-RATES = {"full": 5e-5, "head": 1e-2, "lora": 2e-3, "last-K": 3e-4}
+RATES = {"full": 3e-5, "head": 1e-2, "lora": 2e-3, "last-K": 3e-4}
 INITIAL_RATE = 1e-3
+NEW_HEAD_RATE = 1e-3  # the least rate of the new head of a pretrained model
 
 # default image size, patch size and model size
 DEFAULTS = {"digits": (16, 4, "mini"), "cifar10": (32, 4, "tiny"), "idx:": (28, 4, "mini")}
@@ -121,7 +122,7 @@ class TrainConfig:
         None,
         f"peak learning rate of AdamW (default: {INITIAL_RATE:g} for initial weights; for pretrained ones, by --tune: "
         + ", ".join(f"{tune} {rate:g}" for tune, rate in RATES.items())
-        + ")",
+        + f"); a new head trains at {NEW_HEAD_RATE:g} at least",
         type=float,
     )
     weight_decay: float = _option(

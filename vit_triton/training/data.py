@@ -94,6 +94,15 @@ def load_data(config: TrainConfig, preprocessing: Preprocessing | None = None, *
     """
     source = open_data(config) if source is None else source
     train, val, test = split(source.labels, source.splits, source.classes)
+    if config.skip_damaged:
+        # after the split, which therefore stays the same
+        damaged = damaged_images(source)
+        train, val, test = ([i for i in part if i not in damaged] for part in (train, val, test))
+        for part, name in ((train, "train"), (val, "val"), (test, "test")):
+            if not part or name == "train" and len({source.labels[i] for i in part}) < len(source.classes):
+                raise ValueError(
+                    f"data: too many damaged images, {len(damaged)}: a class in train, or {name}, is empty"
+                )
     if config.train_images is not None:
         train = subset(source.labels, train, config.train_images, config.seed)
     preprocessing = preprocessing or default_preprocessing(config, source.channels)
@@ -108,27 +117,27 @@ def load_data(config: TrainConfig, preprocessing: Preprocessing | None = None, *
 
 
 def open_data(config: TrainConfig) -> Source:
-    """Open the data of ``config``, without damaged images if ``config.skip_damaged`` is set.
+    """Open the data of ``config``.
 
     Raises:
         FileNotFoundError: The data are missing; the message gives the expected path.
         ImportError: A package is missing; the message gives the command to install it.
         ValueError: The data are damaged.
     """
-    source = open_source(config.data, folder=config.data_folder, download=config.download, label=config.label)
-    return without_damaged(source) if config.skip_damaged else source
+    return open_source(config.data, folder=config.data_folder, download=config.download, label=config.label)
 
 
-def images_for_evaluation(source: Source) -> list[int]:
+def images_for_evaluation(source: Source, *, skip_damaged: bool) -> list[int]:
     """Return the indices of the test images of other data than the model's, else validation images, else all."""
+    damaged = damaged_images(source) if skip_damaged else frozenset()
     for name in ("test", "val"):
         if source.splits is not None and name in source.splits:
-            return [i for i, part in enumerate(source.splits) if part == name]
-    return list(range(len(source.labels)))
+            return [i for i, part in enumerate(source.splits) if part == name and i not in damaged]
+    return [i for i in range(len(source)) if i not in damaged]
 
 
-def without_damaged(source: Source) -> Source:
-    """Decode all images, and leave out the damaged ones with a warning that names them."""
+def damaged_images(source: Source) -> frozenset[int]:
+    """Decode all images and return the indices of the damaged ones, with a warning that names them."""
 
     def error(i: int) -> str | None:
         try:
@@ -143,7 +152,7 @@ def without_damaged(source: Source) -> Source:
     if damaged := [text for text in errors if text is not None]:
         shown = "; ".join(damaged[:10]) + f"; and {len(damaged) - 10} more" * (len(damaged) > 10)
         warnings.warn(f"data: left out {len(damaged)} damaged of {len(errors)} images: {shown}", stacklevel=3)
-    return source.select([i for i, text in enumerate(errors) if text is None])
+    return frozenset(i for i, text in enumerate(errors) if text is not None)
 
 
 def class_weights(labels: Sequence[int], classes: int) -> Tensor:

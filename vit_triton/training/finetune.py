@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_triton.training.config import TrainConfig
+from vit_triton.training.config import NEW_HEAD_RATE, TrainConfig
 from vit_triton.training.data import seed_of
 from vit_triton.training.extras import extra
 from vit_triton.training.networks import Network
@@ -28,7 +28,6 @@ __all__ = [
     "set_mode",
 ]
 
-HEAD_FACTOR = 10.0  # rate of a new head / rate of the rest
 ADAPTER, MERGED = "adapter", "merged.safetensors"
 # Positions, learned tokens and the like, which have no weight decay, whatever their shape.
 UNDECAYED = re.compile(r"(pos_embed|pos_embedding|position_embeddings?|_tokens?|relative_position_bias_table)$")
@@ -96,26 +95,19 @@ def parameter_groups(network: Network, config: TrainConfig) -> list[dict[str, An
     """
     parameters = {name: p for name, p in network.model.named_parameters() if p.requires_grad}
     undecayed = set(getattr(network.model, "no_weight_decay", set)())
-    scales = _scales(network, config, parameters)
-    if config.layer_decay is not None and len({scales[name] for name in parameters if name not in network.head}) < 2:
+    rates = {name: config.rate * scale for name, scale in _layer_scales(network, config, parameters).items()}
+    if config.layer_decay is not None and len({rates[name] for name in parameters if name not in network.head}) < 2:
         raise ValueError(f"layer_decay {config.layer_decay} has no effect: all that trains has the same rate")
+    if config.is_pretrained:
+        rates |= {name: max(config.rate, NEW_HEAD_RATE) for name in network.head}
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in parameters.items():
         decays = parameter.ndim > 1 and name not in undecayed and not UNDECAYED.search(name)
-        key = scales[name], decays
+        key = rates[name], decays
         if key not in groups:
-            decay = config.weight_decay if decays else 0.0
-            groups[key] = {"params": [], "lr": config.rate * scales[name], "weight_decay": decay}
+            groups[key] = {"params": [], "lr": rates[name], "weight_decay": config.weight_decay if decays else 0.0}
         groups[key]["params"].append(parameter)
     return list(groups.values())
-
-
-def _scales(network: Network, config: TrainConfig, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
-    """Return the factor of the rate of each parameter."""
-    scales = _layer_scales(network, config, parameters)
-    if config.is_pretrained and config.tune != "head":  # the other parameters are trained already
-        scales |= {name: HEAD_FACTOR * scales[name] for name in network.head}
-    return scales
 
 
 def _layer_scales(network: Network, config: TrainConfig, parameters: dict[str, nn.Parameter]) -> dict[str, float]:

@@ -46,6 +46,7 @@ from vit_triton.training.data import (
 from vit_triton.training.extras import extra
 from vit_triton.training.networks import Network, build_network, preprocessing_of
 from vit_triton.training.preprocessing import default_preprocessing
+from vit_triton.training.sources import LABELLED, kind_of
 from vit_triton.weights.atomic import write_atomically
 
 FLUSH_EVERY = 20  # steps; reading the loss waits for the device
@@ -534,6 +535,8 @@ def evaluate(
     model, config, classes = load_trained(folder, backend=backend, device=device)
     own, given = config, dict(data=data, data_folder=data_folder, label=label, skip_damaged=skip_damaged)
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if label is None and kind_of(data or config.data) not in LABELLED:
+        changes["label"] = None
     config = dataclasses.replace(config, download=download, **changes)
     source = open_data(config)
     if source.classes != classes:
@@ -544,6 +547,6 @@ def evaluate(
     else:
         preprocessing = preprocessing_of(own) or default_preprocessing(own, cast(Any, model).channels)
         transform = preprocessing.test_transform(source.name, source.channels)
-        images = AugmentedDataset(source, images_for_evaluation(source), transform)
+        images = AugmentedDataset(source, images_for_evaluation(source, skip_damaged=config.skip_damaged), transform)
     with join_processes(config) as process:
         return test(model.to(process.device), images, config, process) | {"images": len(images)}

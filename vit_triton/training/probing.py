@@ -19,13 +19,13 @@ from torch import Tensor
 
 from vit_triton.training import classifiers
 from vit_triton.training.config import TrainConfig
-from vit_triton.training.data import open_data
+from vit_triton.training.data import load_data
 from vit_triton.training.extras import extra
 from vit_triton.training.loop import device_for
 from vit_triton.training.networks import POOLS, Network, build_network, preprocessing_of
 from vit_triton.training.probe_charts import draw_data_sets, draw_shots
 from vit_triton.training.sources import Source
-from vit_triton.training.splits import split, subset
+from vit_triton.training.splits import subset
 from vit_triton.weights.atomic import write_atomically
 
 SCORES, DATA_SETS, SHOTS, FEATURES = "probe.json", "probe.png", "shots.png", "features"
@@ -201,13 +201,25 @@ class Examples:
 
 
 def load_examples(config: TrainConfig, raw: bool) -> Examples:
-    """Decode all images once, for their digest and pixels."""
-    source = open_data(config)
-    train, val, test = split(source.labels, source.splits, source.classes)
+    """Decode all images once, for their digest and pixels.
+
+    Raises:
+        FileNotFoundError: The data are missing; the message gives the expected path.
+        ValueError: The data are damaged.
+    """
+    data = load_data(config)
+    source, train, test = data.test.source, [*data.train.indices, *data.val.indices], data.test.indices
+    kept = sorted((*train, *test))  # not the damaged images
+    place = {i: place for place, i in enumerate(kept)}
+    train, test = (sorted(place[i] for i in part) for part in (train, test))
+    source = source.select(kept)
     digest, pixels = hashlib.blake2b(digest_size=16), []
     side: tuple[int, int] | None = None
-    for i in _progress(range(len(source.labels)), f"{config.data}: reading"):
-        image = source.image(i)
+    for i in _progress(range(len(source)), f"{config.data}: reading"):
+        try:
+            image = source.image(i)
+        except ValueError as error:
+            raise ValueError(f"data: {error}; --skip-damaged (skip_damaged=True) leaves out damaged images") from error
         digest.update(repr((image.mode, image.size)).encode() + image.tobytes())
         if raw:
             side = side or (min(image.width, RAW_SIDE), min(image.height, RAW_SIDE))
@@ -219,7 +231,7 @@ def load_examples(config: TrainConfig, raw: bool) -> Examples:
         if (values == values[..., :1]).all():  # gray
             values = values[..., :1]
         flat = torch.from_numpy(values).flatten(1).float() / 255
-    return Examples(source, torch.tensor(source.labels), sorted((*train, *val)), test, digest.hexdigest(), flat)
+    return Examples(source, torch.tensor(source.labels), train, test, digest.hexdigest(), flat)
 
 
 def _progress(items: Sequence[Any], what: str) -> Iterator[Any]:

@@ -32,6 +32,7 @@ KINDS = (
     "tensorbay:LOADER=PATH"
 )
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")  # in shards
+LABELLED = ("csv", "hf", "wds", "tensorbay")  # kinds of data with a choice of labels
 SPLITS = {**dict(zip(NAMES, NAMES, strict=True)), "validation": "val", "valid": "val"}
 
 
@@ -81,6 +82,14 @@ class Source:
         )
 
 
+def kind_of(data: str) -> str:
+    """Return "idx", "hf", "wds", "tensorbay" or "csv", or "" for digits, cifar10 and a folder."""
+    kind, _, rest = data.partition(":")
+    if kind in ("idx", "hf", "wds", "tensorbay") and rest:
+        return kind
+    return "hf" if data.endswith(".parquet") else "csv" if data.endswith(".csv") else ""
+
+
 def open_source(data: str, *, folder: Path = Path("data"), download: bool = False, label: str | None = None) -> Source:
     """Open ``data``: digits, cifar10, idx:FOLDER, a folder of images, FILE.csv, hf:FOLDER, FILE.parquet,
     wds:SHARDS or tensorbay:LOADER=PATH.
@@ -96,10 +105,8 @@ def open_source(data: str, *, folder: Path = Path("data"), download: bool = Fals
         ImportError: A package is missing; the message gives the command to install it.
         ValueError: The data are damaged or contain no images.
     """
-    kind, _, rest = data.partition(":")
-    kind = kind if rest else ""
-    kind = "hf" if data.endswith(".parquet") else "csv" if data.endswith(".csv") and not rest else kind
-    if label is not None and kind not in ("csv", "hf", "wds", "tensorbay"):
+    kind, rest = kind_of(data), data.partition(":")[2]
+    if label is not None and kind not in LABELLED:
         raise ValueError(f"label must be unset except for .csv, hf:, .parquet, wds: and tensorbay: data, got {label!r}")
     if data == "digits":
         source = _digits()
@@ -202,8 +209,9 @@ def _cifar10(folder: Path, download: bool) -> Source:
     try:
         parts = {name: kind(folder, train=name == "train", download=unpack) for name in ("train", "test")}
     except (OSError, RuntimeError) as error:  # from urllib, and from torchvision for missing files
+        reason = str(error).partition(" You can use")[0].rstrip(".")  # torchvision's advice has another argument
         raise FileNotFoundError(
-            f"cifar10 not found: {error}. Download {CIFAR10_URL} to {archive}, or use --download (download=True)"
+            f"cifar10 not found: {reason}. Download {CIFAR10_URL} to {archive}, or use --download (download=True)"
         ) from error
     names = [(name, f"{name}/{i}") for name, part in parts.items() for i in range(len(part))]
     return Source(
@@ -287,9 +295,8 @@ def _folder(folder: Path, data: str) -> Source:
             extensions = torchvision.datasets.folder.IMG_EXTENSIONS
             listed = torchvision.datasets.folder.make_dataset(str(folder / part), index, extensions, allow_empty=True)
             if empty := sorted(set(range(len(classes))) - {label for _, label in listed}):
-                raise FileNotFoundError(
-                    f"no images in {folder / part / classes[empty[0]]}; the extensions are {', '.join(extensions)}"
-                )
+                where = folder / part / classes[empty[0]]
+                raise ValueError(f"data: no images in {where}; the extensions are {', '.join(extensions)}")
             found += [(part, path, classes[label]) for path, label in listed]
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise type(error)(
