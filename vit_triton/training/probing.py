@@ -23,6 +23,7 @@ from vit_triton.training.data import load_data
 from vit_triton.training.extras import extra
 from vit_triton.training.loop import device_for
 from vit_triton.training.networks import POOLS, Network, build_network, preprocessing_of
+from vit_triton.training.preprocessing import is_photographs
 from vit_triton.training.probe_charts import draw_data_sets, draw_shots
 from vit_triton.training.sources import Source
 from vit_triton.training.splits import subset
@@ -247,7 +248,9 @@ def stored_features(
 ) -> tuple[Tensor, float]:
     """Return the features of all images, (n, F), and the seconds that they took, from a file if they are stored."""
     pool = pool or ("cls" if network.class_token else "avg")
-    facts = (config.model, config.backend, tuple(network.preprocessing), pool, examples.digest)
+    source, preprocessing = examples.source, network.preprocessing
+    cropped = is_photographs(source.name, source.channels)
+    facts = (config.model, config.backend, tuple(preprocessing), cropped, pool, examples.digest)
     key = hashlib.blake2b(repr(facts).encode(), digest_size=16)
     for name, tensor in network.model.state_dict().items():
         if name not in network.head:
@@ -262,7 +265,7 @@ def stored_features(
         pass
     except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile):  # damaged
         path.unlink()
-    features, seconds = compute_features(network, examples.source, config, pool, device)
+    features, seconds = compute_features(network, source, config, pool, device)
     write_atomically(path, functools.partial(np.savez, features=features.numpy(), seconds=seconds))
     return features, seconds
 
