@@ -22,6 +22,7 @@ import benchmarks.__main__  # noqa: E402
 import vit_triton  # noqa: E402
 from vit_triton import training  # noqa: E402
 from vit_triton.cli import commands  # noqa: E402
+from vit_triton.training import sources  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -153,6 +154,8 @@ def test_commands_are_parsed(where, monkeypatch):
         raise Parsed
 
     words = shlex.split(COMMANDS[where], comments=True)
+    if " ".join(words) in sources.TENSORBAY:
+        return
     if words[:2] == ["pip", "install"]:
         extra = re.fullmatch(r"\.(?:\[([\w-]+)\])?", words[2])[1]
         project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

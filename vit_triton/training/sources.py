@@ -32,6 +32,10 @@ KINDS = (
     "tensorbay:LOADER=PATH"
 )
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")  # in shards
+TENSORBAY = (  # its own requirements do not build on Python 3.11
+    "pip install --no-deps tensorbay==1.24.2",
+    "pip install numpy-quaternion click filetype requests requests-toolbelt tqdm typing-extensions ulid-py urllib3",
+)
 LABELLED = ("csv", "hf", "wds", "tensorbay")  # kinds of data with a choice of labels
 SPLITS = {**dict(zip(NAMES, NAMES, strict=True)), "validation": "val", "valid": "val"}
 
@@ -505,10 +509,7 @@ def _tensorbay(rest: str, data: str, label: str | None) -> Source:
     try:
         opendataset = importlib.import_module("tensorbay.opendataset")
     except ImportError as error:
-        raise ImportError(
-            f"{error}: tensorbay: data require pip install --no-deps tensorbay==1.24.2 and pip install "
-            "numpy-quaternion click filetype requests requests-toolbelt tqdm typing-extensions ulid-py urllib3"
-        ) from error
+        raise ImportError(f"{error}: tensorbay: data require {' and '.join(TENSORBAY)}") from error
     if not callable(load := getattr(opendataset, name, None)):
         raise ValueError(f"data: tensorbay.opendataset has no loader {name!r}; dir(tensorbay.opendataset) lists them")
     try:
