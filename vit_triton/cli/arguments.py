@@ -11,6 +11,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def numbers(text: str) -> list[int]:
+    try:
+        return [positive(part.strip()) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers above 0, such as 30,100, got {text!r}") from None
+
+
 def duration(text: str) -> float:
     try:
         seconds = float(text)

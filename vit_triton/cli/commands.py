@@ -45,6 +45,11 @@ COMMANDS = {
         "test runs on the same test images and draw their curves, their accuracies and where they disagree",
     ),
     "eval": Command("training", options.evaluate, "print the loss and accuracy of a trained model on test images"),
+    "probe": Command(
+        "probe",
+        options.probe,
+        "compare models without training them: kNN and logistic regression on their features of labelled images",
+    ),
     "tune": Command(
         "tune",
         options.tune,

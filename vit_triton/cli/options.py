@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from vit_triton import names, training
-from vit_triton.cli.arguments import duration, folder, new_file, positive
+from vit_triton.cli.arguments import duration, folder, new_file, numbers, positive
 from vit_triton.tuning.sizes import SIZES
 
 TUNE_MODELS = {f"ViT-{name}/{size.patch}": name for name, size in SIZES.items()}
@@ -67,6 +67,34 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=names.BACKENDS, help="backend of the model")
     parser.add_argument("--device", help="device of the model (default: cuda if available, else cpu)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def probe(parser: argparse.ArgumentParser) -> None:
+    fields = {field.name: field.metadata["help"] for field in dataclasses.fields(training.TrainConfig)}
+    parser.add_argument("data", nargs="+", metavar="DATA", help=fields["data"])
+    parser.add_argument("--model", nargs="+", default=[], metavar="MODEL", help=fields["model"])
+    parser.add_argument("--weights", action="append", default=[], metavar="[MODEL=]FILE",
+                        help="file of weights; with several models MODEL=FILE, once per model")  # fmt: skip
+    parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help=fields["ignore"])
+    parser.add_argument("--image-size", type=positive, help="image side in pixels (default: as pretrained)")
+    parser.add_argument("--raw", action="store_true", help="also classify by the pixels, reduced to 32 x 32")
+    parser.add_argument("--pool", choices=("cls", "avg", "cls+avg"),
+                        help="features: the class token, the mean of the patches, or both "
+                        "(default: cls, or avg for a model without class token)")  # fmt: skip
+    parser.add_argument("--shots", type=numbers, default=[], metavar="N[,N...]",
+                        help="also fit to this many training images, such as 30,100,300; numbers too large for a "
+                        "data set are left out")  # fmt: skip
+    parser.add_argument("--seeds", type=positive, default=5, help="random subsets per number of --shots (default: 5)")
+    parser.add_argument("--out", type=folder, default=Path("probe"),
+                        help="folder for probe.json, the charts and the features (default: probe)")  # fmt: skip
+    parser.add_argument("--label", help=fields["label"])
+    parser.add_argument("--skip-damaged", action="store_true", help="check all images first and leave out damaged ones")
+    parser.add_argument(
+        "--data-folder", type=Path, default=Path("data"), help=f"{fields['data_folder']} (default: data)"
+    )
+    parser.add_argument("--download", action="store_true", help=fields["download"])
+    parser.add_argument("--backend", choices=names.BACKENDS, help="backend of the models")
+    parser.add_argument("--device", help="device of the models (default: cuda if available, else cpu)")
 
 
 def tune(parser: argparse.ArgumentParser) -> None:
