@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from vit_triton import attention_maps
 from vit_triton.training import TrainConfig, checkpoint, load_trained, train
 from vit_triton.training.data import load_data
 from vit_triton.training.extras import extra
-from vit_triton.training.loop import build
+from vit_triton.training.networks import build_network
 
 
 @torch.inference_mode()
@@ -69,7 +70,7 @@ def main() -> None:
     digits = torch.tensor([digit for _, digit in data.test])
     torch.set_num_threads(1)  # the matrices are too small for several threads
     # Raise before training if the kernels cannot run on this machine.
-    model = build(config, data.channels, len(data.classes)).eval()
+    model: Any = build_network(config, len(data.classes), data.channels).model.eval()
     model.backend = "triton"
     model(images[:1])
 

@@ -317,7 +317,7 @@ def test_train_resume_and_evaluate(trained, photos, tmp_path, capsys):
     assert {path.name for path in trained.iterdir()} >= {"checkpoint.pt", "metrics.jsonl", "curves.png"}
     again = ["train", photos, "--out", trained, "--epochs", 2, *SMALL.split()]
     code, _, err = run(capsys, *again)
-    assert code == 2 and "contains a checkpoint; resume" in err and err.count("\n") == 1
+    assert code == 2 and "contains a checkpoint; --resume" in err and err.count("\n") == 1
     assert run(capsys, *again, "--resume")[0] == 0
     expected = evaluate(trained)
     code, out, _ = run(capsys, "eval", trained, "--json")

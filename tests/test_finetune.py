@@ -173,11 +173,11 @@ def test_initial_weights_depend_on_the_seed_only():
     ("changes", "message"),
     [
         (dict(image_size=40), "image_size must be a multiple of the patch size 16, got 40"),
-        (dict(ignore="decoder.*"), r"ignore 'decoder\.\*' matches no name in vit.safetensors or the model"),
+        (dict(ignore="decoder.*"), r"weights .*: ignore: 'decoder\.\*' matches no name in the file or the model"),
         (dict(weights="nowhere.pt"), "weights: nowhere.pt: no such file"),
         (dict(model="timm:no_such"), r"model must be a model of timm, see timm.list_models\(\), got timm:no_such"),
         (dict(model=CNN), r"weights .*does not match ResNet, which is unchanged. not in the file: "),
-        (dict(tune="last-99"), "tune last-99 exceeds the 6 blocks of timm:test_vit"),
+        (dict(tune="last-99"), "tune must be at most last-6, all blocks of timm:test_vit, got last-99"),
         (dict(tune="last-0"), "tune must be full, head, lora or last-K with K of at least 1, got 'last-0'"),
         (dict(model="hf:nowhere"), "model: hf:nowhere must be a folder with config.json and preprocessor_config.json"),
         (dict(model="resnet"), "model must be ViT, SimpleViT, SwinTransformer, timm:NAME or hf:FOLDER, got 'resnet'"),
@@ -206,7 +206,9 @@ def test_cnn_has_no_blocks_to_tune(tune, cnn_weights):
 @pytest.mark.parametrize(("package", "changes"), [("timm", {}), ("peft", dict(tune="lora"))])
 def test_missing_package_names_the_extra(package, changes, weights, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r"pip install 'vit_triton\[finetune\]'$"):
+    with pytest.raises(
+        ImportError, match=r"install the extra \[finetune\], for example pip install '.\[finetune\]' in a checkout$"
+    ):
         network_of(weights=str(weights), **changes)
 
 
@@ -458,18 +460,21 @@ def test_predict_reads_a_run_of_another_library(weights, photos, tmp_path, capsy
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--tune last-9 --weights {weights}", "--tune last-9 exceeds the 6 blocks of timm:test_vit"),
+        ("--tune last-9 --weights {weights}", "--tune must be at most last-6, all blocks of timm:test_vit, got last-9"),
         ("--weights {weights} --image-size 40", "--image-size must be a multiple of the patch size 16, got 40"),
-        ("--weights {weights} --ignore decoder.*", "--ignore 'decoder.*' matches no name in vit.safetensors"),
+        (
+            "--weights {weights} --ignore decoder.*",
+            "weights {weights}: --ignore: 'decoder.*' matches no name in the file",
+        ),
         ("--tune lora --weights none", "--tune must be 'full' for initial weights, got 'lora'; pass weights"),
-        ("--weights nowhere.pt", "weights: nowhere.pt: no such file"),
+        ("--weights nowhere.pt", "--weights: nowhere.pt: no such file"),
     ],
 )
 def test_bad_option_on_the_command_line(words, message, weights, photos, tmp_path, capsys):
     words = ["--image-size", "32", "--batch-size", "4", *words.format(weights=weights).split()]
     assert cli.main(["train", str(photos), "--model", VIT, "--out", str(tmp_path / "run"), *words]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"vit-triton: {message}") and error.count("\n") == 1
+    assert error.startswith(f"vit-triton: {message.format(weights=weights)}") and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 

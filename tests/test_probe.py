@@ -309,7 +309,7 @@ def test_command(few_strengths, photos, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("PHOTOS", "--model must not be empty, except with raw"),
+        ("PHOTOS", "--model must not be empty, except with --raw"),
         ("PHOTOS PHOTOS --raw", "data must differ, got '"),
         ("PHOTOS --raw --shots 30,x", "argument --shots: must be whole numbers above 0, such as 30,100, got '30,x'"),
         ("PHOTOS --raw --shots 2", "shots must be at least the number of classes of PHOTOS, 3, got 2"),

@@ -258,7 +258,7 @@ def test_missing_package_is_named_in_the_error(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     for name in ("datasets", "tensorbay"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"pip install 'vit_triton\[data\]'"):
+    with pytest.raises(ImportError, match=r"install the extra \[data\]"):
         open_source("a.parquet")
     with pytest.raises(ImportError, match="pip install --no-deps tensorbay==1.24.2 and pip install numpy-quaternion"):
         open_source("tensorbay:Elpv=a")

@@ -84,7 +84,8 @@ def _as_typed(message: str, argv: list[str]) -> str:
     """Replace the names of arguments in an error message, as Python writes them, with the options of the command."""
     one = argparse.ArgumentParser(add_help=False)
     COMMANDS[next(word for word in argv if word in COMMANDS)].add_options(one)
-    names = {action.dest: action.option_strings[-1] for action in one._actions if action.option_strings}
+    options = [(action.dest, action.option_strings[-1]) for action in one._actions if action.option_strings]
+    names = {option[2:].replace("-", "_"): option for _, option in options} | dict(options)
     if not names:
         return message
     name = f"({'|'.join(names)})"

@@ -72,7 +72,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
 def probe(parser: argparse.ArgumentParser) -> None:
     fields = {field.name: field.metadata["help"] for field in dataclasses.fields(training.TrainConfig)}
     parser.add_argument("data", nargs="+", metavar="DATA", help=fields["data"])
-    parser.add_argument("--model", nargs="+", default=[], metavar="MODEL", help=fields["model"])
+    parser.add_argument("--model", dest="models", nargs="+", default=[], metavar="MODEL", help=fields["model"])
     parser.add_argument("--weights", action="append", default=[], metavar="[MODEL=]FILE",
                         help="file of weights; with several models MODEL=FILE, once per model")  # fmt: skip
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help=fields["ignore"])

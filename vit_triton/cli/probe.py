@@ -18,7 +18,7 @@ from vit_triton.training.probing import DATA_SETS, OPTIONS, SCORES, SHOTS, whole
 def run(options: argparse.Namespace) -> int:
     shared = {name: getattr(options, name) for name in OPTIONS} | {"ignore": tuple(options.ignore or ())}
     result = training.probe(
-        options.data, options.model, out=options.out, weights=weights_of(options.weights, options.model),
+        options.data, options.models, out=options.out, weights=weights_of(options.weights, options.models),
         raw=options.raw, pool=options.pool, shots=options.shots, seeds=options.seeds, **shared,
     )  # fmt: skip
     for table in tables(whole(result["scores"])):

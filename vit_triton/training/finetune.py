@@ -52,7 +52,7 @@ def prepare(network: Network, config: TrainConfig) -> None:
     elif config.last_blocks is not None:
         k, blocks = config.last_blocks, network.blocks
         if k > len(blocks):
-            raise ValueError(f"tune last-{k} exceeds the {len(blocks)} blocks of {config.model}")
+            raise ValueError(f"tune must be at most last-{len(blocks)}, all blocks of {config.model}, got last-{k}")
         inside = tuple(f"{name}." for name in blocks[-k:])
         trained = head | {name for name in parameters if name.startswith(inside)} | set(_final_norm(network))
         trains = trained.__contains__
