@@ -272,8 +272,9 @@ def test_reference_supports_second_derivatives(name):
     def function(*t):
         return call(public(name), t, backend="torch")
 
-    assert torch.autograd.gradcheck(function, tensors)
-    assert torch.autograd.gradgradcheck(function, tensors)
+    # along random directions: one element at a time takes a minute
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
