@@ -15,7 +15,7 @@ from vit_triton.training import checkpoint, curves
 from vit_triton.training.classifiers import wilson_interval
 from vit_triton.training.data import AugmentedDataset, load_data
 from vit_triton.training.extras import extra
-from vit_triton.training.loop import compute_logits, join_processes, load_batches, load_trained
+from vit_triton.training.loop import join_processes, load_trained, predictions
 from vit_triton.training.networks import preprocessing_of
 from vit_triton.weights.atomic import write_atomically
 
@@ -100,10 +100,8 @@ def _test(run: Path, backend: str | None, device: str | None) -> tuple[Outcome, 
     images = load_data(config, preprocessing_of(config)).test
     predicted: list[int] = []
     with join_processes(config) as process:
-        model, size = model.to(process.device), config.batch_size
-        parts = [list(range(i, min(i + size, len(images)))) for i in range(0, len(images), size)]
-        for batch, _ in load_batches(images, parts, config, process):
-            predicted += compute_logits(model, batch, config, process).argmax(1).tolist()
+        for logits, _ in predictions(model.to(process.device), images, config, process):
+            predicted += logits.argmax(1).tolist()
     return Outcome(str(run), config.model, classes, tuple(images.names), tuple(images.labels), tuple(predicted)), images
 
 

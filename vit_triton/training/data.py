@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from vit_triton.training.config import TrainConfig
 from vit_triton.training.preprocessing import Preprocessing, default_preprocessing
 from vit_triton.training.sources import Source, open_source
 from vit_triton.training.splits import seed_of, split, subset
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class AugmentedDataset(Dataset):
@@ -38,10 +41,7 @@ class AugmentedDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         i = self.indices[index]
-        try:
-            image = self.source.image(i)
-        except ValueError as error:
-            raise ValueError(f"data: {error}; --skip-damaged (skip_damaged=True) leaves out damaged images") from error
+        image = read_image(self.source, i)
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also seed the GPU, whose generator dropout uses
             torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
@@ -54,6 +54,14 @@ class AugmentedDataset(Dataset):
     @functools.cached_property
     def names(self) -> list[str]:
         return [self.source.names[i] for i in self.indices]
+
+
+def read_image(source: Source, i: int) -> Image.Image:
+    """Decode an image; the ValueError of a damaged one has the option that leaves it out."""
+    try:
+        return source.image(i)
+    except ValueError as error:
+        raise ValueError(f"data: {error}; --skip-damaged (skip_damaged=True) leaves out damaged images") from error
 
 
 @dataclass(frozen=True)

@@ -175,21 +175,28 @@ def compute_logits(model: nn.Module, images: Tensor, config: TrainConfig, proces
         return model(images.to(process.device, non_blocking=True)).float()
 
 
+def predictions(
+    model: nn.Module, data: AugmentedDataset, config: TrainConfig, process: Process
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits and labels of this process's part of each batch, in order and in evaluation mode."""
+    images, size = len(data), config.batch_size
+    # a process may have no images in the last batch, but with FSDP all processes must run the model
+    parts = [list(range(i, min(i + size, images)))[process.rank :: process.count] for i in range(0, images, size)]
+    model.eval()
+    for batch, labels in load_batches(data, parts, config, process):
+        yield compute_logits(model, batch, config, process), labels.to(process.device)
+
+
 @torch.no_grad()
 def test(
     model: nn.Module, data: AugmentedDataset, config: TrainConfig, process: Process, name: str = "test"
 ) -> dict[str, float]:
     """Compute the loss and accuracy, "NAME_loss" and "NAME_accuracy", on images without augmentation."""
-    images, size = len(data), config.batch_size
-    # a process may have no images in the last batch, but with FSDP all processes must run the model
-    parts = [list(range(i, min(i + size, images)))[process.rank :: process.count] for i in range(0, images, size)]
     sums = torch.zeros(2, dtype=torch.float64, device=process.device)
-    model.eval()
-    for batch, labels in load_batches(data, parts, config, process):
-        logits, labels = compute_logits(model, batch, config, process), labels.to(process.device)
+    for logits, labels in predictions(model, data, config, process):
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack((loss, (logits.argmax(1) == labels).sum()))
-    loss, right = (process.sum(sums) / images).tolist()
+    loss, right = (process.sum(sums) / len(data)).tolist()
     return {f"{name}_loss": loss, f"{name}_accuracy": right}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vit_triton.training import classifiers
 from vit_triton.training.config import TrainConfig
-from vit_triton.training.data import load_data
+from vit_triton.training.data import load_data, read_image
 from vit_triton.training.extras import extra
 from vit_triton.training.loop import device_for
 from vit_triton.training.networks import POOLS, Network, build_network, preprocessing_of
@@ -217,10 +217,7 @@ def load_examples(config: TrainConfig, raw: bool) -> Examples:
     digest, pixels = hashlib.blake2b(digest_size=16), []
     side: tuple[int, int] | None = None
     for i in _progress(range(len(source)), f"{config.data}: reading"):
-        try:
-            image = source.image(i)
-        except ValueError as error:
-            raise ValueError(f"data: {error}; --skip-damaged (skip_damaged=True) leaves out damaged images") from error
+        image = read_image(source, i)
         digest.update(repr((image.mode, image.size)).encode() + image.tobytes())
         if raw:
             side = side or (min(image.width, RAW_SIDE), min(image.height, RAW_SIDE))
